@@ -1,0 +1,122 @@
+"""What a campaign leaves behind, and where; one campaign a directory, one driver at a time."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import yaml
+
+from flows.config import CAMPAIGN_FILE, Campaign, dump, load_campaign, require_writable
+from merging import storage
+from merging.errors import LedgerError, SettingsError, StorageError
+
+
+@dataclass(frozen=True)
+class Directory:
+    """A campaign's directory.
+
+    Args:
+        path: Local, or an fsspec address.
+    """
+
+    path: str
+
+    def __truediv__(self, name: str) -> str:
+        return storage.join(self.path, name)
+
+    @property
+    def ledger(self) -> str:
+        """The Parquet dataset."""
+        return self / "ledger"
+
+    @property
+    def best(self) -> str:
+        """The exported winner."""
+        return storage.join(self.path, "exports", "best")
+
+    @property
+    def report(self) -> str:
+        """The HTML report."""
+        return self / "report.html"
+
+    def campaign(self) -> Campaign:
+        """The campaign that this directory holds, as it was resolved.
+
+        Raises:
+            SettingsError: It holds none.
+        """
+        if not storage.exists(self / CAMPAIGN_FILE):
+            raise SettingsError(f"{self.path} holds no campaign (no {CAMPAIGN_FILE}): start one with `mergequest campaign run`")
+        return load_campaign(self / CAMPAIGN_FILE)
+
+    def check(self, campaign: Campaign) -> None:
+        """Looks whether this can be the campaign's directory.
+
+        Raises:
+            LedgerError: It holds another campaign, or other things.
+            SettingsError: It cannot be written, or would vanish with the job that this process runs in.
+        """
+        if "/runtime_resources/" in self.path:
+            raise SettingsError(
+                f"{self.path} lies in the job's temporary working directory and would vanish with it: give an absolute path "
+                "that all nodes see, or an s3:// address, with --out or as the file's `directory`"
+            )
+        require_writable(self.path)
+        if storage.exists(self / CAMPAIGN_FILE):
+            there = self.campaign()
+            if there.identity() != campaign.identity():
+                changed = ", ".join(_differences(there, campaign))
+                raise LedgerError(
+                    f"{self.path} holds another campaign ('{there.name}'; it differs in {changed}). Choose another directory "
+                    f"with --out, or go on with that one: mergequest campaign resume {self.path}"
+                )
+        elif [name for name in storage.list_dir(self.path) if not name.startswith(".") and name not in KNOWN]:
+            raise LedgerError(f"{self.path} is not empty and holds no campaign: choose another directory with --out")
+
+    def claim(self, campaign: Campaign) -> None:
+        """Keeps the resolved campaign file here, which makes this the campaign's directory."""
+        storage.write_text(self / CAMPAIGN_FILE, dump(campaign))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other drivers out of a local directory for the block; the lock dies with its process.
+
+        Raises:
+            LedgerError: Another driver is at work here.
+        """
+        if not storage.is_local(self.path):
+            yield
+            return
+        storage.make_dir(self.path)
+        handle = os.open(storage.local_path(self / ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise LedgerError(f"another mergequest is running this campaign ({self.path}): wait for it, or stop it") from error
+            yield
+        finally:
+            os.close(handle)
+
+    def read_timings(self) -> dict[str, float]:
+        """Phase → seconds over all runs so far."""
+        try:
+            return dict(storage.read_json(self / "timings.json"))
+        except StorageError:
+            return {}
+
+    def write_timings(self, timings: dict[str, float]) -> None:
+        """Keeps the seconds of each phase."""
+        storage.write_json(self / "timings.json", {name: round(value, 3) for name, value in timings.items()})
+
+
+KNOWN = ("members", "data", "statistics")
+"""What may lie in a directory before its campaign does: the quick start's pool, and statistics computed ahead."""
+
+
+def _differences(one: Campaign, other: Campaign) -> list[str]:
+    """The top-level settings in which two campaigns differ."""
+    first, second = (yaml.safe_load(dump(campaign)) for campaign in (one, other))
+    return sorted(key for key in first if first[key] != second[key] and key not in ("directory", "resources", "test"))

@@ -1,0 +1,112 @@
+"""The winner as a Hugging Face directory: weights, each task's head, a model card, and the recipe that repeats it."""
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from safetensors.torch import save
+
+from flows.opening import Opened
+from flows.recipe_file import dump_recipe
+from merging.merge import REFERENCES, Material, head_tensors, merge_to_disk, open_statistics
+from merging.recipe import Recipe
+from search.schema import Row
+
+HEAD = "head.safetensors"
+
+
+def export(
+    opened: Opened,
+    statistics: Mapping[str, tuple[str, ...]],
+    recipe: Recipe,
+    path: str,
+    *,
+    table: str,
+    row: Row | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, float]:
+    """Writes a merged model that `from_pretrained` loads, whole or not at all.
+
+    Args:
+        opened: The campaign.
+        statistics: Member → statistics files.
+        recipe: What to merge.
+        path: The directory to write.
+        table: The results table in Markdown, for the card.
+        row: The candidate's row, for the card.
+        dtype: Of the weights; the base's by default.
+
+    Returns:
+        The method's figures on the merge.
+    """
+    used = {name: statistics.get(name, ()) for name in opened.pool.members}
+    material = Material(opened.pool, open_statistics(opened.pool, used), opened.examples())
+    members = {name: (m.checkpoint.path, tuple(used[name])) for name, m in opened.pool.members.items()}
+    extra: dict[str, str | bytes] = {
+        "README.md": model_card(opened, recipe, table, row),
+        "recipe.yaml": dump_recipe(opened.pool.base.path, members, recipe),
+    }
+    for task, owner in opened.campaign.owners().items():
+        config = dict(opened.pool.members[owner].checkpoint.config)
+        extra[f"heads/{task}/config.json"] = json.dumps(config, indent=2) + "\n"
+        extra[f"heads/{task}/{HEAD}"] = save(head_tensors(opened.pool, owner), metadata={"format": "pt"})
+    return merge_to_disk(material, recipe, path, dtype=dtype, extra=extra)
+
+
+def model_card(opened: Opened, recipe: Recipe, table: str, row: Row | None) -> str:
+    """The card of a merged model: members, method, parameters, scores, versions, and how to load it."""
+    templates = Environment(
+        loader=PackageLoader("flows"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+    )
+    return templates.get_template("model_card.md.j2").render(
+        campaign=opened.campaign,
+        recipe=recipe,
+        table=table,
+        row=row,
+        owners=opened.campaign.owners(),
+        fingerprints=opened.pool.fingerprints(),
+        architecture=opened.pool.base.architecture,
+        classes={
+            task: opened.pool.members[owner].checkpoint.architecture
+            for task, owner in opened.campaign.owners().items()
+        },
+        versions=versions(),
+    )
+
+
+def versions() -> dict[str, str]:
+    """What ran: mergequest, Python and the libraries that results depend on."""
+    found = {"mergequest": code_version(), "python": platform.python_version()}
+    for package in ("torch", "transformers", "optuna", "ray", "dppy", "safetensors"):
+        found[package] = version(package)
+    return found
+
+
+def code_version() -> str:
+    """mergequest's version; of an uninstalled working directory, what is known of it."""
+    try:
+        return version("mergequest")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def is_exportable(row: Row) -> bool:
+    """Whether a row is a merge, and not the base or a member as it is."""
+    return row.method not in REFERENCES
+
+
+def facts(opened: Opened, **more: Any) -> dict[str, Any]:
+    """What the report says about a campaign besides its rows."""
+    campaign = opened.campaign
+    return {
+        "name": campaign.name,
+        "base": opened.pool.base.path,
+        "architecture": opened.pool.base.architecture,
+        "members": {name: member.checkpoint.path for name, member in opened.pool.members.items()},
+        "versions": versions(),
+        **more,
+    }

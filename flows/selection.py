@@ -1,0 +1,101 @@
+"""Subsets of members for the search: q from the references' scores, S from representations or task vectors."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from flows.opening import Opened
+from flows.progress import Display
+from flows.statistics import representations
+from merging.errors import SelectionError
+from merging.merge import REFERENCE_BASE, REFERENCE_MEMBER
+from merging.statistics import StatisticsFile
+from merging.task_vectors import inner_products
+from search import kernel
+from search.schema import Row
+from search.selection import Selection, select
+
+
+def prepare_selection(opened: Opened, cache: str, display: Display) -> None:
+    """Computes what `select_subsets` will read, while the cluster is free for it."""
+    settings = opened.campaign.selection
+    if settings.mode.startswith("dpp") and settings.similarity == "representation" and len(opened.pool.members) > 1:
+        representations(opened, cache, display)
+
+
+def select_subsets(opened: Opened, references: Sequence[Row], cache: str, display: Display) -> Selection:
+    """Selects as the campaign file says.
+
+    Args:
+        opened: The campaign.
+        references: Validation rows of the base and of every member.
+        cache: Directory of computed statistics.
+        display: Shows progress.
+
+    Raises:
+        SelectionError: Quality or similarity are unusable; the message names the setting to use instead.
+    """
+    settings = opened.campaign.selection
+    members = list(opened.pool.members)
+    if settings.mode in ("all", "fixed") or len(members) < 2:
+        mode = settings.mode if settings.mode == "fixed" else "all"
+        return select(members, mode, subsets=settings.subsets)
+    quality, notes = member_quality(opened, references)
+    for note in notes:
+        display.note(note)
+    return select(
+        members,
+        settings.mode,
+        quality=quality,
+        similarity=member_similarity(opened, cache, display),
+        sizes=settings.sizes,
+        draws=settings.draws,
+        seed=opened.campaign.seed,
+        notes=notes,
+    )
+
+
+def member_quality(opened: Opened, references: Sequence[Row]) -> tuple[dict[str, float], list[str]]:
+    """q of every member: its relative gain over the base on its own task, or 1 where the file says `equal`.
+
+    Raises:
+        SelectionError: A member has no task, or its reference failed.
+    """
+    members = list(opened.pool.members)
+    if opened.campaign.selection.quality == "equal":
+        return dict.fromkeys(members, 1.0), []
+    base = next((row for row in references if row.method == REFERENCE_BASE), None)
+    own = {row.members[0]: row for row in references if row.method == REFERENCE_MEMBER}
+    scores, base_scores = {}, {}
+    for member in members:
+        task = opened.campaign.task_of(member)
+        if task is None:
+            raise SelectionError(f"'{member}' has no task to measure its quality on: set selection.quality to 'equal'")
+        if base is None or task not in base.scores or task not in own[member].scores:
+            failure = own[member].error or (base.error if base else "the base was not measured")
+            raise SelectionError(f"the quality of '{member}' is unknown ({failure}): set selection.quality to 'equal'")
+        scores[member], base_scores[member] = own[member].scores[task], base.scores[task]
+    return kernel.quality(scores, base_scores)
+
+
+def member_similarity(opened: Opened, cache: str, display: Display) -> kernel.Matrix:
+    """S as the campaign file says."""
+    settings = opened.campaign.selection
+    members = list(opened.pool.members)
+    if settings.similarity == "task-vector":
+        with display.bar("weights", len(opened.pool.weights)) as bar:
+            return kernel.similarity_from_task_vectors(inner_products(opened.pool, bar.advance), members)
+    files = representations(opened, cache, display)
+    if not files[members[0]]:
+        raise SelectionError(
+            "no task gives representations (custom evaluators only): set selection.similarity to 'task-vector'"
+        )
+    rows = {member: _concatenated(files[member]) for member in members}
+    return kernel.similarity_from_representations(rows, settings.centered)
+
+
+def _concatenated(files: Mapping[str, str]) -> npt.NDArray[np.float32]:
+    """A member's representations of all tasks' examples [examples, D]."""
+    parts = [StatisticsFile.open(path).read("representation").numpy() for path in files.values()]
+    return np.concatenate(parts)

@@ -1,0 +1,117 @@
+"""A commented campaign file to start from, and the reference of all settings: both written from the model itself."""
+
+import textwrap
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from flows.config import Campaign
+
+WIDTH = 110
+EXAMPLES: dict[str, Any] = {
+    "name": "my-campaign",
+    "base": "checkpoints/base",
+    "members": {
+        "amazon": {"checkpoint": "checkpoints/amazon"},
+        "nyt": {"checkpoint": "checkpoints/nyt", "statistics": ["statistics/nyt.gram.safetensors"]},
+    },
+    "tasks": {
+        task: {
+            "kind": "text_classification",
+            "data": {split: f"data/{task}/{split}.parquet" for split in ("train", "validation", "test")},
+            "text": "text",
+            "label": "label",
+            "metric": "accuracy",
+        }
+        for task in ("amazon", "nyt")
+    },
+    "methods": ["average", "task_arithmetic", "ties", "fisher", "gradient_matching", "regmean"],
+}
+"""What the file shows where a setting has no default, or one that would not explain itself."""
+
+
+def campaign_template() -> str:
+    """A campaign file with every setting, its default and what it is for."""
+    head = [
+        "# A mergequest campaign. Run it with: mergequest campaign run THIS_FILE",
+        "# Paths are relative to this file. Lines that begin with `# name:` show a default that is 'none'.",
+        "",
+    ]
+    return "\n".join([*head, *_section(Campaign, 0)]) + "\n"
+
+
+def settings_reference() -> str:
+    """The campaign file's settings as a Markdown page."""
+    lines = [
+        "# The campaign file",
+        "",
+        "Written from the program's own model of the file: `mergequest init` writes an example with all of it. Paths are",
+        "relative to the file; unknown keys are errors.",
+    ]
+    sections: list[tuple[str, type[BaseModel]]] = [("Top level", Campaign)]
+    while sections:
+        title, model = sections.pop(0)
+        lines += ["", f"## {title}", ""]
+        if model.__doc__ and model is not Campaign:
+            lines += [textwrap.dedent(model.__doc__).strip(), ""]
+        lines += ["| key | default | meaning |", "|---|---|---|"]
+        for name, field in model.model_fields.items():
+            inner = _model_of(field)
+            if inner is not None:
+                sections.append((f"`{title.strip('`') + '.' if title != 'Top level' else ''}{name}`", inner))
+            default = "required" if field.is_required() else "see below" if inner else f"`{_inline(_default(field))}`"
+            lines.append(f"| `{name}` | {default} | {_escape(field.description or '')} |")
+    return "\n".join(lines) + "\n"
+
+
+def _section(model: type[BaseModel], depth: int) -> list[str]:
+    """The lines of a model's settings, `depth` levels in."""
+    indent = "  " * depth
+    lines: list[str] = []
+    for name, field in model.model_fields.items():
+        inner = _model_of(field)
+        if depth == 0 and (inner or name in EXAMPLES) and lines:
+            lines.append("")
+        lines += [
+            f"{indent}# {line}" for line in textwrap.wrap(field.description or "", WIDTH - 2 - len(indent))
+        ]
+        if inner is not None:
+            lines += [f"{indent}{name}:", *_section(inner, depth + 1)]
+            continue
+        value = EXAMPLES.get(name, _default(field))
+        if value is None:
+            lines.append(f"{indent}# {name}: none")
+            continue
+        text = yaml.safe_dump({name: value}, sort_keys=False, default_flow_style=None if name == "methods" else False)
+        lines += [indent + line for line in text.splitlines()]
+    return lines
+
+
+def _model_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The model behind a field that is a section of its own."""
+    annotation = field.annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _default(field: FieldInfo) -> Any:
+    """A field's default, as YAML writes it."""
+    value = field.get_default(call_default_factory=True)  # type: ignore[call-overload]
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, dict):
+        return {key: v.model_dump(mode="json") if isinstance(v, BaseModel) else v for key, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _inline(value: Any) -> str:
+    """A value on one line."""
+    if isinstance(value, dict) and value and all(isinstance(entry, dict) for entry in value.values()):
+        return ", ".join(value)
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000).strip()
+    return text.removesuffix("...").strip()
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -1,0 +1,195 @@
+"""What a merge method is: declared parameters, `prepare` once for a pool, `merge` again and again for candidates."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from merging.errors import MethodError
+from merging.recipe import Recipe, Value
+from merging.registry import Registry, did_you_mean
+
+BASE = "base"
+"""The base's key among statistics; no member may have this name."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A method's hyperparameter: what it is, its default, and the range that a search covers.
+
+    Args:
+        default: Value where a recipe names none.
+        help: One line for users.
+        low: Smallest value that a search tries.
+        high: Largest value that a search tries.
+        log: Search on a logarithmic scale.
+        choices: The allowed values, instead of a range.
+        minimum: Smallest allowed value; None for no bound.
+        maximum: Largest allowed value; None for no bound.
+        search: Whether a search varies it where the campaign does not say; False for what is a matter of principle.
+    """
+
+    default: Value
+    help: str
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    choices: tuple[Value, ...] | None = None
+    minimum: float | None = None
+    maximum: float | None = None
+    search: bool = True
+
+    def check(self, name: str, value: Value) -> Value:
+        """The value, in the parameter's type.
+
+        Raises:
+            MethodError: It is of another type, out of bounds, or not among the choices.
+        """
+        if self.choices is not None:
+            if value not in self.choices:
+                raise MethodError(f"{name} = {value!r} is not one of {', '.join(map(repr, self.choices))}")
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+            raise MethodError(f"{name} = {value!r} is not a number")
+        if (self.minimum is not None and value < self.minimum) or (
+            self.maximum is not None and value > self.maximum
+        ):
+            low = "−∞" if self.minimum is None else f"{self.minimum:g}"
+            high = "∞" if self.maximum is None else f"{self.maximum:g}"
+            raise MethodError(f"{name} = {value:g} is outside {low} … {high}")
+        return type(self.default)(value) if isinstance(self.default, int | float) else value
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of the pool, as a method sees it.
+
+    Args:
+        name: The base's name of it.
+        base: θ_0, any shape, stored dtype.
+        members: θ_t by member, same shape, any floating dtype.
+        statistics: Statistic kind (`fisher`, `gram`) → member (or `BASE`) → tensor. A kind that has nothing for this
+            weight (no Gram for a bias) is absent. Weights that read the same input may hold the same Gram tensors.
+        transposed: A matrix is stored [in, out] (GPT-2's `Conv1D`), not [out, in] (`torch.nn.Linear`).
+    """
+
+    name: str
+    base: Tensor
+    members: Mapping[str, Tensor]
+    statistics: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method may know of the pool besides its weights.
+
+    Args:
+        examples: Number of training examples behind each member (and `BASE`, where known).
+        survey: The combined `Method.survey` of all weights of the model, whatever part of them is being prepared.
+    """
+
+    examples: Mapping[str, int] = field(default_factory=dict)
+    survey: Any = None
+
+
+class Prepared(ABC):
+    """A method's state for some weights of a pool: all that depends on no candidate."""
+
+    @abstractmethod
+    def merge(
+        self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]
+    ) -> None:
+        """Writes a candidate's merged weights.
+
+        Args:
+            scaling: Scaling factor of every member that takes part (a subset of the prepared members, in any order).
+            parameters: Every declared parameter of the method, checked.
+            out: The weights to overwrite, by the base's name, in the shape of the base and any floating dtype, on the
+                device of the prepared state. Rounded to that dtype once, at the end.
+
+        Raises:
+            MethodError: These scaling factors and parameters have no merge (a denominator that cancels).
+        """
+
+    def report(self) -> dict[str, float]:
+        """Figures on the last merge that a user should see (a ridge that was added), by name."""
+        return {}
+
+
+class Method(ABC):
+    """A way to merge: pure mathematics over weights, without files or cluster.
+
+    Class attributes declare what the rest of the program needs to know: `name`; `requires`, the kinds of statistic that
+    every member must bring; `optional`, kinds that are used where they are there; `scaling`, the scaling factor's default
+    and range; `parameters`; `scale_free`, whether a factor shared by all members cancels, so that no search need try any.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    requires: ClassVar[tuple[str, ...]] = ()
+    optional: ClassVar[tuple[str, ...]] = ()
+    scaling: ClassVar[Parameter]
+    parameters: ClassVar[Mapping[str, Parameter]] = {}
+    scale_free: ClassVar[bool] = False
+
+    def survey(self, weights: Iterable[Weight]) -> Any:
+        """Facts about all weights of the model that merging any of them needs (a norm, a histogram).
+
+        Surveys of parts are combined with `combine`, so that the parts may lie on different machines.
+        """
+        return None
+
+    def combine(self, first: Any, second: Any) -> Any:
+        """The survey of two disjoint sets of weights, from the surveys of each; associative and commutative."""
+        return None
+
+    @abstractmethod
+    def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
+        """All that can be computed before scaling factors and parameters are known.
+
+        Args:
+            weights: Some of the pool's weights, or all, on the device that will merge.
+            context: What is known of the whole pool; `context.survey` covers the whole model.
+
+        Raises:
+            MethodError: A statistic is missing or has another shape than its weight asks for.
+        """
+
+    def default_recipe(self, members: Sequence[str]) -> Recipe:
+        """The method at its defaults, all parameters spelled out."""
+        scaling = dict.fromkeys(members, float(self.scaling.default))
+        return Recipe(self.name, scaling, {name: spec.default for name, spec in self.parameters.items()})
+
+    def complete(self, recipe: Recipe) -> Recipe:
+        """The recipe with every parameter spelled out and checked.
+
+        Raises:
+            MethodError: An unknown parameter, a value out of bounds, no member, or a scaling factor that is no number.
+        """
+        for name in recipe.parameters:
+            if name not in self.parameters:
+                hint = did_you_mean(name, list(self.parameters)) if self.parameters else "It has none."
+                raise MethodError(f"method '{self.name}' has no parameter '{name}'. {hint}")
+        if not recipe.scaling:
+            raise MethodError(f"method '{self.name}' needs at least one member")
+        scaling = {
+            member: float(self.scaling.check(f"scaling factor of '{member}'", factor))
+            for member, factor in recipe.scaling.items()
+        }
+        parameters = {
+            name: spec.check(name, recipe.parameters.get(name, spec.default))
+            for name, spec in self.parameters.items()
+        }
+        return Recipe(self.name, scaling, parameters)
+
+
+METHODS: Registry[Method] = Registry("method", MethodError)
+
+
+def register(method: type[Method]) -> type[Method]:
+    """Class decorator: makes a method known by its name."""
+    METHODS.register(method.name, method())
+    return method

@@ -1,0 +1,120 @@
+"""Elementwise arithmetic in blocks that stay in the cache: each stored number is read once, each result written once."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from merging.errors import MethodError
+from merging.methods.base import Weight
+
+CPU_ROW = 1 << 18
+"""Entries in flight where one row of float32 is accumulated: a megabyte, which an ordinary core's caches hold."""
+CPU_ROWS = 1 << 20
+"""Entries in flight where several rows are held at once."""
+DEVICE_ROW = 1 << 22
+"""Entries in flight on an accelerator, where a kernel's start costs more than its cache saves."""
+
+
+class Scratch:
+    """Named buffers that are used again by every block and every candidate."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    def take(
+        self, name: str, *shape: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """A buffer of this shape; its content is whatever the last user left."""
+        size = 1
+        for extent in shape:
+            size *= extent
+        held = self._buffers.get((name, device, dtype))
+        if held is None or held.numel() < size:
+            held = self._buffers[name, device, dtype] = torch.empty(size, dtype=dtype, device=device)
+        return held[:size].view(shape)
+
+
+def spans(numel: int, device: torch.device, rows: int = 1) -> Iterator[tuple[int, int]]:
+    """Consecutive ranges that cover `numel` entries, sized so that `rows` float32 rows of them stay in the cache."""
+    if device.type != "cpu":
+        step = DEVICE_ROW
+    else:
+        step = CPU_ROW if rows <= 1 else max(CPU_ROWS // rows, 1 << 13)
+    for start in range(0, numel, step):
+        yield start, min(start + step, numel)
+
+
+@contextmanager
+def flat(out: Tensor) -> Iterator[Tensor]:
+    """A one-dimensional view of `out` to write to, in its dtype; by way of a copy where memory has no such view."""
+    if out.is_contiguous():
+        yield out.view(-1)
+    else:
+        staged = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        yield staged.view(-1)
+        out.copy_(staged)
+
+
+def target(out: Mapping[str, Tensor], weight: Weight) -> Tensor:
+    """The tensor to overwrite for a weight.
+
+    Raises:
+        MethodError: It is missing, or of another shape.
+    """
+    if weight.name not in out:
+        raise MethodError(f"there is no weight '{weight.name}' to write to: the model is not the pool's")
+    value = out[weight.name]
+    if value.shape != weight.base.shape:
+        raise MethodError(
+            f"'{weight.name}' to write to has shape {list(value.shape)}, the pool's has {list(weight.base.shape)}"
+        )
+    return value
+
+
+def weighted_sum(terms: Sequence[tuple[Tensor, float]], out: Tensor, scratch: Scratch) -> None:
+    """Writes Σ c_i x_i, accumulated in float32 and rounded to the dtype of `out` once.
+
+    Args:
+        terms: Tensors x_i of the shape of `out` and their coefficients c_i; those with c_i = 0 are not read.
+        out: Overwritten.
+        scratch: Where rows of another dtype than float32 are accumulated.
+    """
+    used = [(value.reshape(-1), factor) for value, factor in terms if factor != 0]
+    with flat(out) as destination:
+        for start, stop in spans(destination.numel(), destination.device):
+            piece = destination[start:stop]
+            direct = piece.dtype == torch.float32
+            row = piece if direct else scratch.take("sum", stop - start, device=piece.device)
+            if not used:
+                row.zero_()
+            for index, (value, factor) in enumerate(used):
+                if index:
+                    row.add_(value[start:stop], alpha=factor)
+                elif value.dtype == torch.float32:
+                    torch.mul(value[start:stop], factor, out=row)
+                else:
+                    row.copy_(value[start:stop]).mul_(factor)
+            if not direct:
+                piece.copy_(row)
+
+
+def accumulate(total: Tensor, terms: Sequence[tuple[Tensor, float]], scratch: Scratch) -> None:
+    """Writes Σ c_i x_i into a contiguous float64 tensor, x_i of the same shape and any floating dtype."""
+    flat_terms = [(value.reshape(-1), factor) for value, factor in terms]
+    whole = total.view(-1).zero_()
+    for start, stop in spans(whole.numel(), whole.device):
+        for value, factor in flat_terms:
+            piece = value[start:stop]
+            if piece.dtype != torch.float64:
+                row = scratch.take("wide", stop - start, device=whole.device, dtype=torch.float64)
+                piece = row.copy_(piece)
+            whole[start:stop].add_(piece, alpha=factor)
+
+
+def difference(value: Tensor, base: Tensor, row: Tensor) -> Tensor:
+    """Writes value − base into the float32 `row`; exact up to one rounding, also from half precision."""
+    if value.dtype == base.dtype == torch.float32:
+        return torch.sub(value, base, out=row)
+    return row.copy_(value).sub_(base)

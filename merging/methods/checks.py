@@ -1,0 +1,93 @@
+"""What every method asks of its input before it starts: members that fit, statistics that can be right."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from merging.errors import MethodError
+from merging.methods.base import BASE, Weight
+from merging.registry import did_you_mean
+
+
+def check_weights(weights: Sequence[Weight]) -> tuple[str, ...]:
+    """Looks at shapes, dtypes and members.
+
+    Returns:
+        The names of the members, sorted; all weights have the same.
+
+    Raises:
+        MethodError: A weight lacks a member that another has, has another shape than the base, or holds no
+            floating-point numbers.
+    """
+    if not weights:
+        return ()
+    expected = tuple(sorted(weights[0].members))
+    for weight in weights:
+        if missing := set(expected) ^ set(weight.members):
+            raise MethodError(
+                f"'{weight.name}': only some weights have member '{min(missing)}'. Leave the member out, or give all its weights"
+            )
+        for member, value in {BASE: weight.base, **weight.members}.items():
+            if value.shape != weight.base.shape:
+                raise MethodError(
+                    f"{member}: '{weight.name}' has shape {list(value.shape)}, the base has {list(weight.base.shape)}: "
+                    "it was not fine-tuned from this base"
+                )
+            if not value.dtype.is_floating_point:
+                raise MethodError(
+                    f"{member}: '{weight.name}' is {value.dtype}; take it from the base instead of merging it"
+                )
+    return expected
+
+
+def chosen(scaling: Mapping[str, float], members: Sequence[str]) -> tuple[str, ...]:
+    """The members that take part, sorted: every sum runs in this order, whatever the order of a recipe.
+
+    Raises:
+        MethodError: None takes part, or one was not prepared.
+    """
+    if not scaling:
+        raise MethodError("a merge needs at least one member")
+    for member in scaling:
+        if member not in members:
+            raise MethodError(f"member '{member}' is not in the pool. {did_you_mean(member, list(members))}")
+    return tuple(sorted(scaling))
+
+
+def statistic(
+    weight: Weight, kind: str, shape: Sequence[int], *, nonnegative: bool, base: bool = False
+) -> dict[str, Tensor]:
+    """A weight's statistic of every member, checked; empty where the kind has nothing for this weight.
+
+    Args:
+        weight: Whose.
+        kind: `fisher`, `gram`, …
+        shape: What each member's must be.
+        nonnegative: Refuse negative entries.
+        base: Give the base's too, where it is there.
+
+    Raises:
+        MethodError: A member lacks it, or its is of another shape, negative, NaN or Inf.
+    """
+    found = weight.statistics.get(kind, {})
+    if not any(member in found for member in weight.members):
+        return {}
+    remedy = f"Compute the {kind} statistic of this member again, or leave the member out"
+    values = {}
+    for member in [*sorted(weight.members), *([BASE] if base and BASE in found else [])]:
+        if member not in found:
+            raise MethodError(f"{member}: no {kind} for '{weight.name}', which other members have. {remedy}")
+        value = found[member]
+        if list(value.shape) != list(shape):
+            raise MethodError(
+                f"{member}: {kind} of '{weight.name}' has shape {list(value.shape)}, not {list(shape)}: it belongs to "
+                f"another model. {remedy}"
+            )
+        low, high = (bound.item() for bound in torch.aminmax(value)) if value.numel() else (0.0, 0.0)
+        if not abs(low) + abs(high) < float("inf"):
+            raise MethodError(f"{member}: {kind} of '{weight.name}' holds NaN or Inf. {remedy}")
+        if nonnegative and low < 0:
+            raise MethodError(f"{member}: {kind} of '{weight.name}' has negative entries ({low:g}). {remedy}")
+        values[member] = value
+    return values

@@ -1,0 +1,90 @@
+"""Merges of task vectors whose entries don't know of one another: θ_0 + f(τ_1 … τ_T), block by block."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from merging.methods.base import Prepared, Weight
+from merging.methods.blocks import Scratch, difference, flat, spans, target
+from merging.methods.checks import check_weights, chosen
+from merging.recipe import Value
+
+Block = Callable[[Weight, int, Tensor], Tensor]
+"""(weight, first flat index, task vectors [T, n] float32, to be overwritten freely) → what is added to the base [n]."""
+
+
+class Deltas(Prepared):
+    """Base and members as they are stored; subclasses say in `plan` what becomes of a block of task vectors.
+
+    Args:
+        weights: The weights to merge.
+    """
+
+    def __init__(self, weights: Sequence[Weight]) -> None:
+        self.members = check_weights(weights)
+        self.weights = tuple(weights)
+        self.scratch = Scratch()
+
+    @abstractmethod
+    def plan(
+        self, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]
+    ) -> Block:
+        """A candidate's arithmetic on one block; rows of task vectors are in the order of `members`."""
+
+    @torch.no_grad()
+    def merge(
+        self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]
+    ) -> None:
+        """One pass over base and members, with all members' task vectors of a block in the cache at once."""
+        members = chosen(scaling, self.members)
+        block = self.plan(members, [scaling[member] for member in members], parameters)
+        for weight in self.weights:
+            base = weight.base.reshape(-1)
+            values = [weight.members[member].reshape(-1) for member in members]
+            with flat(target(out, weight)) as destination:
+                for start, stop in spans(base.numel(), base.device, rows=len(members)):
+                    deltas = self.scratch.take("deltas", len(members), stop - start, device=base.device)
+                    for row, value in zip(deltas, values, strict=True):
+                        difference(value[start:stop], base[start:stop], row)
+                    moved = block(weight, start, deltas)
+                    if destination.dtype == base.dtype == torch.float32:
+                        torch.add(moved, base[start:stop], out=destination[start:stop])
+                    else:
+                        destination[start:stop].copy_(moved.add_(base[start:stop]))
+
+
+def total(deltas: Tensor, factors: Tensor, scratch: Scratch) -> Tensor:
+    """Σ α_t τ_t over the rows of a block [T, n]."""
+    row = scratch.take("total", deltas.shape[1], device=deltas.device)
+    return torch.mv(deltas.t(), factors, out=row)
+
+
+def elected(deltas: Tensor, factors: Sequence[float], disjoint: str, scratch: Scratch) -> Tensor:
+    """Merges the entries that agree with the elected sign (TIES, Yadav et al. 2023, steps 2 and 3).
+
+    The sign of an entry is that of Σ α_t τ_t; members agree whose α_t τ_t is not 0 and has that sign.
+
+    Args:
+        deltas: Trimmed task vectors [T, n]; overwritten.
+        factors: α_t; negative ones turn their task vector round.
+        disjoint: `mean` gives Σ α_t τ_t / Σ |α_t| over those that agree, `sum` the numerator alone.
+        scratch: For rows.
+    """
+    device = deltas.device
+    largest = max(map(abs, factors)) or 1.0
+    # Equal factors are exactly 1 here, so that opposite task vectors cancel to 0 and not to the sign of a rounding error.
+    sizes = torch.tensor([abs(factor) / largest for factor in factors], device=device)
+    if min(factors) < 0:
+        deltas.mul_(
+            torch.tensor([1.0 if factor >= 0 else -1.0 for factor in factors], device=device)[:, None]
+        )
+    sign = total(deltas, sizes, scratch).sign_()
+    deltas.mul_(sign).relu_()
+    row = scratch.take("agreeing", deltas.shape[1], device=device)
+    agreeing = torch.mv(deltas.t(), sizes, out=row).mul_(sign)
+    if disjoint == "sum":
+        return agreeing.mul_(largest)
+    count = torch.mv(deltas.sign_().t(), sizes, out=sign)
+    return agreeing.div_(count.clamp_(min=torch.finfo(torch.float32).tiny))

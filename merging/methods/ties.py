@@ -1,0 +1,75 @@
+"""TIES: trim each task vector to its largest entries, elect a sign for every entry, merge those that agree."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from merging.methods import trim
+from merging.methods.base import Context, Method, Parameter, Prepared, Weight, register
+from merging.methods.deltas import Block, Deltas, elected
+from merging.recipe import Value
+
+
+@register
+class Ties(Method):
+    """θ_0 + λ · merge of the trimmed task vectors that agree in sign (Yadav et al. 2023, algorithm 1)."""
+
+    name = "ties"
+    summary = "trim, elect sign, merge what agrees"
+    scaling = Parameter(1.0, "the member's weight in the election and in the mean", low=0.0, high=1.5)
+    parameters: ClassVar[Mapping[str, Parameter]] = {
+        "density": Parameter(
+            0.2, "share of entries that stay, the largest", low=0.05, high=1.0, minimum=0.0, maximum=1.0
+        ),
+        "lambda": Parameter(1.0, "scale of the merged task vector", low=0.1, high=1.5),
+        "trim": Parameter(
+            "global",
+            "share over the whole model, or in every tensor",
+            choices=("global", "tensor"),
+            search=False,
+        ),
+        "disjoint": Parameter("mean", "mean or sum of what agrees", choices=("mean", "sum"), search=False),
+    }
+
+    def survey(self, weights: Iterable[Weight]) -> trim.Survey:
+        """Histograms of the task vectors' magnitudes."""
+        return trim.survey(weights)
+
+    def combine(self, first: trim.Survey, second: trim.Survey) -> trim.Survey:
+        """Both weights' histograms."""
+        return {**(first or {}), **(second or {})}
+
+    def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
+        """Keeps references to base and members, and the histograms; thresholds are found as densities come."""
+        return PreparedTies(weights, self.survey(weights) if context.survey is None else context.survey)
+
+
+class PreparedTies(Deltas):
+    """Base, members and histograms.
+
+    Args:
+        weights: The weights to merge.
+        survey: Histograms of the whole model.
+    """
+
+    def __init__(self, weights: Sequence[Weight], survey: trim.Survey) -> None:
+        super().__init__(weights)
+        self._trimmer = trim.Trimmer(weights, survey)
+
+    def plan(
+        self, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]
+    ) -> Block:
+        """Trims in place, then elects and merges."""
+        density, scale = float(parameters["density"]), float(parameters["lambda"])
+        disjoint, scope = str(parameters["disjoint"]), parameters["trim"]
+        whole = [self._trimmer.whole(member, density) for member in members] if scope == "global" else []
+
+        def block(weight: Weight, start: int, deltas: Tensor) -> Tensor:
+            cuts = whole or [self._trimmer.tensor(weight.name, member, density) for member in members]
+            for row, cut in zip(deltas, cuts, strict=True):
+                if cut is not trim.KEEP_ALL:
+                    cut.apply(row, weight.name, start)
+            return elected(deltas, factors, disjoint, self.scratch).mul_(scale)
+
+        return block

@@ -1,0 +1,29 @@
+"""What methods need to know of a member on its data: computed in shards, kept in publishable files."""
+
+from merging.statistics.base import STATISTICS, Partial, Statistic, StatisticSettings
+from merging.statistics.compute import measure, measure_shard, number_of_examples
+from merging.statistics.file import StatisticsFile, save
+from merging.statistics.fisher import Fisher
+from merging.statistics.gram import Gram
+from merging.statistics.likelihood import LikelihoodSettings
+from merging.statistics.output_gram import OutputGram, OutputGramSettings
+from merging.statistics.representation import Representation, RepresentationSettings
+
+__all__ = [
+    "STATISTICS",
+    "Fisher",
+    "Gram",
+    "LikelihoodSettings",
+    "OutputGram",
+    "OutputGramSettings",
+    "Partial",
+    "Representation",
+    "RepresentationSettings",
+    "Statistic",
+    "StatisticSettings",
+    "StatisticsFile",
+    "measure",
+    "measure_shard",
+    "number_of_examples",
+    "save",
+]

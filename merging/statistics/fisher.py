@@ -1,0 +1,67 @@
+"""Diagonal Fisher information of a member on its own data (METHODS: F_t), per example and per class."""
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from merging.statistics.base import Partial, Statistic, StatisticSettings, register
+from merging.statistics.layers import device_of, means, token_count
+from merging.statistics.likelihood import LikelihoodSettings, objectives, settings_key
+from merging.statistics.names import checkpoint_names
+from merging.statistics.per_example import PerExample
+from merging.tasks.base import Batch, Task
+
+
+@register
+class Fisher(Statistic):
+    """F = (1/N) Σ_x Σ_c p(c|x) (∇ log p(c|x))², for every parameter of the task's model, its head included.
+
+    An example's gradient is squared by itself: squaring a batch's would keep cross terms between examples.
+    A parameter that the output does not depend on has zeros.
+    """
+
+    kind: ClassVar[str] = "fisher"
+    version: ClassVar[int] = 1
+    settings_type: ClassVar[type[StatisticSettings]] = LikelihoodSettings
+    settings: LikelihoodSettings
+
+    def measure(self, model: nn.Module, task: Task, batches: Iterable[Batch]) -> Partial:
+        """One forward pass a batch, and a backward pass for every class but one (`exact`), or one.
+
+        Raises:
+            StatisticsError: The estimator does not fit the task, or a layer hides which example is which.
+        """
+        device = device_of(model)
+        names = checkpoint_names(model)
+        sums = {
+            names[id(parameter)]: torch.zeros(
+                parameter.shape, dtype=torch.promote_types(parameter.dtype, torch.float32), device=device
+            )
+            for parameter in model.parameters()
+        }
+        counts = {"examples": 0, "tokens": 0}
+        with PerExample(model, task.logits) as passes:
+            for batch in batches:
+                batch = batch.to(device)
+                todo = objectives(passes.forward(batch), batch, self.settings)
+                for number, objective in enumerate(todo, start=1):
+                    passes.add_squares(objective, sums, last=number == len(todo))
+                counts["examples"] += len(batch.indices)
+                counts["tokens"] += token_count(batch)
+        if not counts["examples"]:
+            return Partial()
+        return Partial({name: value.cpu() for name, value in sums.items()}, counts)
+
+    def finalize(self, partial: Partial) -> dict[str, Tensor]:
+        """Means over examples, float32, in each parameter's shape.
+
+        Raises:
+            StatisticsError: It was computed over no examples, or holds NaN or Inf.
+        """
+        return means(self.kind, partial)
+
+    def key(self) -> dict[str, Any]:
+        """What, beside weights and data, the numbers depend on."""
+        return {"statistic": self.kind, "version": self.version, **settings_key(self.settings)}

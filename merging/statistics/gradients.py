@@ -1,0 +1,126 @@
+"""Gradients of single examples, in the form that each kind of layer gives them, and sums of their squares."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = {"cpu": 1 << 22}
+"""Bytes of gradients that are held at once: what stays in a CPU's cache; elsewhere `LARGE_CHUNK`."""
+LARGE_CHUNK = 1 << 28
+
+
+class Piece(Protocol):
+    """What one use of a parameter contributes to each of N examples' gradients of it."""
+
+    def add_to(self, out: Tensor, start: int) -> None:
+        """Adds the gradients of examples [start, start + n) to `out` [n, *parameter's shape]."""
+
+
+@dataclass(frozen=True)
+class Outer:
+    """A linear map's weight [R, C]: example n has left[n]ᵀ @ right[n], of [N, S, R] and [N, S, C]."""
+
+    left: Tensor
+    right: Tensor
+
+    def add_to(self, out: Tensor, start: int) -> None:
+        """See `Piece`."""
+        stop = start + len(out)
+        out.flatten(2).baddbmm_(self.left[start:stop].transpose(1, 2), self.right[start:stop])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A table's weight [V, D]: example n adds values[n, s] to row ids[n, s]; `values` [N, S, D]."""
+
+    ids: Tensor
+    values: Tensor
+
+    def add_to(self, out: Tensor, start: int) -> None:
+        """See `Piece`."""
+        n, rows, _ = out.shape
+        first = torch.arange(n, device=out.device)[:, None] * rows
+        places = (first + self.ids[start : start + n]).flatten()
+        out.view(n * rows, -1).index_add_(0, places, self.values[start : start + n].flatten(0, 1))
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Any parameter's gradients as they are: `values` [N, *shape]."""
+
+    values: Tensor
+
+    def add_to(self, out: Tensor, start: int) -> None:
+        """See `Piece`."""
+        out += self.values[start : start + len(out)]
+
+
+@dataclass(frozen=True)
+class Computed:
+    """Gradients that are computed when asked for: `between(start, stop)` gives [stop − start, *shape]."""
+
+    between: Callable[[int, int], Tensor]
+
+    def add_to(self, out: Tensor, start: int) -> None:
+        """See `Piece`."""
+        out += self.between(start, start + len(out))
+
+
+def add_squares(pieces: Sequence[Piece], examples: int, out: Tensor) -> None:
+    """Adds Σ_n (Σ_pieces gradient_n)² to `out`: uses of one parameter are summed before they are squared.
+
+    Args:
+        pieces: One for each use of the parameter.
+        examples: N.
+        out: In the parameter's shape, contiguous.
+    """
+    outer = [piece for piece in pieces if isinstance(piece, Outer)]
+    rows = [piece for piece in pieces if isinstance(piece, Rows)]
+    if len(outer) == len(pieces):
+        _add_outer(_joined([piece.left for piece in outer]), _joined([piece.right for piece in outer]), out)
+    elif len(rows) == len(pieces):
+        _add_rows(_joined([piece.ids for piece in rows]), _joined([piece.values for piece in rows]), out)
+    else:
+        step = _chunk(out)
+        for start in range(0, examples, step):
+            gradient = out.new_zeros(min(step, examples - start), *out.shape)
+            for piece in pieces:
+                piece.add_to(gradient, start)
+            out += gradient.square_().sum(0)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+
+
+def _chunk(out: Tensor) -> int:
+    """How many examples' gradients of a parameter are held at once."""
+    budget = CHUNK_BYTES.get(out.device.type, LARGE_CHUNK)
+    return max(1, budget // max(1, out.nbytes))
+
+
+def _add_outer(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Σ_n (left_nᵀ @ right_n)²; of a single position the square of a product is the product of squares."""
+    matrix = out.flatten(1)
+    if left.shape[1] == 1:
+        matrix.addmm_(left[:, 0].square().T, right[:, 0].square())
+        return
+    step = _chunk(out)
+    for start in range(0, len(left), step):
+        gradient = torch.bmm(left[start : start + step].transpose(1, 2), right[start : start + step])
+        if len(gradient) == 1:
+            matrix.addcmul_(gradient[0], gradient[0])
+        else:
+            matrix += gradient.square_().sum(0)
+
+
+def _add_rows(ids: Tensor, values: Tensor, out: Tensor) -> None:
+    """Σ_n (Σ_s values[n, s] at row ids[n, s])², touching only the rows that occur."""
+    first = torch.arange(len(ids), device=ids.device)[:, None] * len(out)
+    places, inverse = torch.unique(first + ids, return_inverse=True)
+    gradient = out.new_zeros(len(places), out.shape[1])
+    gradient.index_add_(0, inverse.flatten(), values.flatten(0, 1))
+    out.index_add_(0, places % len(out), gradient.square_())

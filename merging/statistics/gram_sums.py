@@ -1,0 +1,59 @@
+"""Sums of rowsᵀ @ rows, half of which follows from the other half."""
+
+from torch import Tensor, float32, promote_types
+
+from merging.statistics.base import Partial
+from merging.statistics.layers import real_rows, token_count
+from merging.tasks.base import Batch
+
+LEAST_BLOCK = {"cpu": 256}
+"""Blocks on the diagonal that are no longer worth cutting; elsewhere `LEAST_BLOCK_ELSEWHERE`."""
+LEAST_BLOCK_ELSEWHERE = 1024
+
+
+class GramSums:
+    """Accumulates Grams by name, and the number of rows in each."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts = {"examples": 0, "tokens": 0}
+
+    def add(self, name: str, value: Tensor, mask: Tensor | None, *, counted: bool = True) -> None:
+        """Adds the Gram of a tensor's real rows.
+
+        Args:
+            name: Which Gram.
+            value: […, D].
+            mask: Which positions are real tokens, or None.
+            counted: Whether the rows are new ones (and not the same tokens' for another class).
+        """
+        rows = real_rows(value, mask)
+        rows = rows.to(promote_types(rows.dtype, float32))
+        if name not in self._sums:
+            self._sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
+        _add_upper(self._sums[name], rows)
+        self._counts[name] = self._counts.get(name, 0) + (len(rows) if counted else 0)
+
+    def count(self, batch: Batch) -> None:
+        """Counts a batch's examples and tokens."""
+        self._counts["examples"] += len(batch.indices)
+        self._counts["tokens"] += token_count(batch)
+
+    def partial(self, shared: dict[str, str], transposed: tuple[str, ...]) -> Partial:
+        """What was accumulated, on the CPU; `transposed` restricted to names that have a Gram."""
+        if not self._counts["examples"]:
+            return Partial()
+        sums = {name: (value.triu() + value.triu(1).T).cpu() for name, value in self._sums.items()}
+        named = tuple(name for name in transposed if name in sums or name in shared)
+        return Partial(sums, self._counts, shared=shared, transposed=named)
+
+
+def _add_upper(out: Tensor, rows: Tensor) -> None:
+    """Adds rowsᵀ @ rows to `out` [D, D], below the diagonal only within small blocks: about half the work."""
+    half = out.shape[0] // 2
+    if 2 * half <= LEAST_BLOCK.get(out.device.type, LEAST_BLOCK_ELSEWHERE):
+        out.addmm_(rows.T, rows)
+        return
+    _add_upper(out[:half, :half], rows[:, :half])
+    out[:half, half:].addmm_(rows[:, :half].T, rows[:, half:])
+    _add_upper(out[half:, half:], rows[:, half:])

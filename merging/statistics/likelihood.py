@@ -1,0 +1,116 @@
+"""What is differentiated for a Fisher: functions of the logits whose squared gradients add up to it."""
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from merging.errors import StatisticsError
+from merging.statistics.base import StatisticSettings
+from merging.tasks.base import Batch
+
+IGNORED = -100
+"""The label of a position where there is nothing to predict."""
+
+
+class LikelihoodSettings(StatisticSettings):
+    """Settings of the statistics that come from gradients of log p(label | example)."""
+
+    estimator: Literal["exact", "sampled", "empirical"] = Field(
+        "exact",
+        description="exact: expectation over the classes; sampled: one label drawn from the model; "
+        "empirical: the label in the data. Language models: sampled or empirical.",
+    )
+    seed: int = Field(0, ge=0, description="Seed of the sampled labels.")
+
+
+def settings_key(settings: LikelihoodSettings) -> dict[str, Any]:
+    """The settings that the numbers depend on: the seed only where something is drawn."""
+    left_out = {"batch_size"} if settings.estimator == "sampled" else {"batch_size", "seed"}
+    return settings.model_dump(mode="json", exclude=left_out)
+
+
+def objectives(logits: Tensor, batch: Batch, settings: LikelihoodSettings) -> list[Tensor]:
+    """Scalars, each a sum with one term an example, whose squared per-example gradients add up to the Fisher.
+
+    Args:
+        logits: [N, C], or [N, S, C] with labels [N, S]: an example's log-likelihood sums over its targets.
+        batch: Where they come from.
+        settings: Which estimator.
+
+    Returns:
+        One scalar for `sampled` and `empirical`, C − 1 for `exact` (see `multinomial_factor`).
+
+    Raises:
+        StatisticsError: `exact` with a label at every position; `empirical` without labels; one class.
+    """
+    if logits.shape[:-1] != batch.labels.shape:
+        raise StatisticsError(
+            f"the task gives logits {list(logits.shape)} for labels {list(batch.labels.shape)}: they must agree "
+            "in all agree in all but the last extent"
+        )
+    if logits.shape[-1] < 2:
+        raise StatisticsError(
+            "the task has one class, so its labels carry no information: its Fisher is zero"
+        )
+    if settings.estimator == "exact":
+        if logits.dim() != 2:
+            raise StatisticsError(
+                f"estimator 'exact' is for one label an example; these logits are {list(logits.shape)}. "
+                "Use estimator: sampled, or empirical"
+            )
+        factor = multinomial_factor(logits.detach().double().softmax(-1)).to(logits.dtype)
+        return [(factor[:, :, k] * logits).sum() for k in range(factor.shape[-1])]
+    labels = (
+        sampled_labels(logits.detach(), batch, settings.seed)
+        if settings.estimator == "sampled"
+        else batch.labels
+    )
+    if labels.dim() == 1 and (labels == IGNORED).any():
+        position = int(batch.indices[(labels == IGNORED).cpu()][0])
+        raise StatisticsError(
+            f"example {position} has no label, which estimator 'empirical' needs. Use exact, or sampled"
+        )
+    loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return [-loss]
+
+
+def multinomial_factor(p: Tensor) -> Tensor:
+    """V [N, C, C − 1] with V Vᵀ = diag(p) − p pᵀ, for probabilities p [N, C] (Tanabe and Sagae, 1992).
+
+    With J the Jacobian of the logits, Σ_c p_c (∇ log p_c)² = diag(Jᵀ (diag(p) − p pᵀ) J) = Σ_k (Jᵀ V_k)²:
+    the exact Fisher in one backward pass fewer than there are classes. Column k sets class k against those
+    after it, so that no after it, so that no difference of nearly equal numbers occurs, however certain the model is.
+    """
+    remaining = p.flip(-1).cumsum(-1).flip(-1)
+    after = remaining[:, 1:]
+    tiny = torch.finfo(p.dtype).tiny
+    scale = (p[:, :-1] * (after / remaining[:, :-1].clamp_min(tiny))).sqrt()
+    share = p[:, :, None] / after[:, None, :].clamp_min(tiny)
+    factor = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)[:, :-1] - share.tril(-1)
+    return factor * scale[:, None, :]
+
+
+def sampled_labels(logits: Tensor, batch: Batch, seed: int) -> Tensor:
+    """A label drawn from the model for each target, in the shape of `batch.labels`.
+
+    The draw depends on the seed, the example's position in its split and the target's rank in it, and on
+    nothing else: neither sharding nor batch size nor padding changes it.
+    """
+    targets = (
+        batch.labels != IGNORED if batch.labels.dim() > 1 else torch.ones_like(batch.labels, dtype=torch.bool)
+    )
+    per_example = targets.reshape(len(targets), -1).sum(1).tolist()
+    draws = [
+        np.random.default_rng((seed, position)).random(count)
+        for position, count in zip(batch.indices.tolist(), per_example, strict=True)
+    ]
+    uniform = torch.from_numpy(np.concatenate(draws)).to(logits.device)
+    cumulative = logits[targets].double().softmax(-1).cumsum(-1)
+    drawn = torch.searchsorted(cumulative, uniform[:, None]).squeeze(-1).clamp_max(logits.shape[-1] - 1)
+    labels = torch.full_like(batch.labels, IGNORED)
+    labels[targets] = drawn.to(labels.dtype)
+    return labels

@@ -1,0 +1,152 @@
+"""A task whose score the user's own function gives."""
+
+import importlib
+import inspect
+import math
+import time
+from collections.abc import Callable
+from functools import cached_property
+from numbers import Real
+from typing import Any, ClassVar, Literal
+
+import torch
+import transformers
+from pydantic import Field
+from torch import nn
+
+from merging import storage
+from merging.errors import TaskError
+from merging.registry import did_you_mean
+from merging.tasks.base import Score, Split, Task, TaskSettings, register
+from merging.tasks.head import load_model
+
+
+class CustomSettings(TaskSettings):
+    """A score that a function of your own gives: `function(model, checkpoint, split, limit, **arguments)`.
+
+    It gets the live model, the path of the head's checkpoint (for its tokenizer), the split's name, and the
+    number of examples to stop at (or None). It returns a number, greater is better, or a mapping with `value`
+    and, where known, `standard_error` and `examples`.
+    """
+
+    kind: Literal["custom"] = "custom"
+    evaluator: str = Field(
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
+        description="The function, as `module:function` on Python's path.",
+    )
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="Further keyword arguments of the function."
+    )
+    metric: str = Field("score", min_length=1, description="What the function's number is called in tables.")
+    model_class: str = Field("AutoModel", description="Class in `transformers` that loads the checkpoint.")
+    examples: dict[Split, int] = Field(
+        default_factory=dict,
+        description="Split → number of examples, where it matters to pruning; 0 if not given.",
+    )
+
+
+class Custom(Task):
+    """A task scored by the user's function; see `Task`."""
+
+    kind: ClassVar[str] = "custom"
+    has_logits: ClassVar[bool] = False
+
+    def __init__(self, name: str, settings: CustomSettings, head: str) -> None:
+        super().__init__(name, settings, head)
+        self.settings: CustomSettings = settings
+
+    def check(self) -> list[str]:
+        """Imports the function and tries its arguments on its signature; see `Task.check`."""
+        try:
+            inspect.signature(self._function).bind(
+                None, self.head, "validation", None, **self.settings.arguments
+            )
+        except TypeError as error:
+            raise self._error(
+                f"{self.settings.evaluator} cannot be called as function(model, checkpoint, split, limit, "
+                f"**arguments) with the arguments {sorted(self.settings.arguments)}: {error}"
+            ) from error
+        if not hasattr(getattr(transformers, self.settings.model_class, None), "from_pretrained"):
+            autos = [name for name in dir(transformers) if name.startswith("AutoModel")]
+            hint = did_you_mean(self.settings.model_class, autos)
+            raise self._error(f"transformers has no model class '{self.settings.model_class}'. {hint}")
+        return [
+            f"task '{self.name}' is scored by {self.settings.evaluator}: no statistics can be computed for it"
+        ]
+
+    def load_model(self) -> nn.Module:
+        """The head's checkpoint as `settings.model_class`; see `Task.load_model`."""
+        return load_model(self.head, self.settings.model_class, complete=False)
+
+    def size(self, split: Split) -> int:
+        """What the settings say of it, for only the function knows its data."""
+        return self.settings.examples.get(split, 0)
+
+    def data_fingerprint(self, split: Split) -> str:
+        """Content hash of the function's source file, the settings and the split; not of files it opens."""
+        source = inspect.getsourcefile(self._function)
+        code = storage.file_fingerprint(source) if source else ""
+        return storage.fingerprint([code, self.settings.model_dump(mode="json"), split])
+
+    def evaluate(
+        self, model: nn.Module, split: Split, *, limit: int | None = None, precision: str = "float32"
+    ) -> Score:
+        """Calls the function; see `Task.evaluate`."""
+        function = self._function
+        started = time.perf_counter()
+        device = next(model.parameters()).device
+        try:
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                result = function(model, self.head, split, limit, **self.settings.arguments)
+        except Exception as error:  # the user's code may raise anything
+            raise self._error(f"{self.settings.evaluator} failed: {type(error).__name__}: {error}") from error
+        fields = result if isinstance(result, dict) else {"value": result}
+        if unknown := fields.keys() - {"value", "standard_error", "examples"}:
+            raise self._error(
+                f"{self.settings.evaluator} returned {sorted(map(str, unknown))}: it may return a number, "
+                "or a mapping with value, standard_error and examples"
+            )
+        size = self.size(split)
+        value = self._number(fields.get("value"), "value")
+        if not math.isfinite(value):
+            raise self._error(f"{self.settings.evaluator} gave {value} on {split}: a score must be finite")
+        return Score(
+            value=value,
+            standard_error=self._number(fields.get("standard_error", math.nan), "standard_error"),
+            examples=int(
+                self._number(fields.get("examples", min(limit, size) if limit else size), "examples")
+            ),
+            metric=self.settings.metric,
+            seconds=time.perf_counter() - started,
+        )
+
+    @cached_property
+    def _function(self) -> Callable[..., Any]:
+        module, name = self.settings.evaluator.split(":")
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except AttributeError as error:
+            raise self._error(f"module '{module}' has no function '{name}'") from error
+        except Exception as error:  # the user's module may raise anything
+            raise self._error(
+                f"cannot import '{module}' ({type(error).__name__}: {error}): put its directory on "
+                "PYTHONPATH, and what it needs into this environment"
+            ) from error
+        if not callable(function):
+            raise self._error(f"{self.settings.evaluator} is no function but {type(function).__name__}")
+        called: Callable[..., Any] = function
+        return called
+
+    def _number(self, value: Any, what: str) -> float:
+        """A number out of what the function returned, also out of a NumPy or torch scalar."""
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            return float(value)
+        if isinstance(value, Real) and not isinstance(value, bool):
+            return float(value)
+        raise self._error(f"{self.settings.evaluator} returned {value!r} as {what}: a number is needed")
+
+    def _error(self, message: str) -> TaskError:
+        return TaskError(f"task '{self.name}': {message}")
+
+
+register(Custom, CustomSettings)

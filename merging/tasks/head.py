@@ -1,0 +1,149 @@
+"""The checkpoint that brings a task's head: its classes, tokenizer and live model; no code, no pickle."""
+
+import atexit
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from merging import storage
+from merging.checkpoint import CONFIG, Checkpoint
+from merging.errors import StorageError, TaskError
+
+
+def class_names(head: str, labels: Sequence[str] | None) -> Sequence[str]:
+    """Names of a classification head's outputs, in order.
+
+    Args:
+        head: The checkpoint's directory or address.
+        labels: Names to take in place of the configuration's `id2label`.
+
+    Raises:
+        TaskError: There is no configuration or no head, or another number of `labels` than outputs.
+    """
+    try:
+        config = storage.read_json(storage.join(head, CONFIG))
+    except StorageError as error:
+        raise TaskError(f"the head has no configuration: {error}") from error
+    architecture = (config.get("architectures") or ["model of unknown architecture"])[0]
+    if not architecture.endswith("ForSequenceClassification"):
+        raise TaskError(
+            f"{head} is a {architecture}, without a classification head: "
+            "name a checkpoint that was fine-tuned with AutoModelForSequenceClassification"
+        )
+    # transformers leaves out what is its default
+    found: Mapping[str, str] = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    if len(found) < 2:
+        raise TaskError(f"the head of {head} has one output, a regression: it does not classify")
+    if labels is not None and len(labels) != len(found):
+        raise TaskError(f"`labels` names {len(labels)} classes, the head of {head} has {len(found)}")
+    return labels or [found[key] for key in sorted(found, key=int)]
+
+
+def load_tokenizer(head: str) -> Any:
+    """A checkpoint's tokenizer, with the end-of-sequence token for padding where it has no token of its own.
+
+    Raises:
+        TaskError: It is missing or damaged.
+    """
+    try:
+        with quiet():
+            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+                local_directory(head), local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:  # transformers raises all kinds
+        raise TaskError(
+            f"the tokenizer of {head} cannot be loaded ({_first_line(error)}): "
+            "save the base model's tokenizer there"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tokenizer_identity(tokenizer: Any) -> Any:
+    """What a tokenizer does to a text, JSON-like, without the padding that its last call left there."""
+    if not tokenizer.is_fast:
+        return [type(tokenizer).__name__, tokenizer.get_vocab()]
+    pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {name: part for name, part in pipeline.items() if name not in ("truncation", "padding")}
+
+
+def load_model(head: str, model_class: str, *, complete: bool) -> nn.Module:
+    """A checkpoint as a live model: evaluation mode, float32, on the CPU.
+
+    Args:
+        head: The checkpoint's directory or address.
+        model_class: Name of the class in `transformers` (`AutoModelForSequenceClassification`).
+        complete: Whether to refuse a checkpoint that lacks some of the model's weights.
+
+    Raises:
+        TaskError: The class is unknown, or the checkpoint is damaged, unsafe, or incomplete.
+    """
+    loader: Any = getattr(transformers, model_class, None)
+    if not hasattr(loader, "from_pretrained"):
+        raise TaskError(
+            f"transformers has no model class '{model_class}': name one such as AutoModelForCausalLM"
+        )
+    try:
+        with quiet():
+            model, info = loader.from_pretrained(
+                local_directory(head),
+                dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except Exception as error:  # transformers raises all kinds
+        raise TaskError(f"{head} cannot be loaded as {model_class}: {_first_line(error)}") from error
+    if complete and (missing := sorted(info["missing_keys"])):
+        raise TaskError(
+            f"{head} lacks {len(missing)} weights of {type(model).__name__} ({', '.join(missing[:4])}): "
+            "name a checkpoint that was fine-tuned with this head"
+        )
+    live: nn.Module = model.eval()
+    return live
+
+
+def local_directory(head: str) -> str:
+    """The directory itself, or a copy of a remote one that lasts as long as this process."""
+    return str(storage.local_path(head)) if storage.is_local(head) else _download(head)
+
+
+@cache
+def _download(head: str) -> str:
+    checkpoint = Checkpoint.open(head)
+    copy = tempfile.TemporaryDirectory(prefix="mergequest-head-")
+    atexit.register(copy.cleanup)
+    weights = {storage.base_name(info.file) for info in checkpoint.tensors.values()}
+    for name in storage.list_dir(head):
+        if name in weights or name.endswith((".json", ".txt", ".model", ".jinja")):
+            (Path(copy.name) / name).write_bytes(storage.read_bytes(storage.join(head, name)))
+    return copy.name
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers' progress bars and loading reports off the screen."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"

@@ -1,0 +1,162 @@
+"""What a classifier's predictions are worth: scikit-learn's metrics by name, each with a standard error."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.metrics import balanced_accuracy_score, f1_score, matthews_corrcoef
+
+from merging.errors import TaskError
+from merging.registry import Registry
+
+Labels = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+RESAMPLES = 200
+
+
+@dataclass(frozen=True)
+class OfEachExample:
+    """A metric that is the mean of one number an example; its standard error is that of a mean.
+
+    Args:
+        values: (labels [N], probabilities [N, C]) → [N]; greater is better.
+    """
+
+    values: Callable[[Labels, Floats], Floats]
+
+    def measure(self, labels: Labels, probabilities: Floats, seed: int) -> tuple[float, float]:
+        """The mean and s/√N; for accuracy s² = a(1 − a), the exact variance of a right or wrong answer."""
+        values = self.values(labels, probabilities)
+        return float(values.mean()), float(values.std() / np.sqrt(len(values)))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What is counted of predictions, for B resamples of the examples at once.
+
+    Args:
+        right: Examples of each class that are predicted as such [B, C].
+        labelled: Examples of each class [B, C].
+        predicted: Predictions of each class [B, C].
+    """
+
+    right: Floats
+    labelled: Floats
+    predicted: Floats
+
+
+@dataclass(frozen=True)
+class OfPredictions:
+    """A metric of all predictions together; its standard error is a bootstrap's.
+
+    Args:
+        function: scikit-learn's (labels [N], predictions [N]) → value; greater is better.
+        of_counts: The same metric of each resample [B], fast enough to be asked of hundreds.
+    """
+
+    function: Callable[[Labels, Labels], Any]
+    of_counts: Callable[[Counts], Floats]
+
+    def measure(self, labels: Labels, probabilities: Floats, seed: int) -> tuple[float, float]:
+        """The value, and its spread over resampled examples (Efron 1979)."""
+        predictions = probabilities.argmax(axis=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a class without examples or predictions counts as 0
+            value = float(self.function(labels, predictions))
+        resampled = self.of_counts(resample(labels, predictions, probabilities.shape[1], RESAMPLES, seed))
+        return value, float(resampled.std(ddof=1))
+
+
+def resample(labels: Labels, predictions: Labels, classes: int, resamples: int, seed: int) -> Counts:
+    """Draws examples with replacement, and counts.
+
+    Examples that agree in label and prediction are interchangeable, so that drawing them is drawing the numbers of
+    those pairs from a multinomial distribution.
+    """
+    pairs, numbers = np.unique(np.stack([labels, predictions]), axis=1, return_counts=True)
+    draws = np.random.default_rng(seed).multinomial(len(labels), numbers / len(labels), size=resamples)
+    of_label, of_prediction = np.eye(classes)[pairs[0]], np.eye(classes)[pairs[1]]
+    return Counts(draws @ (of_label * of_prediction), draws @ of_label, draws @ of_prediction)
+
+
+def _ratio(over: Floats, under: Floats) -> Floats:
+    """over / under, 0 where both are 0."""
+    return np.divide(over, under, out=np.zeros_like(over), where=under > 0)
+
+
+def _f1(counts: Counts) -> Floats:
+    return _ratio(2 * counts.right, counts.labelled + counts.predicted)
+
+
+def _macro_f1(counts: Counts) -> Floats:
+    seen = (counts.labelled + counts.predicted > 0).sum(axis=1)
+    mean: Floats = _f1(counts).sum(axis=1) / seen
+    return mean
+
+
+def _weighted_f1(counts: Counts) -> Floats:
+    mean: Floats = (_f1(counts) * counts.labelled).sum(axis=1) / counts.labelled.sum(axis=1)
+    return mean
+
+
+def _micro_f1(counts: Counts) -> Floats:
+    share: Floats = counts.right.sum(axis=1) / counts.labelled.sum(axis=1)
+    return share
+
+
+def _balanced_accuracy(counts: Counts) -> Floats:
+    mean: Floats = _ratio(counts.right, counts.labelled).sum(axis=1) / (counts.labelled > 0).sum(axis=1)
+    return mean
+
+
+def _matthews(counts: Counts) -> Floats:
+    """The R_K statistic (Gorodkin 2004)."""
+    total = counts.labelled.sum(axis=1)
+    over = counts.right.sum(axis=1) * total - (counts.labelled * counts.predicted).sum(axis=1)
+    spreads = [total**2 - np.square(margin).sum(axis=1) for margin in (counts.labelled, counts.predicted)]
+    return _ratio(over, np.sqrt(spreads[0] * spreads[1]))
+
+
+def _right(labels: Labels, probabilities: Floats) -> Floats:
+    return np.where(probabilities.argmax(axis=1) == labels, 1.0, 0.0)
+
+
+def _log_probability(labels: Labels, probabilities: Floats) -> Floats:
+    chosen = probabilities[np.arange(len(labels)), labels]
+    logarithms: Floats = np.log(np.maximum(chosen, np.finfo(np.float64).tiny))
+    return logarithms
+
+
+METRICS: Registry[OfEachExample | OfPredictions] = Registry("metric", TaskError)
+METRICS.register("accuracy", OfEachExample(_right))
+METRICS.register("neg_log_loss", OfEachExample(_log_probability))
+METRICS.register("macro_f1", OfPredictions(partial(f1_score, average="macro", zero_division=0.0), _macro_f1))
+METRICS.register("micro_f1", OfPredictions(partial(f1_score, average="micro", zero_division=0.0), _micro_f1))
+METRICS.register(
+    "weighted_f1", OfPredictions(partial(f1_score, average="weighted", zero_division=0.0), _weighted_f1)
+)
+METRICS.register("balanced_accuracy", OfPredictions(balanced_accuracy_score, _balanced_accuracy))
+METRICS.register("matthews", OfPredictions(matthews_corrcoef, _matthews))
+
+
+def measure(name: str, labels: Labels, probabilities: Floats, seed: int = 0) -> tuple[float, float]:
+    """A metric and its standard error over the choice of examples.
+
+    Args:
+        name: The metric's name in `METRICS`.
+        labels: Class indices [N].
+        probabilities: [N, C].
+        seed: Of the bootstrap, for metrics that have no formula.
+
+    Returns:
+        The value, greater is better, and its standard error.
+
+    Raises:
+        TaskError: There is no such metric.
+    """
+    return METRICS[name].measure(labels, probabilities, seed)

@@ -1,0 +1,138 @@
+"""What came of a search, as a tidy pandas frame: one row a candidate and split, one column a fact."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import pandas as pd
+
+from search.ledger import Ledger
+from search.schema import Row
+
+MEMBERS_JOINT = "+"
+_PLAIN = (
+    "campaign",
+    "candidate",
+    "split",
+    "origin",
+    "trial",
+    "status",
+    "error",
+    "method",
+    "objective",
+    "merge_seconds",
+    "evaluate_seconds",
+    "started",
+    "finished",
+    "worker",
+    "code",
+    "data",
+)
+_SPREAD = {
+    "parameter": "parameters",
+    "scaling": "scaling",
+    "score": "scores",
+    "standard_error": "standard_errors",
+    "loss": "losses",
+    "expected_error": "expected_errors",
+    "examples": "examples",
+}
+"""Prefix of the columns (`score.<task>`) that each mapping of a row is spread over."""
+
+
+def load(path: str) -> pd.DataFrame:
+    """A ledger as a tidy frame, in the order of `frame`.
+
+    Args:
+        path: The ledger's directory, local or at any fsspec address.
+
+    Raises:
+        LedgerError: A file is unreadable or of another schema version.
+    """
+    return frame(Ledger(path).rows())
+
+
+def frame(rows: Sequence[Row]) -> pd.DataFrame:
+    """Rows as a tidy frame: by split, then in the order in which candidates finished.
+
+    Columns: those of the ledger that hold one value; `members`, joined by `+`; `size`, how many there are;
+    `mean` and `worst` of the scores; and `parameter.<name>`, `scaling.<member>`, `score.<task>`,
+    `standard_error.<task>`, `loss.<task>`, `expected_error.<task>`, `examples.<task>`. What a row lacks is NaN.
+    """
+    records = [_record(row) for row in sorted(rows, key=lambda row: (row.split, row.finished))]
+    found = pd.DataFrame.from_records(records)
+    for name in (*_PLAIN, "members", "size", "mean", "worst"):
+        if name not in found:
+            found[name] = None
+    first = [*_PLAIN[:8], "members", "size", "objective", "mean", "worst", *_PLAIN[9:]]
+    others = sorted((name for name in found if name not in first), key=_place)
+    found = found[[*first, *others]]
+    return found.astype({"trial": "Int64", "objective": "float64", "mean": "float64", "worst": "float64"})
+
+
+def candidates(found: pd.DataFrame, split: str = "validation") -> pd.DataFrame:
+    """Complete anchors and proposals on a split, best first; of equal ones the earliest first."""
+    chosen = found[
+        (found["split"] == split)
+        & (found["status"] == "complete")
+        & found["origin"].isin(["anchor", "search"])
+    ]
+    order = chosen.assign(trial=chosen["trial"].fillna(-1))
+    index = order.sort_values(["objective", "trial"], ascending=[False, True], kind="stable").index
+    return chosen.loc[index]
+
+
+def best_by_method(found: pd.DataFrame, split: str = "validation") -> pd.DataFrame:
+    """The best complete candidate of each method, the best method first."""
+    return candidates(found, split).drop_duplicates("method").reset_index(drop=True)
+
+
+def history(found: pd.DataFrame) -> pd.DataFrame:
+    """Validation candidates in the order in which they finished, with `best`, the best objective until then."""
+    chosen = found[(found["split"] == "validation") & found["origin"].isin(["anchor", "search"])]
+    chosen = chosen.sort_values("finished", kind="stable").reset_index(drop=True)
+    return chosen.assign(best=chosen["objective"].cummax().ffill())
+
+
+def shares(found: pd.DataFrame, top: float = 0.1) -> pd.Series:
+    """How often each member takes part in the best candidates.
+
+    Args:
+        found: A tidy frame.
+        top: Which share of the complete validation candidates counts as the best; at least one does.
+
+    Returns:
+        Member → share of these candidates in 0 … 1, largest first.
+    """
+    ranked = candidates(found)
+    chosen = ranked.head(max(1, round(top * len(ranked))))
+    taking_part = chosen["members"].str.split(MEMBERS_JOINT, regex=False).explode().value_counts()
+    everyone = ranked["members"].str.split(MEMBERS_JOINT, regex=False).explode().unique()
+    counts = taking_part.reindex(sorted(everyone), fill_value=0) / max(1, len(chosen))
+    return counts.sort_values(ascending=False, kind="stable").rename(None).rename_axis(None)
+
+
+def columns(found: pd.DataFrame, prefix: str) -> dict[str, str]:
+    """The columns of a prefix (`score`, `scaling`, `parameter`, …): what follows it → the column's name."""
+    return {
+        name.removeprefix(f"{prefix}."): name
+        for name in map(str, found.columns)
+        if name.startswith(f"{prefix}.")
+    }
+
+
+def _record(row: Row) -> dict[str, Any]:
+    record: dict[str, Any] = {name: getattr(row, name) for name in _PLAIN}
+    record["members"] = MEMBERS_JOINT.join(row.members)
+    record["size"] = len(row.members)
+    if row.scores:
+        record["mean"] = sum(row.scores.values()) / len(row.scores)
+        record["worst"] = min(row.scores.values())
+    for prefix, name in _SPREAD.items():
+        record |= {
+            f"{prefix}.{key}": value for key, value in cast(Mapping[str, Any], getattr(row, name)).items()
+        }
+    return record
+
+
+def _place(column: str) -> tuple[int, str]:
+    return list(_SPREAD).index(column.partition(".")[0]), column

@@ -1,0 +1,109 @@
+"""The ledger's row: one fixed, versioned Arrow schema that people read for years after the cluster is gone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from merging.recipe import Recipe
+
+VERSION = 1
+
+Status = Literal["complete", "failed", "pruned"]
+Origin = Literal["reference", "anchor", "search", "final"]
+"""Why a row was measured: the base or a single member beside which others are read; a method's default; a proposal of the
+sampler; the one measurement on test."""
+
+SCHEMA = pa.schema(
+    [
+        pa.field("campaign", pa.string(), nullable=False),
+        pa.field("candidate", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("origin", pa.string(), nullable=False),
+        pa.field("trial", pa.int64()),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error", pa.string()),
+        pa.field("method", pa.string(), nullable=False),
+        pa.field("members", pa.list_(pa.string()), nullable=False),
+        pa.field("scaling", pa.map_(pa.string(), pa.float64()), nullable=False),
+        pa.field("parameters", pa.string(), nullable=False),
+        pa.field("objective", pa.float64()),
+        pa.field("scores", pa.map_(pa.string(), pa.float64()), nullable=False),
+        pa.field("standard_errors", pa.map_(pa.string(), pa.float64()), nullable=False),
+        pa.field("losses", pa.map_(pa.string(), pa.float64()), nullable=False),
+        pa.field("expected_errors", pa.map_(pa.string(), pa.float64()), nullable=False),
+        pa.field("examples", pa.map_(pa.string(), pa.int64()), nullable=False),
+        pa.field("merge_seconds", pa.float64()),
+        pa.field("evaluate_seconds", pa.float64()),
+        pa.field("started", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("finished", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("worker", pa.string()),
+        pa.field("code", pa.string(), nullable=False),
+        pa.field("data", pa.string(), nullable=False),
+    ],
+    metadata={"mergequest.ledger": str(VERSION)},
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A candidate measured on a split, whatever became of it. Identity: (`candidate`, `split`).
+
+    Args:
+        campaign: The campaign's name.
+        candidate: `Recipe.identity`.
+        split: `validation` or `test`.
+        origin: Why it was measured.
+        trial: Number of the Optuna trial; None for rows that no sampler hears of.
+        status: `complete`, `failed` (see `error`) or `pruned`.
+        error: Type and message of what failed.
+        method: The method's name; `base` or `member` for reference rows.
+        members: Names of the members that take part, sorted.
+        scaling: Their scaling factors.
+        parameters: The method's parameters, all spelled out; a JSON object in the file.
+        objective: What the search maximises; None unless complete.
+        scores: Task → the task's metric.
+        standard_errors: Task → standard error of the score.
+        losses: Task → mean cross-entropy.
+        expected_errors: Task → mean of 1 − p_y.
+        examples: Task → number of examples evaluated.
+        merge_seconds: Wall time of the merge.
+        evaluate_seconds: Wall time of the evaluation, all tasks.
+        started: When work on it began.
+        finished: When its last score was there.
+        worker: Host, process and device that did it.
+        code: Version of mergequest, and of the commit where it is known.
+        data: Fingerprint of pool, statistics and evaluation data.
+    """
+
+    campaign: str
+    candidate: str
+    split: str
+    origin: Origin
+    status: Status
+    method: str
+    members: tuple[str, ...] = ()
+    scaling: Mapping[str, float] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    trial: int | None = None
+    error: str | None = None
+    objective: float | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+    standard_errors: Mapping[str, float] = field(default_factory=dict)
+    losses: Mapping[str, float] = field(default_factory=dict)
+    expected_errors: Mapping[str, float] = field(default_factory=dict)
+    examples: Mapping[str, int] = field(default_factory=dict)
+    merge_seconds: float | None = None
+    evaluate_seconds: float | None = None
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    finished: datetime = field(default_factory=lambda: datetime.now(UTC))
+    worker: str | None = None
+    code: str = ""
+    data: str = ""
+
+    @property
+    def recipe(self) -> Recipe:
+        """What was merged."""
+        return Recipe(self.method, dict(self.scaling), dict(self.parameters))

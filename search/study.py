@@ -1,0 +1,253 @@
+"""The Optuna study of a campaign, brought into line with the ledger whenever it is opened.
+
+The ledger is the truth. A study that a killed driver left behind is rewritten: finished trials stay as they
+are, a trial whose row is in the ledger is finished from it, and a trial that was being evaluated waits to be
+asked again, under its number and with its parameters. So a search that was killed proposes what it would have
+proposed.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna import Study
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, get_storage
+from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
+from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
+
+from merging import storage
+from merging.errors import LedgerError, MergequestError, StorageError
+from search.ledger import Ledger
+from search.schema import Row
+from search.space import Space
+
+CANDIDATE, ORIGIN, DUPLICATE = "candidate", "origin", "duplicate"
+"""User attributes of a trial: the identity of its recipe, set when that is complete; why it is there, if the
+sampler did not propose it; that its recipe was known already."""
+
+
+@contextmanager
+def open_study(
+    directory: str, name: str, space: Space, ledger: Ledger, url: str | None = None
+) -> Iterator[Study]:
+    """The campaign's study, in agreement with its ledger and space, with the space's anchors first.
+
+    Args:
+        directory: Where `journal.log` lies. On an object store, where no journal can, the study lives in
+            memory and is made from the ledger.
+        name: The campaign's.
+        space: What is searched.
+        ledger: What has been measured.
+        url: An Optuna storage instead of the journal.
+
+    Yields:
+        The study, to be used by nobody else until the block ends.
+
+    Raises:
+        LedgerError: Another process is running this campaign.
+        StorageError: The storage cannot be opened.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # progress is told by the search's observer
+    rows = {
+        row.candidate: row for row in ledger.rows() if row.split == "validation" and row.trial is not None
+    }
+    if url is not None:
+        backend = _open_url(url)
+        yield _fill(backend, name, rows, space)
+    elif not storage.is_local(directory):
+        yield _fill(InMemoryStorage(), name, rows, space)
+    else:
+        path = storage.local_path(directory)
+        storage.make_dir(directory)
+        with _alone(str(path / "driver.lock")):
+            yield _open_journal(str(path / "journal.log"), name, rows, space)
+
+
+def plan(trials: Sequence[FrozenTrial], rows: Mapping[str, Row], space: Space) -> list[FrozenTrial]:
+    """The trials that a study should have, numbered by their place.
+
+    Args:
+        trials: Those that it has.
+        rows: What the ledger has of numbered trials, by candidate.
+        space: What is searched, now.
+    """
+    planned = [
+        _settled(trial, rows, space)
+        for trial in (trials if all(_agrees(t, rows, space) for t in trials) else ())
+    ]
+    if planned and planned[-1] is None:
+        planned.pop()  # killed while it was being proposed: its number is asked again, with the same seed
+    found = [trial or create_trial(state=TrialState.FAIL) for trial in planned]
+    there = {trial.user_attrs.get(CANDIDATE) for trial in found}
+    for row in sorted(rows.values(), key=lambda row: row.trial or 0):
+        if row.candidate not in there:
+            # Numbers without a row keep their place: the next proposal has the number that it would have had.
+            found += [create_trial(state=TrialState.FAIL) for _ in range((row.trial or 0) - len(found))]
+            found.append(_from_row(row, space))
+    there = {trial.user_attrs.get(CANDIDATE) for trial in found}
+    for recipe in space.anchors():
+        if recipe in space and recipe.identity not in there:
+            found.append(_waiting(space.params(recipe), {CANDIDATE: recipe.identity, ORIGIN: "anchor"}))
+    return found
+
+
+def _agrees(trial: FrozenTrial, rows: Mapping[str, Row], space: Space) -> bool:
+    """Whether a trial is one that this space and this ledger could have led to."""
+    candidate = trial.user_attrs.get(CANDIDATE)
+    complete = trial.state == TrialState.COMPLETE
+    if candidate is None:
+        return not complete
+    if complete and candidate not in rows:
+        return False
+    try:
+        recipe = space.suggest(FixedTrial(_params(trial)))
+        wanted = space.distributions(recipe)
+    except (ValueError, MergequestError):
+        return False
+    return recipe.identity == candidate and trial.distributions.items() <= wanted.items()
+
+
+def _params(trial: FrozenTrial) -> dict[str, Any]:
+    """A trial's parameters, those included that it was told to take and has not taken yet."""
+    return dict(trial.system_attrs.get("fixed_params") or trial.params)
+
+
+def _settled(trial: FrozenTrial, rows: Mapping[str, Row], space: Space) -> FrozenTrial | None:
+    """What a trial becomes now that nobody is working on it; None where it never had a whole recipe."""
+    if trial.state.is_finished():
+        return trial
+    candidate = trial.user_attrs.get(CANDIDATE)
+    if candidate is None:
+        return None
+    row = rows.get(candidate)
+    if row is not None and row.trial == trial.number:
+        return _from_row(row, space, trial.system_attrs)
+    if trial.state == TrialState.WAITING:
+        return trial
+    return _waiting(_params(trial), trial.user_attrs, trial.system_attrs)
+
+
+def _from_row(row: Row, space: Space, system: Mapping[str, Any] | None = None) -> FrozenTrial:
+    """A finished trial from its row; without parameters where the space has no such recipe any more."""
+    user = {CANDIDATE: row.candidate, ORIGIN: row.origin}
+    if row.recipe not in space:
+        return create_trial(state=TrialState.FAIL, user_attrs=user)
+    return create_trial(
+        state=TrialState.FAIL if row.objective is None else TrialState.COMPLETE,
+        value=row.objective,
+        params=space.params(row.recipe),
+        distributions=space.distributions(row.recipe),
+        user_attrs=user,
+        system_attrs=dict(system or {}),
+    )
+
+
+def _waiting(
+    params: Mapping[str, Any], user: Mapping[str, Any], system: Mapping[str, Any] | None = None
+) -> FrozenTrial:
+    """As `Study.enqueue_trial` would have it, with what the sampler noted when it proposed it."""
+    return create_trial(
+        state=TrialState.WAITING,
+        user_attrs=dict(user),
+        system_attrs={**(system or {}), "fixed_params": dict(params)},
+    )
+
+
+def _fill(backend: BaseStorage, name: str, rows: Mapping[str, Row], space: Space) -> Study:
+    """The study in a storage, made anew there if it is not as planned."""
+    try:
+        study = optuna.load_study(study_name=name, storage=backend)
+    except KeyError:
+        return _written(backend, name, plan([], rows, space))
+    trials = study.get_trials(deepcopy=False)
+    planned = plan(trials, rows, space)
+    if _same(planned, trials):
+        return study
+    optuna.delete_study(study_name=name, storage=backend)
+    return _written(backend, name, planned)
+
+
+def _written(backend: BaseStorage, name: str, trials: Iterable[FrozenTrial]) -> Study:
+    study = optuna.create_study(study_name=name, storage=backend, direction="maximize")
+    study.add_trials(trials)
+    return study
+
+
+def _same(planned: Sequence[FrozenTrial], trials: Sequence[FrozenTrial]) -> bool:
+    return len(planned) == len(trials) and all(new is old for new, old in zip(planned, trials, strict=True))
+
+
+def _open_journal(path: str, name: str, rows: Mapping[str, Row], space: Space) -> Study:
+    """The study in a journal file, which is replaced in one rename if it is not as planned."""
+    with suppress(FileNotFoundError):
+        Path(f"{path}.lock").unlink()  # of a killed driver; Optuna would wait half a minute for it
+    trials = _journal_trials(path, name)
+    planned = plan(trials, rows, space)
+    if not trials or not _same(planned, trials):
+        lines = _Lines()
+        _written(JournalStorage(lines), name, planned)
+        storage.write_text(path, "".join(f"{line}\n" for line in lines.lines))
+    return optuna.load_study(study_name=name, storage=JournalStorage(JournalFileBackend(path)))
+
+
+def _journal_trials(path: str, name: str) -> list[FrozenTrial]:
+    """The trials of a journal up to its last whole line; none where it is missing or damaged."""
+    try:
+        text = storage.read_bytes(path).decode() if storage.exists(path) else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            storage.write_text(path, whole)
+        study = optuna.load_study(study_name=name, storage=JournalStorage(_Lines(whole.splitlines())))
+        return study.get_trials(deepcopy=False)
+    except Exception:  # whatever a damaged file makes Optuna raise: the ledger has everything that matters
+        return []
+
+
+class _Lines(BaseJournalBackend):
+    """A journal in memory, line by line as in a journal file."""
+
+    def __init__(self, lines: Iterable[str] = ()) -> None:
+        self.lines = list(lines)
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        """The entries from one on."""
+        yield from (json.loads(line) for line in self.lines[log_number_from:])
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Adds entries."""
+        self.lines += [json.dumps(log, separators=(",", ":")) for log in logs]
+
+
+def _open_url(url: str) -> BaseStorage:
+    try:
+        return get_storage(url)
+    except Exception as error:
+        # without the address and the error's own text, which may hold a password
+        raise StorageError(
+            f"the study's storage cannot be opened ({type(error).__name__}): check its URL, that the server "
+            f"answers, and that the database's driver is installed"
+        ) from None
+
+
+@contextmanager
+def _alone(path: str) -> Iterator[None]:
+    """Holds a lock that the operating system gives back when this process ends, however it ends."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise LedgerError(
+                f"another process is running this campaign (it holds {path}): wait for it, or stop it first"
+            ) from error
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,168 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from merging.errors import MethodError
+from merging.methods import METHODS, Context, Weight
+
+SCALING = {"amazon": 0.7, "movie": 0.4, "nyt": 1.1, "tweets": 0.25}
+ONES = dict.fromkeys(SCALING, 1.0)
+
+
+def linear(seed, grams, inputs=6, outputs=4, transposed=False):
+    g = torch.Generator().manual_seed(seed)
+    shape = (inputs, outputs) if transposed else (outputs, inputs)
+    base = torch.randn(shape, generator=g)
+    values = {m: base + 0.1 * torch.randn(shape, generator=g) for m in grams}
+    return Weight("layer.weight", base, values, {"gram": grams}, transposed)
+
+
+def gram(seed, rows=50, inputs=6):
+    x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed))
+    return x.T @ x / rows
+
+
+def run(weight, scaling, **parameters):
+    prepared = METHODS["regmean"].prepare([weight], Context())
+    out = {weight.name: torch.empty(weight.base.shape)}
+    prepared.merge(scaling, {"rho": 0.9, "factors": "gram"} | parameters, out)
+    return out[weight.name], prepared.report()
+
+
+def test_it_is_the_least_squares_fit_to_what_the_members_put_out():
+    g = torch.Generator().manual_seed(0)
+    x = {m: torch.randn(40, 6, generator=g, dtype=torch.float64) for m in ("a", "b")}
+    weight = linear(1, {m: (v.T @ v / 40).float() for m, v in x.items()})
+    outputs = [x[m] @ weight.members[m].double().T for m in x]
+    fit = torch.linalg.lstsq(torch.cat(list(x.values())), torch.cat(outputs)).solution.T
+    merged, _ = run(weight, {"a": 1.0, "b": 1.0}, rho=1.0)
+    torch.testing.assert_close(merged.double(), fit, rtol=1e-5, atol=1e-6)
+
+
+def test_equal_grams_give_the_mean(make_pool, merge, close):
+    weights = make_pool()
+    for w in weights:
+        if "gram" in w.statistics:
+            w.statistics["gram"].update(dict.fromkeys(SCALING, w.statistics["gram"]["nyt"]))
+    close(merge("regmean", weights, ONES), merge("average", weights, ONES))
+
+
+def test_rho_zero_weighs_inputs_by_their_power():
+    weight = linear(2, {"a": gram(3), "b": gram(4)})
+    merged, _ = run(weight, {"a": 1.0, "b": 2.0}, rho=0.0)
+    power = {m: a * weight.statistics["gram"][m].diagonal() for m, a in (("a", 1.0), ("b", 2.0))}
+    expected = sum(power[m] * weight.members[m] for m in power) / sum(power.values())
+    torch.testing.assert_close(merged, expected)
+
+
+def test_contributions_at_one_are_the_plain_solve_and_are_linear_in_the_factors(make_pool, merge, close):
+    weights = make_pool()
+    plain = merge("regmean", weights, ONES)
+    close(merge("regmean", weights, ONES, {"factors": "contribution"}), plain, 1e-6)
+    double = merge("regmean", weights, dict.fromkeys(SCALING, 2.0), {"factors": "contribution"})
+    close(
+        {w.name: double[w.name] - w.base for w in weights},
+        {w.name: 2 * (plain[w.name] - w.base) for w in weights},
+    )
+
+
+def test_contributions_are_solved_again_for_other_members_or_another_rho(make_pool):
+    weights = make_pool()
+    prepared = METHODS["regmean"].prepare(weights, Context())
+
+    def merged(scaling, rho):
+        out = {w.name: torch.empty(w.base.shape) for w in weights}
+        prepared.merge(scaling, {"rho": rho, "factors": "contribution"}, out)
+        return torch.cat([value.reshape(-1) for value in out.values()])
+
+    first = merged(ONES, 0.9)
+    assert not torch.equal(merged(ONES, 0.5), first)
+    assert not torch.equal(merged({"nyt": 1.0, "movie": 1.0}, 0.9), first)
+    assert torch.equal(merged(ONES, 0.9), first)
+
+
+def test_conv1d_is_the_transposed_linear_layer_also_where_it_is_square():
+    grams = {"a": gram(5), "b": gram(6)}
+    weight = linear(7, grams, outputs=6)
+    turned = Weight(
+        "layer.weight", weight.base.T, {m: v.T for m, v in weight.members.items()}, {"gram": grams}, True
+    )
+    merged, _ = run(weight, {"a": 1.0, "b": 0.5})
+    again, _ = run(turned, {"a": 1.0, "b": 0.5})
+    torch.testing.assert_close(again.T, merged)
+
+
+def test_layers_that_share_a_gram_get_what_each_gets_alone(make_pool, merge, close):
+    weights = make_pool()
+    apart = [
+        replace(w, statistics={k: {m: v.clone() for m, v in s.items()} for k, s in w.statistics.items()})
+        for w in weights
+    ]
+    close(merge("regmean", weights, SCALING), merge("regmean", apart, SCALING), 1e-6)
+
+
+def test_an_input_that_nobody_ever_saw_gets_the_mean_and_the_ridge_is_reported():
+    grams = {"a": gram(8), "b": gram(9)}
+    for value in grams.values():
+        value[2] = value[:, 2] = 0.0
+    weight = linear(10, grams)
+    merged, report = run(weight, {"a": 1.0, "b": 1.0}, rho=1.0)
+    mean = (weight.members["a"] + weight.members["b"]) / 2
+    torch.testing.assert_close(merged[:, 2], mean[:, 2])
+    assert 0 < report["ridge"] <= 1e-9
+    assert report["ridged_layers"] == 1
+
+
+def test_fewer_tokens_than_inputs_stay_close_to_the_members():
+    weight = linear(11, {"a": gram(12, rows=2), "b": gram(13, rows=2)})
+    merged, report = run(weight, {"a": 1.0, "b": 1.0}, rho=1.0)
+    assert report["ridge"] > 0
+    assert (merged - weight.base).norm() < 3 * max((v - weight.base).norm() for v in weight.members.values())
+    regular, quiet = run(weight, {"a": 1.0, "b": 1.0}, rho=0.9)
+    assert regular.isfinite().all()
+    assert quiet == {"ridge": 0.0, "ridged_layers": 0.0}
+
+
+def test_grams_of_nothing_give_the_mean():
+    weight = linear(14, {"a": torch.zeros(6, 6), "b": torch.zeros(6, 6)})
+    merged, _ = run(weight, {"a": 1.0, "b": 1.0})
+    torch.testing.assert_close(merged, (weight.members["a"] + weight.members["b"]) / 2)
+
+
+@pytest.mark.parametrize("factor", [1e-18, 1e18])
+def test_grams_of_any_size_give_the_same(factor):
+    weight = linear(15, {"a": gram(16), "b": gram(17)})
+    expected, _ = run(weight, {"a": 1.0, "b": 1.0})
+    sized = replace(
+        weight, statistics={"gram": {m: v * factor for m, v in weight.statistics["gram"].items()}}
+    )
+    merged, report = run(sized, {"a": 1.0, "b": 1.0})
+    torch.testing.assert_close(merged, expected)
+    assert report["ridge"] == 0
+
+
+def test_inputs_of_very_different_size_are_solved_as_one_would_expect():
+    size = torch.logspace(-6, 6, 6)
+    grams = {m: size[:, None] * gram(seed) * size for m, seed in (("a", 18), ("b", 19))}
+    weight = linear(20, grams)
+    merged, report = run(weight, {"a": 1.0, "b": 0.5})
+    soft = {m: 0.9 * g.double() + 0.1 * g.double().diag().diag() for m, g in grams.items()}
+    left = soft["a"] + 0.5 * soft["b"]
+    right = soft["a"] @ weight.members["a"].double().T + 0.5 * soft["b"] @ weight.members["b"].double().T
+    scale = left.diag().sqrt()
+    expected = (torch.linalg.solve(left / scale / scale[:, None], right / scale[:, None]) / scale[:, None]).T
+    torch.testing.assert_close(merged.double(), expected, rtol=1e-5, atol=1e-6)
+    assert report["ridge"] == 0
+
+
+def test_negative_factors_that_cancel_the_grams_are_refused():
+    weight = linear(21, {"a": gram(22), "b": gram(23)})
+    with pytest.raises(MethodError, match=r"'layer\.weight' is not positive semi-definite"):
+        run(weight, {"a": 1.0, "b": -5.0})
+
+
+def test_a_gram_on_a_bias_is_refused():
+    weight = Weight("bias", torch.zeros(4), {"a": torch.ones(4)}, {"gram": {"a": torch.ones(4, 4)}})
+    with pytest.raises(MethodError, match="'bias' has shape"):
+        METHODS["regmean"].prepare([weight], Context())

@@ -1,0 +1,142 @@
+import math
+import sys
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from merging.errors import TaskError
+from merging.tasks import CustomSettings, make_task
+
+SOURCE = """
+import torch
+
+CONSTANT = 3
+
+def norm(model, checkpoint, split, limit, scale=1.0):
+    weight = next(model.parameters())
+    return float(weight.detach().norm()) * scale
+
+def full(model, checkpoint, split, limit):
+    return {"value": torch.tensor(0.5), "standard_error": 0.1, "examples": limit or 9}
+
+def given(model, checkpoint, split, limit, result=None):
+    return result
+
+def not_finite(model, checkpoint, split, limit):
+    return float("nan")
+
+def broken(model, checkpoint, split, limit):
+    raise RuntimeError("out of paint")
+
+def narrow(model):
+    return 0.0
+
+def seen(model, checkpoint, split, limit):
+    return {"value": (len(checkpoint) > 0) + 10 * (split == "test") + 100 * (limit or 0)}
+"""
+
+
+@pytest.fixture
+def custom(tmp_path, monkeypatch, head):
+    (tmp_path / "my_scores.py").write_text(SOURCE)
+    (tmp_path / "my_broken.py").write_text("import a_module_that_is_not_there")
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("my_scores", None)
+    return lambda evaluator, head=head, **settings: make_task(
+        "mine", CustomSettings(evaluator=evaluator, **settings), head
+    )
+
+
+def test_number(custom):
+    task = custom("my_scores:norm", arguments={"scale": 2.0}, metric="norm")
+    model = task.load_model()
+    score = task.evaluate(model, "validation")
+    assert score.value == pytest.approx(2 * next(model.parameters()).norm().item())
+    assert score.metric == "norm"
+    assert math.isnan(score.standard_error)
+    assert math.isnan(score.loss)
+    assert not task.has_logits
+
+
+def test_mapping(custom):
+    task = custom("my_scores:full")
+    score = task.evaluate(task.load_model(), "test", limit=4)
+    assert (score.value, score.standard_error, score.examples) == (0.5, 0.1, 4)
+
+
+def test_arguments_of_the_call(custom):
+    task = custom("my_scores:seen", examples={"test": 30})
+    assert task.evaluate(task.load_model(), "test", limit=5).value == 511
+    assert (task.size("test"), task.size("train")) == (30, 0)
+
+
+def test_examples_from_the_settings(custom):
+    task = custom("my_scores:norm", examples={"validation": 30})
+    model = task.load_model()
+    assert task.evaluate(model, "validation").examples == 30
+    assert task.evaluate(model, "validation", limit=7).examples == 7
+
+
+@pytest.mark.parametrize(
+    ("evaluator", "settings", "message"),
+    [
+        ("my_scores:nrm", {}, "module 'my_scores' has no function 'nrm'"),
+        ("my_absent:norm", {}, "cannot import 'my_absent' .*PYTHONPATH"),
+        ("my_broken:norm", {}, "a_module_that_is_not_there"),
+        ("my_scores:CONSTANT", {}, "is no function but int"),
+        ("my_scores:narrow", {}, "cannot be called as function"),
+        ("my_scores:norm", {"arguments": {"skale": 1}}, r"with the arguments \['skale'\]"),
+        ("my_scores:norm", {"model_class": "AutoModelForCausalLLM"}, "Did you mean 'AutoModelForCausalLM'"),
+    ],
+)
+def test_check_finds(custom, evaluator, settings, message):
+    with pytest.raises(TaskError, match=rf"task 'mine': .*{message}"):
+        custom(evaluator, **settings).check()
+
+
+def test_check_notes(custom):
+    (note,) = custom("my_scores:norm").check()
+    assert "no statistics" in note
+
+
+@pytest.mark.parametrize(
+    ("evaluator", "arguments", "message"),
+    [
+        ("my_scores:broken", {}, "failed: RuntimeError: out of paint"),
+        ("my_scores:not_finite", {}, "gave nan on test: a score must be finite"),
+        ("my_scores:given", {}, "returned None as value"),
+        ("my_scores:given", {"result": "good"}, "returned 'good' as value"),
+        ("my_scores:given", {"result": True}, "returned True as value"),
+        ("my_scores:given", {"result": {"value": 1.0, "accuracy": 0.5}}, r"returned \['accuracy'\]"),
+        ("my_scores:given", {"result": {"examples": 3}}, "returned None as value"),
+    ],
+)
+def test_evaluate_refuses(custom, evaluator, arguments, message):
+    task = custom(evaluator, arguments=arguments)
+    with pytest.raises(TaskError, match=f"task 'mine': .*{message}"):
+        task.evaluate(torch.nn.Linear(1, 1), "test")
+
+
+def test_has_nothing_for_statistics(custom):
+    with pytest.raises(TaskError, match="no batches"):
+        custom("my_scores:norm").batches("train", 0, 1, 1)
+
+
+def test_fingerprint_follows_code_and_arguments(custom, tmp_path):
+    task = custom("my_scores:norm")
+    found = {
+        task.data_fingerprint("test"),
+        task.data_fingerprint("validation"),
+        custom("my_scores:norm", arguments={"scale": 3}).data_fingerprint("test"),
+    }
+    (tmp_path / "my_scores.py").write_text(SOURCE + "\n# changed\n")
+    found.add(task.data_fingerprint("test"))
+    assert len(found) == 4
+
+
+def test_evaluator_is_module_and_function():
+    with pytest.raises(ValidationError):
+        CustomSettings(evaluator="os.system")
+    with pytest.raises(ValidationError):
+        CustomSettings(evaluator="os:system; rm")

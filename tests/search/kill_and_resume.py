@@ -1,0 +1,94 @@
+"""Kills a one-worker search at random moments, resumes it until it is done, and leaves its directory.
+
+Run as `python kill_and_resume.py DIRECTORY CANDIDATES KILLS SEED SAMPLER`: this process imports everything once and forks
+a driver for every attempt.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+from merging.tasks.base import Score
+from search.candidate import Measurement, Outcome, Provenance
+from search.driver import Budget, search
+from search.ledger import Ledger
+from search.objective import make_objective
+from search.samplers import make_sampler
+from search.space import MethodSpace, Space
+from search.study import open_study
+
+SPACE = Space(
+    {"task_arithmetic": MethodSpace(), "ties": MethodSpace(), "average": MethodSpace()},
+    "abc",
+    None,
+    "per_member",
+)
+
+
+class Serial:
+    """Evaluates in the driver's own process, and notes every evaluation that was finished."""
+
+    capacity = 1
+
+    def __init__(self, notes):
+        self.notes, self.candidate = notes, None
+
+    def submit(self, candidate):
+        self.candidate = candidate
+
+    def wait(self, timeout):
+        recipe = self.candidate.recipe
+        value = (
+            1
+            - sum((factor - 0.6) ** 2 for factor in recipe.scaling.values())
+            - 0.1 * (recipe.method != "ties")
+        )
+        if 0.5 < recipe.scaling["a"] < 0.55:
+            return [Outcome(self.candidate, error=ValueError(f"unlucky {recipe.identity}"))]
+        time.sleep(0.005)
+        with self.notes.open("a") as file:
+            file.write(f"{recipe.identity}\n")
+        return [Outcome(self.candidate, Measurement({"x": Score(value, 0.0, 1, "accuracy")}))]
+
+
+def drive(directory, candidates, sampler):
+    ledger = Ledger(str(directory / "ledger"), "demo")
+    with open_study(str(directory / "study"), "demo", SPACE, ledger) as study:
+        search(
+            study,
+            SPACE,
+            lambda number: make_sampler(sampler, 7, None, number),
+            ledger,
+            Serial(directory / "evaluated.txt"),
+            make_objective("mean", ["x"]),
+            Provenance("demo"),
+            Budget(candidates),
+        )
+
+
+def main(directory, candidates, kills, seed, sampler):
+    moments = random.Random(seed)
+    done = 0
+    while True:
+        process = os.fork()
+        if process == 0:
+            try:
+                drive(directory, candidates, sampler)
+            finally:
+                os._exit(0 if sys.exc_info()[0] is None else 1)
+        if done < kills:
+            time.sleep(moments.uniform(0.02, 0.35))
+            os.kill(process, signal.SIGKILL)
+        _, status = os.waitpid(process, 0)
+        if os.WIFEXITED(status) and done >= kills:
+            sys.exit(os.WEXITSTATUS(status))
+        done += 1
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    path.mkdir(parents=True, exist_ok=True)
+    main(path, int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])

@@ -1,0 +1,99 @@
+import optuna
+import pytest
+
+from merging.errors import SettingsError
+from search.domain import Domain
+from search.samplers import SAMPLERS, ask_seed, make_sampler
+from search.space import MethodSpace, Space
+
+GRID = {"task_arithmetic.scaling.a": [0.1, 0.3, 0.5, 0.7], "task_arithmetic.scaling.b": [0.1, 0.2, 0.3]}
+STEPPED = MethodSpace(scaling=Domain(low=0.1, high=0.7, step=0.1))
+ARGUMENTS = {"cmaes": {"popsize": 4}, "nsga2": {"population_size": 4}, "nsga3": {"population_size": 4}}
+ARGUMENTS |= {"gp": {"n_startup_trials": 6}, "grid": {"search_space": GRID}, "qmc": {"scramble": True}}
+
+
+def run(name, count, seed=3, one_for_all=False):
+    """Parameters that a sampler proposes for a toy with its optimum at a = 0.5, b = 0.2."""
+    space = Space(
+        {"task_arithmetic": STEPPED if name == "brute_force" else MethodSpace()}, "ab", None, "per_member"
+    )
+    study = optuna.create_study(direction="maximize")
+    study.sampler = make_sampler(name, seed, ARGUMENTS.get(name), 0)
+    for number in range(count):
+        if not one_for_all:
+            study.sampler = make_sampler(name, seed, ARGUMENTS.get(name), number)
+        trial = study.ask()
+        scaling = space.suggest(trial).scaling
+        study.sampler = optuna.samplers.RandomSampler(0)
+        study.tell(trial, -((scaling["a"] - 0.5) ** 2) - (scaling["b"] - 0.2) ** 2)
+    return [trial.params for trial in study.trials], study
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_every_sampler_proposes_ten_and_the_same_ten_again(name):
+    first, _ = run(name, 10)
+    again, _ = run(name, 10)
+    assert first == again
+    assert len({tuple(params.items()) for params in first}) > 5
+
+
+@pytest.mark.parametrize("name", ["tpe", "random", "cmaes", "nsga2", "nsga3"])
+def test_another_seed_proposes_others(name):
+    assert run(name, 6, seed=3)[0] != run(name, 6, seed=4)[0]
+
+
+@pytest.mark.parametrize("name", ["tpe", "cmaes", "gp"])
+def test_what_is_learnt_survives_a_sampler_of_its_own_for_each_trial(name):
+    _, study = run(name, 30)
+    early = sum(trial.value for trial in study.trials[:8]) / 8
+    late = sum(trial.value for trial in study.trials[-8:]) / 8
+    assert late > early / 3  # values are negative distances: less than a third of the early one
+
+
+def test_a_grid_is_covered_once():
+    params, _ = run("grid", 12)
+    assert len({tuple(sorted(entry.items())) for entry in params}) == 12
+
+
+def test_quasi_random_points_do_not_repeat_and_fill_the_square():
+    params, _ = run("qmc", 17)
+    cells = {tuple(int(value / 1.5 * 4) for value in entry.values()) for entry in params[1:]}
+    assert len(cells) >= 13
+
+
+def test_quasi_random_points_in_a_conditional_space():
+    space = Space({"task_arithmetic": MethodSpace(), "ties": MethodSpace()}, "ab", None, "shared")
+    study = optuna.create_study(direction="maximize")
+    seen = []
+    for number in range(40):
+        study.sampler = make_sampler("qmc", 1, None, number)
+        trial = study.ask()
+        seen.append(space.suggest(trial))
+        study.tell(trial, 0.0)
+    factors = [recipe.scaling["a"] for recipe in seen if recipe.method == "task_arithmetic"]
+    assert 15 <= len(factors) <= 25
+    assert len(set(factors)) == len(factors)
+
+
+def test_seeds_differ_by_trial():
+    assert (
+        len({ask_seed(0, number) for number in range(1000)} | {ask_seed(1, number) for number in range(1000)})
+        == 2000
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("tpee", {}, "Did you mean 'tpe'"),
+        ("tpe", {"n_startup": 3}, "Did you mean 'n_startup_trials'"),
+        ("tpe", {"gamma": "x"}, "no argument 'gamma'"),
+        ("random", {"seed": 1}, "It takes none"),
+        ("nsga2", {"population_size": 1}, "population_size"),
+        ("grid", {}, "search_space"),
+        ("grid", {"search_space": 3}, "refuses"),
+    ],
+)
+def test_mistakes_are_named(name, arguments, message):
+    with pytest.raises(SettingsError, match=message):
+        make_sampler(name, 0, arguments)

@@ -1,0 +1,205 @@
+import optuna
+import pytest
+
+from merging.errors import MethodError, SettingsError
+from merging.methods.base import METHODS
+from merging.recipe import Recipe
+from search.domain import Domain
+from search.space import MethodSpace, Space
+
+MEMBERS = ("nyt", "amazon", "movie")
+SUBSETS = (("amazon", "movie", "nyt"), ("nyt", "amazon"), ("movie",))
+ALL = {
+    name: MethodSpace() for name in ("average", "task_arithmetic", "ties", "regmean", "toy_curve", "toy_free")
+}
+
+
+def proposals(space, count=60):
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
+    for _ in range(count):
+        trial = study.ask()
+        yield trial, space.suggest(trial)
+
+
+@pytest.mark.parametrize("scaling", ["shared", "per_member"])
+@pytest.mark.parametrize("subsets", [None, SUBSETS])
+def test_params_and_distributions_are_the_inverse_of_suggest(scaling, subsets):
+    space = Space(ALL, MEMBERS, subsets, scaling)
+    seen = set()
+    for trial, recipe in proposals(space):
+        assert space.params(recipe) == trial.params
+        assert space.distributions(recipe) == trial.distributions
+        assert list(space.distributions(recipe)) == list(trial.distributions)
+        assert recipe in space
+        assert space.suggest(optuna.trial.FixedTrial(trial.params)).identity == recipe.identity
+        assert METHODS[recipe.method].complete(recipe) == recipe
+        seen.add((recipe.method, recipe.members))
+    assert len(seen) > 4
+
+
+def test_names_and_conditions():
+    space = Space({"toy_curve": MethodSpace(), "toy_free": MethodSpace()}, MEMBERS, SUBSETS, "per_member")
+    curve = METHODS["toy_curve"].default_recipe(["amazon", "nyt"])
+    assert list(space.params(curve)) == [
+        "method", "members", "toy_curve.rho", "toy_curve.floor", "toy_curve.steps", "toy_curve.mode", "toy_curve.norm",
+        "toy_curve.scaling.amazon", "toy_curve.scaling.nyt",
+    ]  # fmt: skip
+    assert space.params(curve)["members"] == "amazon+nyt"
+    # one member's relative weight cancels
+    assert list(space.params(METHODS["toy_free"].default_recipe(["movie"]))) == ["method", "members"]
+    assert "toy_free.scaling.nyt" in space.params(METHODS["toy_free"].default_recipe(["amazon", "nyt"]))
+
+
+def test_a_shared_factor_is_one_parameter_unless_it_cancels():
+    space = Space({"toy_curve": MethodSpace(), "toy_free": MethodSpace()}, MEMBERS, None, "shared")
+    (trial, recipe), *_ = proposals(space)
+    assert recipe.method == "toy_curve"  # toy_free has one recipe only, which is an anchor
+    assert "toy_curve.scaling" in trial.params
+    assert len(set(recipe.scaling.values())) == 1
+    assert METHODS["toy_free"].default_recipe(MEMBERS) not in space
+    assert METHODS["toy_free"].default_recipe(MEMBERS) in space.anchors()
+
+
+def test_what_is_not_searched_keeps_its_default():
+    for trial, recipe in proposals(Space({"toy_curve": MethodSpace()}, MEMBERS), 5):
+        assert recipe.parameters["quiet"] == 7.0
+        assert "toy_curve.quiet" not in trial.params
+        assert "method" not in trial.params
+        assert isinstance(recipe.parameters["steps"], int)
+
+
+def test_overrides():
+    given = MethodSpace.model_validate(
+        {
+            "scaling": [0.2, 0.4],
+            "parameters": {
+                "rho": 0.5,
+                "quiet": {"low": 1, "high": 2},
+                "mode": ["signed"],
+                "steps": {"low": 2, "high": 3},
+            },
+        }
+    )
+    space = Space({"toy_curve": given}, MEMBERS)
+    for trial, recipe in proposals(space, 20):
+        assert set(recipe.scaling.values()) <= {0.2, 0.4}
+        assert recipe.parameters["rho"] == 0.5
+        assert recipe.parameters["mode"] == "signed"
+        assert 1 <= recipe.parameters["quiet"] <= 2
+        assert recipe.parameters["steps"] in (2, 3)
+        assert not {"toy_curve.rho", "toy_curve.mode"} & set(trial.params)
+        assert space.params(recipe) == trial.params
+    anchor = space.anchors()[-1]
+    assert anchor in space
+    assert anchor.parameters["quiet"] == 2.0
+    assert anchor.parameters["steps"] == 3
+    assert set(anchor.scaling.values()) == {0.2}
+
+
+def test_what_lies_outside_is_told():
+    space = Space({"toy_curve": MethodSpace(scaling=Domain(low=0.1, high=0.5))}, MEMBERS, None, "shared")
+    inside = METHODS["toy_curve"].default_recipe(MEMBERS)
+    outside = [
+        Recipe("toy_curve", dict.fromkeys(MEMBERS, 0.9), inside.parameters),
+        Recipe("toy_curve", {"nyt": 0.3, "amazon": 0.4, "movie": 0.3}, inside.parameters),
+        Recipe("toy_curve", inside.scaling, {**inside.parameters, "quiet": 8.0}),
+        Recipe("toy_curve", {"nyt": 0.3}, inside.parameters),
+        METHODS["task_arithmetic"].default_recipe(MEMBERS),
+    ]
+    assert inside in space
+    for recipe in outside:
+        assert recipe not in space
+        with pytest.raises(SettingsError, match="search space"):
+            space.params(recipe)
+    assert Recipe("toy_curve", inside.scaling, {"rhoo": 1.0}) not in space
+
+
+def test_the_anchors():
+    space = Space(ALL, MEMBERS, SUBSETS, "per_member")
+    anchors = space.anchors()
+    assert anchors[0] == METHODS["average"].default_recipe(sorted(MEMBERS))
+    assert len({recipe.identity for recipe in anchors}) == len(anchors) == len(ALL) * len(SUBSETS)
+    assert all(METHODS[name].default_recipe(sorted(MEMBERS)) in anchors for name in ALL)
+    assert all(recipe in space for recipe in anchors)
+
+
+def test_the_plain_average_of_all_is_an_anchor_even_outside_the_space():
+    space = Space({"toy_curve": MethodSpace()}, MEMBERS, [("amazon", "nyt")])
+    assert [(recipe.method, len(recipe.members), recipe in space) for recipe in space.anchors()] == [
+        ("average", 3, False),
+        ("toy_curve", 3, False),
+        ("toy_curve", 2, True),
+    ]
+
+
+def test_many_subsets_get_no_anchors_of_their_own():
+    members = [f"m{i}" for i in range(6)]
+    pairs = [(a, b) for a in members for b in members if a < b]
+    space = Space({"toy_curve": MethodSpace()}, members, pairs)
+    assert [len(recipe.members) for recipe in space.anchors()] == [6, 6, 2]
+
+
+def test_nothing_to_vary():
+    space = Space({"toy_free": MethodSpace()}, MEMBERS)
+    assert not space.searchable
+    assert len(space.anchors()) == 2
+    with pytest.raises(SettingsError, match="nothing to vary"):
+        next(proposals(space))
+
+
+@pytest.mark.parametrize(
+    ("methods", "members", "subsets", "error", "message"),
+    [
+        ({"tiez": MethodSpace()}, MEMBERS, None, MethodError, "Did you mean 'ties'"),
+        ({}, MEMBERS, None, SettingsError, "at least one"),
+        ({"ties": MethodSpace()}, (), None, SettingsError, "at least one"),
+        (
+            {"ties": MethodSpace(parameters={"densty": Domain(value=1)})},
+            MEMBERS,
+            None,
+            SettingsError,
+            "'density'",
+        ),
+        (
+            {"average": MethodSpace(parameters={"rho": Domain(value=1)})},
+            MEMBERS,
+            None,
+            SettingsError,
+            "It has none",
+        ),
+        (
+            {"ties": MethodSpace(parameters={"density": Domain(low=0.5, high=2)})},
+            MEMBERS,
+            None,
+            SettingsError,
+            "outside",
+        ),
+        (
+            {"ties": MethodSpace(parameters={"density": Domain(value="x")})},
+            MEMBERS,
+            None,
+            SettingsError,
+            "not a number",
+        ),
+        (
+            {"toy_curve": MethodSpace(parameters={"mode": Domain(value="x")})},
+            MEMBERS,
+            None,
+            SettingsError,
+            "not one of",
+        ),
+        (
+            {"toy_curve": MethodSpace(parameters={"mode": Domain(low=0, high=1)})},
+            MEMBERS,
+            None,
+            SettingsError,
+            "mode",
+        ),
+        ({"ties": MethodSpace()}, MEMBERS, [("nyt", "amazn")], SettingsError, "Did you mean 'amazon'"),
+        ({"ties": MethodSpace()}, MEMBERS, [("nyt", "movie"), ("movie", "nyt")], SettingsError, "twice"),
+        ({"ties": MethodSpace()}, MEMBERS, [()], SettingsError, "empty"),
+    ],
+)
+def test_mistakes_are_named(methods, members, subsets, error, message):
+    with pytest.raises(error, match=message):
+        Space(methods, members, subsets)

@@ -1,0 +1,197 @@
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from merging.errors import LedgerError, StorageError
+from search.candidate import Provenance
+from search.driver import Budget, search
+from search.ledger import Ledger
+from search.objective import make_objective
+from search.samplers import make_sampler
+from search.space import MethodSpace, Space
+from search.study import CANDIDATE, open_study
+
+SPACE = Space({"task_arithmetic": MethodSpace(), "ties": MethodSpace()}, "ab", None, "per_member")
+
+
+def scores(recipe):
+    return {
+        "x": 1
+        - abs(recipe.scaling["a"] - 0.6)
+        - abs(recipe.scaling["b"] - 0.3) / 2
+        + 0.1 * (recipe.method == "ties")
+    }
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def quest(tmp_path, threads):
+    """Runs a one-worker search in a directory of that name; may die before or after a row is written."""
+
+    def run(name, candidates, space=SPACE, dies=None, url=None, sampler="tpe"):
+        ledger = Ledger(str(tmp_path / name / "ledger"), "demo")
+        append = ledger.append
+
+        def dying(row):
+            if dies == ("before", len(ledger.rows())):
+                raise Killed
+            append(row)
+            if dies == ("after", len(ledger.rows()) - 1):
+                raise Killed
+
+        ledger.append = dying
+        executor = threads(scores)
+        with open_study(str(tmp_path / name / "study"), "demo", space, ledger, url) as study:
+            states = [trial.state for trial in study.trials]
+            search(
+                study,
+                space,
+                lambda number: make_sampler(sampler, 1, None, number),
+                ledger,
+                executor,
+                make_objective("mean", ["x"]),
+                Provenance("demo"),
+                Budget(candidates),
+            )
+        run.states, run.study, run.submitted = states, study, executor.submitted
+        return [(row.trial, row.candidate, row.objective, row.origin) for row in ledger.rows()]
+
+    return run
+
+
+def journal(tmp_path, name):
+    return tmp_path / name / "study" / "journal.log"
+
+
+def test_a_new_study_has_its_anchors_waiting(tmp_path):
+    with open_study(str(tmp_path), "demo", SPACE, Ledger(str(tmp_path / "ledger"))) as study:
+        waiting = study.get_trials(states=(TrialState.WAITING,))
+        heard = [recipe.identity for recipe in SPACE.anchors() if recipe in SPACE]
+        assert [trial.user_attrs[CANDIDATE] for trial in waiting] == heard
+        assert len(study.trials) == len(heard) == 2
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "cmaes", "nsga2", "qmc"])
+def test_dying_beside_a_row_changes_nothing(quest, sampler):
+    unbroken = quest("unbroken", 14, sampler=sampler)
+    for death in (("before", 0), ("after", 2), ("before", 9), ("after", 9), ("before", 11)):
+        with pytest.raises(Killed):
+            quest("broken", 14, dies=death, sampler=sampler)
+    assert quest("broken", 14, sampler=sampler) == unbroken
+
+
+def test_a_journal_cut_anywhere_does_no_harm(quest, tmp_path):
+    unbroken = quest("unbroken", 12)
+    path = journal(tmp_path, "cut")
+    for number, cut in enumerate((1, 7, 100, 333, 1000, 2500)):
+        with pytest.raises(Killed):
+            quest("cut", 12, dies=("after", 4 + number))
+        path.write_bytes(path.read_bytes()[:-cut])
+    assert quest("cut", 12) == unbroken
+    assert path.read_bytes().endswith(b"\n")
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "binary", "half", "other"])
+def test_a_lost_journal_is_rebuilt_from_the_ledger(quest, tmp_path, damage):
+    unbroken = quest("unbroken", 12)
+    quest("rebuilt", 9)
+    path = journal(tmp_path, "rebuilt")
+    if damage == "missing":
+        path.unlink()
+    elif damage == "other":
+        path.write_text('{"op_code":0,"worker_id":"w","study_name":"someone else","directions":[2]}\n')
+    else:
+        damaged = {"empty": b"", "binary": b"\x00\xff" * 99 + b"\n", "half": path.read_bytes()[200:]}
+        path.write_bytes(damaged[damage])
+    assert quest("rebuilt", 12) == unbroken
+    assert quest.states == [TrialState.COMPLETE] * 8
+    assert len(quest.submitted) == 3
+
+
+def test_a_killed_drivers_lock_does_not_hold_up_the_next(quest, tmp_path):
+    quest("locked", 5)
+    lock = tmp_path / "locked" / "study" / "journal.log.lock"
+    lock.symlink_to("journal.log")
+    assert len(quest("locked", 6)) == 6
+    assert not lock.is_symlink()
+
+
+def test_two_drivers_do_not_share_a_campaign(tmp_path):
+    ledger = Ledger(str(tmp_path / "ledger"))
+    with open_study(str(tmp_path), "demo", SPACE, ledger):  # noqa: SIM117
+        with (
+            pytest.raises(LedgerError, match="another process is running this campaign"),
+            open_study(str(tmp_path), "demo", SPACE, ledger),
+        ):
+            pytest.fail("the second was let in")
+    with open_study(str(tmp_path), "demo", SPACE, ledger) as study:
+        assert study.study_name == "demo"
+
+
+def test_an_undisturbed_journal_is_left_as_it_is(quest, tmp_path):
+    quest("calm", 8)
+    before = journal(tmp_path, "calm").read_bytes()
+    quest("calm", 8)
+    assert journal(tmp_path, "calm").read_bytes() == before
+
+
+def test_rows_are_kept_when_the_space_changes(quest):
+    before = quest("wider", 10)
+    wider = Space(
+        {"task_arithmetic": MethodSpace(), "ties": MethodSpace(), "regmean": MethodSpace()},
+        "ab",
+        None,
+        "per_member",
+    )
+    after = quest("wider", 14, space=wider)
+    assert after[:10] == before
+    assert len(after) == 14
+    assert {trial.distributions["method"].choices for trial in quest.study.trials} == {
+        ("task_arithmetic", "ties", "regmean")
+    }
+    narrower = Space({"ties": MethodSpace()}, "ab", None, "per_member")
+    assert quest("wider", 16, space=narrower)[:14] == after
+    numbers = [row[0] for row in quest("wider", 16, space=narrower) if row[0] is not None]
+    assert len(set(numbers)) == len(numbers) >= 14
+
+
+def test_a_study_in_a_database(quest, tmp_path):
+    url = f"sqlite:///{tmp_path}/study.db"
+    unbroken = quest("unbroken", 10)
+    with pytest.raises(Killed):
+        quest("database", 10, dies=("before", 5), url=url)
+    assert quest("database", 10, url=url) == unbroken
+    assert len(optuna.load_study(study_name="demo", storage=url).trials) == 9  # the average is no trial
+    assert not journal(tmp_path, "database").exists()
+
+
+def test_a_storage_that_does_not_open_keeps_its_password(tmp_path):
+    with (
+        pytest.raises(StorageError, match="check its URL") as caught,
+        open_study(str(tmp_path), "demo", SPACE, Ledger(str(tmp_path)), "nosuchdb://user:secret@host/db"),
+    ):
+        pytest.fail("it opened")
+    assert "secret" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+def test_a_directory_on_an_object_store_has_its_study_in_memory(threads):
+    ledger = Ledger("memory://study-test/ledger", "demo")
+    for candidates in (6, 9):
+        with open_study("memory://study-test/study", "demo", SPACE, ledger) as study:
+            known = len(study.get_trials(states=(TrialState.COMPLETE,)))
+            search(
+                study,
+                SPACE,
+                lambda number: make_sampler("tpe", 1, None, number),
+                ledger,
+                threads(scores),
+                make_objective("mean", ["x"]),
+                Provenance("demo"),
+                Budget(candidates),
+            )
+    assert known == 5
+    assert len(Ledger("memory://study-test/ledger").rows()) == 9
