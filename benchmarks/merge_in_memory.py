@@ -1,14 +1,17 @@
 """Seconds per candidate of every merge method, beside what a plain copy of as many bytes takes.
 
-    python benchmarks/merge_in_memory.py --members 8 --layers 6 --hidden 384 --vocabulary 30522 --dtype float32
+    python benchmarks/merge_in_memory.py --members 8 --layers 6 --hidden 384 --vocabulary 30522 --dtype
+    float32
 
-Random weights in the shapes of a BERT encoder (the defaults are all-MiniLM-L6-v2's, 22.7M parameters); `prepare` once,
-then the median over candidates of different scaling factors, into preallocated float32 weights.
+Random weights in the shapes of a BERT encoder (the defaults are all-MiniLM-L6-v2's, 22.7M parameters);
+`prepare` once, then the median over candidates of different scaling factors, into preallocated float32
+weights.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
@@ -40,29 +43,21 @@ def shapes(layers: int, hidden: int, vocabulary: int) -> dict[str, tuple[int, ..
 def pool(arguments: argparse.Namespace) -> list[Weight]:
     """Random base, members 2 % away from it, Fisher information and Grams."""
     generator = torch.Generator().manual_seed(0)
-    dtype = getattr(torch, arguments.dtype)
+    dtype, to = getattr(torch, arguments.dtype), arguments.device
     members = [f"member{index}" for index in range(arguments.members)]
     shared: dict[str, dict[str, torch.Tensor]] = {}
     weights = []
     for name, shape in shapes(arguments.layers, arguments.hidden, arguments.vocabulary).items():
         base = torch.randn(shape, generator=generator) * 0.05
-        moved = {m: (base + 1e-3 * torch.randn(shape, generator=generator)).to(dtype) for m in members}
-        statistics = {"fisher": {m: torch.rand(shape, generator=generator) * 1e-4 for m in members}}
+        moved = {m: (base + 1e-3 * torch.randn(shape, generator=generator)).to(to, dtype) for m in members}
+        statistics = {"fisher": {m: (torch.rand(shape, generator=generator) * 1e-4).to(to) for m in members}}
         if len(shape) == 2 and not name.startswith("embeddings"):
             key = name.rsplit(".", 2)[0] if "self." in name else name
             if key not in shared:
                 samples = {m: torch.randn(2 * shape[1], shape[1], generator=generator) for m in members}
-                shared[key] = {m: x.T @ x / len(x) for m, x in samples.items()}
+                shared[key] = {m: (x.T @ x / len(x)).to(to) for m, x in samples.items()}
             statistics["gram"] = shared[key]
-        to = arguments.device
-        weights.append(
-            Weight(
-                name,
-                base.to(dtype).to(to),
-                {m: value.to(to) for m, value in moved.items()},
-                {kind: {m: value.to(to) for m, value in found.items()} for kind, found in statistics.items()},
-            )
-        )
+        weights.append(Weight(name, base.to(to, dtype), moved, statistics))
     return weights
 
 
@@ -79,9 +74,7 @@ def seconds(run: Callable[[], None], device: str) -> float:
 
 def main() -> None:
     """Measures and prints one line a method."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--members", type=int, default=8)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=384)
@@ -103,36 +96,27 @@ def main() -> None:
     bandwidth = 2 * source.nbytes / median(copies[1:])
     limit = (stored + written) / bandwidth
     parameters = sum(w.base.numel() for w in weights)
-    print(
-        f"{parameters / 1e6:.1f}M parameters, {len(members)} members, {arguments.dtype}, {stored / 1e9:.2f} GB stored"
-    )
-    print(
-        f"copy: {bandwidth / 1e9:.1f} GB/s; reading the pool and writing a merge at that rate: {limit:.4f} s\n"
-    )
-    print(
-        f"{'method':<20}{'prepare s':>10}{'new settings s':>16}{'candidate s':>13}{'× copy':>8}{'× task arithmetic':>19}"
-    )
+    print(f"{parameters / 1e6:.1f}M parameters, {len(members)} members, {arguments.dtype}: {stored / 1e9:.2f} GB")
+    print(f"copy: {bandwidth / 1e9:.1f} GB/s; reading the pool and writing a merge at that rate: {limit:.4f} s\n")
+    columns = ("prepare s", "first s", "candidate s", "× copy", "× task arithmetic")
+    print(f"{'method':<20}" + "".join(f"{column:>{len(column) + 3}}" for column in columns))
     reference = None
     for name in sorted(arguments.methods, key=lambda known: known != "task_arithmetic"):
         method = METHODS[name]
-        recipe = method.default_recipe(members)
+        recipe = method.default_recipe(members[: method.most_members])
         start = time.perf_counter()
         prepared = method.prepare(weights, Context(survey=method.survey(weights)))
         ready = time.perf_counter() - start
         times = []
         for repeat in range(arguments.repeats + 1):
-            scaling = {
-                m: factor * (1 + 0.01 * repeat) + 1e-3 * i
-                for i, (m, factor) in enumerate(recipe.scaling.items())
-            }
-            times.append(
-                seconds(lambda s=scaling: prepared.merge(s, recipe.parameters, out), arguments.device)
-            )
+            scaling = {m: a * (1 + 0.01 * repeat) + 1e-3 * i for i, (m, a) in enumerate(recipe.scaling.items())}
+            run = partial(prepared.merge, scaling, recipe.parameters, out)
+            times.append(seconds(run, arguments.device))
         each = median(times[1:])
         reference = reference or each
-        print(
-            f"{name:<20}{ready:>10.2f}{times[0]:>16.3f}{each:>13.4f}{each / limit:>8.2f}{each / reference:>19.2f}"
-        )
+        figures = (ready, times[0], each, each / limit, each / reference)
+        cells = (f"{figure:>{len(column) + 3}.3f}" for figure, column in zip(figures, columns, strict=True))
+        print(f"{name:<20}" + "".join(cells))
 
 
 if __name__ == "__main__":

@@ -35,27 +35,31 @@ class RandomTask(Task):
         )
         self.model = BertForSequenceClassification(config).eval().to(options.device)
         self.ids = torch.randint(4, options.vocabulary, (options.examples, options.length))
-        lengths = torch.randint(
-            int(options.length * options.filled), options.length + 1, (options.examples, 1)
-        )
+        lengths = torch.randint(int(options.length * options.filled), options.length + 1, (options.examples, 1))
         self.mask = (torch.arange(options.length) < lengths).long()
 
     def check(self) -> list[str]:
+        """Nothing to check."""
         return []
 
     def load_model(self) -> nn.Module:
+        """The model itself."""
         return self.model
 
     def size(self, split: str) -> int:
+        """Number of examples."""
         return self.options.examples
 
     def data_fingerprint(self, split: str) -> str:
+        """None."""
         return ""
 
     def evaluate(self, model: nn.Module, split: str, **options: object) -> Score:
+        """Nothing to score."""
         return Score(0.0, 0.0, 0, "none")
 
     def batches(self, split: str, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
+        """Examples [start, stop)."""
         for first in range(start, stop, batch_size):
             ids, mask = self.ids[first : first + batch_size], self.mask[first : first + batch_size]
             labels = torch.zeros(len(ids), dtype=torch.int64)
@@ -67,6 +71,7 @@ class RandomTask(Task):
             )
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Class logits [N, C]."""
         result: Tensor = model(**batch.inputs).logits
         return result
 
@@ -83,9 +88,7 @@ def main() -> None:
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--length", type=int, default=64)
-    parser.add_argument(
-        "--filled", type=float, default=1.0, help="shortest example, as a share of the longest"
-    )
+    parser.add_argument("--filled", type=float, default=1.0, help="shortest example, as a share of the longest")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--singles", type=int, default=8, help="examples of the loop; its time is scaled up")
     parser.add_argument("--repeats", type=int, default=3, help="the fastest of so many runs counts")
@@ -129,25 +132,27 @@ def main() -> None:
     for name, value in seconds.items():
         print(f"{name:28s} {value:8.3f} s {1000 * value / options.examples:9.3f} ms an example")
     plain, loop = seconds[f"forward + {options.classes} backward"], seconds["loop of single examples"]
-    print(
-        f"exact fisher: {seconds['exact fisher'] / plain:.2f} × forward + {options.classes} backward passes"
-    )
+    print(f"exact fisher: {seconds['exact fisher'] / plain:.2f} × forward + {options.classes} backward passes")
     print(f"exact fisher: {loop / seconds['exact fisher']:.2f} × faster than the loop of single examples")
     print(f"gram: {seconds['gram'] / seconds['forward']:.2f} × a forward pass")
 
 
 def best(run: Callable[[], object], options: argparse.Namespace) -> float:
-    """Seconds of the fastest of several runs: of the processor, so that others on the machine do not count; wall on a GPU."""
+    """Seconds of the fastest of several runs: the processor's, so that its other users do not count; wall on a GPU."""
     times = []
     for _ in range(options.repeats):
-        if options.device != "cpu":
-            torch.cuda.synchronize()
-        start = time.process_time()
+        start = now(options)
         run()
-        if options.device != "cpu":
-            torch.cuda.synchronize()
-        times.append(time.process_time() - start)
+        times.append(now(options) - start)
     return min(times)
+
+
+def now(options: argparse.Namespace) -> float:
+    """The clock that `best` reads."""
+    if options.device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 if __name__ == "__main__":

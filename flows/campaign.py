@@ -1,6 +1,5 @@
 """A campaign from beginning to end: pool → statistics → references → selection → search → test → export → report."""
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,8 +33,6 @@ from search.selection import Selection
 from search.space import Space
 from search.study import open_study
 
-DONE = "done.json"
-
 
 def run(campaign: Campaign, display: Display) -> str:
     """Runs a campaign in its directory, or goes on with it; what is there already is not done again.
@@ -50,7 +47,7 @@ def run(campaign: Campaign, display: Display) -> str:
     directory.check(campaign)
     with directory.locked():
         display.timings = directory.read_timings()
-        if _is_done(directory, campaign):
+        if directory.is_finished(campaign):
             display.say(f"{directory.path} is finished: nothing to do")
             return summary(directory)
         with display.phase("Pool"):
@@ -63,7 +60,7 @@ def run(campaign: Campaign, display: Display) -> str:
                 _work(opened, directory, cluster, display)
         finally:
             directory.write_timings(display.timings)
-        storage.write_json(directory / DONE, _done_key(campaign))
+        directory.finish(campaign)
     return summary(directory)
 
 
@@ -98,9 +95,29 @@ def run_selection(campaign: Campaign, display: Display) -> Selection:
         with connect() as cluster:
             with display.phase("Statistics"):
                 prepare_selection(opened, _cache(opened), display)
-            with _evaluators(opened, {}, cluster, display) as executor:
+            with evaluators(opened, {}, cluster, display) as executor:
                 references = _references(opened, executor, Ledger(directory.ledger, campaign.name), display)
                 return _selection(opened, references, directory, display)
+
+
+@contextmanager
+def evaluators(
+    opened: Opened, statistics: dict[str, tuple[str, ...]], cluster: Cluster, display: Display
+) -> Iterator[RayExecutor]:
+    """Evaluators for the block, as many as fit, with threads and memory said."""
+    resources = opened.campaign.resources
+    gpus = (1.0 if cluster.gpus else 0.0) if resources.gpus is None else resources.gpus
+    count = evaluators_for(cluster, resources.evaluators, resources.threads, gpus, opened.evaluator_bytes())
+    pool = EvaluatorPool(opened.setup(statistics), count, resources.threads, gpus, resources.retries)
+    try:
+        pool.start()
+        display.say(
+            f"  {count} evaluators of {resources.threads} thread{'s' * (resources.threads > 1)}"
+            f"{f' and {gpus:g} GPU' if gpus else ''}, about {opened.evaluator_bytes() / 1e9:.1f} GB each"
+        )
+        yield RayExecutor(pool, opened.campaign.search.examples)
+    finally:
+        pool.close()
 
 
 def summary(directory: Directory) -> str:
@@ -128,7 +145,7 @@ def _work(opened: Opened, directory: Directory, cluster: Cluster, display: Displ
     with display.phase("Statistics"):
         statistics = member_statistics(opened, opened.kinds, _cache(opened), display)
         prepare_selection(opened, _cache(opened), display)
-    with _evaluators(opened, statistics, cluster, display) as executor:
+    with evaluators(opened, statistics, cluster, display) as executor:
         references = _references(opened, executor, ledger, display)
         selection = _selection(opened, references, directory, display)
         _search(opened, selection, directory, executor, ledger, display)
@@ -185,13 +202,14 @@ def _search(
 ) -> None:
     campaign, settings = opened.campaign, opened.campaign.search
     space = Space(settings.methods, list(opened.pool.members), selection.subsets, settings.scaling)
-    budget = Budget(
-        settings.candidates, settings.seconds, settings.identical_errors, campaign.resources.retries
-    )
+    budget = Budget(settings.candidates, settings.seconds, settings.identical_errors, campaign.resources.retries)
     done = sum(row.origin in ("anchor", "search") for row in ledger.rows())
     with (
-        display.phase(f"Search: {settings.candidates} candidates, {done} of them done" if done else
-                      f"Search: {settings.candidates} candidates"),
+        display.phase(
+            f"Search: {settings.candidates} candidates, {done} of them done"
+            if done
+            else f"Search: {settings.candidates} candidates"
+        ),
         open_study(directory / "study", campaign.name, space, ledger, settings.storage) as study,
         display.bar("candidates", max(settings.candidates, done)) as bar,
     ):
@@ -232,28 +250,10 @@ def _test(opened: Opened, executor: RayExecutor, ledger: Ledger, display: Displa
 def _objective(opened: Opened, ledger: Ledger) -> Objective:
     tasks_of = {member: task for member in opened.pool.members if (task := opened.campaign.task_of(member))}
     return make_objective(
-        opened.campaign.search.objective, list(opened.tasks), own_scores(ledger.rows(), tasks_of, "validation")
+        opened.campaign.search.objective,
+        list(opened.tasks),
+        own_scores(ledger.rows(), tasks_of, "validation"),
     )
-
-
-@contextmanager
-def _evaluators(
-    opened: Opened, statistics: dict[str, tuple[str, ...]], cluster: Cluster, display: Display
-) -> Iterator[RayExecutor]:
-    """Evaluators for the block, as many as fit, with threads and memory said."""
-    resources = opened.campaign.resources
-    gpus = (1.0 if cluster.gpus else 0.0) if resources.gpus is None else resources.gpus
-    count = evaluators_for(cluster, resources.evaluators, resources.threads, gpus, opened.evaluator_bytes())
-    pool = EvaluatorPool(opened.setup(statistics), count, resources.threads, gpus, resources.retries)
-    try:
-        pool.start()
-        display.say(
-            f"  {count} evaluators of {resources.threads} thread{'s' * (resources.threads > 1)}"
-            f"{f' and {gpus:g} GPU' if gpus else ''}, about {opened.evaluator_bytes() / 1e9:.1f} GB each"
-        )
-        yield RayExecutor(pool, opened.campaign.search.examples)
-    finally:
-        pool.close()
 
 
 def _provenance(opened: Opened) -> Provenance:
@@ -263,15 +263,4 @@ def _provenance(opened: Opened) -> Provenance:
 def _cache(opened: Opened) -> str:
     """Where computed statistics are kept."""
     campaign = opened.campaign
-    return campaign.statistics.cache or storage.join(campaign.directory or os.getcwd(), "statistics")
-
-
-def _done_key(campaign: Campaign) -> list[object]:
-    search_settings = campaign.search
-    return [campaign.identity(), search_settings.candidates, search_settings.seconds, campaign.test.top]
-
-
-def _is_done(directory: Directory, campaign: Campaign) -> bool:
-    """Whether this very budget was spent here, and what it led to is still there."""
-    places = (directory / DONE, directory.report, storage.join(directory.best, "config.json"))
-    return all(map(storage.exists, places)) and storage.read_json(directory / DONE) == _done_key(campaign)
+    return campaign.statistics.cache or storage.join(campaign.directory or ".", "statistics")

@@ -1,6 +1,8 @@
 """The command line. Nothing heavy is imported before a command needs it, so that `--help` answers at once."""
 
 import os
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 class Commands(TyperGroup):
     """Ends every command alike: bad input is one message and exit code 2, an interruption 130."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Runs the command."""
         from merging.errors import MergequestError
 
@@ -26,7 +28,11 @@ class Commands(TyperGroup):
             typer.secho(f"error: {error}", fg="red", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            typer.secho("stopped: what is finished is kept, and the same command goes on from there", fg="yellow", err=True)
+            typer.secho(
+                "stopped: what is finished is kept, and the same command goes on from there",
+                fg="yellow",
+                err=True,
+            )
             raise typer.Exit(130) from None
 
 
@@ -41,7 +47,9 @@ app = typer.Typer(
 campaign_app = typer.Typer(help="Run campaigns, look at them, and go on with them.", no_args_is_help=True)
 app.add_typer(campaign_app, name="campaign")
 
-File = Annotated[str, typer.Argument(help="Campaign file (YAML); `mergequest init` writes one.", metavar="CAMPAIGN.yaml")]
+File = Annotated[
+    str, typer.Argument(help="Campaign file (YAML); `mergequest init` writes one.", metavar="CAMPAIGN.yaml")
+]
 Where = Annotated[str, typer.Argument(help="A campaign's directory.", metavar="DIR")]
 Out = Annotated[str | None, typer.Option("--out", help="Directory to fill, instead of the file's `directory`.")]
 Address = Annotated[
@@ -131,8 +139,12 @@ def campaign_check(file: File) -> None:
 @app.command()
 def statistics(
     file: File,
-    kind: Annotated[list[str] | None, typer.Option(help="Kinds (fisher, gram, …); by default what the methods need.")] = None,
-    out: Annotated[str | None, typer.Option("--out", help="Directory for the files; by default the campaign's.")] = None,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="Kinds (fisher, gram, …); by default what the methods need.")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", help="Directory for the files; by default the campaign's.")
+    ] = None,
     address: Address = None,
     quiet: Quiet = False,
 ) -> None:
@@ -174,7 +186,8 @@ def merge(
 def evaluate(
     file: File,
     what: Annotated[
-        list[str], typer.Argument(help="Recipe files, merged checkpoints, members' names, or `base`.", metavar="WHAT…")
+        list[str],
+        typer.Argument(help="Recipe files, merged checkpoints, members' names, or `base`.", metavar="WHAT…"),
     ],
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "validation",
     address: Address = None,
@@ -206,7 +219,9 @@ def methods() -> None:
 @app.command()
 def submit(
     file: File,
-    address: Annotated[str, typer.Option(help="Dashboard of the cluster (http://HOST:8265).")] = "http://127.0.0.1:8265",
+    address: Annotated[
+        str, typer.Option(help="Dashboard of the cluster (http://HOST:8265).")
+    ] = "http://127.0.0.1:8265",
     out: Out = None,
     candidates: Annotated[int | None, typer.Option(help="Candidates to evaluate, instead of the file's.")] = None,
     follow: Annotated[bool, typer.Option(help="Show the job's log until it ends, and exit as it does.")] = True,
@@ -238,6 +253,7 @@ def quickstart(
 
 def main() -> None:
     """Entry point of `mergequest`."""
+    sys.path.insert(0, str(Path.cwd()))  # where a custom evaluator's module may lie; Ray's workers follow
     app()
 
 

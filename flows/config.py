@@ -1,7 +1,8 @@
 """The campaign file: one model that documents, checks and completes what a user asks for."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
@@ -11,13 +12,19 @@ from merging import storage
 from merging.errors import MergequestError, SettingsError
 from merging.methods import BASE, METHODS
 from merging.registry import did_you_mean
-from merging.statistics import LikelihoodSettings, OutputGramSettings, RepresentationSettings, StatisticSettings
+from merging.statistics import (
+    LikelihoodSettings,
+    OutputGramSettings,
+    RepresentationSettings,
+    StatisticSettings,
+)
 from merging.tasks import AnyTaskSettings
 from search.objective import OBJECTIVES
-from search.samplers import SAMPLERS
-from search.space import MethodSpace
+from search.samplers import SAMPLERS, make_sampler
+from search.space import MethodSpace, Space
 
 CAMPAIGN_FILE = "campaign.yaml"
+DEFAULT_METHODS = ("average", "task_arithmetic", "ties", "fisher", "gradient_matching", "regmean")
 Model = TypeVar("Model", bound=BaseModel)
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -37,7 +44,9 @@ class MemberSettings(Settings):
     )
     task: str | None = Field(None, description="The task it was fine-tuned on; by default the task of its own name.")
     examples: int | None = Field(
-        None, ge=1, description="Training examples behind it (gradient matching); by default its task's training split."
+        None,
+        ge=1,
+        description="Training examples behind it (gradient matching); by default its task's training split.",
     )
 
     @model_validator(mode="before")
@@ -50,15 +59,19 @@ class StatisticsSettings(Settings):
     """How statistics are computed where no published file stands in for them."""
 
     fisher: LikelihoodSettings = Field(default_factory=LikelihoodSettings, description="Diagonal Fisher information.")
-    gram: StatisticSettings = Field(default_factory=StatisticSettings, description="Gram matrices of layer inputs (RegMean).")
+    gram: StatisticSettings = Field(
+        default_factory=StatisticSettings, description="Gram matrices of layer inputs (RegMean)."
+    )
     output_gram: OutputGramSettings = Field(
         default_factory=OutputGramSettings, description="Gram matrices of layer outputs' gradients (K-FAC)."
     )
     representation: RepresentationSettings = Field(
-        default_factory=RepresentationSettings, description="Representations of examples, for the DPP's diversity."
+        default_factory=RepresentationSettings,
+        description="Representations of examples, for the DPP's diversity.",
     )
     cache: str | None = Field(
-        None, description="Directory of computed statistics, shared between campaigns; by default the campaign's own."
+        None,
+        description="Directory of computed statistics, shared between campaigns; by default the campaign's own.",
     )
     shard: int = Field(64, ge=1, description="Examples that one Ray task computes; a lost worker costs one shard.")
 
@@ -75,7 +88,8 @@ class SelectionSettings(Settings):
     draws: int = Field(4, ge=1, description="Subsets drawn for each size (dpp-sample).")
     subsets: tuple[tuple[str, ...], ...] = Field((), description="The subsets (fixed).")
     similarity: Literal["representation", "task-vector"] = Field(
-        "representation", description="What S compares: representations of the same examples, or task vectors."
+        "representation",
+        description="What S compares: representations of the same examples, or task vectors.",
     )
     centered: bool = Field(True, description="Centre representations, so that cosines tell members apart.")
     quality: Literal["gain", "equal"] = Field(
@@ -100,7 +114,9 @@ class SearchSettings(Settings):
     candidates: int = Field(64, ge=1, description="Candidates to evaluate, the anchors among them.")
     seconds: float | None = Field(None, gt=0, description="Stop asking for candidates after this wall time.")
     scaling: Literal["shared", "per_member"] = Field("per_member", description="One scaling factor, or one a member.")
-    objective: str = Field("mean", description="What is maximised over tasks: mean, worst, normalized, or a task's name.")
+    objective: str = Field(
+        "mean", description="What is maximised over tasks: mean, worst, normalized, or a task's name."
+    )
     examples: int | None = Field(None, ge=1, description="Validation examples a task and candidate; by default all.")
     sampler: str = Field("tpe", description="Optuna sampler: " + ", ".join(sorted(SAMPLERS)) + ".")
     sampler_arguments: dict[str, Any] = Field(default_factory=dict, description="Its arguments, as Optuna names them.")
@@ -117,15 +133,16 @@ class SearchSettings(Settings):
         return value
 
 
-DEFAULT_METHODS = ("average", "task_arithmetic", "ties", "fisher", "gradient_matching", "regmean")
-
-
 class ResourceSettings(Settings):
     """What the campaign takes of the machine or cluster; by default all of it, without crowding it."""
 
-    evaluators: int | None = Field(None, ge=1, description="Evaluators at work at once; by default one a GPU, or a core.")
+    evaluators: int | None = Field(
+        None, ge=1, description="Evaluators at work at once; by default one a GPU, or a core."
+    )
     threads: int = Field(1, ge=1, description="Torch threads of each process; more than one seldom pays on few cores.")
-    gpus: float | None = Field(None, ge=0, description="GPUs of an evaluator (fractions share one); by default 1 if any.")
+    gpus: float | None = Field(
+        None, ge=0, description="GPUs of an evaluator (fractions share one); by default 1 if any."
+    )
     precision: Literal["float32", "bfloat16"] = Field("float32", description="Of evaluation; bfloat16 is autocast.")
     retries: int = Field(3, ge=0, description="How often work is tried again after a worker was lost.")
 
@@ -141,17 +158,21 @@ class Campaign(Settings):
     """A campaign file."""
 
     name: Name = Field(description="Names the campaign in the ledger and on a shared cluster.")
-    directory: str | None = Field(None, description="What the campaign fills; by default `runs/<name>` beside this file.")
+    directory: str | None = Field(
+        None, description="What the campaign fills; by default `runs/<name>` beside this file."
+    )
     base: str = Field(description="The checkpoint that all members were fine-tuned from.")
     members: dict[Name, MemberSettings] = Field(
         min_length=1, description="The pool: checkpoints by name (a path alone will do)."
     )
     heads: tuple[str, ...] = Field(
-        (), description="Patterns (classifier.*) of tensors to keep per task though base and members all have them."
+        (),
+        description="Patterns (classifier.*) of tensors to keep per task though base and members all have them.",
     )
     tasks: dict[Name, AnyTaskSettings] = Field(min_length=1, description="What a merge is judged by.")
     task_heads: dict[str, str] = Field(
-        default_factory=dict, description="Task → member whose head it uses, where no member names the task as its own."
+        default_factory=dict,
+        description="Task → member whose head it uses, where no member names the task as its own.",
     )
     statistics: StatisticsSettings = Field(default_factory=StatisticsSettings, description=StatisticsSettings.__doc__)
     selection: SelectionSettings = Field(default_factory=SelectionSettings, description=SelectionSettings.__doc__)
@@ -183,13 +204,24 @@ class Campaign(Settings):
             raise ValueError(f"selection.sizes: sizes lie between 1 and {len(self.members)}, the number of members")
         known = [*OBJECTIVES, *self.tasks]
         if self.search.objective not in known:
-            raise ValueError(f"search.objective: unknown '{self.search.objective}'. {did_you_mean(self.search.objective, known)}")
+            raise ValueError(
+                f"search.objective: unknown '{self.search.objective}'. {did_you_mean(self.search.objective, known)}"
+            )
+        self._search_can_start()
         if headless := [task for task in self.tasks if task not in self.owners()]:
             raise ValueError(
                 f"no member has the task '{headless[0]}': give a member `task: {headless[0]}`, or name the member whose head "
                 f"it uses under `task_heads`"
             )
         return self
+
+    def _search_can_start(self) -> None:
+        """Makes sampler and space once, for the errors that they raise."""
+        try:
+            make_sampler(self.search.sampler, self.seed, self.search.sampler_arguments)
+            Space(self.search.methods, list(self.members), None, self.search.scaling)
+        except MergequestError as error:
+            raise ValueError(str(error)) from error
 
     def task_of(self, member: str) -> str | None:
         """The task that a member was fine-tuned on; None where it has none here."""
@@ -225,7 +257,9 @@ def load_yaml(path: str) -> dict[str, Any]:
     except MergequestError as error:
         raise SettingsError(str(error)) from error
     if not isinstance(value, dict):
-        raise SettingsError(f"{path} holds no settings: expected `key: value` lines; `mergequest init` writes an example")
+        raise SettingsError(
+            f"{path} holds no settings: expected `key: value` lines; `mergequest init` writes an example"
+        )
     return value
 
 
@@ -235,7 +269,7 @@ def load_campaign(path: str) -> Campaign:
     Raises:
         SettingsError: It is missing, or something in it is wrong: every mistake is in the message.
     """
-    root = os.path.dirname(storage.absolute(path))
+    root = parent(path)
     campaign = validate(Campaign, load_yaml(path), path)
     settings = campaign.model_dump(mode="json")
     settings["directory"] = resolve(campaign.directory or storage.join("runs", campaign.name), root)
@@ -253,9 +287,17 @@ def load_campaign(path: str) -> Campaign:
     return validate(Campaign, settings, path)
 
 
+def parent(path: str) -> str:
+    """The directory of a local file or an address."""
+    return storage.absolute(path).rpartition("/")[0]
+
+
 def resolve(path: str, root: str) -> str:
     """`path` as it is if absolute or an address, else below `root`."""
-    return path if not storage.is_local(path) else os.path.normpath(os.path.join(root, os.path.expanduser(path)))
+    if not storage.is_local(path):
+        return path
+    place = storage.local_path(path).expanduser()
+    return os.path.normpath(place if place.is_absolute() else storage.join(root, str(place)))
 
 
 def require_writable(path: str) -> None:
@@ -305,23 +347,21 @@ def _explain(model: type[BaseModel], entry: Any) -> str:
     return f"{place}: {message}{shown}" if place else message
 
 
-def _fields_at(model: Any, loc: tuple[Any, ...]) -> set[str]:
+def _fields_at(annotation: Any, loc: tuple[Any, ...]) -> set[str]:
     """The keys that are known at a place of the file."""
-    if isinstance(model, type) and issubclass(model, BaseModel):
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         if not loc:
-            return set(model.model_fields)
-        field = model.model_fields.get(str(loc[0]))
+            return set(annotation.model_fields)
+        field = annotation.model_fields.get(str(loc[0]))
         return _fields_at(field.annotation, loc[1:]) if field else set()
-    arguments = [argument for argument in _arguments(model)]
-    if get_origin(model) is dict and loc:
-        return _fields_at(arguments[-1], loc[1:])
-    models = [argument for argument in arguments if isinstance(argument, type) and issubclass(argument, BaseModel)]
-    if get_origin(model) is Union and loc:
-        # a tagged union puts its tag into the place
-        tagged = [m for m in models if loc[0] in get_args(m.model_fields["kind"].annotation)] if loc else []
-        return set().union(*(_fields_at(m, loc[1:]) for m in tagged)) if tagged else set()
-    return set().union(*(_fields_at(argument, loc) for argument in arguments)) if arguments else set()
-
-
-def _arguments(annotation: Any) -> Iterator[Any]:
-    yield from get_args(annotation)
+    inner = get_args(annotation)
+    if get_origin(annotation) is dict:
+        return _fields_at(inner[-1], loc[1:])
+    if get_origin(annotation) is Annotated:
+        return _fields_at(inner[0], loc)
+    if get_origin(annotation) in (Union, UnionType) and loc:  # a union that is told apart by a tag has it in the place
+        inner = tuple(
+            m for m in inner if "kind" in getattr(m, "model_fields", {}) and m.model_fields["kind"].default == loc[0]
+        )
+        loc = loc[1:]
+    return set().union(*(_fields_at(argument, loc) for argument in inner))

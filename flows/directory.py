@@ -48,7 +48,9 @@ class Directory:
             SettingsError: It holds none.
         """
         if not storage.exists(self / CAMPAIGN_FILE):
-            raise SettingsError(f"{self.path} holds no campaign (no {CAMPAIGN_FILE}): start one with `mergequest campaign run`")
+            raise SettingsError(
+                f"{self.path} holds no campaign (no {CAMPAIGN_FILE}): start one with `mergequest campaign run`"
+            )
         return load_campaign(self / CAMPAIGN_FILE)
 
     def check(self, campaign: Campaign) -> None:
@@ -79,6 +81,15 @@ class Directory:
         """Keeps the resolved campaign file here, which makes this the campaign's directory."""
         storage.write_text(self / CAMPAIGN_FILE, dump(campaign))
 
+    def is_finished(self, campaign: Campaign) -> bool:
+        """Whether this very budget was spent here, and what it led to is still there."""
+        places = (self / DONE, self.report, storage.join(self.best, "config.json"))
+        return all(map(storage.exists, places)) and storage.read_json(self / DONE) == _budget(campaign)
+
+    def finish(self, campaign: Campaign) -> None:
+        """Notes that the campaign's budget is spent, and its winner exported."""
+        storage.write_json(self / DONE, _budget(campaign))
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps other drivers out of a local directory for the block; the lock dies with its process.
@@ -95,7 +106,9 @@ class Directory:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise LedgerError(f"another mergequest is running this campaign ({self.path}): wait for it, or stop it") from error
+                raise LedgerError(
+                    f"another mergequest is running this campaign ({self.path}): wait for it, or stop it"
+                ) from error
             yield
         finally:
             os.close(handle)
@@ -112,8 +125,14 @@ class Directory:
         storage.write_json(self / "timings.json", {name: round(value, 3) for name, value in timings.items()})
 
 
+DONE = "done.json"
 KNOWN = ("members", "data", "statistics")
 """What may lie in a directory before its campaign does: the quick start's pool, and statistics computed ahead."""
+
+
+def _budget(campaign: Campaign) -> list[object]:
+    """What a finished campaign has spent; with more of it, there is more to do."""
+    return [campaign.identity(), campaign.search.candidates, campaign.search.seconds, campaign.test.top]
 
 
 def _differences(one: Campaign, other: Campaign) -> list[str]:

@@ -60,7 +60,11 @@ def export(
 def model_card(opened: Opened, recipe: Recipe, table: str, row: Row | None) -> str:
     """The card of a merged model: members, method, parameters, scores, versions, and how to load it."""
     templates = Environment(
-        loader=PackageLoader("flows"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+        loader=PackageLoader("flows"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
     )
     return templates.get_template("model_card.md.j2").render(
         campaign=opened.campaign,
@@ -71,8 +75,7 @@ def model_card(opened: Opened, recipe: Recipe, table: str, row: Row | None) -> s
         fingerprints=opened.pool.fingerprints(),
         architecture=opened.pool.base.architecture,
         classes={
-            task: opened.pool.members[owner].checkpoint.architecture
-            for task, owner in opened.campaign.owners().items()
+            task: opened.pool.members[owner].checkpoint.architecture for task, owner in opened.campaign.owners().items()
         },
         versions=versions(),
     )
@@ -87,7 +90,7 @@ def versions() -> dict[str, str]:
 
 
 def code_version() -> str:
-    """mergequest's version; of an uninstalled working directory, what is known of it."""
+    """Mergequest's version; of an uninstalled working directory, what is known of it."""
     try:
         return version("mergequest")
     except PackageNotFoundError:

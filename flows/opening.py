@@ -103,7 +103,7 @@ def open_campaign(campaign: Campaign, display: Display) -> Opened:
     }
     for name, task in tasks.items():
         for note in task.check():
-            display.note(f"task '{name}': {note}")
+            display.note(note)
     distances = pool.check_weights()
     size = sum(info.nbytes for info in pool.weights.values())
     heads = {key for member in pool.members.values() for key in member.head}

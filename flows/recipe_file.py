@@ -1,14 +1,12 @@
 """Recipe files: a merge that one person writes down and another repeats."""
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
 from pydantic import Field
 
-from flows.config import MemberSettings, Name, Settings, load_yaml, resolve, validate
-from merging import storage
+from flows.config import MemberSettings, Name, Settings, load_yaml, parent, resolve, validate
 from merging.merge import Material, open_statistics
 from merging.methods import METHODS
 from merging.pool import Pool
@@ -61,7 +59,7 @@ def load_recipe(path: str) -> RecipeFile:
     Raises:
         SettingsError: It is missing, or something in it is wrong: every mistake is in the message.
     """
-    root = os.path.dirname(storage.absolute(path))
+    root = parent(path)
     given = validate(RecipeFile, load_yaml(path), path)
     settings = given.model_dump(mode="json")
     settings["base"] = resolve(given.base, root)

@@ -118,9 +118,7 @@ def render(
         selection=selection,
         failures=_failures(rows),
         plots=shown,
-        figures=Markup(
-            _as_script({name: json.loads(plotly.io.to_json(plot)) for name, plot in shown.items()})
-        ),
+        figures=Markup(_as_script({name: json.loads(plotly.io.to_json(plot)) for name, plot in shown.items()})),
         plotly=Markup(get_plotlyjs()),
     )
     return page
@@ -161,9 +159,7 @@ def _counts(rows: Sequence[Row]) -> dict[str, float]:
         status: sum(row.status == status for row in tried) for status in ("complete", "failed", "pruned")
     }
     counts["seconds"] = (
-        (max(row.finished for row in rows) - min(row.started for row in rows)).total_seconds()
-        if rows
-        else 0.0
+        (max(row.finished for row in rows) - min(row.started for row in rows)).total_seconds() if rows else 0.0
     )
     return counts
 

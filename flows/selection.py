@@ -1,6 +1,7 @@
 """Subsets of members for the search: q from the references' scores, S from representations or task vectors."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -57,7 +58,7 @@ def select_subsets(opened: Opened, references: Sequence[Row], cache: str, displa
 
 
 def member_quality(opened: Opened, references: Sequence[Row]) -> tuple[dict[str, float], list[str]]:
-    """q of every member: its relative gain over the base on its own task, or 1 where the file says `equal`.
+    """Q of every member: its relative gain over the base on its own task, or 1 where the file says `equal`.
 
     Raises:
         SelectionError: A member has no task, or its reference failed.
@@ -91,11 +92,11 @@ def member_similarity(opened: Opened, cache: str, display: Display) -> kernel.Ma
         raise SelectionError(
             "no task gives representations (custom evaluators only): set selection.similarity to 'task-vector'"
         )
-    rows = {member: _concatenated(files[member]) for member in members}
-    return kernel.similarity_from_representations(rows, settings.centered)
+    rows = {member: _concatenated(files[member], "representation") for member in members}
+    positions = {member: _concatenated(files[member], "positions") for member in members}
+    return kernel.similarity_from_representations(rows, settings.centered, positions)
 
 
-def _concatenated(files: Mapping[str, str]) -> npt.NDArray[np.float32]:
-    """A member's representations of all tasks' examples [examples, D]."""
-    parts = [StatisticsFile.open(path).read("representation").numpy() for path in files.values()]
-    return np.concatenate(parts)
+def _concatenated(files: Mapping[str, str], name: str) -> npt.NDArray[Any]:
+    """A tensor of a member's files of all tasks, the tasks' examples one after another."""
+    return np.concatenate([StatisticsFile.open(path).read(name).numpy() for path in files.values()])

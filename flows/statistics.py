@@ -8,13 +8,10 @@ from merging import storage
 from merging.errors import StatisticsError
 from merging.methods import BASE
 from merging.statistics import STATISTICS, StatisticsFile, number_of_examples
-from merging.tasks import make_task
-from ray_tasks.statistics import Job, compute
+from ray_tasks.statistics import BoundTask, Job, compute
 
 
-def member_statistics(
-    opened: Opened, kinds: Sequence[str], cache: str, display: Display
-) -> dict[str, tuple[str, ...]]:
+def member_statistics(opened: Opened, kinds: Sequence[str], cache: str, display: Display) -> dict[str, tuple[str, ...]]:
     """Files of the given kinds for every member: published ones as they are, the rest computed where they are missing.
 
     Args:
@@ -50,7 +47,7 @@ def representations(opened: Opened, cache: str, display: Display) -> dict[str, d
         Member → task → path.
     """
     jobs = {
-        (member, task): _job(opened, member, "representation", task, cache)
+        (member, task): _representation_job(opened, member, task, cache)
         for member in opened.pool.members
         for task in opened.tasks
         if opened.tasks[task].has_logits
@@ -95,29 +92,45 @@ def published_statistics(opened: Opened) -> Mapping[str, Mapping[str, str]]:
     return found
 
 
+def published_files(opened: Opened) -> dict[str, tuple[str, ...]]:
+    """Member → paths of the files that the campaign names."""
+    return {member: tuple(found.values()) for member, found in published_statistics(opened).items() if found}
+
+
 def _own_job(opened: Opened, member: str, kind: str, cache: str) -> Job:
     """A statistic of a member on its own task."""
     task = opened.campaign.task_of(member)
     if task is None or not opened.tasks[task].has_logits:
-        methods = [name for name in opened.campaign.search.methods]
         raise StatisticsError(
-            f"'{member}' has no task with data to compute its {kind} from: give it a `task`, name a published file under "
-            f"members.{member}.statistics, or leave the methods that need it out of search.methods ({', '.join(methods)})"
+            f"'{member}' has no task with data to compute its {kind} from: give it a `task`, name a published file "
+            f"under members.{member}.statistics, or leave the methods that need it out of search.methods"
         )
-    return _job(opened, member, kind, task, cache)
-
-
-def _job(opened: Opened, member: str, kind: str, task: str, cache: str) -> Job:
-    campaign = opened.campaign
-    settings = getattr(campaign.statistics, kind)
     checkpoint = opened.pool.members[member].checkpoint
-    bound = make_task(task, campaign.tasks[task], checkpoint.path)
+    bound = BoundTask(task, opened.campaign.tasks[task], checkpoint.path)
+    return _job(opened, member, kind, bound, bound, storage.join(cache, f"{member}.{kind}"))
+
+
+def _representation_job(opened: Opened, member: str, task: str, cache: str) -> Job:
+    """A member's representations of any task's examples, as that task's own head prepares them."""
+    campaign = opened.campaign
+    own = campaign.task_of(member)
+    if own is None:
+        raise StatisticsError(
+            f"'{member}' has no task that loads its model for representations: give it a `task`, or set "
+            "selection.similarity to 'task-vector'"
+        )
+    data = BoundTask(task, campaign.tasks[task], opened.tasks[task].head)
+    model = BoundTask(own, campaign.tasks[own], opened.pool.members[member].checkpoint.path)
+    return _job(opened, member, "representation", data, model, storage.join(cache, f"{member}.representation.{task}"))
+
+
+def _job(opened: Opened, member: str, kind: str, data: BoundTask, model: BoundTask, prefix: str) -> Job:
+    """The job whose file's name tells everything that its contents depend on."""
+    settings = getattr(opened.campaign.statistics, kind)
     statistic = STATISTICS[kind](settings)
-    examples = number_of_examples(bound, statistic)
-    fingerprints = {"checkpoint": checkpoint.fingerprint, "data": bound.data_fingerprint("train")}
+    task = data.open() if data.head != opened.tasks[data.name].head else opened.tasks[data.name]
+    examples = number_of_examples(task, statistic)
+    checkpoint = opened.pool.members[member].checkpoint.fingerprint
+    fingerprints = {"checkpoint": checkpoint, "data": task.data_fingerprint("train")}
     key = storage.fingerprint([fingerprints, statistic.key(), examples])
-    about = f"{member}.{kind}" if kind != "representation" else f"{member}.{kind}.{task}"
-    path = storage.join(cache, f"{about}.{key}.safetensors")
-    return Job(
-        member, kind, settings, checkpoint.path, task, campaign.tasks[task], "train", examples, path, fingerprints
-    )
+    return Job(member, kind, settings, data, model, "train", examples, f"{prefix}.{key}.safetensors", fingerprints)

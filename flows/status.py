@@ -4,9 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from flows.campaign import DONE
 from flows.directory import Directory
-from merging import storage
 from search.ledger import Ledger
 from search.objective import best
 
@@ -77,7 +75,7 @@ def read_status(path: str) -> Status:
     left = max(campaign.search.candidates - len(tried), 0)
     return Status(
         name=campaign.name,
-        state="finished" if storage.exists(directory / DONE) else "unfinished",
+        state="finished" if directory.is_finished(campaign) else "unfinished",
         done=len(tried),
         failed=sum(row.status == "failed" for row in tried),
         total=campaign.search.candidates,
@@ -86,5 +84,7 @@ def read_status(path: str) -> Status:
         best=top[0].objective if top else None,
         best_method=top[0].method if top else None,
         best_members=list(top[0].members) if top else [],
-        last=max((row.finished for row in rows), default=datetime.now(UTC)).isoformat(timespec="seconds") if rows else None,
+        last=max((row.finished for row in rows), default=datetime.now(UTC)).isoformat(timespec="seconds")
+        if rows
+        else None,
     )

@@ -75,7 +75,8 @@ def pack(campaign: Campaign, place: Path) -> None:
     """Writes what a job needs: the program's packages and the resolved campaign file."""
     for name in PACKAGES:
         spec = find_spec(name)
-        assert spec is not None and spec.origin is not None
+        assert spec is not None
+        assert spec.origin is not None
         source = Path(spec.origin).parent
         shutil.copytree(source, place / name, ignore=shutil.ignore_patterns("__pycache__"))
     (place / CAMPAIGN_FILE).write_text(dump(campaign))

@@ -61,11 +61,7 @@ class TableRow:
 
 def plain_average(rows: Sequence[Row]) -> Row | None:
     """The average of the most members with equal weights."""
-    anchors = [
-        row
-        for row in best(rows, len(rows))
-        if row.method == "average" and len(set(row.scaling.values())) == 1
-    ]
+    anchors = [row for row in best(rows, len(rows)) if row.method == "average" and len(set(row.scaling.values())) == 1]
     return max(anchors, key=lambda row: (len(row.members), row.origin == "anchor"), default=None)
 
 
@@ -162,9 +158,7 @@ def _mark_best(table: list[TableRow], columns: Sequence[str]) -> list[TableRow]:
         replace(
             line,
             best=frozenset(
-                column
-                for column in columns
-                if (cell := line.cell(column)) is not None and cell.value == tops[column]
+                column for column in columns if (cell := line.cell(column)) is not None and cell.value == tops[column]
             ),
         )
         for line in table
@@ -205,6 +199,8 @@ def columns(table: Sequence[TableRow]) -> list[str]:
 def caption(table: Sequence[TableRow]) -> str:
     """What the numbers are, in one sentence."""
     percent = " × 100" if factor(table) == 100 else ""
+    if not any(cell for line in table for cell in line.scores.values()):
+        return f"Nothing has been measured on test yet; validation mean{percent} ± standard error."
     return f"Test scores{percent} ± standard error; the winner was chosen on validation, then measured once."
 
 

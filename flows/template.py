@@ -74,9 +74,7 @@ def _section(model: type[BaseModel], depth: int) -> list[str]:
         inner = _model_of(field)
         if depth == 0 and (inner or name in EXAMPLES) and lines:
             lines.append("")
-        lines += [
-            f"{indent}# {line}" for line in textwrap.wrap(field.description or "", WIDTH - 2 - len(indent))
-        ]
+        lines += [f"{indent}# {line}" for line in textwrap.wrap(field.description or "", WIDTH - 2 - len(indent))]
         if inner is not None:
             lines += [f"{indent}{name}:", *_section(inner, depth + 1)]
             continue
@@ -97,7 +95,7 @@ def _model_of(field: FieldInfo) -> type[BaseModel] | None:
 
 def _default(field: FieldInfo) -> Any:
     """A field's default, as YAML writes it."""
-    value = field.get_default(call_default_factory=True)  # type: ignore[call-overload]
+    value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if isinstance(value, dict):

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,19 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 MAX_HEADER = 100_000_000
+COMPANIONS = (
+    CONFIG,
+    "generation_config.json",
+    "*tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*processor_config.json",
+    "spiece.model",
+    "sentencepiece*.model",
+)
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -205,7 +219,7 @@ class Checkpoint:
     def _digest(self, name: str) -> list[Any]:
         info = self.tensors[name]
         data = self.read(name).reshape(-1).view(torch.uint8).numpy()
-        return [name, str(info.dtype), list(info.shape), hashlib.sha256(data).hexdigest()]
+        return [name, str(info.dtype), list(info.shape), hashlib.sha256(data.data).hexdigest()]
 
 
 def write_checkpoint(
@@ -268,12 +282,8 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[d
 
 def _companions(checkpoint: Checkpoint) -> list[str]:
     """The small files that make a model directory loadable: configuration, tokenizer, preprocessor."""
-    suffixes = (".json", ".txt", ".model", ".jinja")
-    return [
-        name
-        for name in storage.list_dir(checkpoint.path)
-        if name.endswith(suffixes) and not name.startswith(".") and not name.endswith(".index.json")
-    ]
+    listed = storage.list_dir(checkpoint.path)
+    return [name for name in listed if any(fnmatchcase(name, pattern) for pattern in COMPANIONS)]
 
 
 def _weight_files(path: str, listed: list[str]) -> list[str]:

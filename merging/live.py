@@ -11,6 +11,7 @@ from merging.errors import PoolError
 from merging.merge import Material, ResidentMerger
 from merging.pool import Member, Pool
 from merging.recipe import Recipe
+from merging.statistics.names import checkpoint_names
 from merging.tasks.base import Score, Split, Task
 
 
@@ -99,23 +100,25 @@ def share_weights(model: nn.Module, pool: Pool, member: Member, out: Mapping[str
     Returns:
         The base's names of the weights that the model holds.
     """
-    places: dict[str, list[tuple[nn.Module, str]]] = {}
+    saved = checkpoint_names(model)
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    names: dict[str, int] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        for local in (*module._parameters, *module._buffers):
-            places.setdefault(f"{prefix}.{local}" if prefix else local, []).append((module, local))
-    aliases: dict[int, list[str]] = {}
-    for place, owners in places.items():
-        aliases.setdefault(id(getattr(*owners[0])), []).append(place)
+        for local, value in (*module._parameters.items(), *module._buffers.items()):
+            if value is not None:
+                places.setdefault(id(value), []).append((module, local))
+                names.setdefault(saved.get(id(value), f"{prefix}.{local}" if prefix else local), id(value))
     held = set()
     for name in pool.weights:
         own = member.names[name]
-        place = next((p for p in (own, name, own.partition(".")[2], name.partition(".")[2]) if p in places), None)
-        if place is None:
+        spellings = (own, name, own.partition(".")[2], name.partition(".")[2])
+        found = next((names[spelling] for spelling in spellings if spelling in names), None)
+        if found is None:
             continue
         held.add(name)
-        old = getattr(*places[place][0])
-        shared = nn.Parameter(out[name], requires_grad=False) if isinstance(old, nn.Parameter) else out[name]
-        for alias in aliases[id(old)]:
-            for module, local in places[alias]:
-                setattr(module, local, shared)
+        module, local = places[found][0]
+        is_parameter = isinstance(getattr(module, local), nn.Parameter)
+        shared = nn.Parameter(out[name], requires_grad=False) if is_parameter else out[name]
+        for module, local in places[found]:
+            setattr(module, local, shared)
     return held

@@ -153,7 +153,9 @@ class Pool:
             rows = list(threads.map(examine, self.weights))
         if problems:
             shown = "\n".join(f"  - {problem}" for problem in sorted(problems)[:MAX_REPORTED])
-            raise PoolError(f"unusable weights ({len(problems)} tensors):\n{shown}\nCopy the checkpoint again, or leave it out")
+            raise PoolError(
+                f"unusable weights ({len(problems)} tensors):\n{shown}\nCopy the checkpoint again, or leave it out"
+            )
         total, *moved = (sum(column) for column in zip(*rows, strict=True))
         distances = {name: (part / max(total, 1e-30)) ** 0.5 for name, part in zip(self.members, moved, strict=True)}
         far = [f"{name} ({distance:.2f})" for name, distance in distances.items() if distance > FAR]
@@ -193,9 +195,7 @@ def _prefixes(checkpoint: Checkpoint) -> list[str]:
     return ["", *sorted({key.split(".", 1)[0] + "." for key in checkpoint.tensors if "." in key})]
 
 
-def _match(
-    base: Checkpoint, name: str, member: Checkpoint, heads: Sequence[str], problems: list[str]
-) -> _Matched:
+def _match(base: Checkpoint, name: str, member: Checkpoint, heads: Sequence[str], problems: list[str]) -> _Matched:
     """Finds each base weight in a member; a bare backbone and one inside a task model (`bert.…`) are the same."""
     own = member.tensors.keys()
 

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psutil
-
 import ray
 
 from merging.errors import ClusterError
@@ -69,8 +68,12 @@ def connect() -> Iterator[Cluster]:
                 log_to_driver=False,
             )
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        remedy = "is it running, and does RAY_AUTH_TOKEN hold its token?" if chosen else "see the Ray log under /tmp/ray"
-        raise ClusterError(f"cannot {'join ' + chosen if chosen else 'start a local Ray'}: {error}\n{remedy}") from error
+        remedy = (
+            "is it running, and does RAY_AUTH_TOKEN hold its token?" if chosen else "see the Ray log under /tmp/ray"
+        )
+        raise ClusterError(
+            f"cannot {'join ' + chosen if chosen else 'start a local Ray'}: {error}\n{remedy}"
+        ) from error
     try:
         yield _describe(chosen or "local")
     finally:

@@ -125,8 +125,7 @@ class Evaluator:
         if self._models is None:
             setup = self._setup
             tasks = [
-                make_task(name, settings, setup.members[setup.owners[name]])
-                for name, settings in setup.tasks.items()
+                make_task(name, settings, setup.members[setup.owners[name]]) for name, settings in setup.tasks.items()
             ]
             self._models = LiveModels(setup.material(), tasks, setup.owners, self._device, setup.precision)
         return self._worker
@@ -186,8 +185,10 @@ class EvaluatorPool:
             ) from error
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None)
-            raise cause if isinstance(cause, MergequestError) else ClusterError(
-                f"an evaluator could not be built: {str(error).strip().splitlines()[-1]}"
+            raise (
+                cause
+                if isinstance(cause, MergequestError)
+                else ClusterError(f"an evaluator could not be built: {str(error).strip().splitlines()[-1]}")
             ) from error
 
     @property

@@ -11,7 +11,26 @@ from merging.errors import ClusterError, MergequestError
 from merging.live import best_device
 from merging.statistics import STATISTICS, Partial, Statistic, measure_shard, save
 from merging.tasks import make_task
-from merging.tasks.base import Split
+from merging.tasks.base import Split, Task
+
+
+@dataclass(frozen=True)
+class BoundTask:
+    """A task as it travels: opened where it is used.
+
+    Args:
+        name: Its name.
+        settings: Its settings.
+        head: The checkpoint that it is bound to.
+    """
+
+    name: str
+    settings: Any
+    head: str
+
+    def open(self) -> Task:
+        """The task itself."""
+        return make_task(self.name, self.settings, self.head)
 
 
 @dataclass(frozen=True)
@@ -22,9 +41,8 @@ class Job:
         member: Whose.
         kind: Kind of statistic.
         settings: Its settings.
-        checkpoint: The member's directory.
-        task: Name of the task whose data is used.
-        task_settings: Its settings.
+        data: The task whose examples are used.
+        model: The member's own task, which loads its model.
         split: Which examples.
         examples: How many of them.
         path: The file to write.
@@ -34,9 +52,8 @@ class Job:
     member: str
     kind: str
     settings: Any
-    checkpoint: str
-    task: str
-    task_settings: Any
+    data: BoundTask
+    model: BoundTask
     split: Split
     examples: int
     path: str
@@ -115,8 +132,9 @@ def compute(
 
 def _measure(job: Job, start: int, stop: int, threads: int) -> tuple[int, Partial]:
     torch.set_num_threads(threads)
-    task = make_task(job.task, job.task_settings, job.checkpoint)
-    return stop - start, measure_shard(task, _statistic(job), job.split, start, stop, best_device())
+    model = None if job.model == job.data else job.model.open().load_model()
+    statistic = _statistic(job)
+    return stop - start, measure_shard(job.data.open(), statistic, job.split, start, stop, best_device(), model)
 
 
 def _combine(first: Partial, second: Partial) -> Partial:

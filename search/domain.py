@@ -20,9 +20,7 @@ class Domain(BaseModel):
     low: float | None = Field(None, description="Smallest value to try.")
     high: float | None = Field(None, description="Largest value to try.")
     log: bool = Field(False, description="Search on a logarithmic scale.")
-    step: float | None = Field(
-        None, gt=0, description="Distance between the values to try; by default any value."
-    )
+    step: float | None = Field(None, gt=0, description="Distance between the values to try; by default any value.")
 
     @model_validator(mode="before")
     @classmethod

@@ -95,19 +95,14 @@ class _Search:
         observer: Observer | None,
     ) -> None:
         self._study, self._space, self._sampler, self._ledger = study, space, sampler, ledger
-        self._objective, self._provenance, self._budget, self._observer = (
-            objective,
-            provenance,
-            budget,
-            observer,
-        )
+        self._objective, self._provenance = objective, provenance
+        self._budget, self._observer = budget, observer
         self._flight = Flight(executor, budget.retries)
         anchors = space.anchors()
         self._anchors = [recipe.identity for recipe in anchors]
         # Anchors outside the space go by the sampler; those inside already wait in the study.
-        self._unheard = deque(
-            r for r in anchors if r not in space and not ledger.has(r.identity, "validation")
-        )
+        outside = [recipe for recipe in anchors if recipe not in space]
+        self._unheard = deque(r for r in outside if not ledger.has(r.identity, "validation"))
         rows = [row for row in ledger.rows() if _counts(row)]
         self._done = len(rows)
         self._best: Row | None = next(iter(best(rows)), None)
@@ -149,9 +144,8 @@ class _Search:
         while self._known < self._budget.duplicates:
             trial, recipe = self._propose()
             origin = cast(Origin, trial.user_attrs.get(ORIGIN, "search"))
-            if not self._ledger.has(recipe.identity, "validation") and not self._flight.holds(
-                recipe, "validation"
-            ):
+            measured = self._ledger.has(recipe.identity, "validation")
+            if not measured and not self._flight.holds(recipe, "validation"):
                 self._known = 0
                 if CANDIDATE not in trial.user_attrs:
                     trial.set_user_attr(CANDIDATE, recipe.identity)
@@ -172,8 +166,7 @@ class _Search:
             return trial, self._space.suggest(trial)
         except ValueError as error:
             raise SettingsError(
-                f"the sampler cannot propose from this search space: {error}. "
-                f"Use 'tpe', or give ranges a `step`"
+                f"the sampler cannot propose from this search space: {error}. Use 'tpe', or give ranges a `step`"
             ) from error
 
     def _settle(self, outcome: Outcome) -> None:
@@ -206,9 +199,8 @@ class _Search:
                 f"The ledger keeps what was measured before: mend the cause and resume"
             ) from outcome.error
         found = [self._ledger.get(identity, "validation") for identity in self._anchors]
-        if row.origin == "anchor" and all(
-            anchor is not None and anchor.status == "failed" for anchor in found
-        ):
+        failed = all(anchor is not None and anchor.status == "failed" for anchor in found)
+        if row.origin == "anchor" and failed:
             raise SearchError(
                 f"every anchor failed, the plain average too; the last one ({row.method}): {text}\n"
                 f"Mend the cause and begin anew in another directory: this one keeps its failed rows"

@@ -77,11 +77,7 @@ def judge(outcome: Outcome, objective: Objective | None, provenance: Provenance)
         provenance: What every row says.
     """
     if outcome.error is not None or outcome.measurement is None:
-        text = (
-            f"{type(outcome.error).__name__}: {outcome.error}"
-            if outcome.error
-            else "no measurement came back"
-        )
+        text = f"{type(outcome.error).__name__}: {outcome.error}" if outcome.error else "no measurement came back"
         return make_row(outcome, None, text[:MAX_ERROR_LENGTH], provenance)
     if objective is None:
         return make_row(outcome, None, None, provenance)

@@ -14,9 +14,7 @@ TOLERANCE = 1e-8
 """An eigenvalue of S this far below 0 is rounding; one further below is an error."""
 
 
-def quality(
-    scores: Mapping[str, float], base_scores: Mapping[str, float]
-) -> tuple[dict[str, float], list[str]]:
+def quality(scores: Mapping[str, float], base_scores: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
     """Relative gain of every member over the base: q = max(0, (score − base) / base).
 
     A determinant is blind to the sign of q: unclamped, a member worse than the base would look good.
@@ -88,12 +86,8 @@ def similarity_from_representations(
     norms = np.linalg.norm(stack, axis=2, keepdims=True)
     if (norms == 0).any():
         name = list(arrays)[int(np.argwhere(norms == 0)[0][0])]
-        what = (
-            "all members represent an example alike" if centered else f"member '{name}' represents one by 0"
-        )
-        raise SelectionError(
-            f"cosines of representations are undefined: {what}; take similarity of task vectors"
-        )
+        what = "all members represent an example alike" if centered else f"member '{name}' represents one by 0"
+        raise SelectionError(f"cosines of representations are undefined: {what}; take similarity of task vectors")
     flat = (stack / norms).reshape(len(arrays), -1)
     return positive_semidefinite(flat @ flat.T / stack.shape[1])
 
@@ -115,12 +109,9 @@ def _check_same_examples(arrays: Mapping[str, Matrix], positions: Mapping[str, n
                 f"representations of member '{name}' have shape {list(value.shape)}, those of '{first}' "
                 f"{list(arrays[first].shape)}; compute them on the same examples with models of one width"
             )
-        if positions and not np.array_equal(
-            np.asarray(positions.get(name)), np.asarray(positions.get(first))
-        ):
+        if positions and not np.array_equal(np.asarray(positions.get(name)), np.asarray(positions.get(first))):
             raise SelectionError(
-                f"representations of members '{first}' and '{name}' are of different examples; compute them "
-                "on the same"
+                f"representations of members '{first}' and '{name}' are of different examples; compute them on the same"
             )
 
 
@@ -189,9 +180,7 @@ def kernel(q: npt.ArrayLike, similarity: Matrix) -> Matrix:
     """
     weights = np.asarray(q, dtype=np.float64)
     if weights.shape != similarity.shape[:1] or not np.isfinite(weights).all() or (weights < 0).any():
-        raise SelectionError(
-            f"q must be {len(similarity)} finite numbers of at least 0, not {weights.tolist()}"
-        )
+        raise SelectionError(f"q must be {len(similarity)} finite numbers of at least 0, not {weights.tolist()}")
     if not weights.any():
         raise SelectionError("every q is 0: no member can be selected; use equal quality")
     return similarity * np.outer(weights, weights)

@@ -41,9 +41,7 @@ class Ledger:
         self._campaign = campaign
         self._rows: dict[tuple[str, str], Row] = {}
         names = [
-            name
-            for name in storage.list_dir(path)
-            if name.endswith(".parquet") and not name.startswith((".", "_"))
+            name for name in storage.list_dir(path) if name.endswith(".parquet") and not name.startswith((".", "_"))
         ]
         with ThreadPoolExecutor(READERS) as readers:
             tables = list(readers.map(self._read, names))
@@ -69,9 +67,7 @@ class Ledger:
         sink = io.BytesIO()
         pq.write_table(to_table([row]), sink, compression="zstd", write_statistics=False)
         origin = row.origin if row.trial is None else f"{row.trial:06d}"
-        storage.write_bytes(
-            storage.join(self.path, f"{row.split}-{origin}-{row.candidate}.parquet"), sink.getvalue()
-        )
+        storage.write_bytes(storage.join(self.path, f"{row.split}-{origin}-{row.candidate}.parquet"), sink.getvalue())
         self._rows[key] = row
         return True
 

@@ -14,9 +14,7 @@ OBJECTIVES = ("mean", "worst", "normalized")
 """What an objective may be called, besides a task's name."""
 
 
-def make_objective(
-    name: str, tasks: Sequence[str], references: Mapping[str, float] | None = None
-) -> Objective:
+def make_objective(name: str, tasks: Sequence[str], references: Mapping[str, float] | None = None) -> Objective:
     """The objective of that name.
 
     Args:
@@ -34,9 +32,7 @@ def make_objective(
         return lambda scores: math.fsum(scores[task] for task in tasks) / len(tasks)
     if name == "worst":
         # min() would let a NaN pass unless it comes first
-        return lambda scores: min(
-            (scores[task] for task in tasks), key=lambda s: -math.inf if math.isnan(s) else s
-        )
+        return lambda scores: min((scores[task] for task in tasks), key=lambda s: -math.inf if math.isnan(s) else s)
     if name == "normalized":
         own = dict(references or {})
         if lacking := [task for task in tasks if not own.get(task, 0.0) > 0.0]:
@@ -58,12 +54,7 @@ def own_scores(rows: Iterable[Row], tasks_of: Mapping[str, str], split: str) -> 
     """
     found: dict[str, float] = {}
     for row in rows:
-        if (
-            row.origin == "reference"
-            and row.status == "complete"
-            and row.split == split
-            and len(row.members) == 1
-        ):
+        if row.origin == "reference" and row.status == "complete" and row.split == split and len(row.members) == 1:
             task = tasks_of.get(row.members[0], "")
             if task in row.scores:
                 found[task] = max(row.scores[task], found.get(task, -math.inf))

@@ -56,7 +56,8 @@ def frame(rows: Sequence[Row]) -> pd.DataFrame:
 
     Columns: those of the ledger that hold one value; `members`, joined by `+`; `size`, how many there are;
     `mean` and `worst` of the scores; and `parameter.<name>`, `scaling.<member>`, `score.<task>`,
-    `standard_error.<task>`, `loss.<task>`, `expected_error.<task>`, `examples.<task>`. What a row lacks is NaN.
+    `standard_error.<task>`, `loss.<task>`, `expected_error.<task>`, `examples.<task>`. What a row lacks is
+    NaN.
     """
     records = [_record(row) for row in sorted(rows, key=lambda row: (row.split, row.finished))]
     found = pd.DataFrame.from_records(records)
@@ -64,7 +65,7 @@ def frame(rows: Sequence[Row]) -> pd.DataFrame:
         if name not in found:
             found[name] = None
     first = [*_PLAIN[:8], "members", "size", "objective", "mean", "worst", *_PLAIN[9:]]
-    others = sorted((name for name in found if name not in first), key=_place)
+    others = sorted((str(name) for name in found if name not in first), key=_place)
     found = found[[*first, *others]]
     return found.astype({"trial": "Int64", "objective": "float64", "mean": "float64", "worst": "float64"})
 
@@ -72,9 +73,7 @@ def frame(rows: Sequence[Row]) -> pd.DataFrame:
 def candidates(found: pd.DataFrame, split: str = "validation") -> pd.DataFrame:
     """Complete anchors and proposals on a split, best first; of equal ones the earliest first."""
     chosen = found[
-        (found["split"] == split)
-        & (found["status"] == "complete")
-        & found["origin"].isin(["anchor", "search"])
+        (found["split"] == split) & (found["status"] == "complete") & found["origin"].isin(["anchor", "search"])
     ]
     order = chosen.assign(trial=chosen["trial"].fillna(-1))
     index = order.sort_values(["objective", "trial"], ascending=[False, True], kind="stable").index
@@ -87,7 +86,7 @@ def best_by_method(found: pd.DataFrame, split: str = "validation") -> pd.DataFra
 
 
 def history(found: pd.DataFrame) -> pd.DataFrame:
-    """Validation candidates in the order in which they finished, with `best`, the best objective until then."""
+    """Validation candidates in the order in which they finished; `best` is the best objective until then."""
     chosen = found[(found["split"] == "validation") & found["origin"].isin(["anchor", "search"])]
     chosen = chosen.sort_values("finished", kind="stable").reset_index(drop=True)
     return chosen.assign(best=chosen["objective"].cummax().ffill())
@@ -113,11 +112,7 @@ def shares(found: pd.DataFrame, top: float = 0.1) -> pd.Series:
 
 def columns(found: pd.DataFrame, prefix: str) -> dict[str, str]:
     """The columns of a prefix (`score`, `scaling`, `parameter`, …): what follows it → the column's name."""
-    return {
-        name.removeprefix(f"{prefix}."): name
-        for name in map(str, found.columns)
-        if name.startswith(f"{prefix}.")
-    }
+    return {name.removeprefix(f"{prefix}."): name for name in map(str, found.columns) if name.startswith(f"{prefix}.")}
 
 
 def _record(row: Row) -> dict[str, Any]:
@@ -128,9 +123,7 @@ def _record(row: Row) -> dict[str, Any]:
         record["mean"] = sum(row.scores.values()) / len(row.scores)
         record["worst"] = min(row.scores.values())
     for prefix, name in _SPREAD.items():
-        record |= {
-            f"{prefix}.{key}": value for key, value in cast(Mapping[str, Any], getattr(row, name)).items()
-        }
+        record |= {f"{prefix}.{key}": value for key, value in cast(Mapping[str, Any], getattr(row, name)).items()}
     return record
 
 

@@ -114,9 +114,7 @@ def make_sampler(
     if name == "qmc":
         chosen["independent_sampler"] = RandomSampler(ask_seed(seed, number))
     if name == "grid" and "search_space" not in chosen:
-        raise SettingsError(
-            "sampler 'grid' needs the argument 'search_space': each parameter's name and its values"
-        )
+        raise SettingsError("sampler 'grid' needs the argument 'search_space': each parameter's name and its values")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)

@@ -74,9 +74,7 @@ class Selection:
                 notes=list(value["notes"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise SelectionError(
-                f"not a selection ({error!r}); remove selection.json and select again"
-            ) from error
+            raise SelectionError(f"not a selection ({error!r}); remove selection.json and select again") from error
 
 
 def select(
@@ -121,9 +119,7 @@ def select(
         chosen = []
     elif mode in ("dpp-map", "dpp-sample"):
         if L is None:
-            raise SelectionError(
-                f"mode '{mode}' needs quality and similarity of the members; or take mode 'all'"
-            )
+            raise SelectionError(f"mode '{mode}' needs quality and similarity of the members; or take mode 'all'")
         chosen = []
         for k in _sizes(L, sizes, remarks):
             found = [dpp.map_subset(L, k)] if mode == "dpp-map" else _draw(L, k, seed, draws)
@@ -146,9 +142,7 @@ def select(
 
 def _kernel(names: Subset, quality: Mapping[str, float] | None, similarity: Matrix | None) -> Matrix | None:
     if quality is not None and set(quality) != set(names):
-        raise SelectionError(
-            f"quality is of members {sorted(quality)}, the pool has {sorted(names)}; give each a q"
-        )
+        raise SelectionError(f"quality is of members {sorted(quality)}, the pool has {sorted(names)}; give each a q")
     if similarity is not None and similarity.shape != (len(names), len(names)):
         raise SelectionError(
             f"similarity has shape {list(similarity.shape)}, the pool {len(names)} members, not one row each"
@@ -169,9 +163,7 @@ def _sizes(L: Matrix, sizes: Sequence[int] | None, notes: list[str]) -> list[int
             )
         return sorted(set(sizes))
     if most < len(L):
-        notes.append(
-            f"the kernel of {len(L)} members has rank {most}: no subset larger than {most} but all of them"
-        )
+        notes.append(f"the kernel of {len(L)} members has rank {most}: no subset larger than {most} but all of them")
     return list(range(2, most + 1))
 
 

@@ -93,9 +93,7 @@ class Space:
             SettingsError: There is nothing to propose beside the anchors.
         """
         if not self.searchable:
-            raise SettingsError(
-                "the search space has nothing to vary: give a method a range, or several subsets"
-            )
+            raise SettingsError("the search space has nothing to vary: give a method a range, or several subsets")
         values: dict[str, Any] = {}
         for name, distribution in self._above().items():
             values[name] = suggest(trial, name, distribution)
@@ -155,9 +153,7 @@ class Space:
         subsets = list(self._subsets.values())
         subsets = subsets if len(subsets) <= MAX_ANCHORED_SUBSETS else subsets[:1]
         found = [METHODS["average"].default_recipe(self.members)]
-        found += [
-            self._recipe(name, subset, {}) for subset in [self.members, *subsets] for name in self._methods
-        ]
+        found += [self._recipe(name, subset, {}) for subset in [self.members, *subsets] for name in self._methods]
         return list({recipe.identity: recipe for recipe in found}.values())
 
     def _add_subset(self, subset: Sequence[str]) -> None:
@@ -228,6 +224,8 @@ def _domain(name: str, spec: Parameter, given: Domain | None) -> Domain:
         if given.low is not None and spec.choices is not None:
             raise SettingsError(f"search space: {name} takes one of its choices, not a range")
         return given
+    if not spec.search:
+        return Domain(value=spec.default)
     if spec.choices is not None:
         return Domain(choices=spec.choices)
     if spec.low is not None and spec.high is not None:

@@ -32,9 +32,7 @@ sampler did not propose it; that its recipe was known already."""
 
 
 @contextmanager
-def open_study(
-    directory: str, name: str, space: Space, ledger: Ledger, url: str | None = None
-) -> Iterator[Study]:
+def open_study(directory: str, name: str, space: Space, ledger: Ledger, url: str | None = None) -> Iterator[Study]:
     """The campaign's study, in agreement with its ledger and space, with the space's anchors first.
 
     Args:
@@ -53,9 +51,7 @@ def open_study(
         StorageError: The storage cannot be opened.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # progress is told by the search's observer
-    rows = {
-        row.candidate: row for row in ledger.rows() if row.split == "validation" and row.trial is not None
-    }
+    rows = {row.candidate: row for row in ledger.rows() if row.split == "validation" and row.trial is not None}
     if url is not None:
         backend = _open_url(url)
         yield _fill(backend, name, rows, space)
@@ -77,8 +73,7 @@ def plan(trials: Sequence[FrozenTrial], rows: Mapping[str, Row], space: Space) -
         space: What is searched, now.
     """
     planned = [
-        _settled(trial, rows, space)
-        for trial in (trials if all(_agrees(t, rows, space) for t in trials) else ())
+        _settled(trial, rows, space) for trial in (trials if all(_agrees(t, rows, space) for t in trials) else ())
     ]
     if planned and planned[-1] is None:
         planned.pop()  # killed while it was being proposed: its number is asked again, with the same seed

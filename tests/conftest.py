@@ -1,13 +1,18 @@
 """What many tests need: tiny real models on disk."""
 
-from collections.abc import Callable
+import copy
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 import torch
+import yaml
 from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast
 
-WORDS = "good bad great awful fine poor film book story plot music actor very not really so the a was is".split()
+WORDS = tuple("good bad great awful fine poor film book story plot music actor very not really so the a was is".split())  # noqa: SIM905
 
 
 def tiny_config(**changes: object) -> BertConfig:
@@ -72,3 +77,73 @@ def tiny_pool(
         for seed, name in enumerate(("one", "two", "three"))
     }
     return {"base": base, **members}
+
+
+@pytest.fixture(scope="session")
+def write_texts() -> Callable[..., Path]:
+    """Writes a split whose label follows from its words: `write_texts(path, examples, labels=3, seed=0)`."""
+
+    def write(path: Path, examples: int, labels: int = 3, seed: int = 0) -> Path:
+        generator = random.Random(seed)
+        rows = []
+        for number in range(examples):
+            words = generator.choices(WORDS, k=generator.randint(3, 12))
+            rows.append({"text": " ".join(words), "label": number % labels})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame(rows).to_parquet(path)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_campaign(tmp_path_factory: pytest.TempPathFactory, tiny_pool, write_texts) -> dict[str, Any]:
+    """Settings of a campaign over the tiny pool that takes seconds; a copy for every test that changes them."""
+    root = tmp_path_factory.mktemp("data")
+    sizes = {"train": 24, "validation": 30, "test": 30}
+    tasks = {}
+    for number, name in enumerate(("one", "two", "three")):
+        data = {
+            split: str(write_texts(root / name / f"{split}.parquet", size, 2 + (number > 0), seed=number))
+            for split, size in sizes.items()
+        }
+        tasks[name] = {"kind": "text_classification", "data": data, "max_length": 16}
+    return {
+        "name": "tiny",
+        "base": str(tiny_pool["base"]),
+        "members": {name: {"checkpoint": str(tiny_pool[name])} for name in tasks},
+        "tasks": tasks,
+        "statistics": {
+            "shard": 8,
+            "fisher": {"examples": 16},
+            "gram": {"examples": 16},
+            "representation": {"examples": 16},
+        },
+        # random models: their gain over the base is noise, and may be nowhere
+        "selection": {"quality": "equal"},
+        "search": {"candidates": 14},
+    }
+
+
+@pytest.fixture
+def campaign_file(tiny_campaign, tmp_path) -> Callable[..., Path]:
+    """Writes the tiny campaign with changes: `campaign_file(search={"candidates": 3})` replaces within sections."""
+
+    def write(**changes: Any) -> Path:
+        settings = copy.deepcopy(tiny_campaign)
+        for key, value in changes.items():
+            settings[key] = settings.get(key, {}) | value if isinstance(value, dict) else value
+        path = tmp_path / "campaign.yaml"
+        path.write_text(yaml.safe_dump(settings))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One local Ray for all tests that need one; `connect()` joins it."""
+    from ray_tasks.cluster import connect
+
+    with connect():
+        yield

@@ -79,9 +79,7 @@ def similarity(selection: Selection | None) -> Any:
         y=names,
         orientation="h",
         marker={"color": STRONG},
-        text=[
-            f"{selection.quality[name]:.2f}" if name in selection.quality else "" for name in selection.names
-        ],
+        text=[f"{selection.quality[name]:.2f}" if name in selection.quality else "" for name in selection.names],
         textposition="auto",
         hovertemplate="%{y}: q = %{x:.3f}<extra></extra>",
         row=1,

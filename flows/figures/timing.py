@@ -23,11 +23,7 @@ def seconds(rows: Sequence[Row], looks: Looks) -> Any:
     for method in sorted({row.method for row in done}):
         for col, (name, title) in enumerate(PANELS, start=1):
             figure.add_histogram(
-                x=[
-                    value
-                    for row in done
-                    if row.method == method and (value := getattr(row, name)) is not None
-                ],
+                x=[value for row in done if row.method == method and (value := getattr(row, name)) is not None],
                 name=plain(in_words(method)),
                 legendgroup=method,
                 showlegend=col == 1,

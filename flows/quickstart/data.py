@@ -51,9 +51,7 @@ class SplitSettings:
         seed: Of the order of groups.
     """
 
-    sizes: Mapping[Split, int] = field(
-        default_factory=lambda: {"train": 1600, "validation": 400, "test": 900}
-    )
+    sizes: Mapping[Split, int] = field(default_factory=lambda: {"train": 1600, "validation": 400, "test": 900})
     seed: int = 0
 
 
@@ -99,9 +97,7 @@ def split(sentences: list[Sentence], settings: SplitSettings) -> dict[Split, lis
     return {name: parts[name] for name in SPLITS}
 
 
-def write_splits(
-    archive: Path, directory: Path, settings: SplitSettings | None = None
-) -> dict[str, dict[Split, Path]]:
+def write_splits(archive: Path, directory: Path, settings: SplitSettings | None = None) -> dict[str, dict[Split, Path]]:
     """Writes each domain's splits as Parquet files with columns `text` and `label`, unless they are there.
 
     Args:
@@ -119,7 +115,8 @@ def write_splits(
     key = storage.fingerprint([dict(settings.sizes), settings.seed, NEUTRAL, CLEAR])
     files = {domain: {name: directory / domain / f"{name}.parquet" for name in SPLITS} for domain in DOMAINS}
     marker = directory / "splits.json"
-    if marker.exists() and storage.read_json(str(marker)) == key:
+    there = all(file.exists() for parts in files.values() for file in parts.values())
+    if there and marker.exists() and storage.read_json(str(marker)) == key:
         return files
     for domain, raw in _read_archive(archive).items():
         for name, part in split(parse(raw), settings).items():

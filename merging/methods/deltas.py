@@ -12,7 +12,8 @@ from merging.methods.checks import check_weights, chosen
 from merging.recipe import Value
 
 Block = Callable[[Weight, int, Tensor], Tensor]
-"""(weight, first flat index, task vectors [T, n] float32, to be overwritten freely) → what is added to the base [n]."""
+"""(weight, first flat index, task vectors [T, n] float32, to be overwritten freely) → what is added to the
+base [n]."""
 
 
 class Deltas(Prepared):
@@ -28,15 +29,11 @@ class Deltas(Prepared):
         self.scratch = Scratch()
 
     @abstractmethod
-    def plan(
-        self, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]
-    ) -> Block:
+    def plan(self, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]) -> Block:
         """A candidate's arithmetic on one block; rows of task vectors are in the order of `members`."""
 
     @torch.no_grad()
-    def merge(
-        self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]
-    ) -> None:
+    def merge(self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]) -> None:
         """One pass over base and members, with all members' task vectors of a block in the cache at once."""
         members = chosen(scaling, self.members)
         block = self.plan(members, [scaling[member] for member in members], parameters)
@@ -74,12 +71,11 @@ def elected(deltas: Tensor, factors: Sequence[float], disjoint: str, scratch: Sc
     """
     device = deltas.device
     largest = max(map(abs, factors)) or 1.0
-    # Equal factors are exactly 1 here, so that opposite task vectors cancel to 0 and not to the sign of a rounding error.
+    # Equal factors are exactly 1 here, so that opposite task vectors cancel to 0 and not to the sign of a
+    # rounding error.
     sizes = torch.tensor([abs(factor) / largest for factor in factors], device=device)
     if min(factors) < 0:
-        deltas.mul_(
-            torch.tensor([1.0 if factor >= 0 else -1.0 for factor in factors], device=device)[:, None]
-        )
+        deltas.mul_(torch.tensor([1.0 if factor >= 0 else -1.0 for factor in factors], device=device)[:, None])
     sign = total(deltas, sizes, scratch).sign_()
     deltas.mul_(sign).relu_()
     row = scratch.take("agreeing", deltas.shape[1], device=device)
@@ -88,3 +84,17 @@ def elected(deltas: Tensor, factors: Sequence[float], disjoint: str, scratch: Sc
         return agreeing.mul_(largest)
     count = torch.mv(deltas.sign_().t(), sizes, out=sign)
     return agreeing.div_(count.clamp_(min=torch.finfo(torch.float32).tiny))
+
+
+def combined(deltas: Tensor, factors: Sequence[float], entries: str, scratch: Scratch) -> Tensor:
+    """Σ α_t τ_t over all entries of a block, or over those that have the elected sign.
+
+    Args:
+        deltas: Task vectors [T, n]; overwritten.
+        factors: α_t.
+        entries: `all` or `elected`.
+        scratch: For rows.
+    """
+    if entries == "elected":
+        return elected(deltas, factors, "sum", scratch)
+    return total(deltas, torch.tensor(list(factors), device=deltas.device), scratch)

@@ -52,7 +52,8 @@ class Diagonal:
         weights: The weights to merge.
 
     Raises:
-        MethodError: Weights or Fisher information of wrong shape, negative, not finite, or missing for a member.
+        MethodError: Weights or Fisher information of wrong shape, negative, not finite, or missing for a
+            member.
     """
 
     def __init__(self, weights: Sequence[Weight]) -> None:
@@ -64,8 +65,9 @@ class Diagonal:
         self._scratch = Scratch()
 
     def merge(self, curvature: Curvature, out: Mapping[str, Tensor]) -> None:
-        """One pass over base, members and Fisher information; one more, before anything is written, where denominators
-        may cancel.
+        """One pass over base, members and Fisher information.
+
+        Where denominators may cancel there is one pass more, before anything is written.
 
         Raises:
             MethodError: Denominators that are not positive, unless they are to be clamped.
@@ -86,13 +88,9 @@ class Diagonal:
             over = (curvature.delta + curvature.floor) / (curvature.delta + curvature.floor * sum(factors))
             factors = [factor * over for factor in factors]
         members = [weight.members[member] for member in curvature.members]
-        weighted_sum(
-            [(weight.base, 1.0 - sum(factors)), *zip(members, factors, strict=True)], out, self._scratch
-        )
+        weighted_sum([(weight.base, 1.0 - sum(factors)), *zip(members, factors, strict=True)], out, self._scratch)
 
-    def _merge_weight(
-        self, weight: Weight, fishers: Mapping[str, Tensor], curvature: Curvature, out: Tensor
-    ) -> None:
+    def _merge_weight(self, weight: Weight, fishers: Mapping[str, Tensor], curvature: Curvature, out: Tensor) -> None:
         base = weight.base.reshape(-1)
         values = [weight.members[member].reshape(-1) for member in curvature.members]
         with flat(out) as destination:
@@ -151,6 +149,6 @@ class Diagonal:
         if bad:
             raise MethodError(
                 f"the scaling factors cancel the curvature of {bad / entries:.2%} of the entries "
-                f"({bad:,} of {entries:,}): the denominator there is 0 or negative. Use less negative scaling factors, "
-                "or, in gradient matching, a larger delta or clamp"
+                f"({bad:,} of {entries:,}): the denominator there is 0 or negative. Use less negative "
+                "scaling factors, or, in gradient matching, a larger delta or clamp"
             )

@@ -1,4 +1,4 @@
-"""Fisher averaging: every entry's mean over the members, weighted by how much each member's loss depends on it."""
+"""Fisher averaging: each entry's mean over the members, weighted by how much their losses depend on it."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
@@ -15,7 +15,8 @@ from merging.methods.moments import Moments, combine_moments, moments
 from merging.recipe import Value
 
 FLOOR = 1e-6
-"""Relative to the mean Fisher of the members that take part: an entry that none of them uses becomes the plain mean."""
+"""Relative to the mean Fisher of the members that take part: an entry that none of them uses becomes the
+plain mean."""
 
 
 @register
@@ -27,6 +28,7 @@ class Fisher(Method):
 
     name = "fisher"
     summary = "mean weighted by diagonal Fisher information"
+    scale_free = True
     requires = ("fisher",)
     scaling = Parameter(1.0, "the member's weight beside its Fisher information", low=0.0, high=1.5)
     parameters: ClassVar[Mapping[str, Parameter]] = {
@@ -69,14 +71,12 @@ class PreparedFisher(Prepared):
         for member in self._diagonal.members:
             if member not in survey or not survey[member].total > 0:
                 raise MethodError(
-                    f"{member}: its Fisher information is missing or zero everywhere. Compute the fisher statistic of "
-                    "this member on data of its task"
+                    f"{member}: its Fisher information is missing or zero everywhere. Compute the fisher "
+                    "statistic of this member on data of its task"
                 )
 
     @torch.no_grad()
-    def merge(
-        self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]
-    ) -> None:
+    def merge(self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]) -> None:
         """One pass over base, members and Fisher information.
 
         Raises:
@@ -86,11 +86,7 @@ class PreparedFisher(Prepared):
         factors = list(shares(scaling, members).values())
         sums = [self._survey[member] for member in members]
         scales = [1.0 / moment.norm if parameters["normalize"] else 1.0 for moment in sums]
-        floor = (
-            FLOOR
-            * sum(scale * moment.mean for scale, moment in zip(scales, sums, strict=True))
-            / len(members)
-        )
+        floor = FLOOR * sum(scale * moment.mean for scale, moment in zip(scales, sums, strict=True)) / len(members)
         # In units of the floor, so that neither tiny nor huge Fisher information leaves the range of float32.
         scales = [scale / floor for scale in scales]
         self._diagonal.merge(Curvature(members, factors, scales, floor=1.0), out)

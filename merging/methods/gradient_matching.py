@@ -20,9 +20,9 @@ DELTA_WITH_FISHER = 1e-12
 class GradientMatching(Method):
     """θ = θ_0 + Σ α_t (H_0 + H_t) τ_t / (H_0 + Σ α_s H_s), elementwise (Daheim et al. 2024, equation 10).
 
-    H_t = s_t F_t with s_t the member's number of training examples, 1 where no member's is known. H_0 is `delta`, plus
-    s_0 F_0 of the base where `base_curvature` is `fisher`. Weights without Fisher information have H_t = 0 and are merged
-    by task arithmetic.
+    H_t = s_t F_t with s_t the member's number of training examples, 1 where no member's is known. H_0 is
+    `delta`, plus s_0 F_0 of the base where `base_curvature` is `fisher`. Weights without Fisher information
+    have H_t = 0 and are merged by task arithmetic.
     """
 
     name = "gradient_matching"
@@ -82,16 +82,14 @@ class PreparedGradientMatching(Prepared):
         unknown = [member for member in members if member not in examples]
         if unknown and len(unknown) < len(members):
             raise MethodError(
-                f"number of training examples unknown for {', '.join(unknown)}, though it is given for other members: "
-                "give all of them, or none"
+                f"number of training examples unknown for {', '.join(unknown)}, though it is given for other "
+                "members: give all of them, or none"
             )
         self._examples = {member: float(examples.get(member, 1)) for member in members}
         self._base_examples = float(examples.get(BASE, 1))
 
     @torch.no_grad()
-    def merge(
-        self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]
-    ) -> None:
+    def merge(self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]) -> None:
         """One pass over base, members and Fisher information.
 
         Raises:
@@ -115,6 +113,7 @@ class PreparedGradientMatching(Prepared):
         for weight, fishers in zip(self._diagonal.weights, self._diagonal.fishers, strict=True):
             if fishers and BASE not in fishers:
                 raise MethodError(
-                    f"base_curvature = 'fisher' needs the base's Fisher, which has nothing for '{weight.name}'. Compute "
-                    "the fisher statistic of the base, or use base_curvature = 'identity'"
+                    "base_curvature = 'fisher' needs the base's Fisher, which has nothing for "
+                    f"'{weight.name}'. Compute the fisher statistic of the base, or use base_curvature = "
+                    "'identity'"
                 )

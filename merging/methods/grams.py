@@ -1,4 +1,4 @@
-"""Linear layers with the Grams of their inputs, put together so that equal Grams are factored once and equal shapes at once."""
+"""Linear layers with the Grams of their inputs: shared Grams are factored once, equal shapes together."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,8 +28,8 @@ class System:
     Args:
         weights: The weights, each [out_i, in] or transposed.
         grams: Member → G_t [in, in].
-        products: Member → τ_t @ G_t of all weights, one below the other [Σ out_i, in]; float64, since solving magnifies
-            whatever is rounded here.
+        products: Member → τ_t @ G_t of all weights, one below the other [Σ out_i, in]; float64, since solving
+            magnifies whatever is rounded here.
     """
 
     weights: tuple[Weight, ...]
@@ -50,9 +50,7 @@ class System:
             yield weight, slice(start, stop)
             start = stop
 
-    def write(
-        self, terms: Sequence[tuple[Tensor, float]], out: Mapping[str, Tensor], scratch: Scratch
-    ) -> None:
+    def write(self, terms: Sequence[tuple[Tensor, float]], out: Mapping[str, Tensor], scratch: Scratch) -> None:
         """Writes W_0 + Σ c_i X_i, with every X_i [Σ out_i, in]."""
         for weight, rows in self.rows():
             moved = [(matrix(value[rows], weight.transposed), factor) for value, factor in terms]
@@ -78,7 +76,7 @@ class Batch:
         return self._scratch.take(name, *shape, device=self._device, dtype=torch.float64)
 
     def gram_sum(self, members: Sequence[str], factors: Sequence[float], rho: float) -> Tensor:
-        """Σ α_t (ρ G_t + (1 − ρ) diag(G_t)) [B, in, in], float64, in a buffer that the next call overwrites."""
+        """Σ α_t (ρ G_t + (1 − ρ) diag(G_t)) [B, in, in], float64; the next call overwrites it."""
         sums = self._take("grams", self._inputs)
         for total, system in zip(sums, self.systems, strict=True):
             terms = [(system.grams[member], factor) for member, factor in zip(members, factors, strict=True)]
@@ -164,15 +162,13 @@ def _grams(weight: Weight) -> dict[str, Tensor]:
     if not weight.statistics.get("gram"):
         return {}
     if weight.base.dim() != 2:
-        raise MethodError(
-            f"'{weight.name}' has shape {list(weight.base.shape)} and a gram: only matrices can have one"
-        )
+        raise MethodError(f"'{weight.name}' has shape {list(weight.base.shape)} and a gram: only matrices can have one")
     inputs = matrix(weight.base, weight.transposed).shape[1]
     found = statistic(weight, "gram", (inputs, inputs), nonnegative=False)
     for member, gram in found.items():
         if (low := gram.diagonal().min().item()) < 0:
             raise MethodError(
-                f"{member}: gram of '{weight.name}' has a negative diagonal ({low:g}): a sum of squares never has. "
-                "Compute the gram statistic of this member again"
+                f"{member}: gram of '{weight.name}' has a negative diagonal ({low:g}): a sum of squares "
+                "never has. Compute the gram statistic of this member again"
             )
     return found

@@ -1,4 +1,4 @@
-"""RegMean: every linear layer by least squares against what the members put out, from the Grams of their inputs."""
+"""RegMean: each linear layer is a least-squares fit to what the members put out, from Grams of inputs."""
 
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -18,20 +18,19 @@ from merging.recipe import Value
 class RegMean(Method):
     """W = ((Σ α_t G̃_t)⁻¹ @ Σ α_t G̃_t @ W_tᵀ)ᵀ with G̃ = ρ G + (1 − ρ) diag(G) (Jin et al. 2023, equation 2).
 
-    Weights without a Gram (biases, LayerNorm, embeddings) are the plain mean. With `factors` = `contribution` the solve
-    has α = 1 and the factors scale what each member adds, θ_0 + Σ α_t u_t: the same at α = 1, and linear in α.
+    Weights without a Gram (biases, LayerNorm, embeddings) are the plain mean. With `factors` = `contribution`
+    the solve has α = 1 and the factors scale what each member adds, θ_0 + Σ α_t u_t: the same at α = 1, and
+    linear in α.
 
-    Computed as W_0 + (Σ α_t G̃_t)⁻¹ Σ α_t G̃_t τ_tᵀ, so that rounding is relative to τ. Where the sum is singular, an r-th
-    part of its diagonal is added to it, and that part of the members' mean to the right side: inputs that no member
-    ever saw get the plain mean. `report()` says how large r was.
+    Computed as W_0 + (Σ α_t G̃_t)⁻¹ Σ α_t G̃_t τ_tᵀ, so that rounding is relative to τ. Where the sum is
+    singular, an r-th part of its diagonal is added to it, and that part of the members' mean to the right
+    side: inputs that no member ever saw get the plain mean. `report()` says how large r was.
     """
 
     name = "regmean"
     summary = "least squares per linear layer, from the Grams of its inputs"
     requires = ("gram",)
-    scaling = Parameter(
-        1.0, "the member's weight in the solve, or the scale of its contribution", low=0.0, high=1.5
-    )
+    scaling = Parameter(1.0, "the member's weight in the solve, or the scale of its contribution", low=0.0, high=1.5)
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "rho": Parameter(
             0.9,
@@ -69,21 +68,17 @@ class PreparedRegMean(Prepared):
         self._members = check_weights(weights)
         self._scratch = Scratch()
         self._batches = batches(weights, self._scratch)
-        solved = {
-            weight.name for batch in self._batches for system in batch.systems for weight in system.weights
-        }
+        solved = {weight.name for batch in self._batches for system in batch.systems for weight in system.weights}
         self._rest = [weight for weight in weights if weight.name not in solved]
         self._report: dict[str, float] = {}
         self._basis: tuple[tuple[tuple[str, ...], float], list[list[Tensor]]] | None = None
 
     def report(self) -> dict[str, float]:
-        """`ridge`, the largest share of a diagonal that had to be added, and `ridged_layers`, in how many systems."""
+        """`ridge`, the largest share of a diagonal that was added; `ridged_layers`, in how many systems."""
         return dict(self._report)
 
     @torch.no_grad()
-    def merge(
-        self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]
-    ) -> None:
+    def merge(self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]) -> None:
         """One weighted sum and one batched Cholesky solve for each group of layers of one shape.
 
         Raises:
@@ -103,18 +98,13 @@ class PreparedRegMean(Prepared):
                 for index, system in enumerate(batch.systems):
                     terms = [(moved[index], factor) for moved, factor in zip(basis, factors, strict=True)]
                     system.write(terms, out, self._scratch)
-        self._merge_rest(
-            members, factors if parameters["factors"] == "contribution" else [1.0] * len(members), out
-        )
+        self._merge_rest(members, factors if parameters["factors"] == "contribution" else [1.0] * len(members), out)
 
-    def _merge_rest(
-        self, members: Sequence[str], factors: Sequence[float], out: Mapping[str, Tensor]
-    ) -> None:
+    def _merge_rest(self, members: Sequence[str], factors: Sequence[float], out: Mapping[str, Tensor]) -> None:
         """θ_0 + Σ α_t τ_t / T."""
         for weight in self._rest:
             terms = [
-                (weight.members[member], factor / len(members))
-                for member, factor in zip(members, factors, strict=True)
+                (weight.members[member], factor / len(members)) for member, factor in zip(members, factors, strict=True)
             ]
             rest = 1.0 - sum(factor for _, factor in terms)
             terms.append((weight.base, rest if abs(rest) > 1e-12 else 0.0))

@@ -1,4 +1,4 @@
-"""Symmetric positive semi-definite systems, solved by Cholesky in float64, with a ridge only where there must be one."""
+"""Positive semi-definite systems, solved by Cholesky in float64, with a ridge only where one is needed."""
 
 import torch
 from torch import Tensor
@@ -42,8 +42,9 @@ def factor(matrices: Tensor, names: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         failed = failed[_failed(retried, info)]
     if len(failed):
         raise MethodError(
-            f"the weighted sum of Gram matrices of '{names[int(failed[0])]}' is not positive semi-definite: negative "
-            "scaling factors cancel it, or a Gram is damaged. Use factors ≥ 0, factors = contribution, or compute it again"
+            f"the weighted sum of Gram matrices of '{names[int(failed[0])]}' is not positive semi-definite: "
+            "negative scaling factors cancel it, or a Gram is damaged. Use factors ≥ 0, factors = "
+            "contribution, or compute it again"
         )
     return factors, scale, ridges
 

@@ -29,8 +29,8 @@ class TaskArithmetic(Method):
 class PreparedTaskArithmetic(Prepared):
     """Base and members as they are stored.
 
-    The merge is computed as (1 − Σ α_t) θ_0 + Σ α_t θ_t: the same number, without task vectors to keep, and exactly θ_t
-    for one member at α = 1.
+    The merge is computed as (1 − Σ α_t) θ_0 + Σ α_t θ_t: the same number, without task vectors to keep, and
+    exactly θ_t for one member at α = 1.
     """
 
     def __init__(self, weights: Sequence[Weight]) -> None:
@@ -39,9 +39,7 @@ class PreparedTaskArithmetic(Prepared):
         self._scratch = Scratch()
 
     @torch.no_grad()
-    def merge(
-        self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]
-    ) -> None:
+    def merge(self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]) -> None:
         """One pass over base and members."""
         members = chosen(scaling, self._members)
         rest = 1.0 - sum(scaling[member] for member in members)

@@ -1,4 +1,4 @@
-"""TIES: trim each task vector to its largest entries, elect a sign for every entry, merge those that agree."""
+"""TIES: trim task vectors to their largest entries, elect a sign for every entry, merge those that agree."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
@@ -17,6 +17,7 @@ class Ties(Method):
 
     name = "ties"
     summary = "trim, elect sign, merge what agrees"
+    scale_free = True
     scaling = Parameter(1.0, "the member's weight in the election and in the mean", low=0.0, high=1.5)
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "density": Parameter(
@@ -41,7 +42,7 @@ class Ties(Method):
         return {**(first or {}), **(second or {})}
 
     def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
-        """Keeps references to base and members, and the histograms; thresholds are found as densities come."""
+        """Keeps references to base and members, and the histograms; thresholds come with densities."""
         return PreparedTies(weights, self.survey(weights) if context.survey is None else context.survey)
 
 
@@ -57,9 +58,7 @@ class PreparedTies(Deltas):
         super().__init__(weights)
         self._trimmer = trim.Trimmer(weights, survey)
 
-    def plan(
-        self, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]
-    ) -> Block:
+    def plan(self, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]) -> Block:
         """Trims in place, then elects and merges."""
         density, scale = float(parameters["density"]), float(parameters["lambda"])
         disjoint, scope = str(parameters["disjoint"]), parameters["trim"]

@@ -1,11 +1,12 @@
-"""The k largest task-vector entries of a tensor or of a whole model, found by counting bit patterns instead of sorting.
+"""The k largest task-vector entries of a tensor or of a whole model, by counting bit patterns, not sorting.
 
-A float32 magnitude's bits, read as an integer, are in the order of the magnitudes. A histogram of them adds up over the
-weights of a model, wherever these lie, and says in which bin the k-th largest entry is. What is left to settle is which
-entries *of that bin* are kept. Where the whole model is at hand its bin's entries are fetched and compared in full; of
-those that are equal, the first by weight name and flat index are kept, so that exactly k remain. Where only a part of
-the model is at hand, entries of one bin count as equal. Histograms of small weights have one bin a bit pattern, those of
-larger ones drop the last 15 bits (bins 0.8 % wide or less, each with about a thousandth of a model's entries).
+A float32 magnitude's bits, read as an integer, are in the order of the magnitudes. A histogram of them adds
+up over the weights of a model, wherever these lie, and says in which bin the k-th largest entry is. What is
+left to settle is which entries *of that bin* are kept. Where the whole model is at hand its bin's entries are
+fetched and compared in full; of those that are equal, the first by weight name and flat index are kept, so
+that exactly k remain. Where only a part of the model is at hand, entries of one bin count as equal.
+Histograms of small weights have one bin a bit pattern, those of larger ones drop the last 15 bits (bins 0.8 %
+wide or less, each with about a thousandth of a model's entries).
 """
 
 import struct
@@ -46,7 +47,7 @@ Survey = Mapping[str, Mapping[str, Histogram]]
 
 @dataclass(frozen=True)
 class Cut:
-    """Where a task vector is trimmed: entries above a magnitude stay, a lower one before a place, a higher one after it.
+    """Where a task vector is trimmed: entries above a magnitude stay; it is lower before a place.
 
     Args:
         before: Entries up to the place stay where their magnitude is above this.
@@ -113,7 +114,8 @@ def _histogram(weight: Weight, member: str, scratch: Scratch) -> Histogram:
 def _sum(histograms: Sequence[Histogram]) -> Histogram:
     """One histogram of all, with the coarsest of their bins."""
     dropped = max(histogram.dropped for histogram in histograms)
-    keys, place = torch.cat([h.keys >> (dropped - h.dropped) for h in histograms]).unique(return_inverse=True)
+    every = torch.cat([h.keys >> (dropped - h.dropped) for h in histograms])
+    keys, place = every.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     counts = torch.zeros_like(keys).index_add_(0, place, torch.cat([h.counts for h in histograms]))
     return Histogram(keys, counts, dropped)
 
@@ -123,7 +125,7 @@ def _magnitude(bits: int) -> float:
 
 
 def _nth(shares: Mapping[str, int], number: int) -> tuple[str, int]:
-    """The weight that holds the number-th (from 1) of entries counted by weight, and its place (from 0) there."""
+    """The weight that holds the number-th (from 1) of these entries, and its place (from 0) there."""
     for name, share in shares.items():
         if number <= share:
             return name, number - 1

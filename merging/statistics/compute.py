@@ -1,6 +1,7 @@
 """Measures a statistic of a task's model in this process; a cluster measures shards and combines them."""
 
 import torch
+from torch import nn
 
 from merging.errors import StatisticsError
 from merging.statistics.base import Partial, Statistic
@@ -16,7 +17,7 @@ def number_of_examples(task: Task, statistic: Statistic, split: Split = "train")
     if not task.has_logits:
         raise StatisticsError(
             f"task '{task.name}' ({task.kind}) only scores whole models, so no {statistic.kind} can be "
-            "measured measured on it: bring a statistics file, or use a method that needs none"
+            "measured on it: bring a statistics file, or use a method that needs none"
         )
     size = task.size(split)
     if not size:
@@ -27,7 +28,13 @@ def number_of_examples(task: Task, statistic: Statistic, split: Split = "train")
 
 
 def measure_shard(
-    task: Task, statistic: Statistic, split: Split, start: int, stop: int, device: str | torch.device = "cpu"
+    task: Task,
+    statistic: Statistic,
+    split: Split,
+    start: int,
+    stop: int,
+    device: str | torch.device = "cpu",
+    model: nn.Module | None = None,
 ) -> Partial:
     """A statistic of examples [start, stop) of a split; shards combine, in any order, into the whole.
 
@@ -38,19 +45,18 @@ def measure_shard(
         start: First position.
         stop: Position after the last.
         device: Where the model runs; the result is on the CPU.
+        model: The model to measure, for representations of another task's examples; by default the task's own.
 
     Raises:
         StatisticsError: The statistic does not fit the task or the model.
         TaskError: The task's data or model cannot be loaded.
     """
-    model = task.load_model().to(device).eval()
+    live = (task.load_model() if model is None else model).to(device).eval()
     batches = task.batches(split, start, stop, int(statistic.settings.batch_size))
-    return statistic.measure(model, task, batches)
+    return statistic.measure(live, task, batches)
 
 
-def measure(
-    task: Task, statistic: Statistic, split: Split = "train", device: str | torch.device = "cpu"
-) -> Partial:
+def measure(task: Task, statistic: Statistic, split: Split = "train", device: str | torch.device = "cpu") -> Partial:
     """A statistic of as many examples of a split as its settings say.
 
     Raises:

@@ -49,9 +49,7 @@ class StatisticsFile:
     shared: Mapping[str, str]
     transposed: frozenset[str]
     _file: SafetensorsFile = field(repr=False)
-    _alive: "WeakValueDictionary[str, Tensor]" = field(
-        default_factory=WeakValueDictionary, repr=False, compare=False
-    )
+    _alive: "WeakValueDictionary[str, Tensor]" = field(default_factory=WeakValueDictionary, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: str) -> "StatisticsFile":
@@ -142,9 +140,9 @@ class StatisticsFile:
         """
         if checkpoint != self.checkpoint:
             raise StatisticsError(
-                f"{self.path} is the {self.kind} of another checkpoint (fingerprint {self.checkpoint}, the "
-                f"member member has {checkpoint}). Name the file that belongs to the member, or compute it again with "
-                "`mergequest statistics`"
+                f"{self.path} is the {self.kind} of another checkpoint (fingerprint {self.checkpoint}, "
+                f"the member has {checkpoint}). Name the file that belongs to the member, or compute it again "
+                "with `mergequest statistics`"
             )
         if tensors is None or self.kind == "representation":
             return
@@ -186,9 +184,7 @@ class StatisticsFile:
             elif value.numel() and (value - value.T).abs().max() > SYMMETRY * value.abs().max():
                 problem = "a matrix that is not symmetric"
         if problem:
-            raise StatisticsError(
-                f"{self.path}: '{name}' holds {problem}. The file is damaged: compute it again"
-            )
+            raise StatisticsError(f"{self.path}: '{name}' holds {problem}. The file is damaged: compute it again")
 
 
 def save(path: str, statistic: Statistic, partial: Partial, *, checkpoint: str, data: str) -> StatisticsFile:

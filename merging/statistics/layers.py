@@ -29,9 +29,7 @@ def layer_names(model: nn.Module) -> dict[nn.Module, str]:
     return {
         module: names[id(module.weight)]
         for module in model.modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and id(module.weight) in names
-        and id(module.weight) not in embeddings
+        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) in names and id(module.weight) not in embeddings
     }
 
 
@@ -46,16 +44,14 @@ def token_count(batch: Batch) -> int:
 
 
 def real_rows(value: Tensor, mask: Tensor | None) -> Tensor:
-    """[…, D] as [rows, D] without padding; all rows where they are not the mask's positions (a pooled token)."""
+    """[…, D] as [rows, D] without padding; all rows where these are no positions of the mask."""
     rows = value.reshape(-1, value.shape[-1])
     if mask is None or mask.numel() != len(rows) or bool(mask.all()):
         return rows
     return rows[mask.reshape(-1).bool()]
 
 
-def decoder_layers(
-    model: nn.Module, logits: Logits, layers: Mapping[nn.Module, str], batch: Batch
-) -> set[nn.Module]:
+def decoder_layers(model: nn.Module, logits: Logits, layers: Mapping[nn.Module, str], batch: Batch) -> set[nn.Module]:
     """The layers of an encoder–decoder that run at the decoder's positions: those that its ids change."""
     if "decoder_input_ids" not in batch.inputs:
         return set()
@@ -98,12 +94,11 @@ def means(kind: str, partial: Partial) -> dict[str, Tensor]:
     if not examples:
         raise StatisticsError(f"the {kind} was computed over no examples: give its task's split some")
     result = {
-        name: (value / partial.counts.get(name, examples)).to(torch.float32)
-        for name, value in partial.sums.items()
+        name: (value / partial.counts.get(name, examples)).to(torch.float32) for name, value in partial.sums.items()
     }
     if bad := [name for name, value in result.items() if not value.isfinite().all()]:
         raise StatisticsError(
-            f"the {kind} of '{bad[0]}' holds NaN or Inf (as do {len(bad) - 1} more): the member's weights or its "
-            "task's its task's examples make its output overflow; measure in float32, or leave the member out"
+            f"the {kind} of '{bad[0]}' holds NaN or Inf (as do {len(bad) - 1} more): the member's weights or "
+            "its task's examples make its output overflow; measure in float32, or leave the member out"
         )
     return result

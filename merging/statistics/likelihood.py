@@ -49,13 +49,11 @@ def objectives(logits: Tensor, batch: Batch, settings: LikelihoodSettings) -> li
     """
     if logits.shape[:-1] != batch.labels.shape:
         raise StatisticsError(
-            f"the task gives logits {list(logits.shape)} for labels {list(batch.labels.shape)}: they must agree "
-            "in all agree in all but the last extent"
+            f"the task gives logits {list(logits.shape)} for labels {list(batch.labels.shape)}: they must "
+            "agree in all but the last extent"
         )
     if logits.shape[-1] < 2:
-        raise StatisticsError(
-            "the task has one class, so its labels carry no information: its Fisher is zero"
-        )
+        raise StatisticsError("the task has one class, so its labels carry no information: its Fisher is zero")
     if settings.estimator == "exact":
         if logits.dim() != 2:
             raise StatisticsError(
@@ -64,11 +62,7 @@ def objectives(logits: Tensor, batch: Batch, settings: LikelihoodSettings) -> li
             )
         factor = multinomial_factor(logits.detach().double().softmax(-1)).to(logits.dtype)
         return [(factor[:, :, k] * logits).sum() for k in range(factor.shape[-1])]
-    labels = (
-        sampled_labels(logits.detach(), batch, settings.seed)
-        if settings.estimator == "sampled"
-        else batch.labels
-    )
+    labels = sampled_labels(logits.detach(), batch, settings.seed) if settings.estimator == "sampled" else batch.labels
     if labels.dim() == 1 and (labels == IGNORED).any():
         position = int(batch.indices[(labels == IGNORED).cpu()][0])
         raise StatisticsError(
@@ -83,7 +77,7 @@ def multinomial_factor(p: Tensor) -> Tensor:
 
     With J the Jacobian of the logits, Σ_c p_c (∇ log p_c)² = diag(Jᵀ (diag(p) − p pᵀ) J) = Σ_k (Jᵀ V_k)²:
     the exact Fisher in one backward pass fewer than there are classes. Column k sets class k against those
-    after it, so that no after it, so that no difference of nearly equal numbers occurs, however certain the model is.
+    after it, so that no difference of nearly equal numbers occurs, however certain the model is.
     """
     remaining = p.flip(-1).cumsum(-1).flip(-1)
     after = remaining[:, 1:]
@@ -100,9 +94,7 @@ def sampled_labels(logits: Tensor, batch: Batch, seed: int) -> Tensor:
     The draw depends on the seed, the example's position in its split and the target's rank in it, and on
     nothing else: neither sharding nor batch size nor padding changes it.
     """
-    targets = (
-        batch.labels != IGNORED if batch.labels.dim() > 1 else torch.ones_like(batch.labels, dtype=torch.bool)
-    )
+    targets = batch.labels != IGNORED if batch.labels.dim() > 1 else torch.ones_like(batch.labels, dtype=torch.bool)
     per_example = targets.reshape(len(targets), -1).sum(1).tolist()
     draws = [
         np.random.default_rng((seed, position)).random(count)

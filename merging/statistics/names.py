@@ -9,9 +9,9 @@ from transformers.core_model_loading import revert_weight_conversion
 def checkpoint_names(model: nn.Module) -> dict[int, str]:
     """`id` of each parameter → the name under which `save_pretrained` writes it.
 
-    Of tied weights the first name counts, under which they are saved. Where transformers renames weights as it
-    loads them (ViT), the renaming is reverted; where it joins several into one (experts), the model's own
-    name is kept. name is kept.
+    Of tied weights the first name counts, under which they are saved. Where transformers renames weights as
+    it loads them (ViT), the renaming is reverted; where it joins several into one (experts), the model's own
+    name is kept.
     """
     names = dict(model.named_parameters())
     if not isinstance(model, PreTrainedModel):

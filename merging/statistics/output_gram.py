@@ -38,7 +38,7 @@ class OutputGramSettings(LikelihoodSettings):
 class OutputGram(Statistic):
     """B = (1/tokens) Σ g gᵀ [out, out] for every linear layer's weight, g the gradient of log p(c|x) there.
 
-    The sum is over real tokens and, weighted by p(c|x), over classes; over what is drawn or observed for the
+    The sum is over real tokens and, weighted by p(c|x), over classes; what is drawn or observed, for the other
     estimators. With the Gram A of the layer's input, A ⊗ B stands for its block of the Fisher (MaTS, K-FAC).
     """
 
@@ -80,9 +80,7 @@ class OutputGram(Statistic):
                 todo = objectives(task.logits(model, batch), batch, self.settings)
                 places = [edge for _, edge in edges]
                 for number, objective in enumerate(todo, start=1):
-                    found = torch.autograd.grad(
-                        objective, places, retain_graph=number < len(todo), allow_unused=True
-                    )
+                    found = torch.autograd.grad(objective, places, retain_graph=number < len(todo), allow_unused=True)
                     for (layer, _), gradient in zip(edges, found, strict=True):
                         if gradient is not None:
                             mask = masks[layer in decoding]

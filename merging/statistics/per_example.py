@@ -5,24 +5,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import zip_longest
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.func import functional_call, vjp, vmap
-from torch.nn import functional as F
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
-from transformers.pytorch_utils import Conv1D
 
 from merging.errors import StatisticsError
-from merging.statistics.gradients import Computed, Dense, Outer, Piece, Rows, add_squares
+from merging.statistics.gradients import Computed, Piece, add_squares
 from merging.statistics.recording import differentiable, tap
+from merging.statistics.rules import rule_for
 from merging.statistics.units import Logits, Unit, find_units
 from merging.tasks.base import Batch
-
-Rule = Callable[[Any, Tensor, Tensor], dict[str, Piece]]
-"""(module, its input, gradient of its output) → parameter's name within the module → its gradients."""
 
 
 @dataclass
@@ -119,13 +115,13 @@ class PerExample:
     def _pieces(self, call: _Call, gradients: Sequence[Tensor | None]) -> dict[str, Piece]:
         if all(gradient is None for gradient in gradients):
             return {}
-        rule = _rule(call.unit)
+        rule = rule_for(call.unit)
         tensors = [leaf for leaf in call.leaves if isinstance(leaf, Tensor)]
         if rule is None or len(tensors) != 1 or len(gradients) != 1 or gradients[0] is None:
             return _pulled_back(call, gradients, self._examples)
         value = tensors[0].detach()
         if len(gradients[0]) != self._examples:
-                f"'{call.unit.path}' runs for some examples only, so per-example gradients cannot be told apart"
+            raise StatisticsError(
                 f"'{call.unit.path}' runs for some examples only, so its examples cannot be told apart"
             )
         if len(value) == 1 < self._examples:
@@ -134,73 +130,7 @@ class PerExample:
         return {local: pieces[local] for local in call.unit.parameters}
 
 
-def _linear(module: nn.Linear, value: Tensor, gradient: Tensor) -> dict[str, Piece]:
-    value, gradient = _positions(value), _positions(gradient)
-    return {"weight": Outer(gradient, value), "bias": Dense(gradient.sum(1))}
-
-
-def _conv1d(module: Conv1D, value: Tensor, gradient: Tensor) -> dict[str, Piece]:
-    value, gradient = _positions(value), _positions(gradient)
-    return {"weight": Outer(value, gradient), "bias": Dense(gradient.sum(1))}
-
-
-def _embedding(module: nn.Embedding, ids: Tensor, gradient: Tensor) -> dict[str, Piece]:
-    values = _positions(gradient)
-    ids = ids.reshape(len(ids), -1)
-    if module.padding_idx is not None:
-        values = values.masked_fill((ids == module.padding_idx)[..., None], 0)
-    return {"weight": Rows(ids, values)}
-
-
-def _layer_norm(module: nn.LayerNorm, value: Tensor, gradient: Tensor) -> dict[str, Piece]:
-    normal = F.layer_norm(value, module.normalized_shape, eps=module.eps)
-    return {
-        "weight": Dense(_over_positions(normal * gradient, len(module.normalized_shape))),
-        "bias": Dense(_over_positions(gradient, len(module.normalized_shape))),
-    }
-
-
-def _conv2d(module: nn.Conv2d, value: Tensor, gradient: Tensor) -> dict[str, Piece]:
-    patches = F.unfold(
-        value, module.kernel_size, module.dilation, cast(tuple[int, int], module.padding), module.stride
-    )
-    by_position = gradient.flatten(2).transpose(1, 2)
-    return {"weight": Outer(by_position, patches.transpose(1, 2)), "bias": Dense(by_position.sum(1))}
-
-
-RULES: dict[type[nn.Module], Rule] = {
-    nn.Linear: _linear,
-    Conv1D: _conv1d,
-    nn.Embedding: _embedding,
-    nn.LayerNorm: _layer_norm,
-    nn.Conv2d: _conv2d,
-}
-
-
-    """The short way for a unit's kind of layer; none for subclasses that compute something else."""
-    """The short way for a unit's kind of layer; none for subclasses that compute something else."""
-    module = unit.module
-    if not unit.parameters.keys() <= {"weight", "bias"}:
-        return None
-    if isinstance(module, nn.Conv2d) and (
-        module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str)
-    ):
-        return None
-    return next((rule for kind, rule in RULES.items() if type(module).forward is kind.forward), None)
-
-
-def _positions(value: Tensor) -> Tensor:
-    """[N, …, D] as [N, S, D]; [N, D] as [N, 1, D]."""
-    return value.reshape(len(value), -1, value.shape[-1])
-
-
-def _over_positions(value: Tensor, kept: int) -> Tensor:
-    """[N, …, *kept] summed to [N, *kept]."""
-    between = tuple(range(1, value.dim() - kept))
-    return value.sum(between) if between else value
-
-
-    """Any module's: it runs again on single examples, and its outputs' gradients are pulled back through it."""
+def _pulled_back(call: _Call, gradients: Sequence[Tensor | None], examples: int) -> dict[str, Piece]:
     """Any module's: it runs again on single examples; its outputs' gradients are pulled back through it."""
     unit = call.unit
     # What the probe did not see, a call that only some examples make, is judged by its extent.
@@ -236,10 +166,7 @@ def _over_positions(value: Tensor, kept: int) -> Tensor:
                     return vmap(single)(*parts)
                 except RuntimeError:
                     # Its Python looks into its tensors, which vmap cannot follow: one example after another.
-                    rows = [
-                        single([v[n] for v in parts[0]], [g[n] for g in parts[1]])
-                        for n in range(stop - start)
-                    ]
+                    rows = [single([v[n] for v in parts[0]], [g[n] for g in parts[1]]) for n in range(stop - start)]
                     return torch.stack(rows)
 
         return compute

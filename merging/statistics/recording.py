@@ -14,9 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 def differentiable(model: nn.Module, *, parameters: bool) -> Iterator[None]:
     """Within it, gradients are recorded, parameters take part as told, and no keys and values are cached."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    configs = {
-        id(config): config for module in model.modules() if (config := getattr(module, "config", None))
-    }
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
     for config in caching:
         config.use_cache = False
@@ -32,7 +30,7 @@ def differentiable(model: nn.Module, *, parameters: bool) -> Iterator[None]:
 
 
 def expand(output: Any, examples: int) -> tuple[Any, list[Tensor]]:
-    """A module's output with broadcast tensors that carry gradients expanded to one row an example, and those."""
+    """A module's output with its broadcast gradient-carrying tensors expanded to all examples, and those."""
     leaves, spec = tree_flatten(output)
     expanded = []
     for place, leaf in enumerate(leaves):
@@ -43,7 +41,7 @@ def expand(output: Any, examples: int) -> tuple[Any, list[Tensor]]:
 
 
 def tap(output: Any, examples: int) -> tuple[Any, list[GradientEdge | None]]:
-    """A module's output, carrying gradients with one row an example, and where to take each leaf's gradient."""
+    """A module's output, carrying gradients with one row an example, and where to take each leaf's."""
     leaves, spec = tree_flatten(output)
     edges: list[GradientEdge | None] = [None] * len(leaves)
     for place, leaf in enumerate(leaves):
@@ -52,7 +50,7 @@ def tap(output: Any, examples: int) -> tuple[Any, list[GradientEdge | None]]:
         if leaf.dim() > 1 and len(leaf) == 1 < examples:
             leaf = leaf.expand(examples, *leaf.shape[1:])
         start = leaf if leaf.requires_grad else leaf.detach().requires_grad_()
-        # An edge, not the tensor, which what follows may change in place (a leaf it may not, hence the clone).
+        # An edge, not the tensor, which what follows may change in place (a leaf it may not: hence a clone).
         edges[place] = get_gradient_edge(start)
         leaves[place] = start if leaf.requires_grad else start.clone()
     return tree_unflatten(leaves, spec), edges

@@ -53,16 +53,12 @@ class Representation(Statistic):
             StatisticsError: It was computed over no examples, or holds NaN or Inf.
         """
         if not partial.rows:
-            raise StatisticsError(
-                "representations were computed over no examples: give their task's split some"
-            )
+            raise StatisticsError("representations were computed over no examples: give their task's split some")
         positions = sorted(partial.rows)
         rows = torch.stack([partial.rows[position] for position in positions])
         if not rows.isfinite().all():
             bad = positions[int((~rows.isfinite()).any(1).nonzero()[0])]
-            raise StatisticsError(
-                f"the representation of example {bad} holds NaN or Inf: leave the member out"
-            )
+            raise StatisticsError(f"the representation of example {bad} holds NaN or Inf: leave the member out")
         return {"representation": rows, "positions": torch.tensor(positions, dtype=torch.int64)}
 
     def _pool(self, states: Tensor, mask: Tensor | None) -> Tensor:

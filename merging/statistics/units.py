@@ -25,8 +25,8 @@ class Unit:
         path: The module's name in the model.
         module: The module; a parameter's own, or the nearest one around it that tells examples apart.
         parameters: Name within the module → name in the checkpoint.
-        mapped: For each call in a pass, which leaves of (args, kwargs) hold one row an example; None if it was not
-            None for what was not seen (a mask that is made only where there is padding).
+        mapped: For each call in a pass, which leaves of (args, kwargs) hold one row an example; None
+            for what was not seen (a mask that is made only where there is padding).
     """
 
     path: str
@@ -58,8 +58,8 @@ def first_example(batch: Batch, times: int) -> Batch:
 def find_units(model: nn.Module, logits: Logits, batch: Batch) -> list[Unit]:
     """Finds for every parameter that the model uses a unit that tells examples apart.
 
-    The model runs on one example and on the same example twice: what grows from one row to two holds a row an
-    example; an example; what stays at one is broadcast, and can be expanded where both examples then get one gradient.
+    The model runs on one example and on the same example twice: what grows from one row to two holds a row
+    an example; what stays at one is broadcast, and can be expanded where both examples then get one gradient.
 
     Raises:
         StatisticsError: Not even the whole model's output tells examples apart.
@@ -103,9 +103,7 @@ def _watch(model: nn.Module, expand_to: int = 1) -> Iterator[dict[str, list[_Cal
 
         return hook
 
-    handles = [
-        module.register_forward_hook(watch(path), with_kwargs=True) for path, module in model.named_modules()
-    ]
+    handles = [module.register_forward_hook(watch(path), with_kwargs=True) for path, module in model.named_modules()]
     try:
         yield calls
     finally:
@@ -141,13 +139,13 @@ def _used(model: nn.Module, output: Tensor, calls: Mapping[str, list[_Call]]) ->
 
 
 def _nearest(path: str, single: Mapping[str, list[_Call]], double: Mapping[str, list[_Call]]) -> str:
-    """The module, or the nearest one around it, whose every output holds one row an example or is broadcast."""
+    """The module, or the nearest around it, whose every output holds one row an example or is broadcast."""
     around = path
     while not _tells_apart(single.get(around, []), double.get(around, [])):
         if not around:
             raise StatisticsError(
-                f"'{path}' runs where single examples cannot be told apart, so it has no per-example gradients: "
-                "its its model must be called as a whole, with one row of every input and output an example"
+                f"'{path}' runs where single examples cannot be told apart, so it has no gradients for each: "
+                "its model must be called as a whole, with one row of every input and output an example"
             )
         around = around.rpartition(".")[0]
     return around
@@ -167,9 +165,6 @@ def _tells_apart(once: list[_Call], twice: list[_Call]) -> bool:
 
 def _mapped(once: list[_Call], twice: list[_Call]) -> tuple[tuple[bool | None, ...], ...]:
     return tuple(
-        tuple(
-            None if pair == (None, None) else pair == (1, 2)
-            for pair in zip(one.inputs, two.inputs, strict=True)
-        )
+        tuple(None if pair == (None, None) else pair == (1, 2) for pair in zip(one.inputs, two.inputs, strict=True))
         for one, two in zip(once, twice, strict=True)
     )

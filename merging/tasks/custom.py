@@ -34,9 +34,7 @@ class CustomSettings(TaskSettings):
         pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
         description="The function, as `module:function` on Python's path.",
     )
-    arguments: dict[str, Any] = Field(
-        default_factory=dict, description="Further keyword arguments of the function."
-    )
+    arguments: dict[str, Any] = Field(default_factory=dict, description="Further keyword arguments of the function.")
     metric: str = Field("score", min_length=1, description="What the function's number is called in tables.")
     model_class: str = Field("AutoModel", description="Class in `transformers` that loads the checkpoint.")
     examples: dict[Split, int] = Field(
@@ -58,9 +56,7 @@ class Custom(Task):
     def check(self) -> list[str]:
         """Imports the function and tries its arguments on its signature; see `Task.check`."""
         try:
-            inspect.signature(self._function).bind(
-                None, self.head, "validation", None, **self.settings.arguments
-            )
+            inspect.signature(self._function).bind(None, self.head, "validation", None, **self.settings.arguments)
         except TypeError as error:
             raise self._error(
                 f"{self.settings.evaluator} cannot be called as function(model, checkpoint, split, limit, "
@@ -70,9 +66,7 @@ class Custom(Task):
             autos = [name for name in dir(transformers) if name.startswith("AutoModel")]
             hint = did_you_mean(self.settings.model_class, autos)
             raise self._error(f"transformers has no model class '{self.settings.model_class}'. {hint}")
-        return [
-            f"task '{self.name}' is scored by {self.settings.evaluator}: no statistics can be computed for it"
-        ]
+        return [f"task '{self.name}' is scored by {self.settings.evaluator}: no statistics can be computed for it"]
 
     def load_model(self) -> nn.Module:
         """The head's checkpoint as `settings.model_class`; see `Task.load_model`."""
@@ -113,9 +107,7 @@ class Custom(Task):
         return Score(
             value=value,
             standard_error=self._number(fields.get("standard_error", math.nan), "standard_error"),
-            examples=int(
-                self._number(fields.get("examples", min(limit, size) if limit else size), "examples")
-            ),
+            examples=int(self._number(fields.get("examples", min(limit, size) if limit else size), "examples")),
             metric=self.settings.metric,
             seconds=time.perf_counter() - started,
         )

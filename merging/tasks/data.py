@@ -72,9 +72,7 @@ def read_examples(paths: Sequence[str], columns: Columns, classes: Sequence[str]
     problems = [problem for column in columns.texts for problem in _text_problems(frame[column], column)]
     labels = _class_indices(frame[columns.label], columns.label, classes, problems)
     if not problems and len(np.unique(labels)) < 2:
-        problems.append(
-            f"all {len(labels)} examples have the label '{classes[labels[0]]}': nothing can be measured"
-        )
+        problems.append(f"all {len(labels)} examples have the label '{classes[labels[0]]}': nothing can be measured")
     if problems:
         raise TaskError("; ".join(f"{', '.join(paths)}: {problem}" for problem in problems))
     return Examples(tuple(frame[column].tolist() for column in columns.texts), labels)

@@ -61,8 +61,7 @@ def load_tokenizer(head: str) -> Any:
             )
     except Exception as error:  # transformers raises all kinds
         raise TaskError(
-            f"the tokenizer of {head} cannot be loaded ({_first_line(error)}): "
-            "save the base model's tokenizer there"
+            f"the tokenizer of {head} cannot be loaded ({_first_line(error)}): save the base model's tokenizer there"
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -90,9 +89,7 @@ def load_model(head: str, model_class: str, *, complete: bool) -> nn.Module:
     """
     loader: Any = getattr(transformers, model_class, None)
     if not hasattr(loader, "from_pretrained"):
-        raise TaskError(
-            f"transformers has no model class '{model_class}': name one such as AutoModelForCausalLM"
-        )
+        raise TaskError(f"transformers has no model class '{model_class}': name one such as AutoModelForCausalLM")
     try:
         with quiet():
             model, info = loader.from_pretrained(

@@ -75,8 +75,8 @@ class OfPredictions:
 def resample(labels: Labels, predictions: Labels, classes: int, resamples: int, seed: int) -> Counts:
     """Draws examples with replacement, and counts.
 
-    Examples that agree in label and prediction are interchangeable, so that drawing them is drawing the numbers of
-    those pairs from a multinomial distribution.
+    Examples that agree in label and prediction are interchangeable, so that drawing them is drawing the numbers
+    of those pairs from a multinomial distribution.
     """
     pairs, numbers = np.unique(np.stack([labels, predictions]), axis=1, return_counts=True)
     draws = np.random.default_rng(seed).multinomial(len(labels), numbers / len(labels), size=resamples)
@@ -85,7 +85,7 @@ def resample(labels: Labels, predictions: Labels, classes: int, resamples: int, 
 
 
 def _ratio(over: Floats, under: Floats) -> Floats:
-    """over / under, 0 where both are 0."""
+    """The quotient, 0 where both are 0."""
     return np.divide(over, under, out=np.zeros_like(over), where=under > 0)
 
 
@@ -137,9 +137,7 @@ METRICS.register("accuracy", OfEachExample(_right))
 METRICS.register("neg_log_loss", OfEachExample(_log_probability))
 METRICS.register("macro_f1", OfPredictions(partial(f1_score, average="macro", zero_division=0.0), _macro_f1))
 METRICS.register("micro_f1", OfPredictions(partial(f1_score, average="micro", zero_division=0.0), _micro_f1))
-METRICS.register(
-    "weighted_f1", OfPredictions(partial(f1_score, average="weighted", zero_division=0.0), _weighted_f1)
-)
+METRICS.register("weighted_f1", OfPredictions(partial(f1_score, average="weighted", zero_division=0.0), _weighted_f1))
 METRICS.register("balanced_accuracy", OfPredictions(balanced_accuracy_score, _balanced_accuracy))
 METRICS.register("matthews", OfPredictions(matthews_corrcoef, _matthews))
 

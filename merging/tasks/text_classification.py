@@ -32,9 +32,7 @@ class TextClassificationSettings(TaskSettings):
     )
     text: str = Field("text", description="Column of the text.")
     text_pair: str | None = Field(None, description="Column of a second text, for tasks on pairs.")
-    label: str = Field(
-        "label", description="Column of the label: a class's name, or its position in the head."
-    )
+    label: str = Field("label", description="Column of the label: a class's name, or its position in the head.")
     labels: list[str] | None = Field(
         None,
         min_length=2,
@@ -199,9 +197,7 @@ class TextClassification(Task):
             longest_first = np.argsort([-len(row["input_ids"]) for row in rows], kind="stable")
             size = self.settings.batch_size
             chunks = [longest_first[first : first + size] for first in range(0, len(rows), size)]
-            self._evaluation[key] = [
-                self._batch(split, order[chunk], [rows[i] for i in chunk]) for chunk in chunks
-            ]
+            self._evaluation[key] = [self._batch(split, order[chunk], [rows[i] for i in chunk]) for chunk in chunks]
         return self._evaluation[key]
 
     def _tokens(self, split: Split, positions: npt.NDArray[np.int64]) -> list[dict[str, list[int]]]:
@@ -210,9 +206,7 @@ class TextClassification(Task):
         tokens = self._tokenizer(*texts, truncation=True, max_length=self._max_length)
         return [{name: tokens[name][row] for name in tokens} for row in range(len(positions))]
 
-    def _batch(
-        self, split: Split, positions: npt.NDArray[np.int64], rows: list[dict[str, list[int]]]
-    ) -> Batch:
+    def _batch(self, split: Split, positions: npt.NDArray[np.int64], rows: list[dict[str, list[int]]]) -> Batch:
         inputs: dict[str, Tensor] = dict(self._tokenizer.pad(rows, return_tensors="pt"))
         return Batch(
             inputs=inputs,
@@ -225,17 +219,13 @@ class TextClassification(Task):
         """A length that is not reached, missing splits, and texts that stand in two splits."""
         notes = []
         if self._max_length < self.settings.max_length:
-            notes.append(
-                f"task '{self.name}': texts are cut to {self._max_length} tokens, the tokenizer's limit"
-            )
+            notes.append(f"task '{self.name}': texts are cut to {self._max_length} tokens, the tokenizer's limit")
         if "train" not in self.settings.data:
             notes.append(f"task '{self.name}' has no train split: no statistics can be computed for it")
         if "test" not in self.settings.data:
             notes.append(f"task '{self.name}' has no test split: its winner is known on validation only")
         texts = {
-            split: set(zip(*self._split(split).texts, strict=True))
-            for split in SPLITS
-            if split in self.settings.data
+            split: set(zip(*self._split(split).texts, strict=True)) for split in SPLITS if split in self.settings.data
         }
         for split in ("validation", "test"):
             if both := texts.get("train", set()) & texts.get(split, set()):

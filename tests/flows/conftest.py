@@ -62,8 +62,7 @@ class LedgerMaker:
 
     def references(self, split="validation", origin="reference"):
         members = [
-            self.row("member", {task: 1.0}, 0.55, split=split, origin=origin, at=i)
-            for i, task in enumerate(TASKS)
+            self.row("member", {task: 1.0}, 0.55, split=split, origin=origin, at=i) for i, task in enumerate(TASKS)
         ]
         return [self.row("base", {}, 0.41, split=split, origin=origin, at=9), *members]
 
@@ -76,17 +75,11 @@ class LedgerMaker:
             size = len(TASKS) if anchor else int(generator.integers(2, len(TASKS) + 1))
             names = sorted(generator.choice(TASKS, size, replace=False).tolist())
             scaling = {name: 1.0 if anchor else float(generator.uniform(0, 1.5)) for name in names}
-            score = (
-                HEIGHT[method] + 0.03 * size / 4 - 0.08 * sum((a - 0.9) ** 2 for a in scaling.values()) / size
-            )
+            score = HEIGHT[method] + 0.03 * size / 4 - 0.08 * sum((a - 0.9) ** 2 for a in scaling.values()) / size
             name, default = PARAMETER.get(method, (None, 0))
-            parameters = (
-                {name: default if anchor else float(default * generator.uniform(0.2, 1.1))} if name else {}
-            )
+            parameters = {name: default if anchor else float(default * generator.uniform(0.2, 1.1))} if name else {}
             origin = "anchor" if anchor else "search"
-            row = self.row(
-                method, scaling, score, origin=origin, at=at, worker=at % 2, parameters=parameters, trial=at
-            )
+            row = self.row(method, scaling, score, origin=origin, at=at, worker=at % 2, parameters=parameters, trial=at)
             rows.append(row)
         return rows
 
@@ -111,10 +104,7 @@ class LedgerMaker:
 
     def full(self, count=64):
         rows = [*self.references(), *self.candidates(count)]
-        rows += [
-            self.failed("MethodError: α cancel the denominator in 12 % of the entries", 51 + i)
-            for i in range(3)
-        ]
+        rows += [self.failed("MethodError: α cancel the denominator in 12 % of the entries", 51 + i) for i in range(3)]
         best = sorted((row for row in rows if row.objective is not None), key=lambda row: -row.objective)
         tested = {row.candidate: row for row in best[:3]}
         averages = [row for row in rows if row.origin == "anchor" and row.method == "average"]
@@ -125,9 +115,7 @@ class LedgerMaker:
 
     def selection(self):
         shared = np.random.default_rng(0).normal(size=(30, 8))
-        rows = {
-            task: shared + 0.8 * np.random.default_rng(i).normal(size=(30, 8)) for i, task in enumerate(TASKS)
-        }
+        rows = {task: shared + 0.8 * np.random.default_rng(i).normal(size=(30, 8)) for i, task in enumerate(TASKS)}
         q = {"movie": 0.42, "amazon": 0.31, "nyt": 0.24, "tweets": 0.55}
         return select(TASKS, "dpp-map", quality=q, similarity=kernel.similarity_from_representations(rows))
 

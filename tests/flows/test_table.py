@@ -65,6 +65,7 @@ def test_a_running_campaign_has_no_test_scores_yet(make):
     assert lines[-1].mean is None
     assert lines[-1].validation is not None
     assert "–" in as_markdown(lines)
+    assert "Nothing has been measured on test yet" in as_markdown(lines)
 
 
 def test_an_empty_or_failed_ledger_has_no_lines(make):

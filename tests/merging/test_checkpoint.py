@@ -25,7 +25,11 @@ def test_reads_what_safetensors_reads(tiny_pool):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.uint8])
 def test_every_dtype_and_shape_round_trips(tmp_path, dtype):
-    values = {"matrix": torch.randn(3, 5).to(dtype), "scalar": torch.ones(()).to(dtype), "empty": torch.zeros(0, 4).to(dtype)}
+    values = {
+        "matrix": torch.randn(3, 5).to(dtype),
+        "scalar": torch.ones(()).to(dtype),
+        "empty": torch.zeros(0, 4).to(dtype),
+    }
     save_file(values, tmp_path / "x.safetensors")
     file = SafetensorsFile.open(str(tmp_path / "x.safetensors"))
     for name, value in values.items():
@@ -43,7 +47,9 @@ def test_reading_never_writes_through(copied):
 def test_shards_are_written_and_read_back(tiny_pool, tmp_path):
     source = Checkpoint.open(str(tiny_pool["one"]))
     tensors = [(name, source.read(name)) for name in source.tensors]
-    write_checkpoint(str(tmp_path / "out"), tensors, like=source, max_shard_bytes=10_000, extra={"heads/a/x.txt": "hello"})
+    write_checkpoint(
+        str(tmp_path / "out"), tensors, like=source, max_shard_bytes=10_000, extra={"heads/a/x.txt": "hello"}
+    )
     again = Checkpoint.open(str(tmp_path / "out"))
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
     assert all(torch.equal(again.read(name), value) for name, value in tensors)

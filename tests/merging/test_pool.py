@@ -33,7 +33,9 @@ def test_bare_base_and_task_models_meet(tiny_pool):
     pool = Pool.open(str(tiny_pool["base"]), members_of(tiny_pool))
     base = load_file(tiny_pool["base"] / SINGLE)
     assert set(pool.weights) == set(base)
-    assert pool.members["one"].names["encoder.layer.0.output.dense.weight"] == "bert.encoder.layer.0.output.dense.weight"
+    assert (
+        pool.members["one"].names["encoder.layer.0.output.dense.weight"] == "bert.encoder.layer.0.output.dense.weight"
+    )
     assert set(pool.members["one"].head) == {"classifier.weight", "classifier.bias"}
     two = load_file(tiny_pool["two"] / SINGLE)
     for name in pool.weights:

@@ -66,10 +66,7 @@ class Threads:
         error = future.exception()
         if error is not None:
             return Outcome(candidate, error=error, lost=isinstance(error, ConnectionError))
-        scores = {
-            task: Score(value, 0.01, 100, "accuracy", 0.5, 0.2, 0.1)
-            for task, value in future.result().items()
-        }
+        scores = {task: Score(value, 0.01, 100, "accuracy", 0.5, 0.2, 0.1) for task, value in future.result().items()}
         return Outcome(candidate, Measurement(scores, 0.001, 0.01, "host/1/cpu"))
 
 

@@ -1,7 +1,7 @@
 """Kills a one-worker search at random moments, resumes it until it is done, and leaves its directory.
 
-Run as `python kill_and_resume.py DIRECTORY CANDIDATES KILLS SEED SAMPLER`: this process imports everything once and forks
-a driver for every attempt.
+Run as `python kill_and_resume.py DIRECTORY CANDIDATES KILLS SEED SAMPLER`: this process imports everything once and
+forks a driver for every attempt.
 """
 
 import os
@@ -41,11 +41,7 @@ class Serial:
 
     def wait(self, timeout):
         recipe = self.candidate.recipe
-        value = (
-            1
-            - sum((factor - 0.6) ** 2 for factor in recipe.scaling.values())
-            - 0.1 * (recipe.method != "ties")
-        )
+        value = 1 - sum((factor - 0.6) ** 2 for factor in recipe.scaling.values()) - 0.1 * (recipe.method != "ties")
         if 0.5 < recipe.scaling["a"] < 0.55:
             return [Outcome(self.candidate, error=ValueError(f"unlucky {recipe.identity}"))]
         time.sleep(0.005)
@@ -71,7 +67,7 @@ def drive(directory, candidates, sampler):
 
 def main(directory, candidates, kills, seed, sampler):
     moments = random.Random(seed)
-    done = 0
+    done = hits = 0
     while True:
         process = os.fork()
         if process == 0:
@@ -83,7 +79,9 @@ def main(directory, candidates, kills, seed, sampler):
             time.sleep(moments.uniform(0.02, 0.35))
             os.kill(process, signal.SIGKILL)
         _, status = os.waitpid(process, 0)
+        hits += os.WIFSIGNALED(status)
         if os.WIFEXITED(status) and done >= kills:
+            print(hits)
             sys.exit(os.WEXITSTATUS(status))
         done += 1
 

@@ -5,9 +5,7 @@ from pydantic import ValidationError
 from search.domain import Domain
 
 
-@pytest.mark.parametrize(
-    "given", [0.5, 3, True, "gram", [1, 2], ["a", "b"], {"low": 0.1, "high": 1.0, "log": True}]
-)
+@pytest.mark.parametrize("given", [0.5, 3, True, "gram", [1, 2], ["a", "b"], {"low": 0.1, "high": 1.0, "log": True}])
 def test_short_forms_survive_a_file(given):
     domain = Domain.model_validate(given)
     assert domain.model_dump(mode="json") == given

@@ -71,9 +71,7 @@ def test_k_dpp_draws_each_subset_as_often_as_its_determinant_says(k):
     draws = 4000
     counts = Counter(dpp.sample_k_dpp(L, k, seed=7, draws=draws))
     expected = draws * weights / weights.sum()
-    likely = (
-        expected >= 5
-    )  # Pearson's test holds for cells that are expected to be hit; the rest are one cell
+    likely = expected >= 5  # Pearson's test holds for cells that are expected to be hit; the rest are one cell
     observed = np.array([counts[Y] for Y in subsets])
     cells = [*observed[likely], observed[~likely].sum()], [*expected[likely], expected[~likely].sum() + 1e-9]
     assert sum(counts.values()) == draws

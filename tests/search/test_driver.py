@@ -27,7 +27,7 @@ def scores(recipe):
     if recipe.method != "task_arithmetic":
         return {"x": 0.5, "y": 0.4}
     return {
-        task: 1 - 2 * (recipe.scaling[member] - OPTIMUM[member]) ** 2 for task, member in zip(TASKS, "ab")
+        task: 1 - 2 * (recipe.scaling[member] - OPTIMUM[member]) ** 2 for task, member in zip(TASKS, "ab", strict=True)
     }
 
 
@@ -162,14 +162,10 @@ def test_a_failed_candidate_is_a_row_and_the_search_goes_on(campaign):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_no_finite_objective_is_a_failure(campaign, value):
-    campaign.run(
-        lambda r: scores(r) | ({"x": value} if r.scaling["a"] > 1 else {}), candidates=25, identical_errors=99
-    )
+    campaign.run(lambda r: scores(r) | ({"x": value} if r.scaling["a"] > 1 else {}), candidates=25, identical_errors=99)
     failed = [row for row in campaign.rows() if row.status == "failed"]
     assert failed
-    assert all(
-        "the objective is" in row.error and "x" in row.scores and row.objective is None for row in failed
-    )
+    assert all("the objective is" in row.error and "x" in row.scores and row.objective is None for row in failed)
 
 
 def test_a_task_without_a_score_is_a_failure(campaign):
@@ -219,10 +215,7 @@ def test_samplers_that_enumerate_end_when_they_are_through(campaign, sampler):
     )
     grid = {f"task_arithmetic.scaling.{member}": [0.3, 0.6, 0.9] for member in "ab"}
     arguments = {"search_space": grid} if sampler == "grid" else {}
-    assert (
-        campaign.run(candidates=50, capacity=2, sampler=sampler, arguments=arguments, duplicates=5)
-        == "exhausted"
-    )
+    assert campaign.run(candidates=50, capacity=2, sampler=sampler, arguments=arguments, duplicates=5) == "exhausted"
     assert len(campaign.rows()) == 10
 
 
@@ -313,9 +306,7 @@ def test_measuring_what_no_sampler_proposed(tmp_path, threads):
 def test_measuring_records_failures(tmp_path, threads):
     ledger = Ledger(str(tmp_path), "demo")
     executor = threads(lambda recipe: (_ for _ in ()).throw(ConnectionError("gone")))
-    (row,) = measure(
-        [Candidate(Recipe("base", {}), "test", "final")], executor, ledger, None, PROVENANCE, retries=2
-    )
+    (row,) = measure([Candidate(Recipe("base", {}), "test", "final")], executor, ledger, None, PROVENANCE, retries=2)
     assert row.status == "failed"
     assert row.error == "ClusterError: the worker was lost 3 times: gone"
     assert len(executor.submitted) == 3

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
@@ -9,10 +10,11 @@ import pytest
 from search.ledger import Ledger
 
 ROOT = Path(__file__).parents[2]
-KILLS = 25
+KILLS = 12
+NOW = datetime(2031, 1, 1, tzinfo=UTC)
 
 
-def run(directory, kills, seed, sampler, candidates=40):
+def run(directory, kills, seed, sampler, candidates=24):
     script = Path(__file__).with_name("kill_and_resume.py")
     arguments = [directory, candidates, kills, seed, sampler]
     found = subprocess.run(
@@ -25,20 +27,21 @@ def run(directory, kills, seed, sampler, candidates=40):
         check=False,
     )
     assert found.returncode == 0, found.stderr
+    assert int(found.stdout) >= kills - 3  # how many drivers died before they were done
     rows = Ledger(str(directory / "ledger")).rows()
-    return [replace(row, started=rows[0].started, finished=rows[0].started) for row in rows]
+    return [repr(replace(row, started=NOW, finished=NOW)) for row in rows], rows
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sampler", "seed"), [("tpe", 1), ("tpe", 2), ("cmaes", 3)])
+@pytest.mark.parametrize(("sampler", "seed"), [("tpe", 1), ("cmaes", 3)])
 def test_a_search_that_is_killed_again_and_again_leaves_the_rows_of_an_unbroken_one(tmp_path, sampler, seed):
-    unbroken = run(tmp_path / "unbroken", 0, seed, sampler)
-    broken = run(tmp_path / "broken", KILLS, seed, sampler)
-    assert len(unbroken) == 40
+    unbroken, _ = run(tmp_path / "unbroken", 0, seed, sampler)
+    broken, rows = run(tmp_path / "broken", KILLS, seed, sampler)
+    assert len(unbroken) == 24
     assert broken == unbroken
     # A row costs one evaluation; beyond that each kill may cost the one that was under way.
     evaluated = (tmp_path / "broken" / "evaluated.txt").read_text().split()
-    complete = [row.candidate for row in broken if row.status == "complete"]
+    complete = [row.candidate for row in rows if row.status == "complete"]
     assert set(complete) == set(evaluated)
     assert len(complete) <= len(evaluated) <= len(complete) + KILLS
     frame = pd.read_parquet(tmp_path / "broken" / "ledger")

@@ -9,9 +9,7 @@ from search.schema import Row
 SCORES = {"x": 0.9, "y": 0.5, "z": 0.7}
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("mean", 0.7), ("worst", 0.5), ("z", 0.7), ("normalized", 0.875)]
-)
+@pytest.mark.parametrize(("name", "value"), [("mean", 0.7), ("worst", 0.5), ("z", 0.7), ("normalized", 0.875)])
 def test_objectives_by_name(name, value):
     objective = make_objective(name, list(SCORES), {"x": 1.0, "y": 0.8, "z": 0.7 / 1.1})
     expected = value if name != "normalized" else (0.9 + 0.625 + 1.1) / 3
@@ -33,9 +31,7 @@ def test_unknown_objectives_are_refused():
         make_objective("wort", list(SCORES))
 
 
-@pytest.mark.parametrize(
-    "references", [None, {"x": 1.0, "y": 0.0, "z": 1.0}, {"x": 1.0, "y": math.nan, "z": 1.0}]
-)
+@pytest.mark.parametrize("references", [None, {"x": 1.0, "y": 0.0, "z": 1.0}, {"x": 1.0, "y": math.nan, "z": 1.0}])
 def test_normalizing_needs_what_to_divide_by(references):
     with pytest.raises(SettingsError, match="own member"):
         make_objective("normalized", list(SCORES), references)

@@ -46,9 +46,7 @@ def test_sampling_draws_different_subsets_of_each_size(similarity):
 
 
 def test_members_without_quality_are_only_in_the_whole_pool(similarity):
-    selection = select(
-        NAMES, "dpp-map", quality={**Q, "amazon": 0.0}, similarity=similarity, notes=["dropped"]
-    )
+    selection = select(NAMES, "dpp-map", quality={**Q, "amazon": 0.0}, similarity=similarity, notes=["dropped"])
     assert [subset for subset in selection.subsets if "amazon" in subset] == [tuple(sorted(NAMES))]
     assert selection.log_dets[-1] == -np.inf
     assert selection.notes[0] == "dropped"
@@ -79,9 +77,7 @@ def test_a_selection_survives_its_file(similarity, mode):
     np.testing.assert_array_equal(read.log_dets, selection.log_dets)
 
 
-@pytest.mark.parametrize(
-    "value", [{}, {"names": 3}, [], {**select(NAMES, "all").as_dict(), "log_dets": ["x"]}]
-)
+@pytest.mark.parametrize("value", [{}, {"names": 3}, [], {**select(NAMES, "all").as_dict(), "log_dets": ["x"]}])
 def test_another_file_is_no_selection(value):
     with pytest.raises(SelectionError, match=r"selection\.json"):
         Selection.from_dict(value)

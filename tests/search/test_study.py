@@ -16,10 +16,7 @@ SPACE = Space({"task_arithmetic": MethodSpace(), "ties": MethodSpace()}, "ab", N
 
 def scores(recipe):
     return {
-        "x": 1
-        - abs(recipe.scaling["a"] - 0.6)
-        - abs(recipe.scaling["b"] - 0.3) / 2
-        + 0.1 * (recipe.method == "ties")
+        "x": 1 - abs(recipe.scaling["a"] - 0.6) - abs(recipe.scaling["b"] - 0.3) / 2 + 0.1 * (recipe.method == "ties")
     }
 
 
@@ -160,11 +157,11 @@ def test_rows_are_kept_when_the_space_changes(quest):
 
 def test_a_study_in_a_database(quest, tmp_path):
     url = f"sqlite:///{tmp_path}/study.db"
-    unbroken = quest("unbroken", 10)
+    unbroken = quest("unbroken", 6)
     with pytest.raises(Killed):
-        quest("database", 10, dies=("before", 5), url=url)
-    assert quest("database", 10, url=url) == unbroken
-    assert len(optuna.load_study(study_name="demo", storage=url).trials) == 9  # the average is no trial
+        quest("database", 6, dies=("before", 4), url=url)
+    assert quest("database", 6, url=url) == unbroken
+    assert len(optuna.load_study(study_name="demo", storage=url).trials) == 5  # the average is no trial
     assert not journal(tmp_path, "database").exists()
 
 

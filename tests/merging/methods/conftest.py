@@ -53,6 +53,9 @@ def build(seed=0, members=MEMBERS, width=8, dtypes=(torch.float32,), spread=0.1,
                 x = {m: torch.randn(tokens, inputs, generator=g) @ mix for m in members}
                 shared[key] = {m: v.T @ v / tokens for m, v in x.items()}
             statistics["gram"] = shared[key]
+            outputs = shape[1] if name in conv else shape[0]
+            gradients = {m: 0.01 * torch.randn(tokens, outputs, generator=g) for m in members}
+            statistics["output_gram"] = {m: v.T @ v / tokens for m, v in gradients.items()}
         kinds = [dtypes[i % len(dtypes)] for i in range(len(members) + 1)]
         weights.append(
             Weight(
@@ -78,9 +81,7 @@ def subset():
         replace(
             w,
             members={m: w.members[m] for m in members},
-            statistics={
-                k: {m: v for m, v in s.items() if m in (*members, "base")} for k, s in w.statistics.items()
-            },
+            statistics={k: {m: v for m, v in s.items() if m in (*members, "base")} for k, s in w.statistics.items()},
         )
         for w in weights
     ]

@@ -1,5 +1,8 @@
 """Every merge method once more, in float64, whole tensors at a time, as its paper writes it down."""
 
+import hashlib
+
+import numpy as np
 import torch
 
 
@@ -70,10 +73,7 @@ def ties(weights, scaling, parameters, examples):
 
 
 def fisher(weights, scaling, parameters, examples):
-    every = {
-        m: torch.cat([stat(w, "fisher")[m].reshape(-1) for w in weights if stat(w, "fisher")])
-        for m in scaling
-    }
+    every = {m: torch.cat([stat(w, "fisher")[m].reshape(-1) for w in weights if stat(w, "fisher")]) for m in scaling}
     scale = {m: 1 / f.norm() if parameters["normalize"] else 1.0 for m, f in every.items()}
     floor = 1e-6 * sum(scale[m] * every[m].mean() for m in scaling) / len(scaling)
     merged = {}
@@ -116,4 +116,190 @@ def regmean(weights, scaling, parameters, examples):
         turned = {m: tau[m] if w.transposed else tau[m].T for m in scaling}
         moved = torch.linalg.solve(left, sum(inside[m] * outside[m] * soft[m] @ turned[m] for m in scaling))
         merged[w.name] = base + (moved if w.transposed else moved.T)
+    return merged
+
+
+def linear(weights, scaling, parameters, examples):
+    total = sum(scaling.values()) if parameters["normalize"] else 1.0
+    return {w.name: sum(a / total * w.members[m].double() for m, a in scaling.items()) for w in weights}
+
+
+def uniform(seed, member, name, like):
+    """Sixteen random bits an entry: the generator, its key and its counter are part of what dare and della promise."""
+    key = np.frombuffer(hashlib.sha256(f"{seed}\0{member}\0{name}".encode()).digest()[:16], dtype=np.uint64)
+    words = [int(word) for word in np.random.Philox(key=key).random_raw(like.numel() // 4 + 1)]
+    numbers = [(word >> shift & 0xFFFF) - 0x8000 & 0xFFFF for word in words for shift in (0, 16, 32, 48)]
+    return torch.tensor(numbers[: like.numel()], dtype=torch.float64).reshape(like.shape) / 65536
+
+
+def merged_entries(base, taus, scaling, entries):
+    if entries == "elected":
+        return base + elect(taus, scaling, "sum")
+    return base + sum(a * taus[m] for m, a in scaling.items())
+
+
+def dare(weights, scaling, parameters, examples):
+    merged = {}
+    for w in weights:
+        base, tau = f64(w)
+        p = round(parameters["drop"] * 65536) / 65536
+        kept = {m: (uniform(parameters["seed"], m, w.name, base) >= p) * tau[m] / (1 - p) for m in scaling}
+        merged[w.name] = merged_entries(base, kept, scaling, parameters["entries"])
+    return merged
+
+
+def della(weights, scaling, parameters, examples):
+    merged = {}
+    for w in weights:
+        base, tau = f64(w)
+        kept = {}
+        for m in scaling:
+            rows = tau[m].reshape(-1, tau[m].shape[-1] if tau[m].dim() else 1)
+            rank = rows.abs().argsort(dim=1, stable=True).argsort(dim=1).double() / max(rows.shape[1] - 1, 1)
+            keep = parameters["density"] + parameters["epsilon"] * (2 * rank.reshape(base.shape) - 1)
+            kept[m] = (uniform(parameters["seed"], m, w.name, base) < keep) * tau[m] / keep
+        merged[w.name] = merged_entries(base, kept, scaling, parameters["entries"])
+    return merged
+
+
+def breadcrumbs(weights, scaling, parameters, examples):
+    merged = {}
+    for w in weights:
+        base, tau = f64(w)
+        size = base.numel()
+        kept = {}
+        for m in scaling:
+            flat = tau[m].reshape(-1)
+            order = sorted(range(size), key=lambda i, flat=flat: (-abs(float(flat[i])), i))
+            most = max(round(min(parameters["density"] + parameters["gamma"], 1.0) * size), 1)
+            mask = torch.zeros(size)
+            mask[order[round(parameters["gamma"] * size) : most]] = 1.0
+            kept[m] = (flat * mask).reshape(base.shape)
+        merged[w.name] = merged_entries(base, kept, scaling, parameters["entries"])
+    return merged
+
+
+def consensus(weights, scaling, parameters, examples):
+    merged = {}
+    for w in weights:
+        base, tau = f64(w)
+        whole = sum(tau[m] for m in scaling)
+        votes = sum((tau[m].abs() > parameters["lambda"] * (whole - tau[m]).abs()).double() for m in scaling)
+        mask = votes >= min(parameters["k"], len(scaling))
+        merged[w.name] = base + mask * sum(a * tau[m] for m, a in scaling.items())
+    return merged
+
+
+def lines(weights, scaling, parameters, examples):
+    merged = {}
+    for w in weights:
+        base, tau = f64(w)
+        depth = 0.0 if w.name.startswith(("embeddings", "layer.0")) else 1.0  # the test pool has two layers
+        merged[w.name] = base + (parameters["a"] + parameters["b"] * depth) * sum(
+            a * tau[m] for m, a in scaling.items()
+        )
+    return merged
+
+
+def slerp(weights, scaling, parameters, examples):
+    merged = {}
+    (a, b), t = sorted(scaling), scaling[max(scaling)] / sum(scaling.values())
+    for w in weights:
+        base, _ = f64(w)
+        origin = 0.0 if parameters["space"] == "weights" else base
+        x, y = w.members[a].double() - origin, w.members[b].double() - origin
+        cosine = (x * y).sum() / (x.norm() * y.norm())
+        angle = torch.arccos(cosine.clamp(-1, 1))
+        if abs(cosine) > 0.9995:
+            merged[w.name] = origin + (1 - t) * x + t * y
+        else:
+            merged[w.name] = origin + (torch.sin((1 - t) * angle) * x + torch.sin(t * angle) * y) / torch.sin(angle)
+    return merged
+
+
+def multi_slerp(weights, scaling, parameters, examples):
+    merged = {}
+    total = sum(scaling.values())
+    for w in weights:
+        base, tau = f64(w)
+        share = {m: a / total for m, a in scaling.items()}
+        length = sum(share[m] * tau[m].norm() for m in scaling)
+        unit = {m: tau[m] / tau[m].norm() for m in scaling if tau[m].norm() > 0}
+        if not unit or min(float((u * v).sum()) for u in unit.values() for v in unit.values()) < -0.9995:
+            merged[w.name] = base + sum(share[m] * tau[m] for m in scaling)
+            continue
+        share = {m: share[m] / sum(share[n] for n in unit) for m in unit}
+        x = sum(share[m] * unit[m] for m in unit)
+        x = x / x.norm()
+        for _ in range(200):
+            step = torch.zeros_like(x)
+            for m in unit:
+                cosine = (x * unit[m]).sum().clamp(-1, 1)
+                away = unit[m] - cosine * x
+                if away.norm() > 1e-14:
+                    step = step + share[m] * torch.arccos(cosine) * away / away.norm()
+            if step.norm() < 1e-15:
+                break
+            x = torch.cos(step.norm()) * x + torch.sin(step.norm()) * step / step.norm()
+        merged[w.name] = base + x * length
+    return merged
+
+
+def model_stock(weights, scaling, parameters, examples):
+    merged = {}
+    n, total = len(scaling), sum(scaling.values())
+    for w in weights:
+        base, tau = f64(w)
+        pairs = [(a, b) for a in scaling for b in scaling if a < b]
+        cosines = [float((tau[a] * tau[b]).sum() / (tau[a].norm() * tau[b].norm()).clamp(min=1e-99)) for a, b in pairs]
+        c = min(max(sum(cosines) / len(cosines), 0.0), 1.0)
+        t = n * c / (1 + (n - 1) * c)
+        mean = sum(a / total * w.members[m].double() for m, a in scaling.items())
+        merged[w.name] = t * mean + (1 - t) * base
+    return merged
+
+
+def mats(weights, scaling, parameters, examples):
+    """Conjugate gradients from the plain mean on one weight at a time, its entries one long vector."""
+    merged = {}
+    for w in weights:
+        base = w.base.double()
+        mean = sum(w.members[m].double() for m in scaling) / len(scaling)
+        found = {kind: stat(w, kind) for kind in ("fisher", "gram", "output_gram")}
+        needed = {"identity": (), "fisher": ("fisher",), "gram": ("gram",), "kfac": ("gram", "output_gram")}
+        if not all(found[kind] for kind in needed[parameters["subspace"]]):
+            merged[w.name] = mean
+            continue
+
+        def operator(m, v, w=w, found=found):
+            if parameters["subspace"] == "identity":
+                return v
+            if parameters["subspace"] == "fisher":
+                return found["fisher"][m] * v
+            v = v.T if w.transposed else v
+            v = v @ found["gram"][m]
+            if parameters["subspace"] == "kfac":
+                v = found["output_gram"][m] @ v
+            return v.T if w.transposed else v
+
+        def apply(v, operator=operator):
+            return sum(a * operator(m, v) for m, a in scaling.items())
+
+        right = sum(a * operator(m, w.members[m].double() - base) for m, a in scaling.items())
+        x = mean - base
+        r = right - apply(x)
+        scale = torch.ones_like(base)
+        if parameters["preconditioner"] == "jacobi":
+            units = torch.eye(base.numel(), dtype=torch.float64).reshape(-1, *base.shape)
+            scale = 1 / torch.stack([(u * apply(u)).sum() for u in units]).reshape(base.shape)
+        p = scale * r
+        for _ in range(parameters["iterations"]):
+            if r.norm() <= parameters["tolerance"] * right.norm():
+                break
+            ap = apply(p)
+            old = (r * scale * r).sum()
+            step = old / (p * ap).sum()
+            x, r = x + step * p, r - step * ap
+            p = scale * r + (r * scale * r).sum() / old * p
+        merged[w.name] = base + x
     return merged

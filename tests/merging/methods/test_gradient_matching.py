@@ -69,9 +69,7 @@ def test_removal_that_cancels_names_the_share_of_entries(merge):
 
 
 def test_removal_may_clamp_instead(merge):
-    merged = merge(
-        "gradient_matching", removal(), {"a": 1.0, "b": -1.0}, {"delta": 0.5, "clamp": True}, examples={}
-    )
+    merged = merge("gradient_matching", removal(), {"a": 1.0, "b": -1.0}, {"delta": 0.5, "clamp": True}, examples={})
     # (0.5 + H_a)·1 − (0.5 + H_b)·2 over max(0.5 + H_a − H_b, 0.5)
     torch.testing.assert_close(merged["w"], torch.tensor([-3.0, -7.0, -11.0, 6.5 / 8.5]))
 

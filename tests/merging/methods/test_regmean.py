@@ -85,9 +85,7 @@ def test_contributions_are_solved_again_for_other_members_or_another_rho(make_po
 def test_conv1d_is_the_transposed_linear_layer_also_where_it_is_square():
     grams = {"a": gram(5), "b": gram(6)}
     weight = linear(7, grams, outputs=6)
-    turned = Weight(
-        "layer.weight", weight.base.T, {m: v.T for m, v in weight.members.items()}, {"gram": grams}, True
-    )
+    turned = Weight("layer.weight", weight.base.T, {m: v.T for m, v in weight.members.items()}, {"gram": grams}, True)
     merged, _ = run(weight, {"a": 1.0, "b": 0.5})
     again, _ = run(turned, {"a": 1.0, "b": 0.5})
     torch.testing.assert_close(again.T, merged)
@@ -134,9 +132,7 @@ def test_grams_of_nothing_give_the_mean():
 def test_grams_of_any_size_give_the_same(factor):
     weight = linear(15, {"a": gram(16), "b": gram(17)})
     expected, _ = run(weight, {"a": 1.0, "b": 1.0})
-    sized = replace(
-        weight, statistics={"gram": {m: v * factor for m, v in weight.statistics["gram"].items()}}
-    )
+    sized = replace(weight, statistics={"gram": {m: v * factor for m, v in weight.statistics["gram"].items()}})
     merged, report = run(sized, {"a": 1.0, "b": 1.0})
     torch.testing.assert_close(merged, expected)
     assert report["ridge"] == 0

@@ -5,7 +5,7 @@ from merging.methods import Weight, trim
 
 
 def model(seed, sizes, dtype=torch.float32, steps=None):
-    """Weights w0, w1, … of given sizes with one member; magnitudes repeat where they are multiples of 1/`steps`."""
+    """Weights w0, w1, … with one member; magnitudes repeat where they are multiples of 1/`steps`."""
     g = torch.Generator().manual_seed(seed)
     weights = []
     for index, size in enumerate(sizes):
@@ -45,9 +45,7 @@ def expected(weights, density, scope):
 
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 @pytest.mark.parametrize("density", [1e-6, 0.05, 0.2, 0.5001, 0.97, 1.0])
-@pytest.mark.parametrize(
-    ("dtype", "steps"), [(torch.float32, None), (torch.float32, 2000), (torch.bfloat16, None)]
-)
+@pytest.mark.parametrize(("dtype", "steps"), [(torch.float32, None), (torch.float32, 2000), (torch.bfloat16, None)])
 def test_exactly_the_largest_stay_whatever_the_bins(scope, density, dtype, steps):
     weights = model(0, (40_000, 7, 3000, 20_000), dtype, steps)
     found = kept(weights, trim.survey(weights), density, scope)

@@ -56,11 +56,14 @@ class TinyTask(Task):
     def batches(self, split: str, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
         for first in range(start, min(stop, self.size(split)), batch_size):
             part = slice(first, min(first + batch_size, stop, self.size(split)))
-            width = None if self.mask is None else int(self.mask[part].sum(1).max())
+            widths: dict[torch.Size, int] = {}
+            if self.mask is not None:
+                widths[self.mask.shape] = int(self.mask[part].sum(1).max())
+            if "decoder_input_ids" in self.inputs:
+                widths[self.labels.shape] = int((self.labels[part] != IGNORED).sum(1).max())
 
-            def cut(value: Tensor, part: slice = part, width: int | None = width) -> Tensor:
-                padded = self.mask is not None and value.shape[1:2] == self.mask.shape[1:]
-                return value[part, :width] if padded else value[part]
+            def cut(value: Tensor, part: slice = part, widths: dict[torch.Size, int] = widths) -> Tensor:
+                return value[part, : widths[value.shape]] if value.shape in widths else value[part]
 
             yield Batch(
                 {name: cut(value) for name, value in self.inputs.items()},
@@ -139,15 +142,11 @@ def vit(count: int) -> TinyTask:
         num_labels=3,
     )
     images = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return TinyTask(
-        scramble(ViTForImageClassification(config)), {"pixel_values": images}, torch.arange(count) % 3
-    )
+    return TinyTask(scramble(ViTForImageClassification(config)), {"pixel_values": images}, torch.arange(count) % 3)
 
 
 def gpt2(count: int) -> TinyTask:
-    config = GPT2Config(
-        vocab_size=24, n_embd=16, n_layer=2, n_head=2, n_positions=16, bos_token_id=1, eos_token_id=1
-    )
+    config = GPT2Config(vocab_size=24, n_embd=16, n_layer=2, n_head=2, n_positions=16, bos_token_id=1, eos_token_id=1)
     ids, mask = words(count, 7, 24)
     labels = torch.cat([ids[:, 1:], torch.zeros(count, 1, dtype=torch.int64)], dim=1)
     labels = labels.masked_fill(labels == 0, IGNORED)
@@ -170,9 +169,7 @@ def t5(count: int) -> TinyTask:
     labels, real = words(count, 5, 24, seed=5)
     decoder_ids = torch.cat([torch.zeros(count, 1, dtype=torch.int64), labels[:, :-1]], dim=1)
     inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": decoder_ids}
-    return TinyTask(
-        scramble(T5ForConditionalGeneration(config)), inputs, labels.masked_fill(real == 0, IGNORED), mask
-    )
+    return TinyTask(scramble(T5ForConditionalGeneration(config)), inputs, labels.masked_fill(real == 0, IGNORED), mask)
 
 
 TASKS: dict[str, Callable[[int], TinyTask]] = {"bert": bert, "llama": llama, "vit": vit, "gpt2": gpt2, "t5": t5}

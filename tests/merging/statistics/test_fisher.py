@@ -29,7 +29,7 @@ def by_loop(task: Task, estimator: str) -> dict[str, Tensor]:
         batch, logits = single(task, model, position)
         logs = logits.log_softmax(-1)
         if estimator == "exact":
-            terms = [(float(logs[0, c].exp()), logs[0, c]) for c in range(logs.shape[-1])]
+            terms = [(float(logs[0, c].detach().exp()), logs[0, c]) for c in range(logs.shape[-1])]
         else:
             nothing = {"ignore_index": IGNORED, "reduction": "sum"}
             terms = [(1.0, -F.nll_loss(logs.flatten(0, -2), batch.labels.flatten(), **nothing))]
@@ -46,7 +46,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
     assert found.keys() == expected.keys()
     largest = max(float(value.max()) for value in expected.values())
     for name, value in expected.items():
-        scale = max(float(value.max()), 1e-12 * largest)
+        scale = max(float(value.max()), 1e-9 * largest)
         assert float((found[name] - value).abs().max()) <= tolerance * scale, name
 
 
@@ -82,9 +82,7 @@ def test_padding_changes_nothing(build, name):
     for position in range(5):
         short = int(task.mask[position].sum())
         task.inputs["input_ids"][position, short:] = 3
-    task.batches = lambda split, start, stop, size: iter(
-        [Batch(task.inputs, task.labels, torch.arange(5), task.mask)]
-    )
+    task.batches = lambda split, start, stop, size: iter([Batch(task.inputs, task.labels, torch.arange(5), task.mask)])
     after = measure(task, fisher("empirical"))
     assert width > int(task.mask.sum(1).min())
     assert_same(after.sums, before.sums)
@@ -172,7 +170,7 @@ class Branching(nn.Module):
         self.gain = nn.Parameter(torch.tensor([2.0, 0.5, 1.0]))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.gain if x.sum() > 0 else x - self.gain
+        return x * self.gain if float(x.detach().abs().max()) < 100 else x.clamp(-100, 100)
 
 
 class Inplace(nn.Module):
@@ -249,7 +247,7 @@ def test_a_layer_that_hides_its_examples_is_refused(tiny_task):
 
     class Bypassing(tiny_task):
         def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-            return model.layer(batch.inputs["x"].flatten()[None].view(-1, 1, 3).transpose(0, 1)).squeeze(0)
+            return model.layer(batch.inputs["x"][None])[0]
 
     task = Bypassing(Mixed(), {"x": torch.ones(4, 3)}, torch.zeros(4, dtype=torch.int64))
     with pytest.raises(StatisticsError, match=r"'layer' runs where single examples cannot be told apart"):

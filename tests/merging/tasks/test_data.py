@@ -10,9 +10,7 @@ from merging.tasks.data import Columns, read_examples
 
 CLASSES = ["negative", "neutral", "positive"]
 COLUMNS = Columns("text", None, "label")
-FRAME = pd.DataFrame(
-    {"text": ["a, b", 'say "c"', "NA", "12"], "label": [0, 2, 1, 0], "other": [1.5, 2.0, 3.0, 4.0]}
-)
+FRAME = pd.DataFrame({"text": ["a, b", 'say "c"', "NA", "12"], "label": [0, 2, 1, 0], "other": [1.5, 2.0, 3.0, 4.0]})
 
 
 def write(path: Path, frame: pd.DataFrame = FRAME) -> str:
@@ -47,9 +45,7 @@ def test_reads_any_file_system():
 
 def test_pairs_of_texts(tmp_path):
     frame = FRAME.rename(columns={"text": "premise"}).assign(hypothesis=["w", "x", "y", "z"])
-    examples = read_examples(
-        [write(tmp_path / "x.csv", frame)], Columns("premise", "hypothesis", "label"), CLASSES
-    )
+    examples = read_examples([write(tmp_path / "x.csv", frame)], Columns("premise", "hypothesis", "label"), CLASSES)
     assert examples.texts[1] == ["w", "x", "y", "z"]
 
 

@@ -68,9 +68,7 @@ def test_batch_size_does_not_change_the_score(make_text_task, frames, task, batc
 def test_limit_takes_the_same_first_examples(task):
     model = task.load_model()
     assert task.evaluate(model, "validation", limit=20).examples == 20
-    assert (
-        task.evaluate(model, "validation", limit=20).loss == task.evaluate(model, "validation", limit=20).loss
-    )
+    assert task.evaluate(model, "validation", limit=20).loss == task.evaluate(model, "validation", limit=20).loss
     assert task.evaluate(model, "validation", limit=10_000).loss == task.evaluate(model, "validation").loss
     (first,) = task.batches("validation", 0, 20, 20)
     logits = task.logits(model, first).detach()
@@ -97,9 +95,7 @@ def test_nan_weights_name_the_task(task):
     model = task.load_model()
     with torch.no_grad():
         model.classifier.weight.fill_(math.nan)
-    with pytest.raises(
-        TaskError, match=r"task 'reviews': the model gave NaN or Inf for 50 of 50 validation examples"
-    ):
+    with pytest.raises(TaskError, match=r"task 'reviews': the model gave NaN or Inf for 50 of 50 validation examples"):
         task.evaluate(model, "validation")
 
 
@@ -110,8 +106,7 @@ def test_batches_cover_a_shuffled_split_once(task, frames):
     assert sorted(indices.tolist()) == list(range(60))
     assert indices.tolist() != list(range(60))
     assert (
-        torch.cat([batch.labels for batch in batches]).tolist()
-        == frames["train"]["label"][indices.tolist()].tolist()
+        torch.cat([batch.labels for batch in batches]).tolist() == frames["train"]["label"][indices.tolist()].tolist()
     )
 
 
@@ -152,9 +147,7 @@ def test_size(make_text_task, frames):
         task.evaluate(task.load_model(), "test")
 
 
-def test_fingerprint_follows_what_the_model_sees(
-    make_text_task, frames, save_base, save_member, tiny_pool, tmp_path
-):
+def test_fingerprint_follows_what_the_model_sees(make_text_task, frames, save_base, save_member, tiny_pool, tmp_path):
     original = make_text_task(frames).data_fingerprint("train")
     other_text = frames["train"].copy()
     other_text.loc[3, "text"] = "bad"

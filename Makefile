@@ -1,0 +1,45 @@
+# make quickstart: a real pool, a real campaign. make test: everything that CI checks.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help quickstart test test-fast lint format clean
+
+help:
+	@echo "make quickstart  build a real pool of models and search for its best merge (about 12 minutes on 2 cores)"
+	@echo "make test        lint, types, import floors, and all tests"
+	@echo "make test-fast   the fast tests only"
+	@echo "make format      format and fix what can be fixed"
+	@echo "make clean       remove the environment, caches and runs"
+
+quickstart: $(VENV)/installed
+	$(BIN)/mergequest quickstart
+
+test: lint
+	$(BIN)/pytest -m "slow or not slow"
+
+test-fast: $(VENV)/installed-dev
+	$(BIN)/pytest
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info runs cache
+
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "Python 3.11 or later is needed: make PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@

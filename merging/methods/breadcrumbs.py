@@ -1,0 +1,72 @@
+"""Model breadcrumbs: task vectors without their largest entries, which are outliers, and their smallest, which are noise."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from merging.methods import trim
+from merging.methods.base import Context, Method, Parameter, Prepared, Weight, register
+from merging.methods.dare import AGREE
+from merging.methods.deltas import Block, Deltas, combined
+from merging.recipe import Value
+
+
+@register
+class Breadcrumbs(Method):
+    """θ_0 + Σ α_t m_t ∘ τ_t, m_t without the largest γ and the smallest of each tensor (Davari and Belilovsky 2024)."""
+
+    name = "breadcrumbs"
+    summary = "task vectors without their largest and smallest entries"
+    scaling = Parameter(0.3, "scale of the member's task vector", low=0.0, high=1.5)
+    parameters: ClassVar[Mapping[str, Parameter]] = {
+        "density": Parameter(
+            0.85, "share of entries that stay in every tensor", low=0.05, high=0.95, minimum=0.0, maximum=1.0
+        ),
+        "gamma": Parameter(
+            0.01, "share of entries, the largest, that are dropped", low=0.0, high=0.05, minimum=0.0, maximum=0.99
+        ),
+        "entries": AGREE,
+    }
+
+    def survey(self, weights: Iterable[Weight]) -> trim.Survey:
+        """Histograms of the task vectors' magnitudes."""
+        return trim.survey(weights)
+
+    def combine(self, first: trim.Survey, second: trim.Survey) -> trim.Survey:
+        """Both weights' histograms."""
+        return {**(first or {}), **(second or {})}
+
+    def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
+        """Keeps references to base and members, and the histograms; thresholds come with densities."""
+        return PreparedBreadcrumbs(weights, self.survey(weights) if context.survey is None else context.survey)
+
+
+class PreparedBreadcrumbs(Deltas):
+    """Base, members and histograms.
+
+    Args:
+        weights: The weights to merge.
+        survey: Their histograms, and perhaps others'.
+    """
+
+    def __init__(self, weights: Sequence[Weight], survey: trim.Survey) -> None:
+        super().__init__(weights)
+        self._trimmer = trim.Trimmer(weights, survey)
+
+    def plan(self, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]) -> Block:
+        """Trims in place to the largest density + γ, less the largest γ."""
+        gamma = float(parameters["gamma"])
+        share = min(float(parameters["density"]) + gamma, 1.0)
+
+        def block(weight: Weight, start: int, deltas: Tensor) -> Tensor:
+            outliers = self.scratch.take("outliers", deltas.shape[1], device=deltas.device)
+            for row, member in zip(deltas, members, strict=True):
+                outliers.copy_(row)
+                self._trimmer.tensor(weight.name, member, share).apply(row, weight.name, start)
+                if round(gamma * weight.base.numel()):
+                    self._trimmer.tensor(weight.name, member, gamma).apply(outliers, weight.name, start)
+                    row.sub_(outliers)
+            return combined(deltas, factors, str(parameters["entries"]), self.scratch)
+
+        return block

@@ -1,0 +1,61 @@
+"""DARE: drop task-vector entries at random and rescale the rest, then add them up, or only those that agree."""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from merging.methods.base import Context, Method, Parameter, Prepared, Weight, register
+from merging.methods.chance import LEVELS, Chance, level
+from merging.methods.deltas import Block, Deltas, combined
+from merging.recipe import Value
+
+AGREE = Parameter(
+    "all", "add up all entries, or those with the elected sign (TIES)", choices=("all", "elected"), search=False
+)
+SEED = Parameter(0, "seed of the random masks", minimum=0, search=False)
+
+
+@register
+class Dare(Method):
+    """θ_0 + Σ α_t m_t ∘ τ_t / (1 − p), m_t kept with probability 1 − p (Yu et al. 2024).
+
+    `entries` = `elected` leaves out what disagrees with the sign of the sum (DARE-TIES). p is rounded to 1/65536.
+    """
+
+    name = "dare"
+    summary = "random drop and rescale of task vectors"
+    scaling = Parameter(0.3, "scale of the member's task vector", low=0.0, high=1.5)
+    parameters: ClassVar[Mapping[str, Parameter]] = {
+        "drop": Parameter(0.5, "probability p of dropping an entry", low=0.0, high=0.95, minimum=0.0, maximum=0.999),
+        "entries": AGREE,
+        "seed": SEED,
+    }
+
+    def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
+        """Keeps references to base and members; random numbers are drawn once for a seed."""
+        return PreparedDare(weights)
+
+
+class PreparedDare(Deltas):
+    """Base and members as they are stored, and two bytes of randomness for each member's entry."""
+
+    def __init__(self, weights: Sequence[Weight]) -> None:
+        super().__init__(weights)
+        self._chance = Chance()
+
+    def plan(self, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]) -> Block:
+        """Masks in place; the rescaling goes into the factors."""
+        dropped, seed = level(float(parameters["drop"])), int(parameters["seed"])
+        rescaled = [factor * LEVELS / (LEVELS - dropped) for factor in factors]
+
+        def block(weight: Weight, start: int, deltas: Tensor) -> Tensor:
+            stop = start + deltas.shape[1]
+            mask = self.scratch.take("mask", stop - start, device=deltas.device)
+            for row, member in zip(deltas, members, strict=True):
+                numbers = self._chance.numbers(seed, member, weight.name, weight.base)[start:stop]
+                row.mul_(torch.ge(numbers, dropped - LEVELS // 2, out=mask))
+            return combined(deltas, rescaled, str(parameters["entries"]), self.scratch)
+
+        return block

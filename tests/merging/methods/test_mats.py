@@ -1,0 +1,74 @@
+import pytest
+import torch
+
+from merging.errors import MethodError
+from merging.methods import METHODS, Context
+
+SCALING = {"amazon": 0.7, "movie": 0.4, "nyt": 1.1, "tweets": 0.25}
+CONVERGED = {"iterations": 2000, "tolerance": 1e-13, "preconditioner": "jacobi"}
+
+
+@pytest.mark.parametrize("start", ["average", "base", "task_arithmetic", "gradient_matching", "regmean"])
+def test_grams_run_to_convergence_are_regmean_from_any_start(start, make_pool, merge, close):
+    weights = [w for w in make_pool() if "gram" in w.statistics]
+    solved = merge("mats", weights, SCALING, {**CONVERGED, "start": start})
+    close(solved, merge("regmean", weights, SCALING, {"rho": 1.0}), 1e-4)
+
+
+def test_diagonal_fishers_run_to_convergence_are_fisher_averaging(make_pool, merge, close):
+    weights = [w for w in make_pool() if "fisher" in w.statistics]
+    for w in weights:
+        for fisher in w.statistics["fisher"].values():
+            fisher.clamp_(min=1e-5)
+    solved = merge("mats", weights, SCALING, {**CONVERGED, "subspace": "fisher"})
+    close(solved, merge("fisher", weights, SCALING, {"normalize": False}))
+
+
+def test_the_identity_is_the_weighted_mean(make_pool, merge, close):
+    weights = make_pool()
+    close(merge("mats", weights, SCALING, {"subspace": "identity"}), merge("average", weights, SCALING))
+
+
+def test_no_steps_leave_the_start(make_pool, merge, close):
+    weights = [w for w in make_pool() if "gram" in w.statistics]
+    started = merge("mats", weights, SCALING, {"iterations": 0, "start": "regmean"})
+    ones = dict.fromkeys(SCALING, 1.0)
+    close(started, merge("regmean", weights, ones), 1e-6)
+
+
+def test_the_residual_of_every_weight_is_reported_and_falls(make_pool, complete):
+    weights = make_pool()
+    prepared = METHODS["mats"].prepare(weights, Context())
+    out = {w.name: torch.empty(w.base.shape) for w in weights}
+    residuals = []
+    for iterations in (0, 5, 100):
+        prepared.merge(SCALING, complete("mats", SCALING, {"iterations": iterations}), out)
+        report = prepared.report()
+        assert {f"residual.{w.name}" for w in weights if "gram" in w.statistics} | {"residual"} == report.keys()
+        residuals.append(report["residual"])
+    assert residuals[0] > residuals[1] > residuals[2]
+
+
+def test_a_subspace_without_its_statistic_is_refused(make_pool, merge):
+    weights = make_pool()
+    for w in weights:
+        w.statistics.pop("output_gram", None)
+    with pytest.raises(MethodError, match="subspace 'kfac' needs the output_gram statistic"):
+        merge("mats", weights, SCALING, {"subspace": "kfac"})
+
+
+def test_factors_that_make_a_system_indefinite_are_refused_before_anything_is_written(make_pool, complete):
+    weights = make_pool()
+    out = {w.name: torch.full(w.base.shape, 7.0) for w in weights}
+    scaling = {"amazon": 1.0, "nyt": -0.9}
+    with pytest.raises(MethodError, match="indefinite"):
+        METHODS["mats"].prepare(weights, Context()).merge(scaling, complete("mats", scaling), out)
+    assert all(bool((value == 7.0).all()) for value in out.values())
+
+
+def test_weights_without_the_statistic_are_the_plain_mean(make_pool, merge, close):
+    weights = [w for w in make_pool() if "gram" not in w.statistics]
+    gram = next(w for w in make_pool() if "gram" in w.statistics)
+    merged = merge("mats", [*weights, gram], SCALING)
+    ones = dict.fromkeys(SCALING, 1.0)
+    close({w.name: merged[w.name] for w in weights}, merge("average", weights, ones))

@@ -1,0 +1,59 @@
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
+
+from merging.live import LiveModels, share_weights
+from merging.merge import Material, base_recipe, member_recipe
+from merging.pool import Pool
+from merging.recipe import Recipe
+from merging.tasks import TextClassificationSettings, make_task
+
+OWNERS = {"one": "one", "two": "two"}
+
+
+@pytest.fixture(scope="module")
+def live(tiny_pool, tiny_campaign):
+    members = {name: str(tiny_pool[name]) for name in ("one", "two", "three")}
+    material = Material(Pool.open(str(tiny_pool["base"]), members))
+    tasks = [
+        make_task(name, TextClassificationSettings(**tiny_campaign["tasks"][name]), members[OWNERS[name]])
+        for name in OWNERS
+    ]
+    return LiveModels(material, tasks, OWNERS, torch.device("cpu"))
+
+
+def test_a_member_scores_as_its_own_model(live, tiny_pool, tiny_campaign):
+    found = live.measure(member_recipe("two"), "validation").scores["two"]
+    task = make_task("two", TextClassificationSettings(**tiny_campaign["tasks"]["two"]), str(tiny_pool["two"]))
+    expected = task.evaluate(AutoModelForSequenceClassification.from_pretrained(tiny_pool["two"]).eval(), "validation")
+    assert (found.value, found.loss, found.expected_error) == (expected.value, expected.loss, expected.expected_error)
+
+
+def test_all_tasks_see_the_merge(live, tiny_pool):
+    before = live.measure(base_recipe(), "validation")
+    after = live.measure(Recipe("task_arithmetic", {"one": 0.5, "two": 0.5}), "validation")
+    assert all(before.scores[task].loss != after.scores[task].loss for task in OWNERS)
+    again = live.measure(base_recipe(), "validation")
+    assert {task: score.loss for task, score in again.scores.items()} == {
+        task: score.loss for task, score in before.scores.items()
+    }
+
+
+def test_limit_reaches_the_task(live):
+    assert live.measure(base_recipe(), "validation", limit=7).scores["one"].examples == 7
+
+
+def test_tied_weights_stay_tied(tmp_path):
+    torch.manual_seed(0)
+    model = BertForMaskedLM(
+        BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    )
+    model.save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "member")
+    pool = Pool.open(str(tmp_path / "base"), {"member": str(tmp_path / "member")})
+    out = {name: torch.zeros(info.shape) for name, info in pool.weights.items()}
+    held = share_weights(model, pool, pool.members["member"], out)
+    assert held == set(out)
+    out["bert.embeddings.word_embeddings.weight"].fill_(3.0)
+    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+    assert float(model.cls.predictions.decoder.weight[0, 0]) == 3.0

@@ -1,0 +1,107 @@
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from merging.errors import ClusterError, PoolError
+from merging.live import LiveModels
+from merging.merge import base_recipe, member_recipe
+from merging.recipe import Recipe
+from merging.tasks import TextClassificationSettings, make_task
+from ray_tasks.evaluation import Assignment, EvaluatorPool, Setup
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_campaign):
+    return Setup(
+        base=tiny_campaign["base"],
+        members={name: member["checkpoint"] for name, member in tiny_campaign["members"].items()},
+        heads=(),
+        statistics={},
+        examples={},
+        tasks={name: TextClassificationSettings(**task) for name, task in tiny_campaign["tasks"].items()},
+        owners={name: name for name in tiny_campaign["tasks"]},
+    )
+
+
+@pytest.fixture
+def pool(setup):
+    pool = EvaluatorPool(setup, evaluators=2)
+    pool.start()
+    yield pool
+    pool.close()
+
+
+def collect(pool, count):
+    found = {}
+    deadline = time.monotonic() + 120
+    while len(found) < count and time.monotonic() < deadline:
+        found |= {done.ticket: done for done in pool.wait(5.0)}
+    return found
+
+
+def test_evaluators_measure_what_this_process_measures(pool, setup):
+    recipe = Recipe("task_arithmetic", {"one": 0.4, "three": 0.8})
+    pool.submit(Assignment("merge", recipe, "validation"))
+    pool.submit(Assignment("base", base_recipe(), "test", limit=5))
+    found = collect(pool, 2)
+    tasks = [make_task(name, settings, setup.members[name]) for name, settings in setup.tasks.items()]
+    live = LiveModels(setup.material(), tasks, setup.owners, torch.device("cpu"))
+    expected = live.measure(recipe, "validation")
+    for name, score in found["merge"].measurement.scores.items():
+        assert (score.value, score.loss) == (expected.scores[name].value, expected.scores[name].loss)
+    assert {score.examples for score in found["base"].measurement.scores.values()} == {5}
+    assert found["merge"].worker != found["base"].worker
+
+
+def test_a_failing_recipe_is_an_answer(pool):
+    pool.submit(Assignment("bad", Recipe("task_arithmetic", {"nobody": 1.0}), "validation"))
+    pool.submit(Assignment("good", member_recipe("one"), "validation"))
+    found = collect(pool, 2)
+    assert found["bad"].error.startswith("MethodError: 'nobody' is no member of the pool")
+    assert not found["bad"].lost
+    assert found["good"].measurement is not None
+
+
+def test_a_killed_evaluator_is_lost_and_replaced(pool):
+    victim = int(collect_one(pool).worker.split(":")[1])
+    pool.submit(Assignment("first", base_recipe(), "validation"))
+    pool.submit(Assignment("second", base_recipe(), "validation"))
+    os.kill(victim, signal.SIGKILL)
+    found = collect(pool, 2)
+    lost = [done for done in found.values() if done.lost]
+    assert len(found) == 2
+    assert len(lost) <= 1
+    assert pool.capacity == 2
+    for ticket in ("third", "fourth", "fifth"):
+        while not submitted(pool, ticket):
+            assert collect(pool, 1)
+    remaining = collect(pool, 2)
+    assert all(done.measurement is not None or done.lost for done in remaining.values())
+
+
+def collect_one(pool):
+    pool.submit(Assignment("probe", base_recipe(), "validation"))
+    return collect(pool, 1)["probe"]
+
+
+def submitted(pool, ticket):
+    try:
+        pool.submit(Assignment(ticket, base_recipe(), "validation"))
+    except ClusterError:
+        return False
+    return True
+
+
+def test_a_setup_that_cannot_be_built_says_why(setup, tmp_path, save_base):
+    other = save_base(tmp_path / "other", intermediate_size=64)
+    pool = EvaluatorPool(Setup(**{**vars(setup), "base": str(other)}), evaluators=1)
+    try:
+        with pytest.raises(PoolError, match="do not fit together"):
+            pool.start()
+    finally:
+        pool.close()
