@@ -36,13 +36,6 @@ def merge_recipe(path: str, out: str, dtype: str | None, gigabytes: float, displ
             display.note(note)
         members = {name: (member.checkpoint, member.statistics) for name, member in file.members.items()}
         with display.bar("tensors", len(material.pool.weights)) as bar:
-            reached = 0
-
-            def advance(done: int, total: int) -> None:
-                nonlocal reached
-                bar.advance(done - reached)
-                reached = done
-
             report = merge_to_disk(
                 material,
                 recipe,
@@ -50,7 +43,7 @@ def merge_recipe(path: str, out: str, dtype: str | None, gigabytes: float, displ
                 dtype=DTYPES[dtype] if dtype else None,
                 max_bytes=int(gigabytes * 1e9),
                 extra={"recipe.yaml": dump_recipe(file.base, members, recipe)},
-                progress=advance,
+                progress=lambda done, total: bar.reach(done),
             )
         for name, value in report.items():
             display.note(f"{name}: {value:.3g}")

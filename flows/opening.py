@@ -101,7 +101,7 @@ def open_campaign(campaign: Campaign, display: Display) -> Opened:
         name: make_task(name, settings, campaign.members[owners[name]].checkpoint)
         for name, settings in campaign.tasks.items()
     }
-    for name, task in tasks.items():
+    for task in tasks.values():
         for note in task.check():
             display.note(note)
     distances = pool.check_weights()

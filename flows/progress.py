@@ -51,6 +51,10 @@ class Bar:
             self._printed = time.monotonic()
             self._console.print(f"  {self._title} {self._done}/{self._total} {self._note}".rstrip(), highlight=False)
 
+    def reach(self, done: int) -> None:
+        """Counts up to `done`, for work that tells how far it is."""
+        self.advance(done - self._done)
+
     def close(self) -> None:
         """Takes the bar off the terminal."""
         if self._progress:

@@ -7,10 +7,12 @@ import yaml
 from pydantic import Field
 
 from flows.config import MemberSettings, Name, Settings, load_yaml, parent, resolve, validate
+from merging.errors import MethodError
 from merging.merge import Material, open_statistics
 from merging.methods import METHODS
 from merging.pool import Pool
 from merging.recipe import Recipe, Value
+from merging.registry import did_you_mean
 
 
 class RecipeFile(Settings):
@@ -33,9 +35,12 @@ class RecipeFile(Settings):
         """
         method = METHODS[self.method]
         default = float(method.scaling.default)
+        if isinstance(self.scaling, dict) and (strangers := set(self.scaling) - set(self.members)):
+            hint = did_you_mean(min(strangers), list(self.members))
+            raise MethodError(f"scaling: '{min(strangers)}' is no member of this recipe. {hint}")
         if self.scaling is None or isinstance(self.scaling, dict):
             given: Mapping[str, float] = self.scaling or {}
-            scaling = {member: given.get(member, default) for member in (*self.members, *given)}
+            scaling = {member: given.get(member, default) for member in self.members}
         else:
             scaling = dict.fromkeys(self.members, self.scaling)
         return method.complete(Recipe(self.method, scaling, self.parameters))

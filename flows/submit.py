@@ -6,13 +6,17 @@ import shlex
 import shutil
 import sys
 import tempfile
+import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from flows.config import CAMPAIGN_FILE, Campaign, dump, load_campaign, validate
 from merging import storage
 from merging.errors import ClusterError
 
+AGENT_SECONDS = 60.0
+"""A head's dashboard answers some seconds before it takes jobs."""
 PACKAGES = ("flows", "merging", "ray_tasks", "search")
 
 
@@ -56,7 +60,7 @@ def submit(file: str, address: str, out: str | None, follow: bool, candidates: i
         pack(campaign, Path(place))
         # The cluster's python runs the code that was sent, whatever version is installed there.
         entrypoint = f"python -u -m flows.cli campaign run {shlex.quote(CAMPAIGN_FILE)}"
-        job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": place})
+        job = _send(client, entrypoint, place)
     print(f"job {job}: {campaign.name} into {campaign.directory}", file=sys.stderr)  # noqa: T201
     if not follow:
         return 0
@@ -71,6 +75,18 @@ def submit(file: str, address: str, out: str | None, follow: bool, candidates: i
     return 130 if status == JobStatus.STOPPED else 1
 
 
+def _send(client: Any, entrypoint: str, place: str) -> str:
+    """Submits, and waits for a cluster that is still starting."""
+    deadline = time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            return str(client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": place}))
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise ClusterError(f"the cluster refuses the job: {_first_line(error)}") from error
+            time.sleep(1.0)
+
+
 def pack(campaign: Campaign, place: Path) -> None:
     """Writes what a job needs: the program's packages and the resolved campaign file."""
     for name in PACKAGES:
@@ -82,7 +98,7 @@ def pack(campaign: Campaign, place: Path) -> None:
     (place / CAMPAIGN_FILE).write_text(dump(campaign))
 
 
-async def _follow(client: "JobSubmissionClient", job: str) -> None:  # type: ignore[name-defined]  # noqa: F821
+async def _follow(client: Any, job: str) -> None:
     async for text in client.tail_job_logs(job):
         sys.stdout.write(text)
         sys.stdout.flush()

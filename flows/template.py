@@ -1,7 +1,8 @@
 """A commented campaign file to start from, and the reference of all settings: both written from the model itself."""
 
 import textwrap
-from typing import Any
+from inspect import cleandoc
+from typing import Annotated, Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -47,20 +48,27 @@ def settings_reference() -> str:
     lines = [
         "# The campaign file",
         "",
-        "Written from the program's own model of the file: `mergequest init` writes an example with all of it. Paths are",
+        "Written from the program's own model of the file; `mergequest init` writes an example with all of it. Paths are",
         "relative to the file; unknown keys are errors.",
     ]
-    sections: list[tuple[str, type[BaseModel]]] = [("Top level", Campaign)]
+    sections: list[tuple[str, type[BaseModel]]] = [("", Campaign)]
     while sections:
-        title, model = sections.pop(0)
-        lines += ["", f"## {title}", ""]
-        if model.__doc__ and model is not Campaign:
-            lines += [textwrap.dedent(model.__doc__).strip(), ""]
+        place, model = sections.pop(0)
+        lines += ["", f"## `{place}`" if place else "## Top level", ""]
+        if place and model.__doc__:
+            lines += [cleandoc(model.__doc__), ""]
         lines += ["| key | default | meaning |", "|---|---|---|"]
         for name, field in model.model_fields.items():
+            below = f"{place}.{name}" if place else name
             inner = _model_of(field)
+            entries = _entry_models(field)
             if inner is not None:
-                sections.append((f"`{title.strip('`') + '.' if title != 'Top level' else ''}{name}`", inner))
+                sections.append((below, inner))
+            kinds = [entry.model_fields["kind"].default if "kind" in entry.model_fields else "" for entry in entries]
+            sections += [
+                (f"{below}.<name>" + f" ({kind})" * bool(kind), entry)
+                for kind, entry in zip(kinds, entries, strict=True)
+            ]
             default = "required" if field.is_required() else "see below" if inner else f"`{_inline(_default(field))}`"
             lines.append(f"| `{name}` | {default} | {_escape(field.description or '')} |")
     return "\n".join(lines) + "\n"
@@ -91,6 +99,16 @@ def _model_of(field: FieldInfo) -> type[BaseModel] | None:
     """The model behind a field that is a section of its own."""
     annotation = field.annotation
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _entry_models(field: FieldInfo) -> list[type[BaseModel]]:
+    """The models of a mapping's entries: one, or one for each kind."""
+    if get_origin(field.annotation) is not dict:
+        return []
+    entry = get_args(field.annotation)[1]
+    entry = get_args(entry)[0] if get_origin(entry) is Annotated else entry
+    found = get_args(entry) or (entry,)
+    return [model for model in found if isinstance(model, type) and issubclass(model, BaseModel)]
 
 
 def _default(field: FieldInfo) -> Any:

@@ -15,8 +15,6 @@ from merging.registry import did_you_mean
 from search.domain import Domain, suggest
 
 Granularity = Literal["shared", "per_member"]
-MAX_ANCHORED_SUBSETS = 4
-"""With more subsets than this, only the first one has anchors of its own."""
 
 
 class MethodSpace(BaseModel):
@@ -74,11 +72,10 @@ class Space:
         self._subsets: dict[str, tuple[str, ...]] = {}
         for subset in subsets or [self.members]:
             self._add_subset(subset)
-        several = len(self._subsets) > 1
         self._proposed = tuple(
             name
             for name in self._methods
-            if several or any(self._below(name, subset) for subset in self._subsets.values())
+            if len(self._allowed(name)) > 1 or any(self._below(name, self._subsets[key]) for key in self._allowed(name))
         )
 
     @property
@@ -95,10 +92,13 @@ class Space:
         if not self.searchable:
             raise SettingsError("the search space has nothing to vary: give a method a range, or several subsets")
         values: dict[str, Any] = {}
-        for name, distribution in self._above().items():
+        for name, distribution in self._choice("method", self._proposed).items():
             values[name] = suggest(trial, name, distribution)
         method = values.get("method", self._proposed[0])
-        subset = self._subsets[values.get("members", next(iter(self._subsets)))]
+        allowed, where = self._allowed(method), self._members_name(method)
+        for name, distribution in self._choice(where, allowed).items():
+            values[name] = suggest(trial, name, distribution)
+        subset = self._subsets[values.get(where, allowed[0])]
         for name, distribution in self._below(method, subset).items():
             values[name] = suggest(trial, name, distribution)
         return self._recipe(method, subset, values)
@@ -110,9 +110,11 @@ class Space:
             SettingsError: The recipe's method or subset is not in this space.
         """
         key = "+".join(recipe.members)
-        if recipe.method not in self._proposed or key not in self._subsets:
+        if recipe.method not in self._proposed or key not in self._allowed(recipe.method):
             raise SettingsError(f"{recipe.method} of {key} is not in the search space")
-        return self._above() | self._below(recipe.method, self._subsets[key])
+        above = self._choice("method", self._proposed)
+        above |= self._choice(self._members_name(recipe.method), self._allowed(recipe.method))
+        return above | self._below(recipe.method, self._subsets[key])
 
     def params(self, recipe: Recipe) -> dict[str, Any]:
         """The values of Optuna's parameters with which `suggest` gives this recipe.
@@ -123,7 +125,8 @@ class Space:
         """
         distributions = self.distributions(recipe)
         recipe = self._methods[recipe.method].method.complete(recipe)
-        whole: dict[str, Any] = {"method": recipe.method, "members": "+".join(recipe.members)}
+        whole: dict[str, Any] = {"method": recipe.method}
+        whole[self._members_name(recipe.method)] = "+".join(recipe.members)
         whole |= {f"{recipe.method}.{name}": value for name, value in recipe.parameters.items()}
         whole |= {f"{recipe.method}.scaling.{member}": factor for member, factor in recipe.scaling.items()}
         whole[f"{recipe.method}.scaling"] = recipe.scaling[recipe.members[0]]
@@ -147,13 +150,13 @@ class Space:
         """Where every search starts, so that none ends below it, each recipe once.
 
         The plain average of all members first, in the space or not; then every method at its defaults (moved
-        into the space where it leaves them out) for all members; then for the subsets, if they are few, else
-        for the first.
+        into the space where it leaves them out) for all members, or for its first subset where it takes fewer.
         """
-        subsets = list(self._subsets.values())
-        subsets = subsets if len(subsets) <= MAX_ANCHORED_SUBSETS else subsets[:1]
         found = [METHODS["average"].default_recipe(self.members)]
-        found += [self._recipe(name, subset, {}) for subset in [self.members, *subsets] for name in self._methods]
+        for name, searched in self._methods.items():
+            most = searched.method.most_members
+            takes_all = most is None or len(self.members) <= most
+            found.append(self._recipe(name, self.members if takes_all else self._subsets[self._allowed(name)[0]], {}))
         return list({recipe.identity: recipe for recipe in found}.values())
 
     def _add_subset(self, subset: Sequence[str]) -> None:
@@ -167,10 +170,27 @@ class Space:
             raise SettingsError(f"subset '{key}' is empty, or names a member twice, or is there twice")
         self._subsets[key] = tuple(sorted(subset))
 
-    def _above(self) -> dict[str, BaseDistribution]:
-        """What is chosen before everything else."""
-        choices = {"method": self._proposed, "members": tuple(self._subsets)}
-        return {name: CategoricalDistribution(values) for name, values in choices.items() if len(values) > 1}
+    def _allowed(self, method: str) -> tuple[str, ...]:
+        """The subsets that a method can take.
+
+        Raises:
+            SettingsError: There is none.
+        """
+        most = self._methods[method].method.most_members
+        found = tuple(key for key, subset in self._subsets.items() if most is None or len(subset) <= most)
+        if not found:
+            raise SettingsError(
+                f"method '{method}' takes {most} members at most, and every subset has more: leave it out, or select "
+                f"subsets of {most}"
+            )
+        return found
+
+    def _members_name(self, method: str) -> str:
+        """The parameter that chooses the subset: the same for all methods that can take every one."""
+        return "members" if len(self._allowed(method)) == len(self._subsets) else f"{method}.members"
+
+    def _choice(self, name: str, values: tuple[str, ...]) -> dict[str, BaseDistribution]:
+        return {name: CategoricalDistribution(values)} if len(values) > 1 else {}
 
     def _below(self, method: str, subset: Sequence[str]) -> dict[str, BaseDistribution]:
         """What is chosen once method and subset are known."""

@@ -51,7 +51,7 @@ class SplitSettings:
         seed: Of the order of groups.
     """
 
-    sizes: Mapping[Split, int] = field(default_factory=lambda: {"train": 1600, "validation": 400, "test": 900})
+    sizes: Mapping[Split, int] = field(default_factory=lambda: {"train": 1600, "validation": 200, "test": 500})
     seed: int = 0
 
 

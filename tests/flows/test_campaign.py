@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -42,7 +43,7 @@ def test_everything_is_left_where_it_is_said_to_be(finished):
         assert (directory / place).exists()
     for name in ("pool.json", "selection.json", "timings.json", "study/journal.log"):
         assert (directory / name).exists(), name
-    assert not [path for path in directory.rglob("*.tmp*")]
+    assert not list(directory.rglob("*.tmp*"))
 
 
 def test_the_ledger_is_read_by_pandas_as_it_stands(finished):
@@ -182,7 +183,7 @@ def test_status_and_report_from_the_directory_alone(finished):
     assert (status.state, status.done, status.total, status.failed) == ("finished", 14, 14, 0)
     assert json.loads(status.as_json())["best"] == status.best
     before = (directory / "report.html").read_text()
-    page = open(write_report(str(directory))).read()
+    page = Path(write_report(str(directory))).read_text()
     assert len(page) == pytest.approx(len(before), rel=0.01)
     assert "tiny" in page
 

@@ -114,7 +114,7 @@ def test_the_anchors():
     space = Space(ALL, MEMBERS, SUBSETS, "per_member")
     anchors = space.anchors()
     assert anchors[0] == METHODS["average"].default_recipe(sorted(MEMBERS))
-    assert len({recipe.identity for recipe in anchors}) == len(anchors) == len(ALL) * len(SUBSETS)
+    assert len({recipe.identity for recipe in anchors}) == len(anchors) == len(ALL)
     assert all(METHODS[name].default_recipe(sorted(MEMBERS)) in anchors for name in ALL)
     assert all(recipe in space for recipe in anchors)
 
@@ -124,15 +124,23 @@ def test_the_plain_average_of_all_is_an_anchor_even_outside_the_space():
     assert [(recipe.method, len(recipe.members), recipe in space) for recipe in space.anchors()] == [
         ("average", 3, False),
         ("toy_curve", 3, False),
-        ("toy_curve", 2, True),
     ]
 
 
-def test_many_subsets_get_no_anchors_of_their_own():
-    members = [f"m{i}" for i in range(6)]
-    pairs = [(a, b) for a in members for b in members if a < b]
-    space = Space({"toy_curve": MethodSpace()}, members, pairs)
-    assert [len(recipe.members) for recipe in space.anchors()] == [6, 6, 2]
+def test_a_method_for_two_is_only_asked_for_two():
+    methods = {"slerp": MethodSpace(), "toy_curve": MethodSpace()}
+    space = Space(methods, MEMBERS, [MEMBERS, MEMBERS[:2], MEMBERS[1:]], "shared")
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
+    sizes = {"slerp": set(), "toy_curve": set()}
+    for _ in range(60):
+        trial = study.ask()
+        recipe = space.suggest(trial)
+        assert space.params(recipe) == trial.params
+        sizes[recipe.method].add(len(recipe.members))
+    assert sizes == {"slerp": {2}, "toy_curve": {2, 3}}
+    assert [len(recipe.members) for recipe in space.anchors()] == [3, 2, 3]
+    with pytest.raises(SettingsError, match="'slerp' takes 2 members at most"):
+        Space(methods, MEMBERS)
 
 
 def test_nothing_to_vary():

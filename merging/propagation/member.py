@@ -1,0 +1,132 @@
+"""One member's part: its own forward passes beside the merged model's, on the member's examples."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merging.errors import MethodError
+from merging.live import share_weights
+from merging.pool import Pool
+from merging.propagation.equations import Equations
+from merging.propagation.layers import Layer, merged_layers
+from merging.propagation.plan import Call, trace
+from merging.propagation.settings import PropagationSettings
+from merging.propagation.walk import Place, Stop, Stream
+from merging.statistics.layers import decoder_mask
+from merging.tasks.base import Task
+
+TRACED = 8
+"""Examples on which a member is watched beforehand: enough to tell a rule from a chance."""
+
+
+class MemberPasses:
+    """A member that says, layer after layer, what the merged model should put out on the member's examples.
+
+    Args:
+        pool: The pool.
+        member: The member's name.
+        task: Its task, bound to its checkpoint.
+        out: The merged model's weights by the base's name, float32, on the device; whoever solves overwrites them.
+        settings: What to do.
+
+    Raises:
+        MethodError: The task has no logits or no training examples.
+    """
+
+    def __init__(
+        self, pool: Pool, member: str, task: Task, out: Mapping[str, Tensor], settings: PropagationSettings
+    ) -> None:
+        if not task.has_logits or not task.size("train"):
+            raise MethodError(
+                f"{member}: its task '{task.name}' ({task.kind}) has no train examples to run models on, which RegMean "
+                "propagated needs (no labels): add a train split, or leave the member out"
+            )
+        device = next(iter(out.values())).device
+        self.member, self._task, self._settings, self._device = member, task, settings, device
+        self._own = _uncached(task.load_model()).to(device).eval()
+        merged = task.load_model()
+        share_weights(merged, pool, pool.members[member], out)
+        self._merged = _uncached(merged).to(device).eval()
+        self.layers: Mapping[str, Layer] = merged_layers(self._merged, out)
+        stop = min(settings.examples, task.size("train"))
+        (few,) = task.batches("train", 0, min(TRACED, stop), TRACED)
+        paths = {layer.path: name for name, layer in self.layers.items()}
+        self.calls: Mapping[str, Call] = trace(self._own, task, paths, few.to(device))
+        self._batches = [batch.to(device) for batch in task.batches("train", 0, stop, settings.batch_size)]
+        self._streams: list[Stream] = []
+        self._last: dict[Place, str] = {}
+
+    def begin(self, groups: Sequence[Sequence[str]]) -> None:
+        """Starts the passes, which will stop before the first layer of each group of weights."""
+        update = self._settings.update
+        stops = [self.calls[group[0]].path for group in groups]
+        if update == "propagated":
+            names = [name for group in groups for name in group]
+            self._last = {place: name for name in names if (place := self.calls[name].residual)}
+        models = {"propagated": [self._own, self._merged], "regmean++": [self._merged], "regmean": [self._own]}[update]
+        self._streams = [
+            Stream(model, [partial(self._task.logits, model, batch) for batch in self._batches], stops, [*self._last])
+            for model in models
+        ]
+
+    def end(self) -> None:
+        """Gives the rest of the passes up."""
+        for stream in self._streams:
+            stream.close()
+        self._streams.clear()
+
+    @torch.no_grad()
+    def equations(self, group: Sequence[str]) -> Equations:
+        """Leads the passes to a group of layers, and sums what they read and miss there.
+
+        Args:
+            group: The weights of layers that share an input, as given to `begin`, in their order.
+
+        Raises:
+            MethodError: An activation is not finite.
+        """
+        call = self.calls[group[0]]
+        biased = self.layers[group[0]].bias is not None
+        equations = Equations(self._device)
+        stops = zip(*(stream.advance() for stream in self._streams), strict=True)
+        # Where only one of the two models runs, it stands for both.
+        for batch, (own, *_, merged) in zip(self._batches, (pair * 2 for pair in stops), strict=True):
+            take = partial(call.rows.take, mask=decoder_mask(batch) if call.decoding else batch.mask)
+            wanted = torch.cat([self._wanted(name, own, merged, take) for name in group], dim=1)
+            read = take(merged.input)
+            missed = wanted - torch.cat([self._output(self._merged, name, read) for name in group], dim=1)
+            equations.update(torch.cat([read, read.new_ones(len(read), 1)], dim=1) if biased else read, missed, wanted)
+        if not equations.finite:
+            raise MethodError(
+                f"{self.member}: what enters or should leave '{group[0]}' holds NaN or Inf on its {self._task.name} "
+                "examples: its weights make it overflow; leave the member out"
+            )
+        return equations
+
+    def _wanted(self, name: str, own: Stop, merged: Stop, take: Callable[[Tensor], Tensor]) -> Tensor:
+        """What a layer should put out: the member's output, and what the residual stream has lost so far."""
+        wanted = self._output(self._own, name, take(own.input))
+        place = self.calls[name].residual
+        if place in self._last:
+            wanted = wanted + take(own.kept[place] - merged.kept[place])
+            if self._last[place] == name:
+                del own.kept[place], merged.kept[place]
+        return wanted
+
+    def _output(self, model: nn.Module, name: str, rows: Tensor) -> Tensor:
+        """W x + b of a model's layer."""
+        layer = self.layers[name]
+        module: Any = model.get_submodule(layer.path)
+        return layer.output(module.weight, module.bias if layer.bias else None, rows)
+
+
+def _uncached(model: nn.Module) -> nn.Module:
+    """The model, told not to keep the keys and values that only generation needs."""
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False
+    return model

@@ -1,0 +1,24 @@
+"""What RegMean propagated is told."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Update = Literal["propagated", "regmean++", "regmean"]
+
+
+class PropagationSettings(BaseModel):
+    """Settings of RegMean propagated and of its kin."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    examples: int = Field(256, ge=1, description="Unlabelled examples of each member's training split.")
+    batch_size: int = Field(32, ge=1, description="Examples a forward pass; changes rounding and memory only.")
+    ridge: float = Field(
+        1e-3, ge=0, description="Pull towards the mean weights, relative to the mean of the inputs' squares."
+    )
+    update: Update = Field(
+        "propagated",
+        description="propagated: the merged model's inputs, the members' own outputs; regmean++: the merged model's "
+        "inputs, the members' weights on them; regmean: the members' own inputs and outputs.",
+    )

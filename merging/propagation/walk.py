@@ -1,0 +1,160 @@
+"""Forward passes that stand still at chosen layers: every layer runs once, and only what is alive there is kept."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from threading import Semaphore, Thread
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor passes: into or out of a module that runs once.
+
+    Args:
+        path: The module's name in the model.
+        output: Whether it comes out of the module.
+        leaf: Which leaf of (args, kwargs), or of the output.
+    """
+
+    path: str
+    output: bool
+    leaf: int
+
+
+@dataclass
+class Stop:
+    """What is seen where a pass stands still.
+
+    Args:
+        input: What goes into the layer [N, …, in].
+        kept: The tensors that passed the places to be watched, until they are taken.
+    """
+
+    input: Tensor
+    kept: dict[Place, Tensor]
+
+
+class Stream:
+    """A model's forward passes over some batches, all led from one stop to the next.
+
+    Each pass is made in a thread of its own, since only a thread can stand still in the midst of a model's code;
+    one runs at a time, so that results depend on no timing.
+
+    Args:
+        model: The model; its parameters may be overwritten whenever all passes stand still.
+        runs: Makes one batch's pass each.
+        stops: Paths of the layers to stop at, each before it runs.
+        places: What to keep on the way.
+    """
+
+    def __init__(
+        self, model: nn.Module, runs: Sequence[Callable[[], object]], stops: Sequence[str], places: Sequence[Place]
+    ) -> None:
+        self._walks = [_Walk(run) for run in runs]
+        self._current = _Walk(_nothing)
+        self._handles = []
+        for place in places:
+            module = model.get_submodule(place.path)
+            watch = self._watch(place)
+            self._handles.append(
+                module.register_forward_hook(lambda _m, _a, _k, output, watch=watch: watch(output), with_kwargs=True)
+                if place.output
+                else module.register_forward_pre_hook(lambda _m, *given, watch=watch: watch(given), with_kwargs=True)
+            )
+        # After the places, so that what passes at a stop is kept before the pass stands still there.
+        self._handles += [model.get_submodule(path).register_forward_pre_hook(self._stop) for path in stops]
+
+    def advance(self) -> Iterator[Stop]:
+        """Leads each pass in turn to its next stop.
+
+        Raises:
+            RuntimeError: A pass ended, where another stop was expected.
+        """
+        for walk in self._walks:
+            self._current = walk
+            yield Stop(walk.advance(), walk.kept)
+
+    def close(self) -> None:
+        """Gives the rest of all passes up."""
+        for handle in self._handles:
+            handle.remove()
+        for walk in self._walks:
+            walk.end()
+
+    def _stop(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        self._current.pause(args[0])
+
+    def _watch(self, place: Place) -> Callable[[Any], None]:
+        def keep(values: Any) -> None:
+            self._current.kept[place] = tree_flatten(values)[0][place.leaf]
+
+        return keep
+
+
+class _Ended(BaseException):
+    """Unwinds a pass that nobody leads on; no model's code catches it."""
+
+
+@dataclass
+class _Walk:
+    """One pass, in a thread that starts with the first step."""
+
+    run: Callable[[], object]
+    kept: dict[Place, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._go, self._stands = Semaphore(0), Semaphore(0)
+        self._input: Tensor | None = None
+        self._error: BaseException | None = None
+        self._ending = False
+        self._thread = Thread(target=self._walk, daemon=True)
+
+    def advance(self) -> Tensor:
+        """Goes to the next stop; returns the layer's input there."""
+        self._input = None
+        if self._thread.ident is None:
+            self._thread.start()
+        else:
+            self._go.release()
+        self._stands.acquire()
+        if self._error is not None:
+            raise self._error
+        if self._input is None:
+            raise RuntimeError("a forward pass ended before its next layer: it took another way than the first batch")
+        return self._input
+
+    def pause(self, value: Tensor) -> None:
+        """Called in the pass's own thread: stands still."""
+        self._input = value
+        self._stands.release()
+        self._go.acquire()
+        if self._ending:
+            raise _Ended
+
+    def end(self) -> None:
+        """Gives the rest of the pass up."""
+        self._ending = True
+        if self._thread.ident is not None:
+            self._go.release()
+            self._thread.join()
+        self._input = None
+        self.kept.clear()
+
+    def _walk(self) -> None:
+        try:
+            with torch.no_grad():
+                self.run()
+        except _Ended:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._stands.release()
+
+
+def _nothing() -> None:
+    """The pass that runs before any does."""

@@ -1,0 +1,73 @@
+"""Plain functions over the cluster, a call a task, each of which says how far it is."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import ray
+import torch
+
+from merging.errors import ClusterError, MergequestError
+
+POLL_SECONDS = 1.0
+
+
+class _Watch:
+    """The actor that calls tell how far they are."""
+
+    def __init__(self) -> None:
+        self._shares: dict[str, float] = {}
+
+    def note(self, name: str, share: float) -> None:
+        self._shares[name] = share
+
+    def read(self) -> dict[str, float]:
+        return self._shares
+
+
+def each(
+    function: Callable[..., Any],
+    calls: Mapping[str, tuple[Any, ...]],
+    *,
+    cpus: int = 1,
+    retries: int = 3,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Iterator[tuple[str, Any]]:
+    """Runs `function(*arguments, report)` for every call, and yields name and result as they finish.
+
+    Args:
+        function: Takes the call's arguments and `report(share)`, to be told the share of its work that is done.
+        calls: Name → arguments.
+        cpus: CPUs and torch threads of a call.
+        retries: How often a call is made again after its worker died.
+        progress: Told the share of all work that is done.
+
+    Raises:
+        MergequestError: A call failed: its own error.
+        ClusterError: A call's workers died more than `retries` times.
+    """
+    watch = ray.remote(num_cpus=0)(_Watch).remote()
+    task = ray.remote(num_cpus=cpus, max_retries=retries)(_call)
+    waiting = {task.remote(function, name, arguments, cpus, watch): name for name, arguments in calls.items()}
+    try:
+        while waiting:
+            ready, _ = ray.wait(list(waiting), num_returns=1, timeout=POLL_SECONDS)
+            shares: dict[str, float] = ray.get(watch.read.remote())
+            progress(sum(shares.values()) / len(calls))
+            for reference in ready:
+                yield waiting.pop(reference), ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        raise cause if isinstance(cause, MergequestError) else error from None
+    except ray.exceptions.RayError as error:
+        raise ClusterError(f"a task was lost: {str(error).strip().splitlines()[0]}") from error
+    finally:
+        for reference in waiting:
+            ray.cancel(reference)
+        ray.kill(watch)
+
+
+def _call(function: Callable[..., Any], name: str, arguments: tuple[Any, ...], cpus: int, watch: Any) -> Any:
+    torch.set_num_threads(cpus)
+    result = function(*arguments, lambda share: watch.note.remote(name, share))
+    watch.note.remote(name, 1.0)
+    return result

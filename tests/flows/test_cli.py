@@ -1,0 +1,237 @@
+"""The command line as a user runs it: in processes of their own."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from flows.cli import app
+from search.ledger import Ledger
+
+COMMAND = [sys.executable, "-m", "flows.cli"]
+
+
+def mergequest(*arguments, **options):
+    """Runs a command in this process; returns what it printed and its exit code."""
+    found = CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
+    return found.output, found.exit_code
+
+
+def test_help_answers_without_the_heavy_packages():
+    code = (
+        "import sys, flows.cli; sys.exit(bool({'torch', 'ray', 'transformers', 'optuna', 'pandas'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    output, status = mergequest("--help")
+    assert status == 0
+    assert "mergequest campaign run my.yaml" in output
+
+
+def test_init_writes_a_file_that_loads(tmp_path):
+    file = tmp_path / "my.yaml"
+    output, status = mergequest("init", file)
+    assert status == 0
+    assert f"campaign run {file}" in output.replace("\n", "")
+    assert yaml.safe_load(file.read_text())["search"]["candidates"] == 64
+    before = file.read_text()
+    output, status = mergequest("init", file)
+    assert (status, file.read_text()) == (2, before)
+    assert "--force" in output
+
+
+def test_bad_input_is_one_message_and_exit_code_2(tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_text("base: x\nmembres: {}\n")
+    done = subprocess.run([*COMMAND, "campaign", "run", str(file)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "membres: unknown key. Did you mean 'members'?" in done.stderr
+    assert "Traceback" not in done.stderr
+    asked = subprocess.run(
+        [*COMMAND, "--traceback", "campaign", "run", str(file)], capture_output=True, text=True, check=False
+    )
+    assert asked.returncode != 0
+    assert "Traceback" in asked.stderr
+
+
+def test_methods_lists_what_there_is():
+    output, status = mergequest("methods")
+    assert status == 0
+    assert all(name in output for name in ("regmean", "ties", "gram", "density"))
+
+
+def test_check_computes_nothing(campaign_file, tmp_path):
+    output, status = mergequest("campaign", "check", campaign_file(directory="out"))
+    assert status == 0, output
+    assert "Nothing is wrong" in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_status_of_nothing(tmp_path):
+    output, status = mergequest("campaign", "status", tmp_path)
+    assert status == 2
+    assert "holds no campaign" in output.replace("\n", " ")
+
+
+@pytest.fixture
+def recipe(tiny_campaign, tmp_path):
+    """A recipe file that a test may change."""
+
+    def write(**changes):
+        settings = {
+            "base": tiny_campaign["base"],
+            "members": {name: tiny_campaign["members"][name]["checkpoint"] for name in ("one", "two")},
+            "method": "task_arithmetic",
+            "scaling": {"one": 0.2, "two": 0.6},
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(settings | changes))
+        return path
+
+    return write
+
+
+def test_merge_by_a_recipe(recipe, tmp_path, tiny_campaign):
+    from safetensors.torch import load_file
+    from transformers import AutoModel
+
+    output, status = mergequest("merge", recipe(), "--out", tmp_path / "merged")
+    assert status == 0, output
+    base, one, two = (
+        load_file(Path(path) / "model.safetensors")
+        for path in (tiny_campaign["base"], *(tiny_campaign["members"][m]["checkpoint"] for m in ("one", "two")))
+    )
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    name = "encoder.layer.1.intermediate.dense.weight"
+    expected = base[name] + 0.2 * (one[f"bert.{name}"] - base[name]) + 0.6 * (two[f"bert.{name}"] - base[name])
+    assert (merged[name] - expected).abs().max() < 1e-6
+    AutoModel.from_pretrained(tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "regmean"}, "needs the statistic 'gram' of one, two"),
+        ({"method": "regmeen"}, "Did you mean 'regmean'?"),
+        ({"scaling": {"one": 1.0, "four": 1.0}}, "'four' is no member"),
+        ({"parameters": {"density": 0.2}}, "has no parameter 'density'"),
+        ({"colour": "red"}, "colour: unknown key"),
+    ],
+)
+def test_wrong_recipes_write_nothing(recipe, tmp_path, changes, message):
+    output, status = mergequest("merge", recipe(**changes), "--out", tmp_path / "merged")
+    assert status == 2
+    assert message in output
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.slow
+def test_statistics_then_a_recipe_with_published_files(campaign_file, recipe, tmp_path, tiny_campaign):
+    done = subprocess.run(
+        [*COMMAND, "statistics", str(campaign_file()), "--kind", "gram", "--out", str(tmp_path / "published")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    paths = dict(zip(("one", "three", "two"), sorted(done.stdout.split()), strict=True))
+    members = {
+        name: {"checkpoint": tiny_campaign["members"][name]["checkpoint"], "statistics": [paths[name]]}
+        for name in ("one", "two")
+    }
+    regmean = {"method": "regmean", "members": members, "scaling": 1.0, "parameters": {"rho": 0.9}}
+    output, status = mergequest("merge", recipe(**regmean), "--out", tmp_path / "merged")
+    assert status == 0, output
+    members["one"]["statistics"], members["two"]["statistics"] = [paths["two"]], [paths["one"]]
+    output, status = mergequest("merge", recipe(**regmean), "--out", tmp_path / "swapped")
+    assert status == 2
+    assert "of another checkpoint" in output
+    assert not (tmp_path / "swapped").exists()
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def wait_for_rows(ledger, count, process, seconds=240):
+    deadline = time.monotonic() + seconds
+    while len(list(ledger.glob("*.parquet"))) < count and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def offspring(process):
+    try:
+        return psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def identity(row):
+    return row.candidate, row.split, row.origin, row.trial, row.objective, tuple(sorted(row.losses.items()))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_killed_and_resumed_equals_unbroken(campaign_file, tmp_path):
+    """One worker: `kill -9` at moments of a fixed seed loses no finished candidate, repeats none, changes nothing."""
+    file = str(campaign_file(search={"candidates": 16}, resources={"evaluators": 1}))
+    unbroken = start("campaign", "run", file, "--out", str(tmp_path / "unbroken"))
+    output, _ = unbroken.communicate(timeout=400)
+    assert unbroken.returncode == 0, output
+    moments = random.Random(0)
+    ledger = tmp_path / "broken" / "ledger"
+    for _ in range(3):
+        seen = len(list(ledger.glob("*.parquet")))
+        broken = start("campaign", "run", file, "--out", str(tmp_path / "broken"))
+        wait_for_rows(ledger, seen + 1 + moments.randrange(4), broken)
+        time.sleep(moments.random() / 5)
+        finished = {path.name: path.read_bytes() for path in ledger.glob("*.parquet")}
+        family = offspring(broken)
+        os.kill(broken.pid, signal.SIGKILL)
+        broken.communicate()
+        _, alive = psutil.wait_procs(family, timeout=20)
+        # Ray's own node agents take a minute longer to notice
+        assert {process.name() for process in alive} <= {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+        assert finished.items() <= {path.name: path.read_bytes() for path in ledger.glob("*.parquet")}.items()
+    resumed = start("campaign", "resume", str(tmp_path / "broken"))
+    output, _ = resumed.communicate(timeout=400)
+    assert resumed.returncode == 0, output
+    first, second = (
+        sorted(map(identity, Ledger(str(tmp_path / name / "ledger")).rows()), key=str)
+        for name in ("unbroken", "broken")
+    )
+    assert first == second
+    assert json.loads(mergequest("campaign", "status", tmp_path / "broken", "--json")[0])["state"] == "finished"
+
+
+@pytest.mark.slow
+def test_an_interruption_leaves_a_campaign_that_resumes(campaign_file, tmp_path):
+    file = str(campaign_file(search={"candidates": 400}))
+    process = start("campaign", "run", file, "--out", str(tmp_path / "out"))
+    wait_for_rows(tmp_path / "out" / "ledger", 8, process)
+    family = offspring(process)
+    os.kill(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "the same command goes on from there" in output.replace("\n", " ")
+    assert "Traceback" not in output
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    rows = len(Ledger(str(tmp_path / "out" / "ledger")).rows())
+    output, status = mergequest("campaign", "status", tmp_path / "out")
+    assert status == 0
+    assert "unfinished" in output
+    again = start("campaign", "resume", str(tmp_path / "out"), "--candidates", "20")
+    output, _ = again.communicate(timeout=400)
+    assert again.returncode == 0, output
+    assert len(Ledger(str(tmp_path / "out" / "ledger")).rows()) >= rows
