@@ -125,7 +125,7 @@ def summary(directory: Directory) -> str:
     campaign = directory.campaign()
     rows = Ledger(directory.ledger, campaign.name).rows()
     text = StringIO()
-    console = Console(file=text, width=max(Console().width, 120), force_terminal=Console().is_terminal)
+    console = Console(file=text, width=max(Console().width, 140), force_terminal=Console().is_terminal)
     console.print(as_rich(results_table(rows, list(campaign.tasks))))
     places = {
         "ledger": f"{directory.ledger}  (pandas.read_parquet)",

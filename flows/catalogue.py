@@ -13,7 +13,8 @@ def print_methods(console: Console | None = None) -> None:
     for name in METHODS:
         method = METHODS[name]
         parameters = "\n".join(f"{key}: {_spec(spec)}. {spec.help}" for key, spec in method.parameters.items())
-        table.add_row(name, ", ".join(method.requires) or "weights only", _spec(method.scaling), parameters or "–")
+        needs = method.needs({key: spec.default for key, spec in method.parameters.items()})
+        table.add_row(name, ", ".join(needs) or "weights only", _spec(method.scaling), parameters or "–")
     (console or Console()).print(table)
 
 

@@ -46,4 +46,5 @@ def merge_recipe(path: str, out: str, dtype: str | None, gigabytes: float, displ
                 progress=lambda done, total: bar.reach(done),
             )
         for name, value in report.items():
-            display.note(f"{name}: {value:.3g}")
+            if "." not in name:  # of all weights, not of each
+                display.note(f"{name}: {value:.3g}")

@@ -32,7 +32,15 @@ class Opened:
     @property
     def kinds(self) -> list[str]:
         """Kinds of statistic that the campaign's methods need."""
-        return sorted({kind for name in self.campaign.search.methods for kind in METHODS[name].requires})
+        found: set[str] = set()
+        for name, space in self.campaign.search.methods.items():
+            method = METHODS[name]
+            usual = {key: spec.default for key, spec in method.parameters.items()}
+            found.update(method.needs(usual) if not space.parameters else ())
+            for key, domain in space.parameters.items():
+                for value in domain.values:
+                    found.update(method.needs({**usual, key: value}))
+        return sorted(found)
 
     def examples(self) -> dict[str, int]:
         """Member → number of training examples behind it, where that is known."""

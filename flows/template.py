@@ -1,5 +1,6 @@
 """A commented campaign file to start from, and the reference of all settings: both written from the model itself."""
 
+import sys
 import textwrap
 from inspect import cleandoc
 from typing import Annotated, Any, get_args, get_origin
@@ -131,3 +132,7 @@ def _inline(value: Any) -> str:
 
 def _escape(text: str) -> str:
     return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    sys.stdout.write(settings_reference())

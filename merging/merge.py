@@ -56,7 +56,7 @@ class Material:
             return recipe
         method = METHODS[recipe.method]
         complete = method.complete(recipe)
-        for kind in method.requires:
+        for kind in method.needs(complete.parameters):
             missing = [member for member in complete.members if member not in self.statistics.get(kind, {})]
             if missing:
                 raise MethodError(

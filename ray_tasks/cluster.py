@@ -52,7 +52,7 @@ def connect() -> Iterator[Cluster]:
         ClusterError: The cluster cannot be reached or refuses the token.
     """
     if ray.is_initialized():
-        yield _describe("joined")
+        yield _describe(ray.get_runtime_context().gcs_address)
         return
     chosen = os.environ.get("RAY_ADDRESS")
     environment = {"env_vars": WORKER_ENVIRONMENT}
@@ -75,7 +75,7 @@ def connect() -> Iterator[Cluster]:
             f"cannot {'join ' + chosen if chosen else 'start a local Ray'}: {error}\n{remedy}"
         ) from error
     try:
-        yield _describe(chosen or "local")
+        yield _describe(ray.get_runtime_context().gcs_address if chosen else "local")
     finally:
         ray.shutdown()
 

@@ -133,6 +133,10 @@ class Method(ABC):
     most_members: ClassVar[int | None] = None
     """Most members that a merge can take; None for any number."""
 
+    def needs(self, parameters: Mapping[str, Value]) -> tuple[str, ...]:
+        """Kinds of statistic that every member must bring for a merge with these parameters, all spelled out."""
+        return self.requires
+
     def survey(self, weights: Iterable[Weight]) -> Any:
         """Facts about all weights of the model that merging any of them needs (a norm, a histogram).
 

@@ -49,6 +49,11 @@ class Mats(Method):
         ),
     }
 
+    def needs(self, parameters: Mapping[str, Value]) -> tuple[str, ...]:
+        """What the subspace and the method of the start need."""
+        start = METHODS[str(parameters["start"])].requires if str(parameters["start"]) in METHODS else ()
+        return tuple(dict.fromkeys((*KINDS[str(parameters["subspace"])], *start)))
+
     def survey(self, weights: Iterable[Weight]) -> frozenset[str]:
         """The kinds of statistic that some weight has."""
         return frozenset(kind for weight in weights for kind, found in weight.statistics.items() if found)

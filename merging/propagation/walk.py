@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from merging.errors import MethodError
+
 
 @dataclass(frozen=True)
 class Place:
@@ -66,17 +68,25 @@ class Stream:
                 else module.register_forward_pre_hook(lambda _m, *given, watch=watch: watch(given), with_kwargs=True)
             )
         # After the places, so that what passes at a stop is kept before the pass stands still there.
-        self._handles += [model.get_submodule(path).register_forward_pre_hook(self._stop) for path in stops]
+        self._handles += [model.get_submodule(path).register_forward_pre_hook(self._stop(path)) for path in stops]
+        self._stops = iter(stops)
 
     def advance(self) -> Iterator[Stop]:
         """Leads each pass in turn to its next stop.
 
         Raises:
-            RuntimeError: A pass ended, where another stop was expected.
+            MethodError: A pass ended, or came to another stop than to the next.
         """
+        expected = next(self._stops)
         for walk in self._walks:
             self._current = walk
-            yield Stop(walk.advance(), walk.kept)
+            path, value = walk.advance()
+            if path != expected:
+                raise MethodError(
+                    f"a forward pass came to {repr(path) if path else 'its end'} where '{expected}' was expected: which "
+                    "layers run depends on the examples, so that they cannot be merged one after another; use regmean"
+                )
+            yield Stop(value, walk.kept)
 
     def close(self) -> None:
         """Gives the rest of all passes up."""
@@ -85,8 +95,8 @@ class Stream:
         for walk in self._walks:
             walk.end()
 
-    def _stop(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        self._current.pause(args[0])
+    def _stop(self, path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda layer, args: self._current.pause(path, args[0])
 
     def _watch(self, place: Place) -> Callable[[Any], None]:
         def keep(values: Any) -> None:
@@ -108,14 +118,14 @@ class _Walk:
 
     def __post_init__(self) -> None:
         self._go, self._stands = Semaphore(0), Semaphore(0)
-        self._input: Tensor | None = None
+        self._seen = "", torch.empty(0)
         self._error: BaseException | None = None
         self._ending = False
         self._thread = Thread(target=self._walk, daemon=True)
 
-    def advance(self) -> Tensor:
-        """Goes to the next stop; returns the layer's input there."""
-        self._input = None
+    def advance(self) -> tuple[str, Tensor]:
+        """Goes to the next stop; returns the layer's path and input there, an empty path at the end."""
+        self._seen = "", torch.empty(0)
         if self._thread.ident is None:
             self._thread.start()
         else:
@@ -123,13 +133,11 @@ class _Walk:
         self._stands.acquire()
         if self._error is not None:
             raise self._error
-        if self._input is None:
-            raise RuntimeError("a forward pass ended before its next layer: it took another way than the first batch")
-        return self._input
+        return self._seen
 
-    def pause(self, value: Tensor) -> None:
+    def pause(self, path: str, value: Tensor) -> None:
         """Called in the pass's own thread: stands still."""
-        self._input = value
+        self._seen = path, value
         self._stands.release()
         self._go.acquire()
         if self._ending:
@@ -141,7 +149,7 @@ class _Walk:
         if self._thread.ident is not None:
             self._go.release()
             self._thread.join()
-        self._input = None
+        self._seen = "", torch.empty(0)
         self.kept.clear()
 
     def _walk(self) -> None:

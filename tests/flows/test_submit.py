@@ -42,6 +42,8 @@ def head():
     token, dashboard = secrets.token_hex(32), free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_USAGE_STATS_ENABLED": "0"}
+    # jobs run the `python` that the head's shell finds, as in an activated environment
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     options = ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     # ports that are fixed by default, and taken where another Ray runs on this machine
     options += [f"--{port}={free_port()}" for port in ("port", "dashboard-agent-listen-port", "ray-client-server-port")]

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from merging.errors import MethodError
 from merging.propagation.walk import Place, Stream
 
 
@@ -18,19 +19,21 @@ def batches():
 
 
 def test_every_pass_stands_at_every_stop_and_sees_what_was_overwritten():
-    model = chain()
+    model, plain = chain(), chain()
     stream = Stream(model, [partial(model, x) for x in batches()], ["0", "2", "3"], [Place("1", True, 0)])
     for stop, x in zip(stream.advance(), batches(), strict=True):
         assert torch.equal(stop.input, x)
         assert not stop.kept
     with torch.no_grad():
         model[0].weight.mul_(2)
+        plain[0].weight.mul_(2)
         for stop, x in zip(stream.advance(), batches(), strict=True):
-            torch.testing.assert_close(stop.input, model[:2](x))
+            torch.testing.assert_close(stop.input, plain[:2](x))
             assert torch.equal(stop.kept[Place("1", True, 0)], stop.input)
         model[2].bias.add_(1)
+        plain[2].bias.add_(1)
         for stop, x in zip(stream.advance(), batches(), strict=True):
-            torch.testing.assert_close(stop.input, model[:3](x))
+            torch.testing.assert_close(stop.input, plain[:3](x))
     stream.close()
 
 
@@ -65,10 +68,19 @@ def test_an_error_within_a_pass_is_raised_where_it_is_led():
     stream.close()
 
 
-def test_a_pass_that_ends_too_early_is_told():
-    model = chain()
-    stream = Stream(model, [partial(model, batches()[0])], ["3"], [])
+def test_a_pass_that_takes_another_way_is_refused():
+    class Forked(nn.Sequential):
+        def forward(self, x, short):
+            return self[1](x) if short else self[1](self[0](x))
+
+    model = Forked(nn.Linear(2, 2), nn.Linear(2, 2))
+    runs = [partial(model, batches()[0], short) for short in (False, True)]
+    stream = Stream(model, runs, ["0", "1"], [])
+    with pytest.raises(MethodError, match="came to '1' where '0' was expected"):
+        list(stream.advance())
+    stream.close()
+    stream = Stream(model, runs[1:], ["1", "0"], [])
     list(stream.advance())
-    with pytest.raises(RuntimeError, match="another way"):
+    with pytest.raises(MethodError, match="came to its end where '0' was expected"):
         list(stream.advance())
     stream.close()
