@@ -15,7 +15,7 @@ from flows.opening import Opened, open_campaign
 from flows.progress import Bar, Display
 from flows.reporting import write_report
 from flows.selection import prepare_selection, select_subsets
-from flows.statistics import member_statistics
+from flows.statistics import member_statistics, solutions
 from flows.table import as_markdown, as_rich, plain_average, results_table
 from merging import storage
 from merging.errors import SearchError
@@ -144,6 +144,7 @@ def _work(opened: Opened, directory: Directory, cluster: Cluster, display: Displ
     ledger = Ledger(directory.ledger, campaign.name)
     with display.phase("Statistics"):
         statistics = member_statistics(opened, opened.kinds, _cache(opened), display)
+        statistics |= solutions(opened, _cache(opened), display)
         prepare_selection(opened, _cache(opened), display)
     with evaluators(opened, statistics, cluster, display) as executor:
         references = _references(opened, executor, ledger, display)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from merging import storage
 from merging.errors import MergequestError, SettingsError
 from merging.methods import BASE, METHODS
+from merging.propagation import PropagationSettings
 from merging.registry import did_you_mean
 from merging.statistics import (
     LikelihoodSettings,
@@ -68,6 +69,9 @@ class StatisticsSettings(Settings):
     representation: RepresentationSettings = Field(
         default_factory=RepresentationSettings,
         description="Representations of examples, for the DPP's diversity.",
+    )
+    propagated: PropagationSettings = Field(
+        default_factory=PropagationSettings, description="The layer-by-layer solution of regmean_propagated."
     )
     cache: str | None = Field(
         None,

@@ -43,12 +43,12 @@ def export(
     Returns:
         The method's figures on the merge.
     """
-    used = {name: statistics.get(name, ()) for name in opened.pool.members}
+    used = dict(statistics)
     material = Material(opened.pool, open_statistics(opened.pool, used), opened.examples())
-    members = {name: (m.checkpoint.path, tuple(used[name])) for name, m in opened.pool.members.items()}
+    members = {name: (m.checkpoint.path, tuple(used.get(name, ()))) for name, m in opened.pool.members.items()}
     extra: dict[str, str | bytes] = {
         "README.md": model_card(opened, recipe, table, row),
-        "recipe.yaml": dump_recipe(opened.pool.base.path, members, recipe),
+        "recipe.yaml": dump_recipe(opened.pool.base.path, members, recipe, used.get("+".join(recipe.members), ())),
     }
     for task, owner in opened.campaign.owners().items():
         config = dict(opened.pool.members[owner].checkpoint.config)

@@ -42,7 +42,7 @@ def merge_recipe(path: str, out: str, dtype: str | None, gigabytes: float, displ
                 out,
                 dtype=DTYPES[dtype] if dtype else None,
                 max_bytes=int(gigabytes * 1e9),
-                extra={"recipe.yaml": dump_recipe(file.base, members, recipe)},
+                extra={"recipe.yaml": dump_recipe(file.base, members, recipe, file.statistics)},
                 progress=lambda done, total: bar.reach(done),
             )
         for name, value in report.items():

@@ -1,6 +1,6 @@
 """Recipe files: a merge that one person writes down and another repeats."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -20,6 +20,9 @@ class RecipeFile(Settings):
 
     base: str = Field(description="The checkpoint that all members were fine-tuned from.")
     members: dict[Name, MemberSettings] = Field(min_length=1, description="Checkpoints, with statistics files if any.")
+    statistics: tuple[str, ...] = Field(
+        (), description="Statistics files of these members as a whole (regmean_propagated's solution)."
+    )
     method: str = Field(description="Merge method.")
     scaling: float | dict[str, float] | None = Field(
         None, description="One factor for all members, or one each; by default the method's own default."
@@ -53,7 +56,8 @@ class RecipeFile(Settings):
         """
         pool = Pool.open(self.base, {name: member.checkpoint for name, member in self.members.items()}, self.heads)
         pool.check_weights()
-        statistics = open_statistics(pool, {name: member.statistics for name, member in self.members.items()})
+        files = {name: member.statistics for name, member in self.members.items()}
+        statistics = open_statistics(pool, {**files, "+".join(sorted(self.members)): self.statistics})
         examples = {name: member.examples for name, member in self.members.items() if member.examples}
         return Material(pool, statistics, examples)
 
@@ -68,19 +72,23 @@ def load_recipe(path: str) -> RecipeFile:
     given = validate(RecipeFile, load_yaml(path), path)
     settings = given.model_dump(mode="json")
     settings["base"] = resolve(given.base, root)
+    settings["statistics"] = [resolve(file, root) for file in given.statistics]
     for member in settings["members"].values():
         member["checkpoint"] = resolve(member["checkpoint"], root)
         member["statistics"] = [resolve(file, root) for file in member["statistics"]]
     return validate(RecipeFile, settings, path)
 
 
-def dump_recipe(base: str, members: Mapping[str, tuple[str, tuple[str, ...]]], recipe: Recipe) -> str:
+def dump_recipe(
+    base: str, members: Mapping[str, tuple[str, tuple[str, ...]]], recipe: Recipe, statistics: Sequence[str] = ()
+) -> str:
     """A recipe file that repeats a candidate's merge.
 
     Args:
         base: The base's directory.
         members: Member → its directory and its statistics files.
         recipe: The candidate's recipe.
+        statistics: Statistics files of these members as a whole.
     """
     value: dict[str, Any] = {
         "base": base,
@@ -89,7 +97,9 @@ def dump_recipe(base: str, members: Mapping[str, tuple[str, tuple[str, ...]]], r
             | ({"statistics": list(members[name][1])} if members[name][1] else {})
             for name in recipe.members
         },
+        "statistics": list(statistics),
         **recipe.as_dict(),
     }
-    order = ("base", "members", "method", "scaling", "parameters")
-    return yaml.safe_dump({key: value[key] for key in order}, sort_keys=False, allow_unicode=True)
+    order = ("base", "members", "statistics", "method", "scaling", "parameters")
+    shown = {key: value[key] for key in order if key != "statistics" or statistics}
+    return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)

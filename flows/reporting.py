@@ -61,7 +61,7 @@ def facts(directory: Directory, campaign: Campaign) -> Facts:
         base=campaign.base,
         members={name: member.checkpoint for name, member in campaign.members.items()},
         tasks={
-            name: ", ".join(f"{key} {value}" for key, value in task.model_dump(include={"kind", "metric"}).items())
+            name: ", ".join(task.model_dump(include={"kind", "metric"}).values()).replace("_", " ")
             for name, task in campaign.tasks.items()
         },
         phases=directory.read_timings(),

@@ -6,8 +6,11 @@ from flows.opening import Opened
 from flows.progress import Display
 from merging import storage
 from merging.errors import StatisticsError
-from merging.methods import BASE
+from merging.merge import subset_fingerprint
+from merging.methods import BASE, METHODS
 from merging.statistics import STATISTICS, StatisticsFile, number_of_examples
+from ray_tasks.calls import each
+from ray_tasks.propagation import solve
 from ray_tasks.statistics import BoundTask, Job, compute
 
 
@@ -38,6 +41,33 @@ def member_statistics(opened: Opened, kinds: Sequence[str], cache: str, display:
         member: tuple(published[member].get(kind) or jobs[member, kind].path for kind in kinds)
         for member in opened.pool.members
     }
+
+
+def solutions(opened: Opened, cache: str, display: Display) -> dict[str, tuple[str, ...]]:
+    """Files with the solutions that the campaign's methods ask for of all members together, computed where missing.
+
+    Returns:
+        Names of the members joined by + → paths; empty where no method asks.
+    """
+    campaign = opened.campaign
+    if not any(METHODS[name].solution for name in campaign.search.methods):
+        return {}
+    members = sorted(opened.pool.members)
+    bound, data = {}, {}
+    for member in members:
+        job = _own_job(opened, member, "gram", cache)  # the same data and the same complaints as any statistic
+        bound[member], data[member] = job.data, job.fingerprints["data"]
+    settings = campaign.statistics.propagated
+    key = {"statistic": "propagated", "version": 1, **settings.model_dump(mode="json", exclude={"batch_size"})}
+    checkpoint = subset_fingerprint(opened.pool, members)
+    fingerprint = storage.fingerprint([checkpoint, data, key])
+    path = storage.join(cache, f"pool.propagated.{fingerprint}.safetensors")
+    if not storage.exists(path):
+        paths = {name: member.checkpoint for name, member in campaign.members.items()}
+        call = (campaign.base, paths, campaign.heads, bound, settings, key, path, checkpoint, storage.fingerprint(data))
+        with display.bar("percent of the propagated solution", 100) as bar:
+            list(each(solve, {"pool": call}, progress=lambda share: bar.reach(int(100 * share))))
+    return {"+".join(members): (path,)}
 
 
 def representations(opened: Opened, cache: str, display: Display) -> dict[str, dict[str, str]]:

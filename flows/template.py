@@ -29,7 +29,7 @@ EXAMPLES: dict[str, Any] = {
         }
         for task in ("amazon", "nyt")
     },
-    "methods": ["average", "task_arithmetic", "ties", "fisher", "gradient_matching", "regmean"],
+    "methods": ["average", "task_arithmetic", "ties", "fisher", "gradient_matching", "regmean", "regmean_propagated"],
 }
 """What the file shows where a setting has no default, or one that would not explain itself."""
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merging import storage
 from merging.checkpoint import Checkpoint, write_checkpoint
 from merging.errors import MethodError
 from merging.methods import BASE, METHODS, Context, Method, Prepared, Weight
@@ -63,11 +64,19 @@ class Material:
                     f"method '{method.name}' needs the statistic '{kind}' of {', '.join(missing)}: compute it with "
                     f"`mergequest statistics`, or name its file under the member's `statistics:`"
                 )
+        if method.solution is not None:
+            subset = "+".join(complete.members)
+            if subset not in self.statistics.get(method.solution, {}):
+                raise MethodError(
+                    f"method '{method.name}' needs the '{method.solution}' solution of {subset}: a campaign computes it of "
+                    f"all members; a recipe names its file under `statistics:`"
+                )
         return complete
 
     def weights(self, names: Iterable[str], method: Method, device: torch.device) -> Iterator[Weight]:
         """The named weights as a method sees them, with the statistics that it asks for."""
-        kinds = [kind for kind in (*method.requires, *method.optional) if kind in self.statistics]
+        used = (*method.requires, *method.optional, *([method.solution] if method.solution else []))
+        kinds = [kind for kind in used if kind in self.statistics]
         moved: dict[int, tuple[Tensor, Tensor]] = {}
 
         def move(value: Tensor) -> Tensor:
@@ -105,8 +114,8 @@ class Material:
         """A weight's statistic of each member that has one, in the file's own tensor objects."""
         found = {}
         for who, file in self.statistics[kind].items():
-            own = name if who == BASE else self.pool.members[who].names[name] if who in self.pool.members else None
-            if own is not None and own in file.names:
+            own = self.pool.members[who].names[name] if who in self.pool.members else name
+            if own in file.names:
                 found[who] = file.read(own)
         return found
 
@@ -244,16 +253,25 @@ def open_statistics(pool: Pool, files: Mapping[str, Sequence[str]]) -> dict[str,
 
     Args:
         pool: The pool.
-        files: Member (or `BASE`) → paths.
+        files: Member, `BASE`, or names of members joined by + → paths.
 
     Raises:
         StatisticsError: A file is damaged, or belongs to another checkpoint.
     """
     found: dict[str, dict[str, StatisticsFile]] = {}
     for who, paths in files.items():
-        checkpoint: Checkpoint = pool.base if who == BASE else pool.members[who].checkpoint
         for path in paths:
             file = StatisticsFile.open(path)
-            file.check(checkpoint.fingerprint, checkpoint.tensors)
+            if who == BASE or who in pool.members:
+                checkpoint: Checkpoint = pool.base if who == BASE else pool.members[who].checkpoint
+                file.check(checkpoint.fingerprint, checkpoint.tensors)
+            else:
+                file.check(subset_fingerprint(pool, who.split("+")))
             found.setdefault(file.kind, {})[who] = file
     return found
+
+
+def subset_fingerprint(pool: Pool, members: Sequence[str]) -> str:
+    """Content hash of the base and some members, whatever their names and order."""
+    members_hashes = sorted(pool.members[member].checkpoint.fingerprint for member in members)
+    return storage.fingerprint([pool.base.fingerprint, members_hashes])

@@ -176,8 +176,13 @@ class Space:
         Raises:
             SettingsError: There is none.
         """
-        most = self._methods[method].method.most_members
+        declared = self._methods[method].method
+        most = declared.most_members
         found = tuple(key for key, subset in self._subsets.items() if most is None or len(subset) <= most)
+        if declared.solution is not None:  # there is one of all members only
+            found = tuple(key for key in found if self._subsets[key] == self.members)
+            if not found:
+                raise SettingsError(f"method '{method}' merges all members, and no subset has them: leave it out")
         if not found:
             raise SettingsError(
                 f"method '{method}' takes {most} members at most, and every subset has more: leave it out, or select "

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.campaign import run as run_campaign
-from flows.config import Campaign, validate
+from flows.config import DEFAULT_METHODS, Campaign, validate
 from flows.directory import Directory
 from flows.progress import Display
 from flows.quickstart.data import DOMAINS, write_splits
@@ -16,6 +16,7 @@ from ray_tasks.calls import each
 from ray_tasks.cluster import connect
 
 CANDIDATES = 40
+METHODS = (*DEFAULT_METHODS, "regmean_propagated")
 MAX_LENGTH = 64
 """Tokens: nine sentences in ten are shorter."""
 
@@ -70,7 +71,7 @@ def make_campaign(root: Path, base: Path, splits: dict[str, dict[str, str]], can
             for domain, files in splits.items()
         },
         "statistics": {"shard": 64, "fisher": {"examples": 128}, "representation": {"examples": 64}},
-        "search": {"candidates": candidates or CANDIDATES},
+        "search": {"methods": list(METHODS), "candidates": candidates or CANDIDATES},
     }
     return validate(Campaign, settings, "quick start")
 

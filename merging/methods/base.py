@@ -127,6 +127,8 @@ class Method(ABC):
     summary: ClassVar[str]
     requires: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[tuple[str, ...]] = ()
+    solution: ClassVar[str | None] = None
+    """Kind of statistic that is one of a set of members as a whole; its key in `Weight.statistics` joins their names by +."""
     scaling: ClassVar[Parameter]
     parameters: ClassVar[Mapping[str, Parameter]] = {}
     scale_free: ClassVar[bool] = False

@@ -76,8 +76,8 @@ def propagate(
         progress: Told how many of how many groups of layers are done.
 
     Raises:
-        MethodError: A member is unknown, has no task or no examples; members run their layers in different orders; an
-            activation is not finite.
+        MethodError: A member is unknown, has no task or no examples; members run their layers in different orders,
+            or depending on the example; an activation is not finite.
     """
     settings = settings or PropagationSettings()
     chosen = _checked(pool, tasks, members)
@@ -115,8 +115,8 @@ def _checked(pool: Pool, tasks: Mapping[str, Task], members: Sequence[str]) -> l
 
 def _mean(pool: Pool, name: str, members: Sequence[str]) -> Tensor:
     """The members' plain mean, summed in float64; float32."""
-    total = sum(pool.member_weight(member, name).to(torch.float64) for member in members)
-    return (total / len(members)).to(torch.float32)  # type: ignore[union-attr]
+    values = (pool.member_weight(member, name).to(torch.float64) for member in members)
+    return (sum(values, torch.zeros((), dtype=torch.float64)) / len(members)).to(torch.float32)
 
 
 def _groups(passes: Sequence[MemberPasses]) -> list[tuple[str, ...]]:

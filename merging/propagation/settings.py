@@ -13,7 +13,11 @@ class PropagationSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     examples: int = Field(256, ge=1, description="Unlabelled examples of each member's training split.")
-    batch_size: int = Field(32, ge=1, description="Examples a forward pass; changes rounding and memory only.")
+    batch_size: int = Field(
+        16,
+        ge=1,
+        description="Examples a forward pass, each with a thread of its own; changes rounding and padding only.",
+    )
     ridge: float = Field(
         1e-3, ge=0, description="Pull towards the mean weights, relative to the mean of the inputs' squares."
     )

@@ -2,7 +2,7 @@
 
 from merging.statistics.base import STATISTICS, Partial, Statistic, StatisticSettings
 from merging.statistics.compute import measure, measure_shard, number_of_examples
-from merging.statistics.file import StatisticsFile, save
+from merging.statistics.file import StatisticsFile, save, save_tensors
 from merging.statistics.fisher import Fisher
 from merging.statistics.gram import Gram
 from merging.statistics.likelihood import LikelihoodSettings
@@ -26,4 +26,5 @@ __all__ = [
     "measure_shard",
     "number_of_examples",
     "save",
+    "save_tensors",
 ]

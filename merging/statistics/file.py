@@ -204,21 +204,52 @@ def save(path: str, statistic: Statistic, partial: Partial, *, checkpoint: str, 
         StatisticsError: The statistic is over no examples, or holds NaN or Inf.
         StorageError: There is no right or no space to write.
     """
-    tensors = {name: value.contiguous() for name, value in statistic.finalize(partial).items()}
+    return save_tensors(
+        path, statistic.kind, statistic.key(), statistic.finalize(partial), partial, checkpoint=checkpoint, data=data
+    )
+
+
+def save_tensors(
+    path: str,
+    kind: str,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    about: Partial,
+    *,
+    checkpoint: str,
+    data: str,
+) -> StatisticsFile:
+    """Writes tensors as a statistics file, whole or not at all.
+
+    Args:
+        path: Where to; a path or address.
+        kind: What they are.
+        settings: What they were computed with.
+        tensors: By name, on the CPU.
+        about: Gives counts, shared and transposed names.
+        checkpoint: Fingerprint of what they are a statistic of.
+        data: Fingerprint of the examples.
+
+    Returns:
+        The file, opened.
+
+    Raises:
+        StorageError: There is no right or no space to write.
+    """
     metadata = {
         "format": FORMAT,
         "format_version": str(VERSION),
-        "kind": statistic.kind,
-        "settings": json.dumps(statistic.key(), sort_keys=True),
-        "examples": str(partial.counts.get("examples", 0)),
-        "tokens": str(partial.counts.get("tokens", 0)),
+        "kind": kind,
+        "settings": json.dumps(settings, sort_keys=True),
+        "examples": str(about.counts.get("examples", 0)),
+        "tokens": str(about.counts.get("tokens", 0)),
         "checkpoint": checkpoint,
         "data": data,
         "mergequest": _own_version(),
-        "shared": json.dumps(partial.shared, sort_keys=True),
-        "transposed": json.dumps(sorted(partial.transposed)),
+        "shared": json.dumps(about.shared, sort_keys=True),
+        "transposed": json.dumps(sorted(about.transposed)),
     }
-    storage.write_bytes(path, serialize(tensors, metadata))
+    storage.write_bytes(path, serialize({name: value.contiguous() for name, value in tensors.items()}, metadata))
     return StatisticsFile.open(path)
 
 

@@ -1,5 +1,6 @@
 """Whole campaigns over a tiny pool, on a real Ray."""
 
+import copy
 import json
 import re
 import shutil
@@ -8,30 +9,34 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import yaml
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from flows.campaign import run
 from flows.config import load_campaign
 from flows.directory import Directory
+from flows.merge import merge_recipe
 from flows.progress import Display
 from flows.reporting import write_report
 from flows.status import read_status
 from merging.checkpoint import Checkpoint
-from merging.errors import LedgerError, MergequestError, PoolError, TaskError
+from merging.errors import LedgerError, MergequestError, PoolError, StatisticsError, TaskError
+from merging.statistics import StatisticsFile
 from search.ledger import Ledger
 from search.objective import best
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
-METHODS = {"average", "task_arithmetic", "ties", "fisher", "gradient_matching", "regmean"}
+METHODS = {"average", "task_arithmetic", "ties", "fisher", "gradient_matching", "regmean", "regmean_propagated"}
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_campaign, tmp_path_factory):
     """A campaign that was run once; read only."""
-    import yaml
-
     root = tmp_path_factory.mktemp("finished")
-    (root / "campaign.yaml").write_text(yaml.safe_dump(tiny_campaign | {"directory": "out"}))
+    settings = copy.deepcopy(tiny_campaign) | {"directory": "out"}
+    settings["search"]["methods"] = sorted(METHODS)
+    settings["statistics"]["propagated"] = {"examples": 16}
+    (root / "campaign.yaml").write_text(yaml.safe_dump(settings))
     text = run(load_campaign(str(root / "campaign.yaml")), Display())
     return root / "out", text
 
@@ -92,8 +97,6 @@ def test_the_winner_loads_and_scores_as_it_was_measured(finished, tiny_campaign)
 
 
 def test_the_card_and_the_recipe_repeat_the_winner(finished, tmp_path):
-    from flows.merge import merge_recipe
-
     directory, _ = finished
     best_path = directory / "exports" / "best"
     winner = best(Ledger(str(directory / "ledger")).rows())[0]
@@ -110,7 +113,7 @@ def test_the_card_and_the_recipe_repeat_the_winner(finished, tmp_path):
 def test_statistics_are_computed_once_and_published(finished, campaign_file, tmp_path):
     directory, _ = finished
     files = sorted((directory / "statistics").glob("*.safetensors"))
-    assert {file.name.split(".")[1] for file in files} == {"fisher", "gram", "representation"}
+    assert {file.name.split(".")[1] for file in files} == {"fisher", "gram", "representation", "propagated"}
     times = {file: file.stat().st_mtime_ns for file in files}
     path = campaign_file(
         directory=str(tmp_path / "other"), search={"candidates": 3}, statistics={"cache": str(directory / "statistics")}
@@ -119,6 +122,23 @@ def test_statistics_are_computed_once_and_published(finished, campaign_file, tmp
     assert {file: file.stat().st_mtime_ns for file in files} == times
     assert sorted((directory / "statistics").glob("*.safetensors")) == files
     assert not (tmp_path / "other" / "statistics").exists()
+
+
+def test_the_propagated_solution_is_repeated_by_its_recipe(finished, tiny_campaign, tmp_path):
+    directory, _ = finished
+    (solution,) = (directory / "statistics").glob("pool.propagated.*")
+    members = {name: member["checkpoint"] for name, member in tiny_campaign["members"].items()}
+    recipe = {"base": tiny_campaign["base"], "members": members, "method": "regmean_propagated"}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe | {"statistics": [str(solution)]}))
+    merge_recipe(str(file), str(tmp_path / "merged"), None, 1.0, Display())
+    written = Checkpoint.open(str(tmp_path / "merged"))
+    values = StatisticsFile.open(str(solution))
+    assert all(torch.equal(written.read(name), values.read(name)) for name in values.names)
+    del members["two"]
+    file.write_text(yaml.safe_dump(recipe | {"members": members, "statistics": [str(solution)]}))
+    with pytest.raises(StatisticsError, match="of another checkpoint"):
+        merge_recipe(str(file), str(tmp_path / "other"), None, 1.0, Display())
 
 
 def test_published_statistics_stand_in_for_data(finished, campaign_file, tiny_campaign, tmp_path):
@@ -214,8 +234,6 @@ def test_one_failing_candidate_is_a_row(campaign_file, tmp_path):
     ],
 )
 def test_bad_input_before_any_work(campaign_file, tmp_path, edit, error, message):
-    import yaml
-
     path = campaign_file(directory="out")
     settings = yaml.safe_load(path.read_text())
     edit(settings, tmp_path)
@@ -231,7 +249,7 @@ def test_bad_input_before_any_work(campaign_file, tmp_path, edit, error, message
 def test_another_campaign_in_the_directory(finished, campaign_file):
     directory, _ = finished
     path = campaign_file(directory=str(directory), seed=5)
-    with pytest.raises(LedgerError, match=r"holds another campaign \('tiny'; it differs in seed\)"):
+    with pytest.raises(LedgerError, match=r"holds another campaign \('tiny'; it differs in search, seed, statistics\)"):
         run(load_campaign(str(path)), Display())
 
 

@@ -2,6 +2,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -135,9 +136,10 @@ def examples(kind: str, count: int, seed: int) -> tuple[dict[str, Tensor], Tenso
 
 @pytest.fixture(scope="session")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Given]:
-    """`given("bert", members=3, noise=0.1, count=40)`: fresh random models around one base, each with its examples."""
+    """`given("bert", members=3, noise=0.1, count=40)`: random models around one base, each with its examples; read only."""
 
-    def build(kind: str, members: int = 3, noise: float = 0.1, count: int = 40, other: int = 0) -> Given:
+    @cache
+    def build(kind: str, members: int = 3, noise: float = 0.1, count: int = 40) -> Given:
         root: Path = tmp_path_factory.mktemp(kind)
         bare, headed, config = MODELS[kind]
         torch.manual_seed(0)
@@ -149,7 +151,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Given]:
             name = f"m{number}"
             torch.manual_seed(number)
             model = headed.from_pretrained(root / "base", num_labels=3) if bare is not headed else copy.deepcopy(base)
-            noisy(model, noise, 10 + number + other if noise else 10)
+            noisy(model, noise, 10 + number if noise else 10)
             model.config.pad_token_id = 0
             model.save_pretrained(root / name)
             paths[name] = str(root / name)

@@ -10,7 +10,7 @@ from merging.propagation import PropagationSettings, propagate
 from merging.statistics.layers import real_rows
 
 KINDS = ("bert", "llama", "gpt2", "vit", "t5")
-SMALL = PropagationSettings(examples=40, batch_size=7)
+SMALL = PropagationSettings(examples=40, batch_size=14)
 
 
 def ridge_fit(inputs, wanted, weight, bias, ridge):
@@ -56,8 +56,9 @@ def mismatch(given, weights):
     return total
 
 
-@pytest.mark.parametrize("update", ["propagated", "regmean++", "regmean"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "update"), [*((kind, "propagated") for kind in KINDS), ("bert", "regmean++"), ("gpt2", "regmean")]
+)
 def test_identical_members_give_that_member(given, kind, update):
     pool = given(kind, members=2, noise=0.0)
     found = propagate(pool.pool, pool.tasks, pool.members, SMALL.model_copy(update={"update": update}))
@@ -72,9 +73,7 @@ def test_identical_members_give_that_member(given, kind, update):
 def test_outputs_are_nearer_to_the_members_than_those_of_regmean_and_of_the_mean(given, kind):
     pool = given(kind)
     found = {
-        update: propagate(
-            pool.pool, pool.tasks, pool.members, PropagationSettings(examples=40, batch_size=7, update=update)
-        ).weights
+        update: propagate(pool.pool, pool.tasks, pool.members, SMALL.model_copy(update={"update": update})).weights
         for update in ("propagated", "regmean")
     }
     plain = {name: mean([pool.pool.member_weight(m, name) for m in pool.members]).float() for name in pool.pool.weights}
@@ -250,11 +249,13 @@ def test_what_is_missing_is_named(given):
 
 def test_an_overflow_is_named_by_member_and_weight(given):
     pool = given("bert", count=10)
+    task = pool.tasks["m1"]
+    damaged = type(task)("m1", task.load_model(), task.inputs, task.mask)
     with torch.no_grad():
-        pool.tasks["m1"].model.bert.encoder.layer[1].intermediate.dense.weight[0, 0] = float("inf")
+        damaged.model.bert.encoder.layer[1].intermediate.dense.weight[0, 0] = float("inf")
     threads = threading.active_count()
     with pytest.raises(MethodError, match=r"m1: .*'encoder.layer.1.intermediate.dense.weight'"):
-        propagate(pool.pool, pool.tasks, pool.members, SMALL)
+        propagate(pool.pool, pool.tasks | {"m1": damaged}, pool.members, SMALL)
     assert threading.active_count() == threads
 
 
