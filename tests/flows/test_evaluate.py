@@ -1,0 +1,77 @@
+import pytest
+import yaml
+
+from flows.campaign import run_selection
+from flows.config import load_campaign
+from flows.evaluate import evaluate
+from flows.merge import merge_recipe
+from flows.progress import Display
+from merging.errors import MergequestError, SettingsError
+from merging.live import LiveModels, best_device
+from merging.merge import Material, base_recipe, member_recipe
+from merging.pool import Pool
+from merging.recipe import Recipe
+from merging.tasks import make_task
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+SCALING = {"one": 0.25, "three": 0.5}
+
+
+@pytest.fixture
+def recipe_file(tiny_campaign, tmp_path):
+    settings = {
+        "base": tiny_campaign["base"],
+        "members": {name: tiny_campaign["members"][name]["checkpoint"] for name in SCALING},
+        "method": "task_arithmetic",
+        "scaling": SCALING,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_recipes_checkpoints_members_and_the_base(campaign_file, recipe_file, tmp_path, capsys):
+    merge_recipe(str(recipe_file), str(tmp_path / "merged"), None, 1.0, Display())
+    campaign = load_campaign(str(campaign_file()))
+    what = ["base", "two", str(recipe_file), str(tmp_path / "merged")]
+    evaluate(campaign, what, "test", Display())
+    lines = [line for line in capsys.readouterr().out.splitlines() if "±" in line]
+    printed = [[float(cell.split("±")[0]) for cell in line.split("│")[2:5]] for line in lines]
+
+    members = {name: member.checkpoint for name, member in campaign.members.items()}
+    tasks = [make_task(name, settings, members[name]) for name, settings in campaign.tasks.items()]
+    live = LiveModels(Material(Pool.open(campaign.base, members)), tasks, campaign.owners(), best_device())
+    merged = Recipe("task_arithmetic", SCALING)
+    for found, recipe in zip(printed, (base_recipe(), member_recipe("two"), merged, merged), strict=True):
+        scores = live.measure(recipe, "test").scores
+        assert found == [pytest.approx(scores[name].value, abs=1e-4) for name in campaign.tasks]
+
+
+def test_unknown_words_and_splits_are_named(campaign_file):
+    campaign = load_campaign(str(campaign_file()))
+    with pytest.raises(SettingsError, match="'nobody' is no member"):
+        evaluate(campaign, ["nobody"], "test", Display())
+    with pytest.raises(SettingsError, match=r"unknown split 'tset'. Did you mean 'test'\?"):
+        evaluate(campaign, ["one"], "tset", Display())
+
+
+def test_a_recipe_without_its_statistics(campaign_file, recipe_file):
+    settings = yaml.safe_load(recipe_file.read_text())
+    recipe_file.write_text(yaml.safe_dump(settings | {"method": "regmean", "scaling": 1.0}))
+    with pytest.raises(MergequestError, match="needs the statistic 'gram'"):
+        evaluate(load_campaign(str(campaign_file())), [str(recipe_file)], "validation", Display())
+
+
+def test_selection_alone_is_kept_and_reused(campaign_file, tmp_path):
+    campaign = load_campaign(str(campaign_file(directory="out", selection={"sizes": [2]})))
+    first = run_selection(campaign, Display())
+    assert [len(subset) for subset in first.subsets] == [2, 3]
+    assert (tmp_path / "out" / "selection.json").exists()
+    assert run_selection(campaign, Display()).as_dict() == first.as_dict()
+
+
+def test_similarity_of_task_vectors_needs_no_data(campaign_file, tmp_path):
+    settings = {"similarity": "task-vector", "sizes": [2]}
+    selection = run_selection(load_campaign(str(campaign_file(directory="out", selection=settings))), Display())
+    assert selection.similarity.shape == (3, 3)
+    assert not (tmp_path / "out" / "statistics").exists()
