@@ -6,7 +6,7 @@ from typing import Any
 import ray
 import torch
 
-from merging.errors import ClusterError, MergequestError
+from ray_tasks.failures import surfaced
 
 POLL_SECONDS = 1.0
 
@@ -50,16 +50,12 @@ def each(
     waiting = {task.remote(function, name, arguments, cpus, watch): name for name, arguments in calls.items()}
     try:
         while waiting:
-            ready, _ = ray.wait(list(waiting), num_returns=1, timeout=POLL_SECONDS)
-            shares: dict[str, float] = ray.get(watch.read.remote())
+            with surfaced(f"running {', '.join(waiting.values())}"):
+                ready, _ = ray.wait(list(waiting), num_returns=1, timeout=POLL_SECONDS)
+                shares: dict[str, float] = ray.get(watch.read.remote())
+                results = [(waiting.pop(reference), ray.get(reference)) for reference in ready]
             progress(sum(shares.values()) / len(calls))
-            for reference in ready:
-                yield waiting.pop(reference), ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        raise cause if isinstance(cause, MergequestError) else error from None
-    except ray.exceptions.RayError as error:
-        raise ClusterError(f"a task was lost: {str(error).strip().splitlines()[0]}") from error
+            yield from results
     finally:
         for reference in waiting:
             ray.cancel(reference)

@@ -11,13 +11,14 @@ from typing import Any
 import ray
 import torch
 
-from merging.errors import ClusterError, MergequestError
+from merging.errors import ClusterError
 from merging.live import LiveModels, Measurement, best_device
 from merging.merge import Material, open_statistics
 from merging.pool import Pool
 from merging.recipe import Recipe
 from merging.tasks import make_task
 from merging.tasks.base import Split
+from ray_tasks.failures import surfaced
 
 
 @dataclass(frozen=True)
@@ -178,17 +179,11 @@ class EvaluatorPool:
         self._idle.extend(self._actors)
         names = [actor.build.remote() for actor in self._actors]
         try:
-            return list(ray.get(names, timeout=timeout))
+            with surfaced("building an evaluator"):
+                return list(ray.get(names, timeout=timeout))
         except ray.exceptions.GetTimeoutError as error:
             raise ClusterError(
                 f"{self.evaluators} evaluators did not start within {timeout:.0f} s: the cluster has no room for them now"
-            ) from error
-        except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None)
-            raise (
-                cause
-                if isinstance(cause, MergequestError)
-                else ClusterError(f"an evaluator could not be built: {str(error).strip().splitlines()[-1]}")
             ) from error
 
     @property

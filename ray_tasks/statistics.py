@@ -7,11 +7,11 @@ from typing import Any
 import ray
 import torch
 
-from merging.errors import ClusterError, MergequestError
 from merging.live import best_device
 from merging.statistics import STATISTICS, Partial, Statistic, measure_shard, save
 from merging.tasks import make_task
 from merging.tasks.base import Split, Task
+from ray_tasks.failures import surfaced
 
 
 @dataclass(frozen=True)
@@ -110,21 +110,17 @@ def compute(
             done, partial = measure.remote(job, start, stop, threads)
             shards[done] = (state, stop - start, partial)
     try:
-        while shards:
-            (done,), _ = ray.wait(list(shards), num_returns=1)
-            state, examples, partial = shards.pop(done)
-            ray.get(done)
-            progress(state.job, examples)
-            state.total = partial if state.total is None else combine.remote(state.total, partial)
-            state.out -= 1
-            if not state.out:
-                files.append(finish.remote(state.job, state.total))
-        ray.get(files)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        raise cause if isinstance(cause, MergequestError) else error from None
-    except ray.exceptions.RayError as error:
-        raise ClusterError(f"computing statistics: {str(error).strip().splitlines()[0]}") from error
+        with surfaced("computing statistics"):
+            while shards:
+                (done,), _ = ray.wait(list(shards), num_returns=1)
+                state, examples, partial = shards.pop(done)
+                ray.get(done)
+                progress(state.job, examples)
+                state.total = partial if state.total is None else combine.remote(state.total, partial)
+                state.out -= 1
+                if not state.out:
+                    files.append(finish.remote(state.job, state.total))
+            ray.get(files)
     finally:
         for done in shards:
             ray.cancel(done)

@@ -183,13 +183,13 @@ def identity(row):
 @pytest.mark.timeout(1500)
 def test_killed_and_resumed_equals_unbroken(campaign_file, tmp_path):
     """One worker: `kill -9` at moments of a fixed seed loses no finished candidate, repeats none, changes nothing."""
-    file = str(campaign_file(search={"candidates": 16}, resources={"evaluators": 1}))
+    file = str(campaign_file(search={"candidates": 12}, resources={"evaluators": 1}))
     unbroken = start("campaign", "run", file, "--out", str(tmp_path / "unbroken"))
     output, _ = unbroken.communicate(timeout=400)
     assert unbroken.returncode == 0, output
     moments = random.Random(0)
     ledger = tmp_path / "broken" / "ledger"
-    for _ in range(3):
+    for _ in range(2):
         seen = len(list(ledger.glob("*.parquet")))
         broken = start("campaign", "run", file, "--out", str(tmp_path / "broken"))
         wait_for_rows(ledger, seen + 1 + moments.randrange(4), broken)

@@ -123,7 +123,7 @@ def complete():
 
 
 @pytest.fixture
-def close():
+def assert_close():
     """Asserts that two merges agree, relative to each tensor's largest entry."""
 
     def check(merged, expected, tolerance=1e-5):

@@ -4,19 +4,19 @@ import torch
 from merging.errors import MethodError
 
 
-def test_factors_are_relative(make_pool, merge, close):
+def test_factors_are_relative(make_pool, merge, assert_close):
     weights = make_pool()
-    close(
+    assert_close(
         merge("average", weights, {"amazon": 2.0, "nyt": 6.0}),
         merge("average", weights, {"amazon": 0.25, "nyt": 0.75}),
         1e-6,
     )
 
 
-def test_a_negative_factor_removes(make_pool, merge, close):
+def test_a_negative_factor_removes(make_pool, merge, assert_close):
     weights = make_pool()
     expected = {w.name: 2 * w.members["amazon"].double() - w.members["nyt"].double() for w in weights}
-    close(merge("average", weights, {"amazon": 2.0, "nyt": -1.0}), expected)
+    assert_close(merge("average", weights, {"amazon": 2.0, "nyt": -1.0}), expected)
 
 
 def test_factors_that_cancel_are_refused(make_pool, merge):

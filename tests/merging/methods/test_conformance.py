@@ -66,12 +66,12 @@ def identical(merged, again):
 
 
 @pytest.mark.parametrize(("name", "parameters"), CASES)
-def test_agrees_with_its_float64_reference(name, parameters, make_pool, merge, complete, reference, close):
+def test_agrees_with_its_float64_reference(name, parameters, make_pool, merge, complete, reference, assert_close):
     for seed in range(3):
         weights = make_pool(seed)
         examples = {"amazon": 300, "movie": 120, "nyt": 50, "tweets": 700, "base": 1000}
         expected = getattr(reference, name)(weights, factors(name), complete(name, factors(name), parameters), examples)
-        close(merge(name, weights, factors(name), parameters, examples=examples), expected)
+        assert_close(merge(name, weights, factors(name), parameters, examples=examples), expected)
 
 
 @pytest.mark.parametrize(("name", "parameters"), CASES)
@@ -79,11 +79,11 @@ def test_agrees_with_its_float64_reference(name, parameters, make_pool, merge, c
     "dtypes", [(torch.bfloat16,), (torch.float16,), (torch.float32, torch.bfloat16, torch.float16)]
 )
 def test_reads_any_floating_dtype_and_rounds_once(
-    name, parameters, dtypes, make_pool, merge, complete, reference, close
+    name, parameters, dtypes, make_pool, merge, complete, reference, assert_close
 ):
     weights = make_pool(5, dtypes=dtypes)
     expected = getattr(reference, name)(weights, factors(name), complete(name, factors(name), parameters), {})
-    close(merge(name, weights, factors(name), parameters, examples={}), expected)
+    assert_close(merge(name, weights, factors(name), parameters, examples={}), expected)
     rounded = merge(name, weights, factors(name), parameters, examples={}, dtype=torch.bfloat16)
     assert all(value.dtype == torch.bfloat16 for value in rounded.values())
     full = merge(name, weights, factors(name), parameters, examples={})
@@ -106,9 +106,9 @@ def test_some_members_of_a_pool_are_a_pool_of_those(name, parameters, make_pool,
 
 @pytest.mark.parametrize(("name", "parameters"), CASES)
 @pytest.mark.parametrize("parts", [2, 5])
-def test_parts_merged_apart_are_the_whole(name, parameters, parts, make_pool, merge, close):
+def test_parts_merged_apart_are_the_whole(name, parameters, parts, make_pool, merge, assert_close):
     weights = make_pool(3)
-    close(
+    assert_close(
         merge(name, weights, factors(name), parameters, parts=parts),
         merge(name, weights, factors(name), parameters),
         tolerance=1e-6,
@@ -160,23 +160,23 @@ def test_writes_into_live_parameters_of_any_layout(name, parameters, make_pool, 
 
 
 @pytest.mark.parametrize("name", sorted(IDENTICAL))
-def test_identical_members_give_that_member(name, make_pool, merge, close):
+def test_identical_members_give_that_member(name, make_pool, merge, assert_close):
     weights = make_pool(6)
     for w in weights:
         one = w.members["movie"]
         w.members.update(dict.fromkeys(w.members, one))
     parameters, factor = IDENTICAL[name]
-    close(
+    assert_close(
         merge(name, weights, dict.fromkeys(factors(name), factor), parameters),
         {w.name: w.members["movie"] for w in weights},
     )
 
 
 @pytest.mark.parametrize("name", sorted(IDENTICAL))
-def test_one_member_alone_is_that_member(name, make_pool, merge, close):
+def test_one_member_alone_is_that_member(name, make_pool, merge, assert_close):
     weights = make_pool(7)
     merged = merge(name, weights, {"nyt": 1.0}, IDENTICAL[name][0])
-    close(merged, {w.name: w.members["nyt"] for w in weights})
+    assert_close(merged, {w.name: w.members["nyt"] for w in weights})
 
 
 @pytest.mark.parametrize("name", EVERY)

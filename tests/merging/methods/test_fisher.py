@@ -14,15 +14,15 @@ def scaled(weights, factors):
     return weights
 
 
-def test_equal_fishers_give_the_mean(make_pool, merge, close):
+def test_equal_fishers_give_the_mean(make_pool, merge, assert_close):
     weights = make_pool()
     for w in weights:
         if "fisher" in w.statistics:
             w.statistics["fisher"].update(dict.fromkeys(EQUAL, w.statistics["fisher"]["nyt"]))
-    close(merge("fisher", weights, EQUAL), merge("average", weights, EQUAL))
+    assert_close(merge("fisher", weights, EQUAL), merge("average", weights, EQUAL))
 
 
-def test_an_entry_that_no_member_uses_is_the_mean(make_pool, merge, close):
+def test_an_entry_that_no_member_uses_is_the_mean(make_pool, merge, assert_close):
     weights = make_pool()
     for w in weights:
         if w.name == "layer.0.up.weight":
@@ -30,7 +30,7 @@ def test_an_entry_that_no_member_uses_is_the_mean(make_pool, merge, close):
                 fisher.zero_()
     name = "layer.0.up.weight"
     merged, mean = merge("fisher", weights, EQUAL), merge("average", weights, EQUAL)
-    close({name: merged[name]}, {name: mean[name]})
+    assert_close({name: merged[name]}, {name: mean[name]})
 
 
 def test_an_entry_that_one_member_uses_is_that_members(make_pool, merge):
@@ -47,21 +47,21 @@ def test_an_entry_that_one_member_uses_is_that_members(make_pool, merge):
 
 
 @pytest.mark.parametrize("factor", [1e-25, 1e25])
-def test_normalised_fishers_may_be_tiny_or_huge(factor, make_pool, merge, close):
+def test_normalised_fishers_may_be_tiny_or_huge(factor, make_pool, merge, assert_close):
     plain = merge("fisher", make_pool(), EQUAL)
-    close(merge("fisher", scaled(make_pool(), {"movie": factor}), EQUAL), plain)
-    close(
+    assert_close(merge("fisher", scaled(make_pool(), {"movie": factor}), EQUAL), plain)
+    assert_close(
         merge("fisher", scaled(make_pool(), dict.fromkeys(EQUAL, factor)), EQUAL, {"normalize": False}),
         merge("fisher", make_pool(), EQUAL, {"normalize": False}),
     )
 
 
-def test_without_normalisation_a_larger_fisher_weighs_more(make_pool, merge, close):
+def test_without_normalisation_a_larger_fisher_weighs_more(make_pool, merge, assert_close):
     weights = scaled(make_pool(), {"movie": 1e9})
     merged = merge("fisher", weights, EQUAL, {"normalize": False})
     name = "layer.0.up.weight"
     movie = next(w.members["movie"] for w in weights if w.name == name)
-    close({name: merged[name]}, {name: movie}, tolerance=0.02)
+    assert_close({name: merged[name]}, {name: movie}, tolerance=0.02)
 
 
 def test_a_negative_factor_that_cancels_names_the_share_and_writes_nothing():

@@ -15,42 +15,42 @@ def without(weights, kind):
 
 
 @pytest.mark.parametrize("delta", [1e-12, 1.0])
-def test_no_curvature_is_task_arithmetic(delta, make_pool, merge, close):
+def test_no_curvature_is_task_arithmetic(delta, make_pool, merge, assert_close):
     weights = make_pool()
     plain = merge("task_arithmetic", weights, SCALING)
-    close(merge("gradient_matching", without(weights, "fisher"), SCALING, {"delta": delta}), plain)
+    assert_close(merge("gradient_matching", without(weights, "fisher"), SCALING, {"delta": delta}), plain)
     for w in weights:
         for fisher in w.statistics.get("fisher", {}).values():
             fisher.zero_()
-    close(merge("gradient_matching", weights, SCALING, {"delta": delta}), plain)
+    assert_close(merge("gradient_matching", weights, SCALING, {"delta": delta}), plain)
 
 
-def test_no_base_curvature_and_factors_that_sum_to_one_is_fisher_averaging(make_pool, merge, close):
+def test_no_base_curvature_and_factors_that_sum_to_one_is_fisher_averaging(make_pool, merge, assert_close):
     weights = [w for w in make_pool() if "fisher" in w.statistics]
     for w in weights:
         for fisher in w.statistics["fisher"].values():
             fisher.clamp_(min=1e-5)
     thirds = {"amazon": 0.5, "movie": 0.3, "nyt": 0.2}
     fisher = merge("fisher", weights, thirds, {"normalize": False})
-    close(merge("gradient_matching", weights, thirds, {"delta": 0.0}, examples={}), fisher)
+    assert_close(merge("gradient_matching", weights, thirds, {"delta": 0.0}, examples={}), fisher)
 
 
-def test_an_overwhelming_base_is_task_arithmetic(make_pool, merge, close):
+def test_an_overwhelming_base_is_task_arithmetic(make_pool, merge, assert_close):
     weights = make_pool()
-    close(
+    assert_close(
         merge("gradient_matching", weights, SCALING, {"delta": 1e12}),
         merge("task_arithmetic", weights, SCALING),
     )
 
 
-def test_numbers_of_examples_weigh_the_curvatures(make_pool, merge, close):
+def test_numbers_of_examples_weigh_the_curvatures(make_pool, merge, assert_close):
     weights = make_pool()
     counts = {"amazon": 30, "movie": 5, "nyt": 10, "tweets": 1}
     weighted = merge("gradient_matching", weights, SCALING, examples=counts)
     for w in weights:
         for member, fisher in w.statistics.get("fisher", {}).items():
             fisher.mul_(counts.get(member, 1))
-    close(weighted, merge("gradient_matching", weights, SCALING, examples={}))
+    assert_close(weighted, merge("gradient_matching", weights, SCALING, examples={}))
 
 
 def test_examples_of_only_some_members_are_refused(make_pool):

@@ -9,31 +9,31 @@ CONVERGED = {"iterations": 2000, "tolerance": 1e-13, "preconditioner": "jacobi"}
 
 
 @pytest.mark.parametrize("start", ["average", "base", "task_arithmetic", "gradient_matching", "regmean"])
-def test_grams_run_to_convergence_are_regmean_from_any_start(start, make_pool, merge, close):
+def test_grams_run_to_convergence_are_regmean_from_any_start(start, make_pool, merge, assert_close):
     weights = [w for w in make_pool() if "gram" in w.statistics]
     solved = merge("mats", weights, SCALING, {**CONVERGED, "start": start})
-    close(solved, merge("regmean", weights, SCALING, {"rho": 1.0}), 1e-4)
+    assert_close(solved, merge("regmean", weights, SCALING, {"rho": 1.0}), 1e-4)
 
 
-def test_diagonal_fishers_run_to_convergence_are_fisher_averaging(make_pool, merge, close):
+def test_diagonal_fishers_run_to_convergence_are_fisher_averaging(make_pool, merge, assert_close):
     weights = [w for w in make_pool() if "fisher" in w.statistics]
     for w in weights:
         for fisher in w.statistics["fisher"].values():
             fisher.clamp_(min=1e-5)
     solved = merge("mats", weights, SCALING, {**CONVERGED, "subspace": "fisher"})
-    close(solved, merge("fisher", weights, SCALING, {"normalize": False}))
+    assert_close(solved, merge("fisher", weights, SCALING, {"normalize": False}))
 
 
-def test_the_identity_is_the_weighted_mean(make_pool, merge, close):
+def test_the_identity_is_the_weighted_mean(make_pool, merge, assert_close):
     weights = make_pool()
-    close(merge("mats", weights, SCALING, {"subspace": "identity"}), merge("average", weights, SCALING))
+    assert_close(merge("mats", weights, SCALING, {"subspace": "identity"}), merge("average", weights, SCALING))
 
 
-def test_no_steps_leave_the_start(make_pool, merge, close):
+def test_no_steps_leave_the_start(make_pool, merge, assert_close):
     weights = [w for w in make_pool() if "gram" in w.statistics]
     started = merge("mats", weights, SCALING, {"iterations": 0, "start": "regmean"})
     ones = dict.fromkeys(SCALING, 1.0)
-    close(started, merge("regmean", weights, ones), 1e-6)
+    assert_close(started, merge("regmean", weights, ones), 1e-6)
 
 
 def test_the_residual_of_every_weight_is_reported_and_falls(make_pool, complete):
@@ -66,9 +66,9 @@ def test_factors_that_make_a_system_indefinite_are_refused_before_anything_is_wr
     assert all(bool((value == 7.0).all()) for value in out.values())
 
 
-def test_weights_without_the_statistic_are_the_plain_mean(make_pool, merge, close):
+def test_weights_without_the_statistic_are_the_plain_mean(make_pool, merge, assert_close):
     weights = [w for w in make_pool() if "gram" not in w.statistics]
     gram = next(w for w in make_pool() if "gram" in w.statistics)
     merged = merge("mats", [*weights, gram], SCALING)
     ones = dict.fromkeys(SCALING, 1.0)
-    close({w.name: merged[w.name] for w in weights}, merge("average", weights, ones))
+    assert_close({w.name: merged[w.name] for w in weights}, merge("average", weights, ones))

@@ -5,13 +5,13 @@ from merging.errors import MethodError
 from merging.methods import Weight
 
 
-def test_of_two_task_vectors_of_one_length_it_is_slerp(merge, close):
+def test_of_two_task_vectors_of_one_length_it_is_slerp(merge, assert_close):
     g = torch.Generator().manual_seed(0)
     base, first, second = (torch.randn(50, generator=g, dtype=torch.float64).float() for _ in range(3))
     members = {"a": base + first / first.norm(), "b": base + second / second.norm()}
     weights = [Weight("w", base, members)]
     factors = {"a": 0.3, "b": 0.7}
-    close(merge("multi_slerp", weights, factors), merge("slerp", weights, factors, {"space": "task_vectors"}))
+    assert_close(merge("multi_slerp", weights, factors), merge("slerp", weights, factors, {"space": "task_vectors"}))
 
 
 def test_of_three_right_angles_it_is_their_middle(merge):

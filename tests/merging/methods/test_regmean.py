@@ -40,12 +40,12 @@ def test_it_is_the_least_squares_fit_to_what_the_members_put_out():
     torch.testing.assert_close(merged.double(), fit, rtol=1e-5, atol=1e-6)
 
 
-def test_equal_grams_give_the_mean(make_pool, merge, close):
+def test_equal_grams_give_the_mean(make_pool, merge, assert_close):
     weights = make_pool()
     for w in weights:
         if "gram" in w.statistics:
             w.statistics["gram"].update(dict.fromkeys(SCALING, w.statistics["gram"]["nyt"]))
-    close(merge("regmean", weights, ONES), merge("average", weights, ONES))
+    assert_close(merge("regmean", weights, ONES), merge("average", weights, ONES))
 
 
 def test_rho_zero_weighs_inputs_by_their_power():
@@ -56,12 +56,12 @@ def test_rho_zero_weighs_inputs_by_their_power():
     torch.testing.assert_close(merged, expected)
 
 
-def test_contributions_at_one_are_the_plain_solve_and_are_linear_in_the_factors(make_pool, merge, close):
+def test_contributions_at_one_are_the_plain_solve_and_are_linear_in_the_factors(make_pool, merge, assert_close):
     weights = make_pool()
     plain = merge("regmean", weights, ONES)
-    close(merge("regmean", weights, ONES, {"factors": "contribution"}), plain, 1e-6)
+    assert_close(merge("regmean", weights, ONES, {"factors": "contribution"}), plain, 1e-6)
     double = merge("regmean", weights, dict.fromkeys(SCALING, 2.0), {"factors": "contribution"})
-    close(
+    assert_close(
         {w.name: double[w.name] - w.base for w in weights},
         {w.name: 2 * (plain[w.name] - w.base) for w in weights},
     )
@@ -91,13 +91,13 @@ def test_conv1d_is_the_transposed_linear_layer_also_where_it_is_square():
     torch.testing.assert_close(again.T, merged)
 
 
-def test_layers_that_share_a_gram_get_what_each_gets_alone(make_pool, merge, close):
+def test_layers_that_share_a_gram_get_what_each_gets_alone(make_pool, merge, assert_close):
     weights = make_pool()
     apart = [
         replace(w, statistics={k: {m: v.clone() for m, v in s.items()} for k, s in w.statistics.items()})
         for w in weights
     ]
-    close(merge("regmean", weights, SCALING), merge("regmean", apart, SCALING), 1e-6)
+    assert_close(merge("regmean", weights, SCALING), merge("regmean", apart, SCALING), 1e-6)
 
 
 def test_an_input_that_nobody_ever_saw_gets_the_mean_and_the_ridge_is_reported():

@@ -26,13 +26,13 @@ def solved(make_pool):
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.7, 1.2])
-def test_scales_the_solution_s_distance_from_the_base(solved, merge, close, factor):
+def test_scales_the_solution_s_distance_from_the_base(solved, merge, assert_close, factor):
     weights = solved()
     expected = {
         w.name: w.base.double() + factor * (w.statistics["propagated"]["+".join(ALL)].double() - w.base.double())
         for w in weights
     }
-    close(merge("regmean_propagated", weights, ALL, {"factor": factor}), expected)
+    assert_close(merge("regmean_propagated", weights, ALL, {"factor": factor}), expected)
     whole = merge("regmean_propagated", weights, ALL, {"factor": factor})
     parts = merge("regmean_propagated", weights, ALL, {"factor": factor}, parts=3)
     assert all(torch.equal(parts[name], value) for name, value in whole.items())

@@ -1,0 +1,27 @@
+"""What went wrong on the cluster, as the error that a user can do something about."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from merging.errors import ClusterError, MergequestError
+
+
+@contextmanager
+def surfaced(doing: str) -> Iterator[None]:
+    """Turns Ray's errors within the block into the remote error itself, or one that says what was being done.
+
+    Raises:
+        MergequestError: A task or actor raised it.
+        ClusterError: A worker was lost more often than it may be.
+    """
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        raise cause if isinstance(cause, MergequestError) else error from None
+    except ray.exceptions.GetTimeoutError:
+        raise
+    except ray.exceptions.RayError as error:
+        raise ClusterError(f"{doing}: {str(error).strip().splitlines()[0]}") from error
