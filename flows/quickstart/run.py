@@ -15,7 +15,7 @@ from merging import storage
 from ray_tasks.calls import each
 from ray_tasks.cluster import connect
 
-CANDIDATES = 40
+CANDIDATES = 36
 METHODS = (*DEFAULT_METHODS, "regmean_propagated")
 MAX_LENGTH = 64
 """Tokens: nine sentences in ten are shorter."""
@@ -70,8 +70,13 @@ def make_campaign(root: Path, base: Path, splits: dict[str, dict[str, str]], can
             domain: {"kind": "text_classification", "data": files, "max_length": MAX_LENGTH}
             for domain, files in splits.items()
         },
-        "statistics": {"shard": 64, "fisher": {"examples": 128}, "representation": {"examples": 64}},
+        "statistics": {
+            "fisher": {"examples": 128},
+            "representation": {"examples": 64},
+            "propagated": {"examples": 160},
+        },
         "search": {"methods": list(METHODS), "candidates": candidates or CANDIDATES},
+        "test": {"top": 1},
     }
     return validate(Campaign, settings, "quick start")
 
