@@ -8,7 +8,8 @@ from merging.methods import METHODS
 from merging.pool import Pool
 from merging.recipe import Recipe
 
-DATA_FREE = [name for name in METHODS if not METHODS[name].requires and not METHODS[name].optional]
+NEEDS = {name: METHODS[name].needs({key: p.default for key, p in METHODS[name].parameters.items()}) for name in METHODS}
+DATA_FREE = [name for name in METHODS if not NEEDS[name] and METHODS[name].solution is None]
 
 
 @pytest.fixture(scope="module")
