@@ -3,14 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from merging.methods.average import shares
 from merging.methods.base import Context, Method, Parameter, Prepared, Weight, register
-from merging.methods.blocks import Scratch, target, weighted_sum
-from merging.methods.checks import check_weights, chosen
-from merging.recipe import Recipe, Value
+from merging.methods.sums import WeightedSum
+from merging.recipe import Recipe
 
 
 @register
@@ -26,26 +22,14 @@ class Linear(Method):
 
     def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
         """Keeps references to the members' weights, in their stored dtype."""
-        return PreparedLinear(weights)
+        return WeightedSum(
+            weights,
+            lambda scaling, members, parameters: (
+                None,
+                shares(scaling, members) if parameters["normalize"] else scaling,
+            ),
+        )
 
     def default_recipe(self, members: Sequence[str]) -> Recipe:
         """Equal weights that sum to 1."""
         return Recipe(self.name, dict.fromkeys(members, 1.0 / len(members)), {"normalize": False})
-
-
-class PreparedLinear(Prepared):
-    """Members' weights as they are stored."""
-
-    def __init__(self, weights: Sequence[Weight]) -> None:
-        self._members = check_weights(weights)
-        self._weights = tuple(weights)
-        self._scratch = Scratch()
-
-    @torch.no_grad()
-    def merge(self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]) -> None:
-        """One pass over the members' weights."""
-        members = chosen(scaling, self._members)
-        factors = shares(scaling, members) if parameters["normalize"] else scaling
-        for weight in self._weights:
-            terms = [(weight.members[member], factors[member]) for member in members]
-            weighted_sum(terms, target(out, weight), self._scratch)
