@@ -46,6 +46,6 @@ class RayExecutor:
                 outcomes.append(Outcome(candidate, error=error, lost=done.lost, started=done.started))
                 continue
             found = done.measurement
-            measured = Measurement(found.scores, found.merge_seconds, found.evaluate_seconds, done.worker)
+            measured = Measurement(found.scores, found.merge_seconds, found.evaluate_seconds, done.worker, found.report)
             outcomes.append(Outcome(candidate, measured, started=done.started))
         return outcomes

@@ -12,7 +12,8 @@ from safetensors.torch import save
 
 from flows.opening import Opened
 from flows.recipe_file import dump_recipe
-from merging.merge import REFERENCES, Material, head_tensors, merge_to_disk, open_statistics
+from merging.disk import merge_to_disk
+from merging.merge import REFERENCES, Material, head_tensors, open_statistics
 from merging.recipe import Recipe
 from search.schema import Row
 

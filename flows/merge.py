@@ -5,8 +5,8 @@ import torch
 from flows.config import require_writable
 from flows.progress import Display
 from flows.recipe_file import dump_recipe, load_recipe
+from merging.disk import merge_to_disk
 from merging.errors import SettingsError
-from merging.merge import merge_to_disk
 from merging.registry import did_you_mean
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

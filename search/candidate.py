@@ -36,12 +36,14 @@ class Measurement:
         merge_seconds: Wall time of the merge.
         evaluate_seconds: Wall time of the evaluation, all tasks.
         worker: Host, process and device that did it.
+        report: The method's own figures on the merge.
     """
 
     scores: Mapping[str, Score]
     merge_seconds: float | None = None
     evaluate_seconds: float | None = None
     worker: str | None = None
+    report: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ def make_row(outcome: Outcome, objective: float | None, error: str | None, prove
         losses={task: score.loss for task, score in scores.items()},
         expected_errors={task: score.expected_error for task, score in scores.items()},
         examples={task: score.examples for task, score in scores.items()},
+        report=dict(found.report),
         merge_seconds=found.merge_seconds,
         evaluate_seconds=found.evaluate_seconds,
         started=outcome.started,

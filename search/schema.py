@@ -30,11 +30,15 @@ SCHEMA = pa.schema(
         pa.field("scaling", pa.map_(pa.string(), pa.float64()), nullable=False),
         pa.field("parameters", pa.string(), nullable=False),
         pa.field("objective", pa.float64()),
+        pa.field("objectives", pa.map_(pa.string(), pa.float64()), nullable=False),
+        pa.field("violations", pa.map_(pa.string(), pa.float64()), nullable=False),
         pa.field("scores", pa.map_(pa.string(), pa.float64()), nullable=False),
         pa.field("standard_errors", pa.map_(pa.string(), pa.float64()), nullable=False),
         pa.field("losses", pa.map_(pa.string(), pa.float64()), nullable=False),
         pa.field("expected_errors", pa.map_(pa.string(), pa.float64()), nullable=False),
         pa.field("examples", pa.map_(pa.string(), pa.int64()), nullable=False),
+        pa.field("proxies", pa.map_(pa.string(), pa.float64()), nullable=False),
+        pa.field("report", pa.map_(pa.string(), pa.float64()), nullable=False),
         pa.field("merge_seconds", pa.float64()),
         pa.field("evaluate_seconds", pa.float64()),
         pa.field("started", pa.timestamp("us", tz="UTC"), nullable=False),
@@ -63,12 +67,16 @@ class Row:
         members: Names of the members that take part, sorted.
         scaling: Their scaling factors.
         parameters: The method's parameters, all spelled out; a JSON object in the file.
-        objective: What the search maximises; None unless complete.
+        objective: What the search maximises (the first of several); None unless complete.
+        objectives: Name → value of everything that the search maximises.
+        violations: Name of a constraint → by how much it is broken; 0 or less where it holds.
         scores: Task → the task's metric.
         standard_errors: Task → standard error of the score.
         losses: Task → mean cross-entropy.
         expected_errors: Task → mean of 1 − p_y.
         examples: Task → number of examples evaluated.
+        proxies: Name → a figure that needs no labels or no forward pass (a predicted loss, an entropy).
+        report: Name → the method's own figure on the merge (a ridge that was added).
         merge_seconds: Wall time of the merge.
         evaluate_seconds: Wall time of the evaluation, all tasks.
         started: When work on it began.
@@ -90,11 +98,15 @@ class Row:
     trial: int | None = None
     error: str | None = None
     objective: float | None = None
+    objectives: Mapping[str, float] = field(default_factory=dict)
+    violations: Mapping[str, float] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
     standard_errors: Mapping[str, float] = field(default_factory=dict)
     losses: Mapping[str, float] = field(default_factory=dict)
     expected_errors: Mapping[str, float] = field(default_factory=dict)
     examples: Mapping[str, int] = field(default_factory=dict)
+    proxies: Mapping[str, float] = field(default_factory=dict)
+    report: Mapping[str, float] = field(default_factory=dict)
     merge_seconds: float | None = None
     evaluate_seconds: float | None = None
     started: datetime = field(default_factory=lambda: datetime.now(UTC))

@@ -2,8 +2,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from merging.disk import merge_to_disk, partition
 from merging.errors import MethodError
-from merging.merge import Material, ResidentMerger, base_recipe, member_recipe, merge_to_disk, partition
+from merging.merge import Material, ResidentMerger, base_recipe, member_recipe
 from merging.methods import METHODS
 from merging.pool import Pool
 from merging.recipe import Recipe
