@@ -15,11 +15,11 @@ help:
 quickstart: $(VENV)/installed
 	$(BIN)/mergequest quickstart
 
-test: lint
-	$(BIN)/pytest -m "slow or not slow"
+test: lint test-fast
+	$(BIN)/pytest -m slow
 
 test-fast: $(VENV)/installed-dev
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

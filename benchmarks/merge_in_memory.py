@@ -1,22 +1,25 @@
 """Seconds per candidate of every merge method, beside what a plain copy of as many bytes takes.
 
-    python benchmarks/merge_in_memory.py --members 8 --layers 6 --hidden 384 --vocabulary 30522 --dtype
-    float32
+    python benchmarks/merge_in_memory.py --members 8 --layers 6 --hidden 384 --vocabulary 30522 --dtype float32
+    python benchmarks/merge_in_memory.py --growth
 
-Random weights in the shapes of a BERT encoder (the defaults are all-MiniLM-L6-v2's, 22.7M parameters);
-`prepare` once, then the median over candidates of different scaling factors, into preallocated float32
-weights.
+Random weights in the shapes of a BERT encoder (the defaults are all-MiniLM-L6-v2's, 22.7M parameters); `prepare` once,
+then candidates of different scaling factors, into preallocated float32 weights. On a CPU the seconds are the process's
+own, which other work on the machine disturbs less than it does the clock. Copies and methods take turns, and the least
+of all turns counts. `--growth` has members and sizes vary instead.
 """
 
 import argparse
 import time
 from collections.abc import Callable
 from functools import partial
-from statistics import median
 
 import torch
 
 from merging.methods import METHODS, Context, Weight
+
+GROWTH = (2, 4, 8, 16)
+"""Numbers of members."""
 
 
 def shapes(layers: int, hidden: int, vocabulary: int) -> dict[str, tuple[int, ...]]:
@@ -61,19 +64,100 @@ def pool(arguments: argparse.Namespace) -> list[Weight]:
     return weights
 
 
-def seconds(run: Callable[[], None], device: str) -> float:
-    """Wall time of one call."""
-    if device != "cpu":
-        torch.cuda.synchronize()
+def seconds(run: Callable[[], object], device: str) -> float:
+    """Of one call: of the processor on a CPU, by the clock on an accelerator."""
+    if device == "cpu":
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+    torch.cuda.synchronize()
     start = time.perf_counter()
     run()
-    if device != "cpu":
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
+class Candidates:
+    """A prepared method, and candidates of it that differ in their scaling factors.
+
+    Args:
+        name: The method.
+        weights: The pool.
+        out: Where merges go.
+        device: Of all of it.
+    """
+
+    def __init__(self, name: str, weights: list[Weight], out: dict[str, torch.Tensor], device: str) -> None:
+        method = METHODS[name]
+        self._recipe = method.default_recipe(list(weights[0].members)[: method.most_members])
+        self._out, self._device = out, device
+
+        def prepare() -> None:
+            self._prepared = method.prepare(weights, Context(survey=method.survey(weights)))
+
+        self.ready = seconds(prepare, device)
+        self.times: list[float] = []
+        self.first = self.next()
+        self.times.clear()
+
+    def next(self) -> float:
+        """Seconds of one more candidate."""
+        turn = len(self.times)
+        scaling = {m: a * (1 + 0.01 * turn) + 1e-3 * i for i, (m, a) in enumerate(self._recipe.scaling.items())}
+        self.times.append(
+            seconds(partial(self._prepared.merge, scaling, self._recipe.parameters, self._out), self._device)
+        )
+        return self.times[-1]
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Every method beside a copy, one line each."""
+    weights = pool(arguments)
+    out = {w.name: torch.empty(w.base.shape, dtype=torch.float32, device=arguments.device) for w in weights}
+    stored = sum(value.nbytes for w in weights for value in (w.base, *w.members.values()))
+    written = sum(value.nbytes for value in out.values())
+    source = torch.ones(stored // 8, dtype=torch.float32, device=arguments.device)
+    copied = torch.empty_like(source)
+    methods = {name: Candidates(name, weights, out, arguments.device) for name in arguments.methods}
+    copies = []
+    for _ in range(arguments.repeats):
+        copies.append(seconds(lambda: copied.copy_(source), arguments.device))
+        for candidates in methods.values():
+            candidates.next()
+    bandwidth = 2 * source.nbytes / min(copies)
+    limit = (stored + written) / bandwidth
+    parameters = sum(w.base.numel() for w in weights)
+    print(f"{parameters / 1e6:.1f}M parameters, {arguments.members} members, {arguments.dtype}: {stored / 1e9:.2f} GB")
+    print(f"copy: {bandwidth / 1e9:.1f} GB/s; reading the pool and writing a merge at that rate: {limit:.4f} s\n")
+    reference = methods["task_arithmetic"].times if "task_arithmetic" in methods else [float("nan")]
+    print("| method | prepare s | first s | candidate s | × copy | × task arithmetic |\n|---|--:|--:|--:|--:|--:|")
+    for name, candidates in methods.items():
+        each = min(candidates.times)
+        figures = (candidates.ready, candidates.first, each, each / limit, each / min(reference))
+        print(f"| {name} | " + " | ".join(f"{figure:.3f}" for figure in figures) + " |")
+
+
+def grow(arguments: argparse.Namespace) -> None:
+    """Candidates' cost for 2 … 16 members and three sizes."""
+    cells: dict[tuple[str, int], list[str]] = {}
+    for hidden in (arguments.hidden // 4, arguments.hidden // 2, arguments.hidden):
+        for members in GROWTH:
+            weights = pool(argparse.Namespace(**{**vars(arguments), "members": members, "hidden": hidden}))
+            out = {w.name: torch.empty(w.base.shape, device=arguments.device) for w in weights}
+            size = sum(w.base.numel() for w in weights)
+            for name in arguments.methods:
+                candidates = Candidates(name, weights, out, arguments.device)
+                each = min(candidates.next() for _ in range(arguments.repeats))
+                cells.setdefault((name, size), []).append(f"{each * 1e3:.1f} ms ({each / size / members * 1e9:.2f})")
+    print("| method | parameters | " + " | ".join(f"{members} members" for members in GROWTH) + " |")
+    print("|---|--:|" + "--:|" * len(GROWTH))
+    for (name, size), row in sorted(cells.items()):
+        print(f"| {name} | {size / 1e6:.1f}M | {' | '.join(row)} |")
+    print("\nIn brackets: nanoseconds per parameter and member.")
+
+
 def main() -> None:
-    """Measures and prints one line a method."""
+    """Measures and prints tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--members", type=int, default=8)
     parser.add_argument("--layers", type=int, default=6)
@@ -82,41 +166,17 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), help="names; all of them by default")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--growth", action="store_true", help="vary members and sizes")
+    parser.add_argument("--methods", nargs="*", help="names; all by default, four where members grow")
     arguments = parser.parse_args()
-
-    weights = pool(arguments)
-    members = list(weights[0].members)
-    out = {w.name: torch.empty(w.base.shape, dtype=torch.float32, device=arguments.device) for w in weights}
-    stored = sum(value.nbytes for w in weights for value in (w.base, *w.members.values()))
-    written = sum(value.nbytes for value in out.values())
-    source = torch.ones(stored // 8, dtype=torch.float32, device=arguments.device)
-    copied = torch.empty_like(source)
-    copies = [seconds(lambda: copied.copy_(source), arguments.device) for _ in range(arguments.repeats + 1)]
-    bandwidth = 2 * source.nbytes / median(copies[1:])
-    limit = (stored + written) / bandwidth
-    parameters = sum(w.base.numel() for w in weights)
-    print(f"{parameters / 1e6:.1f}M parameters, {len(members)} members, {arguments.dtype}: {stored / 1e9:.2f} GB")
-    print(f"copy: {bandwidth / 1e9:.1f} GB/s; reading the pool and writing a merge at that rate: {limit:.4f} s\n")
-    columns = ("prepare s", "first s", "candidate s", "× copy", "× task arithmetic")
-    print(f"{'method':<20}" + "".join(f"{column:>{len(column) + 3}}" for column in columns))
-    reference = None
-    for name in sorted(arguments.methods, key=lambda known: known != "task_arithmetic"):
-        method = METHODS[name]
-        recipe = method.default_recipe(members[: method.most_members])
-        start = time.perf_counter()
-        prepared = method.prepare(weights, Context(survey=method.survey(weights)))
-        ready = time.perf_counter() - start
-        times = []
-        for repeat in range(arguments.repeats + 1):
-            scaling = {m: a * (1 + 0.01 * repeat) + 1e-3 * i for i, (m, a) in enumerate(recipe.scaling.items())}
-            run = partial(prepared.merge, scaling, recipe.parameters, out)
-            times.append(seconds(run, arguments.device))
-        each = median(times[1:])
-        reference = reference or each
-        figures = (ready, times[0], each, each / limit, each / reference)
-        cells = (f"{figure:>{len(column) + 3}.3f}" for figure, column in zip(figures, columns, strict=True))
-        print(f"{name:<20}" + "".join(cells))
+    torch.set_num_threads(arguments.threads)
+    if arguments.growth:
+        arguments.methods = arguments.methods or ["task_arithmetic", "ties", "fisher", "regmean"]
+        grow(arguments)
+    else:
+        arguments.methods = arguments.methods or [name for name in METHODS if METHODS[name].solution is None]
+        compare(arguments)
 
 
 if __name__ == "__main__":

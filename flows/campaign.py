@@ -1,37 +1,57 @@
 """A campaign from beginning to end: pool → statistics → references → selection → search → test → export → report."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from io import StringIO
 
 from rich.console import Console
 
 from flows.config import Campaign
 from flows.directory import Directory
+from flows.distil import Files, distil
 from flows.executor import RayExecutor
 from flows.export import code_version, export
+from flows.first_order import starts
+from flows.heartbeat import Pulse, heartbeat
 from flows.opening import Opened, open_campaign
+from flows.planning import choosing_anchors, confirm, make_planner, search_split
 from flows.progress import Bar, Display
+from flows.regime import is_sharded, shards_of
 from flows.reporting import write_report
 from flows.selection import prepare_selection, select_subsets
 from flows.statistics import member_statistics, solutions
 from flows.table import as_markdown, as_rich, plain_average, results_table
 from merging import storage
-from merging.errors import SearchError
+from merging.errors import SearchError, SettingsError
 from merging.merge import base_recipe, member_recipe
-from ray_tasks.cluster import Cluster, connect, evaluators_for
-from ray_tasks.evaluation import EvaluatorPool
+from merging.methods import METHODS
+from ray_tasks.cluster import Cluster, connect, evaluators_for, room_for
+from ray_tasks.delivery import FedEvaluator
+from ray_tasks.evaluation import Evaluator
+from ray_tasks.evaluators import EvaluatorPool
+from ray_tasks.metrics import EvaluatorMetrics
+from search.budget import Budget, Ending, Progress
 from search.candidate import Candidate, Provenance
-from search.driver import Budget, search
+from search.constraints import make_constraints
+from search.driver import search
 from search.flight import measure
 from search.ledger import Ledger
-from search.objective import Objective, best, make_objective, own_scores
-from search.samplers import make_sampler
+from search.objective import EXPECTED, Objective, best, make_objective, own_scores, split_name
+from search.samplers import READ_EVERYTHING, make_sampler
 from search.schema import Row
-from search.selection import Selection
-from search.space import Space
+from search.selection import Selection, Subset
 from search.study import open_study
+
+ENDINGS: Mapping[Ending, str] = {
+    "candidates": "every candidate of the budget was measured",
+    "examples": "the search ended with its budget of examples",
+    "seconds": "the search ended with its budget of time",
+    "plateau": "the search ended on a plateau: the best candidate has not got better for long",
+    "exhausted": "the sampler has nothing new to propose: the search space is exhausted",
+}
 
 
 def run(campaign: Campaign, display: Display) -> str:
@@ -55,7 +75,7 @@ def run(campaign: Campaign, display: Display) -> str:
         directory.claim(campaign)
         storage.write_json(directory / "pool.json", opened.fingerprints())
         try:
-            with connect() as cluster:
+            with heartbeat(directory.path, display.pulse), connect() as cluster:
                 display.say(f"  {cluster.describe()}")
                 _work(opened, directory, cluster, display)
         finally:
@@ -93,31 +113,52 @@ def run_selection(campaign: Campaign, display: Display) -> Selection:
             opened = open_campaign(campaign, display)
         directory.claim(campaign)
         with connect() as cluster:
+            ledger = Ledger(directory.ledger, campaign.name)
             with display.phase("Statistics"):
                 prepare_selection(opened, _cache(opened), display)
-            with evaluators(opened, {}, cluster, display) as executor:
-                references = _references(opened, executor, Ledger(directory.ledger, campaign.name), display)
-                return _selection(opened, references, directory, display)
+                greedy = campaign.selection.mode.startswith("greedy")
+                statistics = member_statistics(opened, opened.kinds, _cache(opened), display) if greedy else {}
+            with evaluators(opened, statistics, cluster, display) as executor:
+                references = _references(opened, directory, executor, ledger, display)
+                return _selection(opened, references, directory, executor, ledger, display)
 
 
 @contextmanager
-def evaluators(
-    opened: Opened, statistics: dict[str, tuple[str, ...]], cluster: Cluster, display: Display
-) -> Iterator[RayExecutor]:
+def evaluators(opened: Opened, statistics: Files, cluster: Cluster, display: Display) -> Iterator[RayExecutor]:
     """Evaluators for the block, as many as fit, with threads and memory said."""
     resources = opened.campaign.resources
     gpus = (1.0 if cluster.gpus else 0.0) if resources.gpus is None else resources.gpus
-    count = evaluators_for(cluster, resources.evaluators, resources.threads, gpus, opened.evaluator_bytes())
-    pool = EvaluatorPool(opened.setup(statistics), count, resources.threads, gpus, resources.retries)
-    try:
-        pool.start()
-        display.say(
-            f"  {count} evaluators of {resources.threads} thread{'s' * (resources.threads > 1)}"
-            f"{f' and {gpus:g} GPU' if gpus else ''}, about {opened.evaluator_bytes() / 1e9:.1f} GB each"
+    is_fed = is_sharded(opened, cluster, gpus)
+    memory = int((resources.memory or 0.0) * 1e9) or opened.evaluator_bytes(sharded=is_fed)
+    needs = (resources.threads, gpus, memory)
+    count = evaluators_for(cluster, resources.evaluators, *needs)
+    grows = resources.evaluators is None and cluster.may_grow
+    setup = opened.setup(statistics)
+    with shards_of(opened, setup, count, display) if is_fed else nullcontext() as shards:
+        pool = EvaluatorPool(
+            setup,
+            count,
+            resources.threads,
+            gpus,
+            resources.retries,
+            opened.campaign.search.candidate_seconds,
+            room=(lambda: room_for(cluster.now(), *needs)) if grows else None,
+            say=display.note,
+            kind=FedEvaluator if is_fed else Evaluator,
+            shards=shards,
+            metrics=EvaluatorMetrics(opened.campaign.name),
+            memory=int((resources.memory or 0.0) * 1e9),
         )
-        yield RayExecutor(pool, opened.campaign.search.examples)
-    finally:
-        pool.close()
+        display.pulse.phase, display.pulse.evaluators = "Evaluators", lambda: (pool.there, pool.at_work)
+        try:
+            count = pool.start()
+            display.say(
+                f"  {count} evaluators of {resources.threads} thread{'s' * (resources.threads > 1)}"
+                f"{f' and {gpus:g} GPU' if gpus else ''}, about {memory / 1e9:.1f} GB each"
+            )
+            yield RayExecutor(pool, opened.campaign.search.examples)
+        finally:
+            pool.close()
 
 
 def summary(directory: Directory) -> str:
@@ -143,14 +184,23 @@ def _work(opened: Opened, directory: Directory, cluster: Cluster, display: Displ
     campaign = opened.campaign
     ledger = Ledger(directory.ledger, campaign.name)
     with display.phase("Statistics"):
-        statistics = member_statistics(opened, opened.kinds, _cache(opened), display)
-        statistics |= solutions(opened, _cache(opened), display)
+        statistics: Files = member_statistics(opened, opened.kinds, _cache(opened), display)
+        statistics = {**statistics, **solutions(opened, _cache(opened), display)}
         prepare_selection(opened, _cache(opened), display)
     with evaluators(opened, statistics, cluster, display) as executor:
-        references = _references(opened, executor, ledger, display)
-        selection = _selection(opened, references, directory, display)
-        _search(opened, selection, directory, executor, ledger, display)
-        _test(opened, executor, ledger, display)
+        references = _references(opened, directory, executor, ledger, display)
+        selection = _selection(opened, references, directory, executor, ledger, display)
+        _search(opened, statistics, selection, directory, executor, ledger, display)
+        if campaign.distil is None:
+            _test(opened, executor, ledger, display)
+    if campaign.distil is not None:
+        with display.phase("Distillation"):
+            start = next(row for row in best(ledger.rows(), len(ledger.rows())) if row.method != "distilled")
+            made, statistics = distil(opened, statistics, start.recipe, _cache(opened), display)
+        with evaluators(opened, statistics, cluster, display) as executor:
+            candidate = Candidate(made, "validation", "search")
+            measure([candidate], executor, ledger, _objective(opened, ledger), _provenance(opened))
+            _test(opened, executor, ledger, display)
     with display.phase("Export and report"):
         winner = best(ledger.rows())[0]
         table = as_markdown(results_table(ledger.rows(), list(opened.tasks)))
@@ -164,37 +214,71 @@ class _Watch:
     """Shows the search's progress."""
 
     bar: Bar
+    pulse: Pulse
 
-    def on_start(self, total: int) -> None:
-        """Nothing to show yet."""
+    def on_start(self, progress: Progress) -> None:
+        """Shows what was done before."""
+        self.pulse.progress = progress
+        self.bar.reach(progress.done)
 
-    def on_row(self, row: Row, best: Row | None, done: int, total: int) -> None:
-        """Counts a row and shows the best so far."""
-        note = f"best {best.objective:.4f} ({best.method}, {len(best.members)} members)" if best else ""
-        self.bar.advance(1, note if row.status == "complete" else f"{note}; failed: {row.method}")
+    def on_row(self, row: Row, progress: Progress) -> None:
+        """Counts a row and shows the best so far, the rate, and when a budget will be spent."""
+        self.pulse.progress = progress
+        best, notes = progress.best, []
+        if best is not None:
+            notes.append(f"best {best.objective:.4f} ({best.method}, {len(best.members)} members)")
+        if progress.per_minute is not None:
+            notes.append(f"{progress.per_minute:.1f} a minute")
+        if progress.seconds_left:
+            notes.append(f"until about {datetime.now() + timedelta(seconds=progress.seconds_left):%H:%M:%S}")
+        if row.status == "failed":
+            notes.append(f"failed: {row.method}")
+        self.bar.advance(1, ", ".join(notes))
 
 
-def _references(opened: Opened, executor: RayExecutor, ledger: Ledger, display: Display) -> list[Row]:
+def _references(
+    opened: Opened, directory: Directory, executor: RayExecutor, ledger: Ledger, display: Display
+) -> list[Row]:
     """The base and every member as they are, on validation."""
     recipes = [base_recipe(), *(member_recipe(member) for member in opened.pool.members)]
     candidates = [Candidate(recipe, "validation", "reference") for recipe in recipes]
-    with display.phase("References: base and members on validation"):
+    with (
+        display.phase("References: base and members on validation"),
+        choosing_anchors(opened, directory, executor, candidates),
+    ):
         return measure(candidates, executor, ledger, None, _provenance(opened), opened.campaign.resources.retries)
 
 
-def _selection(opened: Opened, references: Sequence[Row], directory: Directory, display: Display) -> Selection:
+def _selection(
+    opened: Opened,
+    references: Sequence[Row],
+    directory: Directory,
+    executor: RayExecutor,
+    ledger: Ledger,
+    display: Display,
+) -> Selection:
+    def scores(subsets: Sequence[Subset]) -> list[float | None]:
+        method = METHODS[opened.campaign.greedy_method()]
+        candidates = [Candidate(method.default_recipe(subset), "validation", "anchor") for subset in subsets]
+        retries = opened.campaign.resources.retries
+        rows = measure(candidates, executor, ledger, _objective(opened, ledger), _provenance(opened), retries)
+        return [row.objective for row in rows]
+
     path = directory / "selection.json"
     if storage.exists(path):
         return Selection.from_dict(storage.read_json(path))
     with display.phase("Selection"):
-        selection = select_subsets(opened, references, _cache(opened), display)
+        selection = select_subsets(opened, references, _cache(opened), display, scores)
         storage.write_json(path, selection.as_dict())
-        display.say(f"  {selection.mode}: {', '.join('+'.join(subset) for subset in selection.subsets)}")
+        shown = ["+".join(subset) for subset in selection.subsets]
+        more = f" and {len(shown) - 16} more" if len(shown) > 16 else ""
+        display.say(f"  {selection.mode}: {', '.join(shown[:16])}{more}")
     return selection
 
 
 def _search(
     opened: Opened,
+    statistics: Files,
     selection: Selection,
     directory: Directory,
     executor: RayExecutor,
@@ -202,34 +286,60 @@ def _search(
     display: Display,
 ) -> None:
     campaign, settings = opened.campaign, opened.campaign.search
-    space = Space(settings.methods, list(opened.pool.members), selection.subsets, settings.scaling)
-    budget = Budget(settings.candidates, settings.seconds, settings.identical_errors, campaign.resources.retries)
-    done = sum(row.origin in ("anchor", "search") for row in ledger.rows())
+    with display.phase("Starts: what theory and gradients propose"):
+        begin, predict = starts(opened, statistics, opened.space(selection.subsets), directory, display)
+    space = opened.space(selection.subsets, [start.recipe for start in begin])
+    cost = {start.recipe.identity: {f"{start.stage}:examples": float(start.examples)} for start in begin}
+    budget = Budget(
+        settings.candidates,
+        seconds=settings.seconds,
+        examples=settings.budget_examples,
+        patience=settings.patience,
+        min_delta=settings.min_delta,
+        identical_errors=settings.identical_errors,
+        retries=campaign.resources.retries,
+    )
+    objective, split = _objective(opened, ledger), search_split(opened)
+    done = sum(row.split == split and row.origin in ("anchor", "search") for row in ledger.rows())
     with (
         display.phase(
             f"Search: {settings.candidates} candidates, {done} of them done"
             if done
             else f"Search: {settings.candidates} candidates"
         ),
-        open_study(directory / "study", campaign.name, space, ledger, settings.storage) as study,
+        open_study(
+            directory / "study",
+            campaign.name,
+            space,
+            ledger,
+            settings.storage,
+            objectives=len(objective.names),
+            split=split,
+        ) as study,
+        executor.planned(make_planner(opened, objective, directory, ledger)),
         display.bar("candidates", max(settings.candidates, done)) as bar,
     ):
-        bar.advance(done)
         ending = search(
             study,
             space,
-            lambda number: make_sampler(settings.sampler, campaign.seed, settings.sampler_arguments, number),
+            lambda number: make_sampler(settings.sampler, campaign.seed, settings.sampler_arguments, number, selection),
             ledger,
             executor,
-            _objective(opened, ledger),
+            objective,
             _provenance(opened),
             budget,
-            _Watch(bar),
+            _Watch(bar, display.pulse),
+            history=settings.history if settings.sampler in READ_EVERYTHING else None,
+            split=split,
+            describe=lambda recipe: {**predict(recipe), **cost.get(recipe.identity, {})},
         )
-        if ending == "exhausted":
-            display.note("the sampler has nothing new to propose: the search space is exhausted")
-        if not best(ledger.rows()):
+        if ending != "candidates":
+            display.note(ENDINGS[ending])
+        if not best(ledger.rows(), split=split):
             raise SearchError("no candidate could be measured: see the `error` column of the ledger")
+    if split != "validation":
+        with display.phase("Confirmation: the best by estimate on the whole validation set"):
+            confirm(opened, executor, ledger, objective, _provenance(opened))
 
 
 def _test(opened: Opened, executor: RayExecutor, ledger: Ledger, display: Display) -> None:
@@ -250,11 +360,18 @@ def _test(opened: Opened, executor: RayExecutor, ledger: Ledger, display: Displa
 
 def _objective(opened: Opened, ledger: Ledger) -> Objective:
     tasks_of = {member: task for member in opened.pool.members if (task := opened.campaign.task_of(member))}
-    return make_objective(
-        opened.campaign.search.objective,
-        list(opened.tasks),
-        own_scores(ledger.rows(), tasks_of, "validation"),
-    )
+    settings, tasks = opened.campaign.search, list(opened.tasks)
+    rows = ledger.rows()
+    own = own_scores(rows, tasks_of, "validation")
+    expected = own_scores(rows, tasks_of, "validation", expected=True)
+    if any(split_name(name, tasks)[1] for name in settings.objectives):
+        for row in (row for row in rows if row.origin == "reference" and row.status == "complete"):
+            if blind := [task for task, error in row.expected_errors.items() if math.isnan(error)]:
+                raise SettingsError(
+                    f"search.objective: task '{blind[0]}' gives no expected error, only its metric: leave out `{EXPECTED}`"
+                )
+    bounds = make_constraints(settings.constraints, tasks, own)
+    return make_objective(settings.objectives, tasks, own, expected, settings.weights, bounds)
 
 
 def _provenance(opened: Opened) -> Provenance:

@@ -1,7 +1,9 @@
 """The command line. Nothing heavy is imported before a command needs it, so that `--help` answers at once."""
 
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +13,9 @@ from typer.core import TyperGroup
 if TYPE_CHECKING:
     from flows.config import Campaign
     from flows.progress import Display
+
+LOOK = 5.0
+"""Seconds between two looks of `campaign status --watch`."""
 
 
 class Commands(TyperGroup):
@@ -118,13 +123,21 @@ def campaign_resume(
 
 @campaign_app.command("status")
 def campaign_status(
-    directory: Where, json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False
+    directory: Where,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a look.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Look every few seconds until the campaign ends.")] = False,
 ) -> None:
-    """Says how far a campaign is, from any machine that can read its directory."""
+    """Says how far a campaign is and when its driver was last heard of, from any machine that can read its directory."""
     from flows.status import read_status
 
-    status = read_status(directory)
-    typer.echo(status.as_json() if json else status.as_text())
+    while True:
+        status = read_status(directory)
+        if watch and not json and sys.stdout.isatty():
+            typer.clear()
+        typer.echo(status.as_json() if json else status.as_text())
+        if not watch or not status.may_change:
+            return
+        time.sleep(LOOK)
 
 
 @campaign_app.command("check")
@@ -172,13 +185,15 @@ def merge(
     recipe: Annotated[str, typer.Argument(help="Recipe file (YAML).", metavar="RECIPE.yaml")],
     out: Annotated[str, typer.Option("--out", help="Directory to write; it appears whole or not at all.")],
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the base's.")] = None,
-    memory: Annotated[float, typer.Option(help="Gigabytes of weights held at once.", min=0.01)] = 1.0,
+    memory: Annotated[float, typer.Option(help="Gigabytes of working memory.", min=0.01)] = 1.0,
+    threads: Annotated[int | None, typer.Option(help="Threads; by default one a processor.", min=1)] = None,
+    mismatch: Annotated[bool, typer.Option(help="Show the gradient mismatch, from Fisher statistics.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Merges members by a recipe, without data and without a cluster, and writes a Hugging Face directory."""
     from flows.merge import merge_recipe
 
-    merge_recipe(recipe, out, dtype, memory, _display(quiet))
+    merge_recipe(recipe, out, dtype, memory, _display(quiet), mismatch, threads)
     typer.echo(out)
 
 
@@ -190,6 +205,7 @@ def evaluate(
         typer.Argument(help="Recipe files, merged checkpoints, members' names, or `base`.", metavar="WHAT…"),
     ],
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "validation",
+    mismatch: Annotated[bool, typer.Option(help="Show the gradient mismatch, from unlabelled train examples.")] = False,
     address: Address = None,
     quiet: Quiet = False,
 ) -> None:
@@ -197,7 +213,7 @@ def evaluate(
     _join(address)
     from flows.evaluate import evaluate as score
 
-    score(_load(file, None, None), what, split, _display(quiet))
+    score(_load(file, None, None), what, split, _display(quiet), mismatch)
 
 
 @app.command()
@@ -206,6 +222,20 @@ def report(directory: Where) -> None:
     from flows.reporting import write_report
 
     typer.echo(write_report(directory))
+
+
+@app.command()
+def portfolio(
+    directory: Where,
+    count: Annotated[int, typer.Option("-k", "--count", help="How many.", min=1)] = 5,
+    tolerance: Annotated[float, typer.Option(help="How much of the objective diversity is worth.")] = 0.02,
+    json: Annotated[bool, typer.Option("--json", help="A JSON array.")] = False,
+) -> None:
+    """Chooses good and different candidates of a campaign, the winner first."""
+    from flows.portfolio import as_json, as_text, read_portfolio
+
+    rows = read_portfolio(directory, count, tolerance)
+    typer.echo(as_json(rows) if json else as_text(rows))
 
 
 @app.command()
@@ -224,16 +254,17 @@ def submit(
     ] = "http://127.0.0.1:8265",
     out: Out = None,
     candidates: Annotated[int | None, typer.Option(help="Candidates to evaluate, instead of the file's.")] = None,
+    what: Annotated[str, typer.Option(help="campaign, statistics, or merge (FILE is a recipe then).")] = "campaign",
     follow: Annotated[bool, typer.Option(help="Show the job's log until it ends, and exit as it does.")] = True,
 ) -> None:
-    """Runs a campaign as a job of a Ray cluster; Ctrl-C while following stops the job.
+    """Runs a campaign, its statistics or a merge as a job of a Ray cluster; Ctrl-C while following stops the job.
 
-    The program and the resolved campaign file travel; checkpoints, data and the campaign's directory stay where they are,
-    and every node must see them there (a shared file system, or s3:// addresses).
+    The program and the resolved file travel; checkpoints, data and the directory to fill stay where they are, and every
+    node must see them there (a shared file system, or s3:// addresses).
     """
     from flows.submit import submit as send
 
-    raise typer.Exit(send(file, address, out, follow, candidates))
+    raise typer.Exit(send(file, address, out, follow, candidates, what))
 
 
 @app.command()
@@ -254,6 +285,7 @@ def quickstart(
 def main() -> None:
     """Entry point of `mergequest`."""
     sys.path.insert(0, str(Path.cwd()))  # where a custom evaluator's module may lie; Ray's workers follow
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` ends it as Ctrl-C does
     app()
 
 
@@ -279,7 +311,8 @@ def _load(file: str, out: str | None, candidates: int | None) -> "Campaign":
 
 def _with(campaign: "Campaign", out: str | None, candidates: int | None) -> "Campaign":
     """The campaign with what the command line says instead."""
-    from flows.config import Campaign, validate
+    from flows.config import Campaign
+    from flows.settings import validate
     from merging import storage
 
     settings = campaign.model_dump(mode="json")

@@ -1,17 +1,18 @@
 """The campaign file: one model that documents, checks and completes what a user asks for."""
 
-import os
-from collections.abc import Mapping
-from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
+from flows.settings import MemberSettings, Name, Settings, load_yaml, parent, resolve, validate
 from merging import storage
+from merging.descent import DescentSettings
+from merging.distillation import DistillationSettings
 from merging.errors import MergequestError, SettingsError
 from merging.methods import BASE, METHODS
 from merging.propagation import PropagationSettings
+from merging.recipe import GROUP
 from merging.registry import did_you_mean
 from merging.statistics import (
     LikelihoodSettings,
@@ -19,41 +20,45 @@ from merging.statistics import (
     RepresentationSettings,
     StatisticSettings,
 )
-from merging.tasks import AnyTaskSettings
-from search.objective import OBJECTIVES
-from search.samplers import SAMPLERS, make_sampler
-from search.space import MethodSpace, Space
+from merging.tasks import TASKS, AnyTaskSettings
+from search.candidate import Policy
+from search.constraints import Constraint
+from search.constraints import check as check_constraints
+from search.method_space import Granularity, MethodSpace
+from search.objective import EXPECTED, make_objective
+from search.samplers import QUALITY_DIVERSITY, SAMPLERS, SINGLE_OBJECTIVE, make_sampler
+from search.selection import Mode
+from search.space import Space
 
 CAMPAIGN_FILE = "campaign.yaml"
+BUDGETS = (
+    "candidates",
+    "seconds",
+    "budget_examples",
+    "patience",
+    "min_delta",
+    "storage",
+    "identical_errors",
+    "candidate_seconds",
+    "confirm",
+)
+"""Settings of the search that may change while a campaign stays the same."""
 DEFAULT_METHODS = ("average", "task_arithmetic", "ties", "fisher", "gradient_matching", "regmean")
-Model = TypeVar("Model", bound=BaseModel)
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
-class Settings(BaseModel):
-    """A section of the campaign file: unknown keys are errors."""
+class BaseData(Settings):
+    """What the base itself learnt from: gradient_matching with `base_curvature: fisher` asks for the base's own Fisher."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class MemberSettings(Settings):
-    """A checkpoint fine-tuned from the base."""
-
-    checkpoint: str = Field(description="Hugging Face model directory (config.json + safetensors).")
-    statistics: tuple[str, ...] = Field(
-        (), description="Statistics files that somebody published for this checkpoint; used instead of data."
-    )
-    task: str | None = Field(None, description="The task it was fine-tuned on; by default the task of its own name.")
-    examples: int | None = Field(
+    task: str | None = Field(
         None,
-        ge=1,
-        description="Training examples behind it (gradient matching); by default its task's training split.",
+        description="Task whose training examples are the base's own data; the base must have its own head for it.",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _path_alone(cls, value: Any) -> Any:
-        return {"checkpoint": value} if isinstance(value, str) else value
+    statistics: tuple[str, ...] = Field(
+        (), description="Statistics files that somebody published for the base; used instead of data."
+    )
+    examples: int | None = Field(
+        None, ge=1, description="Training examples behind the base; by default the training split of `task`."
+    )
 
 
 class StatisticsSettings(Settings):
@@ -83,13 +88,19 @@ class StatisticsSettings(Settings):
 class SelectionSettings(Settings):
     """Which subsets of members the search may choose among."""
 
-    mode: Literal["dpp-map", "dpp-sample", "all", "fixed"] = Field(
+    mode: Mode = Field(
         "dpp-map",
-        description="dpp-map: the most diverse good subset of each size; dpp-sample: subsets drawn from a k-DPP; all: every "
-        "member always; fixed: the subsets named here.",
+        description="dpp-map: the most diverse good subset of each size; dpp-sample: subsets drawn from a k-DPP; every: every "
+        "subset of these sizes, or 256 drawn from the k-DPP where there are more (the default with the sampler "
+        "quality_diversity); random: subsets drawn blindly; greedy-forward: the best member and those whose joining scores "
+        "most on validation, up to N (N + 1) / 2 candidates of the budget; greedy-soup: from the best member down, those that "
+        "do no harm, 2 N − 1 candidates; all: every member always; fixed: the subsets named here.",
     )
-    sizes: tuple[int, ...] | None = Field(None, description="Sizes of subsets; by default every size from 2.")
-    draws: int = Field(4, ge=1, description="Subsets drawn for each size (dpp-sample).")
+    sizes: tuple[int, ...] | None = Field(None, description="Sizes of subsets; by default every size from 2 to 16.")
+    draws: int = Field(4, ge=1, description="Subsets drawn for each size (dpp-sample, random).")
+    method: str | None = Field(
+        None, description="Method whose defaults the greedy modes merge with; by default the first of search.methods."
+    )
     subsets: tuple[tuple[str, ...], ...] = Field((), description="The subsets (fixed).")
     similarity: Literal["representation", "task-vector"] = Field(
         "representation",
@@ -107,6 +118,18 @@ class SelectionSettings(Settings):
         return self
 
 
+class GradientSettings(DescentSettings):
+    """Gradient descent on scaling factors, from the defaults of methods that are linear in them."""
+
+    methods: tuple[str, ...] = Field(
+        (), description="Which of the search's methods; by default all that are linear in their factors."
+    )
+
+    def descent(self) -> DescentSettings:
+        """What the descent itself is told."""
+        return DescentSettings(**self.model_dump(exclude={"methods"}))
+
+
 class SearchSettings(Settings):
     """What is tried, how it is judged, and when to stop."""
 
@@ -117,14 +140,90 @@ class SearchSettings(Settings):
     )
     candidates: int = Field(64, ge=1, description="Candidates to evaluate, the anchors among them.")
     seconds: float | None = Field(None, gt=0, description="Stop asking for candidates after this wall time.")
-    scaling: Literal["shared", "per_member"] = Field("per_member", description="One scaling factor, or one a member.")
-    objective: str = Field(
-        "mean", description="What is maximised over tasks: mean, worst, normalized, or a task's name."
+    budget_examples: int | None = Field(
+        None, ge=1, description="Stop asking for candidates after so many evaluated examples, all tasks together."
+    )
+    patience: int | None = Field(
+        None, ge=1, description="Stop after so many candidates in a row that did not improve the best one."
+    )
+    min_delta: float = Field(0.0, ge=0, description="An improvement is better by more than this (see patience).")
+    scaling: Granularity = Field(
+        "per_member",
+        description="What has a scaling factor of its own: shared (all members have one), per_member, or every member in "
+        "each group of weights: per_depth (groups of layers), per_layer, per_pattern (patterns of weights' names). Many free "
+        "factors overfit validation.",
+    )
+    depth_groups: int = Field(4, ge=1, description="Into how many groups per_depth divides the layers, first to last.")
+    patterns: tuple[str, ...] = Field(
+        (), description="The groups of per_pattern (`*attention*`), no weight in two; the rest is one group more."
+    )
+    constraints: tuple[Constraint, ...] = Field(
+        (),
+        description="Bounds on tasks' scores, each {task: NAME, drop: 0.05} (at most so far below its own member) or "
+        "{task: NAME, floor: 0.6}, without `task` for every task; candidates that keep them all come first.",
+    )
+    objective: str | tuple[str, ...] = Field(
+        "mean",
+        description="What is maximised over tasks: mean, worst, normalized (by each task's own member), weighted, or a "
+        "task's name; with `expected_` before it, of 1 − expected error, which is smooth where a metric is flat. A list "
+        "searches for the Pareto front; its first decides which candidate wins.",
+    )
+    weights: dict[str, float] = Field(
+        default_factory=dict, description="Task → weight in the objective weighted; those not named count nothing."
     )
     examples: int | None = Field(None, ge=1, description="Validation examples a task and candidate; by default all.")
-    sampler: str = Field("tpe", description="Optuna sampler: " + ", ".join(sorted(SAMPLERS)) + ".")
+    pruning: Policy = Field(
+        "none",
+        description="Which candidates are given up before all examples are measured: none; wilcoxon (clearly worse than the "
+        "best so far, by a paired test); halving (not among the better half at 1, 2, 4, … steps). Anchors never are.",
+    )
+    examples_per_step: int | None = Field(
+        None,
+        ge=1,
+        description="Examples of each task between two decisions; by default an eighth of the largest task (wilcoxon) or a "
+        "quarter (halving).",
+    )
+    anchor_examples: int | None = Field(
+        None,
+        ge=2,
+        description="Measure candidates on so many examples of each task, chosen by what base and members say of all, and "
+        "estimate the rest; by default on all.",
+    )
+    confirm: int = Field(
+        5,
+        ge=1,
+        description="With anchor_examples: the best candidates that are then measured on everything, beside the best of each "
+        "method; the winner is one of them.",
+    )
+    candidate_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="Wall time of one candidate, its method's preparation included; beyond it the candidate has failed, and "
+        "its evaluator is replaced.",
+    )
+    theory: bool = Field(
+        True,
+        description="Where a method is linear in its factors, and members have Fisher or Gram statistics: begin with the "
+        "factors that minimise the quadratic model of all losses, and keep its prediction in the ledger (`proxies`).",
+    )
+    gradient: GradientSettings | None = Field(
+        None, description="Begin with scaling factors found by gradient descent on validation; `{}` for its defaults."
+    )
+    sampler: str = Field(
+        "tpe", description="Optuna sampler: " + ", ".join(sorted(SAMPLERS)) + " (ours: subsets from a k-DPP)."
+    )
     sampler_arguments: dict[str, Any] = Field(default_factory=dict, description="Its arguments, as Optuna names them.")
-    storage: str | None = Field(None, description="Optuna storage URL; by default a journal file in the directory.")
+    history: int | None = Field(
+        500,
+        ge=100,
+        description="How many finished candidates the samplers tpe and gp see, the best and the latest: their proposals take "
+        "longer with each; null for all.",
+    )
+    storage: str | None = Field(
+        None,
+        description="Optuna storage URL, without a password (PostgreSQL reads `PGPASSWORD` or `~/.pgpass`); by default a "
+        "journal file in the directory.",
+    )
     identical_errors: int = Field(5, ge=1, description="Stop after this many equal errors in a row.")
 
     @model_validator(mode="before")
@@ -135,6 +234,34 @@ class SearchSettings(Settings):
         if isinstance(value, dict) and isinstance(value.get("methods"), dict):
             return value | {"methods": {name: spec or {} for name, spec in value["methods"].items()}}
         return value
+
+    @model_validator(mode="after")
+    def _no_password(self) -> "SearchSettings":
+        if self.storage is not None and storage.holds_secret(self.storage):
+            raise ValueError(
+                "storage: the URL holds a password, which would be saved with the campaign: leave it out, and give it by "
+                "PGPASSWORD, ~/.pgpass or the database's own option file"
+            )
+        return self
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """What is maximised; the first decides which candidate wins."""
+        return (self.objective,) if isinstance(self.objective, str) else self.objective
+
+    @model_validator(mode="after")
+    def _one_way_to_save(self) -> "SearchSettings":
+        if self.pruning != "none" and self.anchor_examples is not None:
+            raise ValueError("`pruning` and `anchor_examples` do not go together: choose one")
+        if self.pruning != "none" and not isinstance(self.objective, str) and len(self.objective) > 1:
+            raise ValueError("`pruning` compares candidates by one objective, and there are several: set it to none")
+        return self
+
+    @model_validator(mode="after")
+    def _patterns_go_with_per_pattern(self) -> "SearchSettings":
+        if (self.scaling == "per_pattern") != bool(self.patterns):
+            raise ValueError("`patterns` goes with `scaling: per_pattern`, which needs them")
+        return self
 
 
 class ResourceSettings(Settings):
@@ -147,8 +274,30 @@ class ResourceSettings(Settings):
     gpus: float | None = Field(
         None, ge=0, description="GPUs of an evaluator (fractions share one); by default 1 if any."
     )
+    memory: float | None = Field(
+        None,
+        gt=0,
+        description="GB that an evaluator asks its node for, so that no more of them start there than fit; by default nothing "
+        "is asked for.",
+    )
     precision: Literal["float32", "bfloat16"] = Field("float32", description="Of evaluation; bfloat16 is autocast.")
+    regime: Literal["auto", "resident", "sharded"] = Field(
+        "auto",
+        description="Where candidates are merged: resident (base and members lie in every evaluator), sharded (once in "
+        "the memory of the nodes, in shards, which send evaluators what they merged); auto is sharded where an evaluator has "
+        "no room for them.",
+    )
+    shards: int | None = Field(
+        None, ge=1, description="Shards of the sharded regime; by default one a node, or more where memory asks for it."
+    )
+    shard_memory: float | None = Field(
+        None, gt=0, description="Most memory of a shard in GB; by default four fifths of the smallest node's."
+    )
     retries: int = Field(3, ge=0, description="How often work is tried again after a worker was lost.")
+
+
+class DistilSettings(DistillationSettings):
+    """A last step after the search, without labels: the members' outputs are distilled into all weights of the winner."""
 
 
 class TestSettings(Settings):
@@ -169,6 +318,7 @@ class Campaign(Settings):
     members: dict[Name, MemberSettings] = Field(
         min_length=1, description="The pool: checkpoints by name (a path alone will do)."
     )
+    base_data: BaseData = Field(default_factory=BaseData, description=BaseData.__doc__)
     heads: tuple[str, ...] = Field(
         (),
         description="Patterns (classifier.*) of tensors to keep per task though base and members all have them.",
@@ -181,9 +331,26 @@ class Campaign(Settings):
     statistics: StatisticsSettings = Field(default_factory=StatisticsSettings, description=StatisticsSettings.__doc__)
     selection: SelectionSettings = Field(default_factory=SelectionSettings, description=SelectionSettings.__doc__)
     search: SearchSettings = Field(default_factory=SearchSettings, description=SearchSettings.__doc__)
+    distil: DistilSettings | None = Field(
+        None,
+        description="Distil the members' outputs on their train inputs into the winner, no labels; `{}` for its defaults. It "
+        "is measured and reported beside the merge that it started from.",
+    )
     test: TestSettings = Field(default_factory=TestSettings, description=TestSettings.__doc__)
     resources: ResourceSettings = Field(default_factory=ResourceSettings, description=ResourceSettings.__doc__)
     seed: int = Field(0, ge=0, description="Of sampler, selection and sampled statistics.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _subsets_for_the_sampler(cls, value: Any) -> Any:
+        """The sampler that draws subsets has every one to draw from, unless the file says which."""
+        if not isinstance(value, dict):
+            return value
+        search, selection = value.get("search"), value.get("selection") or {}
+        draws = isinstance(search, dict) and search.get("sampler") == QUALITY_DIVERSITY
+        if not draws or not isinstance(selection, dict) or "mode" in selection:
+            return value
+        return value | {"selection": {**selection, "mode": "every"}}
 
     @model_validator(mode="after")
     def _names_agree(self) -> "Campaign":
@@ -192,11 +359,16 @@ class Campaign(Settings):
         for method in self.search.methods:
             if method not in METHODS:
                 raise ValueError(f"search.methods: unknown method '{method}'. {did_you_mean(method, list(METHODS))}")
+            if method == "distilled":
+                raise ValueError("search.methods: 'distilled' comes after the search: set `distil: {}` instead")
         for task, member in self.task_heads.items():
             if task not in self.tasks:
                 raise ValueError(f"task_heads: unknown task '{task}'. {did_you_mean(task, list(self.tasks))}")
             if member not in self.members:
                 raise ValueError(f"task_heads: unknown member '{member}'. {did_you_mean(member, list(self.members))}")
+        if self.base_data.task is not None and self.base_data.task not in self.tasks:
+            hint = did_you_mean(self.base_data.task, list(self.tasks))
+            raise ValueError(f"base_data.task: unknown task '{self.base_data.task}'. {hint}")
         for name, member_settings in self.members.items():
             if member_settings.task is not None and member_settings.task not in self.tasks:
                 hint = did_you_mean(member_settings.task, list(self.tasks))
@@ -206,12 +378,15 @@ class Campaign(Settings):
                 raise ValueError(f"selection.subsets: '{min(strange)}' is no member")
         if self.selection.sizes is not None and not all(1 <= k <= len(self.members) for k in self.selection.sizes):
             raise ValueError(f"selection.sizes: sizes lie between 1 and {len(self.members)}, the number of members")
-        known = [*OBJECTIVES, *self.tasks]
-        if self.search.objective not in known:
-            raise ValueError(
-                f"search.objective: unknown '{self.search.objective}'. {did_you_mean(self.search.objective, known)}"
-            )
+        self._examples_are_told_apart()
         self._search_can_start()
+        greedy = self.greedy_method()
+        if self.selection.mode.startswith("greedy") and not (
+            greedy in self.search.methods and METHODS[greedy].most_members is None and METHODS[greedy].solution is None
+        ):
+            raise ValueError(
+                f"selection.method: '{greedy}' must be one of search.methods that merges any subset of members"
+            )
         if headless := [task for task in self.tasks if task not in self.owners()]:
             raise ValueError(
                 f"no member has the task '{headless[0]}': give a member `task: {headless[0]}`, or name the member whose head "
@@ -219,13 +394,44 @@ class Campaign(Settings):
             )
         return self
 
+    def _examples_are_told_apart(self) -> None:
+        """Looks whether any task gives outcomes of single examples, where the search asks for some of them."""
+        asked = "anchor_examples" if self.search.anchor_examples else "pruning"
+        wanted = self.search.anchor_examples or self.search.pruning != "none"
+        if wanted and not any(TASKS[task.kind][0].has_outcomes for task in self.tasks.values()):
+            raise ValueError(f"search.{asked}: every task here is measured whole; leave it out")
+
     def _search_can_start(self) -> None:
         """Makes sampler and space once, for the errors that they raise."""
         try:
             make_sampler(self.search.sampler, self.seed, self.search.sampler_arguments)
-            Space(self.search.methods, list(self.members), None, self.search.scaling)
+            own = {task for member in self.members if (task := self.task_of(member))}
+            check_constraints(self.search.constraints, list(self.tasks), own)
+            self._objectives_fit()
+            # which groups there are depends on the pool's weights: here those that are named will do
+            named = {key.partition(GROUP)[2] for spec in self.search.methods.values() for key in spec.scaling_of} - {""}
+            groups = sorted(named) if self.search.scaling not in ("shared", "per_member") else []
+            Space(self.search.methods, list(self.members), None, self.search.scaling, groups)
         except MergequestError as error:
             raise ValueError(str(error)) from error
+
+    def _objectives_fit(self) -> None:
+        settings, ones = self.search, dict.fromkeys(self.tasks, 1.0)
+        try:
+            names = make_objective(settings.objectives, list(self.tasks), ones, ones, settings.weights).names
+        except SettingsError as error:
+            raise SettingsError(f"search.objective: {error}") from error
+        if settings.weights and not {"weighted", f"{EXPECTED}weighted"} & set(names):
+            raise SettingsError("search.weights go with `objective: weighted`")
+        single = SINGLE_OBJECTIVE & {settings.sampler, settings.sampler_arguments.get("sampler")}
+        if len(names) > 1 and single:
+            raise SettingsError(
+                f"sampler '{min(single)}' maximises one objective, not {len(names)}: use 'tpe' or 'nsga2', or name one"
+            )
+
+    def greedy_method(self) -> str:
+        """The method that greedy selection merges with."""
+        return self.selection.method or next(iter(self.search.methods))
 
     def task_of(self, member: str) -> str | None:
         """The task that a member was fine-tuned on; None where it has none here."""
@@ -242,29 +448,10 @@ class Campaign(Settings):
     def identity(self) -> str:
         """Hash of what makes two runs the same campaign: everything but budget, resources and place."""
         settings = self.model_dump(mode="json", exclude={"directory", "resources", "test"})
-        for budget in ("candidates", "seconds", "storage", "identical_errors"):
+        for budget in BUDGETS:
             settings["search"].pop(budget)
         settings["statistics"].pop("cache")
         return storage.fingerprint(settings)
-
-
-def load_yaml(path: str) -> dict[str, Any]:
-    """A YAML file's mapping.
-
-    Raises:
-        SettingsError: It is missing, no YAML, or no mapping.
-    """
-    try:
-        value = yaml.safe_load(storage.read_text(path))
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{path} is not valid YAML: {error}") from error
-    except MergequestError as error:
-        raise SettingsError(str(error)) from error
-    if not isinstance(value, dict):
-        raise SettingsError(
-            f"{path} holds no settings: expected `key: value` lines; `mergequest init` writes an example"
-        )
-    return value
 
 
 def load_campaign(path: str) -> Campaign:
@@ -281,6 +468,7 @@ def load_campaign(path: str) -> Campaign:
     for member in settings["members"].values():
         member["checkpoint"] = resolve(member["checkpoint"], root)
         member["statistics"] = [resolve(file, root) for file in member["statistics"]]
+    settings["base_data"]["statistics"] = [resolve(file, root) for file in campaign.base_data.statistics]
     if settings["statistics"]["cache"]:
         settings["statistics"]["cache"] = resolve(settings["statistics"]["cache"], root)
     for task in settings["tasks"].values():
@@ -291,81 +479,6 @@ def load_campaign(path: str) -> Campaign:
     return validate(Campaign, settings, path)
 
 
-def parent(path: str) -> str:
-    """The directory of a local file or an address."""
-    return storage.absolute(path).rpartition("/")[0]
-
-
-def resolve(path: str, root: str) -> str:
-    """`path` as it is if absolute or an address, else below `root`."""
-    if not storage.is_local(path):
-        return path
-    place = storage.local_path(path).expanduser()
-    return os.path.normpath(place if place.is_absolute() else storage.join(root, str(place)))
-
-
-def require_writable(path: str) -> None:
-    """Looks whether a local directory could be written, before the work that fills it.
-
-    Raises:
-        SettingsError: It cannot, or there is a file in its place.
-    """
-    if not storage.is_local(path):
-        return
-    place = storage.local_path(path)
-    if place.exists() and not place.is_dir():
-        raise SettingsError(f"{path} is a file; name a directory")
-    parent = next(p for p in (place, *place.absolute().parents) if p.exists())
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise SettingsError(f"there is no right to write in {parent}: choose another place with --out")
-
-
 def dump(campaign: Campaign) -> str:
     """A campaign as a YAML file, every default spelled out."""
     return yaml.safe_dump(campaign.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
-
-
-def validate(model: type[Model], value: Mapping[str, Any], where: str) -> Model:
-    """`value` as a settings model.
-
-    Raises:
-        SettingsError: One line for every mistake, with the place in the file and the nearest known key.
-    """
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        lines = [f"  - {_explain(model, entry)}" for entry in error.errors(include_url=False)]
-        raise SettingsError(f"{where}: {len(lines)} mistake{'s' * (len(lines) > 1)}:\n" + "\n".join(lines)) from error
-
-
-def _explain(model: type[BaseModel], entry: Any) -> str:
-    """One mistake that pydantic found, in a user's words."""
-    place = ".".join(str(part) for part in entry["loc"])
-    if entry["type"] == "extra_forbidden":
-        known = sorted(_fields_at(model, entry["loc"][:-1]))
-        return f"{place}: unknown key. {did_you_mean(str(entry['loc'][-1]), known)}"
-    if entry["type"] == "missing":
-        return f"{place}: missing"
-    message = str(entry["msg"]).removeprefix("Value error, ")
-    shown = "" if isinstance(entry["input"], dict) else f" (found {entry['input']!r})"
-    return f"{place}: {message}{shown}" if place else message
-
-
-def _fields_at(annotation: Any, loc: tuple[Any, ...]) -> set[str]:
-    """The keys that are known at a place of the file."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        if not loc:
-            return set(annotation.model_fields)
-        field = annotation.model_fields.get(str(loc[0]))
-        return _fields_at(field.annotation, loc[1:]) if field else set()
-    inner = get_args(annotation)
-    if get_origin(annotation) is dict:
-        return _fields_at(inner[-1], loc[1:])
-    if get_origin(annotation) is Annotated:
-        return _fields_at(inner[0], loc)
-    if get_origin(annotation) in (Union, UnionType) and loc:  # a union that is told apart by a tag has it in the place
-        inner = tuple(
-            m for m in inner if "kind" in getattr(m, "model_fields", {}) and m.model_fields["kind"].default == loc[0]
-        )
-        loc = loc[1:]
-    return set().union(*(_fields_at(argument, loc) for argument in inner))

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import yaml
 
-from flows.config import CAMPAIGN_FILE, Campaign, dump, load_campaign, require_writable
+from flows.config import CAMPAIGN_FILE, Campaign, dump, load_campaign
+from flows.lease import lease
+from flows.settings import require_writable
 from merging import storage
 from merging.errors import LedgerError, SettingsError, StorageError
 
@@ -92,13 +94,15 @@ class Directory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other drivers out of a local directory for the block; the lock dies with its process.
+        """Keeps other drivers out of this directory for the block; the lock dies with its process.
 
         Raises:
             LedgerError: Another driver is at work here.
+            StorageError: There is no right to write here.
         """
         if not storage.is_local(self.path):
-            yield
+            with lease(self / LEASE, f"this campaign ({self.path})"):
+                yield
             return
         storage.make_dir(self.path)
         handle = os.open(storage.local_path(self / ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
@@ -126,13 +130,23 @@ class Directory:
 
 
 DONE = "done.json"
+LEASE = ".lease.json"
 KNOWN = ("members", "data", "statistics")
 """What may lie in a directory before its campaign does: the quick start's pool, and statistics computed ahead."""
 
 
 def _budget(campaign: Campaign) -> list[object]:
     """What a finished campaign has spent; with more of it, there is more to do."""
-    return [campaign.identity(), campaign.search.candidates, campaign.search.seconds, campaign.test.top]
+    settings = campaign.search
+    return [
+        campaign.identity(),
+        settings.candidates,
+        settings.seconds,
+        campaign.test.top,
+        settings.budget_examples,
+        settings.patience,
+        settings.min_delta,
+    ]
 
 
 def _differences(one: Campaign, other: Campaign) -> list[str]:

@@ -7,22 +7,27 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.campaign import evaluators
-from flows.config import Campaign, validate
-from flows.opening import open_campaign
+from flows.config import Campaign
+from flows.opening import Opened, open_campaign
 from flows.progress import Display
 from flows.recipe_file import load_recipe
+from flows.settings import validate
 from flows.statistics import published_files
 from merging import storage
 from merging.errors import SettingsError, TaskError
 from merging.merge import REFERENCE_BASE, base_recipe, member_recipe
+from merging.mismatch import Mismatch
 from merging.recipe import Recipe
 from merging.registry import did_you_mean
 from merging.tasks.base import Score, Split
+from ray_tasks.calls import each
 from ray_tasks.cluster import connect
+from ray_tasks.mismatch import measure_mismatch
+from ray_tasks.statistics import BoundTask
 from search.candidate import Candidate
 
 
-def evaluate(campaign: Campaign, what: Sequence[str], split: str, display: Display) -> None:
+def evaluate(campaign: Campaign, what: Sequence[str], split: str, display: Display, mismatch: bool = False) -> None:
     """Prints the scores of recipe files, merged checkpoints, members by name, or `base`.
 
     Args:
@@ -31,6 +36,7 @@ def evaluate(campaign: Campaign, what: Sequence[str], split: str, display: Displ
             statistics do, too.
         split: Which examples.
         display: Shows progress.
+        mismatch: Also prints each model's gradient mismatch over the members' tasks; it takes no labels.
 
     Raises:
         MergequestError: Something is unusable.
@@ -44,22 +50,26 @@ def evaluate(campaign: Campaign, what: Sequence[str], split: str, display: Displ
     with display.phase("Pool"):
         opened = open_campaign(validate(Campaign, joined, "evaluate"), display)
     scores: dict[str, dict[str, Score]] = {}
-    with connect() as cluster, evaluators(opened, published_files(opened), cluster, display) as executor:
-        names = {recipe.identity: name for name, recipe in recipes.items()}
-        queue = list(recipes.values())
-        with display.bar("models", len(queue)) as bar:
-            under_way = 0
-            while queue or under_way:
-                while queue and under_way < executor.capacity:
-                    executor.submit(Candidate(queue.pop(0), split))  # type: ignore[arg-type]
-                    under_way += 1
-                for outcome in executor.wait(1.0):
-                    under_way -= 1
-                    bar.advance()
-                    if outcome.measurement is None:
-                        raise TaskError(f"{names[outcome.candidate.recipe.identity]}: {outcome.error}")
-                    scores[names[outcome.candidate.recipe.identity]] = dict(outcome.measurement.scores)
-    _print(scores, list(what), list(opened.tasks))
+    norms: dict[str, Mismatch] = {}
+    with connect() as cluster:
+        with evaluators(opened, published_files(opened), cluster, display) as executor:
+            names = {recipe.identity: name for name, recipe in recipes.items()}
+            queue = list(recipes.values())
+            with display.bar("models", len(queue)) as bar:
+                under_way = 0
+                while queue or under_way:
+                    while queue and under_way < executor.capacity:
+                        executor.submit(Candidate(queue.pop(0), split))
+                        under_way += 1
+                    for outcome in executor.wait(1.0):
+                        under_way -= 1
+                        bar.advance()
+                        if outcome.measurement is None:
+                            raise TaskError(f"{names[outcome.candidate.recipe.identity]}: {outcome.error}")
+                        scores[names[outcome.candidate.recipe.identity]] = dict(outcome.measurement.scores)
+        if mismatch:
+            norms = _mismatches(opened, recipes, display)
+    _print(scores, norms, list(what), list(opened.tasks))
 
 
 def _recipe(name: str, campaign: Campaign, joined: dict[str, dict[str, dict[str, object]]]) -> Recipe:
@@ -91,11 +101,36 @@ def _recipe(name: str, campaign: Campaign, joined: dict[str, dict[str, dict[str,
     return file.recipe()
 
 
-def _print(scores: dict[str, dict[str, Score]], order: list[str], tasks: list[str]) -> None:
-    """A table: models down, tasks across."""
+def _mismatches(opened: Opened, recipes: dict[str, Recipe], display: Display) -> dict[str, Mismatch]:
+    """Each model's gradient mismatch over the tasks of all members that have one with data."""
+    campaign = opened.campaign
+    tasks = {
+        member: BoundTask(task, campaign.tasks[task], campaign.members[member].checkpoint, campaign.base)
+        for member in opened.pool.members
+        if (task := campaign.task_of(member)) and opened.tasks[task].has_logits and opened.tasks[task].size("train")
+    }
+    setup = opened.setup(published_files(opened))
+    calls = {name: (setup, tasks, recipe) for name, recipe in recipes.items()}
+    with display.bar("gradients", 100) as bar:
+        found = each(
+            measure_mismatch, calls, cpus=campaign.resources.threads, progress=lambda s: bar.reach(int(100 * s))
+        )
+        return dict(found)
+
+
+def _print(scores: dict[str, dict[str, Score]], norms: dict[str, Mismatch], order: list[str], tasks: list[str]) -> None:
+    """A table: models down, tasks across; and one of gradient mismatches, if they were asked for."""
     table = Table("model", *tasks, "mean")
     for name in order:
         found = [scores[name][task] for task in tasks]
         mean = sum(score.value for score in found) / len(found)
         table.add_row(name, *(f"{score.value:.4f} ± {score.standard_error:.4f}" for score in found), f"{mean:.4f}")
     Console().print(table)
+    if norms:
+        members = list(next(iter(norms.values())).members)
+        mismatches = Table("gradient mismatch", *members, "all")
+        for name in order:
+            mismatches.add_row(
+                name, *(f"{norms[name].members[member]:.3g}" for member in members), f"{norms[name].total:.4g}"
+            )
+        Console().print(mismatches)

@@ -14,7 +14,8 @@ from flows.opening import Opened
 from flows.recipe_file import dump_recipe
 from merging.disk import merge_to_disk
 from merging.merge import REFERENCES, Material, head_tensors, open_statistics
-from merging.recipe import Recipe
+from merging.methods import BASE
+from merging.recipe import Recipe, nested
 from search.schema import Row
 
 HEAD = "head.safetensors"
@@ -49,7 +50,15 @@ def export(
     members = {name: (m.checkpoint.path, tuple(used.get(name, ()))) for name, m in opened.pool.members.items()}
     extra: dict[str, str | bytes] = {
         "README.md": model_card(opened, recipe, table, row),
-        "recipe.yaml": dump_recipe(opened.pool.base.path, members, recipe, used.get("+".join(recipe.members), ())),
+        "recipe.yaml": dump_recipe(
+            opened.pool.base.path,
+            members,
+            recipe,
+            used.get("+".join(recipe.members), ()),
+            base_statistics=used.get(BASE, ()),
+            examples=opened.examples(),
+            heads=opened.campaign.heads,
+        ),
     }
     for task, owner in opened.campaign.owners().items():
         config = dict(opened.pool.members[owner].checkpoint.config)
@@ -70,6 +79,7 @@ def model_card(opened: Opened, recipe: Recipe, table: str, row: Row | None) -> s
     return templates.get_template("model_card.md.j2").render(
         campaign=opened.campaign,
         recipe=recipe,
+        factors={member: in_words(factors) for member, factors in nested(recipe.scaling).items()},
         table=table,
         row=row,
         owners=opened.campaign.owners(),
@@ -80,6 +90,13 @@ def model_card(opened: Opened, recipe: Recipe, table: str, row: Row | None) -> s
         },
         versions=versions(),
     )
+
+
+def in_words(factors: float | Mapping[str, float]) -> str:
+    """A member's scaling factor, or that of each of its groups of weights, for a cell of a Markdown table."""
+    if isinstance(factors, Mapping):
+        return ", ".join(f"{factor:.4g} (`{group}`)" for group, factor in factors.items())
+    return f"{factors:.4g}"
 
 
 def versions() -> dict[str, str]:

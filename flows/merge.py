@@ -2,25 +2,38 @@
 
 import torch
 
-from flows.config import require_writable
 from flows.progress import Display
 from flows.recipe_file import dump_recipe, load_recipe
+from flows.settings import require_writable
+from merging.checkpoint import Checkpoint
 from merging.disk import merge_to_disk
 from merging.errors import SettingsError
+from merging.mismatch import quadratic_mismatch, require_fishers
 from merging.registry import did_you_mean
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MILLION = 1_000_000
 
 
-def merge_recipe(path: str, out: str, dtype: str | None, gigabytes: float, display: Display) -> None:
+def merge_recipe(
+    path: str,
+    out: str,
+    dtype: str | None,
+    gigabytes: float,
+    display: Display,
+    mismatch: bool = False,
+    threads: int | None = None,
+) -> None:
     """Merges by a recipe file.
 
     Args:
         path: The recipe file.
         out: The directory to write; replaced if it is a checkpoint, whole or not at all.
         dtype: Name of the output dtype; None for the base's.
-        gigabytes: Weights held at once.
+        gigabytes: Working memory; local checkpoints are read by memory map, which takes none of it.
         display: Shows progress.
+        mismatch: Also shows the gradient mismatch that the members' Fisher information predicts.
+        threads: Weights merged side by side; None for as many as there are processors.
 
     Raises:
         MergequestError: Something is wrong with the recipe, a checkpoint or a statistic; nothing was written.
@@ -32,19 +45,37 @@ def merge_recipe(path: str, out: str, dtype: str | None, gigabytes: float, displ
     require_writable(out)
     with display.phase(f"Merging {len(file.members)} members by {recipe.method}"):
         material = file.material()
+        if mismatch:
+            require_fishers(material, recipe.members)
         for note in material.pool.notes:
             display.note(note)
         members = {name: (member.checkpoint, member.statistics) for name, member in file.members.items()}
-        with display.bar("tensors", len(material.pool.weights)) as bar:
+        entries = sum(info.nbytes // info.dtype.itemsize for info in material.pool.weights.values())
+        with display.bar("million parameters", -(-entries // MILLION)) as bar:
             report = merge_to_disk(
                 material,
                 recipe,
                 out,
                 dtype=DTYPES[dtype] if dtype else None,
                 max_bytes=int(gigabytes * 1e9),
-                extra={"recipe.yaml": dump_recipe(file.base, members, recipe, file.statistics)},
-                progress=lambda done, total: bar.reach(done),
+                threads=threads,
+                extra={
+                    "recipe.yaml": dump_recipe(
+                        file.base,
+                        members,
+                        recipe,
+                        file.statistics,
+                        base_statistics=file.base_statistics,
+                        examples=material.examples,
+                        heads=file.heads,
+                    )
+                },
+                progress=lambda done, total: bar.reach(-(-done // MILLION)),
             )
         for name, value in report.items():
             if "." not in name:  # of all weights, not of each
                 display.note(f"{name}: {value:.3g}")
+        if mismatch:
+            found = quadratic_mismatch(material, Checkpoint.open(out).read, dict.fromkeys(recipe.members, 1.0))
+            terms = ", ".join(f"{member} {norm:.3g}" for member, norm in found.members.items())
+            display.note(f"gradient mismatch, as Fisher information predicts it: {found.total:.3g} ({terms})")

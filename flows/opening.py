@@ -1,16 +1,20 @@
 """From a campaign file to an opened pool and tasks: everything that can be wrong is found here, before any work."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flows.config import Campaign
+from flows.config import BaseData, Campaign
 from flows.progress import Display
-from merging.methods import METHODS
+from merging.errors import SettingsError
+from merging.methods import BASE, METHODS, Method
 from merging.pool import Pool
+from merging.recipe import Recipe, Value
 from merging.tasks import make_task
 from merging.tasks.base import Task
 from ray_tasks.evaluation import Setup
+from search.method_space import weight_groups
+from search.space import Space
 
 
 @dataclass(frozen=True)
@@ -32,24 +36,35 @@ class Opened:
     @property
     def kinds(self) -> list[str]:
         """Kinds of statistic that the campaign's methods need."""
-        found: set[str] = set()
+        return sorted({kind for method, parameters in self.variants() for kind in method.needs(parameters)})
+
+    @property
+    def base_kinds(self) -> list[str]:
+        """Kinds of statistic of the base itself that the campaign's methods need."""
+        return sorted({kind for method, parameters in self.variants() for kind in method.base_needs(parameters)})
+
+    def variants(self) -> Iterator[tuple[Method, dict[str, Value]]]:
+        """The campaign's methods, each with every value that a parameter may take, one parameter at a time."""
         for name, space in self.campaign.search.methods.items():
             method = METHODS[name]
             usual = {key: spec.default for key, spec in method.parameters.items()}
-            found.update(method.needs(usual) if not space.parameters else ())
+            if not space.parameters:
+                yield method, usual
             for key, domain in space.parameters.items():
                 for value in domain.values:
-                    found.update(method.needs({**usual, key: value}))
-        return sorted(found)
+                    yield method, {**usual, key: value}
 
     def examples(self) -> dict[str, int]:
-        """Member → number of training examples behind it, where that is known."""
+        """Member, or `base` → number of training examples behind it, where that is known."""
         found = {}
         for member, settings in self.campaign.members.items():
             task = self.campaign.task_of(member)
             size = settings.examples or (self.tasks[task].size("train") if task else 0)
             if size:
                 found[member] = size
+        own = self.campaign.base_data
+        if size := own.examples or (self.tasks[own.task].size("train") if own.task else 0):
+            found[BASE] = size
         return found
 
     def task_of(self, member: str) -> Task | None:
@@ -57,7 +72,7 @@ class Opened:
         name = self.campaign.task_of(member)
         if name is None:
             return None
-        return make_task(name, self.campaign.tasks[name], self.campaign.members[member].checkpoint)
+        return make_task(name, self.campaign.tasks[name], self.campaign.members[member].checkpoint, self.campaign.base)
 
     def setup(self, statistics: Mapping[str, tuple[str, ...]]) -> Setup:
         """What an evaluator builds itself from."""
@@ -87,10 +102,26 @@ class Opened:
             "heads": {name: list(member.head) for name, member in self.pool.members.items()},
         }
 
-    def evaluator_bytes(self) -> int:
-        """Estimated memory of an evaluator: models, and for every method one float32 copy of each member's weights."""
+    def space(self, subsets: Sequence[Sequence[str]] | None = None, starts: Sequence[Recipe] = ()) -> Space:
+        """What the campaign searches, over these subsets of members or over all members always, from these starts.
+
+        Raises:
+            MethodError: Groups of weights do not fit the pool.
+            SettingsError: The methods' ranges do not fit them, or the members.
+        """
+        search = self.campaign.search
+        groups = weight_groups(search.scaling, list(self.pool.weights), search.depth_groups, search.patterns)
+        return Space(search.methods, list(self.pool.members), subsets, search.scaling, groups, starts)
+
+    def evaluator_bytes(self, *, sharded: bool = False) -> int:
+        """Estimated memory of an evaluator: models, and for every method one float32 copy of each member's weights.
+
+        Args:
+            sharded: Of one that merges nothing itself, and holds models and the next candidate's weights.
+        """
         weights = sum(info.nbytes for info in self.pool.weights.values())
-        return (1 << 30) + weights * (2 + len(self.pool.members) * len(self.campaign.search.methods))
+        copies = 0 if sharded else len(self.pool.members) * len(self.campaign.search.methods)
+        return (1 << 30) + weights * (3 if sharded else 2 + copies)
 
 
 def open_campaign(campaign: Campaign, display: Display) -> Opened:
@@ -106,7 +137,7 @@ def open_campaign(campaign: Campaign, display: Display) -> Opened:
         display.note(note)
     owners = campaign.owners()
     tasks = {
-        name: make_task(name, settings, campaign.members[owners[name]].checkpoint)
+        name: make_task(name, settings, campaign.members[owners[name]].checkpoint, campaign.base)
         for name, settings in campaign.tasks.items()
     }
     for task in tasks.values():
@@ -119,4 +150,12 @@ def open_campaign(campaign: Campaign, display: Display) -> Opened:
         f"  {pool.base.architecture}: {len(pool.members)} members, {len(pool.weights)} merged weights "
         f"({size / 1e6:.0f} MB), {len(heads)} tensors kept per task, {len(tasks)} tasks"
     )
-    return Opened(campaign, pool, tasks, distances)
+    opened = Opened(campaign, pool, tasks, distances)
+    opened.space()  # for the errors that it raises
+    if opened.base_kinds and campaign.base_data == BaseData():
+        raise SettingsError(
+            f"search.methods: a method needs the {opened.base_kinds[0]} of the base on its own data. Set base_data.task (a "
+            "task for which the base has a head of its own) or base_data.statistics (a file), or leave base_curvature at "
+            "'identity'"
+        )
+    return opened

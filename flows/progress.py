@@ -15,6 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from flows.heartbeat import Pulse
+
 LINE_EVERY = 10.0
 """Seconds between lines where there is no terminal to draw a bar on."""
 
@@ -68,10 +70,12 @@ class Display:
     Args:
         console: Where to write.
         timings: Phase → seconds, summed over its runs.
+        pulse: What is told of the work to those who look from elsewhere.
     """
 
     console: Console = field(default_factory=lambda: Console(stderr=True))
     timings: dict[str, float] = field(default_factory=dict)
+    pulse: Pulse = field(default_factory=Pulse)
 
     def say(self, text: str) -> None:
         """A line."""
@@ -85,6 +89,7 @@ class Display:
     def phase(self, name: str) -> Iterator[None]:
         """Announces a phase and takes its time."""
         self.console.print(f"[bold]{name}[/]", highlight=False)
+        self.pulse.phase = name
         start = time.perf_counter()
         try:
             yield

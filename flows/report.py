@@ -89,6 +89,7 @@ def render(
     ranked = best(rows, len(rows))
     plots = {
         "history": figures.history(rows, looks),
+        "front": figures.front(rows, looks),
         "scaling": figures.scaling(rows, looks),
         "importance": figures.importance(rows, study),
         "share": figures.share(rows),

@@ -3,9 +3,8 @@
 from datetime import UTC, datetime
 
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 
+import search.study
 from flows.config import Campaign
 from flows.directory import Directory
 from flows.export import versions
@@ -41,14 +40,12 @@ def write_report(path: str) -> str:
 
 def read_study(directory: Directory, campaign: Campaign) -> optuna.Study | None:
     """The campaign's study as it stands, to look at; None where there is none."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     url = campaign.search.storage
-    journal = storage.join(directory.path, "study", "journal.log")
-    if url is None and not (storage.is_local(journal) and storage.exists(journal)):
-        return None
+    if url is None:
+        return search.study.read_study(directory / "study", campaign.name)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        backend = url or JournalStorage(JournalFileBackend(str(storage.local_path(journal))))
-        return optuna.load_study(study_name=campaign.name, storage=backend)
+        return optuna.load_study(study_name=campaign.name, storage=url)
     except (KeyError, ValueError):
         return None
 
@@ -57,7 +54,7 @@ def facts(directory: Directory, campaign: Campaign) -> Facts:
     """What the ledger does not know of its campaign."""
     return Facts(
         name=campaign.name,
-        objective=campaign.search.objective,
+        objective=", ".join(campaign.search.objectives),
         base=campaign.base,
         members={name: member.checkpoint for name, member in campaign.members.items()},
         tasks={

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flows.config import SelectionSettings
 from flows.opening import Opened
 from flows.progress import Display
 from flows.statistics import representations
@@ -14,6 +15,8 @@ from merging.merge import REFERENCE_BASE, REFERENCE_MEMBER
 from merging.statistics import StatisticsFile
 from merging.task_vectors import inner_products
 from search import kernel
+from search.greedy import Scores, greedy_forward, greedy_soup
+from search.samplers import QUALITY_DIVERSITY
 from search.schema import Row
 from search.selection import Selection, select
 
@@ -21,11 +24,13 @@ from search.selection import Selection, select
 def prepare_selection(opened: Opened, cache: str, display: Display) -> None:
     """Computes what `select_subsets` will read, while the cluster is free for it."""
     settings = opened.campaign.selection
-    if settings.mode.startswith("dpp") and settings.similarity == "representation" and len(opened.pool.members) > 1:
+    if _needs_kernel(opened) and settings.similarity == "representation" and len(opened.pool.members) > 1:
         representations(opened, cache, display)
 
 
-def select_subsets(opened: Opened, references: Sequence[Row], cache: str, display: Display) -> Selection:
+def select_subsets(
+    opened: Opened, references: Sequence[Row], cache: str, display: Display, scores: Scores
+) -> Selection:
     """Selects as the campaign file says.
 
     Args:
@@ -33,28 +38,49 @@ def select_subsets(opened: Opened, references: Sequence[Row], cache: str, displa
         references: Validation rows of the base and of every member.
         cache: Directory of computed statistics.
         display: Shows progress.
+        scores: Measures subsets on validation, for the greedy modes.
 
     Raises:
         SelectionError: Quality or similarity are unusable; the message names the setting to use instead.
     """
     settings = opened.campaign.selection
     members = list(opened.pool.members)
-    if settings.mode in ("all", "fixed") or len(members) < 2:
-        mode = settings.mode if settings.mode == "fixed" else "all"
-        return select(members, mode, subsets=settings.subsets)
-    quality, notes = member_quality(opened, references)
+    if len(members) < 2:
+        return select(members, "all")
+    quality, similarity = None, None
+    notes: list[str] = []
+    if _needs_kernel(opened):
+        quality, notes = member_quality(opened, references)
+        similarity = member_similarity(opened, cache, display)
     for note in notes:
         display.note(note)
     return select(
         members,
         settings.mode,
         quality=quality,
-        similarity=member_similarity(opened, cache, display),
+        similarity=similarity,
         sizes=settings.sizes,
         draws=settings.draws,
         seed=opened.campaign.seed,
+        subsets=_named_subsets(settings, members, scores),
         notes=notes,
     )
+
+
+def _needs_kernel(opened: Opened) -> bool:
+    """Whether q and S are asked for: by the mode, or by the sampler that draws by them."""
+    campaign = opened.campaign
+    return campaign.selection.mode.startswith(("dpp", "every")) or campaign.search.sampler == QUALITY_DIVERSITY
+
+
+def _named_subsets(settings: SelectionSettings, members: Sequence[str], scores: Scores) -> Sequence[Sequence[str]]:
+    """The subsets that the file names, or that measuring finds."""
+    if settings.mode == "greedy-soup":
+        return [greedy_soup(members, scores)]
+    if settings.mode != "greedy-forward":
+        return settings.subsets
+    path = greedy_forward(members, scores, max(settings.sizes) if settings.sizes else None)
+    return [subset for subset in path if len(subset) in settings.sizes] if settings.sizes else path[1:] or path
 
 
 def member_quality(opened: Opened, references: Sequence[Row]) -> tuple[dict[str, float], list[str]]:

@@ -5,17 +5,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from flows.opening import Opened
 from flows.progress import Display
 from merging import storage
-from merging.errors import StatisticsError
+from merging.checkpoint import Checkpoint
+from merging.errors import StatisticsError, TaskError
 from merging.merge import subset_fingerprint
-from merging.methods import BASE, METHODS
+from merging.methods import BASE
 from merging.statistics import STATISTICS, StatisticsFile, number_of_examples
-from ray_tasks.calls import each
-from ray_tasks.propagation import solve
+from ray_tasks.propagation import PropagationJob, solve
 from ray_tasks.statistics import BoundTask, Job, compute
 
 
 def member_statistics(opened: Opened, kinds: Sequence[str], cache: str, display: Display) -> dict[str, tuple[str, ...]]:
     """Files of the given kinds for every member: published ones as they are, the rest computed where they are missing.
+
+    For the base, too, where a method asks for its own.
 
     Args:
         opened: The campaign.
@@ -36,11 +38,15 @@ def member_statistics(opened: Opened, kinds: Sequence[str], cache: str, display:
         for kind in kinds
         if kind not in published[member]
     }
+    own_kinds = [kind for kind in opened.base_kinds if kind in kinds]
+    jobs |= {(BASE, kind): _base_job(opened, kind, cache) for kind in own_kinds if kind not in published[BASE]}
     run(jobs.values(), opened, display)
-    return {
+    found = {
         member: tuple(published[member].get(kind) or jobs[member, kind].path for kind in kinds)
         for member in opened.pool.members
     }
+    base = tuple(published[BASE].get(kind) or jobs[BASE, kind].path for kind in own_kinds)
+    return found | ({BASE: base} if base else {})
 
 
 def solutions(opened: Opened, cache: str, display: Display) -> dict[str, tuple[str, ...]]:
@@ -50,7 +56,7 @@ def solutions(opened: Opened, cache: str, display: Display) -> dict[str, tuple[s
         Names of the members joined by + → paths; empty where no method asks.
     """
     campaign = opened.campaign
-    if not any(METHODS[name].solution for name in campaign.search.methods):
+    if not any(method.solution_for(parameters) for method, parameters in opened.variants()):
         return {}
     members = sorted(opened.pool.members)
     bound, data = {}, {}
@@ -64,9 +70,17 @@ def solutions(opened: Opened, cache: str, display: Display) -> dict[str, tuple[s
     path = storage.join(cache, f"pool.propagated.{fingerprint}.safetensors")
     if not storage.exists(path):
         paths = {name: member.checkpoint for name, member in campaign.members.items()}
-        call = (campaign.base, paths, campaign.heads, bound, settings, key, path, checkpoint, storage.fingerprint(data))
+        digest = storage.fingerprint(data)
+        whole = PropagationJob(campaign.base, paths, campaign.heads, bound, settings, key, path, checkpoint, digest)
+        resources = campaign.resources
         with display.bar("percent of the propagated solution", 100) as bar:
-            list(each(solve, {"pool": call}, progress=lambda share: bar.reach(int(100 * share))))
+            solve(
+                whole,
+                threads=resources.threads,
+                gpus=resources.gpus or 0.0,
+                retries=resources.retries,
+                progress=lambda share: bar.reach(int(100 * share)),
+            )
     return {"+".join(members): (path,)}
 
 
@@ -113,12 +127,13 @@ def published_statistics(opened: Opened) -> Mapping[str, Mapping[str, str]]:
         StatisticsError: A file is damaged or belongs to another checkpoint.
     """
     found: dict[str, dict[str, str]] = {member: {} for member in (BASE, *opened.pool.members)}
-    for member, settings in opened.campaign.members.items():
-        for path in settings.statistics:
+    named = {member: settings.statistics for member, settings in opened.campaign.members.items()}
+    for who, paths in (named | {BASE: opened.campaign.base_data.statistics}).items():
+        for path in paths:
             file = StatisticsFile.open(path)
-            checkpoint = opened.pool.members[member].checkpoint
+            checkpoint = _checkpoint(opened, who)
             file.check(checkpoint.fingerprint, checkpoint.tensors)
-            found[member][file.kind] = path
+            found[who][file.kind] = path
     return found
 
 
@@ -136,8 +151,32 @@ def _own_job(opened: Opened, member: str, kind: str, cache: str) -> Job:
             f"under members.{member}.statistics, or leave the methods that need it out of search.methods"
         )
     checkpoint = opened.pool.members[member].checkpoint
-    bound = BoundTask(task, opened.campaign.tasks[task], checkpoint.path)
+    bound = BoundTask(task, opened.campaign.tasks[task], checkpoint.path, opened.campaign.base)
     return _job(opened, member, kind, bound, bound, storage.join(cache, f"{member}.{kind}"))
+
+
+def _base_job(opened: Opened, kind: str, cache: str) -> Job:
+    """A statistic of the base on its own data, with its own head."""
+    campaign = opened.campaign
+    task = campaign.base_data.task
+    if task is None or not opened.tasks[task].has_logits:
+        raise StatisticsError(
+            f"the base has no task with data to compute its {kind} from: set base_data.task, or name a published file under "
+            "base_data.statistics"
+        )
+    bound = BoundTask(task, campaign.tasks[task], campaign.base)
+    try:
+        return _job(opened, BASE, kind, bound, bound, storage.join(cache, f"{BASE}.{kind}"))
+    except TaskError as error:
+        raise StatisticsError(
+            f"base_data.task: the base has no head of its own for '{task}' ({error}). Name a task that it was trained on, or a "
+            "published file under base_data.statistics, or leave base_curvature at 'identity'"
+        ) from error
+
+
+def _checkpoint(opened: Opened, who: str) -> Checkpoint:
+    """A member's checkpoint, or the base."""
+    return opened.pool.base if who == BASE else opened.pool.members[who].checkpoint
 
 
 def _representation_job(opened: Opened, member: str, task: str, cache: str) -> Job:
@@ -149,8 +188,8 @@ def _representation_job(opened: Opened, member: str, task: str, cache: str) -> J
             f"'{member}' has no task that loads its model for representations: give it a `task`, or set "
             "selection.similarity to 'task-vector'"
         )
-    data = BoundTask(task, campaign.tasks[task], opened.tasks[task].head)
-    model = BoundTask(own, campaign.tasks[own], opened.pool.members[member].checkpoint.path)
+    data = BoundTask(task, campaign.tasks[task], opened.tasks[task].head, campaign.base)
+    model = BoundTask(own, campaign.tasks[own], opened.pool.members[member].checkpoint.path, campaign.base)
     return _job(opened, member, "representation", data, model, storage.join(cache, f"{member}.representation.{task}"))
 
 
@@ -160,7 +199,7 @@ def _job(opened: Opened, member: str, kind: str, data: BoundTask, model: BoundTa
     statistic = STATISTICS[kind](settings)
     task = data.open() if data.head != opened.tasks[data.name].head else opened.tasks[data.name]
     examples = number_of_examples(task, statistic)
-    checkpoint = opened.pool.members[member].checkpoint.fingerprint
+    checkpoint = _checkpoint(opened, member).fingerprint
     fingerprints = {"checkpoint": checkpoint, "data": task.data_fingerprint("train")}
     key = storage.fingerprint([fingerprints, statistic.key(), examples])
     return Job(member, kind, settings, data, model, "train", examples, f"{prefix}.{key}.safetensors", fingerprints)

@@ -2,41 +2,29 @@
 
 import hashlib
 import json
+import mmap
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from functools import cached_property
-from pathlib import Path
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from merging import storage
 from merging.errors import CheckpointError, StorageError
+from merging.memory import remembered
+from merging.ranges import Window
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 MAX_HEADER = 100_000_000
-COMPANIONS = (
-    CONFIG,
-    "generation_config.json",
-    "*tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "*processor_config.json",
-    "spiece.model",
-    "sentencepiece*.model",
-)
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -125,8 +113,34 @@ class SafetensorsFile:
         """The local file's bytes, mapped copy-on-write, so that nothing can write through."""
         return np.memmap(storage.local_path(self.path), dtype=np.uint8, mode="c")
 
+    @cached_property
+    def _window(self) -> Window:
+        """What is on its way of a remote file."""
+        return Window(self.path)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Says that these tensors are about to be read, best in this order; of a remote file, they are sent for now."""
+        if not storage.is_local(self.path):
+            infos = [self.tensors[name] for name in names]
+            self._window.prefetch([(info.start, info.stop) for info in infos if info.nbytes])
+
+    def advise(self, name: str, advice: int, start: int = 0, stop: int | None = None) -> None:
+        """Tells the system about the use of bytes [start, stop) of a local file's tensor, all by default.
+
+        Args:
+            name: The tensor.
+            advice: `mmap.MADV_WILLNEED` to start reading them, `mmap.MADV_DONTNEED` to give up their memory.
+            start: First byte of the tensor.
+            stop: End, in the tensor.
+        """
+        info = self.tensors[name]
+        first = (info.start + start) // mmap.PAGESIZE * mmap.PAGESIZE
+        last = info.stop if stop is None else info.start + stop
+        if last > first:
+            self._map._mmap.madvise(advice, first, last - first)  # type: ignore[attr-defined]
+
     def read(self, name: str) -> Tensor:
-        """A tensor on the CPU; of a local file, a view of a private memory map.
+        """A tensor on the CPU; of a local file, a view of a private memory map; of a remote one, in memory of its own.
 
         Raises:
             CheckpointError: There is no such tensor.
@@ -134,11 +148,13 @@ class SafetensorsFile:
         if name not in self.tensors:
             raise CheckpointError(f"{self.path} holds no tensor '{name}'")
         info = self.tensors[name]
+        if not info.nbytes:
+            return torch.empty(info.shape, dtype=info.dtype)
         if storage.is_local(self.path):
             raw = torch.from_numpy(self._map[info.start : info.stop])
         else:
-            raw = torch.frombuffer(bytearray(storage.read_bytes(self.path, info.start, info.stop)), dtype=torch.uint8)
-        return raw.view(info.dtype).reshape(info.shape) if raw.numel() else torch.empty(info.shape, dtype=info.dtype)
+            raw = torch.frombuffer(self._window.take(info.start, info.stop), dtype=torch.uint8)
+        return raw.view(info.dtype).reshape(info.shape)
 
 
 @dataclass(frozen=True)
@@ -170,7 +186,7 @@ class Checkpoint:
             )
         listed = storage.list_dir(path)
         if CONFIG not in listed:
-            adapter = " It is an adapter: merge it into its base model first" if "adapter_config.json" in listed else ""
+            adapter = " It is an adapter, which can be a member, not a base" if "adapter_config.json" in listed else ""
             raise CheckpointError(f"{path} has no config.json, so it is not a Hugging Face model directory.{adapter}")
         try:
             config = storage.read_json(storage.join(path, CONFIG))
@@ -204,86 +220,42 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} holds no tensor '{name}'")
         return self._files[self.tensors[name].file].read(name)
 
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Says that these tensors are about to be read, best in this order; of remote files, they are sent for now."""
+        for file, group in groupby(names, lambda name: self.tensors[name].file):
+            self._files[file].prefetch(group)
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether `read` gives views of memory maps: reading a part of a tensor costs no more than the part."""
+        return storage.is_local(self.path)
+
+    def advise(self, name: str, advice: int, start: int = 0, stop: int | None = None) -> None:
+        """Tells the system about the use of bytes of a tensor, where there is a memory map: see `SafetensorsFile`."""
+        if self.is_mapped:
+            self._files[self.tensors[name].file].advise(name, advice, start, stop)
+
     @cached_property
     def fingerprint(self) -> str:
-        """Content hash of names, dtypes, shapes and bytes, whatever files they are cut into.
+        """Content hash of names, dtypes, shapes and bytes, whatever files they are cut into, and wherever they lie.
 
-        Of a remote checkpoint, the files' own checksums stand for their bytes, so that nothing is downloaded.
+        Of a remote checkpoint all bytes are read for it, and the hash is kept in this user's cache directory under the
+        files' checksums, as their server has them.
         """
+        if storage.is_local(self.path):
+            return self._content_hash()
+        return remembered([self.path, *map(storage.checksum, self._files)], self._content_hash)
+
+    def _content_hash(self) -> str:
+        names = sorted(self.tensors, key=lambda name: (self.tensors[name].file, self.tensors[name].start))
+        self.prefetch(names)
         with ThreadPoolExecutor() as threads:
-            if not storage.is_local(self.path):
-                return storage.fingerprint(sorted(map(str, threads.map(_checksum, self._files))))
-            digests = threads.map(self._digest, sorted(self.tensors))
-            return storage.fingerprint(list(digests))
+            return storage.fingerprint(sorted(threads.map(self._digest, names)))
 
     def _digest(self, name: str) -> list[Any]:
         info = self.tensors[name]
         data = self.read(name).reshape(-1).view(torch.uint8).numpy()
         return [name, str(info.dtype), list(info.shape), hashlib.sha256(data.data).hexdigest()]
-
-
-def write_checkpoint(
-    path: str,
-    tensors: Iterable[tuple[str, Tensor]],
-    *,
-    like: Checkpoint,
-    max_shard_bytes: int = 4 << 30,
-    extra: Mapping[str, str | bytes] | None = None,
-) -> None:
-    """Writes a model directory that appears whole or not at all; memory is bounded by one shard.
-
-    Args:
-        path: A local directory; replaced if it exists.
-        tensors: Names and values, consumed one by one.
-        like: The checkpoint whose configuration, tokenizer and other small files are copied.
-        max_shard_bytes: A file is closed before it exceeds this.
-        extra: Further small files, by their path below the directory (a model card, a task's head).
-
-    Raises:
-        StorageError: There is no right or no space to write.
-    """
-    with storage.new_dir(path) as directory:
-        parts: list[tuple[Path, list[str]]] = []
-        total = 0
-        for shard in _shards(tensors, max_shard_bytes):
-            part = directory / f"part-{len(parts)}"
-            save_file(shard, part, metadata={"format": "pt"})
-            total += sum(value.nbytes for value in shard.values())
-            parts.append((part, list(shard)))
-        if len(parts) == 1:
-            parts[0][0].rename(directory / SINGLE)
-        else:
-            weight_map: dict[str, str] = {}
-            for number, (part, names) in enumerate(parts, start=1):
-                file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-                part.rename(directory / file)
-                weight_map.update(dict.fromkeys(names, file))
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        for name in _companions(like):
-            (directory / name).write_bytes(storage.read_bytes(storage.join(like.path, name)))
-        for name, content in (extra or {}).items():
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            (directory / name).write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def _shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
-    """Consecutive tensors, grouped so that no group exceeds `max_bytes` unless one tensor does."""
-    shard: dict[str, Tensor] = {}
-    filled = 0
-    for name, value in tensors:
-        if shard and filled + value.nbytes > max_bytes:
-            yield shard
-            shard, filled = {}, 0
-        shard[name] = value.contiguous()
-        filled += value.nbytes
-    yield shard
-
-
-def _companions(checkpoint: Checkpoint) -> list[str]:
-    """The small files that make a model directory loadable: configuration, tokenizer, preprocessor."""
-    listed = storage.list_dir(checkpoint.path)
-    return [name for name in listed if any(fnmatchcase(name, pattern) for pattern in COMPANIONS)]
 
 
 def _weight_files(path: str, listed: list[str]) -> list[str]:
@@ -313,11 +285,3 @@ def _weight_files(path: str, listed: list[str]) -> list[str]:
         if name not in listed:
             raise CheckpointError(f"{path} lacks {name}, which its index names: the download is incomplete")
     return names
-
-
-def _checksum(path: str) -> tuple[str, str]:
-    """A remote file's name with the checksum that its server keeps, or its size where it keeps none."""
-    system, inner = storage.file_system(path)
-    info = system.info(inner)
-    known = info.get("ETag") or info.get("md5Hash") or info.get("checksum") or info["size"]
-    return storage.base_name(path), str(known)

@@ -1,29 +1,32 @@
-"""From a pool and a recipe to a merged checkpoint on disk, within bounded memory."""
+"""From a pool and a recipe to a merged checkpoint on disk, by many threads in bounded memory."""
 
-from collections.abc import Callable, Iterator, Mapping
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from merging.checkpoint import write_checkpoint
-from merging.merge import Material
-from merging.methods import METHODS
-from merging.pool import Pool
+from merging.checkpoint import Checkpoint
+from merging.errors import MethodError, PoolError
+from merging.groups import split
+from merging.merge import Material, joined
+from merging.methods import METHODS, Context, Method, Weight
+from merging.methods.blocks import Scratch, is_finite
+from merging.parts import Part, partition, runs, side_by_side
 from merging.recipe import Recipe
+from merging.writing import SHARD_BYTES, Files, Write, lay_out, new_checkpoint
 
-
-def partition(pool: Pool, max_bytes: int) -> list[list[str]]:
-    """The merged weights in file order, cut so that base and members of a part stay below `max_bytes` in float32."""
-    parts: list[list[str]] = [[]]
-    filled = 0
-    for name, info in pool.weights.items():
-        need = int(torch.Size(info.shape).numel()) * 4 * (len(pool.members) + 1)
-        if parts[-1] and filled + need > max_bytes:
-            parts.append([])
-            filled = 0
-        parts[-1].append(name)
-        filled += need
-    return parts
+MEMORY = 1_000_000_000
+"""Working memory, in bytes, where a caller names none."""
+PART_ENTRIES = 1 << 22
+"""Entries merged at a time where memory would allow more: few enough for what is merged to be written from the cache."""
+ALIGNED = 64
+"""Bytes to whose multiples buffers are cut."""
 
 
 def merge_to_disk(
@@ -32,61 +35,206 @@ def merge_to_disk(
     path: str,
     *,
     dtype: torch.dtype | None = None,
-    max_bytes: int = 1 << 30,
+    max_bytes: int = MEMORY,
+    max_shard_bytes: int = SHARD_BYTES,
+    threads: int | None = None,
     extra: Mapping[str, str | bytes] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """Writes the merged model as a Hugging Face directory like the base's, whole or not at all.
 
+    Local checkpoints are read by memory map, which is no memory of the process's own. A method that is elementwise, and
+    any other up to its largest tensor, stays within `max_bytes` whatever the size of the model.
+
     Args:
         material: Pool and statistics.
         recipe: What to merge.
-        path: The directory to write; replaced if it exists.
+        path: The directory to write, local or an address; replaced if it exists.
         dtype: Of the merged weights; the base's by default.
-        max_bytes: Float32 bytes of base and members that are held at once; also bounds an output file.
+        max_bytes: Working memory of all threads together.
+        max_shard_bytes: An output file is closed before it exceeds this.
+        threads: Parts merged side by side; by default as many as there are processors to this process.
         extra: Further small files, by their path below the directory.
-        progress: Told how many of how many tensors are merged.
+        progress: Told how many of how many entries are merged.
 
     Returns:
         The method's figures on this merge.
 
     Raises:
         MethodError: The recipe is wrong, or has no merge; nothing is written.
+        PoolError: A member holds NaN or Inf; nothing is written.
         StorageError: There is no right or no space to write.
     """
     complete = material.check(recipe)
-    report: dict[str, float] = {}
-    merged = _merged(material, complete, dtype, max_bytes, report, progress)
-    write_checkpoint(path, merged, like=material.pool.base, max_shard_bytes=max(max_bytes, 1 << 30), extra=extra)
-    return report
+    merger = _Merger(_narrowed(material, complete), complete, dtype)
+    pool = merger.pool
+    threads = threads or len(os.sched_getaffinity(0))
+    share = max(max_bytes // (threads * 4 * (len(pool.members) + 1)), 1)
+    outlines = [(name, merger.dtype(name), info.shape) for name, info in pool.base.tensors.items()]
+    shards = lay_out(outlines, max_shard_bytes)
+    parts = partition(pool, shards, min(share, PART_ENTRIES), stretches=merger.can_stretch)
+    merger.survey(parts, share, threads)
+    done, total = 0, sum(part.entries for part in parts)
+    with new_checkpoint(path, shards, like=pool.base, extra=extra) as files:
+        for entries in side_by_side(lambda run: merger.write(files, run), runs(parts, files), share, threads):
+            done += entries
+            progress(done, total)
+    return merger.report
 
 
-def _merged(
-    material: Material,
-    recipe: Recipe,
-    dtype: torch.dtype | None,
-    max_bytes: int,
-    report: dict[str, float],
-    progress: Callable[[int, int], None],
-) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of the merged checkpoint, part by part; what is not merged comes from the base."""
+def _narrowed(material: Material, recipe: Recipe) -> Material:
+    """The material of the members that take part."""
     pool = material.pool
-    parts = partition(pool, max_bytes)
-    method = METHODS[recipe.method]
-    survey = None
-    for number, part in enumerate(parts):
-        found = material.survey(part, method)
-        survey = found if number == 0 else method.combine(survey, found)
-    done = 0
-    for part in parts:
-        prepared = material.prepare(part, method, survey, torch.device("cpu"))
-        out = {name: torch.empty(pool.weights[name].shape, dtype=dtype or pool.weights[name].dtype) for name in part}
-        prepared.merge(recipe.scaling, recipe.parameters, out)
-        for name, value in prepared.report().items():
-            report[name] = max(value, report.get(name, value))
-        yield from out.items()
-        done += len(part)
-        progress(done, len(pool.weights))
-    for name in pool.base.tensors:
-        if name not in pool.weights:
-            yield name, pool.base.read(name)
+    members = {name: pool.members[name] for name in recipe.members}
+    statistics = {
+        kind: {who: file for who, file in found.items() if who in members or who not in pool.members}
+        for kind, found in material.statistics.items()
+    }
+    return replace(
+        material,
+        pool=replace(pool, members=members),
+        statistics={kind: found for kind, found in statistics.items() if found},
+    )
+
+
+class _Merger:
+    """One merge, part by part, in any thread.
+
+    Args:
+        material: Pool and statistics of the members that take part.
+        recipe: The recipe, complete.
+        dtype: Of the merged weights; the base's by default.
+    """
+
+    def __init__(self, material: Material, recipe: Recipe, dtype: torch.dtype | None) -> None:
+        self.material = material
+        self.pool = material.pool
+        self.method = METHODS[recipe.method]
+        self.report: dict[str, float] = {}
+        self._recipe = recipe
+        self._dtype = dtype
+        self._survey: Any = None
+        self._own = threading.local()
+        self._lock = threading.Lock()
+
+    @property
+    def can_stretch(self) -> bool:
+        """Whether a weight may be merged in stretches, and reading one costs no more than the stretch."""
+        members = self.pool.members.values()
+        return self.method.elementwise and all(c.is_mapped for c in (self.pool.base, *(m.checkpoint for m in members)))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor as it is written."""
+        stored = self.pool.base.tensors[name].dtype
+        return self._dtype or stored if name in self.pool.weights else stored
+
+    def survey(self, parts: Sequence[Part], share: int, threads: int) -> None:
+        """Learns what the method must know of all weights before any is merged."""
+        method, parameters = self.method, self._recipe.parameters
+        alone = [[part] for part in parts if any(name in self.pool.weights for name in part.names)]
+        if type(method).survey is not Method.survey:
+            found = side_by_side(lambda run: method.sample(self._read(run[0]), parameters), alone, share, threads)
+            self._survey = reduce(method.combine, found)
+        while type(method).refine is not Method.refine and (answers := self._refined(alone, share, threads)):
+            self._survey = reduce(method.combine, answers, self._survey)
+
+    def _refined(self, alone: Sequence[list[Part]], share: int, threads: int) -> list[Any]:
+        """What the method adds to its survey, part by part; nothing once it knows enough."""
+        survey, parameters = self._survey, self._recipe.parameters
+        more = side_by_side(
+            lambda run: self.method.refine(self._read(run[0]), survey, parameters), alone, share, threads
+        )
+        return [answer for answer in more if answer is not None]
+
+    def write(self, files: Files, run: Sequence[Part]) -> int:
+        """Merges and writes some parts of one file.
+
+        Returns:
+            Number of entries merged.
+        """
+        with files.open(run[0].shard) as put:
+            for part in run:
+                self._advise(part, mmap.MADV_WILLNEED)
+                self._merge(part, put)
+                self._advise(part, mmap.MADV_DONTNEED)
+        return sum(part.entries for part in run)
+
+    def _read(self, part: Part) -> Iterator[Weight]:
+        """A part's weights, for one look at them."""
+        self._advise(part, mmap.MADV_WILLNEED)
+        yield from self._weights(part, part.names)
+        self._advise(part, mmap.MADV_DONTNEED)
+
+    def _merge(self, part: Part, put: Write) -> None:
+        """Merges a part in this thread's buffer, and hands it over."""
+        out = self._room(part)
+        for names, scaling in split(out, self._recipe) if out else ():
+            weights = list(self._weights(part, names))
+            prepared = self.method.prepare(weights, Context(self.material.examples, self._survey))
+            prepared.merge(scaling, self._recipe.parameters, out)
+            with self._lock:
+                self.report = joined([self.report, prepared.report()])
+        for name in part.names:
+            if name in out and not is_finite(out[name]):
+                raise self._unusable(part, name)
+            value = out[name] if name in out else self.pool.base.read(name)
+            put(part.shard.tensors[name].start + part.start * value.dtype.itemsize, value)
+
+    def _weights(self, part: Part, names: Sequence[str]) -> Iterator[Weight]:
+        """Those of a part's weights that are merged; of a stretch, views of base and members."""
+        merged = [name for name in names if name in self.pool.weights]
+        for weight in self.material.weights(merged, self.method.kinds, torch.device("cpu")):
+            if part.stop is None:
+                yield weight
+                continue
+
+            def cut(value: Tensor) -> Tensor:
+                return value.reshape(-1)[part.start : part.stop]
+
+            yield replace(
+                weight,
+                base=cut(weight.base),
+                members={member: cut(value) for member, value in weight.members.items()},
+                statistics={k: {who: cut(v) for who, v in found.items()} for k, found in weight.statistics.items()},
+                start=part.start,
+            )
+
+    def _room(self, part: Part) -> dict[str, Tensor]:
+        """What a part's merged weights are written to: this thread's, until its next part."""
+        if not hasattr(self._own, "scratch"):
+            self._own.scratch = Scratch()
+        shapes = {name: self.pool.weights[name].shape for name in part.names if name in self.pool.weights}
+        if part.stop is not None:
+            shapes = dict.fromkeys(shapes, (part.entries,))
+        needs = {name: torch.Size(shape).numel() * self.dtype(name).itemsize for name, shape in shapes.items()}
+        places = {name: -(-need // ALIGNED) * ALIGNED for name, need in needs.items()}
+        room = self._own.scratch.take("out", sum(places.values()), device=torch.device("cpu"), dtype=torch.uint8)
+        pieces = zip(needs.items(), room.split(list(places.values())), strict=True)
+        return {name: piece[:need].view(self.dtype(name)).view(shapes[name]) for (name, need), piece in pieces}
+
+    def _advise(self, part: Part, advice: int) -> None:
+        """Tells the system what base and members will be read, or will not be for now."""
+        for name in part.names:
+            if name in self.pool.weights:
+                for _, checkpoint, own in self._sources(name):
+                    size = checkpoint.tensors[own].dtype.itemsize
+                    stop = None if part.stop is None else part.stop * size
+                    checkpoint.advise(own, advice, part.start * size, stop)
+
+    def _sources(self, name: str) -> Iterator[tuple[str, Checkpoint, str]]:
+        """Who has a weight, where, and by what name."""
+        yield "base", self.pool.base, name
+        for member in self.pool.members.values():
+            yield member.name, member.checkpoint, member.names[name]
+
+    def _unusable(self, part: Part, name: str) -> Exception:
+        """Why a merged weight is not finite."""
+        for who, checkpoint, own in self._sources(name):
+            if not is_finite(checkpoint.read(own).reshape(-1)[part.start : part.stop]):
+                return PoolError(
+                    f"unusable weights:\n  - {who}: '{name}' holds NaN or Inf\nCopy the checkpoint again, or leave it out"
+                )
+        return MethodError(
+            f"'{name}' merges to numbers beyond {self.dtype(name)}, though base and members are finite: use smaller scaling "
+            "factors, or another dtype"
+        )

@@ -1,18 +1,21 @@
 """Live models, one a task, that all run on the same merged weights."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from merging.errors import PoolError
 from merging.merge import Material, ResidentMerger
+from merging.names import checkpoint_names
 from merging.pool import Member, Pool
 from merging.recipe import Recipe
-from merging.statistics.names import checkpoint_names
 from merging.tasks.base import Score, Split, Task
+from merging.tasks.outcomes import Outcomes
+from merging.trace import Plan, Trace
 
 
 def best_device() -> torch.device:
@@ -22,21 +25,38 @@ def best_device() -> torch.device:
     return torch.device("cpu")
 
 
+class WeightSource(Protocol):
+    """Where merged weights come from: this process, or shards that lie elsewhere."""
+
+    def merge(self, recipe: Recipe) -> dict[str, float]:
+        """Overwrites the weights that the source was made for, and gives the method's figures."""
+        ...
+
+
+MakeSource: TypeAlias = Callable[[Material, Mapping[str, Tensor]], WeightSource]
+"""From a pool's material and weights to overwrite to a source."""
+
+
 @dataclass(frozen=True)
 class Measurement:
     """A recipe's scores.
 
     Args:
         scores: By task.
-        merge_seconds: Wall time of the merge, with the preparation of a method that is asked for first.
+        merge_seconds: Wall time of the merge, with the preparation of a method that is asked for first; where weights come
+            from elsewhere, of taking them over.
         evaluate_seconds: Wall time of the evaluation of all tasks.
         report: The method's figures on the merge.
+        trace: What every step showed, if it was measured in steps.
+        stopped: Whether the plan's gate ended it early: the scores are those of the examples so far.
     """
 
     scores: Mapping[str, Score]
     merge_seconds: float
     evaluate_seconds: float
     report: Mapping[str, float]
+    trace: Trace | None = None
+    stopped: bool = False
 
 
 class LiveModels:
@@ -48,6 +68,7 @@ class LiveModels:
         owners: Task → the member whose head it is evaluated with.
         device: Where models and prepared state lie.
         precision: `float32`, or `bfloat16` for autocast in evaluation.
+        source: Where merged weights come from; by default they are merged here, and the pool lies on the device.
     """
 
     def __init__(
@@ -57,6 +78,7 @@ class LiveModels:
         owners: Mapping[str, str],
         device: torch.device,
         precision: str = "float32",
+        source: MakeSource = ResidentMerger,
     ) -> None:
         self._tasks = tasks
         self._precision = precision
@@ -72,23 +94,57 @@ class LiveModels:
             self._models[task.name] = model.to(device)
         if not used:
             raise PoolError("no task's model holds any of the merged weights: is its `head` a member of this pool?")
-        self._merger = ResidentMerger(material, self._out)
+        self._source = source(material, self._out)
 
-    def measure(self, recipe: Recipe, split: Split, limit: int | None = None) -> Measurement:
+    def measure(self, recipe: Recipe, split: Split, limit: int | None = None, plan: Plan | None = None) -> Measurement:
         """Merges, then evaluates every task.
+
+        Args:
+            recipe: What to merge.
+            split: Which examples.
+            limit: At most this many examples a task, the same ones at every call.
+            plan: Measures step by step and keeps a trace; None for every task at once, without one.
 
         Raises:
             MethodError: The recipe is wrong, or has no merge.
             TaskError: An evaluator failed or gave no finite number.
         """
         start = time.perf_counter()
-        report = self._merger.merge(recipe)
+        report = self._source.merge(recipe)
         merged = time.perf_counter()
-        scores = {
-            task.name: task.evaluate(self._models[task.name], split, limit=limit, precision=self._precision)
-            for task in self._tasks
-        }
-        return Measurement(scores, merged - start, time.perf_counter() - merged, report)
+        if plan is None:
+            scores = {task.name: self._whole(task, split, limit) for task in self._tasks}
+            return Measurement(scores, merged - start, time.perf_counter() - merged, report)
+        trace, stopped = self._in_steps(plan, split, limit)
+        return Measurement(trace.scores[-1], merged - start, time.perf_counter() - merged, report, trace, stopped)
+
+    def _whole(self, task: Task, split: Split, limit: int | None) -> Score:
+        return task.evaluate(self._models[task.name], split, limit=limit, precision=self._precision)
+
+    def _in_steps(self, plan: Plan, split: Split, limit: int | None) -> tuple[Trace, bool]:
+        """The trace of a measurement, and whether the plan's gate ended it early.
+
+        A task that gives no outcomes of single examples is measured whole, before the first step's end.
+        """
+        stepwise = {task.name: task for task in self._tasks if task.has_outcomes}
+        whole = {task.name: self._whole(task, split, limit) for task in self._tasks if not task.has_outcomes}
+        sizes = {name: min(task.size(split), limit or task.size(split)) for name, task in stepwise.items()}
+        steps = list(plan.steps(sizes))
+        seen: dict[str, Outcomes] = {}
+        trace = Trace([whole])
+        for number, step in enumerate(steps):
+            for name, positions in step.items():
+                found = stepwise[name].outcomes(self._models[name], split, positions, precision=self._precision)
+                seen[name] = Outcomes.join([seen[name], found]) if name in seen else found
+            scores = {name: stepwise[name].score(outcomes) for name, outcomes in seen.items()}
+            trace = Trace(
+                [*(trace.scores if number else []), whole | scores],
+                {name: stepwise[name].values(outcomes).astype("float32") for name, outcomes in seen.items()},
+                {name: outcomes.chosen.astype("float32") for name, outcomes in seen.items()},
+            )
+            if plan.gate is not None and number < len(steps) - 1 and plan.gate(trace):
+                return trace, True
+        return trace, False
 
 
 def share_weights(model: nn.Module, pool: Pool, member: Member, out: Mapping[str, Tensor]) -> set[str]:

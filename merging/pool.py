@@ -1,7 +1,7 @@
 """A base checkpoint and the members fine-tuned from it, compared before anything runs."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -9,8 +9,10 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
+from merging.adapter import open_checkpoint
 from merging.checkpoint import Checkpoint, TensorInfo
 from merging.errors import PoolError
+from merging.methods.blocks import Scratch, difference, is_finite, spans
 
 CONFIG_KEYS = (
     "model_type",
@@ -69,7 +71,7 @@ class Pool:
 
         Args:
             base: The base's directory.
-            members: Each member's directory, by name.
+            members: Each member's directory, by name: a model's, or that of a PEFT LoRA adapter of this base.
             heads: Patterns (`classifier.*`) of members' tensor names to keep per task though they could be merged.
                 Tensors that the base lacks are kept per task without being named here.
 
@@ -80,7 +82,7 @@ class Pool:
         if not members:
             raise PoolError("a pool needs at least one member")
         origin = Checkpoint.open(base)
-        opened = {name: Checkpoint.open(path) for name, path in members.items()}
+        opened = {name: open_checkpoint(path, origin) for name, path in members.items()}
         problems: list[str] = []
         notes: list[str] = []
         found = {}
@@ -121,12 +123,29 @@ class Pool:
         chosen = self.members[member]
         return chosen.checkpoint.read(chosen.names[name])
 
+    def prefetch(self, names: Iterable[str], members: Iterable[str] | None = None) -> None:
+        """Says that weights are about to be read, best in this order.
+
+        Args:
+            names: The base's names.
+            members: Of these members, and not of the base; by default of the base and all members.
+        """
+        names = list(names)
+        if members is None:
+            self.base.prefetch(names)
+        for member in self.members if members is None else members:
+            own = self.members[member]
+            own.checkpoint.prefetch([own.names[name] for name in names])
+
     def fingerprints(self) -> dict[str, str]:
         """Content hashes of the base (under `base`) and of each member."""
         return {"base": self.base.fingerprint} | {n: m.checkpoint.fingerprint for n, m in self.members.items()}
 
-    def check_weights(self) -> dict[str, float]:
+    def check_weights(self, most: int | None = None) -> dict[str, float]:
         """Reads every merged weight once, looking for what no merge survives.
+
+        Args:
+            most: Entries of a weight to look at, from its middle, where it is read by memory map; by default all.
 
         Returns:
             Each member's relative distance from the base, ‖θ_t − θ_0‖ / ‖θ_0‖ over matrices: the ones of normalisation
@@ -138,17 +157,22 @@ class Pool:
         problems: list[str] = []
 
         def examine(name: str) -> list[float]:
-            base = self.base_weight(name).to(torch.float32)
-            if not base.isfinite().all():
-                problems.append(f"base: '{name}' holds NaN or Inf")
-            squares = [_square(base)]
-            for member in self.members:
-                value = self.member_weight(member, name).to(torch.float32)
-                if not value.isfinite().all():
-                    problems.append(f"{member}: '{name}' holds NaN or Inf")
-                squares.append(_square(value - base))
-            return squares
+            scratch = Scratch()
+            whole = self.base_weight(name).reshape(-1)
+            size = whole.numel()
+            start = max((size - (most or size)) // 2, 0)
+            base = whole[start : start + (most or size)]
+            zeros = torch.zeros((), dtype=base.dtype).expand(base.shape)
+            squares = []
+            for who in ("base", *self.members):
+                value = whole if who == "base" else self.member_weight(who, name).reshape(-1)
+                value = value[start : start + (most or size)]
+                if not is_finite(value):
+                    problems.append(f"{who}: '{name}' holds NaN or Inf")
+                squares.append(_square_distance(value, zeros if who == "base" else base, scratch))
+            return squares if len(self.weights[name].shape) > 1 else [0.0] * len(squares)
 
+        self.prefetch(self.weights)
         with ThreadPoolExecutor(max_workers=4) as threads:
             rows = list(threads.map(examine, self.weights))
         if problems:
@@ -167,9 +191,14 @@ class Pool:
         return distances
 
 
-def _square(value: Tensor) -> float:
-    """Squared norm of a matrix, 0 of a vector."""
-    return float(value.square().sum(dtype=torch.float64)) if value.ndim > 1 else 0.0
+def _square_distance(value: Tensor, base: Tensor, scratch: Scratch) -> float:
+    """‖value − base‖² of two vectors, in memory for a block of them."""
+    total = 0.0
+    for start, stop in spans(value.numel(), value.device):
+        row = scratch.take("row", stop - start, device=value.device)
+        moved = difference(value[start:stop], base[start:stop], row)
+        total += float(torch.dot(moved, moved))
+    return total
 
 
 @dataclass

@@ -9,6 +9,9 @@ from merging import storage
 Value = float | int | bool | str
 """What a method's parameter may be."""
 
+GROUP = "@"
+"""Between a member and a group of weights in the key of a scaling factor."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -16,7 +19,8 @@ class Recipe:
 
     Args:
         method: The method's registered name.
-        scaling: Scaling factor of every member that takes part; members that are not named here do not.
+        scaling: Scaling factors of the members that take part; members that are not named here do not. A key is a member
+            (its factor for all weights) or `member@group` (for a group of weights: see `merging.groups`).
         parameters: The method's parameters; those left out have the method's defaults.
     """
 
@@ -27,13 +31,13 @@ class Recipe:
     @property
     def members(self) -> tuple[str, ...]:
         """Names of the members that take part, sorted."""
-        return tuple(sorted(self.scaling))
+        return tuple(sorted({key.partition(GROUP)[0] for key in self.scaling}))
 
     def as_dict(self) -> dict[str, Any]:
         """The recipe as JSON-like values, in one order of keys."""
         return {
             "method": self.method,
-            "scaling": {member: float(self.scaling[member]) for member in self.members},
+            "scaling": {key: float(self.scaling[key]) for key in sorted(self.scaling)},
             "parameters": {name: self.parameters[name] for name in sorted(self.parameters)},
         }
 
@@ -41,3 +45,27 @@ class Recipe:
     def identity(self) -> str:
         """Content hash: equal recipes have equal identities, whatever the order of their keys."""
         return storage.fingerprint(self.as_dict())
+
+
+def nested(scaling: Mapping[str, float]) -> dict[str, float | dict[str, float]]:
+    """Scaling factors as a recipe file has them: member → its factor, or group → factor; members and groups sorted."""
+    found: dict[str, float | dict[str, float]] = {}
+    for key in sorted(scaling):
+        member, grouped, group = key.partition(GROUP)
+        groups = found.setdefault(member, {}) if grouped else None
+        if isinstance(groups, dict):
+            groups[group] = scaling[key]
+        else:
+            found[key] = scaling[key]
+    return found
+
+
+def flat(scaling: Mapping[str, float | Mapping[str, float]]) -> dict[str, float]:
+    """Scaling factors by `member` or `member@group`, however they were written; the inverse of `nested`."""
+    found: dict[str, float] = {}
+    for member, factors in scaling.items():
+        if isinstance(factors, Mapping):
+            found |= {f"{member}{GROUP}{group}": factor for group, factor in factors.items()}
+        else:
+            found[member] = factors
+    return found

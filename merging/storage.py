@@ -1,20 +1,29 @@
 """Files, local or at any fsspec address (`s3://…`): what is read whole, and what is written at once or not at all."""
 
+import errno
 import hashlib
 import json
 import os
 import posixpath
+import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import fsspec
 from fsspec.core import url_to_fs
 
 from merging.errors import StorageError
+
+S3 = ("s3", "s3a")
+SECRET = re.compile(
+    r"^[^/@]*:[^/@]*@|[?&](X-Amz-Signature|X-Amz-Credential|sig|signature|token|secret)=", re.IGNORECASE
+)
+"""What an address must not hold: `user:password@`, or a signature in its query."""
 
 
 def is_local(path: str) -> bool:
@@ -42,12 +51,27 @@ def base_name(path: str) -> str:
     return posixpath.basename(path.rstrip("/"))
 
 
+def holds_secret(address: str) -> bool:
+    """Whether an address holds a password or a signature, which must not be shown or saved."""
+    return SECRET.search(address.partition("://")[2]) is not None
+
+
 def file_system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system that serves `path`, and the path within it.
 
     Raises:
-        StorageError: The protocol is unknown or its package is not installed.
+        StorageError: The protocol is unknown, its package is not installed, or the address holds a secret.
     """
+    protocol, _, rest = path.partition("://")
+    if holds_secret(path):
+        raise StorageError(
+            f"an address of protocol '{protocol}' holds a password or signature, which would be saved with the campaign: "
+            "leave it out, and give credentials by the environment or the protocol's own configuration file"
+        )
+    if rest and protocol in S3:
+        from merging.s3 import PatientS3  # half a second that only S3's users should wait
+
+        return PatientS3(), rest
     try:
         system, inner = url_to_fs(path)
     except (ImportError, ValueError) as error:
@@ -92,9 +116,11 @@ def list_dir(path: str) -> list[str]:
     system, inner = file_system(path)
     with _named(path, "list"):
         system.invalidate_cache(inner)
-        if not system.exists(inner):
+        try:
+            found = system.ls(inner, detail=False)
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(base_name(entry) for entry in system.ls(inner, detail=False))
+        return sorted({base_name(entry) for entry in found} - {base_name(inner), ""})
 
 
 def make_dir(path: str) -> None:
@@ -142,31 +168,128 @@ def size(path: str) -> int:
         return int(system.size(inner))
 
 
-def write_bytes(path: str, data: bytes) -> None:
-    """Writes a file that is there whole and durable, or not at all.
+def checksum(path: str) -> str:
+    """What a server keeps to tell a remote file's contents from others; empty where it keeps nothing.
 
-    Locally: a temporary neighbour, fsync, rename. Elsewhere: one put, which object stores make atomic.
+    Raises:
+        StorageError: The file is missing.
+    """
+    system, inner = file_system(path)
+    with _named(path, "read"):
+        info = system.info(inner)
+    return str(info.get("ETag") or info.get("md5Hash") or info.get("checksum") or "")
+
+
+@contextmanager
+def open_new(path: str) -> Iterator[BinaryIO]:
+    """A file to write from beginning to end, there whole and durable once the block ends well, else not at all.
+
+    Locally: a temporary neighbour, fsync, rename. On S3: a multipart upload, completed at the end, or aborted so that
+    no part of it is left. Elsewhere: a local temporary file, sent at the end. What was at `path` stays until then.
+
+    Yields:
+        The file; it can be written and told its position, neither read nor moved in.
 
     Raises:
         StorageError: There is no right or no space to write.
     """
     with _named(path, "write"):
         if is_local(path):
-            target = local_path(path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+            with _new_neighbour(local_path(path)) as temporary, temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                temporary.replace(local_path(path))
+            return
+        system, inner = file_system(path)
+        if path.partition("://")[0] in S3:
+            from merging.s3 import Upload
+
+            upload = Upload(system, inner)
             try:
-                with temporary.open("wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.replace(target)
-            finally:
-                temporary.unlink(missing_ok=True)
-            _sync_dir(target.parent)
-        else:
-            system, inner = file_system(path)
-            system.pipe_file(inner, data)
+                yield cast(BinaryIO, upload)
+                upload.commit()
+            except BaseException:
+                upload.abort()
+                raise
+            return
+        with tempfile.NamedTemporaryFile() as spool:
+            yield cast(BinaryIO, spool)
+            spool.flush()
+            system.put_file(spool.name, inner)
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Writes a file that is there whole and durable, or not at all, as `open_new` does.
+
+    Raises:
+        StorageError: There is no right or no space to write.
+    """
+    if is_local(path):
+        with open_new(path) as file:
+            file.write(data)
+        return
+    system, inner = file_system(path)
+    with _named(path, "write"):
+        system.pipe_file(inner, data)
+
+
+def create(path: str, data: bytes) -> bool:
+    """Writes a file as `write_bytes` does, unless there is one: of several writers at once, one wins.
+
+    An object store that honours conditional puts (`If-None-Match: *`) decides it. With one that does not, writers in
+    the same instant may all be told that they won; what is there is whole in any case.
+
+    Returns:
+        Whether the file holds `data`; False where something else was there.
+
+    Raises:
+        StorageError: There is no right or no space to write.
+    """
+    with _named(path, "write"):
+        try:
+            if is_local(path):
+                with _new_neighbour(local_path(path)) as temporary:
+                    with temporary.open("wb") as file:
+                        file.write(data)
+                        file.flush()
+                        os.fsync(file.fileno())
+                    _link(temporary, local_path(path))
+                return True
+            if not exists(path):
+                system, inner = file_system(path)
+                try:
+                    system.pipe_file(inner, data, mode="create")
+                except OSError as error:
+                    if error.errno != errno.ENOSYS:
+                        raise
+                    system.pipe_file(inner, data)  # a server that refuses conditions
+                return True
+        except FileExistsError:
+            pass  # or there by an earlier try of this very put, whose answer was lost
+        return read_bytes(path) == data
+
+
+def _link(source: Path, target: Path) -> None:
+    """Gives a file a second name unless that is taken; on a file system without links, its only name."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS) or target.exists():
+            raise
+        source.rename(target)
+
+
+@contextmanager
+def _new_neighbour(target: Path) -> Iterator[Path]:
+    """A name beside `target` for what shall get its place, gone after the block; then the directory is durable."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_dir(target.parent)
 
 
 def write_text(path: str, text: str) -> None:

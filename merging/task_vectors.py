@@ -20,6 +20,7 @@ def inner_products(pool: Pool, progress: Callable[[int], None] = lambda done: No
         Gram matrix of the task vectors [T, T] float64, in the order of `pool.members`.
     """
     total = torch.zeros(len(pool.members), len(pool.members), dtype=torch.float64)
+    pool.prefetch(pool.weights)
     for name in pool.weights:
         base = pool.base_weight(name).to(torch.float32).flatten()
         deltas = torch.stack(

@@ -1,10 +1,12 @@
 """Plain functions over the cluster, a call a task, each of which says how far it is."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ray
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_tasks.failures import surfaced
 
@@ -45,11 +47,19 @@ def each(
         MergequestError: A call failed: its own error.
         ClusterError: A call's workers died more than `retries` times.
     """
-    watch = ray.remote(num_cpus=0)(_Watch).remote()
-    task = ray.remote(num_cpus=cpus, max_retries=retries)(_call)
-    waiting = {task.remote(function, name, arguments, cpus, watch): name for name, arguments in calls.items()}
+    # where the driver is: its node cannot be lost without it
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    steady = {"max_restarts": -1, "max_task_retries": -1}
+    watch = ray.remote(num_cpus=0, scheduling_strategy=here, **steady)(_Watch).remote()
+    # Idle evaluators hold the CPUs that these calls use: what Ray does not count is bounded here.
+    task = ray.remote(num_cpus=0, max_retries=retries, scheduling_strategy="SPREAD")(_call)
+    room = max(1, int(ray.cluster_resources().get("CPU", 1)) // cpus)
+    queue, waiting = deque(calls.items()), dict[Any, str]()
     try:
-        while waiting:
+        while queue or waiting:
+            while queue and len(waiting) < room:
+                name, arguments = queue.popleft()
+                waiting[task.remote(function, name, arguments, cpus, watch)] = name
             with surfaced(f"running {', '.join(waiting.values())}"):
                 ready, _ = ray.wait(list(waiting), num_returns=1, timeout=POLL_SECONDS)
                 shares: dict[str, float] = ray.get(watch.read.remote())

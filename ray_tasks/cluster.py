@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,21 +21,36 @@ WORKER_ENVIRONMENT = {
 """Workers read local files only, and leave the cores to the threads that they are given."""
 
 
+LOCAL = "local"
+"""The address of a cluster that this process started for itself."""
+
+
 @dataclass(frozen=True)
 class Cluster:
     """What there is to work with.
 
     Args:
-        address: Where it was joined, or `local`.
+        address: Where it was joined, or `LOCAL`.
         nodes: Nodes that are alive.
         cpus: CPUs of all nodes.
         gpus: GPUs of all nodes.
+        memory: Bytes of all nodes that tasks and actors may ask for; 0 where that is not known.
     """
 
     address: str
     nodes: int
     cpus: int
     gpus: float
+    memory: int = 0
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether nodes may join it."""
+        return self.address != LOCAL
+
+    def now(self) -> "Cluster":
+        """What there is by now."""
+        return _describe(self.address)
 
     def describe(self) -> str:
         """One line for users."""
@@ -56,12 +73,13 @@ def connect() -> Iterator[Cluster]:
         return
     chosen = os.environ.get("RAY_ADDRESS")
     environment = {"env_vars": WORKER_ENVIRONMENT}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if chosen:
             ray.init(address=chosen, runtime_env=environment, logging_level=logging.ERROR, log_to_driver=False)
         else:
             ray.init(
-                address="local",
+                address=LOCAL,
                 runtime_env=environment,
                 include_dashboard=False,
                 logging_level=logging.ERROR,
@@ -74,18 +92,20 @@ def connect() -> Iterator[Cluster]:
         raise ClusterError(
             f"cannot {'join ' + chosen if chosen else 'start a local Ray'}: {error}\n{remedy}"
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in its place, which exits without a word
     try:
-        yield _describe(ray.get_runtime_context().gcs_address if chosen else "local")
+        yield _describe(ray.get_runtime_context().gcs_address if chosen else LOCAL)
     finally:
         ray.shutdown()
 
 
 def evaluators_for(cluster: Cluster, asked: int | None, threads: int, gpus: float | None, bytes_each: int) -> int:
-    """How many evaluators the cluster holds at once: as many as its GPUs, or cores and memory, allow.
+    """How many evaluators to start: as many as were asked for, or as the cluster holds.
 
     Args:
         cluster: What there is.
-        asked: A number that a user set.
+        asked: A number that a user set; where nodes may join, the cluster need not hold so many yet.
         threads: CPUs of an evaluator.
         gpus: GPUs of an evaluator; 0 for none.
         bytes_each: Estimated memory of an evaluator.
@@ -93,9 +113,8 @@ def evaluators_for(cluster: Cluster, asked: int | None, threads: int, gpus: floa
     Raises:
         ClusterError: Not one fits, or what was asked for does not.
     """
-    room = int(cluster.gpus / gpus) if gpus else cluster.cpus // threads
-    if not gpus and cluster.nodes == 1:
-        room = min(room, max(1, int(psutil.virtual_memory().available * 0.7 / max(bytes_each, 1))))
+    if asked and cluster.may_grow:
+        return asked
     limit = int(cluster.gpus / gpus) if gpus else cluster.cpus // threads
     if limit < 1 or (asked or 0) > limit:
         what = f"{gpus:g} GPUs" if gpus else f"{threads} CPUs"
@@ -103,10 +122,21 @@ def evaluators_for(cluster: Cluster, asked: int | None, threads: int, gpus: floa
             f"{asked or 1} evaluators of {what} do not fit {cluster.describe()}: lower resources.evaluators, "
             "resources.threads or resources.gpus"
         )
-    return asked or max(1, room)
+    return asked or room_for(cluster, threads, gpus or 0.0, bytes_each)
+
+
+def room_for(cluster: Cluster, threads: int, gpus: float, bytes_each: int) -> int:
+    """How many evaluators the cluster holds at once: as many as its GPUs, or cores and memory, allow."""
+    room = int(cluster.gpus / gpus) if gpus else cluster.cpus // threads
+    if not gpus and cluster.nodes == 1:
+        room = min(room, int(psutil.virtual_memory().available * 0.7 / max(bytes_each, 1)))
+    elif not gpus and cluster.memory:
+        room = min(room, cluster.memory // max(bytes_each, 1))
+    return max(1, room)
 
 
 def _describe(address: str) -> Cluster:
     resources = ray.cluster_resources()
     alive = [node for node in ray.nodes() if node["Alive"]]
-    return Cluster(address, len(alive), int(resources.get("CPU", 0)), float(resources.get("GPU", 0.0)))
+    cpus, gpus, memory = (resources.get(name, 0.0) for name in ("CPU", "GPU", "memory"))
+    return Cluster(address, len(alive), int(cpus), float(gpus), int(memory))

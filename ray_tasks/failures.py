@@ -24,4 +24,10 @@ def surfaced(doing: str) -> Iterator[None]:
     except ray.exceptions.GetTimeoutError:
         raise
     except ray.exceptions.RayError as error:
-        raise ClusterError(f"{doing}: {str(error).strip().splitlines()[0]}") from error
+        raise ClusterError(f"{doing}: {reason(error)}") from error
+
+
+def reason(error: ray.exceptions.RayError) -> str:
+    """The one line of Ray's message that says why: the last where an actor could not even begin, else the first."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if getattr(error, "actor_init_failed", False) else 0].strip()

@@ -22,15 +22,17 @@ class BoundTask:
         name: Its name.
         settings: Its settings.
         head: The checkpoint that it is bound to.
+        base: The pool's base, for a head that is an adapter.
     """
 
     name: str
     settings: Any
     head: str
+    base: str = ""
 
     def open(self) -> Task:
         """The task itself."""
-        return make_task(self.name, self.settings, self.head)
+        return make_task(self.name, self.settings, self.head, self.base)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,25 @@
 """What a search hands to whoever evaluates candidates, and what it gets back: any executor will do."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Protocol
+from typing import Literal, Protocol
 
 from merging.recipe import Recipe
-from merging.tasks.base import Score, Split
+from merging.tasks.base import Score
+from merging.trace import Plan, Trace
+from search.budget import Progress
 from search.schema import Origin, Row
+
+Policy = Literal["none", "wilcoxon", "halving"]
+"""What gives up candidates before they are measured on everything: see `search.pruning`."""
+
+PARTIAL = "partial:objective"
+"""The proxy of a pruned row: the objective over the examples that it was measured on."""
+
+ANCHORS = "anchors"
+"""The split of rows that were measured on a few examples of validation, their scores estimates of the whole."""
 
 
 @dataclass(frozen=True)
@@ -16,13 +28,13 @@ class Candidate:
 
     Args:
         recipe: What to merge; methods `base` and `member` stand for the unmerged models of reference rows.
-        split: What to measure it on.
+        split: What to measure it on: `validation`, `test`, or `ANCHORS`.
         origin: Why.
         trial: Number of its Optuna trial; None where no sampler hears of it.
     """
 
     recipe: Recipe
-    split: Split = "validation"
+    split: str = "validation"
     origin: Origin = "search"
     trial: int | None = None
 
@@ -37,6 +49,9 @@ class Measurement:
         evaluate_seconds: Wall time of the evaluation, all tasks.
         worker: Host, process and device that did it.
         report: The method's own figures on the merge.
+        proxies: Figures that need no labels, or fewer examples than the scores.
+        trace: What every step showed, if it was measured in steps.
+        pruned: Whether measuring was given up: the scores are those of the examples so far.
     """
 
     scores: Mapping[str, Score]
@@ -44,6 +59,9 @@ class Measurement:
     evaluate_seconds: float | None = None
     worker: str | None = None
     report: Mapping[str, float] = field(default_factory=dict)
+    proxies: Mapping[str, float] = field(default_factory=dict)
+    trace: Trace | None = None
+    pruned: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,15 +102,27 @@ class Executor(Protocol):
         ...
 
 
+class Planner(Protocol):
+    """Says on which examples candidates are measured, and learns from what was found."""
+
+    def plan(self, candidate: Candidate) -> Plan | None:
+        """How to measure a candidate, asked when an evaluator is free for it; None for every example at once."""
+        ...
+
+    def learn(self, outcome: Outcome) -> Outcome:
+        """What to make of an outcome, asked before its row is written."""
+        ...
+
+
 class Observer(Protocol):
     """Is told how a search gets on."""
 
-    def on_start(self, total: int) -> None:
-        """The search begins or goes on; it will have `total` rows when its budget is spent."""
+    def on_start(self, progress: Progress) -> None:
+        """The search begins or goes on."""
         ...
 
-    def on_row(self, row: Row, best: Row | None, done: int, total: int) -> None:
-        """A row is in the ledger; `best` is the best of all so far, None while none is complete."""
+    def on_row(self, row: Row, progress: Progress) -> None:
+        """A row is in the ledger."""
         ...
 
 
@@ -105,29 +135,42 @@ class Provenance:
     data: str = ""
 
 
-def make_row(outcome: Outcome, objective: float | None, error: str | None, provenance: Provenance) -> Row:
-    """The ledger's row of an outcome; failed where there is an error."""
+def make_row(
+    outcome: Outcome,
+    objectives: Mapping[str, float],
+    error: str | None,
+    provenance: Provenance,
+    violations: Mapping[str, float] | None = None,
+) -> Row:
+    """The ledger's row of an outcome; failed where there is an error, pruned where measuring was given up."""
     candidate, recipe = outcome.candidate, outcome.candidate.recipe
-    scores = dict(outcome.measurement.scores) if outcome.measurement else {}
     found = outcome.measurement or Measurement({})
+    scores = found.scores
+    proxies = {f"entropy:{task}": score.entropy for task, score in scores.items() if math.isfinite(score.entropy)}
+    objective = next(iter(objectives.values()), None)
+    if found.pruned and objective is not None:
+        proxies[PARTIAL] = objective
     return Row(
         campaign=provenance.campaign,
         candidate=recipe.identity,
         split=candidate.split,
         origin=candidate.origin,
-        status="complete" if error is None else "failed",
+        status="failed" if error is not None else "pruned" if found.pruned else "complete",
         method=recipe.method,
         members=recipe.members,
-        scaling={member: recipe.scaling[member] for member in recipe.members},
+        scaling={key: recipe.scaling[key] for key in sorted(recipe.scaling)},
         parameters=dict(recipe.parameters),
         trial=candidate.trial,
         error=error,
-        objective=objective if error is None else None,
+        objective=objective if error is None and not found.pruned else None,
+        objectives=dict(objectives) if error is None and not found.pruned else {},
+        violations=dict(violations or {}),
         scores={task: score.value for task, score in scores.items()},
         standard_errors={task: score.standard_error for task, score in scores.items()},
         losses={task: score.loss for task, score in scores.items()},
         expected_errors={task: score.expected_error for task, score in scores.items()},
         examples={task: score.examples for task, score in scores.items()},
+        proxies=proxies | dict(found.proxies),
         report=dict(found.report),
         merge_seconds=found.merge_seconds,
         evaluate_seconds=found.evaluate_seconds,

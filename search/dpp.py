@@ -34,6 +34,20 @@ def log_determinant(matrix: Matrix, subset: Sequence[int]) -> float:
     return float(np.log(values).sum()) if values[0] > _threshold(values) else float("-inf")
 
 
+def log_determinants(matrix: Matrix, subsets: Sequence[Sequence[int]]) -> npt.NDArray[np.float64]:
+    """`log_determinant` of many subsets, those of a size at once [subsets]."""
+    found = np.empty(len(subsets))
+    lengths = np.array([len(subset) for subset in subsets])
+    for k in np.unique(lengths):
+        places = np.flatnonzero(lengths == k).tolist()
+        index = np.array([subsets[i] for i in places])
+        values = np.linalg.eigvalsh(matrix[index[:, :, None], index[:, None, :]])
+        singular = values[:, 0] <= values[:, -1] * k * np.finfo(np.float64).eps
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found[places] = np.where(singular, -np.inf, np.log(values).sum(axis=1))
+    return found
+
+
 def map_exact(matrix: Matrix, k: int) -> tuple[int, ...]:
     """The subset of size k with the largest determinant, by enumeration; of equal ones the first.
 
@@ -64,19 +78,36 @@ def map_greedy(matrix: Matrix, k: int) -> tuple[int, ...]:
     Raises:
         SelectionError: k exceeds the rank of L.
     """
+    return tuple(sorted(greedy_order(matrix, k)))
+
+
+def greedy_order(matrix: Matrix, k: int, log_q: npt.NDArray[np.float64] | None = None) -> tuple[int, ...]:
+    """`map_greedy` in the order of choice: its first j are the greedy subset of size j.
+
+    Args:
+        matrix: L [N, N]; or S, where q is given.
+        k: Size.
+        log_q: Logarithm of q [N], which may span more orders of magnitude than L = diag(q) S diag(q) could.
+
+    Raises:
+        SelectionError: k exceeds the rank of L.
+    """
     _check_size(matrix, k)
     gains = matrix.diagonal().copy()
+    weights = np.zeros(len(matrix)) if log_q is None else 2 * log_q
     factor = np.zeros((k, len(matrix)))
     chosen: list[int] = []
     for step in range(k):
-        best = int(gains.argmax())
+        with np.errstate(divide="ignore", invalid="ignore"):
+            best = int(np.nanargmax(np.log(gains) + weights))
         if gains[best] <= 0:
             raise _too_large(matrix, k)
         factor[step] = (matrix[best] - factor[:step, best] @ factor[:step]) / np.sqrt(gains[best])
         gains -= factor[step] ** 2
         chosen.append(best)
-        gains[chosen] = -np.inf
-    return tuple(sorted(chosen))
+        gains = np.maximum(gains, 0.0)
+        gains[chosen] = 0.0
+    return tuple(chosen)
 
 
 def map_subset(matrix: Matrix, k: int, exact_up_to: int = 20_000) -> tuple[int, ...]:
@@ -109,9 +140,10 @@ def sample_k_dpp(matrix: Matrix, k: int, seed: int, draws: int) -> list[tuple[in
         FiniteDPP,
     )  # brings matplotlib along: half a second that only sampling should pay
 
-    _check_size(matrix, k)
     values, vectors = np.linalg.eigh(matrix)
     values = np.where(values > _threshold(values), values, 0.0)
+    if not 1 <= k <= np.count_nonzero(values):
+        raise _too_large(matrix, k)
     # e_k then lies between 1 and C(N, k), whatever the scale of L: no overflow, no underflow.
     values /= np.exp(np.log(values[-k:]).mean())
     # A process of its own for each k: dppy keeps the polynomials of the first size that it is asked for.

@@ -1,46 +1,25 @@
-"""The search itself: ask the sampler, keep every evaluator busy, write the row, tell the study."""
+"""The search itself: ask the sampler, keep every evaluator busy, write the rows, tell the study."""
 
-import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import cast
 
 from optuna import Study, Trial
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import TrialState
 
-from merging.errors import SearchError, SettingsError
+from merging.errors import MergequestError, SearchError, SettingsError
 from merging.recipe import Recipe
-from search.candidate import Candidate, Executor, Observer, Outcome, Provenance
+from search.budget import Budget, Ending, Tally
+from search.candidate import PARTIAL, Candidate, Executor, Observer, Outcome, Provenance
 from search.flight import Flight, judge
+from search.history import Asking
 from search.ledger import Ledger
-from search.objective import Objective, best
+from search.objective import Objective
 from search.schema import Origin, Row
 from search.space import Space
 from search.study import CANDIDATE, DUPLICATE, ORIGIN
-
-Ending = Literal["budget", "seconds", "exhausted"]
-"""Why a search ended: its candidates are spent; its time is; its sampler has nothing new to propose."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """When a search ends.
-
-    Args:
-        candidates: Rows of anchors and proposals, failed ones included; all anchors are measured in any case.
-        seconds: After so many seconds of this run nothing new is proposed; what is under way is finished.
-        identical_errors: So many equal errors in a row are no accident.
-        retries: How often a candidate is put back after its worker was lost.
-        duplicates: After so many proposals in a row that are known already, the space counts as exhausted.
-    """
-
-    candidates: int
-    seconds: float | None = None
-    identical_errors: int = 5
-    retries: int = 3
-    duplicates: int = 100
 
 
 def search(
@@ -53,12 +32,17 @@ def search(
     provenance: Provenance,
     budget: Budget,
     observer: Observer | None = None,
+    *,
+    history: int | None = None,
+    split: str = "validation",
+    describe: Callable[[Recipe], Mapping[str, float]] = lambda recipe: {},
 ) -> Ending:
-    """Measures the anchors, then what the sampler proposes, until the budget is spent.
+    """Measures the anchors, then what the sampler proposes, until a budget is spent.
 
-    It can be killed at any moment: a row is durable before the study is told of it, and `open_study` finds
-    out the rest. With an executor of capacity 1, a search that was killed and resumed leaves the rows of an
-    unbroken one.
+    One candidate is always asked ahead, while the evaluators are at work, so that none of them waits for the
+    sampler. It can be killed at any moment: a row is durable before the study is told of it, and `open_study`
+    finds out the rest. With an executor of capacity 1, a search that was killed and resumed leaves the rows of
+    an unbroken one.
 
     Args:
         study: As `open_study` yields it.
@@ -70,13 +54,18 @@ def search(
         provenance: What every row says of the campaign.
         budget: When to end.
         observer: Is told of every row.
+        history: How many finished trials the sampler sees, the best and the latest; None for all.
+        split: What candidates are measured on.
+        describe: Further `proxies` of a recipe's row, known without measuring it.
 
     Raises:
         SearchError: Every anchor failed, or candidate after candidate with the same error.
         SettingsError: The sampler cannot propose anything from this space.
         StorageError: A row cannot be written.
     """
-    return _Search(study, space, sampler, ledger, executor, objective, provenance, budget, observer).run()
+    asking = Asking(study, history)
+    run = _Search(asking, space, sampler, ledger, executor, objective, provenance, budget, observer, split, describe)
+    return run.run(_trailing_duplicates(study))
 
 
 class _Search:
@@ -84,7 +73,7 @@ class _Search:
 
     def __init__(
         self,
-        study: Study,
+        study: Asking,
         space: Space,
         sampler: Callable[[int], BaseSampler],
         ledger: Ledger,
@@ -93,74 +82,87 @@ class _Search:
         provenance: Provenance,
         budget: Budget,
         observer: Observer | None,
+        split: str,
+        describe: Callable[[Recipe], Mapping[str, float]],
     ) -> None:
+        self._describe = describe
         self._study, self._space, self._sampler, self._ledger = study, space, sampler, ledger
-        self._objective, self._provenance = objective, provenance
+        self._objective, self._provenance, self._split = objective, provenance, split
         self._budget, self._observer = budget, observer
         self._flight = Flight(executor, budget.retries)
+        self._ahead: Candidate | None = None
+        self._trials: dict[int, Trial] = {}
         anchors = space.anchors()
         self._anchors = [recipe.identity for recipe in anchors]
         # Anchors outside the space go by the sampler; those inside already wait in the study.
         outside = [recipe for recipe in anchors if recipe not in space]
-        self._unheard = deque(r for r in outside if not ledger.has(r.identity, "validation"))
-        rows = [row for row in ledger.rows() if _counts(row)]
-        self._done = len(rows)
-        self._best: Row | None = next(iter(best(rows)), None)
-        self._total = max(budget.candidates, len(anchors))
+        self._unheard = deque(r for r in outside if not ledger.has(r.identity, split))
+        counted = [row for row in ledger.rows() if row.split == split and row.origin in ("anchor", "search")]
+        self._tally = Tally(budget, counted, max(budget.candidates, len(anchors)), split)
         self._known = 0
         self._error: tuple[str, int] = ("", 0)
+        self._exhausted = not space.searchable
         self._ending: Ending | None = None
-        self._told = RandomSampler(0)
+        self._plain = RandomSampler(0)
 
-    def run(self) -> Ending:
-        started = time.monotonic()
+    def run(self, known: int) -> Ending:
+        self._known = known
         if self._observer:
-            self._observer.on_start(self._total)
-        self._known = self._trailing_duplicates()
+            self._observer.on_start(self._tally.progress())
         while True:
-            late = self._budget.seconds is not None and time.monotonic() - started >= self._budget.seconds
-            while self._flight.has_room and (candidate := self._next(late)) is not None:
-                self._flight.submit(candidate)
+            self._submit(self._next)
+            self._ahead = self._ahead or self._next()
             if not len(self._flight):
-                return self._ending or "budget"
-            for outcome in self._flight.wait():
-                self._settle(outcome)
+                return self._ending or "candidates"
+            outcomes = self._flight.wait()
+            try:
+                self._submit(lambda: None)  # what was asked ahead goes out before anything is written
+            finally:
+                self._settle(outcomes)
 
-    def _next(self, late: bool) -> Candidate | None:
+    def _submit(self, more: Callable[[], Candidate | None]) -> None:
+        """Keeps evaluators busy: with the candidate that was asked ahead, then with `more` of them."""
+        while self._flight.has_room and (candidate := self._ahead or more()) is not None:
+            self._ahead = None
+            self._flight.submit(candidate)
+
+    def _next(self) -> Candidate | None:
         """The next candidate to measure; None where there is none for now."""
         if self._unheard:
-            return Candidate(self._unheard.popleft(), "validation", "anchor")
-        waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        if self._ending is None and self._done + len(self._flight) >= self._total:
-            return None
-        if self._ending is None and late and not waiting:
-            self._ending = "seconds"
-        if self._ending is None and not self._space.searchable:
-            self._ending = "exhausted"
-        return self._ask() if self._ending is None else None
+            return Candidate(self._unheard.popleft(), self._split, "anchor")
+        spent = self._tally.spent(len(self._flight) + (self._ahead is not None))
+        if not self._study.has_waiting:
+            # Decided anew once nothing is under way: the last rows may hold an improvement.
+            self._ending = "exhausted" if self._exhausted else spent
+            return None if self._ending else self._ask()
+        return None if spent == "candidates" else self._ask()
 
     def _ask(self) -> Candidate | None:
         """The next recipe that is not in the ledger and not under way."""
         while self._known < self._budget.duplicates:
             trial, recipe = self._propose()
+            if recipe is None:
+                continue
             origin = cast(Origin, trial.user_attrs.get(ORIGIN, "search"))
-            measured = self._ledger.has(recipe.identity, "validation")
-            if not measured and not self._flight.holds(recipe, "validation"):
+            held = self._flight.holds(recipe, self._split)
+            if not held and not self._ledger.has(recipe.identity, self._split):
                 self._known = 0
                 if CANDIDATE not in trial.user_attrs:
                     trial.set_user_attr(CANDIDATE, recipe.identity)
-                return Candidate(recipe, "validation", origin, trial.number)
+                self._study.under_way(trial)
+                self._trials[trial.number] = trial
+                return Candidate(recipe, self._split, origin, trial.number)
             # A score told twice would count twice in the sampler's model, and draw it back to where it was.
             self._known += 1
             trial.set_user_attr(DUPLICATE, True)
-            self._tell(trial.number, None)
-        self._ending = "exhausted"
+            self._tell(trial)
+        self._exhausted, self._ending = True, "exhausted"
         return None
 
-    def _propose(self) -> tuple[Trial, Recipe]:
-        trials = self._study.get_trials(deepcopy=False)
-        waiting = [trial.number for trial in trials if trial.state == TrialState.WAITING]
-        self._study.sampler = self._sampler(min(waiting, default=len(trials)))
+    def _propose(self) -> tuple[Trial, Recipe | None]:
+        """A trial and its recipe; without one if there is none of these parameters."""
+        self._study.sampler = self._sampler(self._study.next_number)
+        trial = None
         try:
             trial = self._study.ask()
             return trial, self._space.suggest(trial)
@@ -168,37 +170,61 @@ class _Search:
             raise SettingsError(
                 f"the sampler cannot propose from this search space: {error}. Use 'tpe', or give ranges a `step`"
             ) from error
+        except MergequestError as error:
+            if trial is None:
+                raise
+            self._tell(trial)
+            if self._repeats(f"{type(error).__name__}: {error}"):
+                raise SearchError(f"{self._error[1]} proposals in a row are no recipes: {error}") from error
+            return trial, None
 
-    def _settle(self, outcome: Outcome) -> None:
-        """Writes the row, and only then tells the study."""
-        row = judge(outcome, self._objective, self._provenance)
-        self._ledger.append(row)
-        if row.trial is not None:
-            self._tell(row.trial, row.objective)
-        self._done += 1
-        self._best = next(iter(best([self._best, row] if self._best else [row])), None)
-        if self._observer:
-            self._observer.on_row(row, self._best, self._done, self._total)
-        if row.status == "failed":
-            self._count_failure(row, outcome)
-        else:
-            self._error = ("", 0)
+    def _settle(self, outcomes: Sequence[Outcome]) -> None:
+        """Writes the rows, and only then tells the study."""
+        rows = [judge(outcome, self._objective, self._provenance) for outcome in outcomes]
+        rows = [replace(row, proxies={**row.proxies, **self._describe(row.recipe)}) for row in rows]
+        self._ledger.extend(rows)
+        for row in rows:
+            if row.trial is not None:
+                self._tell(self._trials.pop(row.trial), row)
+            self._tally.add(row)
+        for row, outcome in zip(rows, outcomes, strict=True):
+            if self._observer:
+                self._observer.on_row(row, self._tally.progress())
+            if row.status == "failed":
+                self._count_failure(row, outcome)
+            else:
+                self._error = ("", 0)
 
-    def _tell(self, number: int, value: float | None) -> None:
+    def _tell(self, trial: Trial, row: Row | None = None) -> None:
+        """Ends a trial as its row did; without one it failed."""
         # Some samplers call Study.stop after a trial, which Optuna allows only inside optimize().
-        self._study.sampler = self._told
-        self._study.tell(number, value, TrialState.FAIL if value is None else TrialState.COMPLETE)
+        self._study.sampler = self._plain
+        for name, value in (row.violations if row else {}).items():
+            trial.set_constraint(name, value)
+        if row is not None and row.status == "complete":
+            self._study.tell(trial, list(row.objectives.values()))
+        elif row is not None and row.status == "pruned":
+            if PARTIAL in row.proxies and len(self._objective.names) == 1:
+                trial.report(row.proxies[PARTIAL], sum(row.examples.values()))
+            self._study.tell(trial, state=TrialState.PRUNED)
+        else:
+            self._study.tell(trial, state=TrialState.FAIL)
+        self._study.finished(trial)
+
+    def _repeats(self, error: str) -> bool:
+        """Counts an error; whether it has come so often in a row that it is no accident."""
+        self._error = (error, self._error[1] + 1 if error == self._error[0] else 1)
+        return self._error[1] >= self._budget.identical_errors
 
     def _count_failure(self, row: Row, outcome: Outcome) -> None:
         text = row.error or ""
-        self._error = (text, self._error[1] + 1 if text == self._error[0] else 1)
-        if self._error[1] >= self._budget.identical_errors:
+        if self._repeats(text):
             raise SearchError(
                 f"{self._error[1]} candidates in a row failed with the same error, the last one {row.method} "
                 f"of {', '.join(row.members)}: {text}\n"
                 f"The ledger keeps what was measured before: mend the cause and resume"
             ) from outcome.error
-        found = [self._ledger.get(identity, "validation") for identity in self._anchors]
+        found = [self._ledger.get(identity, self._split) for identity in self._anchors]
         failed = all(anchor is not None and anchor.status == "failed" for anchor in found)
         if row.origin == "anchor" and failed:
             raise SearchError(
@@ -206,15 +232,12 @@ class _Search:
                 f"Mend the cause and begin anew in another directory: this one keeps its failed rows"
             ) from outcome.error
 
-    def _trailing_duplicates(self) -> int:
-        """How many known recipes were proposed last, before this run."""
-        count = 0
-        for trial in reversed(self._study.get_trials(deepcopy=False)):
-            if DUPLICATE not in trial.user_attrs:
-                break
-            count += 1
-        return count
 
-
-def _counts(row: Row) -> bool:
-    return row.split == "validation" and row.origin in ("anchor", "search")
+def _trailing_duplicates(study: Study) -> int:
+    """How many known recipes were proposed last, before this run."""
+    count = 0
+    for trial in reversed(study.get_trials(deepcopy=False)):
+        if DUPLICATE not in trial.user_attrs:
+            break
+        count += 1
+    return count

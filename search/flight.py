@@ -78,17 +78,21 @@ def judge(outcome: Outcome, objective: Objective | None, provenance: Provenance)
     """
     if outcome.error is not None or outcome.measurement is None:
         text = f"{type(outcome.error).__name__}: {outcome.error}" if outcome.error else "no measurement came back"
-        return make_row(outcome, None, text[:MAX_ERROR_LENGTH], provenance)
+        return make_row(outcome, {}, text[:MAX_ERROR_LENGTH], provenance)
     if objective is None:
-        return make_row(outcome, None, None, provenance)
-    scores = {task: score.value for task, score in outcome.measurement.scores.items()}
+        return make_row(outcome, {}, None, provenance)
+    scores = outcome.measurement.scores
     try:
-        value = objective(scores)
+        values, violations = objective(scores), objective.violations(scores)
     except KeyError as task:
-        return make_row(outcome, None, f"TaskError: no score came back for task {task}", provenance)
-    if not math.isfinite(value):
-        return make_row(outcome, None, f"TaskError: the objective is {value} (scores {scores})", provenance)
-    return make_row(outcome, value, None, provenance)
+        return make_row(outcome, {}, f"TaskError: no score came back for task {task}", provenance)
+    for name, value in (values | violations).items():
+        if not math.isfinite(value):
+            # without the scores: equal failures have equal errors
+            spoilt = [task for task, score in scores.items() if not math.isfinite(score.value)]
+            of = f": no finite score of {', '.join(spoilt)}" if spoilt else ""
+            return make_row(outcome, {}, f"TaskError: '{name}' is {value}{of}", provenance)
+    return make_row(outcome, values, None, provenance, violations)
 
 
 def measure(

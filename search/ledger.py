@@ -1,11 +1,12 @@
-"""The record of every candidate: a directory of small Parquet files, one a row, each written at once."""
+"""The record of every candidate: a directory of Parquet files, each written whole, each row in one of them."""
 
 import io
 import json
+import uuid
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
-from datetime import UTC
+from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +18,8 @@ from search.schema import SCHEMA, VERSION, Row
 
 VERSION_KEY = b"mergequest.ledger"
 READERS = 16
+ROWS_PER_FILE = 512
+"""A file is full with so many rows: what an append rewrites is bounded, and so is the number of files."""
 MAPS = tuple(field.name for field in SCHEMA if pa.types.is_map(field.type))
 TIMES = tuple(field.name for field in SCHEMA if pa.types.is_timestamp(field.type))
 
@@ -24,9 +27,11 @@ TIMES = tuple(field.name for field in SCHEMA if pa.types.is_timestamp(field.type
 class Ledger:
     """The rows of a campaign, on disk and in memory. One process appends; any number may read the directory.
 
-    A file appears by one rename (or one put) under a name made of split, trial and candidate, so that
-    `pandas.read_parquet(path)` finds every finished row once, at any moment. Temporary files begin with a
-    dot, which Arrow's dataset readers skip.
+    An append replaces the newest file by one with the new rows too, in one rename (or one put), until that file
+    is full and the next one begins. Small files thus grow into large ones without a moment at which a row is in
+    two files or in none, and no file that a reader has listed is ever taken away: `pandas.read_parquet(path)`
+    finds every finished row once, at any moment. A process begins a file of its own and never touches what
+    another one wrote. Temporary files begin with a dot, which Arrow's dataset readers skip.
 
     Args:
         path: The directory, local or at any fsspec address; it need not exist yet.
@@ -40,6 +45,8 @@ class Ledger:
         self.path = path
         self._campaign = campaign
         self._rows: dict[tuple[str, str], Row] = {}
+        self._files, self._newest = 0, SCHEMA.empty_table()
+        self._mine = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
         names = [
             name for name in storage.list_dir(path) if name.endswith(".parquet") and not name.startswith((".", "_"))
         ]
@@ -51,25 +58,39 @@ class Ledger:
             self._rows.setdefault((row.candidate, row.split), row)
 
     def append(self, row: Row) -> bool:
-        """Makes a row durable before returning; a (candidate, split) that is there already is left as it is.
+        """Makes a row durable before returning, as `extend` does.
 
         Returns:
             Whether the row is new.
+        """
+        return bool(self.extend([row]))
+
+    def extend(self, rows: Iterable[Row]) -> list[Row]:
+        """Makes rows durable in one write; a (candidate, split) that is there already is left as it is.
+
+        Returns:
+            Those that are new.
 
         Raises:
-            LedgerError: It belongs to another campaign.
+            LedgerError: One belongs to another campaign; none is written.
             StorageError: There is no right or no space to write.
         """
-        self._check(row)
-        key = (row.candidate, row.split)
-        if key in self._rows:
-            return False
+        new: dict[tuple[str, str], Row] = {}
+        for row in rows:
+            self._check(row)
+            if (key := (row.candidate, row.split)) not in self._rows:
+                new.setdefault(key, row)
+        if not new:
+            return []
+        whole = pa.concat_tables([self._newest, to_table(new.values())]).combine_chunks()
         sink = io.BytesIO()
-        pq.write_table(to_table([row]), sink, compression="zstd", write_statistics=False)
-        origin = row.origin if row.trial is None else f"{row.trial:06d}"
-        storage.write_bytes(storage.join(self.path, f"{row.split}-{origin}-{row.candidate}.parquet"), sink.getvalue())
-        self._rows[key] = row
-        return True
+        pq.write_table(whole, sink, compression="zstd", write_statistics=False)
+        storage.write_bytes(storage.join(self.path, f"{self._mine}-{self._files:06d}.parquet"), sink.getvalue())
+        self._newest = whole
+        if len(whole) >= ROWS_PER_FILE:
+            self._files, self._newest = self._files + 1, SCHEMA.empty_table()
+        self._rows |= new
+        return list(new.values())
 
     def get(self, candidate: str, split: str) -> Row | None:
         """The row of a candidate on a split, if there is one."""
@@ -101,7 +122,7 @@ class Ledger:
             table = pq.ParquetFile(io.BytesIO(storage.read_bytes(path))).read(use_threads=False)
         except (pa.ArrowInvalid, OSError) as error:
             raise LedgerError(
-                f"{path} is not a readable Parquet file ({error}); move it away to go on without its row"
+                f"{path} is not a readable Parquet file ({error}); move it away to go on without its rows"
             ) from error
         found = (table.schema.metadata or {}).get(VERSION_KEY, b"").decode()
         if found != str(VERSION):
@@ -128,7 +149,7 @@ def from_table(table: pa.Table) -> list[Row]:
     """The rows of a table that `to_table` made."""
     rows = []
     for record in table.to_pylist():
-        record |= {name: dict(record[name]) for name in MAPS}
+        record |= {name: dict(record.get(name) or {}) for name in MAPS}
         record |= {name: record[name].astimezone(UTC) for name in TIMES}
         record["members"] = tuple(record["members"])
         record["parameters"] = json.loads(record["parameters"])

@@ -35,6 +35,10 @@ _SPREAD = {
     "loss": "losses",
     "expected_error": "expected_errors",
     "examples": "examples",
+    "objective": "objectives",
+    "violation": "violations",
+    "proxy": "proxies",
+    "report": "report",
 }
 """Prefix of the columns (`score.<task>`) that each mapping of a row is spread over."""
 
@@ -56,8 +60,8 @@ def frame(rows: Sequence[Row]) -> pd.DataFrame:
 
     Columns: those of the ledger that hold one value; `members`, joined by `+`; `size`, how many there are;
     `mean` and `worst` of the scores; and `parameter.<name>`, `scaling.<member>`, `score.<task>`,
-    `standard_error.<task>`, `loss.<task>`, `expected_error.<task>`, `examples.<task>`. What a row lacks is
-    NaN.
+    `standard_error.<task>`, `loss.<task>`, `expected_error.<task>`, `examples.<task>`, `objective.<name>`,
+    `violation.<constraint>`, `proxy.<name>`, `report.<name>`. What a row lacks is NaN.
     """
     records = [_record(row) for row in sorted(rows, key=lambda row: (row.split, row.finished))]
     found = pd.DataFrame.from_records(records)
@@ -71,12 +75,17 @@ def frame(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def candidates(found: pd.DataFrame, split: str = "validation") -> pd.DataFrame:
-    """Complete anchors and proposals on a split, best first; of equal ones the earliest first."""
+    """Complete anchors and proposals on a split, best first: those that break no constraint, then by objective.
+
+    Of equal ones the earliest is first. The column `breach` says by how much constraints are broken in all.
+    """
     chosen = found[
         (found["split"] == split) & (found["status"] == "complete") & found["origin"].isin(["anchor", "search"])
     ]
+    breach = chosen[list(columns(chosen, "violation").values())].clip(lower=0).sum(axis=1)
+    chosen = chosen.assign(breach=breach)
     order = chosen.assign(trial=chosen["trial"].fillna(-1))
-    index = order.sort_values(["objective", "trial"], ascending=[False, True], kind="stable").index
+    index = order.sort_values(["breach", "objective", "trial"], ascending=[True, False, True], kind="stable").index
     return chosen.loc[index]
 
 
@@ -86,10 +95,18 @@ def best_by_method(found: pd.DataFrame, split: str = "validation") -> pd.DataFra
 
 
 def history(found: pd.DataFrame) -> pd.DataFrame:
-    """Validation candidates in the order in which they finished; `best` is the best objective until then."""
+    """Validation candidates in the order in which they finished, with what was reached and spent until then.
+
+    Columns besides the frame's: `best`, the best objective; `spent`, examples evaluated; `seconds`, since the first of
+    them began.
+    """
     chosen = found[(found["split"] == "validation") & found["origin"].isin(["anchor", "search"])]
     chosen = chosen.sort_values("finished", kind="stable").reset_index(drop=True)
-    return chosen.assign(best=chosen["objective"].cummax().ffill())
+    examples = chosen[list(columns(chosen, "examples").values())].sum(axis=1)
+    since = pd.to_datetime(chosen["finished"]) - pd.to_datetime(chosen["started"]).min()
+    return chosen.assign(
+        best=chosen["objective"].cummax().ffill(), spent=examples.cumsum(), seconds=since.dt.total_seconds()
+    )
 
 
 def shares(found: pd.DataFrame, top: float = 0.1) -> pd.Series:

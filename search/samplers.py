@@ -25,6 +25,8 @@ from optuna.trial import FrozenTrial
 
 from merging.errors import SettingsError
 from merging.registry import did_you_mean
+from search.quality_diversity import QualityDiversitySampler
+from search.selection import Selection, select
 
 
 class UnionQMCSampler(QMCSampler):
@@ -53,8 +55,27 @@ class UnionQMCSampler(QMCSampler):
         return self._position
 
 
+class ChosenMethodTPESampler(TPESampler):
+    """Optuna's TPE in groups, which models the chosen method's parameters only.
+
+    Optuna's own samples the groups of all methods for every proposal, and then uses one.
+    """
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """What all methods share, then what the method that came of it has of its own."""
+        if not self._group:
+            return super().sample_relative(study, trial, search_space)
+        shared = {name: entry for name, entry in search_space.items() if "." not in name}
+        found = super().sample_relative(study, trial, shared)
+        prefix = f"{found['method']}." if "method" in found else ""
+        own = {n: entry for n, entry in search_space.items() if n not in shared and n.startswith(prefix)}
+        return found | super().sample_relative(study, trial, own)
+
+
 SAMPLERS: Mapping[str, type[BaseSampler]] = {
-    "tpe": TPESampler,
+    "tpe": ChosenMethodTPESampler,
     "random": RandomSampler,
     "cmaes": CmaEsSampler,
     "gp": GPSampler,
@@ -63,11 +84,20 @@ SAMPLERS: Mapping[str, type[BaseSampler]] = {
     "qmc": UnionQMCSampler,
     "grid": GridSampler,
     "brute_force": BruteForceSampler,
+    "quality_diversity": QualityDiversitySampler,
 }
-"""Optuna's samplers by the name that a campaign file uses. `cmaes` and `gp` see only parameters that all
-trials
-share: they are for a search of one method on one subset. `grid` needs its `search_space`, and `brute_force` a
-space without continuous ranges."""
+"""Samplers by the name that a campaign file uses, all but the last Optuna's own. `cmaes` and `gp` see only parameters
+that all trials share: they are for a search of one method on one subset. `grid` needs its `search_space`, and
+`brute_force` a space without continuous ranges. `quality_diversity` draws subsets of members by q and S of the
+selection, and the rest by another of these."""
+
+QUALITY_DIVERSITY = "quality_diversity"
+
+SINGLE_OBJECTIVE = frozenset({"cmaes"})
+"""Those that refuse to maximise several objectives at once."""
+
+READ_EVERYTHING = frozenset({"tpe", "gp", "quality_diversity"})
+"""Those whose proposals take longer with every finished trial that they see, and that need not see all."""
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     # one joint density for each method's own parameters, instead of none for all that methods don't share
@@ -85,7 +115,11 @@ def ask_seed(seed: int, number: int) -> int:
 
 
 def make_sampler(
-    name: str = "tpe", seed: int = 0, arguments: Mapping[str, Any] | None = None, number: int = 0
+    name: str = "tpe",
+    seed: int = 0,
+    arguments: Mapping[str, Any] | None = None,
+    number: int = 0,
+    selection: Selection | None = None,
 ) -> BaseSampler:
     """The sampler that proposes the parameters of one trial.
 
@@ -97,6 +131,8 @@ def make_sampler(
         seed: The campaign's.
         arguments: The sampler's arguments, as Optuna names them.
         number: The trial's.
+        selection: The members' q and S, for `quality_diversity`, whose further arguments are `sampler` (the name of
+            the one for all other parameters, `tpe` by default) and `sampler_arguments`.
 
     Raises:
         SettingsError: Unknown sampler or argument, or a value that the sampler refuses.
@@ -108,6 +144,8 @@ def make_sampler(
         if argument not in known:
             hint = did_you_mean(argument, known) if known else "It takes none."
             raise SettingsError(f"sampler '{name}' has no argument '{argument}'. {hint}")
+    if name == QUALITY_DIVERSITY:
+        return _quality_diversity(seed, dict(arguments or {}), number, selection or select(["all"], "all"))
     chosen = {**DEFAULTS.get(name, {}), **(arguments or {}), "seed": ask_seed(seed, number)}
     if name in ("grid", "qmc"):
         chosen["seed"] = seed  # of the order of the whole grid, of the whole sequence
@@ -125,8 +163,32 @@ def make_sampler(
         raise SettingsError(f"sampler '{name}' refuses its arguments: {error}") from error
 
 
+def _quality_diversity(seed: int, arguments: dict[str, Any], number: int, selection: Selection) -> BaseSampler:
+    """The sampler on a selection's members; equal q, and members that differ, where it has neither q nor S."""
+    names = selection.names
+    inner = arguments.pop("sampler", "tpe")
+    if inner == QUALITY_DIVERSITY:
+        raise SettingsError(f"sampler '{QUALITY_DIVERSITY}' needs another one for all but the subset, not itself")
+    wrapped = make_sampler(inner, seed, arguments.pop("sampler_arguments", None), number)
+    similarity = np.eye(len(names)) if selection.similarity is None else selection.similarity
+    try:
+        return QualityDiversitySampler(
+            similarity,
+            names,
+            sampler=wrapped,
+            quality=selection.quality or None,
+            strata="method",
+            seed=ask_seed(seed, number),
+            **arguments,
+        )
+    except TypeError as error:
+        raise SettingsError(f"sampler '{QUALITY_DIVERSITY}' refuses its arguments: {error}") from error
+
+
 def _arguments(sampler: type[BaseSampler]) -> list[str]:
     """Names of the arguments that a file can give."""
+    if sampler is QualityDiversitySampler:
+        return ["sampler", "sampler_arguments", "learn_sizes", "strength", "shrinkage"]
     parameters = inspect.signature(sampler).parameters
     return [
         name

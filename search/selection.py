@@ -1,8 +1,9 @@
-"""Which subsets of a pool's members to merge: by quality and diversity, all of them, or as the user says."""
+"""Which subsets of a pool's members to merge: by quality and diversity, by chance, all, or as somebody says."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
+from itertools import combinations
+from math import comb, isfinite
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -12,8 +13,16 @@ from merging.registry import did_you_mean
 from search import dpp, kernel
 from search.kernel import Matrix
 
-Mode: TypeAlias = Literal["dpp-map", "dpp-sample", "all", "fixed"]
+Mode: TypeAlias = Literal["dpp-map", "dpp-sample", "every", "random", "greedy-forward", "greedy-soup", "all", "fixed"]
 Subset: TypeAlias = tuple[str, ...]
+
+NAMED: tuple[Mode, ...] = ("fixed", "greedy-forward", "greedy-soup")
+"""Modes whose subsets somebody names: the user, or whoever measured them (`search.greedy`)."""
+MOST_LISTED = 256
+"""Subsets that a search chooses among in mode `every`. Optuna stores the list with each trial: 256 subsets of six
+members are about 10 kB."""
+MOST_SIZES = 16
+"""Without a word on sizes, subsets of a large pool have at most so many members, but for the one of all."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +103,15 @@ def select(
     Args:
         names: The pool's members.
         mode: `dpp-map`, the most probable subset per size; `dpp-sample`, `draws` subsets of each size from
-            the k-DPP; `all`, nothing but the set of all members; `fixed`, the given `subsets`.
+            the k-DPP; `every`, every subset of these sizes while there are at most 256, else as many drawn
+            from the k-DPP; `random`, `draws` subsets of each size, all equally likely; `all`, nothing but the
+            set of all members; `fixed`, `greedy-forward` and `greedy-soup`, the given `subsets`.
         quality: Member → q ≥ 0, as `kernel.quality` gives it; the DPP leaves out members with q = 0.
         similarity: S [N, N] in the order of `names`, as `kernel.similarity_from_…` gives it.
-        sizes: Sizes of subsets; from 2 to N where none are given.
+        sizes: Sizes of subsets; from 2 to N where none are given, but at most 16.
         draws: Subsets drawn for each size; those drawn twice count once.
         seed: Of the draws.
-        subsets: For `fixed`.
+        subsets: For the modes in `NAMED`.
         notes: Notes on quality and similarity, kept with the selection.
 
     Raises:
@@ -111,19 +122,25 @@ def select(
         raise SelectionError(f"a selection needs members with different names, not {list(members)}")
     L = _kernel(members, quality, similarity)
     remarks = list(notes)
-    if mode == "fixed":
+    if mode in NAMED:
         chosen = [_named(subset, members) for subset in subsets]
         if not chosen:
-            raise SelectionError("mode 'fixed' needs subsets: name the members of at least one")
+            raise SelectionError(f"mode '{mode}' needs subsets: name the members of at least one")
     elif mode == "all":
         chosen = []
-    elif mode in ("dpp-map", "dpp-sample"):
+    elif mode == "random":
+        chosen = _at_random(members, _sizes(np.eye(len(members)), sizes, remarks), seed, draws)
+    elif mode in ("dpp-map", "dpp-sample", "every"):
         if L is None:
             raise SelectionError(f"mode '{mode}' needs quality and similarity of the members; or take mode 'all'")
-        chosen = []
-        for k in _sizes(L, sizes, remarks):
-            found = [dpp.map_subset(L, k)] if mode == "dpp-map" else _draw(L, k, seed, draws)
-            chosen += [tuple(sorted(members[i] for i in subset)) for subset in found]
+        wanted = _sizes(L, sizes, remarks)
+        if mode == "every":
+            found = _every(L, wanted, seed, remarks)
+        elif mode == "dpp-map":
+            found = [dpp.map_subset(L, k) for k in wanted]
+        else:
+            found = [subset for k in wanted for subset in _draw(L, k, seed, draws)]
+        chosen = [tuple(sorted(members[i] for i in subset)) for subset in found]
     else:
         raise SelectionError(f"unknown mode '{mode}'. {did_you_mean(mode, list(get_args(Mode)))}")
     everyone = tuple(sorted(members))
@@ -162,9 +179,29 @@ def _sizes(L: Matrix, sizes: Sequence[int] | None, notes: list[str]) -> list[int
                 f"ask for sizes from 1 to {most}, or for another similarity"
             )
         return sorted(set(sizes))
-    if most < len(L):
+    if most < min(len(L), MOST_SIZES):
         notes.append(f"the kernel of {len(L)} members has rank {most}: no subset larger than {most} but all of them")
-    return list(range(2, most + 1))
+    return list(range(2, min(most, MOST_SIZES) + 1))
+
+
+def _every(L: Matrix, sizes: Sequence[int], seed: int, notes: list[str]) -> list[tuple[int, ...]]:
+    """Every subset that has a determinant, or the likeliest of each size and as many others as can be listed."""
+    there = sum(comb(len(L), k) for k in sizes)
+    if there <= MOST_LISTED:
+        listed = [subset for k in sizes for subset in combinations(range(len(L)), k)]
+        log_dets = dpp.log_determinants(L, listed)
+        return [subset for subset, value in zip(listed, log_dets, strict=True) if isfinite(value)]
+    a_size = max(1, MOST_LISTED // len(sizes))
+    notes.append(f"{there:.3g} subsets are too many to list: {a_size} of each size are drawn from the k-DPP")
+    drawn = [[dpp.map_subset(L, k), *_draw(L, k, seed, a_size - 1)] for k in sizes]
+    return [subset for of_a_size in drawn for subset in dict.fromkeys(of_a_size)]
+
+
+def _at_random(members: Subset, sizes: Sequence[int], seed: int, draws: int) -> list[Subset]:
+    """Different subsets of each size, all equally likely."""
+    generator = np.random.default_rng(seed)
+    drawn = [tuple(sorted(generator.choice(members, k, replace=False).tolist())) for k in sizes for _ in range(draws)]
+    return list(dict.fromkeys(drawn))
 
 
 def _draw(L: Matrix, k: int, seed: int, draws: int) -> list[tuple[int, ...]]:

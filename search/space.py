@@ -1,60 +1,42 @@
 """What a search may try: methods, subsets of members, scaling factors, parameters, and where it starts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import BaseTrial, FixedTrial, create_trial
-from pydantic import BaseModel, ConfigDict, Field
 
 from merging.errors import MethodError, SettingsError
-from merging.methods.base import METHODS, Method, Parameter
-from merging.recipe import Recipe
+from merging.groups import collapsed, factor
+from merging.methods.base import METHODS
+from merging.recipe import GROUP, Recipe
 from merging.registry import did_you_mean
-from search.domain import Domain, suggest
-
-Granularity = Literal["shared", "per_member"]
-
-
-class MethodSpace(BaseModel):
-    """What to try of one method, where it differs from what the method itself declares."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    scaling: Domain | None = Field(None, description="Scaling factors: a value, choices, or a range.")
-    parameters: dict[str, Domain] = Field(
-        default_factory=dict, description="The method's parameters, each a value, choices, or a range."
-    )
-
-
-@dataclass(frozen=True)
-class _Searched:
-    """A method with everything that may be tried of it."""
-
-    method: Method
-    scaling: Domain
-    parameters: Mapping[str, Domain]
+from search.domain import suggest
+from search.method_space import Granularity, MethodSpace, declared, is_whole
 
 
 class Space:
     """Every recipe that a search may propose.
 
     Optuna's parameters are, in the order of suggestion: `method`, `members` (names joined by `+`),
-    `<method>.<parameter>`, `<method>.scaling` (one shared factor) or `<method>.scaling.<member>`. What has
-    one value only is no parameter. A method with nothing to vary has one recipe: an anchor, not proposed
-    again.
+    `<method>.<parameter>`, `<method>.scaling` (one shared factor), `<method>.scaling.<member>`, or
+    `<method>.scaling.<member>@<group>`. What has one value only is no parameter. A method with nothing to
+    vary has one recipe: an anchor, not proposed again. A member whose groups all have the same factor has
+    one plain factor in the recipe, so that a merge has one identity however finely it was searched.
 
     Args:
         methods: What to try of each method, by its name.
         members: All members that a merge can take.
         subsets: The subsets to choose among; by default all members, always.
-        scaling: One factor for all members, or one for each.
+        scaling: What has a factor of its own.
+        groups: Groups of weights, with every weight once (see `weight_groups`): each member has a factor in
+            each; none where it has one factor, or all share one.
+        starts: Recipes that are measured before anything is proposed, beside the methods' defaults.
 
     Raises:
         MethodError: An unknown method.
-        SettingsError: An unknown parameter or member, a value that the method doesn't allow, a subset named
-            twice.
+        SettingsError: An unknown parameter, member or group, a value that the method doesn't allow, a subset
+            named twice.
     """
 
     def __init__(
@@ -63,12 +45,18 @@ class Space:
         members: Sequence[str],
         subsets: Sequence[Sequence[str]] | None = None,
         scaling: Granularity = "shared",
+        groups: Sequence[str] = (),
+        starts: Sequence[Recipe] = (),
     ) -> None:
         if not methods or not members:
             raise SettingsError("a search needs at least one method and one member")
         self.members = tuple(sorted(members))
         self.scaling = scaling
-        self._methods = {name: _searched(name, given) for name, given in methods.items()}
+        self.groups = tuple(groups)
+        self._starts = tuple(starts)
+        self._methods = {name: declared(name, given) for name, given in methods.items()}
+        for name, given in methods.items():
+            self._check_keys(name, given)
         self._subsets: dict[str, tuple[str, ...]] = {}
         for subset in subsets or [self.members]:
             self._add_subset(subset)
@@ -128,9 +116,15 @@ class Space:
         whole: dict[str, Any] = {"method": recipe.method}
         whole[self._members_name(recipe.method)] = "+".join(recipe.members)
         whole |= {f"{recipe.method}.{name}": value for name, value in recipe.parameters.items()}
-        whole |= {f"{recipe.method}.scaling.{member}": factor for member, factor in recipe.scaling.items()}
-        whole[f"{recipe.method}.scaling"] = recipe.scaling[recipe.members[0]]
+        for member in recipe.members:
+            keys = {member: None, **{f"{member}{GROUP}{group}": group for group in self.groups}}
+            for key, group in keys.items():
+                value = recipe.scaling.get(member) if group is None else factor(recipe.scaling, member, group)
+                whole[f"{recipe.method}.scaling.{key}"] = value
+        whole[f"{recipe.method}.scaling"] = recipe.scaling.get(recipe.members[0])
         params = {name: whole[name] for name in distributions}
+        if None in params.values():
+            raise SettingsError(f"a recipe of {recipe.method} has factors of other groups than the search space")
         try:
             create_trial(value=0.0, params=params, distributions=distributions)  # checks the ranges
         except ValueError as error:
@@ -150,14 +144,32 @@ class Space:
         """Where every search starts, so that none ends below it, each recipe once.
 
         The plain average of all members first, in the space or not; then every method at its defaults (moved
-        into the space where it leaves them out) for all members, or for its first subset where it takes fewer.
+        into the space where it leaves them out) for all members, or for its first subset where it takes fewer; then the
+        starts that were given.
         """
         found = [METHODS["average"].default_recipe(self.members)]
         for name, searched in self._methods.items():
             most = searched.method.most_members
             takes_all = most is None or len(self.members) <= most
             found.append(self._recipe(name, self.members if takes_all else self._subsets[self._allowed(name)[0]], {}))
+        found += self._starts
         return list({recipe.identity: recipe for recipe in found}.values())
+
+    def keys(self, recipe: Recipe) -> tuple[str, ...]:
+        """The keys of the scaling factors that the search varies for a recipe's members."""
+        return tuple(
+            self._methods[recipe.method].factors(recipe.members, () if self.scaling == "shared" else self.groups)
+        )
+
+    def nearest(self, recipe: Recipe) -> Recipe:
+        """A recipe with factors for each of `keys(recipe)`, moved into their ranges."""
+        searched = self._methods[recipe.method]
+        if self.scaling == "shared":
+            scaling = {key: float(searched.scaling.nearest(value)) for key, value in recipe.scaling.items()}
+        else:
+            domains = searched.factors(recipe.members, self.groups)
+            scaling = collapsed({key: float(domains[key].nearest(recipe.scaling[key])) for key in domains})
+        return Recipe(recipe.method, scaling, recipe.parameters)
 
     def _add_subset(self, subset: Sequence[str]) -> None:
         key = "+".join(sorted(subset))
@@ -170,16 +182,26 @@ class Space:
             raise SettingsError(f"subset '{key}' is empty, or names a member twice, or is there twice")
         self._subsets[key] = tuple(sorted(subset))
 
+    def _check_keys(self, method: str, given: MethodSpace) -> None:
+        """Whether single factors that are given can be searched here."""
+        if given.scaling_of and self.scaling == "shared":
+            raise SettingsError(f"'{method}' has `scaling_of`, and all members share one factor: use per_member")
+        known = [*self.members, *(f"{member}{GROUP}{group}" for member in self.members for group in self.groups)]
+        for key in given.scaling_of:
+            if key not in known:
+                raise SettingsError(
+                    f"{method}.scaling_of: '{key}' is no member, nor a group of one. {did_you_mean(key, known)}"
+                )
+
     def _allowed(self, method: str) -> tuple[str, ...]:
         """The subsets that a method can take.
 
         Raises:
             SettingsError: There is none.
         """
-        declared = self._methods[method].method
-        most = declared.most_members
+        most = self._methods[method].method.most_members
         found = tuple(key for key, subset in self._subsets.items() if most is None or len(subset) <= most)
-        if declared.solution is not None:  # there is one of all members only
+        if self._methods[method].takes_solution:  # there is one of all members only
             found = tuple(key for key in found if self._subsets[key] == self.members)
             if not found:
                 raise SettingsError(f"method '{method}' merges all members, and no subset has them: leave it out")
@@ -201,62 +223,29 @@ class Space:
         """What is chosen once method and subset are known."""
         searched = self._methods[method]
         found = {
-            f"{method}.{name}": domain.distribution(_whole(searched.method.parameters[name]))
+            f"{method}.{name}": domain.distribution(is_whole(searched.method.parameters[name]))
             for name, domain in searched.parameters.items()
         }
-        factor = searched.scaling.distribution(whole=False)
         # Where a shared factor cancels, so does the only member's.
-        if self.scaling == "shared" and not searched.method.scale_free:
-            found[f"{method}.scaling"] = factor
-        elif self.scaling == "per_member" and not (searched.method.scale_free and len(subset) == 1):
-            found |= {f"{method}.scaling.{member}": factor for member in subset}
+        if self.scaling != "shared" and not (searched.method.scale_free and len(subset) == 1):
+            factors = searched.factors(subset, self.groups)
+            found |= {f"{method}.scaling.{key}": domain.distribution(whole=False) for key, domain in factors.items()}
+        elif self.scaling == "shared" and not searched.method.scale_free:
+            found[f"{method}.scaling"] = searched.scaling.distribution(whole=False)
         return {name: distribution for name, distribution in found.items() if distribution is not None}
 
     def _recipe(self, method: str, subset: Sequence[str], values: Mapping[str, Any]) -> Recipe:
         """The recipe of these values; the nearest to the method's defaults where there is none."""
         searched = self._methods[method]
-        shared = values.get(f"{method}.scaling", searched.scaling.nearest(searched.method.scaling.default))
-        scaling = {member: values.get(f"{method}.scaling.{member}", shared) for member in subset}
+        default = searched.method.scaling.default
+        if self.scaling == "shared":
+            scaling = dict.fromkeys(subset, values.get(f"{method}.scaling", searched.scaling.nearest(default)))
+        else:
+            factors = searched.factors(subset, self.groups)
+            given = {key: values.get(f"{method}.scaling.{key}", d.nearest(default)) for key, d in factors.items()}
+            scaling = collapsed(given)
         parameters = {
             name: values.get(f"{method}.{name}", domain.nearest(searched.method.parameters[name].default))
             for name, domain in searched.parameters.items()
         }
         return searched.method.complete(Recipe(method, scaling, parameters))
-
-
-def _searched(name: str, given: MethodSpace) -> _Searched:
-    """A method's own declarations with what the user gives instead."""
-    method = METHODS[name]
-    for parameter in given.parameters:
-        if parameter not in method.parameters:
-            hint = did_you_mean(parameter, list(method.parameters)) if method.parameters else "It has none."
-            raise SettingsError(f"method '{name}' has no parameter '{parameter}'. {hint}")
-    parameters = {
-        parameter: _domain(f"{name}.{parameter}", spec, given.parameters.get(parameter))
-        for parameter, spec in method.parameters.items()
-    }
-    return _Searched(method, _domain(f"{name}.scaling", method.scaling, given.scaling), parameters)
-
-
-def _domain(name: str, spec: Parameter, given: Domain | None) -> Domain:
-    """What may be tried for a parameter; it keeps its default where neither method nor user names a range."""
-    if given is not None:
-        try:
-            for value in given.values:
-                spec.check(name, value)
-        except MethodError as error:
-            raise SettingsError(f"search space: {error}") from error
-        if given.low is not None and spec.choices is not None:
-            raise SettingsError(f"search space: {name} takes one of its choices, not a range")
-        return given
-    if not spec.search:
-        return Domain(value=spec.default)
-    if spec.choices is not None:
-        return Domain(choices=spec.choices)
-    if spec.low is not None and spec.high is not None:
-        return Domain(low=spec.low, high=spec.high, log=spec.log)
-    return Domain(value=spec.default)
-
-
-def _whole(spec: Parameter) -> bool:
-    return isinstance(spec.default, int) and not isinstance(spec.default, bool)

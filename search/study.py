@@ -9,6 +9,7 @@ proposed.
 import fcntl
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,32 +17,46 @@ from typing import Any
 
 import optuna
 from optuna import Study
-from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, get_storage
+from optuna.storages import BaseStorage, JournalStorage, get_storage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
 
 from merging import storage
 from merging.errors import LedgerError, MergequestError, StorageError
+from search.candidate import PARTIAL
 from search.ledger import Ledger
+from search.objective import point
 from search.schema import Row
 from search.space import Space
 
+JOURNAL = "journal.log"
 CANDIDATE, ORIGIN, DUPLICATE = "candidate", "origin", "duplicate"
 """User attributes of a trial: the identity of its recipe, set when that is complete; why it is there, if the
 sampler did not propose it; that its recipe was known already."""
 
 
 @contextmanager
-def open_study(directory: str, name: str, space: Space, ledger: Ledger, url: str | None = None) -> Iterator[Study]:
+def open_study(
+    directory: str,
+    name: str,
+    space: Space,
+    ledger: Ledger,
+    url: str | None = None,
+    *,
+    objectives: int = 1,
+    split: str = "validation",
+) -> Iterator[Study]:
     """The campaign's study, in agreement with its ledger and space, with the space's anchors first.
 
     Args:
-        directory: Where `journal.log` lies. On an object store, where no journal can, the study lives in
-            memory and is made from the ledger.
+        directory: Where `journal.log` lies. Of an object store, where nothing can be appended, it is worked on in a
+            local copy that is put back at the end, and brought up to the ledger if a killed driver did not.
         name: The campaign's.
         space: What is searched.
         ledger: What has been measured.
         url: An Optuna storage instead of the journal.
+        objectives: How many numbers are maximised.
+        split: What candidates are measured on.
 
     Yields:
         The study, to be used by nobody else until the block ends.
@@ -51,30 +66,58 @@ def open_study(directory: str, name: str, space: Space, ledger: Ledger, url: str
         StorageError: The storage cannot be opened.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # progress is told by the search's observer
-    rows = {row.candidate: row for row in ledger.rows() if row.split == "validation" and row.trial is not None}
+    rows = {row.candidate: row for row in ledger.rows() if row.split == split and row.trial is not None}
     if url is not None:
-        backend = _open_url(url)
-        yield _fill(backend, name, rows, space)
+        yield _fill(_open_url(url), name, rows, space, objectives)
     elif not storage.is_local(directory):
-        yield _fill(InMemoryStorage(), name, rows, space)
+        kept = storage.join(directory, JOURNAL)
+        with tempfile.TemporaryDirectory(prefix="mergequest-study-") as scratch:
+            path = str(Path(scratch) / JOURNAL)
+            if storage.exists(kept):
+                storage.write_bytes(path, storage.read_bytes(kept))
+            try:
+                yield _open_journal(path, name, rows, space, objectives)
+            finally:
+                with suppress(StorageError):  # the ledger has everything that matters
+                    storage.write_bytes(kept, storage.read_bytes(path))
     else:
-        path = storage.local_path(directory)
+        place = storage.local_path(directory)
         storage.make_dir(directory)
-        with _alone(str(path / "driver.lock")):
-            yield _open_journal(str(path / "journal.log"), name, rows, space)
+        with _alone(str(place / "driver.lock")):
+            yield _open_journal(str(place / JOURNAL), name, rows, space, objectives)
 
 
-def plan(trials: Sequence[FrozenTrial], rows: Mapping[str, Row], space: Space) -> list[FrozenTrial]:
+def read_study(directory: str, name: str) -> Study | None:
+    """The study of a directory's journal as it stands, to look at; None where there is none that can be read.
+
+    Args:
+        directory: Where `journal.log` lies, local or an address.
+        name: The campaign's.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    path = storage.join(directory, JOURNAL)
+    if not storage.exists(path):
+        return None
+    text = storage.read_bytes(path).decode(errors="replace")
+    try:
+        return optuna.load_study(study_name=name, storage=JournalStorage(_Lines(text.splitlines())))
+    except (KeyError, ValueError):
+        return None
+
+
+def plan(
+    trials: Sequence[FrozenTrial], rows: Mapping[str, Row], space: Space, objectives: int = 1
+) -> list[FrozenTrial]:
     """The trials that a study should have, numbered by their place.
 
     Args:
         trials: Those that it has.
         rows: What the ledger has of numbered trials, by candidate.
         space: What is searched, now.
+        objectives: How many numbers are maximised.
     """
-    planned = [
-        _settled(trial, rows, space) for trial in (trials if all(_agrees(t, rows, space) for t in trials) else ())
-    ]
+    agreed = trials if all(_agrees(trial, rows, space) for trial in trials) else ()
+    planned = [_settled(trial, rows, space, objectives) for trial in agreed]
     if planned and planned[-1] is None:
         planned.pop()  # killed while it was being proposed: its number is asked again, with the same seed
     found = [trial or create_trial(state=TrialState.FAIL) for trial in planned]
@@ -83,7 +126,7 @@ def plan(trials: Sequence[FrozenTrial], rows: Mapping[str, Row], space: Space) -
         if row.candidate not in there:
             # Numbers without a row keep their place: the next proposal has the number that it would have had.
             found += [create_trial(state=TrialState.FAIL) for _ in range((row.trial or 0) - len(found))]
-            found.append(_from_row(row, space))
+            found.append(_from_row(row, space, objectives))
     there = {trial.user_attrs.get(CANDIDATE) for trial in found}
     for recipe in space.anchors():
         if recipe in space and recipe.identity not in there:
@@ -94,7 +137,7 @@ def plan(trials: Sequence[FrozenTrial], rows: Mapping[str, Row], space: Space) -
 def _agrees(trial: FrozenTrial, rows: Mapping[str, Row], space: Space) -> bool:
     """Whether a trial is one that this space and this ledger could have led to."""
     candidate = trial.user_attrs.get(CANDIDATE)
-    complete = trial.state == TrialState.COMPLETE
+    complete = trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
     if candidate is None:
         return not complete
     if complete and candidate not in rows:
@@ -112,7 +155,7 @@ def _params(trial: FrozenTrial) -> dict[str, Any]:
     return dict(trial.system_attrs.get("fixed_params") or trial.params)
 
 
-def _settled(trial: FrozenTrial, rows: Mapping[str, Row], space: Space) -> FrozenTrial | None:
+def _settled(trial: FrozenTrial, rows: Mapping[str, Row], space: Space, objectives: int) -> FrozenTrial | None:
     """What a trial becomes now that nobody is working on it; None where it never had a whole recipe."""
     if trial.state.is_finished():
         return trial
@@ -121,25 +164,36 @@ def _settled(trial: FrozenTrial, rows: Mapping[str, Row], space: Space) -> Froze
         return None
     row = rows.get(candidate)
     if row is not None and row.trial == trial.number:
-        return _from_row(row, space, trial.system_attrs)
+        return _from_row(row, space, objectives, trial.system_attrs)
     if trial.state == TrialState.WAITING:
         return trial
     return _waiting(_params(trial), trial.user_attrs, trial.system_attrs)
 
 
-def _from_row(row: Row, space: Space, system: Mapping[str, Any] | None = None) -> FrozenTrial:
+def _from_row(row: Row, space: Space, objectives: int, system: Mapping[str, Any] | None = None) -> FrozenTrial:
     """A finished trial from its row; without parameters where the space has no such recipe any more."""
     user = {CANDIDATE: row.candidate, ORIGIN: row.origin}
     if row.recipe not in space:
         return create_trial(state=TrialState.FAIL, user_attrs=user)
-    return create_trial(
-        state=TrialState.FAIL if row.objective is None else TrialState.COMPLETE,
-        value=row.objective,
+    state, values, reported = TrialState.FAIL, None, {}
+    if row.status == "complete" and len(point(row)) == objectives:
+        state, values = TrialState.COMPLETE, point(row)
+    elif row.status == "pruned":
+        state = TrialState.PRUNED
+        if PARTIAL in row.proxies and objectives == 1:
+            values, reported = (row.proxies[PARTIAL],), {sum(row.examples.values()): row.proxies[PARTIAL]}
+    trial = create_trial(
+        state=state,
+        values=values,
         params=space.params(row.recipe),
         distributions=space.distributions(row.recipe),
         user_attrs=user,
         system_attrs=dict(system or {}),
+        intermediate_values=reported,
     )
+    for name in row.violations.keys() - trial.constraints.keys():
+        trial.set_constraint(name, row.violations[name])
+    return trial
 
 
 def _waiting(
@@ -153,22 +207,23 @@ def _waiting(
     )
 
 
-def _fill(backend: BaseStorage, name: str, rows: Mapping[str, Row], space: Space) -> Study:
+def _fill(backend: BaseStorage, name: str, rows: Mapping[str, Row], space: Space, objectives: int) -> Study:
     """The study in a storage, made anew there if it is not as planned."""
     try:
         study = optuna.load_study(study_name=name, storage=backend)
     except KeyError:
-        return _written(backend, name, plan([], rows, space))
-    trials = study.get_trials(deepcopy=False)
-    planned = plan(trials, rows, space)
-    if _same(planned, trials):
+        return _written(backend, name, plan([], rows, space, objectives), objectives)
+    fits = len(study.directions) == objectives
+    trials = study.get_trials(deepcopy=False) if fits else []
+    planned = plan(trials, rows, space, objectives)
+    if fits and _same(planned, trials):
         return study
     optuna.delete_study(study_name=name, storage=backend)
-    return _written(backend, name, planned)
+    return _written(backend, name, planned, objectives)
 
 
-def _written(backend: BaseStorage, name: str, trials: Iterable[FrozenTrial]) -> Study:
-    study = optuna.create_study(study_name=name, storage=backend, direction="maximize")
+def _written(backend: BaseStorage, name: str, trials: Iterable[FrozenTrial], objectives: int) -> Study:
+    study = optuna.create_study(study_name=name, storage=backend, directions=["maximize"] * objectives)
     study.add_trials(trials)
     return study
 
@@ -177,30 +232,44 @@ def _same(planned: Sequence[FrozenTrial], trials: Sequence[FrozenTrial]) -> bool
     return len(planned) == len(trials) and all(new is old for new, old in zip(planned, trials, strict=True))
 
 
-def _open_journal(path: str, name: str, rows: Mapping[str, Row], space: Space) -> Study:
+def _open_journal(path: str, name: str, rows: Mapping[str, Row], space: Space, objectives: int) -> Study:
     """The study in a journal file, which is replaced in one rename if it is not as planned."""
     with suppress(FileNotFoundError):
         Path(f"{path}.lock").unlink()  # of a killed driver; Optuna would wait half a minute for it
-    trials = _journal_trials(path, name)
-    planned = plan(trials, rows, space)
+    trials = _journal_trials(path, name, objectives)
+    planned = plan(trials, rows, space, objectives)
     if not trials or not _same(planned, trials):
         lines = _Lines()
-        _written(JournalStorage(lines), name, planned)
+        _written(JournalStorage(lines), name, planned, objectives)
         storage.write_text(path, "".join(f"{line}\n" for line in lines.lines))
-    return optuna.load_study(study_name=name, storage=JournalStorage(JournalFileBackend(path)))
+    return optuna.load_study(study_name=name, storage=JournalStorage(_Unsynced(path)))
 
 
-def _journal_trials(path: str, name: str) -> list[FrozenTrial]:
-    """The trials of a journal up to its last whole line; none where it is missing or damaged."""
+def _journal_trials(path: str, name: str, objectives: int) -> list[FrozenTrial]:
+    """The trials of a journal up to its last whole line; none where it is missing, damaged or another study's."""
     try:
         text = storage.read_bytes(path).decode() if storage.exists(path) else ""
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
             storage.write_text(path, whole)
         study = optuna.load_study(study_name=name, storage=JournalStorage(_Lines(whole.splitlines())))
-        return study.get_trials(deepcopy=False)
+        return study.get_trials(deepcopy=False) if len(study.directions) == objectives else []
     except Exception:  # whatever a damaged file makes Optuna raise: the ledger has everything that matters
         return []
+
+
+class _Unsynced(JournalFileBackend):
+    """A journal file that is written by one process, and not forced to disk line by line.
+
+    Optuna forces a dozen lines a candidate, each for as long as the disk takes. What must not be lost is in the
+    ledger; a journal that a power failure cuts is completed from there.
+    """
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Adds entries in one write."""
+        lines = "".join(f"{json.dumps(log, separators=(',', ':'))}\n" for log in logs)
+        with Path(self._file_path).open("ab") as file:
+            file.write(lines.encode())
 
 
 class _Lines(BaseJournalBackend):

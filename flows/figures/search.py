@@ -1,6 +1,7 @@
 """How the search went: its history, what scaling factors did, which parameters mattered."""
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -12,6 +13,8 @@ from plotly.subplots import make_subplots
 
 from flows.figures.style import NEUTRAL, STRONG, Looks, describe, finish, number, objective_axis, plain, thin
 from flows.table import in_words, plain_average
+from merging.groups import factor
+from merging.recipe import GROUP
 from search.objective import best
 from search.schema import Row
 
@@ -93,12 +96,10 @@ def scaling(rows: Sequence[Row], looks: Looks) -> Any:
         return None
     times, title = objective_axis(done)
     shared = all(len(set(row.scaling.values())) <= 1 for own in by_method.values() for row in own)
-    counts: dict[str, int] = {}
-    for row in done:
-        for member in row.scaling:
-            counts[member] = counts.get(member, 0) + 1
-    members = sorted(sorted(counts), key=lambda name: -counts[name])[:MOST_MEMBERS]
-    panels = [None] if shared else sorted(members)
+    counts = Counter(key for row in done for key in row.scaling)
+    grouped = {key.partition(GROUP)[0] for key in counts if GROUP in key}
+    keys = [key for key, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if key not in grouped]
+    panels: list[str | None] = [None] if shared else [*sorted(keys[:MOST_MEMBERS])]
     figure = make_subplots(
         rows=len(by_method),
         cols=len(panels),
@@ -106,15 +107,15 @@ def scaling(rows: Sequence[Row], looks: Looks) -> Any:
         shared_yaxes="all",
         horizontal_spacing=0.012,
         vertical_spacing=min(0.03, 0.5 / len(by_method)),
-        column_titles=["all members" if panel is None else plain(panel) for panel in panels],
+        column_titles=["all members" if panel is None else plain(panel).replace(GROUP, "<br>") for panel in panels],
         x_title="scaling factor",
         y_title=title,
     )
     for i, (method, own) in enumerate(by_method.items(), start=1):
         for j, panel in enumerate(panels, start=1):
-            shown = [row for row in own if row.scaling and (panel is None or panel in row.scaling)]
+            shown = [row for row in own if _factor(row, panel) is not None]
             figure.add_scatter(
-                x=[row.scaling[panel] if panel else next(iter(row.scaling.values())) for row in shown],
+                x=[_factor(row, panel) for row in shown],
                 y=[_height(row, times) for row in shown],
                 text=[describe(row) for row in shown],
                 mode="markers",
@@ -139,6 +140,14 @@ def scaling(rows: Sequence[Row], looks: Looks) -> Any:
 
 def _height(row: Row, times: int) -> float:
     return (row.objective or 0.0) * times
+
+
+def _factor(row: Row, panel: str | None) -> float | None:
+    """The scaling factor that a panel shows; a member's only one stands for that of each of its groups."""
+    if panel is None:
+        return next(iter(row.scaling.values()), None)
+    member, _, group = panel.partition(GROUP)
+    return factor(row.scaling, member, group)
 
 
 def _varies(rows: Sequence[Row]) -> bool:

@@ -1,10 +1,11 @@
 """One look for all figures: a method has its colour and mark everywhere, readable on light and dark."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from flows.table import factor_of, in_words
+from merging.recipe import nested
 from search.schema import Row
 
 # Okabe and Ito's palette, told apart with any colour vision; black and yellow, which vanish on dark or light,
@@ -48,9 +49,18 @@ def number(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def _factors(member: str, given: float | Mapping[str, float]) -> str:
+    """A member's scaling factor, or those of its groups of weights."""
+    if isinstance(given, Mapping):
+        return f"{plain(member)}: " + ", ".join(f"{plain(group)} {value:.2f}" for group, value in given.items())
+    return f"{plain(member)} {given:.2f}"
+
+
 def describe(row: Row) -> str:
     """A recipe in a few lines, for what appears under the pointer."""
-    scaling = ", ".join(f"{plain(name)} {value:.2f}" for name, value in row.scaling.items())
+    by_member = nested(row.scaling)
+    between = "<br>" if len(by_member) < len(row.scaling) else ", "  # groups of weights make long lines
+    scaling = between.join(_factors(member, given) for member, given in by_member.items())
     parameters = ", ".join(f"{plain(name)} {plain(number(value))}" for name, value in row.parameters.items())
     objective = "" if row.objective is None else f"objective {row.objective:.4f}"
     return "<br>".join(

@@ -6,8 +6,10 @@ from merging.methods import (
     consensus,
     dare,
     della,
+    distilled,
     fisher,
     gradient_matching,
+    iso_c,
     linear,
     lines,
     mats,
@@ -18,6 +20,7 @@ from merging.methods import (
     slerp,
     task_arithmetic,
     ties,
+    tsv_m,
 )
 from merging.methods.base import BASE, METHODS, Context, Method, Parameter, Prepared, Weight
 
@@ -34,8 +37,10 @@ __all__ = [
     "consensus",
     "dare",
     "della",
+    "distilled",
     "fisher",
     "gradient_matching",
+    "iso_c",
     "linear",
     "lines",
     "mats",
@@ -46,4 +51,5 @@ __all__ = [
     "slerp",
     "task_arithmetic",
     "ties",
+    "tsv_m",
 ]

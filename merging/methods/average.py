@@ -29,6 +29,7 @@ class Average(Method):
     name = "average"
     summary = "weighted mean of the members"
     scale_free = True
+    elementwise = True
     scaling = Parameter(1.0, "relative weight; normalised to sum 1", low=0.0, high=1.0)
     parameters: ClassVar[Mapping[str, Parameter]] = {}
 

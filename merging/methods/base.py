@@ -1,7 +1,7 @@
 """What a merge method is: declared parameters, `prepare` once for a pool, `merge` again and again for candidates."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -51,6 +51,10 @@ class Parameter:
             if value not in self.choices:
                 raise MethodError(f"{name} = {value!r} is not one of {', '.join(map(repr, self.choices))}")
             return value
+        if isinstance(self.default, str):
+            if not isinstance(value, str):
+                raise MethodError(f"{name} = {value!r} is no text")
+            return value
         if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
             raise MethodError(f"{name} = {value!r} is not a number")
         if (self.minimum is not None and value < self.minimum) or (self.maximum is not None and value > self.maximum):
@@ -71,6 +75,7 @@ class Weight:
         statistics: Statistic kind (`fisher`, `gram`) → member (or `BASE`) → tensor. A kind that has nothing for this
             weight (no Gram for a bias) is absent. Weights that read the same input may hold the same Gram tensors.
         transposed: A matrix is stored [in, out] (GPT-2's `Conv1D`), not [out, in] (`torch.nn.Linear`).
+        start: Flat index of the first entry, where this is a stretch [n] of a larger weight and not the whole.
     """
 
     name: str
@@ -78,6 +83,7 @@ class Weight:
     members: Mapping[str, Tensor]
     statistics: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     transposed: bool = False
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -134,10 +140,31 @@ class Method(ABC):
     scale_free: ClassVar[bool] = False
     most_members: ClassVar[int | None] = None
     """Most members that a merge can take; None for any number."""
+    elementwise: ClassVar[bool] = False
+    """Whether, given the survey, an entry's merge needs no other entry, so that a weight may be merged in stretches.
+
+    `survey` and `combine` then take stretches, too: two of one weight add up."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """All kinds of statistic that a merge may look at."""
+        return (*self.requires, *self.optional, *([self.solution] if self.solution else []))
 
     def needs(self, parameters: Mapping[str, Value]) -> tuple[str, ...]:
         """Kinds of statistic that every member must bring for a merge with these parameters, all spelled out."""
         return self.requires
+
+    def base_needs(self, parameters: Mapping[str, Value]) -> tuple[str, ...]:
+        """Kinds of statistic that the base must bring for a merge with these parameters."""
+        return ()
+
+    def solution_for(self, parameters: Mapping[str, Value]) -> str | None:
+        """Kind of statistic that a merge with these parameters asks for of its members as a whole."""
+        return self.solution
+
+    def is_linear(self, parameters: Mapping[str, Value]) -> bool:
+        """Whether a merge with these parameters is θ_0 + Σ α_t u_t, u_t independent of the scaling factors α."""
+        return False
 
     def survey(self, weights: Iterable[Weight]) -> Any:
         """Facts about all weights of the model that merging any of them needs (a norm, a histogram).
@@ -146,8 +173,31 @@ class Method(ABC):
         """
         return None
 
+    def sample(self, weights: Iterable[Weight], parameters: Mapping[str, Value]) -> Any:
+        """The survey for one candidate alone, which may be an estimate that `refine` makes exact.
+
+        It is combined with `combine`; `refine` is asked with it until it gives None.
+        """
+        return self.survey(weights)
+
     def combine(self, first: Any, second: Any) -> Any:
         """The survey of two disjoint sets of weights, from the surveys of each; associative and commutative."""
+        return None
+
+    def refine(self, weights: Iterable[Weight], survey: Any, parameters: Mapping[str, Value]) -> Any:
+        """More of the survey: what one candidate's merge asks of all weights, and no survey can foresee.
+
+        It is asked for where the model is prepared in parts that are not at hand together. What all parts answer is
+        combined with the survey.
+
+        Args:
+            weights: Some of the pool's weights.
+            survey: The combined survey of all.
+            parameters: The candidate's.
+
+        Returns:
+            None where the survey says enough; then no weight has been looked at.
+        """
         return None
 
     @abstractmethod
@@ -189,10 +239,47 @@ class Method(ABC):
         return Recipe(self.name, scaling, parameters)
 
 
-METHODS: Registry[Method] = Registry("method", MethodError)
+class Methods(Registry[Method]):
+    """Methods by name, and modified ones by the modifier's name before the method's: `lines+ties`.
+
+    Those that exist only as a combination are made when they are first asked for, and not listed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("method", MethodError)
+        self.modifiers: dict[str, Callable[[Method], Method]] = {}
+        self._modified: dict[str, Method] = {}
+
+    def __getitem__(self, name: str) -> Method:
+        prefix, _, inner = name.partition("+")
+        if not inner or prefix not in self.modifiers:
+            return super().__getitem__(name)
+        if name not in self._modified:
+            self._modified[name] = self.modifiers[prefix](super().__getitem__(inner))
+        return self._modified[name]
+
+    def __contains__(self, name: str) -> bool:
+        try:
+            self[name]
+        except MethodError:
+            return False
+        return True
+
+
+METHODS = Methods()
 
 
 def register(method: type[Method]) -> type[Method]:
     """Class decorator: makes a method known by its name."""
     METHODS.register(method.name, method())
     return method
+
+
+def modifier(name: str) -> Callable[[Callable[[Method], Method]], Callable[[Method], Method]]:
+    """Decorator of a function that makes a method from another: known by this name before the other's."""
+
+    def known(modify: Callable[[Method], Method]) -> Callable[[Method], Method]:
+        METHODS.modifiers[name] = modify
+        return modify
+
+    return known

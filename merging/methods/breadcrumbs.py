@@ -18,6 +18,7 @@ class Breadcrumbs(Method):
 
     name = "breadcrumbs"
     summary = "task vectors without their largest and smallest entries"
+    elementwise = True
     scaling = Parameter(0.3, "scale of the member's task vector", low=0.0, high=1.5)
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "density": Parameter(
@@ -33,13 +34,26 @@ class Breadcrumbs(Method):
         """Histograms of the task vectors' magnitudes."""
         return trim.survey(weights)
 
-    def combine(self, first: trim.Survey, second: trim.Survey) -> trim.Survey:
+    def combine(self, first: trim.Survey | None, second: trim.Survey | None) -> trim.Survey:
         """Both weights' histograms."""
-        return {**(first or {}), **(second or {})}
+        return trim.combine(first, second)
+
+    def refine(
+        self, weights: Iterable[Weight], survey: trim.Survey, parameters: Mapping[str, Value]
+    ) -> trim.Survey | None:
+        """Exact counts around the thresholds."""
+        gamma = float(parameters["gamma"])
+        return trim.refine(weights, survey, [_share(parameters), *([gamma] if gamma else [])], whole=False)
 
     def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
         """Keeps references to base and members, and the histograms; thresholds come with densities."""
-        return PreparedBreadcrumbs(weights, self.survey(weights) if context.survey is None else context.survey)
+        survey = self.survey(weights) if context.survey is None else context.survey
+        return PreparedBreadcrumbs(weights, trim.Trimmer(weights, survey))
+
+
+def _share(parameters: Mapping[str, Value]) -> float:
+    """Of a tensor's entries, those that stay or are outliers."""
+    return min(float(parameters["density"]) + float(parameters["gamma"]), 1.0)
 
 
 class PreparedBreadcrumbs(Deltas):
@@ -47,26 +61,25 @@ class PreparedBreadcrumbs(Deltas):
 
     Args:
         weights: The weights to merge.
-        survey: Their histograms, and perhaps others'.
+        trimmer: Knows the weights' histograms.
     """
 
-    def __init__(self, weights: Sequence[Weight], survey: trim.Survey) -> None:
+    def __init__(self, weights: Sequence[Weight], trimmer: trim.Trimmer) -> None:
         super().__init__(weights)
-        self._trimmer = trim.Trimmer(weights, survey)
+        self._trimmer = trimmer
 
     def plan(self, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]) -> Block:
         """Trims in place to the largest density + γ, less the largest γ."""
-        gamma = float(parameters["gamma"])
-        share = min(float(parameters["density"]) + gamma, 1.0)
+        gamma, share = float(parameters["gamma"]), _share(parameters)
 
         def block(weight: Weight, start: int, deltas: Tensor) -> Tensor:
             outliers = self.scratch.take("outliers", deltas.shape[1], device=deltas.device)
             for row, member in zip(deltas, members, strict=True):
-                outliers.copy_(row)
-                self._trimmer.tensor(weight.name, member, share).apply(row, weight.name, start)
-                if round(gamma * weight.base.numel()):
-                    self._trimmer.tensor(weight.name, member, gamma).apply(outliers, weight.name, start)
+                if self._trimmer.share(weight.name, member, gamma):
+                    cut = self._trimmer.cut(member, gamma, weight.name)
+                    cut.apply(outliers.copy_(row), weight.name, start)
                     row.sub_(outliers)
+                self._trimmer.cut(member, share, weight.name).apply(row, weight.name, start)
             return combined(deltas, factors, str(parameters["entries"]), self.scratch)
 
         return block

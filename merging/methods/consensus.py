@@ -20,6 +20,7 @@ class Consensus(Method):
 
     name = "consensus"
     summary = "task vectors where enough members need them"
+    elementwise = True
     scaling = Parameter(0.3, "scale of the member's task vector", low=0.0, high=1.5)
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "lambda": Parameter(

@@ -26,6 +26,7 @@ class Dare(Method):
 
     name = "dare"
     summary = "random drop and rescale of task vectors"
+    elementwise = True
     scaling = Parameter(0.3, "scale of the member's task vector", low=0.0, high=1.5)
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "drop": Parameter(0.5, "probability p of dropping an entry", low=0.0, high=0.95, minimum=0.0, maximum=0.999),
@@ -51,11 +52,12 @@ class PreparedDare(Deltas):
         rescaled = [factor * LEVELS / (LEVELS - dropped) for factor in factors]
 
         def block(weight: Weight, start: int, deltas: Tensor) -> Tensor:
-            stop = start + deltas.shape[1]
-            mask = self.scratch.take("mask", stop - start, device=deltas.device)
+            first = start - weight.start
+            drawn = self.scratch.take("drawn", deltas.shape[1], device=deltas.device)
             for row, member in zip(deltas, members, strict=True):
-                numbers = self._chance.numbers(seed, member, weight.name, weight.base)[start:stop]
-                row.mul_(torch.ge(numbers, dropped - LEVELS // 2, out=mask))
+                drawn.copy_(self._chance.numbers(seed, member, weight)[first : first + deltas.shape[1]])
+                # what was drawn at or below the threshold is set to 0, in one pass
+                torch.ops.aten.threshold_backward.grad_input(row, drawn, dropped - LEVELS / 2 - 0.5, grad_input=row)
             return combined(deltas, rescaled, str(parameters["entries"]), self.scratch)
 
         return block

@@ -59,12 +59,12 @@ class PreparedDella(Deltas):
             raise MethodError(f"density {density:g} ± epsilon {epsilon:g} leaves 0 … 1: use a smaller epsilon")
 
         def block(weight: Weight, start: int, deltas: Tensor) -> Tensor:
-            stop = start + deltas.shape[1]
-            keep, chance = (self.scratch.take(name, stop - start, device=deltas.device) for name in ("keep", "chance"))
+            first, stop = start - weight.start, start - weight.start + deltas.shape[1]
+            keep, chance = (self.scratch.take(name, stop - first, device=deltas.device) for name in ("keep", "chance"))
             for row, member in zip(deltas, members, strict=True):
-                keep.copy_(self._rank(weight, member)[start:stop])
+                keep.copy_(self._rank(weight, member)[first:stop])
                 keep.mul_(2 * epsilon / (LEVELS - 1)).add_(density + epsilon / (LEVELS - 1))
-                chance.copy_(self._chance.numbers(seed, member, weight.name, weight.base)[start:stop])
+                chance.copy_(self._chance.numbers(seed, member, weight)[first:stop])
                 chance.add_(LEVELS // 2).mul_(1 / LEVELS)
                 row.div_(keep).mul_(torch.lt(chance, keep, out=keep))
             return combined(deltas, factors, str(parameters["entries"]), self.scratch)

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from merging.methods.base import Prepared, Weight
-from merging.methods.blocks import Scratch, difference, flat, spans, target
+from merging.methods.blocks import Scratch, cut, difference, flat, step_of, target, widened
 from merging.methods.checks import check_weights, chosen
 from merging.recipe import Value
 
 Block = Callable[[Weight, int, Tensor], Tensor]
-"""(weight, first flat index, task vectors [T, n] float32, to be overwritten freely) → what is added to the
-base [n]."""
+"""(weight, flat index of the first entry in the whole weight, task vectors [T, n] float32, to be overwritten freely) →
+what is added to the base [n]."""
 
 
 class Deltas(Prepared):
@@ -41,15 +41,23 @@ class Deltas(Prepared):
             base = weight.base.reshape(-1)
             values = [weight.members[member].reshape(-1) for member in members]
             with flat(target(out, weight)) as destination:
-                for start, stop in spans(base.numel(), base.device, rows=len(members)):
-                    deltas = self.scratch.take("deltas", len(members), stop - start, device=base.device)
-                    for row, value in zip(deltas, values, strict=True):
-                        difference(value[start:stop], base[start:stop], row)
+                start = weight.start
+                step = step_of(base.device, rows=len(members))
+                for piece, before, *after in cut((destination, base, *values), step):
+                    wide = widened(before, self.scratch)
+                    deltas = self.scratch.take("deltas", len(members), before.numel(), device=base.device)
+                    for row, value in zip(deltas, after, strict=True):
+                        difference(value, wide, row)
                     moved = block(weight, start, deltas)
-                    if destination.dtype == base.dtype == torch.float32:
-                        torch.add(moved, base[start:stop], out=destination[start:stop])
+                    if piece.dtype == torch.float32:
+                        torch.add(moved, wide, out=piece)
                     else:
-                        destination[start:stop].copy_(moved.add_(base[start:stop]))
+                        piece.copy_(moved.add_(wide))
+                    start += before.numel()
+
+
+LARGEST = torch.finfo(torch.float32).max
+"""Times itself, and times any number but 0, it is as good as infinite, and 0 times it is 0."""
 
 
 def total(deltas: Tensor, factors: Tensor, scratch: Scratch) -> Tensor:
@@ -76,13 +84,15 @@ def elected(deltas: Tensor, factors: Sequence[float], disjoint: str, scratch: Sc
     sizes = torch.tensor([abs(factor) / largest for factor in factors], device=device)
     if min(factors) < 0:
         deltas.mul_(torch.tensor([1.0 if factor >= 0 else -1.0 for factor in factors], device=device)[:, None])
-    sign = total(deltas, sizes, scratch).sign_()
-    deltas.mul_(sign).relu_()
+    # 0 where the sum is, else so large a number of its sign that no entry with that sign is cut off
+    limit = total(deltas, sizes, scratch).mul_(LARGEST).mul_(LARGEST)
+    low, high = (scratch.take(name, deltas.shape[1], device=device) for name in ("low", "high"))
+    torch.clamp(deltas, torch.clamp(limit, max=0, out=low), torch.clamp(limit, min=0, out=high), out=deltas)
     row = scratch.take("agreeing", deltas.shape[1], device=device)
-    agreeing = torch.mv(deltas.t(), sizes, out=row).mul_(sign)
+    agreeing = torch.mv(deltas.t(), sizes, out=row)
     if disjoint == "sum":
         return agreeing.mul_(largest)
-    count = torch.mv(deltas.sign_().t(), sizes, out=sign)
+    count = torch.mv(deltas.sign_().t(), sizes, out=low).abs_()
     return agreeing.div_(count.clamp_(min=torch.finfo(torch.float32).tiny))
 
 

@@ -30,6 +30,7 @@ class Fisher(Method):
     summary = "mean weighted by diagonal Fisher information"
     scale_free = True
     requires = ("fisher",)
+    elementwise = True
     scaling = Parameter(1.0, "the member's weight beside its Fisher information", low=0.0, high=1.5)
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "normalize": Parameter(

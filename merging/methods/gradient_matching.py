@@ -28,6 +28,7 @@ class GradientMatching(Method):
     name = "gradient_matching"
     summary = "task vectors weighted by curvature"
     requires = ("fisher",)
+    elementwise = True
     scaling = Parameter(1.0, "scale of the member's task; negative to remove it", low=0.0, high=1.5)
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "base_curvature": Parameter(
@@ -51,6 +52,10 @@ class GradientMatching(Method):
             search=False,
         ),
     }
+
+    def base_needs(self, parameters: Mapping[str, Value]) -> tuple[str, ...]:
+        """The base's Fisher, where it is H_0."""
+        return ("fisher",) if parameters["base_curvature"] == "fisher" else ()
 
     def complete(self, recipe: Recipe) -> Recipe:
         """As for any method; `delta` is 1e-12 where the base's Fisher is used and nothing else is said."""

@@ -1,16 +1,18 @@
-"""LiNeS: task arithmetic whose scale grows linearly from the first layer to the last."""
+"""LiNeS: any method, with what it adds to the base scaled linearly from the first layer to the last."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from merging.methods.base import Context, Method, Parameter, Prepared, Weight, register
-from merging.methods.blocks import Scratch, target, weighted_sum
-from merging.methods.checks import check_weights, chosen
-from merging.recipe import Value
+from merging.errors import MethodError
+from merging.methods.base import METHODS, Context, Method, Parameter, Prepared, Weight, modifier, register
+from merging.methods.blocks import Scratch, spans, target
+from merging.methods.task_arithmetic import TaskArithmetic
+from merging.recipe import Recipe, Value
 
 
 def layer(name: str) -> int | None:
@@ -23,43 +25,139 @@ def layer(name: str) -> int | None:
 class Lines(Method):
     """θ_0 + Σ α_t (a + b l / (L − 1)) τ_t, l the weight's layer of L (Wang et al. 2024, LiNeS).
 
-    Embeddings have l = 0; other weights outside the layers come after them and have l = L − 1.
+    Embeddings have l = 0; other weights outside the layers come after them and have l = L − 1. `lines+METHOD` is any other
+    method θ_0 + Δ as θ_0 + (a + b l / (L − 1)) Δ, with that method's scaling factors and parameters besides.
     """
 
     name = "lines"
     summary = "task arithmetic with a scale that grows with depth"
+    elementwise = True
     scaling = Parameter(1.0, "scale of the member's task vector", low=0.0, high=1.5)
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "a": Parameter(0.2, "scale of the first layer", low=0.0, high=1.0),
         "b": Parameter(0.4, "how much larger the last layer's is", low=0.0, high=1.0),
     }
+    inner: ClassVar[Method] = METHODS[TaskArithmetic.name]
 
-    def survey(self, weights: Iterable[Weight]) -> int:
-        """Number of layers seen."""
-        return max((number + 1 for weight in weights if (number := layer(weight.name)) is not None), default=1)
+    def needs(self, parameters: Mapping[str, Value]) -> tuple[str, ...]:
+        """What the method that is scaled needs."""
+        return self.inner.needs(parameters)
 
-    def combine(self, first: int | None, second: int | None) -> int:
-        """The larger number."""
-        return max(first or 1, second or 1)
+    def solution_for(self, parameters: Mapping[str, Value]) -> str | None:
+        """What the method that is scaled asks for."""
+        return self.inner.solution_for(parameters)
+
+    def is_linear(self, parameters: Mapping[str, Value]) -> bool:
+        """Where the method that is scaled is."""
+        return self.inner.is_linear(parameters)
+
+    def survey(self, weights: Iterable[Weight]) -> tuple[int, Any]:
+        """Number of layers seen, and the survey of the method that is scaled."""
+        return self._seen(weights, self.inner.survey)
+
+    def sample(self, weights: Iterable[Weight], parameters: Mapping[str, Value]) -> tuple[int, Any]:
+        """Number of layers seen, and the sample of the method that is scaled."""
+        return self._seen(weights, lambda rest: self.inner.sample(rest, parameters))
+
+    def _seen(self, weights: Iterable[Weight], look: Callable[[Iterable[Weight]], Any]) -> tuple[int, Any]:
+        layers = 1
+
+        def counted() -> Iterator[Weight]:
+            nonlocal layers
+            for weight in weights:
+                layers = max(layers, (layer(weight.name) or 0) + 1)
+                yield weight
+
+        rest = counted()
+        found = look(rest)
+        for _ in rest:  # a method that needs no survey has left them all
+            pass
+        return layers, found
+
+    def combine(self, first: tuple[int, Any] | None, second: tuple[int, Any] | None) -> tuple[int, Any]:
+        """The larger number; both of the inner surveys."""
+        (one, some), (other, more) = first or (1, None), second or (1, None)
+        return max(one, other), self.inner.combine(some, more)
+
+    def refine(
+        self, weights: Iterable[Weight], survey: tuple[int, Any], parameters: Mapping[str, Value]
+    ) -> tuple[int, Any] | None:
+        """More of the inner survey."""
+        layers, found = survey
+        more = self.inner.refine(weights, found, parameters)
+        return None if more is None else (layers, more)
 
     def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
-        """Keeps references to base and members, in their stored dtype."""
-        return PreparedLines(weights, self.survey(weights) if context.survey is None else context.survey)
+        """What the method that is scaled prepares."""
+        layers, found = self.survey(weights) if context.survey is None else context.survey
+        prepared = self.inner.prepare(weights, replace(context, survey=found))
+        return PreparedLines(weights, prepared, layers)
+
+
+@modifier("lines")
+def lines(inner: Method) -> Method:
+    """A method whose step from the base grows with depth; unchanged in the last layer at its defaults.
+
+    Raises:
+        MethodError: The method has parameters of these names already (it grows with depth by itself).
+    """
+    if inner.parameters.keys() & Lines.parameters.keys():
+        raise MethodError(f"'{inner.name}' scales by depth already: leave out 'lines+'")
+    own = {name: replace(spec, default=0.5) for name, spec in Lines.parameters.items()}
+
+    def default_recipe(method: Method, members: Sequence[str]) -> Recipe:
+        begun = inner.default_recipe(members)
+        depth = {name: spec.default for name, spec in own.items()}
+        return Recipe(method.name, begun.scaling, {**begun.parameters, **depth})
+
+    declared = ("requires", "optional", "solution", "scaling", "scale_free", "most_members", "elementwise")
+    settings = {name: getattr(inner, name) for name in declared} | {
+        "name": f"lines+{inner.name}",
+        "summary": f"{inner.summary}, growing with depth",
+        "parameters": {**inner.parameters, **own},
+        "inner": inner,
+        "default_recipe": default_recipe,
+    }
+    modified: Method = type("Lines", (Lines,), settings)()
+    return modified
 
 
 class PreparedLines(Prepared):
-    """Base and members as they are stored.
+    """A method's state, and how deep each weight lies.
 
     Args:
         weights: The weights to merge.
+        prepared: The state of the method that is scaled.
         layers: Number of layers of the whole model.
     """
 
-    def __init__(self, weights: Sequence[Weight], layers: int) -> None:
-        self._members = check_weights(weights)
+    def __init__(self, weights: Sequence[Weight], prepared: Prepared, layers: int) -> None:
         self._weights = tuple(weights)
+        self._prepared = prepared
         self._layers = layers
         self._scratch = Scratch()
+
+    def report(self) -> dict[str, float]:
+        """The figures of the method that is scaled."""
+        return self._prepared.report()
+
+    @torch.no_grad()
+    def merge(self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]) -> None:
+        """Merges, then scales in place; in float32 also where the result is rounded to another dtype."""
+        staged = {weight.name: self._stage(weight, target(out, weight)) for weight in self._weights}
+        self._prepared.merge(scaling, parameters, staged)
+        for weight in self._weights:
+            scale = float(parameters["a"]) + float(parameters["b"]) * self._depth(weight)
+            merged = staged[weight.name]
+            if scale != 1:
+                _scale_step(weight.base, merged, scale, self._scratch)
+            if merged is not out[weight.name]:
+                out[weight.name].copy_(merged)
+
+    def _stage(self, weight: Weight, destination: Tensor) -> Tensor:
+        if destination.dtype == torch.float32 and destination.is_contiguous():
+            return destination
+        return self._scratch.take(f"merged {weight.name}", *destination.shape, device=destination.device)
 
     def _depth(self, weight: Weight) -> float:
         """Where the weight is: l / (L − 1), from 0 to 1."""
@@ -68,13 +166,12 @@ class PreparedLines(Prepared):
             return 0.0 if "embed" in weight.name else 1.0
         return number / max(self._layers - 1, 1)
 
-    @torch.no_grad()
-    def merge(self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]) -> None:
-        """One pass over base and members."""
-        members = chosen(scaling, self._members)
-        for weight in self._weights:
-            grown = float(parameters["a"]) + float(parameters["b"]) * self._depth(weight)
-            factors = [scaling[member] * grown for member in members]
-            values = [weight.members[member] for member in members]
-            terms = [(weight.base, 1.0 - sum(factors)), *zip(values, factors, strict=True)]
-            weighted_sum(terms, target(out, weight), self._scratch)
+
+def _scale_step(base: Tensor, merged: Tensor, scale: float, scratch: Scratch) -> None:
+    """Overwrites the float32 θ with θ_0 + s (θ − θ_0)."""
+    before, after = base.reshape(-1), merged.view(-1)
+    for start, stop in spans(after.numel(), after.device, rows=2):
+        row = before[start:stop]
+        if row.dtype != torch.float32:
+            row = scratch.take("base", stop - start, device=after.device).copy_(row)
+        torch.lerp(row, after[start:stop], scale, out=after[start:stop])

@@ -15,6 +15,7 @@ from merging.methods.conjugate_gradients import solve
 from merging.methods.subspaces import KINDS, Subspace, check_statistics, has_statistics
 from merging.recipe import Value
 
+PROPAGATED = "regmean_propagated"
 BATCH_BYTES = 1 << 28
 """Most that one float64 matrix stack of a batch takes, unless a single weight takes more."""
 
@@ -26,12 +27,13 @@ class Mats(Method):
     C_t is a member's `subspace`: the identity, its diagonal Fisher, the Gram of a layer's inputs (V ↦ V A_t, RegMean with
     ρ = 1), or K-FAC (V ↦ B_t V A_t). Conjugate gradients begin at the result of another method at its defaults and end
     after `iterations`: on badly conditioned systems they go only part of the way, which is part of the method. Weights
-    without the statistic are the plain mean. `report()` has the relative residual of every weight.
+    without the statistic are the plain mean, or what RegMean propagated made of them where that is the start (its biases
+    belong to its weights). `report()` has the relative residual of every weight.
     """
 
     name = "mats"
     summary = "match task parameter subspaces by conjugate gradients"
-    optional = ("fisher", "gram", "output_gram")
+    optional = ("fisher", "gram", "output_gram", "propagated")
     scaling = Parameter(1.0, "the member's weight in the system", low=0.0, high=1.5)
     scale_free = True
     parameters: ClassVar[Mapping[str, Parameter]] = {
@@ -39,7 +41,7 @@ class Mats(Method):
         "start": Parameter(
             "average",
             "method whose result, at its defaults, the iterations begin at",
-            choices=("average", "base", "task_arithmetic", "gradient_matching", "regmean"),
+            choices=("average", "base", "task_arithmetic", "gradient_matching", "regmean", PROPAGATED),
             search=False,
         ),
         "iterations": Parameter(100, "most steps of conjugate gradients", low=1, high=200, log=True, minimum=0),
@@ -53,6 +55,10 @@ class Mats(Method):
         """What the subspace and the method of the start need."""
         start = METHODS[str(parameters["start"])].requires if str(parameters["start"]) in METHODS else ()
         return tuple(dict.fromkeys((*KINDS[str(parameters["subspace"])], *start)))
+
+    def solution_for(self, parameters: Mapping[str, Value]) -> str | None:
+        """What the method of the start asks for."""
+        return METHODS[PROPAGATED].solution if parameters["start"] == PROPAGATED else None
 
     def survey(self, weights: Iterable[Weight]) -> frozenset[str]:
         """The kinds of statistic that some weight has."""
@@ -114,13 +120,16 @@ class PreparedMats(Prepared):
             )
         destinations = {weight.name: target(out, weight) for weight in self._weights}
         solved = [weight for weight in self._weights if has_statistics(weight, subspace)]
-        started = self._start(solved, scaling, parameters)
+        whole = parameters["start"] == PROPAGATED
+        started = self._start(self._weights if whole else solved, scaling, parameters)
         self._report = {"residual": 0.0}
         moved: dict[str, Tensor] = {}
         for batch in _batches(solved, subspace):
             moved |= self._solve(Subspace(batch, subspace, members, factors), started, parameters)
         for weight in self._weights:
             terms = [(weight.members[member], 1.0 / len(members)) for member in members]
+            if whole:
+                terms = [(started[weight.name], 1.0)]
             if weight.name in moved:
                 terms = [(weight.base, 1.0), (moved[weight.name], 1.0)]
             weighted_sum(terms, destinations[weight.name], self._scratch)

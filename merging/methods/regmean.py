@@ -7,20 +7,24 @@ import torch
 from torch import Tensor
 
 from merging.methods.base import Context, Method, Parameter, Prepared, Weight, register
-from merging.methods.blocks import Scratch, target, weighted_sum
+from merging.methods.blocks import Scratch
 from merging.methods.checks import check_weights, chosen
 from merging.methods.grams import Batch, batches
 from merging.methods.solve import factor, solve
+from merging.methods.sums import mean_step
 from merging.recipe import Value
 
 
 @register
 class RegMean(Method):
-    """W = ((Σ α_t G̃_t)⁻¹ @ Σ α_t G̃_t @ W_tᵀ)ᵀ with G̃ = ρ G + (1 − ρ) diag(G) (Jin et al. 2023, equation 2).
+    """W = ((Σ G̃_t)⁻¹ @ Σ G̃_t @ W_tᵀ)ᵀ with G̃ = ρ G + (1 − ρ) diag(G) (Jin et al. 2023, equation 2).
 
-    Weights without a Gram (biases, LayerNorm, embeddings) are the plain mean. With `factors` = `contribution`
-    the solve has α = 1 and the factors scale what each member adds, θ_0 + Σ α_t u_t: the same at α = 1, and
-    linear in α.
+    Weights without a Gram (biases, LayerNorm, embeddings) are the plain mean. The scaling factors scale what
+    each member adds to the base, θ_0 + Σ α_t u_t with u_t = (Σ G̃_s)⁻¹ G̃_t τ_t (τ_t / T where there is no Gram):
+    linear in α, and one shared factor scales the whole merge. With `factors` = `gram` they weigh the Grams inside
+    the solve instead, (Σ α_t G̃_t)⁻¹ Σ α_t G̃_t τ_t; both are RegMean at α = 1. On a real pool of seven members a search
+    over contributions gained one to five points of accuracy over RegMean, one over weights inside the solve and ρ
+    nothing; so contributions are the default, and ρ is not searched unless a campaign gives it a range.
 
     Computed as W_0 + (Σ α_t G̃_t)⁻¹ Σ α_t G̃_t τ_tᵀ, so that rounding is relative to τ. Where the sum is
     singular, an r-th part of its diagonal is added to it, and that part of the members' mean to the right
@@ -30,7 +34,7 @@ class RegMean(Method):
     name = "regmean"
     summary = "least squares per linear layer, from the Grams of its inputs"
     requires = ("gram",)
-    scaling = Parameter(1.0, "the member's weight in the solve, or the scale of its contribution", low=0.0, high=1.5)
+    scaling = Parameter(1.0, "scale of the member's contribution, or its weight in the solve", low=0.0, high=1.5)
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "rho": Parameter(
             0.9,
@@ -39,14 +43,19 @@ class RegMean(Method):
             high=1.0,
             minimum=0.0,
             maximum=1.0,
+            search=False,
         ),
         "factors": Parameter(
-            "gram",
-            "scaling factors weight the Grams inside the solve, or scale each member's contribution to it",
-            choices=("gram", "contribution"),
+            "contribution",
+            "scaling factors scale each member's contribution to the solution, or weigh the Grams inside the solve",
+            choices=("contribution", "gram"),
             search=False,
         ),
     }
+
+    def is_linear(self, parameters: Mapping[str, Value]) -> bool:
+        """Where factors scale contributions."""
+        return parameters.get("factors", self.parameters["factors"].default) == "contribution"
 
     def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
         """Computes G_t @ τ_tᵀ of every weight that has Grams.
@@ -98,17 +107,8 @@ class PreparedRegMean(Prepared):
                 for index, system in enumerate(batch.systems):
                     terms = [(moved[index], factor) for moved, factor in zip(basis, factors, strict=True)]
                     system.write(terms, out, self._scratch)
-        self._merge_rest(members, factors if parameters["factors"] == "contribution" else [1.0] * len(members), out)
-
-    def _merge_rest(self, members: Sequence[str], factors: Sequence[float], out: Mapping[str, Tensor]) -> None:
-        """θ_0 + Σ α_t τ_t / T."""
-        for weight in self._rest:
-            terms = [
-                (weight.members[member], factor / len(members)) for member, factor in zip(members, factors, strict=True)
-            ]
-            rest = 1.0 - sum(factor for _, factor in terms)
-            terms.append((weight.base, rest if abs(rest) > 1e-12 else 0.0))
-            weighted_sum(terms, target(out, weight), self._scratch)
+        inside = parameters["factors"] == "gram"
+        mean_step(self._rest, {member: 1.0 if inside else scaling[member] for member in members}, out, self._scratch)
 
     def _solve(
         self, batch: Batch, members: Sequence[str], factors: Sequence[float], rho: float, *, separate: bool

@@ -1,7 +1,7 @@
 """Merges that are a weighted sum in every tensor, with weights that follow from lengths and angles."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from merging.methods.average import shares
 from merging.methods.base import Context, Method, Parameter, Prepared, Weight
 from merging.methods.blocks import Scratch, target, weighted_sum
 from merging.methods.checks import check_weights, chosen
-from merging.methods.geometry import inner_products
+from merging.methods.geometry import Products, added, inner_products
 from merging.recipe import Value
 
 PARALLEL = 0.9995
@@ -22,13 +22,14 @@ class PreparedSpherical(Prepared):
 
     Args:
         weights: The weights to merge.
+        products: Inner products of at least these weights.
         method: Says what the coefficients are.
     """
 
-    def __init__(self, weights: Sequence[Weight], method: "Spherical") -> None:
+    def __init__(self, weights: Sequence[Weight], products: Products, method: "Spherical") -> None:
         self._members = check_weights(weights)
         self._weights = tuple(weights)
-        self._products = inner_products(weights, self._members)
+        self._products = products
         self._method = method
         self._scratch = Scratch()
 
@@ -50,10 +51,19 @@ class Spherical(Method):
 
     scaling = Parameter(1.0, "relative weight; normalised to sum 1", low=0.0, high=1.0)
     scale_free = True
+    elementwise = True
+
+    def survey(self, weights: Iterable[Weight]) -> Products:
+        """All inner products of base and task vectors."""
+        return inner_products(weights)
+
+    def combine(self, first: Products | None, second: Products | None) -> Products:
+        """The sum, weight by weight."""
+        return added(first or {}, second or {})
 
     def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
-        """Takes all inner products of base and task vectors."""
-        return PreparedSpherical(weights, self)
+        """Keeps references to base and members, in their stored dtype."""
+        return PreparedSpherical(weights, self.survey(weights) if context.survey is None else context.survey, self)
 
     @abstractmethod
     def coefficients(self, products: Tensor, shares: Tensor, parameters: Mapping[str, Value]) -> Tensor:

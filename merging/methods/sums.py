@@ -40,3 +40,14 @@ class WeightedSum(Prepared):
             base = [] if rest is None else [(weight.base, rest)]
             terms = [*base, *((weight.members[member], factors[member]) for member in members)]
             weighted_sum(terms, target(out, weight), self._scratch)
+
+
+def mean_step(
+    weights: Sequence[Weight], factors: Mapping[str, float], out: Mapping[str, Tensor], scratch: Scratch
+) -> None:
+    """Writes θ_0 + Σ α_t τ_t / T of every weight, α_t by member; at α_t = 1 the plain mean."""
+    shares = {member: factor / len(factors) for member, factor in factors.items()}
+    rest = 1.0 - sum(shares.values())
+    for weight in weights:
+        terms = [(weight.members[member], share) for member, share in shares.items()]
+        weighted_sum([*terms, (weight.base, rest if abs(rest) > 1e-12 else 0.0)], target(out, weight), scratch)

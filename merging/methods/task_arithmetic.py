@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from merging.methods.base import Context, Method, Parameter, Prepared, Weight, register
 from merging.methods.sums import WeightedSum
+from merging.recipe import Value
 
 
 @register
@@ -13,8 +14,13 @@ class TaskArithmetic(Method):
 
     name = "task_arithmetic"
     summary = "base plus scaled task vectors"
+    elementwise = True
     scaling = Parameter(0.3, "scale of the member's task vector", low=0.0, high=1.5)
     parameters: ClassVar[Mapping[str, Parameter]] = {}
+
+    def is_linear(self, parameters: Mapping[str, Value]) -> bool:
+        """Always."""
+        return True
 
     def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
         """Keeps references to base and members, in their stored dtype.

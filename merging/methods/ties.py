@@ -18,6 +18,7 @@ class Ties(Method):
     name = "ties"
     summary = "trim, elect sign, merge what agrees"
     scale_free = True
+    elementwise = True
     scaling = Parameter(1.0, "the member's weight in the election and in the mean", low=0.0, high=1.5)
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "density": Parameter(
@@ -37,13 +38,24 @@ class Ties(Method):
         """Histograms of the task vectors' magnitudes."""
         return trim.survey(weights)
 
-    def combine(self, first: trim.Survey, second: trim.Survey) -> trim.Survey:
+    def sample(self, weights: Iterable[Weight], parameters: Mapping[str, Value]) -> trim.Survey:
+        """For a trim over the whole model, histograms of a sample."""
+        return trim.sample(weights) if parameters["trim"] == "global" else self.survey(weights)
+
+    def combine(self, first: trim.Survey | None, second: trim.Survey | None) -> trim.Survey:
         """Both weights' histograms."""
-        return {**(first or {}), **(second or {})}
+        return trim.combine(first, second)
+
+    def refine(
+        self, weights: Iterable[Weight], survey: trim.Survey, parameters: Mapping[str, Value]
+    ) -> trim.Survey | None:
+        """Exact counts around the thresholds."""
+        return trim.refine(weights, survey, [float(parameters["density"])], whole=parameters["trim"] == "global")
 
     def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
         """Keeps references to base and members, and the histograms; thresholds come with densities."""
-        return PreparedTies(weights, self.survey(weights) if context.survey is None else context.survey)
+        survey = self.survey(weights) if context.survey is None else context.survey
+        return PreparedTies(weights, trim.Trimmer(weights, survey))
 
 
 class PreparedTies(Deltas):
@@ -51,24 +63,21 @@ class PreparedTies(Deltas):
 
     Args:
         weights: The weights to merge.
-        survey: Histograms of the whole model.
+        trimmer: Knows the histograms of the whole model.
     """
 
-    def __init__(self, weights: Sequence[Weight], survey: trim.Survey) -> None:
+    def __init__(self, weights: Sequence[Weight], trimmer: trim.Trimmer) -> None:
         super().__init__(weights)
-        self._trimmer = trim.Trimmer(weights, survey)
+        self._trimmer = trimmer
 
     def plan(self, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]) -> Block:
         """Trims in place, then elects and merges."""
         density, scale = float(parameters["density"]), float(parameters["lambda"])
-        disjoint, scope = str(parameters["disjoint"]), parameters["trim"]
-        whole = [self._trimmer.whole(member, density) for member in members] if scope == "global" else []
+        disjoint, whole = str(parameters["disjoint"]), parameters["trim"] == "global"
 
         def block(weight: Weight, start: int, deltas: Tensor) -> Tensor:
-            cuts = whole or [self._trimmer.tensor(weight.name, member, density) for member in members]
-            for row, cut in zip(deltas, cuts, strict=True):
-                if cut is not trim.KEEP_ALL:
-                    cut.apply(row, weight.name, start)
+            for row, member in zip(deltas, members, strict=True):
+                self._trimmer.cut(member, density, "" if whole else weight.name).apply(row, weight.name, start)
             return elected(deltas, factors, disjoint, self.scratch).mul_(scale)
 
         return block

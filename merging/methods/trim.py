@@ -1,48 +1,118 @@
 """The k largest task-vector entries of a tensor or of a whole model, by counting bit patterns, not sorting.
 
-A float32 magnitude's bits, read as an integer, are in the order of the magnitudes. A histogram of them adds
-up over the weights of a model, wherever these lie, and says in which bin the k-th largest entry is. What is
-left to settle is which entries *of that bin* are kept. Where the whole model is at hand its bin's entries are
-fetched and compared in full; of those that are equal, the first by weight name and flat index are kept, so
-that exactly k remain. Where only a part of the model is at hand, entries of one bin count as equal.
-Histograms of small weights have one bin a bit pattern, those of larger ones drop the last 15 bits (bins 0.8 %
-wide or less, each with about a thousandth of a model's entries).
+A histogram of magnitudes adds up over the weights of a model, wherever these lie, and says in which bin the k-th largest
+entry is. What is left to settle is which entries *of that bin* are kept: they are counted once more by all of their bits, by
+`refine` where the model is prepared in parts, else when a density is first asked for; of those that are equal, the first by
+weight name and flat index are kept, so that exactly k remain.
+
+One candidate alone needs no histogram of everything: a sample of the entries names a band that holds the k-th largest but
+for bad luck, `refine` counts the entries in it and above it, and, where luck was bad, all of them.
 """
 
 import struct
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from merging.methods.base import Weight
-from merging.methods.blocks import Scratch, difference, spans
+from merging.methods.blocks import Scratch
+from merging.methods.magnitudes import (
+    INFINITE,
+    Band,
+    Histogram,
+    Tally,
+    added,
+    entries,
+    histogram,
+    sampled_histogram,
+    tallies,
+)
 
-FULL_BELOW = 1 << 14
-"""Weights with no more entries than this have histograms of whole bit patterns."""
-DROPPED = 15
-"""Bits that the histograms of larger weights don't tell apart."""
+SPREAD = 5.0
+"""Standard errors of a sample's share that its band reaches to either side."""
+
+Place = tuple[str, int]
+"""A stretch of a weight that is looked at in one go: the weight's name, the flat index of the first entry."""
+Question = tuple[str, str, Band]
+"""A band to be counted by all bits: the weight's name ("" for the whole model), the member, the band."""
 
 
 @dataclass(frozen=True)
-class Histogram:
-    """How often each magnitude occurs in one member's task vector of one weight.
+class Survey:
+    """What is known of the magnitudes of a model's task vectors, or of a part's.
 
     Args:
-        keys: Bit patterns of |τ| (float32) without their `dropped` last bits, ascending; int64, on the CPU.
-        counts: Entries of each; int64.
-        dropped: Number of bits left out of the keys.
+        histograms: Weight → member → magnitudes.
+        stretched: Weights that were surveyed in several stretches.
+        tallies: Bands that were counted by all bits, stretch by stretch.
+        sampled: Member → magnitudes of a sample of the whole model's entries.
+        sampled_from: Number of entries that were sampled from.
     """
 
-    keys: Tensor
-    counts: Tensor
-    dropped: int
+    histograms: Mapping[str, Mapping[str, Histogram]] = field(default_factory=dict)
+    stretched: frozenset[str] = frozenset()
+    tallies: Mapping[Question, Mapping[Place, Tally]] = field(default_factory=dict)
+    sampled: Mapping[str, Histogram] = field(default_factory=dict)
+    sampled_from: int = 0
+    _ranked: dict[tuple[str, str], tuple[Histogram, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+    _settled: dict[Question, tuple[int, int, Place, int]] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def members(self) -> list[str]:
+        """All that were looked at."""
+        return sorted({*self.sampled, *(member for found in self.histograms.values() for member in found)})
 
-Survey = Mapping[str, Mapping[str, Histogram]]
-"""Weight → member → histogram."""
+    def names(self, group: str) -> tuple[str, ...]:
+        """The weights of a group, in the order that settles between equal entries."""
+        return (group,) if group else tuple(sorted(self.histograms))
+
+    def ranked(self, group: str, member: str) -> tuple[Histogram, Tensor]:
+        """The histogram over a group, and for each of its bins the number of entries in it and above it."""
+        if (group, member) not in self._ranked:
+            every = [self.histograms[name][member] for name in self.names(group)] or [self.sampled[member]]
+            total = added(every)
+            self._ranked[group, member] = total, total.counts.flip(0).cumsum(0).flip(0)
+        return self._ranked[group, member]
+
+    def kept(self, group: str, member: str, density: float) -> int | None:
+        """How many entries a share of a group is; None where it is all of them."""
+        total = int(self.ranked(group, member)[0].counts.sum()) if self.histograms else self.sampled_from
+        keep = min(max(round(density * total), 1), total)
+        return None if keep == total else keep
+
+    def band(self, group: str, member: str, keep: int) -> Band:
+        """The bin that holds the `keep`-th largest entry of a group; the band that does most likely, if from a sample."""
+        found, reaching = self.ranked(group, member)
+        if self.histograms:
+            key = int(found.keys[int((reaching >= keep).sum()) - 1])
+            return key << found.dropped, (key + 1) << found.dropped
+        size, share = int(reaching[0]), keep / self.sampled_from
+        spread = SPREAD * (size * share * (1 - share)) ** 0.5 + 1
+        last = int((reaching >= share * size + spread).sum()) - 1
+        over = int((reaching >= share * size - spread).sum())
+        low = int(found.keys[last]) << found.dropped if last >= 0 else 0
+        return low, int(found.keys[over]) << found.dropped if over < len(reaching) else INFINITE
+
+    def is_open(self, group: str, member: str) -> bool:
+        """Whether a bin's count does not say which of its entries stay."""
+        several = group in self.stretched if group else bool(self.stretched)
+        return several or bool(self.ranked(group, member)[0].dropped)
+
+    def misses(self, question: Question, keep: int) -> bool:
+        """Whether a band was counted, and does not hold the `keep`-th largest entry."""
+        found = self.tallies.get(question, {}).values()
+        above = sum(tally.above for tally in found)
+        return bool(found) and not above < keep <= above + sum(int(tally.reaching[0]) for tally in found)
+
+    def settled(self, question: Question, keep: int) -> tuple[int, Place, int]:
+        """The `keep`-th largest entry: its bit pattern, its stretch, and its rank (from 0) among its equals there."""
+        if question not in self._settled or self._settled[question][0] != keep:
+            self._settled[question] = keep, *_settled(question[2], self.tallies[question], keep)
+        return self._settled[question][1:]
 
 
 @dataclass(frozen=True)
@@ -69,68 +139,97 @@ class Cut:
             weight: The name of the weight that they belong to.
             start: Flat index of the first.
         """
+        if self is KEEP_ALL:
+            return
         place = row.numel() if weight < self.weight else 0
         if weight == self.weight:
             place = min(max(self.index + 1 - start, 0), row.numel())
+        if place in (0, row.numel()):
+            torch.ops.aten.hardshrink.out(row, self.before if place else self.after, out=row)
+            return
         for piece, above in ((row[:place], self.before), (row[place:], self.after)):
-            if piece.numel():
-                torch.ops.aten.hardshrink.out(piece, above, out=piece)
+            torch.ops.aten.hardshrink.out(piece, above, out=piece)
 
 
 KEEP_ALL = Cut(0.0, 0.0)
 
 
-def survey(weights: Iterable[Weight]) -> dict[str, dict[str, Histogram]]:
-    """Histograms of the task vectors of some weights."""
+def survey(weights: Iterable[Weight]) -> Survey:
+    """Histograms of the task vectors of some weights, or stretches of weights."""
     scratch = Scratch()
-    return {
-        weight.name: {member: _histogram(weight, member, scratch) for member in sorted(weight.members)}
-        for weight in weights
+    found = Survey()
+    for weight in weights:
+        histograms = {member: histogram(weight, member, scratch) for member in sorted(weight.members)}
+        found = combine(found, Survey({weight.name: histograms}))
+    return found
+
+
+def sample(weights: Iterable[Weight]) -> Survey:
+    """Histograms of a sample of the task vectors' entries in some weights, or stretches of weights, taken together."""
+    found = Survey()
+    for weight in weights:
+        histograms = {member: sampled_histogram(weight, member) for member in weight.members}
+        found = combine(found, Survey(sampled=histograms, sampled_from=weight.base.numel()))
+    return found
+
+
+def combine(first: Survey | None, second: Survey | None) -> Survey:
+    """What is known of both; two stretches of one weight add up."""
+    one, other = first or Survey(), second or Survey()
+    both = one.histograms.keys() & other.histograms.keys()
+    joined = {
+        name: {member: added([one.histograms[name][member], found]) for member, found in other.histograms[name].items()}
+        for name in both
     }
+    questions = {*one.tallies, *other.tallies}
+    found = {asked: {**one.tallies.get(asked, {}), **other.tallies.get(asked, {})} for asked in questions}
+    sampled = {
+        member: added([part.sampled[member] for part in (one, other) if member in part.sampled])
+        for member in {*one.sampled, *other.sampled}
+    }
+    return Survey(
+        {**one.histograms, **other.histograms, **joined},
+        one.stretched | other.stretched | both,
+        found,
+        sampled,
+        one.sampled_from + other.sampled_from,
+    )
 
 
-def _bits(weight: Weight, member: str, start: int, stop: int, scratch: Scratch) -> Tensor:
-    """Bit patterns [stop − start] of |τ|, int32, in a buffer that the next call overwrites."""
-    row = scratch.take("bits", stop - start, device=weight.base.device)
-    difference(weight.members[member].reshape(-1)[start:stop], weight.base.reshape(-1)[start:stop], row)
-    return row.abs_().view(torch.int32)
+def refine(weights: Iterable[Weight], known: Survey, densities: Sequence[float], *, whole: bool) -> Survey | None:
+    """The bands in which densities are reached, counted by all bits, in some weights.
 
+    Args:
+        weights: Some of the surveyed weights, or stretches.
+        known: Of all weights.
+        densities: Shares of entries that stay.
+        whole: Of the whole model, not of each weight. A weight that is looked at as a whole needs no refinement of its own.
 
-def _histogram(weight: Weight, member: str, scratch: Scratch) -> Histogram:
-    numel = weight.base.numel()
-    if numel <= FULL_BELOW:
-        keys, counts = _bits(weight, member, 0, numel, scratch).unique(return_counts=True)  # type: ignore[no-untyped-call]
-        return Histogram(keys.long().cpu(), counts.cpu(), 0)
-    size = 1 << (31 - DROPPED)
-    dense = torch.zeros(size, dtype=torch.int64, device=weight.base.device)
-    for start, stop in spans(numel, weight.base.device):
-        bits = _bits(weight, member, start, stop, scratch).bitwise_right_shift_(DROPPED)
-        dense += torch.bincount(bits, minlength=size)
-    dense = dense.cpu()
-    keys = dense.nonzero().squeeze(1)
-    return Histogram(keys, dense[keys], DROPPED)
-
-
-def _sum(histograms: Sequence[Histogram]) -> Histogram:
-    """One histogram of all, with the coarsest of their bins."""
-    dropped = max(histogram.dropped for histogram in histograms)
-    every = torch.cat([h.keys >> (dropped - h.dropped) for h in histograms])
-    keys, place = every.unique(return_inverse=True)  # type: ignore[no-untyped-call]
-    counts = torch.zeros_like(keys).index_add_(0, place, torch.cat([h.counts for h in histograms]))
-    return Histogram(keys, counts, dropped)
-
-
-def _magnitude(bits: int) -> float:
-    return float(struct.unpack("<f", struct.pack("<I", max(bits, 0)))[0])
-
-
-def _nth(shares: Mapping[str, int], number: int) -> tuple[str, int]:
-    """The weight that holds the number-th (from 1) of these entries, and its place (from 0) there."""
-    for name, share in shares.items():
-        if number <= share:
-            return name, number - 1
-        number -= share
-    raise AssertionError("more entries asked for than were counted")
+    Returns:
+        None where enough is known.
+    """
+    asked: dict[str, list[tuple[str, Band]]] = {}
+    for group in [""] if whole else sorted(known.stretched):
+        for member in known.members:
+            for density in densities:
+                keep = known.kept(group, member, density)
+                if keep is None or not known.is_open(group, member):
+                    continue
+                band = known.band(group, member, keep)
+                if known.misses((group, member, band), keep):
+                    return survey(weights)
+                if (group, member, band) not in known.tallies and (member, band) not in asked.get(group, []):
+                    asked.setdefault(group, []).append((member, band))
+    if not asked:
+        return None
+    scratch = Scratch()
+    found: dict[Question, dict[Place, Tally]] = {}
+    for weight in weights:
+        groups = [(group, question) for group in ("", weight.name) for question in asked.get(group, [])]
+        counted = tallies(weight, [question for _, question in groups], scratch)
+        for (group, (member, band)), tally in zip(groups, counted, strict=True):
+            found.setdefault((group, member, band), {})[weight.name, weight.start] = tally
+    return Survey(tallies=found)
 
 
 class Trimmer:
@@ -138,69 +237,71 @@ class Trimmer:
 
     Args:
         weights: The weights at hand.
-        histograms: The survey of the whole model.
+        survey: Of the whole model; if of a sample, refined for the densities that will be asked for.
     """
 
-    def __init__(self, weights: Sequence[Weight], histograms: Survey) -> None:
-        self._weights = {weight.name: weight for weight in weights}
-        self._histograms = histograms
+    def __init__(self, weights: Sequence[Weight], survey: Survey) -> None:
+        self._weights = {(weight.name, weight.start): weight for weight in weights}
+        self._survey = survey
         self._scratch = Scratch()
-        self.whole = lru_cache(maxsize=4096)(self._whole)
-        self.tensor = lru_cache(maxsize=1 << 17)(self._tensor)
-        self._ranked = lru_cache(maxsize=None)(self._rank)
+        self.cut = lru_cache(maxsize=1 << 17)(self._cut)
 
-    def _whole(self, member: str, density: float) -> Cut:
-        """The cut that keeps this share of a member's entries over the whole model."""
-        return self._cut(tuple(sorted(self._histograms)), member, density)
-
-    def _tensor(self, weight: str, member: str, density: float) -> Cut:
-        """The cut that keeps this share of a member's entries in one weight."""
-        return self._cut((weight,), member, density)
-
-    def _rank(self, names: tuple[str, ...], member: str) -> tuple[Histogram, Tensor]:
-        """The histogram over these weights, and for each of its bins the entries in it and above it."""
-        histogram = _sum([self._histograms[name][member] for name in names])
-        return histogram, histogram.counts.flip(0).cumsum(0).flip(0)
-
-    def _cut(self, names: tuple[str, ...], member: str, density: float) -> Cut:
-        histogram, reaching = self._ranked(names, member)
-        entries = int(reaching[0]) if reaching.numel() else 0
-        keep = min(max(round(density * entries), 1), entries)
-        if keep == entries:
+    def _cut(self, member: str, density: float, weight: str = "") -> Cut:
+        """The cut that keeps this share of a member's entries in a weight, or over the whole model."""
+        known = self._survey
+        keep = known.kept(weight, member, density)
+        if keep is None:
             return KEEP_ALL
-        bin_ = int((reaching >= keep).sum()) - 1
-        key, dropped = int(histogram.keys[bin_]), histogram.dropped
-        wanted = keep - int(reaching[bin_]) + int(histogram.counts[bin_])
-        if dropped and all(name in self._weights for name in names):
-            found = {name: self._entries(name, member, key, dropped) for name in names}
-            ranked = torch.cat([bits for _, bits in found.values()]).sort(descending=True).values
-            key, dropped = int(ranked[wanted - 1]), 0
-            wanted -= int((ranked > key).sum())
-            shares = {name: int((bits == key).sum()) for name, (_, bits) in found.items()}
-        else:
-            shares = {name: self._count(name, member, key, dropped) for name in names}
-        before, after = _magnitude((key << dropped) - 1), _magnitude(((key + 1) << dropped) - 1)
-        name, rank = _nth(shares, wanted)
-        index = int(self._entries(name, member, key, dropped)[0][rank]) if name in self._weights else -1
-        return Cut(before, after, name, index)
+        low, high = band = known.band(weight, member, keep)
+        if known.is_open(weight, member) and (found := self._tallies(weight, member, band)) is not None:
+            shared = (weight, member, band) in known.tallies
+            key, place, rank = known.settled((weight, member, band), keep) if shared else _settled(band, found, keep)
+            low, high = key, key + 1
+        else:  # the bin's entries count as equal
+            total, reaching = known.ranked(weight, member)
+            above = int(reaching[0]) - total.within((0, high))
+            shares = {(name, 0): known.histograms[name][member] for name in known.names(weight)}
+            place, rank = _nth({where: found.within(band) for where, found in shares.items()}, keep - above)
+        name, start = place
+        index = start - 1  # before a stretch that is not at hand there is all of the others' or nothing
+        if place in self._weights:
+            index = int(entries(self._weights[place], member, (low, high), self._scratch)[rank])
+        return Cut(_magnitude(low - 1), _magnitude(high - 1), name, index)
 
-    def _count(self, name: str, member: str, key: int, dropped: int) -> int:
-        histogram = self._histograms[name][member]
-        return int(histogram.counts[histogram.keys >> (dropped - histogram.dropped) == key].sum())
+    def share(self, weight: str, member: str, density: float) -> int:
+        """How many entries of a weight a share of it is."""
+        return round(density * int(self._survey.histograms[weight][member].counts.sum()))
 
-    def _entries(self, name: str, member: str, key: int, dropped: int) -> tuple[Tensor, Tensor]:
-        """Flat indices (ascending) and bit patterns of a weight's entries in one bin; int64, on the CPU."""
-        weight = self._weights[name]
-        indices, patterns = [], []
-        for start, stop in spans(weight.base.numel(), weight.base.device):
-            bits = _bits(weight, member, start, stop, self._scratch)
-            bins = bits >> dropped if dropped else bits
-            # numpy compares and lists at several times the speed of torch on a CPU.
-            here = (
-                torch.from_numpy((bins.numpy() == key).nonzero()[0])
-                if bins.device.type == "cpu"
-                else (bins == key).nonzero()[:, 0]
-            )
-            patterns.append(bits[here].long().cpu())
-            indices.append(here.cpu() + start)
-        return torch.cat(indices), torch.cat(patterns)
+    def _tallies(self, group: str, member: str, band: Band) -> Mapping[Place, Tally] | None:
+        """A band's entries by all bits, stretch by stretch; None where not all are known."""
+        if (known := self._survey.tallies.get((group, member, band))) is not None:
+            return known
+        names = self._survey.names(group)
+        if any(name in self._survey.stretched or (name, 0) not in self._weights for name in names):
+            return None
+        return {(name, 0): tallies(self._weights[name, 0], [(member, band)], self._scratch)[0] for name in names}
+
+
+def _settled(band: Band, found: Mapping[Place, Tally], keep: int) -> tuple[int, Place, int]:
+    """See `Survey.settled`."""
+    wanted = keep - sum(tally.above for tally in found.values())
+
+    def at_least(key: int) -> int:
+        return sum(tally.at_least(key) for tally in found.values())
+
+    key = band[0] + bisect_left(range(*band), True, key=lambda pattern: at_least(pattern) < wanted) - 1
+    shares = {place: tally.at_least(key) - tally.at_least(key + 1) for place, tally in found.items()}
+    return key, *_nth(shares, wanted - at_least(key + 1))
+
+
+def _nth(shares: Mapping[Place, int], number: int) -> tuple[Place, int]:
+    """The stretch that holds the number-th (from 1) of these entries, and its rank (from 0) there."""
+    for place, share in sorted(shares.items()):
+        if number <= share:
+            return place, number - 1
+        number -= share
+    raise AssertionError("more entries asked for than were counted")
+
+
+def _magnitude(bits: int) -> float:
+    return float(struct.unpack("<f", struct.pack("<I", max(bits, 0)))[0])

@@ -1,6 +1,6 @@
 """Least squares for layers that share an input: sums over examples, and their solution."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,11 +27,23 @@ class Equations:
         self._sums = [total + part.to(torch.float64) for total, part in zip(self._sums, parts, strict=True)]
         self.rows += len(read)
 
-    def add_mean(self, other: "Equations") -> None:
-        """Adds the other's means over its rows, so that members count equally, however long their examples are."""
-        count = max(other.rows, 1)
-        self._sums = [total + part / count for total, part in zip(self._sums, other._sums, strict=True)]
+    def add(self, other: "Equations") -> None:
+        """Adds the other's sums."""
+        parts = other.to(self._sums[0].device)._sums
+        self._sums = [total + part for total, part in zip(self._sums, parts, strict=True)]
         self.rows += other.rows
+
+    def add_mean(self, other: "Equations", factor: float = 1.0) -> None:
+        """Adds `factor` times the other's means over its rows, so that members count alike, however long their data."""
+        scale = factor / max(other.rows, 1)
+        self._sums = [total + scale * part for total, part in zip(self._sums, other._sums, strict=True)]
+        self.rows += other.rows
+
+    def to(self, device: str | torch.device) -> "Equations":
+        """The same on another device."""
+        moved = Equations(torch.device(device))
+        moved._sums, moved.rows = [total.to(device) for total in self._sums], self.rows
+        return moved
 
     @property
     def finite(self) -> bool:
@@ -75,3 +87,7 @@ class Solution:
     before: float
     after: float
     added: float
+
+    def to(self, device: str | torch.device) -> "Solution":
+        """The same on another device."""
+        return replace(self, delta=self.delta.to(device))

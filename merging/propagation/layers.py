@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers.pytorch_utils import Conv1D
 
+from merging.names import conv1d
 from merging.statistics.layers import layer_names
 
 
@@ -64,6 +64,6 @@ def merged_layers(model: nn.Module, out: Mapping[str, Tensor]) -> dict[str, Laye
             paths[module],
             weight,
             None if bias is None else names.get(bias.data_ptr()),
-            isinstance(module, Conv1D),
+            isinstance(module, conv1d()),
         )
     return {name: layer for name, layer in found.items() if name not in twice}

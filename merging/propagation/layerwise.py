@@ -1,6 +1,6 @@
 """RegMean propagated: every layer is fitted to what the members put out, given what the merged model feeds it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +8,9 @@ from torch import Tensor
 
 from merging.errors import MethodError
 from merging.pool import Pool
-from merging.propagation.equations import Equations
-from merging.propagation.member import MemberPasses
+from merging.propagation.crew import Crew
+from merging.propagation.equations import Equations, Solution
+from merging.propagation.member import Plan
 from merging.propagation.settings import PropagationSettings
 from merging.registry import did_you_mean
 from merging.tasks.base import Task
@@ -59,11 +60,11 @@ def propagate(
 ) -> Propagation:
     """Merges layer after layer in the order in which they run, without labels.
 
-    Solves min Σ_t ‖X̂_t Wᵀ + b − Y_t‖² / tokens_t + λ ‖W − W̄‖² for every group of layers that read one tensor, X̂_t
+    Solves min Σ_t α_t ‖X̂_t Wᵀ + b − Y_t‖² / tokens_t + λ ‖W − W̄‖² for every group of layers that read one tensor, X̂_t
     their input in the model merged so far on member t's examples, Y_t the member's own output; where that is added
-    to a residual stream, Y_t also holds what the stream has lost so far, R_t − R̂_t. W̄ is the plain mean. Only tokens
-    that the task's logits depend on take part. The result does not depend on the order of members. Kin to RegMean
-    (Jin et al. 2023) and RegMean++, which `settings.update` names.
+    to a residual stream, Y_t also holds what the stream has lost so far, R_t − R̂_t. W̄ is the plain mean, α_t are
+    `settings.factors`. Only tokens that the task's logits depend on take part. The result does not depend on the order
+    of members. Kin to RegMean (Jin et al. 2023) and RegMean++, which `settings.update` names.
 
     In memory are two models of each member, the merged weights, and what is alive at one layer over all examples.
 
@@ -71,7 +72,7 @@ def propagate(
         pool: Base and members.
         tasks: Member → its task, bound to its own checkpoint; gives examples, logits and model.
         members: Whom to merge.
-        settings: Examples, ridge and kind of update.
+        settings: Examples, ridge, kind of update, factors.
         device: Where models run and sums are taken.
         progress: Told how many of how many groups of layers are done.
 
@@ -80,26 +81,30 @@ def propagate(
             or depending on the example; an activation is not finite.
     """
     settings = settings or PropagationSettings()
-    chosen = _checked(pool, tasks, members)
-    out = {name: _mean(pool, name, chosen).to(device) for name in pool.weights}
-    passes = [MemberPasses(pool, member, tasks[member], out, settings) for member in chosen]
-    groups = _groups(passes)
+    chosen = checked(pool, tasks, members, settings)
+    crew = Crew(pool, tasks, chosen, plain_mean(pool, chosen, device), settings)
+    groups = shared_inputs(crew.plans)
     fits = []
     try:
-        for member in passes:
-            member.begin(groups)
+        crew.begin(groups)
         for done, group in enumerate(groups):
             progress(done, len(groups))
-            fits.append(_fit(group, passes, out, settings))
+            total = crew.equations(group)
+            solution = solved(group, crew.plans, total, settings)
+            crew.apply(group, solution)
+            fits.append(described(group, crew.plans, total.rows, solution, settings))
         progress(len(groups), len(groups))
     finally:
-        for member in passes:
-            member.end()
-    return Propagation(out, tuple(fits))
+        crew.end()
+    return Propagation(crew.out, tuple(fits))
 
 
-def _checked(pool: Pool, tasks: Mapping[str, Task], members: Sequence[str]) -> list[str]:
-    """The members in an order that does not depend on the caller's."""
+def checked(pool: Pool, tasks: Container[str], members: Sequence[str], settings: PropagationSettings) -> list[str]:
+    """The members in an order that does not depend on the caller's.
+
+    Raises:
+        MethodError: A member is unknown, has no task, or all factors are 0.
+    """
     if not members:
         raise MethodError("RegMean propagated needs at least one member")
     for member in members:
@@ -110,48 +115,61 @@ def _checked(pool: Pool, tasks: Mapping[str, Task], members: Sequence[str]) -> l
                 f"'{member}' has no task of its own, and RegMean propagated runs every member on its own "
                 "unlabelled examples: give it a task, or leave it out"
             )
+    for member in settings.factors:
+        if member not in pool.members:
+            raise MethodError(f"factors: '{member}' is no member. {did_you_mean(member, list(pool.members))}")
+    if not any(settings.factors.get(member, 1.0) for member in members):
+        raise MethodError("factors: all are 0, so that nothing is left to fit: give some member a positive one")
     return sorted(set(members))
 
 
-def _mean(pool: Pool, name: str, members: Sequence[str]) -> Tensor:
-    """The members' plain mean, summed in float64; float32."""
-    values = (pool.member_weight(member, name).to(torch.float64) for member in members)
-    return (sum(values, torch.zeros((), dtype=torch.float64)) / len(members)).to(torch.float32)
+def plain_mean(pool: Pool, members: Sequence[str], device: str | torch.device) -> dict[str, Tensor]:
+    """The members' plain mean of every merged weight, summed in float64; float32, on the device."""
+    merged = {}
+    pool.prefetch(pool.weights, members)
+    for name in pool.weights:
+        values = (pool.member_weight(member, name).to(torch.float64) for member in members)
+        mean = sum(values, torch.zeros((), dtype=torch.float64)) / len(members)
+        merged[name] = mean.to(torch.float32).to(device)
+    return merged
 
 
-def _groups(passes: Sequence[MemberPasses]) -> list[tuple[str, ...]]:
+def shared_inputs(plans: Sequence[Plan]) -> list[tuple[str, ...]]:
     """The weights of layers that every member runs once, by the input that they share, in the order of running.
 
     Layers whose rows differ (a query of which only CLS counts, keys of which all tokens do) are solved apart.
+
+    Raises:
+        MethodError: Members run their layers in different orders.
     """
-    common = [name for name in passes[0].calls if all(name in member.calls for member in passes)]
+    first = plans[0]
+    common = [name for name in first.calls if all(name in plan.calls for plan in plans)]
     found: dict[object, list[str]] = {}
     for name in common:
-        calls = [member.calls[name] for member in passes]
-        key = tuple((call.source, call.rows) for call in calls), passes[0].layers[name].bias is None
+        calls = [plan.calls[name] for plan in plans]
+        key = tuple((call.source, call.rows) for call in calls), first.layers[name].bias is None
         found.setdefault(key, []).append(name)
-    for member in passes[1:]:
-        if [name for name in member.calls if name in common] != common:
+    for plan in plans[1:]:
+        if [name for name in plan.calls if name in common] != common:
             raise MethodError(
-                f"{member.member} runs its layers in another order than {passes[0].member}, so that they "
+                f"{plan.member} runs its layers in another order than {first.member}, so that they "
                 "cannot be merged one after another: use regmean"
             )
     return [tuple(group) for group in found.values()]
 
 
-def _fit(
-    group: tuple[str, ...], passes: Sequence[MemberPasses], out: Mapping[str, Tensor], settings: PropagationSettings
+def solved(group: Sequence[str], plans: Sequence[Plan], total: Equations, settings: PropagationSettings) -> Solution:
+    """Solves a group of layers.
+
+    Raises:
+        MethodError: The sums are not positive semi-definite.
+    """
+    return total.solve(settings.ridge, plans[0].layers[group[0]].bias is not None, group[0])
+
+
+def described(
+    group: Sequence[str], plans: Sequence[Plan], rows: int, solution: Solution, settings: PropagationSettings
 ) -> Fit:
-    """Solves a group of layers and overwrites their weights."""
-    total = Equations(next(iter(out.values())).device)
-    for member in passes:
-        total.add_mean(member.equations(group))
-    layers = [passes[0].layers[name] for name in group]
-    solution = total.solve(settings.ridge, layers[0].bias is not None, group[0])
-    start = 0
-    for layer in layers:
-        stop = start + layer.outputs(out)
-        layer.add(solution.delta[:, start:stop].to(torch.float32), out)
-        start = stop
-    repairing = settings.update == "propagated" and any(member.calls[n].residual for member in passes for n in group)
-    return Fit(group, total.rows, solution.before, solution.after, repairing, solution.added)
+    """What to tell of a group's solution."""
+    repairing = settings.update == "propagated" and any(plan.calls[name].residual for plan in plans for name in group)
+    return Fit(tuple(group), rows, solution.before, solution.after, repairing, solution.added)

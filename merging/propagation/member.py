@@ -1,6 +1,7 @@
 """One member's part: its own forward passes beside the merged model's, on the member's examples."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,21 @@ from merging.tasks.base import Task
 
 TRACED = 8
 """Examples on which a member is watched beforehand: enough to tell a rule from a chance."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a member's passes before they begin.
+
+    Args:
+        member: The member's name.
+        layers: By the base's name of its weight, every merged linear layer.
+        calls: The same of those that run once, in the order in which they run.
+    """
+
+    member: str
+    layers: Mapping[str, Layer]
+    calls: Mapping[str, Call]
 
 
 class MemberPasses:
@@ -55,6 +71,7 @@ class MemberPasses:
         (few,) = task.batches("train", 0, min(TRACED, stop), TRACED)
         paths = {layer.path: name for name, layer in self.layers.items()}
         self.calls: Mapping[str, Call] = trace(self._own, task, paths, few.to(device))
+        self.plan = Plan(member, self.layers, self.calls)
         self._batches = [batch.to(device) for batch in task.batches("train", 0, stop, settings.batch_size)]
         self._streams: list[Stream] = []
         self._last: dict[Place, str] = {}

@@ -1,6 +1,6 @@
 """What RegMean propagated is told."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -25,4 +25,7 @@ class PropagationSettings(BaseModel):
         "propagated",
         description="propagated: the merged model's inputs, the members' own outputs; regmean++: the merged model's "
         "inputs, the members' weights on them; regmean: the members' own inputs and outputs.",
+    )
+    factors: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        default_factory=dict, description="Member → its weight in the least squares; by default 1. Only ratios matter."
     )

@@ -1,7 +1,7 @@
 """The published form of a statistic: a safetensors file with the member checkpoint's parameter names."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -112,6 +112,11 @@ class StatisticsFile:
             StatisticsError: The file has nothing for that name.
         """
         return self._info(name).shape
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Says that these are about to be read, best in this order; names that the file does not know are left out."""
+        stored = dict.fromkeys(self.shared.get(name, name) for name in names)
+        self._file.prefetch(name for name in stored if name in self._file.tensors and name not in self._alive)
 
     def read(self, name: str) -> Tensor:
         """A tensor on the CPU, checked; names that share one get the same object for as long as it is in use.

@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from merging.names import checkpoint_names
 from merging.statistics.base import Partial, Statistic, StatisticSettings, register
 from merging.statistics.layers import device_of, means, token_count
 from merging.statistics.likelihood import LikelihoodSettings, objectives, settings_key
-from merging.statistics.names import checkpoint_names
 from merging.statistics.per_example import PerExample
 from merging.tasks.base import Batch, Task
 

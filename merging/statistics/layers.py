@@ -4,12 +4,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from merging.errors import StatisticsError
+from merging.names import checkpoint_names, conv1d
 from merging.statistics.base import Partial
 from merging.statistics.likelihood import IGNORED
-from merging.statistics.names import checkpoint_names
 from merging.statistics.units import Logits, first_example
 from merging.tasks.base import Batch
 
@@ -24,18 +23,18 @@ def layer_names(model: nn.Module) -> dict[nn.Module, str]:
 
     A weight that is also an embedding's (a tied output layer) is left out: it is merged as an embedding.
     """
-    names = checkpoint_names(model)
+    names, linear = checkpoint_names(model), nn.Linear | conv1d()
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     return {
         module: names[id(module.weight)]
         for module in model.modules()
-        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) in names and id(module.weight) not in embeddings
+        if isinstance(module, linear) and id(module.weight) in names and id(module.weight) not in embeddings
     }
 
 
 def transposed_names(layers: Mapping[nn.Module, str]) -> tuple[str, ...]:
     """Names of the weights that are stored [in, out], as `Conv1D` does."""
-    return tuple(sorted({name for layer, name in layers.items() if isinstance(layer, Conv1D)}))
+    return tuple(sorted({name for layer, name in layers.items() if isinstance(layer, conv1d())}))
 
 
 def token_count(batch: Batch) -> int:

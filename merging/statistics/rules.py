@@ -5,8 +5,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
+from merging.names import conv1d
 from merging.statistics.gradients import Dense, Outer, Piece, Rows
 from merging.statistics.units import Unit
 
@@ -23,7 +23,8 @@ def rule_for(unit: Unit) -> Rule | None:
         module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str)
     ):
         return None
-    return next((rule for kind, rule in RULES.items() if type(module).forward is kind.forward), None)
+    rules = {**RULES, conv1d(): _conv1d}
+    return next((rule for kind, rule in rules.items() if type(module).forward is kind.forward), None)
 
 
 def _linear(module: nn.Linear, value: Tensor, gradient: Tensor) -> dict[str, Piece]:
@@ -31,7 +32,7 @@ def _linear(module: nn.Linear, value: Tensor, gradient: Tensor) -> dict[str, Pie
     return {"weight": Outer(gradient, value), "bias": Dense(gradient.sum(1))}
 
 
-def _conv1d(module: Conv1D, value: Tensor, gradient: Tensor) -> dict[str, Piece]:
+def _conv1d(module: nn.Module, value: Tensor, gradient: Tensor) -> dict[str, Piece]:
     value, gradient = _positions(value), _positions(gradient)
     return {"weight": Outer(value, gradient), "bias": Dense(gradient.sum(1))}
 
@@ -60,7 +61,6 @@ def _conv2d(module: nn.Conv2d, value: Tensor, gradient: Tensor) -> dict[str, Pie
 
 RULES: dict[type[nn.Module], Rule] = {
     nn.Linear: _linear,
-    Conv1D: _conv1d,
     nn.Embedding: _embedding,
     nn.LayerNorm: _layer_norm,
     nn.Conv2d: _conv2d,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from merging.errors import StatisticsError
-from merging.statistics.names import checkpoint_names
+from merging.names import checkpoint_names
 from merging.statistics.recording import differentiable, expand
 from merging.tasks.base import Batch
 

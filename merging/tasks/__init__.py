@@ -6,6 +6,7 @@ from pydantic import Field
 
 from merging.tasks.base import SPLITS, TASKS, Batch, Score, Split, Task, TaskSettings
 from merging.tasks.custom import Custom, CustomSettings
+from merging.tasks.outcomes import Outcomes
 from merging.tasks.text_classification import TextClassification, TextClassificationSettings
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Batch",
     "Custom",
     "CustomSettings",
+    "Outcomes",
     "Score",
     "Split",
     "Task",
@@ -28,13 +30,16 @@ AnyTaskSettings = Annotated[TextClassificationSettings | CustomSettings, Field(d
 """What a campaign file may say of a task; its `kind` decides which fields it has."""
 
 
-def make_task(name: str, settings: AnyTaskSettings, head: str) -> Task:
+def make_task(name: str, settings: AnyTaskSettings, head: str, base: str = "") -> Task:
     """A task of the kind that its settings are of.
 
     Args:
         name: Its name in the campaign.
         settings: What the campaign file says of it.
         head: Path of the checkpoint that brings the task's head, configuration and preprocessor.
+        base: The base that the head's checkpoint belongs to, if that is an adapter; by default what the adapter names.
     """
-    task, _ = TASKS[settings.kind]
-    return task(name, settings, head)
+    kind, _ = TASKS[settings.kind]
+    task = kind(name, settings, head)
+    task.base = base
+    return task

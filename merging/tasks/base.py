@@ -5,12 +5,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from merging.errors import TaskError
 from merging.registry import Registry
+from merging.tasks.outcomes import Outcomes
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -60,6 +63,7 @@ class Score:
         loss: Mean cross-entropy; NaN where the task has none.
         expected_error: Mean of 1 − p_y, a smooth stand-in for the error rate; NaN where the task has none.
         seconds: Wall time of the evaluation.
+        entropy: Mean entropy of the predictions, in nats; NaN where the task has none.
     """
 
     value: float
@@ -69,6 +73,7 @@ class Score:
     loss: float = float("nan")
     expected_error: float = float("nan")
     seconds: float = 0.0
+    entropy: float = float("nan")
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-like values."""
@@ -84,9 +89,13 @@ class Task(ABC):
         head: Path of the checkpoint that brings the task's head, configuration and preprocessor.
     """
 
+    base: str = ""
+    """The base that `head` belongs to, where that is an adapter."""
     kind: ClassVar[str]
     has_logits: ClassVar[bool] = True
     """Whether `logits` and `batches` work: what Fisher, Gram and representations are computed from."""
+    has_outcomes: ClassVar[bool] = False
+    """Whether `outcomes`, `score` and `values` work: what measures a candidate step by step."""
 
     def __init__(self, name: str, settings: Any, head: str) -> None:
         self.name = name
@@ -131,6 +140,30 @@ class Task(ABC):
         Raises:
             TaskError: The evaluator failed or gave no finite number.
         """
+
+    def outcomes(
+        self, model: nn.Module, split: Split, positions: npt.NDArray[np.int64], *, precision: str = "float32"
+    ) -> Outcomes:
+        """What a model says of single examples.
+
+        Args:
+            model: As for `evaluate`.
+            split: Which examples.
+            positions: Their places in the split's fixed shuffled order [N], the one that `limit` counts in.
+            precision: As for `evaluate`.
+
+        Raises:
+            TaskError: This kind of task is measured whole, or the model gave no finite number.
+        """
+        raise TaskError(f"task '{self.name}' ({self.kind}) gives no outcomes of single examples: it is measured whole")
+
+    def score(self, outcomes: Outcomes) -> Score:
+        """The score over these examples."""
+        raise TaskError(f"task '{self.name}' ({self.kind}) gives no outcomes of single examples: it is measured whole")
+
+    def values(self, outcomes: Outcomes) -> npt.NDArray[np.float64]:
+        """One number an example [N], greater is better: what the metric averages, or p_y where it averages nothing."""
+        raise TaskError(f"task '{self.name}' ({self.kind}) gives no outcomes of single examples: it is measured whole")
 
     def batches(self, split: Split, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
         """Examples [start, stop) of a split's fixed shuffled order, in batches on the CPU."""

@@ -10,7 +10,6 @@ from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import torch
-import transformers
 from pydantic import Field
 from torch import nn
 
@@ -55,6 +54,8 @@ class Custom(Task):
 
     def check(self) -> list[str]:
         """Imports the function and tries its arguments on its signature; see `Task.check`."""
+        import transformers
+
         try:
             inspect.signature(self._function).bind(None, self.head, "validation", None, **self.settings.arguments)
         except TypeError as error:
@@ -70,7 +71,7 @@ class Custom(Task):
 
     def load_model(self) -> nn.Module:
         """The head's checkpoint as `settings.model_class`; see `Task.load_model`."""
-        return load_model(self.head, self.settings.model_class, complete=False)
+        return load_model(self.head, self.settings.model_class, complete=False, base=self.base)
 
     def size(self, split: Split) -> int:
         """What the settings say of it, for only the function knows its data."""

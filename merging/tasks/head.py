@@ -10,28 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
-from transformers.utils import logging as transformers_logging
 
 from merging import storage
+from merging.adapter import ADAPTER_CONFIG, is_adapter, open_checkpoint
 from merging.checkpoint import CONFIG, Checkpoint
-from merging.errors import StorageError, TaskError
+from merging.errors import CheckpointError, StorageError, TaskError
+from merging.ranges import download
 
 
-def class_names(head: str, labels: Sequence[str] | None) -> Sequence[str]:
+def class_names(head: str, labels: Sequence[str] | None, base: str = "") -> Sequence[str]:
     """Names of a classification head's outputs, in order.
 
     Args:
         head: The checkpoint's directory or address.
         labels: Names to take in place of the configuration's `id2label`.
+        base: The base that the head belongs to, if it is an adapter.
 
     Raises:
         TaskError: There is no configuration or no head, or another number of `labels` than outputs.
     """
     try:
-        config = storage.read_json(storage.join(head, CONFIG))
-    except StorageError as error:
+        adapted = is_adapter(head)
+        config = open_checkpoint(head, base).config if adapted else storage.read_json(storage.join(head, CONFIG))
+    except (CheckpointError, StorageError) as error:
         raise TaskError(f"the head has no configuration: {error}") from error
     architecture = (config.get("architectures") or ["model of unknown architecture"])[0]
     if not architecture.endswith("ForSequenceClassification"):
@@ -48,16 +50,20 @@ def class_names(head: str, labels: Sequence[str] | None) -> Sequence[str]:
     return labels or [found[key] for key in sorted(found, key=int)]
 
 
-def load_tokenizer(head: str) -> Any:
-    """A checkpoint's tokenizer, with the end-of-sequence token for padding where it has no token of its own.
+def load_tokenizer(head: str, base: str = "") -> Any:
+    """A checkpoint's tokenizer, or its base's where an adapter has none.
+
+    Where it has no token for padding, the end-of-sequence token is taken.
 
     Raises:
         TaskError: It is missing or damaged.
     """
+    import transformers
+
     try:
         with quiet():
             tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
-                local_directory(head), local_files_only=True, trust_remote_code=False
+                _tokenizer_directory(head, base), local_files_only=True, trust_remote_code=False
             )
     except Exception as error:  # transformers raises all kinds
         raise TaskError(
@@ -76,29 +82,36 @@ def tokenizer_identity(tokenizer: Any) -> Any:
     return {name: part for name, part in pipeline.items() if name not in ("truncation", "padding")}
 
 
-def load_model(head: str, model_class: str, *, complete: bool) -> nn.Module:
+def load_model(head: str, model_class: str, *, complete: bool, base: str = "") -> nn.Module:
     """A checkpoint as a live model: evaluation mode, float32, on the CPU.
 
     Args:
         head: The checkpoint's directory or address.
         model_class: Name of the class in `transformers` (`AutoModelForSequenceClassification`).
         complete: Whether to refuse a checkpoint that lacks some of the model's weights.
+        base: The base that the head belongs to, if it is an adapter.
 
     Raises:
         TaskError: The class is unknown, or the checkpoint is damaged, unsafe, or incomplete.
     """
+    import transformers
+
     loader: Any = getattr(transformers, model_class, None)
     if not hasattr(loader, "from_pretrained"):
         raise TaskError(f"transformers has no model class '{model_class}': name one such as AutoModelForCausalLM")
     try:
         with quiet():
-            model, info = loader.from_pretrained(
-                local_directory(head),
-                dtype=torch.float32,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
+            model, info = (
+                _adapted(head, base, loader)
+                if is_adapter(head)
+                else loader.from_pretrained(
+                    local_directory(head),
+                    dtype=torch.float32,
+                    local_files_only=True,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                )
             )
     except Exception as error:  # transformers raises all kinds
         raise TaskError(f"{head} cannot be loaded as {model_class}: {_first_line(error)}") from error
@@ -118,28 +131,53 @@ def local_directory(head: str) -> str:
 
 @cache
 def _download(head: str) -> str:
-    checkpoint = Checkpoint.open(head)
+    weights = set() if is_adapter(head) else {storage.base_name(i.file) for i in Checkpoint.open(head).tensors.values()}
     copy = tempfile.TemporaryDirectory(prefix="mergequest-head-")
     atexit.register(copy.cleanup)
-    weights = {storage.base_name(info.file) for info in checkpoint.tensors.values()}
     for name in storage.list_dir(head):
         if name in weights or name.endswith((".json", ".txt", ".model", ".jinja")):
-            (Path(copy.name) / name).write_bytes(storage.read_bytes(storage.join(head, name)))
+            download(storage.join(head, name), Path(copy.name) / name)
     return copy.name
+
+
+def _adapted(head: str, base: str, loader: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """An adapter's model, its weights formed from the base's, and what transformers says of the loading."""
+    import transformers
+
+    checkpoint = open_checkpoint(head, base)
+    config = transformers.CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(dict(checkpoint.config))
+    with torch.device("meta"):
+        kind: Any = type(loader.from_config(config)) if hasattr(loader, "from_config") else loader
+    weights = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    found: tuple[nn.Module, dict[str, Any]] = kind.from_pretrained(
+        None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
+    )
+    return found
+
+
+def _tokenizer_directory(head: str, base: str) -> str:
+    """Where the tokenizer lies: with the head, or with the base of an adapter that was saved without one."""
+    if any("tokenizer" in name for name in storage.list_dir(head)) or not is_adapter(head):
+        return local_directory(head)
+    if not base:
+        base = str(storage.read_json(storage.join(head, ADAPTER_CONFIG)).get("base_model_name_or_path") or "")
+    return local_directory(base)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keeps transformers' progress bars and loading reports off the screen."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
+        logging.set_verbosity(verbosity)
         if bars:
-            transformers_logging.enable_progress_bar()
+            logging.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

@@ -3,12 +3,10 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import balanced_accuracy_score, f1_score, matthews_corrcoef
 
 from merging.errors import TaskError
 from merging.registry import Registry
@@ -132,14 +130,25 @@ def _log_probability(labels: Labels, probabilities: Floats) -> Floats:
     return logarithms
 
 
+def _scikit(name: str, **arguments: Any) -> Callable[[Labels, Labels], float]:
+    """scikit-learn's metric of this name; the library, which takes a second to import, waits until it is used."""
+
+    def function(labels: Labels, predictions: Labels) -> float:
+        import sklearn.metrics
+
+        return float(getattr(sklearn.metrics, name)(labels, predictions, **arguments))
+
+    return function
+
+
 METRICS: Registry[OfEachExample | OfPredictions] = Registry("metric", TaskError)
 METRICS.register("accuracy", OfEachExample(_right))
 METRICS.register("neg_log_loss", OfEachExample(_log_probability))
-METRICS.register("macro_f1", OfPredictions(partial(f1_score, average="macro", zero_division=0.0), _macro_f1))
-METRICS.register("micro_f1", OfPredictions(partial(f1_score, average="micro", zero_division=0.0), _micro_f1))
-METRICS.register("weighted_f1", OfPredictions(partial(f1_score, average="weighted", zero_division=0.0), _weighted_f1))
-METRICS.register("balanced_accuracy", OfPredictions(balanced_accuracy_score, _balanced_accuracy))
-METRICS.register("matthews", OfPredictions(matthews_corrcoef, _matthews))
+METRICS.register("macro_f1", OfPredictions(_scikit("f1_score", average="macro", zero_division=0.0), _macro_f1))
+METRICS.register("micro_f1", OfPredictions(_scikit("f1_score", average="micro", zero_division=0.0), _micro_f1))
+METRICS.register("weighted_f1", OfPredictions(_scikit("f1_score", average="weighted", zero_division=0.0), _weighted_f1))
+METRICS.register("balanced_accuracy", OfPredictions(_scikit("balanced_accuracy_score"), _balanced_accuracy))
+METRICS.register("matthews", OfPredictions(_scikit("matthews_corrcoef"), _matthews))
 
 
 def measure(name: str, labels: Labels, probabilities: Floats, seed: int = 0) -> tuple[float, float]:
@@ -158,3 +167,18 @@ def measure(name: str, labels: Labels, probabilities: Floats, seed: int = 0) -> 
         TaskError: There is no such metric.
     """
     return METRICS[name].measure(labels, probabilities, seed)
+
+
+def each(name: str, labels: Labels, probabilities: Floats) -> Floats | None:
+    """The number of each example that a metric averages [N]; None for a metric of all predictions together.
+
+    Args:
+        name: The metric's name in `METRICS`.
+        labels: Class indices [N].
+        probabilities: [N, C].
+
+    Raises:
+        TaskError: There is no such metric.
+    """
+    metric = METRICS[name]
+    return metric.values(labels, probabilities) if isinstance(metric, OfEachExample) else None

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +16,12 @@ from torch.nn.functional import log_softmax
 from merging import storage
 from merging.errors import TaskError
 from merging.tasks.base import SPLITS, Batch, Score, Split, Task, TaskSettings, register
-from merging.tasks.data import Columns, Examples, read_examples
 from merging.tasks.head import class_names, load_model, load_tokenizer, tokenizer_identity
-from merging.tasks.metrics import METRICS, measure
+from merging.tasks.metrics import METRICS
+from merging.tasks.outcomes import Outcomes
+
+if TYPE_CHECKING:
+    from merging.tasks.data import Examples
 
 
 class TextClassificationSettings(TaskSettings):
@@ -56,12 +59,13 @@ class TextClassification(Task):
     """A text classification task; see `Task`."""
 
     kind: ClassVar[str] = "text_classification"
+    has_outcomes: ClassVar[bool] = True
 
     def __init__(self, name: str, settings: TextClassificationSettings, head: str) -> None:
         super().__init__(name, settings, head)
         self.settings: TextClassificationSettings = settings
         self._examples: dict[Split, Examples] = {}
-        self._evaluation: dict[tuple[Split, int], list[Batch]] = {}
+        self._evaluation: dict[tuple[Split, bytes], list[tuple[Batch, npt.NDArray[np.int64]]]] = {}
 
     def check(self) -> list[str]:
         """Reads all splits, the head's classes and its tokenizer; see `Task.check`."""
@@ -83,7 +87,7 @@ class TextClassification(Task):
 
     def load_model(self) -> nn.Module:
         """The head's checkpoint as `AutoModelForSequenceClassification`; see `Task.load_model`."""
-        model = load_model(self.head, "AutoModelForSequenceClassification", complete=True)
+        model = load_model(self.head, "AutoModelForSequenceClassification", complete=True, base=self.base)
         config: Any = model.config
         if config.pad_token_id is None:
             config.pad_token_id = self._tokenizer.pad_token_id
@@ -108,31 +112,48 @@ class TextClassification(Task):
         self, model: nn.Module, split: Split, *, limit: int | None = None, precision: str = "float32"
     ) -> Score:
         """See `Task.evaluate`. Loss and metric are computed in float64 from the model's logits."""
+        return self.score(self.outcomes(model, split, np.arange(len(self._split(split)))[:limit], precision=precision))
+
+    def outcomes(
+        self, model: nn.Module, split: Split, positions: npt.NDArray[np.int64], *, precision: str = "float32"
+    ) -> Outcomes:
+        """See `Task.outcomes`."""
         started = time.perf_counter()
         device = next(model.parameters()).device
-        parts = []
+        parts, batches = [], self._evaluation_batches(split, positions)
         with (
             torch.inference_mode(),
             torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"),
         ):
-            for batch in self._evaluation_batches(split, limit):
-                parts.append((self.logits(model, batch.to(device)).double(), batch.labels))
-        logits = torch.cat([part for part, _ in parts]).cpu()
-        labels = torch.cat([part for _, part in parts])
+            for batch, _ in batches:
+                parts.append(self.logits(model, batch.to(device)).double())
+        logits = torch.cat(parts).cpu()
         if wrong := int((~logits.isfinite().all(dim=1)).sum()):
-            raise self._error(f"the model gave NaN or Inf for {wrong} of {len(labels)} {split} examples")
-        log_probability = log_softmax(logits, dim=1)
-        chosen = log_probability.gather(1, labels[:, None])
-        value, error = measure(self.settings.metric, labels.numpy(), log_probability.exp().numpy())
+            raise self._error(f"the model gave NaN or Inf for {wrong} of {len(logits)} {split} examples")
+        back = np.argsort(np.concatenate([places for _, places in batches]))
+        return Outcomes(
+            self._split(split).labels[self._order(split)[positions]],
+            log_softmax(logits, dim=1).numpy()[back],
+            time.perf_counter() - started,
+        )
+
+    def score(self, outcomes: Outcomes) -> Score:
+        """See `Task.score`."""
+        value, error = outcomes.measure(self.settings.metric)
         return Score(
             value=value,
             standard_error=error,
-            examples=len(labels),
+            examples=len(outcomes),
             metric=self.settings.metric,
-            loss=-chosen.mean().item(),
-            expected_error=1.0 - chosen.exp().mean().item(),
-            seconds=time.perf_counter() - started,
+            loss=-float(outcomes.log_chosen.mean()),
+            expected_error=1.0 - float(outcomes.chosen.mean()),
+            seconds=outcomes.seconds,
+            entropy=outcomes.entropy,
         )
+
+    def values(self, outcomes: Outcomes) -> npt.NDArray[np.float64]:
+        """See `Task.values`."""
+        return outcomes.values(self.settings.metric)
 
     def batches(self, split: Split, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
         """See `Task.batches`."""
@@ -154,7 +175,7 @@ class TextClassification(Task):
 
     @cached_property
     def _tokenizer(self) -> Any:
-        return load_tokenizer(self.head)
+        return load_tokenizer(self.head, self.base)
 
     @property
     def _max_length(self) -> int:
@@ -165,16 +186,18 @@ class TextClassification(Task):
     def _classes(self) -> Sequence[str]:
         """Names of the head's classes, in its order."""
         try:
-            return class_names(self.head, self.settings.labels)
+            return class_names(self.head, self.settings.labels, self.base)
         except TaskError as error:
             raise self._error(str(error)) from error
 
-    def _split(self, split: Split) -> Examples:
+    def _split(self, split: Split) -> "Examples":
         """A split's examples, read once."""
         if split not in self._examples:
             if split not in self.settings.data:
                 raise self._error(f"`data` names no {split} split: add one")
             paths = self.settings.data[split]
+            from merging.tasks.data import Columns, read_examples  # with pandas, which takes a second
+
             columns = Columns(self.settings.text, self.settings.text_pair, self.settings.label)
             classes = self._classes
             try:
@@ -188,16 +211,20 @@ class TextClassification(Task):
         """The fixed order that `limit` and `batches` count in: shuffled, for files may be sorted by label."""
         return np.random.default_rng(0).permutation(len(self._split(split)))
 
-    def _evaluation_batches(self, split: Split, limit: int | None) -> list[Batch]:
-        """The first `limit` examples, tokenised once, longest first so that batches need little padding."""
-        order = self._order(split)[:limit]
-        key = (split, len(order))
+    def _evaluation_batches(
+        self, split: Split, positions: npt.NDArray[np.int64]
+    ) -> list[tuple[Batch, npt.NDArray[np.int64]]]:
+        """Examples tokenised once, longest first so that batches need little padding, and each one's place asked for."""
+        key = (split, positions.tobytes())
         if key not in self._evaluation:
+            order = self._order(split)[positions]
             rows = self._tokens(split, order)
             longest_first = np.argsort([-len(row["input_ids"]) for row in rows], kind="stable")
             size = self.settings.batch_size
             chunks = [longest_first[first : first + size] for first in range(0, len(rows), size)]
-            self._evaluation[key] = [self._batch(split, order[chunk], [rows[i] for i in chunk]) for chunk in chunks]
+            self._evaluation[key] = [
+                (self._batch(split, order[chunk], [rows[i] for i in chunk]), chunk) for chunk in chunks
+            ]
         return self._evaluation[key]
 
     def _tokens(self, split: Split, positions: npt.NDArray[np.int64]) -> list[dict[str, list[int]]]:

@@ -281,3 +281,52 @@ def test_weights_with_nan_are_named(campaign_file, tiny_campaign, tmp_path):
     path.write_text(yaml.safe_dump(settings))
     with pytest.raises(PoolError, match=r"two: 'pooler\.dense\.bias' holds NaN or Inf"):
         run(load_campaign(str(path)), Display())
+
+
+def test_factors_by_depth_under_constraints(campaign_file, tmp_path):
+    search = {"methods": ["task_arithmetic"], "candidates": 5, "scaling": "per_depth", "depth_groups": 2}
+    path = campaign_file(directory="out", selection={"mode": "all"}, search=search | {"constraints": [{"drop": 0.02}]})
+    run(load_campaign(str(path)), Display())
+    rows = Ledger(str(tmp_path / "out" / "ledger")).rows()
+    own = {row.members[0]: row.scores[row.members[0]] for row in rows if row.method == "member" and row.split != "test"}
+    tried = [row for row in rows if row.origin in ("anchor", "search")]
+    assert [len(row.scaling) for row in tried] == [3, 3, 6, 6, 6], [row.error for row in tried]
+    for row in tried:
+        assert row.members == ("one", "three", "two")
+        assert row.violations == pytest.approx({f"{task}.drop": own[task] - 0.02 - row.scores[task] for task in own})
+    assert all(set(row.scaling) == {f"{m}@layers:{g}" for m in own for g in ("0", "1-")} for row in tried[2:])
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_starts_from_theory_and_gradients_and_a_distilled_end(campaign_file):
+    methods = {"task_arithmetic": {}, "fisher": {}}
+    settings = load_campaign(
+        str(
+            campaign_file(
+                directory="out",
+                search={"candidates": 9, "methods": methods, "gradient": {"steps": 4, "batch": 8}},
+                distil={"steps": 4, "batch": 8},
+            )
+        )
+    )
+    run(settings, Display())
+    rows = [row for row in Ledger(Directory(settings.directory).ledger).rows() if row.split == "validation"]
+    starts = {row.candidate: row for row in rows if row.origin == "anchor"}
+    assert sorted(
+        row.proxies["gradient:examples"] for row in starts.values() if "gradient:examples" in row.proxies
+    ) == [
+        48.0,
+        96.0,
+    ]
+    predicted = [row for row in rows if row.method == "task_arithmetic"]
+    assert all({"theory:one", "theory:two", "theory:three"} <= row.proxies.keys() for row in predicted)
+    losses = {row.candidate: sum(row.proxies[f"theory:{task}"] for task in settings.tasks) for row in predicted}
+    found = min(losses, key=losses.__getitem__)
+    assert "theory:examples" in starts[found].proxies, (
+        "no other candidate has a lower predicted loss than the minimiser"
+    )
+    distilled = next(row for row in rows if row.method == "distilled")
+    assert distilled.parameters["start"] in {row.candidate for row in rows}
+    assert {row.method for row in Ledger(Directory(settings.directory).ledger).rows() if row.split == "test"} >= {
+        "distilled"
+    }

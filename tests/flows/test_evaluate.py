@@ -34,8 +34,14 @@ def test_recipes_checkpoints_members_and_the_base(campaign_file, recipe_file, tm
     merge_recipe(str(recipe_file), str(tmp_path / "merged"), None, 1.0, Display())
     campaign = load_campaign(str(campaign_file()))
     what = ["base", "two", str(recipe_file), str(tmp_path / "merged")]
-    evaluate(campaign, what, "test", Display())
-    lines = [line for line in capsys.readouterr().out.splitlines() if "±" in line]
+    evaluate(campaign, what, "test", Display(), mismatch=True)
+    scores, _, mismatches = capsys.readouterr().out.partition("gradient mismatch")
+    rows = [line.split("│") for line in mismatches.splitlines() if line.count("│") == 6]
+    norms = [[float(cell) for cell in row[2:6]] for row in rows if row[5].strip()]
+    assert norms[2] == pytest.approx(norms[3], rel=0.01)
+    own = list(campaign.members).index("two")
+    assert norms[1][own] < 1e-4 < min(norms[0]), "a member's own gradient is 0 at its own weights"
+    lines = [line for line in scores.splitlines() if "±" in line]
     printed = [[float(cell.split("±")[0]) for cell in line.split("│")[2:5]] for line in lines]
 
     members = {name: member.checkpoint for name, member in campaign.members.items()}

@@ -260,6 +260,20 @@ def test_shared_factors_have_one_column_of_panels(make):
     assert "movie" not in titles
 
 
+def test_groups_of_weights_have_panels_of_their_own(make):
+    scaling = {f"amazon@layers:{layer}": 0.1 for layer in ("0-2", "3-")} | {"nyt": 0.3}
+    members = ("amazon", "nyt")
+    rows = [make.row("ties", scaling | {"nyt": 0.1 * at}, 0.5, at=at, members=members) for at in range(1, 6)]
+    rows.append(make.row("ties", {"amazon": 0.7, "nyt": 0.3}, 0.5, at=6))
+    page = Page(render(rows, tasks=make.tasks))
+    layout = page.drawn["scaling"]["layout"]
+    titles = [note["text"] for note in layout["annotations"]]
+    assert {"amazon<br>layers:0-2", "amazon<br>layers:3-", "nyt"} <= set(titles)
+    assert "amazon" not in titles
+    assert [0.1] * 5 + [0.7] in [sorted(trace["x"]) for trace in page.drawn["scaling"]["data"]]
+    assert "amazon@layers:0-2 0.10" in page.sections["candidates"]
+
+
 def test_similarity_shows_every_pair_and_quality(make):
     selection = make.selection()
     heat, bars = Page(render([], tasks=make.tasks, selection=selection)).drawn["similarity"]["data"]

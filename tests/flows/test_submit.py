@@ -12,10 +12,14 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
 
+from flows.status import read_status
+from flows.submit import prepare
+from merging.errors import SettingsError
 from search.ledger import Ledger
 from search.objective import best
 
@@ -38,7 +42,13 @@ def answers(url, token):
 
 
 @pytest.fixture(scope="module")
-def head():
+def metrics_url():
+    """Where the head shows its metrics."""
+    return f"http://127.0.0.1:{free_port()}/metrics"
+
+
+@pytest.fixture(scope="module")
+def head(metrics_url):
     """A head of its own on this machine; yields its dashboard and the environment that knows its token."""
     token, dashboard = secrets.token_hex(32), free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -48,7 +58,7 @@ def head():
     options = ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     # ports that are fixed by default, and taken where another Ray runs on this machine
     options += [f"--{port}={free_port()}" for port in ("port", "dashboard-agent-listen-port", "ray-client-server-port")]
-    options += ["--num-cpus=2", "--disable-usage-stats"]
+    options += ["--num-cpus=2", "--disable-usage-stats", f"--metrics-export-port={urlsplit(metrics_url).port}"]
     process = subprocess.Popen(
         [RAY, "start", "--head", "--block", *options],
         env=environment,
@@ -85,9 +95,72 @@ def run(command, environment, cwd):
     )
 
 
+def submission(file, url, *arguments):
+    return [sys.executable, "-m", "flows.cli", "submit", str(file), "--address", url, *arguments]
+
+
 def submit(file, url, environment, cwd, *arguments):
-    command = [sys.executable, "-m", "flows.cli", "submit", str(file), "--address", url, *arguments]
-    return run(command, environment | {"PYTHONPATH": str(ROOT)}, cwd)
+    return run(submission(file, url, *arguments), environment | {"PYTHONPATH": str(ROOT)}, cwd)
+
+
+def counters(metrics_url):
+    """Campaign and status → candidates, as Prometheus would read them now."""
+    with contextlib.suppress(urllib.error.URLError, ConnectionError):
+        text = urllib.request.urlopen(metrics_url, timeout=5).read().decode()
+        lines = re.findall(r"^ray_mergequest_candidates_total\{(.*)\} (\S+)$", text, re.MULTILINE)
+        labels = [(dict(re.findall(r'(\w+)="([^"]*)"', found)), float(value)) for found, value in lines]
+        return {(found["campaign"], found["status"]): value for found, value in labels}
+    return {}
+
+
+def test_two_campaigns_at_once_and_what_is_seen_of_them(head, metrics_url, campaign_file, tmp_path):
+    url, environment = head
+    jobs, seen = [], {}
+    for name, seed in (("first", 1), ("second", 2)):
+        settings = {"seed": seed, "directory": str(tmp_path / name), "resources": {"evaluators": 1}}
+        search = {"candidates": 10, "methods": {"task_arithmetic": {}}}
+        file = campaign_file(name=name, search=search, selection={"mode": "all"}, **settings)
+        file = file.rename(tmp_path / f"{name}.yaml")
+        jobs.append(
+            subprocess.Popen(
+                submission(file, url),
+                env=environment | {"PYTHONPATH": str(ROOT)},
+                cwd=tmp_path,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    deadline = time.monotonic() + 600
+    while any(job.poll() is None for job in jobs) and time.monotonic() < deadline:
+        seen |= counters(metrics_url)
+        time.sleep(1.0)
+    for job in jobs:
+        output, _ = job.communicate(timeout=60)
+        assert job.returncode == 0, output
+    for name in ("first", "second"):
+        rows = Ledger(str(tmp_path / name / "ledger")).rows()
+        assert {row.campaign for row in rows} == {name}
+        assert len([row for row in rows if row.origin in ("anchor", "search")]) == 10
+        status = read_status(str(tmp_path / name))
+        assert (status.state, status.done, status.ended) == ("finished", 10, "finished")
+    # what was counted in the last seconds is not read any more
+    assert {campaign for campaign, _ in seen} == {"first", "second"}
+    assert all(0 < value <= 30 for (_, status), value in seen.items() if status == "complete")
+
+
+def test_a_merge_and_statistics_as_jobs(head, campaign_file, tiny_campaign, tmp_path):
+    url, environment = head
+    recipe = {key: tiny_campaign[key] for key in ("base", "members")} | {"method": "task_arithmetic", "scaling": 0.3}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    merged = tmp_path / "merged"
+    done = submit(tmp_path / "recipe.yaml", url, environment, tmp_path, "--what", "merge", "--out", str(merged))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (merged / "config.json").exists()
+    options = ["--what", "statistics", "--out", str(tmp_path / "statistics")]
+    done = submit(campaign_file(search={"methods": {"regmean": {}}}), url, environment, tmp_path, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((tmp_path / "statistics").rglob("*.safetensors"))) >= 3
 
 
 def test_submit_runs_the_campaign_on_the_cluster(head, campaign_file, tmp_path):
@@ -144,3 +217,32 @@ def test_no_cluster_there(campaign_file, tmp_path):
     done = submit(campaign_file(), f"http://127.0.0.1:{free_port()}", environment, tmp_path)
     assert done.returncode == 2
     assert "cannot reach the Ray cluster" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("merges",), "unknown 'merges'. Did you mean 'merge'"),
+        (("merge",), "needs a directory to write"),
+        (("statistics", "out", 5), "--candidates goes with a campaign"),
+    ],
+)
+def test_what_makes_no_sense_is_not_sent(campaign_file, arguments, message):
+    what, *others = arguments
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        prepare(what, str(campaign_file()), *(others or [None]))
+
+
+def test_a_merge_travels_with_absolute_paths_and_asks_for_a_processor(tiny_campaign, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    members = {name: os.path.relpath(member["checkpoint"]) for name, member in tiny_campaign["members"].items()}
+    recipe = {"base": os.path.relpath(tiny_campaign["base"]), "members": members, "method": "average"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    job = prepare("merge", "recipe.yaml", "merged")
+    sent = yaml.safe_load(job.text)
+    assert sent["base"] == tiny_campaign["base"]
+    assert {name: member["checkpoint"] for name, member in sent["members"].items()} == {
+        name: member["checkpoint"] for name, member in tiny_campaign["members"].items()
+    }
+    assert job.cpus == 1
+    assert job.entrypoint == f"python -u -m flows.cli merge recipe.yaml --out {tmp_path}/merged"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merging.checkpoint import INDEX, SINGLE, Checkpoint, SafetensorsFile, write_checkpoint
+from merging.checkpoint import INDEX, SINGLE, Checkpoint, SafetensorsFile
 from merging.errors import CheckpointError
 
 
@@ -42,32 +42,6 @@ def test_reading_never_writes_through(copied):
     checkpoint = Checkpoint.open(str(copied))
     checkpoint.read("classifier.weight").zero_()
     assert (copied / SINGLE).read_bytes() == before
-
-
-def test_shards_are_written_and_read_back(tiny_pool, tmp_path):
-    source = Checkpoint.open(str(tiny_pool["one"]))
-    tensors = [(name, source.read(name)) for name in source.tensors]
-    write_checkpoint(
-        str(tmp_path / "out"), tensors, like=source, max_shard_bytes=10_000, extra={"heads/a/x.txt": "hello"}
-    )
-    again = Checkpoint.open(str(tmp_path / "out"))
-    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
-    assert all(torch.equal(again.read(name), value) for name, value in tensors)
-    assert again.fingerprint == source.fingerprint, "a fingerprint is of contents, not of files"
-    assert (tmp_path / "out" / "heads/a/x.txt").read_text() == "hello"
-    assert (tmp_path / "out" / "tokenizer.json").exists()
-
-
-def test_an_interrupted_write_leaves_nothing(tiny_pool, tmp_path):
-    source = Checkpoint.open(str(tiny_pool["one"]))
-
-    def tensors():
-        yield "a", torch.zeros(3)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_checkpoint(str(tmp_path / "out"), tensors(), like=source)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_fingerprint_follows_a_single_bit(copied):

@@ -7,6 +7,7 @@ from merging.merge import Material, base_recipe, member_recipe
 from merging.pool import Pool
 from merging.recipe import Recipe
 from merging.tasks import TextClassificationSettings, make_task
+from merging.trace import Plan
 
 OWNERS = {"one": "one", "two": "two"}
 
@@ -57,3 +58,27 @@ def test_tied_weights_stay_tied(tmp_path):
     out["bert.embeddings.word_embeddings.weight"].fill_(3.0)
     assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
     assert float(model.cls.predictions.decoder.weight[0, 0]) == 3.0
+
+
+def test_steps_end_where_the_whole_ends(live):
+    recipe = Recipe("task_arithmetic", {"one": 0.5, "two": 0.5})
+    whole = live.measure(recipe, "validation", limit=25)
+    seen = []
+    found = live.measure(recipe, "validation", 25, Plan(10, lambda trace: bool(seen.append(trace.examples))))
+    assert not found.stopped
+    assert seen == [10, 20]
+    assert [step["two"].examples for step in found.trace.scores] == [10, 20, 25]
+    for task in OWNERS:
+        assert found.scores[task].value == whole.scores[task].value
+        assert found.scores[task].loss == pytest.approx(whole.scores[task].loss, abs=1e-6)
+        assert found.trace.values[task].mean() == pytest.approx(whole.scores[task].value)
+        assert 1 - found.trace.chosen[task].mean() == pytest.approx(whole.scores[task].expected_error, abs=1e-6)
+
+
+def test_a_gate_stops_and_the_scores_are_those_so_far(live):
+    recipe = Recipe("task_arithmetic", {"one": 0.5, "two": 0.5})
+    found = live.measure(recipe, "validation", plan=Plan(8, lambda trace: trace.examples >= 16))
+    first = live.measure(recipe, "validation", limit=16)
+    assert found.stopped
+    assert {score.examples for score in found.scores.values()} == {16}
+    assert [found.scores[task].value for task in OWNERS] == [first.scores[task].value for task in OWNERS]

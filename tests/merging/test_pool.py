@@ -130,6 +130,16 @@ def test_distances_are_of_all_merged_matrices(tiny_pool):
     assert pool.check_weights()["one"] == pytest.approx(((one - base).norm() / base.norm()).item(), rel=1e-5)
 
 
+def test_a_look_at_some_entries_says_nearly_the_same(tiny_pool, tmp_path, save_base):
+    pool = Pool.open(str(tiny_pool["base"]), members_of(tiny_pool))
+    whole, some = pool.check_weights(), pool.check_weights(most=200)
+    assert all(some[name] == pytest.approx(whole[name], rel=0.1) for name in whole)
+    assert some != whole
+    other = save_base(tmp_path / "other", seed=7)
+    with pytest.raises(PoolError, match=r"not fine-tuned from the base .*one \(1\.\d\d\)"):
+        Pool.open(str(other), {"one": str(tiny_pool["one"])}).check_weights(most=200)
+
+
 def test_an_empty_pool(tiny_pool):
     with pytest.raises(PoolError, match="at least one member"):
         Pool.open(str(tiny_pool["base"]), {})

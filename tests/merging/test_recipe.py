@@ -1,4 +1,4 @@
-from merging.recipe import Recipe
+from merging.recipe import Recipe, flat, nested
 
 
 def test_identity_is_of_content_and_not_of_order():
@@ -18,3 +18,12 @@ def test_everything_in_a_recipe_counts():
         Recipe("ties", {"a": 1.0}),
     ]
     assert len({recipe.identity, *(other.identity for other in others)}) == 6
+
+
+def test_groups_of_weights_belong_to_their_member():
+    recipe = Recipe("ties", {"b@*": 0.2, "a": 1.0, "b@layers:0-2": 0.1})
+    assert recipe.members == ("a", "b")
+    assert list(recipe.as_dict()["scaling"]) == ["a", "b@*", "b@layers:0-2"]
+    assert nested(recipe.scaling) == {"a": 1.0, "b": {"*": 0.2, "layers:0-2": 0.1}}
+    assert flat(nested(recipe.scaling)) == recipe.scaling
+    assert recipe.identity != Recipe("ties", {"a": 1.0, "b": 0.2}).identity

@@ -1,14 +1,17 @@
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from merging import storage
+from merging import s3, storage
 from merging.errors import StorageError
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", "moto", "rclone"])
 def root(request, tmp_path):
+    if request.param in ("moto", "rclone"):
+        return request.getfixturevalue("s3_at")(request.getfixturevalue(f"{request.param}_endpoint"))
     return str(tmp_path) if request.param == "local" else f"memory://{tmp_path}"
 
 
@@ -26,6 +29,68 @@ def test_what_is_written_is_read(root):
     storage.remove(path)
     assert not storage.exists(path)
     assert storage.list_dir(storage.join(root, "nothing")) == []
+
+
+def test_a_new_file_appears_whole_at_the_end(root, monkeypatch):
+    monkeypatch.setattr(s3, "PART", 5 << 20)
+    path = storage.join(root, "large.bin")
+    storage.write_bytes(path, b"old")
+    block = bytes(range(256)) * 4096
+    with storage.open_new(path) as file:
+        for _ in range(11):
+            file.write(block)
+        assert file.tell() == 11 << 20
+        assert storage.read_bytes(path) == b"old"
+    assert storage.size(path) == 11 << 20
+    assert storage.read_bytes(path, (5 << 20) - 2, (5 << 20) + 2) == b"\xfe\xff\x00\x01"
+    assert storage.list_dir(root) == ["large.bin"]
+    with storage.open_new(path):
+        pass
+    assert storage.read_bytes(path) == b""
+
+
+@pytest.mark.parametrize("written", [10, 12 << 20])
+def test_a_broken_off_file_leaves_nothing(root, monkeypatch, written):
+    monkeypatch.setattr(s3, "PART", 5 << 20)
+    path = storage.join(root, "half.bin")
+    with pytest.raises(KeyboardInterrupt), storage.open_new(path) as file:
+        break_off(file, written)
+    assert not storage.exists(path)
+    assert storage.list_dir(root) == []
+    assert not parts_left(root)
+
+
+def parts_left(root):
+    if not root.startswith("s3://"):
+        return []
+    system, bucket = storage.file_system(root)
+    try:
+        return system.call_s3("list_multipart_uploads", Bucket=bucket).get("Uploads", [])
+    except FileNotFoundError:  # rclone's word for none
+        return []
+
+
+def break_off(file, written):
+    file.write(bytes(written))
+    raise KeyboardInterrupt
+
+
+def test_what_is_created_stays(root):
+    path = storage.join(root, "below", "once.json")
+    assert storage.create(path, b"first")
+    assert not storage.create(path, b"second")
+    assert storage.create(path, b"first")
+    assert storage.read_bytes(path) == b"first"
+    assert storage.list_dir(storage.join(root, "below")) == ["once.json"]
+
+
+@pytest.mark.parametrize("root", ["local", "moto"], indirect=True)
+def test_of_many_at_once_one_creates(root):
+    path = storage.join(root, "raced")
+    with ThreadPoolExecutor(16) as racers:
+        won = list(racers.map(lambda number: storage.create(path, b"%d" % number), range(16)))
+    assert sum(won) == 1
+    assert storage.read_bytes(path) == b"%d" % won.index(True)
 
 
 def test_json(root):

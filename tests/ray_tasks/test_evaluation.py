@@ -10,7 +10,9 @@ from merging.live import LiveModels
 from merging.merge import base_recipe, member_recipe
 from merging.recipe import Recipe
 from merging.tasks import TextClassificationSettings, make_task
-from ray_tasks.evaluation import Assignment, EvaluatorPool, Setup
+from merging.trace import Plan
+from ray_tasks.evaluation import Assignment, Setup
+from ray_tasks.evaluators import EvaluatorPool
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
@@ -76,6 +78,9 @@ def test_a_killed_evaluator_is_lost_and_replaced(pool):
     lost = [done for done in found.values() if done.lost]
     assert len(found) == 2
     assert len(lost) <= 1
+    deadline = time.monotonic() + 120
+    while pool.capacity < 2 and time.monotonic() < deadline:
+        assert pool.wait(1.0) == []
     assert pool.capacity == 2
     for ticket in ("third", "fourth", "fifth"):
         while not submitted(pool, ticket):
@@ -95,6 +100,36 @@ def submitted(pool, ticket):
     except ClusterError:
         return False
     return True
+
+
+def test_a_gate_decides_in_the_evaluator(pool, setup):
+    limit = 16
+    pool.submit(Assignment("some", base_recipe(), "validation", plan=Plan(8, lambda trace: trace.examples >= limit)))
+    pool.submit(Assignment("all", base_recipe(), "validation", plan=Plan(8)))
+    found = collect(pool, 2)
+    assert found["some"].measurement.stopped
+    assert {score.examples for score in found["some"].measurement.scores.values()} == {16}
+    whole, some = found["all"].measurement.trace, found["some"].measurement.trace
+    assert all(whole.values[task][:16].tolist() == some.values[task].tolist() for task in setup.tasks)
+
+
+def test_what_takes_too_long_has_failed_and_its_evaluator_is_replaced(setup):
+    pool = EvaluatorPool(setup, evaluators=1, restarts=0, seconds=2.0)
+    pool.start()
+    try:
+        pool.submit(Assignment("slow", base_recipe(), "validation", plan=Plan(8, lambda trace: bool(time.sleep(600)))))
+        slow = collect(pool, 1)["slow"]
+        assert slow.error == "TimeoutError: not measured within 2 s (search.candidate_seconds)"
+        assert not slow.lost
+        deadline = time.monotonic() + 120
+        while not pool.free and time.monotonic() < deadline:
+            assert pool.wait(1.0) == []
+        assert pool.capacity == 1
+        pool.seconds = 60.0
+        pool.submit(Assignment("quick", base_recipe(), "validation"))
+        assert collect(pool, 1)["quick"].measurement is not None
+    finally:
+        pool.close()
 
 
 def test_a_setup_that_cannot_be_built_says_why(setup, tmp_path, save_base):

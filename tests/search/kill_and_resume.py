@@ -1,7 +1,8 @@
-"""Kills a one-worker search at random moments, resumes it until it is done, and leaves its directory.
+"""Runs a one-worker search twice: unbroken, and killed at random moments and resumed until it is done.
 
-Run as `python kill_and_resume.py DIRECTORY CANDIDATES KILLS SEED SAMPLER`: this process imports everything once and
-forks a driver for every attempt.
+Run as `python kill_and_resume.py DIRECTORY CANDIDATES KILLS SEED SAMPLER`; it leaves DIRECTORY/unbroken and
+DIRECTORY/broken. This process imports everything once and forks a driver for every attempt. Driver, study, ledger and
+SIGKILL are real; the evaluator is a formula that sleeps.
 """
 
 import os
@@ -81,12 +82,15 @@ def main(directory, candidates, kills, seed, sampler):
         _, status = os.waitpid(process, 0)
         hits += os.WIFSIGNALED(status)
         if os.WIFEXITED(status) and done >= kills:
+            if os.WEXITSTATUS(status):
+                sys.exit(1)
             print(hits)
-            sys.exit(os.WEXITSTATUS(status))
+            return
         done += 1
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    path.mkdir(parents=True, exist_ok=True)
-    main(path, int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+    for name, kills in (("unbroken", 0), ("broken", int(sys.argv[3]))):
+        path = Path(sys.argv[1]) / name
+        path.mkdir(parents=True)
+        main(path, int(sys.argv[2]), kills, int(sys.argv[4]), sys.argv[5])

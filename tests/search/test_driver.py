@@ -1,9 +1,11 @@
 import math
+import shutil
 import threading
 import time
 from collections import Counter
 
 import pytest
+from optuna.samplers import RandomSampler
 
 from merging.errors import MethodError, SearchError, SettingsError
 from merging.recipe import Recipe
@@ -12,7 +14,7 @@ from search.domain import Domain
 from search.driver import Budget, search
 from search.flight import measure
 from search.ledger import Ledger
-from search.objective import best, make_objective
+from search.objective import best, make_objective, pareto
 from search.samplers import make_sampler
 from search.space import MethodSpace, Space
 from search.study import open_study
@@ -35,14 +37,15 @@ class Watch:
     def __init__(self, interrupt_at=0):
         self.total, self.rows, self.best, self.interrupt_at = 0, [], [], interrupt_at
 
-    def on_start(self, total):
-        self.total = total
+    def on_start(self, progress):
+        self.total = progress.total
 
-    def on_row(self, row, best, done, total):
-        assert total == self.total
+    def on_row(self, row, progress):
+        assert progress.total == self.total
         self.rows.append(row)
-        self.best.append((best.objective if best else None, done))
-        if done == self.interrupt_at:
+        self.progress = progress
+        self.best.append((progress.best.objective if progress.best else None, progress.done))
+        if len(self.rows) == self.interrupt_at:
             raise KeyboardInterrupt
 
 
@@ -52,6 +55,7 @@ def campaign(tmp_path, threads):
 
     class Campaign:
         space = Space({"task_arithmetic": MethodSpace(), "average": MethodSpace()}, "ab", None, "per_member")
+        objective = make_objective("mean", TASKS)
 
         def run(
             self,
@@ -61,22 +65,25 @@ def campaign(tmp_path, threads):
             sampler="tpe",
             arguments=None,
             watch=None,
+            history=None,
             **budget,
         ):
             self.executor = threads(evaluate, capacity)
             self.watch = watch or Watch()
             self.ledger = Ledger(str(tmp_path / "ledger"), "demo")
-            with open_study(str(tmp_path / "study"), "demo", self.space, self.ledger) as self.study:
+            count = len(self.objective.names)
+            with open_study(str(tmp_path / "study"), "demo", self.space, self.ledger, objectives=count) as self.study:
                 return search(
                     self.study,
                     self.space,
-                    lambda number: make_sampler(sampler, 5, arguments, number),
+                    sampler if callable(sampler) else lambda number: make_sampler(sampler, 5, arguments, number),
                     self.ledger,
                     self.executor,
-                    make_objective("mean", TASKS),
+                    self.objective,
                     PROVENANCE,
                     Budget(candidates, **budget),
                     self.watch,
+                    history=history,
                 )
 
         def rows(self):
@@ -87,7 +94,7 @@ def campaign(tmp_path, threads):
 
 @pytest.mark.parametrize("capacity", [1, 4])
 def test_a_search_begins_with_the_anchors_and_ends_above_them(campaign, capacity):
-    assert campaign.run(candidates=40, capacity=capacity) == "budget"
+    assert campaign.run(candidates=40, capacity=capacity) == "candidates"
     rows = campaign.rows()
     anchors = [row for row in rows if row.origin == "anchor"]
     assert [c.recipe for c in campaign.executor.submitted[:2]] == campaign.space.anchors()
@@ -121,10 +128,36 @@ def test_several_candidates_are_in_flight(campaign):
     assert [row.status for row in campaign.rows()] == ["complete"] * 12
 
 
+def test_no_evaluator_waits_for_the_sampler(campaign, threads, monkeypatch):
+    events = []
+
+    def logged(name, function):
+        def call(*arguments):
+            events.append(name)
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(threads, "submit", logged("submit", threads.submit))
+    monkeypatch.setattr(threads, "wait", logged("wait", threads.wait))
+    monkeypatch.setattr(Ledger, "extend", logged("write", Ledger.extend))
+    sampler = logged("ask", lambda number: make_sampler("random", 5, None, number))
+    campaign.run(candidates=10, sampler=sampler)
+    assert events[:8] == ["ask", "submit", "ask", "wait", "submit", "write", "ask", "wait"]
+    assert events.count("ask") == 10
+    assert all(
+        events[place + 1 : place + 3] == ["submit", "write"] for place, name in enumerate(events[:-3]) if name == "wait"
+    )
+
+
 def test_progress_is_told(campaign):
     campaign.run(candidates=12)
     assert campaign.watch.total == 12
     assert [done for _, done in campaign.watch.best] == list(range(1, 13))
+    progress = campaign.watch.progress
+    assert progress.examples == 12 * 200
+    assert progress.per_minute > 0
+    assert progress.seconds_left == 0
     values = [value for value, _ in campaign.watch.best]
     assert values == sorted(values)
     assert [row.candidate for row in campaign.watch.rows] == [row.candidate for row in campaign.rows()]
@@ -133,7 +166,7 @@ def test_progress_is_told(campaign):
 def test_a_finished_search_has_nothing_left_to_do_and_a_larger_budget_goes_on(campaign):
     campaign.run(candidates=10)
     before = campaign.rows()
-    assert campaign.run(candidates=10) == "budget"
+    assert campaign.run(candidates=10) == "candidates"
     assert campaign.executor.submitted == []
     campaign.run(candidates=14)
     assert len(campaign.executor.submitted) == 4
@@ -151,7 +184,7 @@ def test_a_failed_candidate_is_a_row_and_the_search_goes_on(campaign):
             raise MethodError(f"too much: {recipe.scaling['a']}")
         return scores(recipe)
 
-    assert campaign.run(sometimes, candidates=30) == "budget"
+    assert campaign.run(sometimes, candidates=30) == "candidates"
     failed = [row for row in campaign.rows() if row.status == "failed"]
     assert 0 < len(failed) < 25
     assert all(row.error.startswith("MethodError: too much") and row.objective is None for row in failed)
@@ -165,7 +198,8 @@ def test_no_finite_objective_is_a_failure(campaign, value):
     campaign.run(lambda r: scores(r) | ({"x": value} if r.scaling["a"] > 1 else {}), candidates=25, identical_errors=99)
     failed = [row for row in campaign.rows() if row.status == "failed"]
     assert failed
-    assert all("the objective is" in row.error and "x" in row.scores and row.objective is None for row in failed)
+    assert all(row.error == f"TaskError: 'mean' is {value}: no finite score of x" for row in failed)
+    assert all("x" in row.scores and row.objective is None and not row.objectives for row in failed)
 
 
 def test_a_task_without_a_score_is_a_failure(campaign):
@@ -272,15 +306,115 @@ def test_the_budget_in_seconds_lets_what_is_under_way_finish(campaign):
     assert {trial.state.name for trial in campaign.study.trials} == {"COMPLETE"}
 
 
+@pytest.mark.parametrize("capacity", [1, 3])
+def test_the_budget_in_examples_is_overrun_by_one_candidate_at_most(campaign, capacity):
+    assert campaign.run(candidates=1000, capacity=capacity, examples=2100) == "examples"  # 200 a candidate
+    assert len(campaign.rows()) == 11
+    assert campaign.run(candidates=1000, capacity=capacity, examples=2100) == "examples"
+    assert campaign.executor.submitted == []
+    assert campaign.run(candidates=13, examples=9999) == "candidates"
+
+
+def test_a_plateau_ends_the_search_and_a_resumed_one(campaign):
+    def flat(recipe):
+        return {"x": min(0.8, scores(recipe)["x"]), "y": 0.4}
+
+    assert campaign.run(flat, candidates=1000, patience=12, min_delta=0.01) == "plateau"
+    values = [row.objective for row in campaign.rows()]
+    improved = [i for i in range(1, len(values)) if values[i] > max(values[:i]) + 0.01]
+    assert len(values) - 1 - improved[-1] in (12, 13)  # one was asked ahead
+    assert campaign.run(flat, candidates=1000, patience=12, min_delta=0.01) == "plateau"
+    assert campaign.executor.submitted == []
+    assert campaign.run(flat, candidates=1000, patience=15, min_delta=0.01) == "plateau"
+    assert 2 <= len(campaign.executor.submitted) <= 3
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+def test_several_objectives(campaign, sampler):
+    campaign.objective = make_objective(["worst", "x"], TASKS)
+    campaign.run(candidates=12, sampler=sampler)
+    campaign.run(candidates=25, sampler=sampler)
+    rows = campaign.rows()
+    assert all(row.objectives == {"worst": min(row.scores.values()), "x": row.scores["x"]} for row in rows)
+    assert all(row.objective == row.objectives["worst"] for row in rows)
+    told = [(trial.user_attrs["candidate"], tuple(trial.values)) for trial in campaign.study.trials]
+    assert told == [(row.candidate, tuple(row.objectives.values())) for row in rows]
+    front = {trial.user_attrs["candidate"] for trial in campaign.study.best_trials}
+    assert front == {row.candidate for row in pareto(rows)}
+    assert campaign.run(candidates=25, sampler=sampler) == "candidates"
+    (winner,) = best(rows)
+    assert winner.objective == max(row.objective for row in rows)
+
+
+def test_a_sampler_of_one_objective_says_so(campaign):
+    campaign.objective = make_objective(["mean", "worst"], TASKS)
+    with pytest.raises(SettingsError, match="cannot propose"):
+        campaign.run(sampler="cmaes")
+
+
+def test_constraints_reach_row_and_study(campaign):
+    campaign.objective = make_objective("mean", TASKS, constraints=lambda scores: {"x": 0.7 - scores["x"]})
+    campaign.run(candidates=15)
+    campaign.run(candidates=20)
+    rows = campaign.rows()
+    assert all(row.violations == {"x": 0.7 - row.scores["x"]} for row in rows)
+    assert [trial.constraints for trial in campaign.study.trials] == [row.violations for row in rows]
+    assert best(rows)[0].violations["x"] <= 0 < max(row.violations["x"] for row in rows)
+
+
+def test_a_recipe_that_cannot_be_is_no_row_and_ends_the_search_if_none_can(campaign, monkeypatch):
+    suggest = campaign.space.suggest
+
+    def at_times(trial):
+        recipe = suggest(trial)
+        if recipe.scaling["a"] > limit:
+            raise MethodError("scaling factors cancel")
+        return recipe
+
+    monkeypatch.setattr(campaign.space, "suggest", at_times)
+    limit = 0.7
+    assert campaign.run(candidates=12, identical_errors=20, sampler="random") == "candidates"
+    assert len(campaign.rows()) == 12
+    assert {"FAIL", "COMPLETE"} == {trial.state.name for trial in campaign.study.trials}
+    limit = -1
+    with pytest.raises(SearchError, match="4 proposals in a row are no recipes: scaling factors cancel"):
+        campaign.run(candidates=20, identical_errors=4, sampler="random")
+
+
+def test_a_history_that_holds_everything_changes_nothing(campaign, tmp_path):
+    campaign.run(candidates=20)
+    unbounded = [row.candidate for row in campaign.rows()]
+    shutil.rmtree(tmp_path / "ledger")
+    shutil.rmtree(tmp_path / "study")
+    campaign.run(candidates=20, history=100)
+    assert [row.candidate for row in campaign.rows()] == unbounded
+
+
+def test_a_bounded_history_is_all_that_the_sampler_sees(campaign):
+    seen = []
+
+    class Looking(RandomSampler):
+        def infer_relative_search_space(self, study, trial):
+            seen.append([past.values[0] for past in study.get_trials(deepcopy=False) if past.state.is_finished()])
+            return super().infer_relative_search_space(study, trial)
+
+    campaign.run(candidates=40, sampler=lambda number: Looking(number), history=8)
+    values = [row.objective for row in campaign.rows()]
+    assert [len(finished) for finished in seen[:6]] == [1, 2, 3, 4, 5, 6]
+    assert max(map(len, seen)) <= 8
+    assert sorted(seen[-1])[-2:] == sorted(values[:-2])[-2:]
+    assert seen[-1][-6:] == values[-8:-2]
+
+
 @pytest.mark.parametrize("capacity", [1, 4])
 def test_an_interrupt_leaves_everything_consistent(campaign, capacity):
     with pytest.raises(KeyboardInterrupt):
         campaign.run(capacity=capacity, watch=Watch(interrupt_at=6))
     before = campaign.rows()
-    assert len(before) == 6
+    assert 6 <= len(before) < 6 + capacity  # several may have arrived together
     campaign.run(candidates=12, capacity=capacity)
     rows = campaign.rows()
-    assert rows[:6] == before
+    assert rows[: len(before)] == before
     assert len(rows) == len({row.candidate for row in rows}) == 12
     assert sorted(row.trial for row in rows) == list(range(12))
     assert [trial.state.name for trial in campaign.study.trials] == ["COMPLETE"] * 12

@@ -62,7 +62,8 @@ def test_scores_that_are_not_there_stay_nan(tmp_path):
     assert math.isnan(Ledger(str(tmp_path)).rows()[0].losses["x"])
 
 
-def test_pandas_reads_the_directory_at_any_moment(tmp_path):
+def test_pandas_reads_the_directory_at_any_moment(tmp_path, monkeypatch):
+    monkeypatch.setattr("search.ledger.ROWS_PER_FILE", 7)
     path = tmp_path / "ledger"
     ledger = Ledger(str(path), "demo")
     ledger.append(BARE)
@@ -76,12 +77,15 @@ def test_pandas_reads_the_directory_at_any_moment(tmp_path):
 
     reader = threading.Thread(target=read)
     reader.start()
-    for number in range(30):
-        ledger.append(replace(FULL, candidate=f"c{number + 1}", trial=number))
+    for number in range(0, 60, 2):
+        ledger.extend(replace(FULL, candidate=f"c{place}", trial=place) for place in (number, number + 1))
     stop.set()
     reader.join()
     assert lengths == sorted(lengths)
-    assert len(pd.read_parquet(path)) == 31
+    assert len(lengths) > 5
+    assert len(pd.read_parquet(path)) == 61
+    assert len(list(path.iterdir())) == 8
+    assert Ledger(str(path)).rows() == ledger.rows()
     assert list(pd.read_parquet(path).columns) == SCHEMA.names
 
 
@@ -93,7 +97,28 @@ def test_a_repeated_append_changes_nothing(tmp_path):
     assert Ledger(str(tmp_path)).get(FULL.candidate, "validation") == FULL
     assert ledger.has(FULL.candidate, "test")
     assert not ledger.has("c0", "test")
-    assert len(list(tmp_path.iterdir())) == len(ledger.rows()) == 2
+    assert len(ledger.rows()) == len(pd.read_parquet(tmp_path)) == 2
+
+
+def test_rows_that_arrive_together_are_written_together(tmp_path):
+    ledger = Ledger(str(tmp_path), "demo")
+    second = replace(FULL, candidate="c1")
+    assert ledger.extend([FULL, second, replace(FULL, error="again")]) == [FULL, second]
+    assert ledger.extend([second]) == []
+    with pytest.raises(LedgerError, match="'other'"):
+        ledger.extend([BARE, replace(BARE, campaign="other")])
+    assert Ledger(str(tmp_path)).rows() == ledger.rows() == [FULL, second]
+
+
+def test_no_writer_touches_what_another_wrote(tmp_path):
+    Ledger(str(tmp_path)).append(FULL)
+    (first,) = tmp_path.iterdir()
+    before = first.read_bytes()
+    one, other = Ledger(str(tmp_path)), Ledger(str(tmp_path))
+    one.append(BARE)
+    other.append(replace(BARE, candidate="c1"))
+    assert first.read_bytes() == before
+    assert len(pd.read_parquet(tmp_path)) == len(Ledger(str(tmp_path)).rows()) == 3
 
 
 def test_the_table_holds_each_candidate_once_even_if_two_files_do(tmp_path):

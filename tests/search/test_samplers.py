@@ -1,9 +1,11 @@
+import numpy as np
 import optuna
 import pytest
 
 from merging.errors import SettingsError
 from search.domain import Domain
 from search.samplers import SAMPLERS, ask_seed, make_sampler
+from search.selection import select
 from search.space import MethodSpace, Space
 
 GRID = {"task_arithmetic.scaling.a": [0.1, 0.3, 0.5, 0.7], "task_arithmetic.scaling.b": [0.1, 0.2, 0.3]}
@@ -27,7 +29,7 @@ def run(name, count, seed=3, one_for_all=False):
     return [trial.params for trial in study.trials], study
 
 
-@pytest.mark.parametrize("name", list(SAMPLERS))
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "quality_diversity"])
 def test_every_sampler_proposes_ten_and_the_same_ten_again(name):
     first, _ = run(name, 10)
     again, _ = run(name, 10)
@@ -73,6 +75,31 @@ def test_quasi_random_points_in_a_conditional_space():
     assert len(set(factors)) == len(factors)
 
 
+@pytest.mark.parametrize("inner", ["tpe", "nsga2"])
+def test_subsets_from_a_selection_and_the_rest_from_another_sampler(inner):
+    S = np.array([[1.0, 0.99, 0.0], [0.99, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    selection = select("abc", "every", quality=dict.fromkeys("abc", 1.0), similarity=S, sizes=[2])
+    space = Space({"task_arithmetic": MethodSpace(), "ties": MethodSpace()}, "abc", selection.subsets, "per_member")
+
+    def proposals():
+        study = optuna.create_study(direction="maximize")
+        for number in range(40):
+            arguments = {"sampler": inner, "learn_sizes": False, "strength": 0.0}
+            study.sampler = make_sampler("quality_diversity", 3, arguments, number, selection)
+            trial = study.ask()
+            recipe = space.suggest(trial)
+            study.sampler = optuna.samplers.RandomSampler(0)
+            study.tell(trial, recipe.scaling["c"] if "c" in recipe.members else 0.0)
+        return [trial.params for trial in study.trials]
+
+    first = proposals()
+    assert first == proposals()
+    drawn = [params["members"] for params in first]
+    assert drawn.count("a+b") <= 2  # a and b are alike
+    assert 10 <= drawn.count("a+b+c") <= 30
+    assert {params["method"] for params in first} == {"task_arithmetic", "ties"}
+
+
 def test_seeds_differ_by_trial():
     assert (
         len({ask_seed(0, number) for number in range(1000)} | {ask_seed(1, number) for number in range(1000)}) == 2000
@@ -89,6 +116,10 @@ def test_seeds_differ_by_trial():
         ("nsga2", {"population_size": 1}, "population_size"),
         ("grid", {}, "search_space"),
         ("grid", {"search_space": 3}, "refuses"),
+        ("quality_diversity", {"strength": -1}, "strength"),
+        ("quality_diversity", {"similarity": 1}, "no argument 'similarity'"),
+        ("quality_diversity", {"sampler": "quality_diversity"}, "not itself"),
+        ("quality_diversity", {"sampler": "tpe", "sampler_arguments": {"n_startup": 3}}, "n_startup_trials"),
     ],
 )
 def test_mistakes_are_named(name, arguments, message):

@@ -66,6 +66,35 @@ def test_a_pool_of_one_member_is_its_own_selection():
     assert selection.subsets == [("a",)]
 
 
+def test_every_subset_is_listed_while_they_are_few(similarity):
+    selection = select(NAMES, "every", quality=Q, similarity=similarity)
+    assert len(selection.subsets) == len(set(selection.subsets)) == 6 + 4 + 1
+    some = select(NAMES, "every", quality={**Q, "nyt": 0.0}, similarity=similarity, sizes=[2])
+    assert [set(subset) & {"nyt"} for subset in some.subsets] == [set(), set(), set(), {"nyt"}]
+
+
+def test_many_subsets_are_drawn_from_the_dpp():
+    names = [f"m{i:03}" for i in range(300)]
+    vectors = np.random.default_rng(0).normal(size=(300, 300))
+    S = kernel.similarity_from_task_vectors(vectors @ vectors.T, names)
+    selection = select(names, "every", quality=dict.fromkeys(names, 1.0), similarity=S, sizes=[2, 5])
+    assert 200 < len(selection.subsets) <= 257
+    assert {len(subset) for subset in selection.subsets} == {2, 5, 300}
+    assert "too many to list: 128" in selection.notes[-1]
+    L = kernel.kernel(np.ones(300), S)
+    assert tuple(names[i] for i in dpp.map_subset(L, 5)) in selection.subsets
+    greedy = select(names, "dpp-map", quality=dict.fromkeys(names, 1.0), similarity=S)
+    assert [len(subset) for subset in greedy.subsets] == [*range(2, 17), 300]
+
+
+def test_random_subsets_need_no_statistics():
+    selection = select(NAMES, "random", draws=3, seed=1, sizes=[2, 3])
+    assert {len(subset) for subset in selection.subsets} == {2, 3, 4}
+    assert 4 <= len(selection.subsets) <= 7
+    assert selection.subsets == select(NAMES, "random", draws=3, seed=1, sizes=[2, 3]).subsets
+    assert selection.subsets != select(NAMES, "random", draws=3, seed=2, sizes=[2, 3]).subsets
+
+
 @pytest.mark.parametrize("mode", ["dpp-map", "all"])
 def test_a_selection_survives_its_file(similarity, mode):
     given = {"quality": {**Q, "nyt": 0.0}, "similarity": similarity} if mode == "dpp-map" else {}

@@ -5,7 +5,8 @@ from merging.errors import MethodError, SettingsError
 from merging.methods.base import METHODS
 from merging.recipe import Recipe
 from search.domain import Domain
-from search.space import MethodSpace, Space
+from search.method_space import MethodSpace, weight_groups
+from search.space import Space
 
 MEMBERS = ("nyt", "amazon", "movie")
 SUBSETS = (("amazon", "movie", "nyt"), ("nyt", "amazon"), ("movie",))
@@ -19,10 +20,18 @@ def proposals(space, count=60):
         yield trial, space.suggest(trial)
 
 
-@pytest.mark.parametrize("scaling", ["shared", "per_member"])
+@pytest.mark.parametrize(
+    ("scaling", "groups"),
+    [
+        ("shared", ()),
+        ("per_member", ()),
+        ("per_depth", ("layers:0-2", "layers:3-")),
+        ("per_pattern", ("*attention*", "*")),
+    ],
+)
 @pytest.mark.parametrize("subsets", [None, SUBSETS])
-def test_params_and_distributions_are_the_inverse_of_suggest(scaling, subsets):
-    space = Space(ALL, MEMBERS, subsets, scaling)
+def test_params_and_distributions_are_the_inverse_of_suggest(scaling, groups, subsets):
+    space = Space(ALL, MEMBERS, subsets, scaling, groups)
     seen = set()
     for trial, recipe in proposals(space):
         assert space.params(recipe) == trial.params
@@ -202,8 +211,75 @@ def test_nothing_to_vary():
         ({"ties": MethodSpace()}, MEMBERS, [("nyt", "amazn")], SettingsError, "Did you mean 'amazon'"),
         ({"ties": MethodSpace()}, MEMBERS, [("nyt", "movie"), ("movie", "nyt")], SettingsError, "twice"),
         ({"ties": MethodSpace()}, MEMBERS, [()], SettingsError, "empty"),
+        ({"ties": MethodSpace(scaling_of={"nyt": Domain(value=1)})}, MEMBERS, None, SettingsError, "share one factor"),
     ],
 )
 def test_mistakes_are_named(methods, members, subsets, error, message):
     with pytest.raises(error, match=message):
         Space(methods, members, subsets)
+
+
+WEIGHTS = ["embeddings.weight", *(f"layer.{number}.attention.weight" for number in range(6)), "pooler.weight"]
+
+
+@pytest.mark.parametrize(
+    ("scaling", "groups"),
+    [
+        ("shared", ()),
+        ("per_member", ()),
+        ("per_depth", ("layers:0-1", "layers:2-3", "layers:4-")),
+        ("per_layer", ("layers:0", "layers:1", "layers:2", "layers:3", "layers:4", "layers:5-")),
+        ("per_pattern", ("*attention*", "*")),
+    ],
+)
+def test_what_has_a_factor_of_its_own(scaling, groups):
+    assert weight_groups(scaling, WEIGHTS, 3, ("*attention*",)) == groups
+
+
+def test_every_member_has_a_factor_in_every_group():
+    space = Space({"toy_curve": MethodSpace()}, MEMBERS, None, "per_depth", ("layers:0-2", "layers:3-"))
+    (trial, recipe), *_ = proposals(space)
+    keys = [f"{member}@{group}" for member in sorted(MEMBERS) for group in ("layers:0-2", "layers:3-")]
+    assert sorted(recipe.scaling) == keys
+    assert [name for name in trial.params if ".scaling" in name] == [f"toy_curve.scaling.{key}" for key in keys]
+    assert recipe.members == tuple(sorted(MEMBERS))
+
+
+def test_anchors_in_groups_are_plain_recipes_that_the_sampler_hears_of():
+    space = Space(ALL, MEMBERS, SUBSETS, "per_depth", ("layers:0-2", "layers:3-"))
+    plain = Space(ALL, MEMBERS, SUBSETS, "per_member")
+    assert space.anchors() == plain.anchors()
+    assert all(recipe in space for recipe in space.anchors())
+    params = space.params(METHODS["ties"].default_recipe(MEMBERS))
+    assert params["ties.scaling.amazon@layers:3-"] == METHODS["ties"].scaling.default
+
+
+def test_a_method_without_factors_has_no_groups():
+    methods = {"regmean_propagated": MethodSpace(), "toy_curve": MethodSpace(scaling=Domain(value=0.5))}
+    for trial, recipe in proposals(Space(methods, MEMBERS, None, "per_layer", ("layers:0", "layers:1-")), 20):
+        assert set(recipe.scaling) == set(MEMBERS)
+        assert not any("scaling" in name for name in trial.params)
+
+
+def test_ranges_of_single_members_and_groups():
+    given = MethodSpace.model_validate(
+        {"scaling": 0.3, "scaling_of": {"nyt": {"low": 0.5, "high": 0.6}, "nyt@layers:3-": [0.9, 1.0], "amazon": 0.1}}
+    )
+    space = Space({"toy_curve": given}, MEMBERS, None, "per_depth", ("layers:0-2", "layers:3-"))
+    for trial, recipe in proposals(space, 10):
+        assert (recipe.scaling["movie"], recipe.scaling["amazon"]) == (0.3, 0.1)
+        assert 0.5 <= recipe.scaling["nyt@layers:0-2"] <= 0.6
+        assert recipe.scaling["nyt@layers:3-"] in (0.9, 1.0)
+        assert space.params(recipe) == trial.params
+    assert space.anchors()[-1] in space
+
+
+def test_recipes_of_other_groups_are_not_in_the_space():
+    space = Space({"toy_curve": MethodSpace()}, MEMBERS, None, "per_depth", ("layers:0-2", "layers:3-"))
+    inside = METHODS["toy_curve"].default_recipe(MEMBERS)
+    others = {"amazon@layers:0-3": 0.1, "amazon@layers:4-": 0.2, "nyt": 0.3, "movie": 0.3}
+    assert inside in space
+    assert Recipe("toy_curve", others, inside.parameters) not in space
+    assert Recipe("toy_curve", others, inside.parameters) not in Space(
+        {"toy_curve": MethodSpace()}, MEMBERS, None, "per_member"
+    )

@@ -30,16 +30,16 @@ def quest(tmp_path, threads):
 
     def run(name, candidates, space=SPACE, dies=None, url=None, sampler="tpe"):
         ledger = Ledger(str(tmp_path / name / "ledger"), "demo")
-        append = ledger.append
+        extend = ledger.extend
 
-        def dying(row):
+        def dying(rows):
             if dies == ("before", len(ledger.rows())):
                 raise Killed
-            append(row)
+            extend(rows)
             if dies == ("after", len(ledger.rows()) - 1):
                 raise Killed
 
-        ledger.append = dying
+        ledger.extend = dying
         executor = threads(scores)
         with open_study(str(tmp_path / name / "study"), "demo", space, ledger, url) as study:
             states = [trial.state for trial in study.trials]

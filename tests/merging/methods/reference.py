@@ -125,9 +125,9 @@ def linear(weights, scaling, parameters, examples):
 
 
 def uniform(seed, member, name, like):
-    """Sixteen random bits an entry: the generator, its key and its counter are part of what dare and della promise."""
-    key = np.frombuffer(hashlib.sha256(f"{seed}\0{member}\0{name}".encode()).digest()[:16], dtype=np.uint64)
-    words = [int(word) for word in np.random.Philox(key=key).random_raw(like.numel() // 4 + 1)]
+    """Sixteen random bits an entry: the generator, its seed and its place are part of what dare and della promise."""
+    key = int.from_bytes(hashlib.sha256(f"{seed}\0{member}\0{name}".encode()).digest(), "big")
+    words = [int(word) for word in np.random.PCG64(key).random_raw(like.numel() // 4 + 1)]
     numbers = [(word >> shift & 0xFFFF) - 0x8000 & 0xFFFF for word in words for shift in (0, 16, 32, 48)]
     return torch.tensor(numbers[: like.numel()], dtype=torch.float64).reshape(like.shape) / 65536
 
@@ -302,4 +302,42 @@ def mats(weights, scaling, parameters, examples):
             x, r = x + step * p, r - step * ap
             p = scale * r + (r * scale * r).sum() / old * p
         merged[w.name] = base + x
+    return merged
+
+
+def svd(matrix):
+    """Singular vectors and values as the papers have them; those that are rounding noise left out."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    rank = int((s > 1e-5 * s[0]).sum())
+    return u[:, :rank], s[:rank], vh[:rank]
+
+
+def iso_c(weights, scaling, parameters, examples):
+    merged = {}
+    for w in weights:
+        base, tau = f64(w)
+        total = sum(a * tau[m] for m, a in scaling.items())
+        if base.dim() != 2:
+            merged[w.name] = base + total / len(scaling)
+            continue
+        u, s, vh = svd(total)
+        kept = round(parameters["rank"] * min(base.shape))
+        merged[w.name] = base + s[:kept].mean() * u[:, :kept] @ vh[:kept]
+    return merged
+
+
+def tsv_m(weights, scaling, parameters, examples):
+    merged = {}
+    for w in weights:
+        base, tau = f64(w)
+        if base.dim() != 2:
+            merged[w.name] = base + sum(a * tau[m] for m, a in scaling.items()) / len(scaling)
+            continue
+        each = max(int(parameters["rank"] * min(base.shape) / len(scaling)), 1)
+        parts = {m: svd(tau[m]) for m in scaling}
+        u = torch.cat([parts[m][0][:, :each] for m in scaling], dim=1)
+        s = torch.cat([a * parts[m][1][:each] for m, a in scaling.items()])
+        vh = torch.cat([parts[m][2][:each] for m in scaling], dim=0)
+        (p, _, qh), (x, _, yh) = svd(u), svd(vh)
+        merged[w.name] = base + p @ qh @ torch.diag(s) @ x @ yh
     return merged

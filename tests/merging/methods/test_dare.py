@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -27,6 +29,13 @@ def test_masks_differ_by_seed_member_and_weight_and_by_nothing_else(merge):
     )
     for other in others:
         assert abs(float((plain == (other != 0)).float().mean()) - 0.5) < 0.02
+
+
+def test_a_stretch_of_a_weight_has_the_whole_weight_s_mask(merge):
+    whole = merge("dare", ones(size=1000), {"a": 1.0})["w"]
+    for start, stop in ((0, 10), (10, 333), (333, 1000)):
+        part = replace(ones(size=stop - start)[0], start=start)
+        assert torch.equal(merge("dare", [part], {"a": 1.0})["w"], whole[start:stop])
 
 
 def test_a_smaller_drop_keeps_what_a_larger_one_kept(merge):

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from merging.methods import Weight
+from merging.errors import MethodError
+from merging.methods import METHODS, Context, Weight
 
 
 @pytest.mark.parametrize(
@@ -19,3 +20,66 @@ def test_the_scale_grows_from_the_first_layer_to_the_last(name, scale, merge):
     weights = [Weight(each, torch.zeros(2), {"a": torch.ones(2)}) for each in names]
     merged = merge("lines", weights, {"a": 1.0}, {"a": 0.5, "b": 0.5})
     torch.testing.assert_close(merged[name], torch.full((2,), scale))
+
+
+DEPTHS = {"a": 0.25, "b": 0.5}
+SCALING = {"amazon": 0.7, "movie": 0.4, "nyt": 1.1}
+INNER = [
+    ("ties", {"density": 0.4}),
+    ("regmean", {}),
+    ("fisher", {}),
+    ("dare", {"seed": 3}),
+    ("linear", {"normalize": True}),
+]
+
+
+@pytest.mark.parametrize(("inner", "parameters"), INNER)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_any_method_s_step_can_grow_with_depth(inner, parameters, dtype, tolerance, make_pool, merge):
+    weights = make_pool(1)
+    plain = merge(inner, weights, SCALING, parameters)
+    whole = merge(f"lines+{inner}", weights, SCALING, parameters | DEPTHS, dtype=dtype)
+    parts = merge(f"lines+{inner}", weights, SCALING, parameters | DEPTHS, dtype=dtype, parts=3)
+    for w in weights:
+        scale = 0.25 if w.name.startswith(("embeddings", "layer.0")) else 0.75  # the test pool has two layers
+        expected = (w.base + scale * (plain[w.name] - w.base)).to(dtype)
+        torch.testing.assert_close(whole[w.name], expected, rtol=tolerance, atol=1e-6)
+        torch.testing.assert_close(parts[w.name], whole[w.name], rtol=tolerance, atol=1e-6)
+
+
+def test_writes_into_transposed_parameters(make_pool):
+    weights = [w for w in make_pool(4) if w.base.dim() == 2]
+    method = METHODS["lines+ties"]
+    prepared = method.prepare(weights, Context())
+    recipe = method.default_recipe(list(SCALING))
+    plain = {w.name: torch.empty(w.base.shape) for w in weights}
+    turned = {w.name: torch.empty(w.base.T.shape) for w in weights}
+    prepared.merge(recipe.scaling, recipe.parameters, plain)
+    prepared.merge(recipe.scaling, recipe.parameters, {name: value.T for name, value in turned.items()})
+    assert all(torch.equal(plain[name], turned[name].T) for name in plain)
+
+
+def test_a_modified_method_is_the_method_with_two_more_parameters():
+    method, inner = METHODS["lines+regmean"], METHODS["regmean"]
+    assert method is METHODS["lines+regmean"]
+    assert (method.name, method.requires, method.scaling) == ("lines+regmean", inner.requires, inner.scaling)
+    assert method.parameters.keys() == {*inner.parameters, "a", "b"}
+    assert METHODS["lines+linear"].default_recipe(["x", "y"]).scaling == {"x": 0.5, "y": 0.5}
+    recipe = method.default_recipe(["x", "y"])
+    assert method.complete(recipe) == recipe
+    assert "lines+regmean" in METHODS
+    assert "lines+regmean" not in list(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lines+tis", "Did you mean 'ties'"),
+        ("lines+lines", r"leave out 'lines\+'"),
+        ("line+ties", r"unknown method 'line\+ties'"),
+    ],
+)
+def test_what_cannot_be_modified_is_refused(name, message):
+    assert name not in METHODS
+    with pytest.raises(MethodError, match=message):
+        METHODS[name]

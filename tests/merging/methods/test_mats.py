@@ -12,7 +12,7 @@ CONVERGED = {"iterations": 2000, "tolerance": 1e-13, "preconditioner": "jacobi"}
 def test_grams_run_to_convergence_are_regmean_from_any_start(start, make_pool, merge, assert_close):
     weights = [w for w in make_pool() if "gram" in w.statistics]
     solved = merge("mats", weights, SCALING, {**CONVERGED, "start": start})
-    assert_close(solved, merge("regmean", weights, SCALING, {"rho": 1.0}), 1e-4)
+    assert_close(solved, merge("regmean", weights, SCALING, {"rho": 1.0, "factors": "gram"}), 1e-4)
 
 
 def test_diagonal_fishers_run_to_convergence_are_fisher_averaging(make_pool, merge, assert_close):
@@ -34,6 +34,19 @@ def test_no_steps_leave_the_start(make_pool, merge, assert_close):
     started = merge("mats", weights, SCALING, {"iterations": 0, "start": "regmean"})
     ones = dict.fromkeys(SCALING, 1.0)
     assert_close(started, merge("regmean", weights, ones), 1e-6)
+
+
+def test_a_propagated_start_brings_its_biases(make_pool, merge):
+    weights = make_pool()
+    for number, w in enumerate(weights):
+        torch.manual_seed(number)
+        w.statistics["propagated"] = {"+".join(sorted(SCALING)): w.base + torch.randn(w.base.shape)}
+    untouched = merge("mats", weights, SCALING, {"iterations": 0, "start": "regmean_propagated"})
+    moved = merge("mats", weights, SCALING, {"iterations": 5, "start": "regmean_propagated"})
+    for w in weights:
+        (solution,) = w.statistics["propagated"].values()
+        torch.testing.assert_close(untouched[w.name], solution, rtol=0, atol=1e-6)
+        assert torch.equal(moved[w.name], untouched[w.name]) == ("gram" not in w.statistics)
 
 
 def test_the_residual_of_every_weight_is_reported_and_falls(make_pool, complete):

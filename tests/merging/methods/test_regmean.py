@@ -58,7 +58,7 @@ def test_rho_zero_weighs_inputs_by_their_power():
 
 def test_contributions_at_one_are_the_plain_solve_and_are_linear_in_the_factors(make_pool, merge, assert_close):
     weights = make_pool()
-    plain = merge("regmean", weights, ONES)
+    plain = merge("regmean", weights, ONES, {"factors": "gram"})
     assert_close(merge("regmean", weights, ONES, {"factors": "contribution"}), plain, 1e-6)
     double = merge("regmean", weights, dict.fromkeys(SCALING, 2.0), {"factors": "contribution"})
     assert_close(

@@ -1,3 +1,6 @@
+from dataclasses import replace
+from functools import reduce
+
 import pytest
 import torch
 
@@ -21,11 +24,11 @@ def kept(weights, survey, density, scope, chunk=1000):
     trimmer = trim.Trimmer(weights, survey)
     found = {}
     for w in weights:
-        cut = trimmer.whole("m", density) if scope == "global" else trimmer.tensor(w.name, "m", density)
+        cut = trimmer.cut("m", density, "" if scope == "global" else w.name)
         row = w.members["m"].float() - w.base.float()
         for start in range(0, row.numel(), chunk):
-            cut.apply(row[start : start + chunk], w.name, start)
-        found[w.name] = row
+            cut.apply(row[start : start + chunk], w.name, w.start + start)
+        found[w.name] = torch.cat([found.get(w.name, row[:0]), row])
     return found
 
 
@@ -62,6 +65,34 @@ def test_equal_magnitudes_of_either_sign_are_settled_by_name_and_index():
     assert not found["b"][8:].any()
 
 
+def stretches(weights, size):
+    """Every weight in stretches of at most this many entries."""
+    return [
+        replace(w, base=w.base[i : i + size], members={m: v[i : i + size] for m, v in w.members.items()}, start=i)
+        for w in weights
+        for i in range(0, w.base.numel(), size)
+    ]
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+@pytest.mark.parametrize("size", [100_000, 17_000, 4_000])
+@pytest.mark.parametrize(("dtype", "steps"), [(torch.float32, None), (torch.float32, 300), (torch.bfloat16, None)])
+def test_parts_that_are_never_together_keep_what_the_whole_keeps(scope, size, dtype, steps):
+    weights = model(3, (40_000, 7, 3000, 20_000), dtype, steps)
+    parts = stretches(weights, size)
+    survey = reduce(trim.combine, [trim.survey([part]) for part in reversed(parts)])
+    answers = [trim.refine([part], survey, [0.2, 0.01], whole=scope == "global") for part in parts]
+    asked = scope == "global" or size < 40_000
+    assert all((answer is not None) == asked for answer in answers)
+    survey = reduce(trim.combine, [answer for answer in answers if answer], survey)
+    for density in (0.2, 0.01):
+        wanted = expected(weights, density, scope)
+        pieces = {name: [] for name in wanted}
+        for part in parts:
+            pieces[part.name].append(kept([part], survey, density, scope)[part.name])
+        assert all(torch.equal(torch.cat(found), wanted[name]) for name, found in pieces.items())
+
+
 def test_parts_keep_exactly_as_many_as_the_whole():
     weights = model(1, (40_000, 7, 3000, 20_000))
     survey = trim.survey(weights)
@@ -86,3 +117,42 @@ def test_entries_that_did_not_move_fill_up_a_density_above_the_share_that_did():
     moved[10:30] = 1.0
     weights = [Weight("w", torch.zeros(100), {"m": moved})]
     assert torch.equal(kept(weights, trim.survey(weights), 0.5, "global")["w"], moved)
+
+
+@pytest.mark.parametrize("spread", [5.0, 0.0])
+@pytest.mark.parametrize("size", [100_000, 17_000])
+@pytest.mark.parametrize(
+    ("dtype", "steps"), [(torch.float32, None), (torch.float32, 300), (torch.float32, 20), (torch.bfloat16, None)]
+)
+def test_a_sample_refined_keeps_what_the_whole_keeps(spread, size, dtype, steps, monkeypatch):
+    """Also where its band is so narrow that it mostly misses: then everything is counted."""
+    monkeypatch.setattr(trim, "SPREAD", spread)
+    weights = model(4, (40_000, 7, 3000, 20_000), dtype, steps)
+    parts = stretches(weights, size)
+    for density in (1e-6, 0.2, 0.97, 1.0):
+        known = reduce(trim.combine, [trim.sample([part]) for part in parts])
+        looks = 0
+        while answers := [answer for part in parts if (answer := trim.refine([part], known, [density], whole=True))]:
+            assert len(answers) == len(parts)
+            known, looks = reduce(trim.combine, answers, known), looks + 1
+        assert looks <= (1 if spread > 0 else 3)
+        pieces = {weight.name: [] for weight in weights}
+        for part in parts:
+            pieces[part.name].append(kept([part], known, density, "global")[part.name])
+        wanted = expected(weights, density, "global")
+        assert all(torch.equal(torch.cat(found), wanted[name]) for name, found in pieces.items())
+
+
+def test_what_a_sample_leaves_to_be_counted_grows_with_the_root_of_the_model():
+    """Sixteen times the entries, four times in the band, and as many bins as there are distinct magnitudes."""
+
+    def held(count):
+        weights = model(5, (4000,) * count, torch.bfloat16)
+        known = reduce(trim.combine, [trim.sample([weight]) for weight in weights])
+        answers = [trim.refine([weight], known, [0.2], whole=True) for weight in weights]
+        found = [tally for answer in answers for tallies in answer.tallies.values() for tally in tallies.values()]
+        return known.sampled["m"].keys.numel(), sum(int(tally.reaching[0]) for tally in found)
+
+    (few_bins, few), (many_bins, many) = held(20), held(320)
+    assert 3 * few < many < 6 * few
+    assert many_bins < 4 * few_bins

@@ -7,19 +7,22 @@ from torch import nn
 from merging.errors import MethodError
 from merging.live import share_weights
 from merging.propagation import PropagationSettings, propagate
+from merging.propagation.crew import Crew
+from merging.propagation.equations import Equations
+from merging.propagation.layerwise import plain_mean, shared_inputs, solved
 from merging.statistics.layers import real_rows
 
 KINDS = ("bert", "llama", "gpt2", "vit", "t5")
 SMALL = PropagationSettings(examples=40, batch_size=14)
 
 
-def ridge_fit(inputs, wanted, weight, bias, ridge):
-    """argmin Σ_t ‖X_t Wᵀ + b − Y_t‖² / rows_t + λ ‖W − W̄‖² in float64, as [out, in + 1] with the bias last."""
+def ridge_fit(inputs, wanted, weight, bias, ridge, factors=(1.0, 1.0, 1.0)):
+    """argmin Σ_t α_t ‖X_t Wᵀ + b − Y_t‖² / rows_t + λ ‖W − W̄‖² in float64, as [out, in + 1] with the bias last."""
     gram, right = 0.0, 0.0
-    for x, y in zip(inputs, wanted, strict=True):
+    for x, y, factor in zip(inputs, wanted, factors, strict=False):
         x = torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.float64)], dim=1)
-        gram = gram + x.T @ x / len(x)
-        right = right + x.T @ y.double() / len(x)
+        gram = gram + factor * x.T @ x / len(x)
+        right = right + factor * x.T @ y.double() / len(x)
     pull = torch.full((len(gram),), ridge * float(gram.diagonal()[:-1].mean()), dtype=torch.float64)
     pull[-1] = 0
     mean = torch.cat([weight.double(), bias.double()[:, None]], dim=1).T
@@ -159,6 +162,56 @@ def test_three_layers_by_hand(handmade, update):
                 merged = [x + r for x, r in zip(merged, residual_merged, strict=True)]
     assert [fit.weights for fit in found.fits] == [("a.weight",), ("b.weight",), ("c.weight",)]
     assert [fit.residual for fit in found.fits] == [False, update == "propagated", False]
+
+
+def test_factors_weigh_the_members(handmade):
+    pool = small(handmade)
+
+    def merged(one, two):
+        settings = PropagationSettings(ridge=0.01, factors={"one": one, "two": two})
+        return propagate(pool.pool, pool.tasks, pool.members, settings).weights
+
+    models = [task.model for task in pool.tasks.values()]
+    inputs = [task.inputs["x"] for task in pool.tasks.values()]
+    with torch.no_grad():
+        wanted = [model.a(x) for model, x in zip(models, inputs, strict=True)]
+    means = mean([m.a.weight for m in models]), mean([m.a.bias for m in models])
+    fit = ridge_fit(inputs, wanted, *means, 0.01, factors=(2.0, 0.5))
+    found, scaled = merged(2.0, 0.5), merged(8.0, 2.0)
+    torch.testing.assert_close(found["a.weight"].double(), fit[:, :-1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found["a.bias"].double(), fit[:, -1], rtol=0, atol=1e-5)
+    for name, value in found.items():
+        torch.testing.assert_close(scaled[name], value, rtol=0, atol=1e-5)
+    with pytest.raises(MethodError, match="factors: all are 0"):
+        merged(0.0, 0.0)
+    with pytest.raises(MethodError, match="factors: 'ones' is no member.*'one'"):
+        propagate(pool.pool, pool.tasks, pool.members, PropagationSettings(factors={"ones": 1.0}))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "vit"])
+def test_crews_that_exchange_sums_agree_with_one_of_all_members(given, kind):
+    pool = given(kind)
+    settings = SMALL.model_copy(update={"factors": {"m1": 0.7}})
+    whole = propagate(pool.pool, pool.tasks, pool.members, settings)
+    crews = [
+        Crew(pool.pool, pool.tasks, part, plain_mean(pool.pool, pool.members, "cpu"), settings)
+        for part in (["m0"], ["m1", "m2"])
+    ]
+    plans = [plan for crew in crews for plan in crew.plans]
+    groups = shared_inputs(plans)
+    assert [fit.weights for fit in whole.fits] == groups
+    for crew in crews:
+        crew.begin(groups)
+    for group in groups:
+        total = Equations(torch.device("cpu"))
+        for crew in crews:
+            total.add(crew.equations(group))
+        for crew in crews:
+            crew.apply(group, solved(group, plans, total, settings))
+    for crew in crews:
+        crew.end()
+        for name, value in whole.weights.items():
+            torch.testing.assert_close(crew.out[name], value, rtol=0, atol=2e-5)
 
 
 def test_fits_tell_what_mean_and_merged_weights_miss(handmade):

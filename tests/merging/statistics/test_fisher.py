@@ -4,9 +4,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from merging.errors import StatisticsError
+from merging.names import checkpoint_names
 from merging.statistics import Fisher, LikelihoodSettings, Partial, measure
 from merging.statistics.likelihood import IGNORED
-from merging.statistics.names import checkpoint_names
 from merging.tasks.base import Batch, Task
 
 

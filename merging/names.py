@@ -1,9 +1,10 @@
-"""The name that a live model's parameter has in the checkpoint, which is not always its name in the model."""
+"""What a live model's parameters are in the checkpoint: their names there, and how they are stored.
+
+`transformers` takes seconds to import, and a merge of files needs none of it: it is imported where a live model is looked at.
+"""
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 
 def checkpoint_names(model: nn.Module) -> dict[int, str]:
@@ -13,9 +14,20 @@ def checkpoint_names(model: nn.Module) -> dict[int, str]:
     it loads them (ViT), the renaming is reverted; where it joins several into one (experts), the model's own
     name is kept.
     """
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import revert_weight_conversion
+
     names = dict(model.named_parameters())
     if not isinstance(model, PreTrainedModel):
         return {id(parameter): name for name, parameter in names.items()}
     marks = {name: torch.empty_like(parameter, device="meta") for name, parameter in names.items()}
     saved = {id(mark): name for name, mark in revert_weight_conversion(model, marks).items()}
     return {id(parameter): saved.get(id(marks[name]), name) for name, parameter in names.items()}
+
+
+def conv1d() -> type[nn.Module]:
+    """GPT-2's linear layer, whose weight is stored [in, out]."""
+    from transformers.pytorch_utils import Conv1D
+
+    kind: type[nn.Module] = Conv1D
+    return kind

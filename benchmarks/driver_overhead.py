@@ -1,0 +1,146 @@
+"""What the search itself costs per candidate, as the history grows: evaluators that sleep, everything else real.
+
+    python benchmarks/driver_overhead.py --candidates 10000 --slots 16 --sampler tpe --sleep 0.01
+
+Six methods, subsets and per-member factors of eight members, the journal file, the ledger with its fsync. For every
+tenth of the history: the driver's CPU time per candidate, its wall time without the waiting for evaluators (disk and
+busy neighbours are in it), the share of time that evaluators were at work, peak memory, ledger and journal.
+"""
+
+import argparse
+import resource
+import tempfile
+import time
+from heapq import heappop, heappush
+from pathlib import Path
+
+from merging.tasks.base import Score
+from search.budget import Budget, Progress
+from search.candidate import Candidate, Measurement, Outcome, Provenance
+from search.driver import search
+from search.ledger import Ledger
+from search.method_space import MethodSpace
+from search.objective import make_objective
+from search.samplers import READ_EVERYTHING, make_sampler
+from search.schema import Row
+from search.space import Space
+from search.study import open_study
+
+MEMBERS = tuple("abcdefgh")
+METHODS = ("average", "task_arithmetic", "ties", "fisher", "gradient_matching", "regmean")
+
+
+class Sleeping:
+    """Evaluators that answer after a while, in the driver's own process: nothing runs beside it.
+
+    Args:
+        slots: How many.
+        sleep: Seconds that each takes for a candidate.
+    """
+
+    def __init__(self, slots: int, sleep: float) -> None:
+        self.capacity = slots
+        self.busy = self.waited = 0.0
+        self._sleep = sleep
+        self._due: list[tuple[float, int, Candidate]] = []
+        self._count = 0
+
+    def submit(self, candidate: Candidate) -> None:
+        """Starts its clock."""
+        self._count += 1
+        self.busy += self._sleep
+        heappush(self._due, (time.perf_counter() + self._sleep, self._count, candidate))
+
+    def wait(self, timeout: float) -> list[Outcome]:
+        """Whatever is due, waiting for the first."""
+        started = time.perf_counter()
+        time.sleep(max(0.0, self._due[0][0] - started))
+        now = time.perf_counter()
+        self.waited += now - started
+        found = []
+        while self._due and self._due[0][0] <= now:
+            candidate = heappop(self._due)[2]
+            found.append(Outcome(candidate, Measurement(_scores(candidate), 0.0, self._sleep, "host/1/cpu")))
+        return found
+
+
+def _scores(candidate: Candidate) -> dict[str, Score]:
+    """Four tasks; more members are better, and factors near 0.6."""
+    scaling = candidate.recipe.scaling
+    value = 0.4 + 0.05 * len(scaling) - sum((factor - 0.6) ** 2 for factor in scaling.values()) / 20
+    return {f"task{i}": Score(value - i / 100, 0.01, 200, "accuracy", 1.0, 1 - value, 0.01) for i in range(4)}
+
+
+class Watch:
+    """Prints a line for every tenth of the history."""
+
+    def __init__(self, executor: Sleeping, directory: Path, every: int) -> None:
+        self._executor, self._directory, self._every = executor, directory, every
+        self._then = (0, time.perf_counter(), time.process_time(), 0.0, 0.0)
+
+    def on_start(self, progress: Progress) -> None:
+        """Prints the head."""
+        print("| candidates | CPU ms | wall ms | evaluators at work | peak MB | ledger kB | files | journal kB |")
+        print("|--:|--:|--:|--:|--:|--:|--:|--:|")
+        self._then = (progress.done, time.perf_counter(), time.process_time(), 0.0, 0.0)
+
+    def on_row(self, row: Row, progress: Progress) -> None:
+        """Prints a line now and then."""
+        seen = self._then[0]
+        if progress.done == seen or (progress.done // self._every == seen // self._every and progress.done != 100):
+            return
+        now = (progress.done, time.perf_counter(), time.process_time(), self._executor.waited, self._executor.busy)
+        rows, wall, cpu, waited, busy = (b - a for a, b in zip(self._then, now, strict=True))
+        self._then = now
+        files = [file.stat().st_size for file in (self._directory / "ledger").glob("*.parquet")]
+        journal = (self._directory / "study" / "journal.log").stat().st_size
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        share = min(1.0, busy / (wall * self._executor.capacity))
+        print(
+            f"| {progress.done} | {1e3 * cpu / rows:.1f} | {1e3 * (wall - waited) / rows:.1f} | {share:.0%} | {peak:.0f} | "
+            f"{sum(files) / 1e3:.0f} | {len(files)} | {journal / 1e3:.0f} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Runs one search and opens what it left."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--candidates", type=int, default=1000)
+    parser.add_argument("--slots", type=int, default=8, help="evaluators")
+    parser.add_argument("--sleep", type=float, default=0.01, help="seconds of an evaluation")
+    parser.add_argument("--sampler", default="tpe")
+    parser.add_argument("--history", type=int, default=500, help="finished trials that tpe and gp see; 0 for all")
+    chosen = parser.parse_args()
+    subsets = [MEMBERS[: size + 1] for size in range(1, len(MEMBERS))]
+    space = Space({method: MethodSpace() for method in METHODS}, MEMBERS, subsets, "per_member")
+    history = chosen.history or None if chosen.sampler in READ_EVERYTHING else None
+    with tempfile.TemporaryDirectory() as place:
+        directory = Path(place)
+        ledger = Ledger(str(directory / "ledger"), "overhead")
+        executor = Sleeping(chosen.slots, chosen.sleep)
+        with open_study(str(directory / "study"), "overhead", space, ledger) as study:
+            search(
+                study,
+                space,
+                lambda number: make_sampler(chosen.sampler, 0, None, number),
+                ledger,
+                executor,
+                make_objective("mean", [f"task{i}" for i in range(4)]),
+                Provenance("overhead"),
+                Budget(chosen.candidates),
+                Watch(executor, directory, max(1, chosen.candidates // 10)),
+                history=history,
+            )
+        started = time.perf_counter()
+        ledger = Ledger(str(directory / "ledger"), "overhead")
+        opened = time.perf_counter()
+        with open_study(str(directory / "study"), "overhead", space, ledger):
+            pass
+        print(
+            f"\nresuming: {opened - started:.1f} s to open the ledger, {time.perf_counter() - opened:.1f} s the study"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""How busy the driver keeps evaluators that sleep instead of computing: real Ray actors, real search, ledger and study.
+
+    python benchmarks/evaluators_busy.py --evaluators 1 2 4 8 16 --sleep 2
+
+The actors are light (no torch, no CPU reserved), so that many of them run on a small machine; pool, executor and driver
+are the campaign's own. `busy` is the time that evaluators slept, over all evaluators and the whole run from the first
+candidate handed out to the last row; the last round, in which some have nothing left to do, is in it.
+"""
+
+import argparse
+import tempfile
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from flows.executor import RayExecutor
+from merging.live import Measurement
+from merging.tasks.base import Score
+from ray_tasks.cluster import connect
+from ray_tasks.evaluation import Assignment
+from ray_tasks.evaluators import EvaluatorPool, Finished
+from search.budget import Budget
+from search.candidate import Provenance
+from search.driver import search
+from search.ledger import Ledger
+from search.method_space import MethodSpace
+from search.objective import make_objective
+from search.samplers import READ_EVERYTHING, make_sampler
+from search.space import Space
+from search.study import open_study
+
+MEMBERS = tuple("abcdefgh")
+METHODS = ("average", "task_arithmetic", "ties", "fisher", "gradient_matching", "regmean")
+
+
+class Sleeper:
+    """An evaluator that sleeps `setup` seconds."""
+
+    def __init__(self, setup: float, threads: int) -> None:
+        self._seconds = setup
+
+    def build(self) -> None:
+        """Has nothing to build."""
+
+    def measure(self, ticket: SimpleNamespace) -> Any:
+        """Sleeps."""
+        started = datetime.now(UTC)
+        time.sleep(self._seconds)
+        return SimpleNamespace(measurement=None, error=None, worker="here", started=started, lost=False)
+
+
+class LightPool(EvaluatorPool):
+    """Sends tickets alone, for whole assignments would import torch where they arrive; scores are made up here."""
+
+    def submit(self, assignment: Assignment) -> None:
+        """Hands out the ticket."""
+        light: Any = SimpleNamespace(ticket=assignment.ticket, recipe=None)
+        super().submit(light)
+
+    def wait(self, timeout: float) -> list[Finished]:
+        """What finished, with scores."""
+        return [replace(done, measurement=_scores(int(done.ticket))) for done in super().wait(timeout)]
+
+
+def _scores(number: int) -> Measurement:
+    value = (number * 0.6180339887) % 1.0
+    scores = {f"task{i}": Score(value - i / 100, 0.01, 200, "accuracy", 1.0, 1 - value, 0.01) for i in range(4)}
+    return Measurement(scores, 0.0, 1.0, {})
+
+
+def measure(evaluators: int, candidates: int, sleep: float, sampler: str) -> str:
+    """One search; a line of the table."""
+    space = Space({method: MethodSpace() for method in METHODS}, MEMBERS, None, "per_member")
+    pool = LightPool(sleep, evaluators, threads=0, kind=Sleeper)
+    with tempfile.TemporaryDirectory() as place:
+        ledger = Ledger(str(Path(place) / "ledger"), "busy")
+        try:
+            pool.start(grace=600.0)
+            with open_study(str(Path(place) / "study"), "busy", space, ledger) as study:
+                wall, cpu = time.perf_counter(), time.process_time()
+                search(
+                    study,
+                    space,
+                    lambda number: make_sampler(sampler, 0, None, number),
+                    ledger,
+                    RayExecutor(pool, None),
+                    make_objective("mean", [f"task{i}" for i in range(4)]),
+                    Provenance("busy"),
+                    Budget(candidates),
+                    history=500 if sampler in READ_EVERYTHING else None,
+                )
+                wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        finally:
+            pool.close()
+        rows = len(ledger.rows())
+    return (
+        f"| {evaluators} | {rows} | {wall:.1f} | {rows / wall:.1f} | {rows * sleep / (wall * evaluators):.1%} | "
+        f"{1e3 * cpu / rows:.1f} |"
+    )
+
+
+def main() -> None:
+    """Prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--evaluators", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--rounds", type=int, default=20, help="candidates of each evaluator")
+    parser.add_argument("--most", type=int, default=2000, help="candidates of a run at most")
+    parser.add_argument("--sleep", type=float, default=2.0, help="seconds of an evaluation")
+    parser.add_argument("--sampler", default="tpe")
+    chosen = parser.parse_args()
+    print("| evaluators | candidates | s | candidates / s | busy | driver CPU ms / candidate |")
+    print("|--:|--:|--:|--:|--:|--:|")
+    with connect():
+        for evaluators in chosen.evaluators:
+            candidates = min(chosen.most, chosen.rounds * evaluators)
+            print(measure(evaluators, candidates, chosen.sleep, chosen.sampler), flush=True)
+
+
+if __name__ == "__main__":
+    main()

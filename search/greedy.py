@@ -1,0 +1,74 @@
+"""Subsets of members chosen by what their merges score on validation, one member after another."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from merging.errors import SelectionError
+
+Subset: TypeAlias = tuple[str, ...]
+Scores: TypeAlias = Callable[[Sequence[Subset]], Sequence[float | None]]
+"""Measures the merges of subsets, several at once; None for one that failed."""
+
+
+def greedy_forward(members: Sequence[str], scores: Scores, most: int | None = None) -> list[Subset]:
+    """The best member, then, time and again, the member whose joining scores most.
+
+    At most N (N + 1) / 2 measurements: as the RegMean paper chooses members for a domain that none was trained on
+    (Jin et al. 2023, section 5.2), but by trying every member at every step, not by rank alone.
+
+    Args:
+        members: The pool's.
+        scores: Measures subsets.
+        most: Go on to this many members, whatever that does; by default until no member that joins does good.
+
+    Returns:
+        The subset after each step, each sorted by name.
+
+    Raises:
+        SelectionError: No member could be measured.
+    """
+    path: list[Subset] = []
+    height = float("-inf")
+    while len(path) < min(most or len(members), len(members)):
+        so_far = path[-1] if path else ()
+        steps = [tuple(sorted((*so_far, name))) for name in members if name not in so_far]
+        found = dict(_measured(steps, scores))
+        if not found:
+            if path:
+                break
+            raise SelectionError("no member could be merged and measured alone: see the `error` column of the ledger")
+        best = max(found, key=found.__getitem__)
+        if most is None and found[best] <= height:
+            break
+        path.append(best)
+        height = found[best]
+    return path
+
+
+def greedy_soup(members: Sequence[str], scores: Scores) -> Subset:
+    """From the best member down, every member whose joining does no harm (Wortsman et al. 2022, recipe 1).
+
+    2 N − 1 measurements: members are ranked by what they score alone.
+
+    Args:
+        members: The pool's.
+        scores: Measures subsets.
+
+    Raises:
+        SelectionError: No member could be measured.
+    """
+    alone = dict(_measured([(name,) for name in members], scores))
+    if not alone:
+        raise SelectionError("no member could be merged and measured alone: see the `error` column of the ledger")
+    ranked = sorted(alone, key=lambda subset: -alone[subset])
+    soup, height = ranked[0], alone[ranked[0]]
+    for joining in ranked[1:]:
+        for tried, score in _measured([tuple(sorted((*soup, *joining)))], scores):
+            if score >= height:
+                soup, height = tried, score
+    return soup
+
+
+def _measured(subsets: Sequence[Subset], scores: Scores) -> list[tuple[Subset, float]]:
+    """Subsets that could be measured, and what they scored."""
+    return [(subset, score) for subset, score in zip(subsets, scores(subsets), strict=True) if score is not None]

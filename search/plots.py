@@ -1,0 +1,97 @@
+"""The answers of `search.analysis` as plotly figures; Optuna's own where it has one."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import optuna
+import pandas as pd
+import plotly.graph_objects as go
+
+from search import analysis
+from search.results import candidates, columns
+from search.results import history as told
+
+SPENT = {"candidates": "candidates evaluated", "examples": "examples evaluated", "seconds": "seconds"}
+
+
+def history(source: optuna.Study | pd.DataFrame) -> Any:
+    """Every candidate's objective and the best so far: Optuna's `plot_optimization_history`."""
+    return optuna.visualization.plot_optimization_history(
+        _study(source), target=lambda trial: trial.values[0], target_name="objective"
+    )
+
+
+def importance(source: optuna.Study | pd.DataFrame, evaluator: analysis.Evaluator = "ped-anova") -> Any:
+    """Shares of importance of the search's parameters, as `analysis.importance` has them."""
+    shares = analysis.importance(source, evaluator)[::-1]
+    figure = go.Figure(go.Bar(x=shares.to_list(), y=[str(name) for name in shares.index], orientation="h"))
+    return figure.update_layout(title=f"Importance ({evaluator})", xaxis_title="share", xaxis_tickformat=".0%")
+
+
+def slices(source: optuna.Study | pd.DataFrame, parameters: Sequence[str] | None = None) -> Any:
+    """The objective against each parameter: Optuna's `plot_slice`."""
+    return optuna.visualization.plot_slice(
+        _study(source),
+        params=list(parameters) if parameters is not None else None,
+        target=lambda trial: trial.values[0],
+        target_name="objective",
+    )
+
+
+def pareto_front(found: pd.DataFrame, x: str | None = None, y: str | None = None) -> Any:
+    """Two columns against each other, with the candidates that no other one beats in both.
+
+    Args:
+        found: A tidy frame.
+        x: A column; by default the first task's score.
+        y: Another; by default the second task's.
+    """
+    tasks = list(columns(found, "score").values())
+    across, up = x or tasks[0], y or tasks[min(1, len(tasks) - 1)]
+    tried = candidates(found)
+    front = analysis.pareto_front(found, [across, up]).sort_values(across)
+    figure = go.Figure()
+    for name, shown, mode in (("candidates", tried, "markers"), ("front", front, "lines+markers")):
+        figure.add_scatter(
+            x=shown[across].to_list(),
+            y=shown[up].to_list(),
+            mode=mode,
+            name=name,
+            text=(shown["method"] + " " + shown["members"]).to_list(),
+        )
+    return figure.update_layout(title="Pareto front", xaxis_title=across, yaxis_title=up)
+
+
+def marginal_effects(found: pd.DataFrame) -> Any:
+    """Adjusted effects of methods and members with their standard errors, as `analysis.marginal_effects` has them."""
+    effects = analysis.marginal_effects(found)
+    figure = go.Figure()
+    for kind in ("method", "member"):
+        own = effects[effects["kind"] == kind][::-1]
+        figure.add_bar(
+            x=own["adjusted"].to_list(),
+            y=own["name"].to_list(),
+            error_x={"array": own["standard_error"].to_list()},
+            orientation="h",
+            name=kind,
+        )
+    return figure.update_layout(title="Marginal effects", xaxis_title="effect on the objective")
+
+
+def compare(campaigns: Mapping[str, pd.DataFrame], spent: str = "candidates") -> Any:
+    """The best objective of each campaign against what it had spent: the evaluations-to-target curves.
+
+    Args:
+        campaigns: Name → tidy frame.
+        spent: `candidates`, `examples` or `seconds`.
+    """
+    figure = go.Figure()
+    for name, found in campaigns.items():
+        line = told(found)
+        along = {"candidates": range(1, len(line) + 1), "examples": line["spent"], "seconds": line["seconds"]}[spent]
+        figure.add_scatter(x=list(along), y=line["best"].to_list(), mode="lines", line={"shape": "hv"}, name=name)
+    return figure.update_layout(xaxis_title=SPENT[spent], yaxis_title="best objective", showlegend=True)
+
+
+def _study(source: optuna.Study | pd.DataFrame) -> optuna.Study:
+    return analysis.as_study(source) if isinstance(source, pd.DataFrame) else source

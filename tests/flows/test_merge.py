@@ -1,0 +1,65 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from flows.merge import merge_recipe
+from flows.progress import Display
+from flows.recipe_file import load_recipe
+from merging.checkpoint import Checkpoint
+from merging.errors import MethodError
+from merging.mismatch import quadratic_mismatch
+from merging.statistics import STATISTICS, LikelihoodSettings, measure, save
+from merging.tasks import TextClassificationSettings, make_task
+
+MEMBERS = ("one", "two")
+
+
+@pytest.fixture
+def write_recipe(tiny_campaign, tmp_path):
+    """Writes a recipe of two members, with the Fisher information of some: `write_recipe("one")`."""
+
+    def write(*with_fisher):
+        members = {}
+        for name in MEMBERS:
+            path = tiny_campaign["members"][name]["checkpoint"]
+            members[name] = {"checkpoint": path}
+            if name in with_fisher:
+                task = make_task(name, TextClassificationSettings(**tiny_campaign["tasks"][name]), path)
+                statistic = STATISTICS["fisher"](LikelihoodSettings(examples=4))
+                partial = measure(task, statistic)
+                file = str(tmp_path / f"{name}.safetensors")
+                save(file, statistic, partial, checkpoint=Checkpoint.open(path).fingerprint, data="d")
+                members[name]["statistics"] = [file]
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump({"base": tiny_campaign["base"], "members": members, "method": "average"}))
+        return str(recipe)
+
+    return write
+
+
+def test_the_mismatch_is_told_where_it_is_asked_for(write_recipe, tmp_path, capsys):
+    recipe = write_recipe(*MEMBERS)
+    merge_recipe(recipe, str(tmp_path / "out"), "float32", 1.0, Display(), mismatch=True)
+    printed = capsys.readouterr()
+    material = load_recipe(recipe).material()
+    expected = quadratic_mismatch(material, Checkpoint.open(str(tmp_path / "out")).read, dict.fromkeys(MEMBERS, 1.0))
+    shown = " ".join((printed.out + printed.err).split())
+    assert expected.total > 0
+    assert f"predicts it: {expected.total:.3g} (one {expected.members['one']:.3g}," in shown
+    assert torch.float32 == Checkpoint.open(str(tmp_path / "out")).read("pooler.dense.weight").dtype
+
+
+def test_a_mismatch_without_fisher_information_is_refused_before_anything_is_written(write_recipe, tmp_path):
+    with pytest.raises(MethodError, match="needs the statistic 'fisher' of two"):
+        merge_recipe(write_recipe("one"), str(tmp_path / "out"), None, 1.0, Display(), mismatch=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_merging_imports_torch_and_nothing_else_that_takes_seconds():
+    dear = "{'transformers', 'sklearn', 'pandas', 'pyarrow', 'optuna', 'ray', 'scipy', 'matplotlib'}"
+    script = f"import sys, flows.merge; print(sorted({dear} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

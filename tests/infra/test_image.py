@@ -1,0 +1,46 @@
+"""The image's recipe: whole, small, without root and without secrets."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def instructions():
+    """Instruction and arguments, comments dropped and continued lines joined."""
+    text = (ROOT / "infra" / "Dockerfile").read_text()
+    lines = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    found = [line.strip() for line in re.sub(r"\\\n\s*", "", lines).splitlines() if line.strip()]
+    return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in found]
+
+
+def test_every_package_is_copied_and_passes_the_ignore_file(instructions):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = {name.rstrip("*") for name in project["tool"]["setuptools"]["packages"]["find"]["include"]}
+    needed = packages | {"pyproject.toml", project["project"]["readme"], *project["project"]["license-files"]}
+    copied = {source for name, value in instructions if name == "COPY" for source in value.split()[:-1]}
+    assert copied == needed
+    assert all((ROOT / source).exists() for source in copied)
+    ignored = (ROOT / "infra" / "Dockerfile.dockerignore").read_text().splitlines()
+    rules = [line for line in ignored if line and not line.startswith("#")]
+    assert rules[0] == "*"
+    assert {rule[1:] for rule in rules if rule.startswith("!")} == copied
+
+
+def test_base_user_and_environment(instructions):
+    names = [name for name, _ in instructions]
+    assert set(names) <= {"FROM", "RUN", "COPY", "ENV", "USER", "WORKDIR", "CMD"}
+    base = next(value for name, value in instructions if name == "FROM")
+    requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert base == f"python:{requires.removeprefix('>=')}-slim"
+    users = [value for name, value in instructions if name == "USER"]
+    assert users
+    assert users[-1] not in ("0", "root")
+    assert "RUN" not in names[names.index("USER") :]
+    environment = " ".join(value for name, value in instructions if name == "ENV")
+    assert "RAY_AUTH_MODE=token" in environment
+    assert not re.search(r"TOKEN=|SECRET|PASSWORD|ACCESS_KEY", environment)

@@ -1,0 +1,90 @@
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+
+from merging.errors import MethodError
+from merging.pool import Pool
+from merging.propagation import PropagationSettings, propagate
+from merging.statistics import StatisticsFile
+from merging.tasks import TextClassificationSettings
+from ray_tasks.propagation import PropagationJob, solve
+from ray_tasks.statistics import BoundTask
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+
+
+@pytest.fixture
+def job(tiny_campaign, tmp_path):
+    members = {name: member["checkpoint"] for name, member in tiny_campaign["members"].items()}
+    tasks = {
+        name: BoundTask(name, TextClassificationSettings(**tiny_campaign["tasks"][name]), path, tiny_campaign["base"])
+        for name, path in members.items()
+    }
+    return PropagationJob(
+        base=tiny_campaign["base"],
+        members=members,
+        heads=(),
+        tasks=tasks,
+        settings=PropagationSettings(examples=20, batch_size=6, ridge=0.1),
+        key={"statistic": "propagated"},
+        path=str(tmp_path / "propagated.safetensors"),
+        checkpoint="c",
+        data="d",
+    )
+
+
+def same_as_serial(job, fits):
+    pool = Pool.open(job.base, job.members)
+    serial = propagate(pool, {name: task.open() for name, task in job.tasks.items()}, list(job.members), job.settings)
+    assert [fit.weights for fit in fits] == [fit.weights for fit in serial.fits]
+    assert [fit.rows for fit in fits] == [fit.rows for fit in serial.fits]
+    file = StatisticsFile.open(job.path)
+    assert set(file.names) == set(serial.weights)
+    for name, value in serial.weights.items():
+        torch.testing.assert_close(file.read(name), value, rtol=0, atol=1e-4)
+
+
+def test_sharded_equals_serial(job):
+    told = []
+    fits = solve(job, crews=2, progress=told.append)
+    same_as_serial(job, fits)
+    assert told == sorted(told)
+    assert told[-1] == 1.0
+
+
+def test_a_lost_actor_begins_the_work_again(job):
+    killed = []
+
+    def kill_one():
+        deadline = time.monotonic() + 60
+        while not killed and time.monotonic() < deadline:
+            for process in psutil.Process().children(recursive=True):
+                try:
+                    if any("_CrewActor" in part for part in process.cmdline()):
+                        os.kill(process.pid, signal.SIGKILL)
+                        killed.append(process.pid)
+                        return
+                except psutil.Error:
+                    continue
+            time.sleep(0.01)
+
+    assassin = threading.Thread(target=kill_one)
+    assassin.start()
+    fits = solve(job, crews=1, retries=1)
+    assassin.join()
+    assert killed, "an actor was to be killed"
+    same_as_serial(job, fits)
+
+
+def test_what_a_member_does_wrong_is_its_own_error(job):
+    with pytest.raises(MethodError, match="factors: 'nobody' is no member"):
+        solve(
+            PropagationJob(**{**vars(job), "settings": PropagationSettings(factors={"nobody": 2.0})}),
+            crews=1,
+            retries=0,
+        )

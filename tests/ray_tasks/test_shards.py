@@ -1,0 +1,187 @@
+"""The sharded regime gives the resident regime's weights bit for bit, whatever is lost."""
+
+import math
+import os
+import re
+import signal
+import time
+
+import pytest
+import torch
+
+from merging.live import LiveModels
+from merging.merge import ResidentMerger, base_recipe, member_recipe, subset_fingerprint
+from merging.pool import Pool
+from merging.recipe import Recipe
+from merging.statistics.base import Partial
+from merging.statistics.file import save_tensors
+from merging.tasks import TextClassificationSettings, make_task
+from merging.trace import Plan
+from ray_tasks.delivery import Delivery, FedEvaluator
+from ray_tasks.evaluation import Assignment, Setup
+from ray_tasks.evaluators import EvaluatorPool
+from ray_tasks.sharding import nodes, plan, sharded
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+MEMBERS = ("one", "two", "three")
+ALL = {"one": 0.7, "two": 0.5, "three": 0.9}
+GROUPED = {"one@layers:0": 0.4, "one@layers:1-": 0.9, "two": 0.5, "three@*query*": 0.2, "three@*": 0.8}
+RECIPES = [
+    base_recipe(),
+    member_recipe("two"),
+    Recipe("average", dict.fromkeys(MEMBERS, 1.0)),
+    Recipe("task_arithmetic", GROUPED),
+    Recipe("ties", ALL, {"density": 0.2}),
+    Recipe("ties", GROUPED, {"density": 0.35}),
+    Recipe("lines+ties", ALL, {"density": 0.2}),
+    Recipe("dare", ALL, {"drop": 0.4, "seed": 3}),
+    Recipe("fisher", ALL),
+    Recipe("regmean", ALL),
+    Recipe("regmean", GROUPED),
+    Recipe("multi_slerp", ALL),
+    Recipe("regmean_propagated", dict.fromkeys(MEMBERS, 1.0), {"factor": 0.9}),
+]
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_campaign, tiny_pool, tmp_path_factory):
+    """The tiny pool with statistics; query, key and value share their Grams."""
+    root = tmp_path_factory.mktemp("statistics")
+    generator = torch.Generator().manual_seed(0)
+    members = {name: str(tiny_pool[name]) for name in MEMBERS}
+    pool = Pool.open(str(tiny_pool["base"]), members)
+
+    def save(kind, who, tensors, checkpoint, shared=None):
+        about = Partial({}, {"examples": 8, "tokens": 8}, shared=shared or {})
+        path = str(root / f"{who}.{kind}.safetensors")
+        save_tensors(path, kind, {}, tensors, about, checkpoint=checkpoint, data="")
+        return path
+
+    def gram(size):
+        value = torch.randn(2 * size, size, generator=generator)
+        return value.T @ value
+
+    files = {}
+    for who, member in pool.members.items():
+        shapes = {member.names[name]: tuple(info.shape) for name, info in pool.weights.items()}
+        matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2 and "embed" not in name}
+        shared = {name: re.sub("key|value", "query", name) for name in matrices if re.search("key|value", name)}
+        fisher = {name: torch.rand(shape, generator=generator) * 1e-3 for name, shape in shapes.items()}
+        grams = {name: gram(shape[1]) for name, shape in matrices.items() if name not in shared}
+        own = member.checkpoint.fingerprint
+        files[who] = (save("fisher", who, fisher, own), save("gram", who, grams, own, shared))
+    solved = {name: torch.randn(tuple(info.shape), generator=generator) for name, info in pool.weights.items()}
+    subset = "+".join(sorted(MEMBERS))
+    files[subset] = (save("propagated", subset, solved, subset_fingerprint(pool, MEMBERS)),)
+    return Setup(
+        base=str(tiny_pool["base"]),
+        members=members,
+        heads=(),
+        statistics=files,
+        examples={},
+        tasks={name: TextClassificationSettings(**task) for name, task in tiny_campaign["tasks"].items()},
+        owners={name: name for name in MEMBERS},
+    )
+
+
+@pytest.fixture(scope="module")
+def shards(setup):
+    made = plan(setup.material(), ["ties", "regmean"], nodes(), evaluators=1, shards=2)
+    with sharded(setup.material, made, restarts=2) as running:
+        yield running
+
+
+def empty(pool):
+    return {name: torch.full(tuple(info.shape), math.nan) for name, info in pool.weights.items()}
+
+
+def deliver(material, pieces):
+    """What an evaluator copies into its models."""
+    out = empty(material.pool)
+    assert [piece.error for piece in pieces] == [None] * len(pieces)
+    delivery = Delivery(material, out)
+    delivery.take(pieces)
+    return out, delivery.merge(base_recipe())
+
+
+def arrived(references):
+    import ray  # after ray_tasks, which settles its environment
+
+    return ray.get(references, timeout=120)
+
+
+def test_shards_merge_bit_for_bit_what_one_process_merges(setup, shards):
+    material = setup.material()
+    expected = empty(material.pool)
+    merger = ResidentMerger(material, expected)
+    for recipe in RECIPES:
+        report = merger.merge(recipe)
+        out, found = deliver(material, arrived(shards.merge(recipe)))
+        assert found == report
+        for name, value in expected.items():
+            assert torch.equal(out[name], value), (recipe, name)
+
+
+@pytest.fixture
+def pool(setup, shards):
+    pool = EvaluatorPool(setup, evaluators=1, kind=FedEvaluator, shards=shards)
+    pool.start()
+    yield pool
+    pool.close()
+
+
+def collect(pool, count):
+    found = {}
+    deadline = time.monotonic() + 120
+    while len(found) < count and time.monotonic() < deadline:
+        found |= {done.ticket: done for done in pool.wait(5.0)}
+    return found
+
+
+def test_evaluators_are_fed_and_a_lost_shard_costs_one_more_try(setup, shards, pool):
+    ties, regmean = RECIPES[4], RECIPES[9]
+    tasks = [make_task(name, settings, setup.members[name]) for name, settings in setup.tasks.items()]
+    live = LiveModels(setup.material(), tasks, setup.owners, torch.device("cpu"))
+    expected = {name: live.measure(recipe, "validation") for name, recipe in (("ties", ties), ("regmean", regmean))}
+
+    def agree(done, name):
+        assert done.error is None
+        wanted = expected[name].scores
+        assert {task: (s.value, s.loss) for task, s in done.measurement.scores.items()} == {
+            task: (s.value, s.loss) for task, s in wanted.items()
+        }
+        assert done.measurement.report == expected[name].report
+
+    # the second one's weights are merged while the first is measured
+    assert (pool.capacity, pool.free) == (2, 2)
+    pool.submit(Assignment("ties", ties, "validation"))
+    pool.submit(Assignment("regmean", regmean, "validation"))
+    assert pool.free == 0
+    for name, done in collect(pool, 2).items():
+        agree(done, name)
+
+    pool.submit(Assignment("bad", Recipe("fisher", {"one": 1.0, "two": -1.0, "three": -1.0}), "validation"))
+    bad = collect(pool, 1)["bad"]
+    assert (bad.lost, bad.error.split(":")[0]) == (False, "MethodError")
+
+    os.kill(arrived(shards.actors[1].__ray_call__.remote(lambda shard: os.getpid())), signal.SIGKILL)
+    pool.submit(Assignment("first", ties, "validation"))
+    first = collect(pool, 1)["first"]
+    assert (first.lost, first.error) == (True, "a shard was started again")
+    pool.submit(Assignment("again", ties, "validation"))
+    agree(collect(pool, 1)["again"], "ties")
+
+
+def test_an_evaluator_that_is_given_up_takes_its_next_assignment_with_it(setup, shards, pool):
+    pool.seconds = 2.0
+    slow = Plan(8, lambda trace: bool(time.sleep(600)))
+    pool.submit(Assignment("slow", base_recipe(), "validation", plan=slow))
+    pool.submit(Assignment("next", base_recipe(), "validation"))
+    found = collect(pool, 2)
+    assert found["slow"].error == "TimeoutError: not measured within 2 s (search.candidate_seconds)"
+    assert found["next"].lost
+    pool.seconds = 60.0
+    while not pool.free:
+        pool.wait(1.0)
+    pool.submit(Assignment("next", base_recipe(), "validation"))
+    assert collect(pool, 1)["next"].measurement is not None

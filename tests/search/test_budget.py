@@ -1,0 +1,86 @@
+import pytest
+
+from search.budget import Budget, Tally
+from search.schema import Row
+
+
+def row(objective, examples=10, violations=None, **objectives):
+    status = "failed" if objective is None else "complete"
+    return Row(
+        "c",
+        f"{objective}",
+        "validation",
+        "search",
+        status,
+        "ties",
+        objective=objective,
+        objectives=objectives,
+        violations=violations or {},
+        examples={"x": examples, "y": examples},
+    )
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def test_rate_and_time_left(clock):
+    tally = Tally(Budget(100, seconds=500.0), [row(0.1)], 100, clock=clock)
+    assert tally.progress().per_minute is None
+    assert tally.progress().seconds_left is None
+    for second in range(1, 12):
+        clock.now = 2.0 * second
+        tally.add(row(0.1))
+    progress = tally.progress()
+    assert (progress.done, progress.total, progress.examples) == (12, 100, 240)
+    assert progress.per_minute == pytest.approx(30)
+    assert progress.seconds_left == pytest.approx(176)
+    few = Tally(Budget(100, seconds=50.0, examples=400), [row(0.1)], 100, clock=clock)
+    for _ in range(3):
+        clock.now += 3
+        few.add(row(0.1))
+    assert few.progress().seconds_left == pytest.approx(41)  # 50 seconds, 9 of them gone; the examples last 48
+
+
+@pytest.mark.parametrize(
+    ("budget", "under_way", "ending"),
+    [
+        (Budget(5), 0, None),
+        (Budget(5), 2, "candidates"),
+        (Budget(9, examples=61), 0, None),
+        (Budget(9, examples=61), 1, "examples"),
+        (Budget(9, seconds=4.0), 0, "seconds"),
+        (Budget(9, seconds=6.0), 0, None),
+        (Budget(9, patience=2), 0, "plateau"),
+        (Budget(9, patience=3), 0, None),
+    ],
+)
+def test_what_is_spent(clock, budget, under_way, ending):
+    tally = Tally(budget, [row(0.5), row(0.4)], budget.candidates, clock=clock)
+    clock.now = 5.0
+    tally.add(row(None))
+    assert tally.spent(under_way) == ending
+
+
+def test_improvements_of_any_objective_count_and_broken_constraints_do_not():
+    tally = Tally(Budget(99, patience=2, min_delta=0.1), [], 99)
+    steps = [
+        (row(0.5, a=0.5, b=0.5), None),
+        (row(0.5, a=0.5, b=0.55), None),
+        (row(0.4, a=0.4, b=0.65), None),  # b by more than 0.1
+        (row(0.9, a=0.9, b=0.9, violations={"x": 0.2}), None),
+        (row(0.55, a=0.55, b=0.7), "plateau"),
+        (row(0.7, a=0.7, b=0.1), None),
+    ]
+    for step, ending in steps:
+        tally.add(step)
+        assert tally.spent() == ending
+    assert tally.progress().best.objective == 0.7
