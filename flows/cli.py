@@ -128,12 +128,14 @@ def campaign_status(
     watch: Annotated[bool, typer.Option("--watch", help="Look every few seconds until the campaign ends.")] = False,
 ) -> None:
     """Says how far a campaign is and when its driver was last heard of, from any machine that can read its directory."""
+    from rich.console import Console
+
     from flows.status import read_status
 
     while True:
         status = read_status(directory)
         if watch and not json and sys.stdout.isatty():
-            typer.clear()
+            Console().clear()
         typer.echo(status.as_json() if json else status.as_text())
         if not watch or not status.may_change:
             return
