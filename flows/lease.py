@@ -22,6 +22,12 @@ SILENCE = 3 * BEAT
 """A holder that gave none for so long is taken for dead."""
 SETTLE = 1.0
 """Seconds after which of several that took a dead holder's place on a store without conditions, the last one stays."""
+TAKEN = signal.SIGUSR1
+"""Interrupts the main thread, also of a process that was started in the background, where SIGINT is ignored."""
+
+
+class _Taken(BaseException):
+    """Somebody else holds the lease now."""
 
 
 @contextmanager
@@ -43,21 +49,25 @@ def lease(path: str, what: str) -> Iterator[None]:
     _take(path, mine, what)
     done, lost = threading.Event(), threading.Event()
     beats = threading.Thread(target=_beat, args=(path, mine, done, lost), name="mergequest-lease", daemon=True)
+    before = signal.signal(TAKEN, _stop)
     beats.start()
     try:
         yield
-    except KeyboardInterrupt:
-        if lost.is_set():
-            raise LedgerError(
-                f"another mergequest took over {what} while this one gave no sign of life: it goes on there"
-            ) from None
-        raise
+    except _Taken:
+        raise LedgerError(
+            f"another mergequest took over {what} while this one gave no sign of life: it goes on there"
+        ) from None
     finally:
         done.set()
         beats.join()
+        signal.signal(TAKEN, before)
         if not lost.is_set():
             with suppress(StorageError):
                 storage.remove(path)
+
+
+def _stop(number: int, frame: object) -> None:
+    raise _Taken
 
 
 def _take(path: str, mine: dict[str, Any], what: str) -> None:
@@ -95,7 +105,7 @@ def _beat(path: str, mine: dict[str, Any], done: threading.Event, lost: threadin
             found = _read(path)
             if found is not None and found.get("owner") != mine["owner"]:
                 lost.set()
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                signal.pthread_kill(threading.main_thread().ident or 0, TAKEN)
                 return
             storage.write_bytes(path, _encoded(mine, number))
         except StorageError:
