@@ -316,7 +316,7 @@ def test_starts_from_theory_and_gradients_and_a_distilled_end(campaign_file):
         row.proxies["gradient:examples"] for row in starts.values() if "gradient:examples" in row.proxies
     ) == [
         48.0,
-        96.0,
+        90.0,
     ]
     predicted = [row for row in rows if row.method == "task_arithmetic"]
     assert all({"theory:one", "theory:two", "theory:three"} <= row.proxies.keys() for row in predicted)
