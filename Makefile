@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test test-fast lint format clean
+.PHONY: help quickstart test test-fast test-endurance lint format clean
 
 help:
 	@echo "make quickstart  build a real pool of models and search for its best merge (about 12 minutes on 2 cores)"
 	@echo "make test        lint, types, import floors, and all tests"
 	@echo "make test-fast   the fast tests only"
+	@echo "make test-endurance  killed nodes and drivers, a faulty S3: minutes each, not part of make test"
 	@echo "make format      format and fix what can be fixed"
 	@echo "make clean       remove the environment, caches and runs"
 
@@ -16,7 +17,10 @@ quickstart: $(VENV)/installed
 	$(BIN)/mergequest quickstart
 
 test: lint test-fast
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow and not endurance"
+
+test-endurance: $(VENV)/installed-dev
+	$(BIN)/pytest -m endurance
 
 test-fast: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto

@@ -19,7 +19,7 @@ import yaml
 
 from search.ledger import Ledger
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.endurance, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 CANDIDATES = 36
 SECONDS = 0.4

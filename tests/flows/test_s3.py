@@ -98,6 +98,7 @@ def everything(root):
     return {path: system.cat_file(path) for path in system.find(inner)}
 
 
+@pytest.mark.endurance
 def test_everything_on_s3_over_a_connection_that_fails(files, unreliable, s3_at, s3_server, tmp_path):
     root = s3_at(unreliable.url)
     here, there = files(root)
