@@ -166,12 +166,12 @@ def test_a_merge_and_statistics_as_jobs(head, campaign_file, tiny_campaign, tmp_
 
 def test_submit_runs_the_campaign_on_the_cluster(head, campaign_file, tmp_path):
     url, environment = head
-    done = submit(campaign_file(search={"candidates": 8}, directory="out"), url, environment, tmp_path)
+    done = submit(campaign_file(search={"candidates": 12}, directory="out"), url, environment, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "winner" in done.stdout
     assert re.search(r"Ray \S+:\d+: 1 node, 2 CPUs", done.stdout), f"the job joins no cluster: {done.stdout}"
     rows = Ledger(str(tmp_path / "out" / "ledger")).rows()
-    assert len([row for row in rows if row.origin in ("anchor", "search")]) == 8
+    assert len([row for row in rows if row.origin in ("anchor", "search")]) == 12
     assert best(rows)
     assert (tmp_path / "out" / "report.html").exists()
 
