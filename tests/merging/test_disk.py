@@ -1,3 +1,4 @@
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,6 +62,26 @@ def test_members_that_take_no_part_have_none(material, tiny_pool, tmp_path):
     for number, pool in enumerate((material, small)):
         merge_to_disk(pool, recipe, str(tmp_path / str(number)), max_bytes=10_000)
     assert (tmp_path / "0" / SINGLE).read_bytes() == (tmp_path / "1" / SINGLE).read_bytes()
+
+
+def test_buffers_are_the_bases(tiny_pool, tmp_path):
+    """Integers and booleans are nothing to average, whatever a member holds in their place."""
+    buffers = {
+        "steps": torch.tensor([3, 5]),
+        "embeddings.position_ids": torch.arange(4),
+        "seen": torch.tensor([True, False]),
+    }
+    for name, path in tiny_pool.items():
+        shutil.copytree(path, tmp_path / name)
+        own = buffers if name == "base" else {key: torch.zeros_like(value) for key, value in buffers.items()}
+        save_file(load_file(path / SINGLE) | own, tmp_path / name / SINGLE, metadata={"format": "pt"})
+    material = Material(open_pool({name: tmp_path / name for name in tiny_pool}))
+    merge_to_disk(material, METHODS["average"].default_recipe(MEMBERS), str(tmp_path / "out"), dtype=torch.bfloat16)
+    written = load_file(tmp_path / "out" / SINGLE)
+    for name, value in buffers.items():
+        assert name not in material.pool.weights
+        assert written[name].dtype == value.dtype
+        assert torch.equal(written[name], value)
 
 
 def test_disk_takes_a_dtype(material, tmp_path):
