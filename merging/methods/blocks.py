@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from merging.errors import MethodError
+from merging.methods import fused
 from merging.methods.base import Weight
 
 CPU_ROW = 1 << 18
@@ -92,6 +93,9 @@ def weighted_sum(terms: Sequence[tuple[Tensor, float]], out: Tensor, scratch: Sc
     used = [(value.reshape(-1), factor) for value, factor in terms if factor != 0]
     with flat(out) as destination:
         values = (destination, *(value for value, _ in used))
+        if fused.fits(*values):
+            fused.weighted_sum(used, destination)
+            return
         for piece, *parts in cut(values, step_of(destination.device)):
             direct = piece.dtype == torch.float32
             row = piece if direct else scratch.take("sum", piece.numel(), device=piece.device)
@@ -143,6 +147,8 @@ def difference(value: Tensor, base: Tensor, row: Tensor) -> Tensor:
 
 def is_finite(value: Tensor) -> bool:
     """Whether there is neither NaN nor Inf; the extremes, which are found fast, show either."""
+    if fused.fits(every := value.reshape(-1)):
+        return fused.is_finite(every)
     if not value.numel() or value.dtype.itemsize == 1:  # torch knows no extremes of 8-bit floats
         return bool(value.to(torch.float32).isfinite().all())
     low, high = torch.aminmax(value)

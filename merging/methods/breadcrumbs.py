@@ -5,9 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from merging.methods import trim
+from merging.methods import fused, trim
 from merging.methods.base import Context, Method, Parameter, Prepared, Weight, register
-from merging.methods.dare import AGREE
+from merging.methods.dare import AGREE, OF_AGREE
 from merging.methods.deltas import Block, Deltas, combined
 from merging.recipe import Value
 
@@ -83,3 +83,15 @@ class PreparedBreadcrumbs(Deltas):
             return combined(deltas, factors, str(parameters["entries"]), self.scratch)
 
         return block
+
+    def rule(
+        self, weight: Weight, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]
+    ) -> fused.Rule:
+        """Trims on both sides, and adds up."""
+        gamma, share = float(parameters["gamma"]), _share(parameters)
+        bounds = []
+        for member in members:
+            some = self._trimmer.share(weight.name, member, gamma)
+            outliers = self._trimmer.cut(member, gamma, weight.name) if some else None
+            bounds.append(self._trimmer.cut(member, share, weight.name).bounds(weight, outliers))
+        return fused.Rule(factors, OF_AGREE[str(parameters["entries"])], bounds=bounds)

@@ -3,6 +3,7 @@
 import hashlib
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -10,16 +11,36 @@ from merging.methods.base import Weight
 
 LEVELS = 1 << 16
 """Distinct values of a random number: probabilities are multiples of 1 / LEVELS."""
-DRAWN = 4
-"""Numbers that the generator draws at once."""
+_11, _14, _15, _17 = (np.uint32(shift) for shift in (11, 14, 15, 17))
+PIECE = 1 << 16
+"""Numbers drawn at a time, which a cache holds."""
+
+
+def keys(seed: int, member: str, weight: str) -> tuple[int, int]:
+    """Two numbers of 32 bits that all random numbers of a member's weight follow from."""
+    key = hashlib.sha256(f"{seed}\0{member}\0{weight}".encode()).digest()
+    return int.from_bytes(key[:4], "little"), int.from_bytes(key[4:8], "little")
+
+
+def drawn(key: int, other: int, start: int, stop: int) -> npt.NDArray[np.uint16]:
+    """Numbers 0 … 65535 of the entries [start, stop) of a weight.
+
+    Two neighbours, the first with an even index, share the 32 bits that are mixed from half its index and the keys by
+    xor with what is shifted down and multiplication by odd numbers (the finalizer of a hash function): so a number depends
+    neither on the device nor on what else is drawn. The compiled loops do the same (`kernels.draw`).
+    """
+    pairs = np.arange(start >> 1, (stop + 1) >> 1, dtype=np.uint64)
+    x: npt.NDArray[np.uint32] = pairs.astype(np.uint32) ^ np.uint32(key)
+    x = (x ^ (x >> _17)) * np.uint32(0xED5AD4BB)
+    x ^= (pairs >> np.uint64(32)).astype(np.uint32) + np.uint32(other)
+    x = (x ^ (x >> _11)) * np.uint32(0xAC4C1B51)
+    x = (x ^ (x >> _15)) * np.uint32(0x31848BAB)
+    x ^= x >> _14
+    return x.astype("<u4", copy=False).view("<u2")[start & 1 :][: stop - start]
 
 
 class Chance:
-    """One uniform number of 16 bits for each entry; those of the last seed asked for are kept.
-
-    A generator that can leap ahead (PCG64, half the cost of counter-based ones), seeded by seed, member and weight, leaps to
-    the flat index. So a mask depends neither on the device nor on which other weights are merged beside this one.
-    """
+    """One uniform number of 16 bits for each entry; those of the last seed asked for are kept."""
 
     def __init__(self) -> None:
         self._seed = -1
@@ -32,13 +53,12 @@ class Chance:
             self._kept.clear()
         place = member, weight.name, weight.start
         if place not in self._kept:
-            key = hashlib.sha256(f"{seed}\0{member}\0{weight.name}".encode()).digest()
-            skipped, first = divmod(weight.start, DRAWN)
-            generator = np.random.PCG64(int.from_bytes(key)).advance(skipped)
-            last = first + weight.base.numel()
-            bits = generator.random_raw(-(-last // DRAWN))
-            numbers = bits.astype("<u8", copy=False).view(np.int16)[first:last]
-            self._kept[place] = torch.from_numpy(numbers).to(weight.base.device)
+            found, size = keys(seed, member, weight.name), weight.base.numel()
+            numbers = np.empty(size, np.uint16)
+            for start in range(0, size, PIECE):
+                stop = min(start + PIECE, size)
+                numbers[start:stop] = drawn(*found, weight.start + start, weight.start + stop)
+            self._kept[place] = torch.from_numpy((numbers ^ LEVELS // 2).view(np.int16)).to(weight.base.device)
         return self._kept[place]
 
 

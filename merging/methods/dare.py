@@ -6,14 +6,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from merging.methods import fused
 from merging.methods.base import Context, Method, Parameter, Prepared, Weight, register
-from merging.methods.chance import LEVELS, Chance, level
+from merging.methods.chance import LEVELS, Chance, keys, level
 from merging.methods.deltas import Block, Deltas, combined
 from merging.recipe import Value
 
 AGREE = Parameter(
     "all", "add up all entries, or those with the elected sign (TIES)", choices=("all", "elected"), search=False
 )
+OF_AGREE = {"all": "all", "elected": "sum"}
+"""What the compiled loops call the choices of `AGREE`."""
 SEED = Parameter(0, "seed of the random masks", minimum=0, search=False)
 
 
@@ -40,7 +43,7 @@ class Dare(Method):
 
 
 class PreparedDare(Deltas):
-    """Base and members as they are stored, and two bytes of randomness for each member's entry."""
+    """Base and members as they are stored; the compiled loops draw as they go, torch keeps two bytes for each entry."""
 
     def __init__(self, weights: Sequence[Weight]) -> None:
         super().__init__(weights)
@@ -61,3 +64,16 @@ class PreparedDare(Deltas):
             return combined(deltas, rescaled, str(parameters["entries"]), self.scratch)
 
         return block
+
+    def rule(
+        self, weight: Weight, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]
+    ) -> fused.Rule:
+        """Draws, masks and adds up."""
+        dropped, seed = level(float(parameters["drop"])), int(parameters["seed"])
+        return fused.Rule(
+            factors=[factor * LEVELS / (LEVELS - dropped) for factor in factors],
+            entries=OF_AGREE[str(parameters["entries"])],
+            keys=[keys(seed, member, weight.name) for member in members],
+            level=dropped,
+            offset=weight.start,
+        )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from merging.methods import fused
 from merging.methods.base import Prepared, Weight
 from merging.methods.blocks import Scratch, cut, difference, flat, step_of, target, widened
 from merging.methods.checks import check_weights, chosen
@@ -32,15 +33,27 @@ class Deltas(Prepared):
     def plan(self, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]) -> Block:
         """A candidate's arithmetic on one block; rows of task vectors are in the order of `members`."""
 
+    def rule(
+        self, weight: Weight, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]
+    ) -> fused.Rule | None:
+        """The same arithmetic on a whole weight, as the compiled loops have it; None where they have not."""
+        return None
+
     @torch.no_grad()
     def merge(self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]) -> None:
         """One pass over base and members, with all members' task vectors of a block in the cache at once."""
         members = chosen(scaling, self.members)
-        block = self.plan(members, [scaling[member] for member in members], parameters)
+        factors = [scaling[member] for member in members]
+        block = self.plan(members, factors, parameters)
         for weight in self.weights:
             base = weight.base.reshape(-1)
             values = [weight.members[member].reshape(-1) for member in members]
             with flat(target(out, weight)) as destination:
+                if fused.fits(destination, base, *values):
+                    rule = self.rule(weight, members, factors, parameters)
+                    if rule is not None:
+                        fused.combine(base, values, destination, rule)
+                        continue
                 start = weight.start
                 step = step_of(base.device, rows=len(members))
                 for piece, before, *after in cut((destination, base, *values), step):

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from merging.methods import fused
 from merging.methods.base import Weight
 from merging.methods.blocks import Scratch, difference, spans
 
@@ -23,6 +24,9 @@ def inner_products(weights: Iterable[Weight]) -> Products:
     for weight in weights:
         base = weight.base.reshape(-1)
         values = [weight.members[member].reshape(-1) for member in sorted(weight.members)]
+        if fused.fits(base, *values):
+            found[weight.name] = fused.products(base, values)
+            continue
         products = torch.zeros(len(values) + 1, len(values) + 1, dtype=torch.float64, device=base.device)
         for start, stop in spans(base.numel(), base.device, rows=4 * (len(values) + 1)):
             rows = scratch.take("rows", len(values) + 1, stop - start, device=base.device)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from merging.methods import trim
+from merging.methods import fused, trim
 from merging.methods.base import Context, Method, Parameter, Prepared, Weight, register
 from merging.methods.deltas import Block, Deltas, elected
 from merging.recipe import Value
@@ -81,3 +81,12 @@ class PreparedTies(Deltas):
             return elected(deltas, factors, disjoint, self.scratch).mul_(scale)
 
         return block
+
+    def rule(
+        self, weight: Weight, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]
+    ) -> fused.Rule:
+        """Trims, elects and merges."""
+        name = "" if parameters["trim"] == "global" else weight.name
+        cuts = [self._trimmer.cut(member, float(parameters["density"]), name) for member in members]
+        bounds = [cut.bounds(weight) for cut in cuts]
+        return fused.Rule(factors, str(parameters["disjoint"]), float(parameters["lambda"]), bounds)

@@ -18,6 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from merging.methods import fused
 from merging.methods.base import Weight
 from merging.methods.blocks import Scratch
 from merging.methods.magnitudes import (
@@ -141,14 +142,27 @@ class Cut:
         """
         if self is KEEP_ALL:
             return
-        place = row.numel() if weight < self.weight else 0
-        if weight == self.weight:
-            place = min(max(self.index + 1 - start, 0), row.numel())
+        place = self._place(weight, start, row.numel())
         if place in (0, row.numel()):
             torch.ops.aten.hardshrink.out(row, self.before if place else self.after, out=row)
             return
         for piece, above in ((row[:place], self.before), (row[place:], self.after)):
             torch.ops.aten.hardshrink.out(piece, above, out=piece)
+
+    def bounds(self, weight: Weight, outliers: "Cut | None" = None) -> fused.Bounds:
+        """The same for the compiled loops, of all entries of a weight; less those that another cut keeps."""
+        size = weight.base.numel()
+        above, place = (self.before, self.after), self._place(weight.name, weight.start, size)
+        if outliers is None:
+            return fused.Bounds(above, place)
+        most = (outliers.before, outliers.after)
+        return fused.Bounds(above, place, most, outliers._place(weight.name, weight.start, size))
+
+    def _place(self, weight: str, start: int, size: int) -> int:
+        """How many of `size` entries of a weight, from `start` on, are before the place."""
+        if weight != self.weight:
+            return size if weight < self.weight else 0
+        return min(max(self.index + 1 - start, 0), size)
 
 
 KEEP_ALL = Cut(0.0, 0.0)

@@ -59,7 +59,7 @@ def test_a_mismatch_without_fisher_information_is_refused_before_anything_is_wri
 
 
 def test_merging_imports_torch_and_nothing_else_that_takes_seconds():
-    dear = "{'transformers', 'sklearn', 'pandas', 'pyarrow', 'optuna', 'ray', 'scipy', 'matplotlib'}"
+    dear = "{'numba', 'transformers', 'sklearn', 'pandas', 'pyarrow', 'optuna', 'ray', 'scipy', 'matplotlib'}"
     script = f"import sys, flows.merge; print(sorted({dear} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -2,7 +2,6 @@
 
 import hashlib
 
-import numpy as np
 import torch
 
 
@@ -126,9 +125,17 @@ def linear(weights, scaling, parameters, examples):
 
 def uniform(seed, member, name, like):
     """Sixteen random bits an entry: the generator, its seed and its place are part of what dare and della promise."""
-    key = int.from_bytes(hashlib.sha256(f"{seed}\0{member}\0{name}".encode()).digest(), "big")
-    words = [int(word) for word in np.random.PCG64(key).random_raw(like.numel() // 4 + 1)]
-    numbers = [(word >> shift & 0xFFFF) - 0x8000 & 0xFFFF for word in words for shift in (0, 16, 32, 48)]
+    digest = hashlib.sha256(f"{seed}\0{member}\0{name}".encode()).digest()
+    key, other = (int.from_bytes(digest[i : i + 4], "little") for i in (0, 4))
+    numbers = []
+    for pair in range(like.numel() // 2 + 1):
+        x = (pair ^ key) & 0xFFFFFFFF
+        x = (x ^ x >> 17) * 0xED5AD4BB & 0xFFFFFFFF
+        x ^= other + (pair >> 32) & 0xFFFFFFFF
+        x = (x ^ x >> 11) * 0xAC4C1B51 & 0xFFFFFFFF
+        x = (x ^ x >> 15) * 0x31848BAB & 0xFFFFFFFF
+        x ^= x >> 14
+        numbers += [x & 0xFFFF, x >> 16]
     return torch.tensor(numbers[: like.numel()], dtype=torch.float64).reshape(like.shape) / 65536
 
 
