@@ -33,14 +33,17 @@ METHODS = ("average", "task_arithmetic", "ties", "fisher", "gradient_matching", 
 class Sleeping:
     """Evaluators that answer after a while, in the driver's own process: nothing runs beside it.
 
+    As the campaign's own, each of several holds a second candidate, with which it goes on by itself.
+
     Args:
         slots: How many.
         sleep: Seconds that each takes for a candidate.
     """
 
     def __init__(self, slots: int, sleep: float) -> None:
-        self.capacity = slots
+        self.slots, self.capacity = slots, slots * (2 if slots > 1 else 1)
         self.busy = self.waited = 0.0
+        self._free_at = [0.0] * slots
         self._sleep = sleep
         self._due: list[tuple[float, int, Candidate]] = []
         self._count = 0
@@ -49,7 +52,9 @@ class Sleeping:
         """Starts its clock."""
         self._count += 1
         self.busy += self._sleep
-        heappush(self._due, (time.perf_counter() + self._sleep, self._count, candidate))
+        ends = max(time.perf_counter(), heappop(self._free_at)) + self._sleep
+        heappush(self._free_at, ends)
+        heappush(self._due, (ends, self._count, candidate))
 
     def wait(self, timeout: float) -> list[Outcome]:
         """Whatever is due, waiting for the first."""
@@ -95,7 +100,7 @@ class Watch:
         files = [file.stat().st_size for file in (self._directory / "ledger").glob("*.parquet")]
         journal = (self._directory / "study" / "journal.log").stat().st_size
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        share = min(1.0, busy / (wall * self._executor.capacity))
+        share = min(1.0, busy / (wall * self._executor.slots))
         print(
             f"| {progress.done} | {1e3 * cpu / rows:.1f} | {1e3 * (wall - waited) / rows:.1f} | {share:.0%} | {peak:.0f} | "
             f"{sum(files) / 1e3:.0f} | {len(files)} | {journal / 1e3:.0f} |",

@@ -5,7 +5,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -26,6 +26,8 @@ SILENCE = 30.0
 """Seconds without any evaluator after which that is said, and again after four times as long."""
 DISPLACED = 10
 """How often an assignment may lose its node before it counts as lost: it may be what ends the nodes."""
+AHEAD = 1
+"""Assignments that wait at each of several evaluators, so that it goes on while the driver has its hands full."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +51,27 @@ class Finished:
     worker: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Work:
-    """An assignment under way: its clock runs from when the evaluator has what it waits for."""
+    """An assignment at an evaluator.
+
+    Args:
+        actor: The evaluator.
+        node: Where that is.
+        assignment: What it measures, or will.
+        started: When it was handed out; once its clock runs, since when.
+        deadline: When it has taken too long; inf until its clock runs: it waits for its turn, or for its weights.
+        awaits: The delivery of its weights.
+        recalled: Whether it was handed to another evaluator too: this one leaves it out when its turn comes.
+    """
 
     actor: Any
     node: str
     assignment: Assignment
-    handed: datetime
-    deadline: float
+    started: datetime
+    deadline: float = math.inf
     awaits: Any = None
+    recalled: bool = False
 
 
 @dataclass
@@ -68,8 +81,13 @@ class EvaluatorPool:
     They count from when they are built: where the cluster has no room for one, it joins when there is room, and until then
     nothing waits for it. A dead one is replaced and its assignment reported as lost; if its whole node died, nobody is to
     blame, and the assignment goes to another evaluator without a word. One that exceeds the time limit is ended and
-    replaced, its assignment reported as failed. Where shards merge, an evaluator has two assignments: the one that it
-    measures, and one whose weights are merged and sent meanwhile.
+    replaced, its assignment reported as failed.
+
+    Of several evaluators, and wherever shards merge, each has two assignments: the one that it measures, and one that
+    waits for its turn, its weights merged and sent meanwhile. That one's clock does not run yet; if its evaluator is
+    lost or ended, or another one has nothing to do, it goes elsewhere: at worst, if its turn comes at that very moment,
+    it is measured twice, and counts once. A single evaluator has one assignment: what a search learns from it decides
+    how the next is measured.
 
     Args:
         setup: What each evaluator builds.
@@ -99,10 +117,11 @@ class EvaluatorPool:
     metrics: EvaluatorMetrics | None = None
     memory: int = 0
     _building: dict[Any, Any] = field(default_factory=dict, init=False)
-    _idle: deque[Any] = field(default_factory=deque, init=False)
-    _busy: dict[Any, _Work] = field(default_factory=dict, init=False)
+    _queues: dict[Any, deque[Any]] = field(default_factory=dict, init=False)
+    _works: dict[Any, _Work] = field(default_factory=dict, init=False)
     _nodes: dict[Any, str] = field(default_factory=dict, init=False)
     _again: deque[Assignment] = field(default_factory=deque, init=False)
+    _open: set[str] = field(default_factory=set, init=False)
     _displaced: Counter[str] = field(default_factory=Counter, init=False)
     _ever: bool = field(default=False, init=False)
     _deaths: int = field(default=0, init=False)
@@ -136,12 +155,12 @@ class EvaluatorPool:
     @property
     def capacity(self) -> int:
         """How many assignments the evaluators that are there take at once."""
-        return len(self._idle) + len(self._busy)
+        return len(self._nodes) * self._depth
 
     @property
     def free(self) -> int:
         """How many assignments could be handed out now."""
-        return len(self._idle)
+        return sum(self._depth - min(self._depth, len(queue)) for queue in self._queues.values())
 
     @property
     def there(self) -> int:
@@ -151,23 +170,25 @@ class EvaluatorPool:
     @property
     def at_work(self) -> int:
         """How many of them have something to do."""
-        return len({work.actor for work in list(self._busy.values())})
+        return sum(bool(queue) for queue in list(self._queues.values()))
 
     def submit(self, assignment: Assignment) -> None:
-        """Hands an assignment to a free evaluator.
+        """Hands an assignment to the evaluator that has least to do.
 
         Raises:
-            ClusterError: None is free.
+            ClusterError: All have as much as they take.
         """
-        if not self._idle:
+        actor = min(self._queues, key=lambda actor: len(self._queues[actor]), default=None)
+        if actor is None or len(self._queues[actor]) >= self._depth:
             raise ClusterError("every evaluator is busy")
-        actor = self._idle.popleft()
-        awaits, deadline = None, time.monotonic() + (math.inf if self.seconds is None else self.seconds)
+        work = _Work(actor, self._nodes[actor], assignment, datetime.now(UTC))
         if self.shards is not None:
-            pieces = self.shards.merge(assignment.recipe)
-            awaits, deadline = actor.load.remote(assignment.recipe.identity, *pieces), math.inf
-        work = _Work(actor, self._nodes[actor], assignment, datetime.now(UTC), deadline, awaits)
-        self._busy[actor.measure.remote(assignment)] = work
+            work.awaits = actor.load.remote(assignment.recipe.identity, *self.shards.merge(assignment.recipe))
+        reference = actor.measure.remote(assignment)
+        self._works[reference] = work
+        self._open.add(assignment.ticket)
+        self._queues[actor].append(reference)
+        self._start_clock(actor)
 
     def wait(self, timeout: float) -> list[Finished]:
         """Assignments that finished within `timeout` seconds; returns at the first, or when an evaluator has joined.
@@ -176,21 +197,21 @@ class EvaluatorPool:
             ClusterError: Evaluators die as fast as they are replaced, and none is left.
         """
         self._tend()
+        self._recall()
         self._look()
         finished = []
         if not self.capacity and not self._building:
             time.sleep(min(timeout, LOOK))
-        for reference in _ready([*self._busy, *self._building], timeout):
+        for reference in _ready([*self._works, *self._building], timeout):
             if reference in self._building:
                 self._welcome(reference)
-            else:
-                finished += self._collect(self._busy.pop(reference), reference)
-        self._start_clocks()
-        now = time.monotonic()
-        for reference in [reference for reference, work in self._busy.items() if now >= work.deadline]:
-            finished.append(self._end(self._busy.pop(reference)))
-        while self._again and self._idle:
-            self.submit(self._again.popleft())
+            elif reference in self._works:  # not withdrawn meanwhile, with an evaluator that was lost
+                finished += self._collect(reference)
+        for actor in list(self._queues):
+            finished += self._watch_clock(actor)
+        while self._again and self.free:
+            if (assignment := self._again.popleft()).ticket in self._open:
+                self.submit(assignment)
         self._look()
         for done in finished:
             if self.metrics and not done.lost:
@@ -199,11 +220,16 @@ class EvaluatorPool:
 
     def close(self) -> None:
         """Ends the evaluators."""
-        for actor in [*self._idle, *self._building.values(), *(work.actor for work in self._busy.values())]:
+        for actor in [*self._queues, *self._building.values()]:
             ray.kill(actor)
-        for held in (self._idle, self._building, self._busy, self._nodes, self._again):
+        for held in (self._queues, self._works, self._building, self._nodes, self._again, self._open):
             held.clear()
         self._look()
+
+    @property
+    def _depth(self) -> int:
+        """How many assignments each evaluator has at most."""
+        return 1 + (AHEAD if self.evaluators > 1 or self.shards is not None else 0)
 
     def _tend(self) -> None:
         """Now and then: replaces who died, grows with the cluster, and says so when nobody is there."""
@@ -259,68 +285,101 @@ class EvaluatorPool:
             self._count_death(f"{type(error).__name__}: {error}")
             return
         self._ever = True
-        self._idle.extend([actor] * (2 if self.shards is not None else 1))
+        self._queues[actor] = deque()
 
-    def _start_clocks(self) -> None:
-        """The time limit of an assignment whose weights had to arrive first."""
-        for reference, work in list(self._busy.items()):
-            waited = self.seconds is not None and work.awaits is not None and work.deadline == math.inf
-            if waited and ray.wait([work.awaits], timeout=0)[0]:
-                self._busy[reference] = replace(work, deadline=time.monotonic() + (self.seconds or 0.0))
+    def _start_clock(self, actor: Any) -> None:
+        """Starts the clock of the assignment whose turn it is, if it has what it waits for."""
+        work = self._works[self._queues[actor][0]] if self._queues[actor] else None
+        if work is None or self.seconds is None or work.deadline < math.inf:
+            return
+        if work.awaits is None or ray.wait([work.awaits], timeout=0)[0]:
+            work.started, work.deadline = datetime.now(UTC), time.monotonic() + self.seconds
 
-    def _collect(self, work: _Work, reference: Any) -> list[Finished]:
-        ticket = work.assignment.ticket
+    def _watch_clock(self, actor: Any) -> list[Finished]:
+        """Ends an evaluator that takes too long; that it died is no reason to give up its place."""
+        work = self._works[self._queues[actor][0]] if self._queues[actor] else None
+        if work is None or time.monotonic() < work.deadline:
+            self._start_clock(actor)
+            return []
+        self._dismiss(actor, but=work)
+        error = f"TimeoutError: not measured within {self.seconds:g} s (search.candidate_seconds)"
+        return self._finished(work.assignment.ticket, work.started, None, error)
+
+    def _recall(self) -> None:
+        """Hands what waits at one evaluator to another that has nothing to do."""
+        if self.shards is not None:  # its weights are on their way
+            return
+        idle = sum(not queue for queue in self._queues.values())
+        waiting = [self._works[queue[-1]] for queue in self._queues.values() if len(queue) > 1]
+        for work in [work for work in waiting if not work.recalled][:idle]:
+            work.recalled = True
+            ray.cancel(self._queues[work.actor][-1])
+            self.submit(work.assignment)
+
+    def _collect(self, reference: Any) -> list[Finished]:
+        """What came of an assignment, if it was its turn."""
+        work = self._works[reference]
+        queue, ticket = self._queues[work.actor], work.assignment.ticket
+        if queue[0] != reference:
+            return []  # what was before it is not heard of yet: that is told what went wrong
         if work.awaits is not None:
             with suppress(ray.exceptions.RayError):
                 ray.get(work.awaits)  # the answer says what became of it
+        answer: Answer | None = None
         try:
-            answer: Answer = ray.get(reference)
+            answer = ray.get(reference)
+        except ray.exceptions.TaskCancelledError:
+            pass
         except ray.exceptions.RayError as error:
             return self._lose(work, error)
+        queue.popleft()
+        del self._works[reference]
+        self._start_clock(work.actor)
+        if answer is None:
+            return []
         self._deaths = 0
         self._displaced.pop(ticket, None)
-        if work.actor in self._nodes:
-            self._idle.append(work.actor)
         if answer.lost and self.shards is not None:
             self.shards.forget()
-        return [Finished(ticket, answer.started, answer.measurement, answer.error, answer.lost, answer.worker)]
+        return self._finished(ticket, answer.started, answer.measurement, answer.error, answer.lost, answer.worker)
 
     def _lose(self, work: _Work, error: ray.exceptions.RayError) -> list[Finished]:
         """Replaces an evaluator that is gone."""
         why = f"{type(error).__name__}: {reason(error)}"
-        ticket, node, known = work.assignment.ticket, work.node, work.actor in self._nodes
-        displaced = getattr(error, "preempted", False) or node not in alive_nodes()
+        ticket = work.assignment.ticket
+        displaced = getattr(error, "preempted", False) or work.node not in alive_nodes()
         unreachable = isinstance(error, ray.exceptions.ActorUnavailableError)
-        self._dismiss(work.actor)
-        if self.metrics and known:
+        self._dismiss(work.actor, but=work)
+        if self.metrics:
             self.metrics.lost()
         if displaced:
-            for actor in {actor for actor in self._idle if self._nodes[actor] == node}:
+            idle = [actor for actor, queue in self._queues.items() if not queue]
+            for actor in [actor for actor in idle if self._nodes[actor] == work.node]:
                 self._dismiss(actor)
         if displaced and self._displaced[ticket] < DISPLACED:
             self._last = "A node was lost."
             self._displaced[ticket] += 1
             self._again.append(work.assignment)
             return []
-        if known and not displaced and not unreachable:
+        if not displaced and not unreachable:
             self._count_death(why)
         self._displaced.pop(ticket, None)
-        return [Finished(ticket, work.handed, None, why, lost=True)]
+        return self._finished(ticket, work.started, None, why, lost=True)
 
-    def _end(self, work: _Work) -> Finished:
-        """Ends an evaluator that takes too long; that it died is no reason to give up its place."""
-        self._dismiss(work.actor)
-        error = f"TimeoutError: not measured within {self.seconds:g} s (search.candidate_seconds)"
-        return Finished(work.assignment.ticket, work.handed, None, error)
-
-    def _dismiss(self, actor: Any) -> None:
-        """Ends an evaluator, if it is not dead, and has it replaced at once."""
-        if actor not in self._nodes:
-            return
+    def _dismiss(self, actor: Any, but: _Work | None = None) -> None:
+        """Ends an evaluator, if it is not dead, and has it replaced at once; what waited there goes elsewhere."""
         ray.kill(actor)
         del self._nodes[actor]
-        self._idle = deque(other for other in self._idle if other != actor)
+        works = [self._works.pop(reference) for reference in self._queues.pop(actor)]
+        self._again.extend(work.assignment for work in works if work is not but and not work.recalled)
         self._looked = -math.inf
+
+    def _finished(self, ticket: str, *what: Any, **more: Any) -> list[Finished]:
+        """What came of an assignment; nothing where it was recalled too late, and had come back already."""
+        if ticket not in self._open:
+            return []
+        self._open.remove(ticket)
+        return [Finished(ticket, *what, **more)]
 
     def _count_death(self, why: str) -> None:
         self._deaths += 1

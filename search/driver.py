@@ -39,10 +39,10 @@ def search(
 ) -> Ending:
     """Measures the anchors, then what the sampler proposes, until a budget is spent.
 
-    One candidate is always asked ahead, while the evaluators are at work, so that none of them waits for the
-    sampler. It can be killed at any moment: a row is durable before the study is told of it, and `open_study`
-    finds out the rest. With an executor of capacity 1, a search that was killed and resumed leaves the rows of
-    an unbroken one.
+    One candidate more than the executor takes is always asked ahead, while the evaluators are at work, so that none
+    of them waits for the sampler. It can be killed at any moment: a row is durable before the study is told of it,
+    and `open_study` finds out the rest. With an executor of capacity 1, a search that was killed and resumed leaves
+    the rows of an unbroken one.
 
     Args:
         study: As `open_study` yields it.

@@ -32,6 +32,7 @@ class Asking(Study):
         self._waiting = deque(trial for trial in trials if trial.state == TrialState.WAITING)
         self._running: dict[int, FrozenTrial] = {}
         self._recent = None if limit is None else Recent(limit)
+        self._seen: dict[tuple[TrialState, ...] | None, list[FrozenTrial]] = {}
         for trial in trials:
             self._learn(trial)
 
@@ -48,10 +49,12 @@ class Asking(Study):
     def under_way(self, trial: Trial) -> None:
         """Lets samplers know of a trial whose parameters are complete."""
         self._running[trial.number] = self._storage.get_trial(trial._trial_id)
+        self._seen.clear()
 
     def finished(self, trial: Trial) -> None:
         """Lets samplers learn from a trial that has been told."""
         self._running.pop(trial.number, None)
+        self._seen.clear()
         self._learn(self._storage.get_trial(trial._trial_id))
 
     def ask(self, fixed_distributions: Any = None) -> Trial:
@@ -76,9 +79,11 @@ class Asking(Study):
     ) -> list[FrozenTrial]:
         if self._recent is None:
             return super()._get_trials(deepcopy, states, use_cache)
-        seen = [*self._recent.trials(), *(self._running[number] for number in sorted(self._running))]
-        found = [trial for trial in seen if states is None or trial.state in states]
-        return copied(found) if deepcopy else found
+        wanted = None if states is None else tuple(state for state in TrialState if state in states)
+        if wanted not in self._seen:  # samplers ask for every group of parameters
+            seen = [*self._recent.trials(), *(self._running[number] for number in sorted(self._running))]
+            self._seen[wanted] = [trial for trial in seen if wanted is None or trial.state in wanted]
+        return copied(self._seen[wanted]) if deepcopy else list(self._seen[wanted])
 
 
 class Recent:

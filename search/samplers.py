@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from optuna import Study
@@ -55,11 +55,32 @@ class UnionQMCSampler(QMCSampler):
         return self._position
 
 
+class _OneOfEachKind:
+    """A study that shows one trial of those with the same parameters: the first."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    def _get_trials(self, *arguments: Any, **named: Any) -> list[FrozenTrial]:
+        found: dict[frozenset[str], FrozenTrial] = {}
+        for trial in self._study._get_trials(*arguments, **named):
+            found.setdefault(frozenset(trial.distributions), trial)
+        return list(found.values())
+
+
 class ChosenMethodTPESampler(TPESampler):
     """Optuna's TPE in groups, which models the chosen method's parameters only.
 
-    Optuna's own samples the groups of all methods for every proposal, and then uses one.
+    Optuna's own samples the groups of all methods for every proposal, and then uses one; and it looks for groups in
+    every trial, where one of each kind says as much.
     """
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """All parameters of the trials that it sees."""
+        return super().infer_relative_search_space(cast(Study, _OneOfEachKind(study)), trial)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -96,8 +117,9 @@ QUALITY_DIVERSITY = "quality_diversity"
 SINGLE_OBJECTIVE = frozenset({"cmaes"})
 """Those that refuse to maximise several objectives at once."""
 
-READ_EVERYTHING = frozenset({"tpe", "gp", "quality_diversity"})
-"""Those whose proposals take longer with every finished trial that they see, and that need not see all."""
+READ_EVERYTHING = frozenset({"tpe", "gp", "cmaes", "quality_diversity"})
+"""Those whose proposals take longer with every finished trial that they see, and that need not see all: `cmaes` its last
+two generations. Evolution (`nsga2`, `nsga3`) needs parents however old they are, and `qmc` every parameter ever seen."""
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     # one joint density for each method's own parameters, instead of none for all that methods don't share

@@ -1,18 +1,20 @@
 """What a search may try: methods, subsets of members, scaling factors, parameters, and where it starts."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import BaseTrial, FixedTrial, create_trial
 
+from merging import storage
 from merging.errors import MethodError, SettingsError
 from merging.groups import collapsed, factor
 from merging.methods.base import METHODS
 from merging.recipe import GROUP, Recipe
 from merging.registry import did_you_mean
 from search.domain import suggest
-from search.method_space import Granularity, MethodSpace, declared, is_whole
+from search.method_space import Declared, Granularity, MethodSpace, declared, is_whole
 
 
 class Space:
@@ -58,6 +60,8 @@ class Space:
         for name, given in methods.items():
             self._check_keys(name, given)
         self._subsets: dict[str, tuple[str, ...]] = {}
+        self._allows: dict[str, tuple[str, ...]] = {}
+        self._choices: dict[str, dict[str, BaseDistribution]] = {}
         for subset in subsets or [self.members]:
             self._add_subset(subset)
         self._proposed = tuple(
@@ -70,6 +74,23 @@ class Space:
     def searchable(self) -> bool:
         """Whether there is anything to propose beside the anchors."""
         return bool(self._proposed)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Content hash of what decides which parameters trials have and which recipes come of them."""
+        domains = {
+            name: {
+                "scaling": known.scaling.model_dump(),
+                "scaling_of": {key: domain.model_dump() for key, domain in known.scaling_of.items()},
+                "parameters": {key: domain.model_dump() for key, domain in known.parameters.items()},
+                "subsets": self._allowed(name),
+                "example": self._recipe(name, self._subsets[self._allowed(name)[0]], {}).identity,
+            }
+            for name, known in self._methods.items()
+        }
+        return storage.fingerprint(
+            [self.members, list(self._subsets), self.scaling, self.groups, list(domains), domains]
+        )
 
     def suggest(self, trial: BaseTrial) -> Recipe:
         """The recipe that a trial proposes, every parameter spelled out.
@@ -101,8 +122,8 @@ class Space:
         if recipe.method not in self._proposed or key not in self._allowed(recipe.method):
             raise SettingsError(f"{recipe.method} of {key} is not in the search space")
         above = self._choice("method", self._proposed)
-        above |= self._choice(self._members_name(recipe.method), self._allowed(recipe.method))
-        return above | self._below(recipe.method, self._subsets[key])
+        members = self._choice(self._members_name(recipe.method), self._allowed(recipe.method))
+        return above | members | self._below(recipe.method, self._subsets[key])
 
     def params(self, recipe: Recipe) -> dict[str, Any]:
         """The values of Optuna's parameters with which `suggest` gives this recipe.
@@ -143,16 +164,15 @@ class Space:
     def anchors(self) -> list[Recipe]:
         """Where every search starts, so that none ends below it, each recipe once.
 
-        The plain average of all members first, in the space or not; then every method at its defaults (moved
-        into the space where it leaves them out) for all members, or for its first subset where it takes fewer; then the
-        starts that were given.
+        The plain average of all members first, in the space or not; then the starts that were given; then every method
+        at its defaults (moved into the space where it leaves them out) for all members, or for its first subset where
+        it takes fewer, those that know most of the members first.
         """
-        found = [METHODS["average"].default_recipe(self.members)]
-        for name, searched in self._methods.items():
+        found = [METHODS["average"].default_recipe(self.members), *self._starts]
+        for name, searched in sorted(self._methods.items(), key=lambda entry: _knowledge(entry[1]), reverse=True):
             most = searched.method.most_members
             takes_all = most is None or len(self.members) <= most
             found.append(self._recipe(name, self.members if takes_all else self._subsets[self._allowed(name)[0]], {}))
-        found += self._starts
         return list({recipe.identity: recipe for recipe in found}.values())
 
     def keys(self, recipe: Recipe) -> tuple[str, ...]:
@@ -194,11 +214,16 @@ class Space:
                 )
 
     def _allowed(self, method: str) -> tuple[str, ...]:
-        """The subsets that a method can take.
+        """The subsets that a method can take, found once: there may be thousands.
 
         Raises:
             SettingsError: There is none.
         """
+        if method not in self._allows:
+            self._allows[method] = self._find_allowed(method)
+        return self._allows[method]
+
+    def _find_allowed(self, method: str) -> tuple[str, ...]:
         most = self._methods[method].method.most_members
         found = tuple(key for key, subset in self._subsets.items() if most is None or len(subset) <= most)
         if self._methods[method].takes_solution:  # there is one of all members only
@@ -217,7 +242,9 @@ class Space:
         return "members" if len(self._allowed(method)) == len(self._subsets) else f"{method}.members"
 
     def _choice(self, name: str, values: tuple[str, ...]) -> dict[str, BaseDistribution]:
-        return {name: CategoricalDistribution(values)} if len(values) > 1 else {}
+        if name not in self._choices:
+            self._choices[name] = {name: CategoricalDistribution(values)} if len(values) > 1 else {}
+        return self._choices[name]
 
     def _below(self, method: str, subset: Sequence[str]) -> dict[str, BaseDistribution]:
         """What is chosen once method and subset are known."""
@@ -249,3 +276,8 @@ class Space:
             for name, domain in searched.parameters.items()
         }
         return searched.method.complete(Recipe(method, scaling, parameters))
+
+
+def _knowledge(searched: Declared) -> tuple[bool, int]:
+    """What a method is told of the members besides their weights: their outputs, or so many kinds of statistic."""
+    return searched.takes_solution, len(searched.method.requires)

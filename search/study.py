@@ -7,23 +7,24 @@ proposed.
 """
 
 import fcntl
-import json
+import io
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna import Study
 from optuna.storages import BaseStorage, JournalStorage, get_storage
-from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
 
 from merging import storage
-from merging.errors import LedgerError, MergequestError, StorageError
+from merging.errors import LedgerError, MergequestError, MethodError, SettingsError, StorageError
 from search.candidate import PARTIAL
+from search.journal import Journal, Lines, appended, whole_lines
 from search.ledger import Ledger
 from search.objective import point
 from search.schema import Row
@@ -33,6 +34,8 @@ JOURNAL = "journal.log"
 CANDIDATE, ORIGIN, DUPLICATE = "candidate", "origin", "duplicate"
 """User attributes of a trial: the identity of its recipe, set when that is complete; why it is there, if the
 sampler did not propose it; that its recipe was known already."""
+SPACE = "space"
+"""User attribute of the study: the fingerprint of the space that its trials agree with."""
 
 
 @contextmanager
@@ -47,6 +50,9 @@ def open_study(
     split: str = "validation",
 ) -> Iterator[Study]:
     """The campaign's study, in agreement with its ledger and space, with the space's anchors first.
+
+    Rows that were measured before the search (by a greedy selection, say) are trials before all others, where they
+    lie in the space: the sampler learns from them.
 
     Args:
         directory: Where `journal.log` lies. Of an object store, where nothing can be appended, it is worked on in a
@@ -66,7 +72,7 @@ def open_study(
         StorageError: The storage cannot be opened.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # progress is told by the search's observer
-    rows = {row.candidate: row for row in ledger.rows() if row.split == split and row.trial is not None}
+    rows = {row.candidate: row for row in ledger.rows() if row.split == split and _is_heard(row, space)}
     if url is not None:
         yield _fill(_open_url(url), name, rows, space, objectives)
     elif not storage.is_local(directory):
@@ -76,15 +82,19 @@ def open_study(
             if storage.exists(kept):
                 storage.write_bytes(path, storage.read_bytes(kept))
             try:
-                yield _open_journal(path, name, rows, space, objectives)
+                with _open_journal(path, name, rows, space, objectives) as study:
+                    yield study
             finally:
                 with suppress(StorageError):  # the ledger has everything that matters
                     storage.write_bytes(kept, storage.read_bytes(path))
     else:
         place = storage.local_path(directory)
         storage.make_dir(directory)
-        with _alone(str(place / "driver.lock")):
-            yield _open_journal(str(place / JOURNAL), name, rows, space, objectives)
+        with (
+            _alone(str(place / "driver.lock")),
+            _open_journal(str(place / JOURNAL), name, rows, space, objectives) as study,
+        ):
+            yield study
 
 
 def read_study(directory: str, name: str) -> Study | None:
@@ -100,33 +110,42 @@ def read_study(directory: str, name: str) -> Study | None:
         return None
     text = storage.read_bytes(path).decode(errors="replace")
     try:
-        return optuna.load_study(study_name=name, storage=JournalStorage(_Lines(text.splitlines())))
+        return optuna.load_study(study_name=name, storage=JournalStorage(Lines(text.splitlines())))
     except (KeyError, ValueError):
         return None
 
 
 def plan(
-    trials: Sequence[FrozenTrial], rows: Mapping[str, Row], space: Space, objectives: int = 1
+    trials: Sequence[FrozenTrial],
+    rows: Mapping[str, Row],
+    space: Space,
+    objectives: int = 1,
+    *,
+    same_space: bool = False,
 ) -> list[FrozenTrial]:
     """The trials that a study should have, numbered by their place.
 
     Args:
         trials: Those that it has.
-        rows: What the ledger has of numbered trials, by candidate.
+        rows: What the ledger has for the sampler, by candidate; rows without a number were measured before the search.
         space: What is searched, now.
         objectives: How many numbers are maximised.
+        same_space: Whether finished trials are known to be of this very space: looking at each takes a millisecond.
     """
-    agreed = trials if all(_agrees(trial, rows, space) for trial in trials) else ()
+    agreed = trials if all(_agrees(trial, rows, space, same_space) for trial in trials) else ()
     planned = [_settled(trial, rows, space, objectives) for trial in agreed]
     if planned and planned[-1] is None:
         planned.pop()  # killed while it was being proposed: its number is asked again, with the same seed
     found = [trial or create_trial(state=TrialState.FAIL) for trial in planned]
     there = {trial.user_attrs.get(CANDIDATE) for trial in found}
-    for row in sorted(rows.values(), key=lambda row: row.trial or 0):
-        if row.candidate not in there:
-            # Numbers without a row keep their place: the next proposal has the number that it would have had.
-            found += [create_trial(state=TrialState.FAIL) for _ in range((row.trial or 0) - len(found))]
-            found.append(_from_row(row, space, objectives))
+    missing = [row for row in rows.values() if row.candidate not in there]
+    taken = {row.trial for row in missing}
+    free = (number for number in count(len(found)) if number not in taken)
+    places = [(next(free) if row.trial is None else row.trial, row) for row in missing]
+    for number, row in sorted(places, key=lambda place: place[0]):
+        # Numbers without a row keep their place: the next proposal has the number that it would have had.
+        found += [create_trial(state=TrialState.FAIL) for _ in range(number - len(found))]
+        found.append(_from_row(row, space, objectives))
     there = {trial.user_attrs.get(CANDIDATE) for trial in found}
     for recipe in space.anchors():
         if recipe in space and recipe.identity not in there:
@@ -134,7 +153,12 @@ def plan(
     return found
 
 
-def _agrees(trial: FrozenTrial, rows: Mapping[str, Row], space: Space) -> bool:
+def _is_heard(row: Row, space: Space) -> bool:
+    """Whether a row is for the sampler: it proposed it, or could have."""
+    return row.trial is not None or (row.origin in ("anchor", "search") and row.recipe in space)
+
+
+def _agrees(trial: FrozenTrial, rows: Mapping[str, Row], space: Space, same_space: bool) -> bool:
     """Whether a trial is one that this space and this ledger could have led to."""
     candidate = trial.user_attrs.get(CANDIDATE)
     complete = trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
@@ -142,6 +166,8 @@ def _agrees(trial: FrozenTrial, rows: Mapping[str, Row], space: Space) -> bool:
         return not complete
     if complete and candidate not in rows:
         return False
+    if same_space and trial.state.is_finished():
+        return True
     try:
         recipe = space.suggest(FixedTrial(_params(trial)))
         wanted = space.distributions(recipe)
@@ -173,7 +199,9 @@ def _settled(trial: FrozenTrial, rows: Mapping[str, Row], space: Space, objectiv
 def _from_row(row: Row, space: Space, objectives: int, system: Mapping[str, Any] | None = None) -> FrozenTrial:
     """A finished trial from its row; without parameters where the space has no such recipe any more."""
     user = {CANDIDATE: row.candidate, ORIGIN: row.origin}
-    if row.recipe not in space:
+    try:
+        params = space.params(row.recipe)
+    except (MethodError, SettingsError):
         return create_trial(state=TrialState.FAIL, user_attrs=user)
     state, values, reported = TrialState.FAIL, None, {}
     if row.status == "complete" and len(point(row)) == objectives:
@@ -185,7 +213,7 @@ def _from_row(row: Row, space: Space, objectives: int, system: Mapping[str, Any]
     trial = create_trial(
         state=state,
         values=values,
-        params=space.params(row.recipe),
+        params=params,
         distributions=space.distributions(row.recipe),
         user_attrs=user,
         system_attrs=dict(system or {}),
@@ -212,79 +240,59 @@ def _fill(backend: BaseStorage, name: str, rows: Mapping[str, Row], space: Space
     try:
         study = optuna.load_study(study_name=name, storage=backend)
     except KeyError:
-        return _written(backend, name, plan([], rows, space, objectives), objectives)
+        return _written(backend, name, plan([], rows, space, objectives), space, objectives)
     fits = len(study.directions) == objectives
     trials = study.get_trials(deepcopy=False) if fits else []
-    planned = plan(trials, rows, space, objectives)
+    planned = plan(trials, rows, space, objectives, same_space=_is_of(study, space))
     if fits and _same(planned, trials):
-        return study
+        return study if _is_of(study, space) else _marked(study, space)
     optuna.delete_study(study_name=name, storage=backend)
-    return _written(backend, name, planned, objectives)
+    return _written(backend, name, planned, space, objectives)
 
 
-def _written(backend: BaseStorage, name: str, trials: Iterable[FrozenTrial], objectives: int) -> Study:
+def _written(backend: BaseStorage, name: str, trials: Iterable[FrozenTrial], space: Space, objectives: int) -> Study:
     study = optuna.create_study(study_name=name, storage=backend, directions=["maximize"] * objectives)
     study.add_trials(trials)
+    return _marked(study, space)
+
+
+def _marked(study: Study, space: Space) -> Study:
+    study.set_user_attr(SPACE, space.fingerprint)
     return study
+
+
+def _is_of(study: Study, space: Space) -> bool:
+    return study.user_attrs.get(SPACE) == space.fingerprint
 
 
 def _same(planned: Sequence[FrozenTrial], trials: Sequence[FrozenTrial]) -> bool:
     return len(planned) == len(trials) and all(new is old for new, old in zip(planned, trials, strict=True))
 
 
-def _open_journal(path: str, name: str, rows: Mapping[str, Row], space: Space, objectives: int) -> Study:
+@contextmanager
+def _open_journal(path: str, name: str, rows: Mapping[str, Row], space: Space, objectives: int) -> Iterator[Study]:
     """The study in a journal file, which is replaced in one rename if it is not as planned."""
     with suppress(FileNotFoundError):
         Path(f"{path}.lock").unlink()  # of a killed driver; Optuna would wait half a minute for it
-    trials = _journal_trials(path, name, objectives)
-    planned = plan(trials, rows, space, objectives)
-    if not trials or not _same(planned, trials):
-        lines = _Lines()
-        _written(JournalStorage(lines), name, planned, objectives)
-        storage.write_text(path, "".join(f"{line}\n" for line in lines.lines))
-    return optuna.load_study(study_name=name, storage=JournalStorage(_Unsynced(path)))
+    journal = Journal(io.BytesIO(), whole_lines(path))
+    study = _readable(journal, name, objectives)
+    trials = study.get_trials(deepcopy=False) if study else []
+    planned = plan(trials, rows, space, objectives, same_space=study is not None and _is_of(study, space))
+    if study is None or not trials or not _same(planned, trials):
+        journal = Journal(made := io.BytesIO())
+        study = _written(JournalStorage(journal), name, planned, space, objectives)
+        storage.write_bytes(path, made.getvalue())
+    with appended(path) as journal.file:
+        yield study if _is_of(study, space) else _marked(study, space)
 
 
-def _journal_trials(path: str, name: str, objectives: int) -> list[FrozenTrial]:
-    """The trials of a journal up to its last whole line; none where it is missing, damaged or another study's."""
+def _readable(journal: Journal, name: str, objectives: int) -> Study | None:
+    """The study in a journal; None where it is damaged, or another study's."""
     try:
-        text = storage.read_bytes(path).decode() if storage.exists(path) else ""
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            storage.write_text(path, whole)
-        study = optuna.load_study(study_name=name, storage=JournalStorage(_Lines(whole.splitlines())))
-        return study.get_trials(deepcopy=False) if len(study.directions) == objectives else []
+        study = optuna.load_study(study_name=name, storage=JournalStorage(journal))
+        return study if len(study.directions) == objectives else None
     except Exception:  # whatever a damaged file makes Optuna raise: the ledger has everything that matters
-        return []
-
-
-class _Unsynced(JournalFileBackend):
-    """A journal file that is written by one process, and not forced to disk line by line.
-
-    Optuna forces a dozen lines a candidate, each for as long as the disk takes. What must not be lost is in the
-    ledger; a journal that a power failure cuts is completed from there.
-    """
-
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Adds entries in one write."""
-        lines = "".join(f"{json.dumps(log, separators=(',', ':'))}\n" for log in logs)
-        with Path(self._file_path).open("ab") as file:
-            file.write(lines.encode())
-
-
-class _Lines(BaseJournalBackend):
-    """A journal in memory, line by line as in a journal file."""
-
-    def __init__(self, lines: Iterable[str] = ()) -> None:
-        self.lines = list(lines)
-
-    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
-        """The entries from one on."""
-        yield from (json.loads(line) for line in self.lines[log_number_from:])
-
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Adds entries."""
-        self.lines += [json.dumps(log, separators=(",", ":")) for log in logs]
+        return None
 
 
 def _open_url(url: str) -> BaseStorage:

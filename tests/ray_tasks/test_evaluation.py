@@ -30,90 +30,7 @@ def setup(tiny_campaign):
     )
 
 
-@pytest.fixture
-def pool(setup):
-    pool = EvaluatorPool(setup, evaluators=2)
-    pool.start()
-    yield pool
-    pool.close()
-
-
-def collect(pool, count):
-    found = {}
-    deadline = time.monotonic() + 120
-    while len(found) < count and time.monotonic() < deadline:
-        found |= {done.ticket: done for done in pool.wait(5.0)}
-    return found
-
-
-def test_evaluators_measure_what_this_process_measures(pool, setup):
-    recipe = Recipe("task_arithmetic", {"one": 0.4, "three": 0.8})
-    pool.submit(Assignment("merge", recipe, "validation"))
-    pool.submit(Assignment("base", base_recipe(), "test", limit=5))
-    found = collect(pool, 2)
-    tasks = [make_task(name, settings, setup.members[name]) for name, settings in setup.tasks.items()]
-    live = LiveModels(setup.material(), tasks, setup.owners, torch.device("cpu"))
-    expected = live.measure(recipe, "validation")
-    for name, score in found["merge"].measurement.scores.items():
-        assert (score.value, score.loss) == (expected.scores[name].value, expected.scores[name].loss)
-    assert {score.examples for score in found["base"].measurement.scores.values()} == {5}
-    assert found["merge"].worker != found["base"].worker
-
-
-def test_a_failing_recipe_is_an_answer(pool):
-    pool.submit(Assignment("bad", Recipe("task_arithmetic", {"nobody": 1.0}), "validation"))
-    pool.submit(Assignment("good", member_recipe("one"), "validation"))
-    found = collect(pool, 2)
-    assert found["bad"].error.startswith("MethodError: 'nobody' is no member of the pool")
-    assert not found["bad"].lost
-    assert found["good"].measurement is not None
-
-
-def test_a_killed_evaluator_is_lost_and_replaced(pool):
-    victim = int(collect_one(pool).worker.split(":")[1])
-    pool.submit(Assignment("first", base_recipe(), "validation"))
-    pool.submit(Assignment("second", base_recipe(), "validation"))
-    os.kill(victim, signal.SIGKILL)
-    found = collect(pool, 2)
-    lost = [done for done in found.values() if done.lost]
-    assert len(found) == 2
-    assert len(lost) <= 1
-    deadline = time.monotonic() + 120
-    while pool.capacity < 2 and time.monotonic() < deadline:
-        assert pool.wait(1.0) == []
-    assert pool.capacity == 2
-    for ticket in ("third", "fourth", "fifth"):
-        while not submitted(pool, ticket):
-            assert collect(pool, 1)
-    remaining = collect(pool, 2)
-    assert all(done.measurement is not None or done.lost for done in remaining.values())
-
-
-def collect_one(pool):
-    pool.submit(Assignment("probe", base_recipe(), "validation"))
-    return collect(pool, 1)["probe"]
-
-
-def submitted(pool, ticket):
-    try:
-        pool.submit(Assignment(ticket, base_recipe(), "validation"))
-    except ClusterError:
-        return False
-    return True
-
-
-def test_a_gate_decides_in_the_evaluator(pool, setup):
-    limit = 16
-    pool.submit(Assignment("some", base_recipe(), "validation", plan=Plan(8, lambda trace: trace.examples >= limit)))
-    pool.submit(Assignment("all", base_recipe(), "validation", plan=Plan(8)))
-    found = collect(pool, 2)
-    assert found["some"].measurement.stopped
-    assert {score.examples for score in found["some"].measurement.scores.values()} == {16}
-    whole, some = found["all"].measurement.trace, found["some"].measurement.trace
-    assert all(whole.values[task][:16].tolist() == some.values[task].tolist() for task in setup.tasks)
-
-
-def test_what_takes_too_long_has_failed_and_its_evaluator_is_replaced(setup):
+def test_what_takes_too_long_has_failed_and_its_evaluator_is_replaced(setup, collect):
     pool = EvaluatorPool(setup, evaluators=1, restarts=0, seconds=2.0)
     pool.start()
     try:
@@ -140,3 +57,73 @@ def test_a_setup_that_cannot_be_built_says_why(setup, tmp_path, save_base):
             pool.start()
     finally:
         pool.close()
+
+
+@pytest.fixture(scope="module")
+def pool(setup):
+    """Two evaluators that take seconds to begin: tests with pools of their own come before, who kills one comes last."""
+    pool = EvaluatorPool(setup, evaluators=2)
+    pool.start()
+    yield pool
+    pool.close()
+
+
+def test_evaluators_measure_what_this_process_measures(pool, setup, collect):
+    recipe = Recipe("task_arithmetic", {"one": 0.4, "three": 0.8})
+    pool.submit(Assignment("merge", recipe, "validation"))
+    pool.submit(Assignment("base", base_recipe(), "test", limit=5))
+    found = collect(pool, 2)
+    tasks = [make_task(name, settings, setup.members[name]) for name, settings in setup.tasks.items()]
+    live = LiveModels(setup.material(), tasks, setup.owners, torch.device("cpu"))
+    expected = live.measure(recipe, "validation")
+    for name, score in found["merge"].measurement.scores.items():
+        assert (score.value, score.loss) == (expected.scores[name].value, expected.scores[name].loss)
+    assert {score.examples for score in found["base"].measurement.scores.values()} == {5}
+    assert found["merge"].worker != found["base"].worker
+
+
+def test_a_failing_recipe_is_an_answer(pool, collect):
+    pool.submit(Assignment("bad", Recipe("task_arithmetic", {"nobody": 1.0}), "validation"))
+    pool.submit(Assignment("good", member_recipe("one"), "validation"))
+    found = collect(pool, 2)
+    assert found["bad"].error.startswith("MethodError: 'nobody' is no member of the pool")
+    assert not found["bad"].lost
+    assert found["good"].measurement is not None
+
+
+def test_a_gate_decides_in_the_evaluator(pool, setup, collect):
+    limit = 16
+    pool.submit(Assignment("some", base_recipe(), "validation", plan=Plan(8, lambda trace: trace.examples >= limit)))
+    pool.submit(Assignment("all", base_recipe(), "validation", plan=Plan(8)))
+    found = collect(pool, 2)
+    assert found["some"].measurement.stopped
+    assert {score.examples for score in found["some"].measurement.scores.values()} == {16}
+    whole, some = found["all"].measurement.trace, found["some"].measurement.trace
+    assert all(whole.values[task][:16].tolist() == some.values[task].tolist() for task in setup.tasks)
+
+
+def test_a_killed_evaluator_is_lost_and_replaced(pool, collect):
+    victim = int(collect_one(pool, collect).worker.split(":")[1])
+    pool.submit(Assignment("first", base_recipe(), "validation"))
+    pool.submit(Assignment("second", base_recipe(), "validation"))
+    os.kill(victim, signal.SIGKILL)
+    found = collect(pool, 2)
+    lost = [done for done in found.values() if done.lost]
+    assert len(found) == 2
+    assert len(lost) <= 1
+    deadline = time.monotonic() + 120
+    while pool.there < 2 and time.monotonic() < deadline:
+        assert pool.wait(1.0) == []
+    assert pool.there == 2
+    for ticket in ("third", "fourth", "fifth", "sixth"):
+        pool.submit(Assignment(ticket, base_recipe(), "validation"))
+    with pytest.raises(ClusterError, match="every evaluator is busy"):
+        pool.submit(Assignment("seventh", base_recipe(), "validation"))
+    remaining = collect(pool, 4)
+    assert len(remaining) == 4
+    assert all(done.measurement is not None or done.lost for done in remaining.values())
+
+
+def collect_one(pool, collect):
+    pool.submit(Assignment("probe", base_recipe(), "validation"))
+    return collect(pool, 1)["probe"]

@@ -95,11 +95,11 @@ def test_evaluators_without_room_are_not_counted_and_hold_nobody_up(make_pool):
     cpus = int(ray.cluster_resources()["CPU"])
     pool = make_pool(cpus + 2, threads=1)
     started = time.monotonic()
-    assert pool.start(grace=3.0) == pool.capacity == pool.free == cpus
+    assert pool.start(grace=3.0) == pool.there == cpus
     assert time.monotonic() - started < 60
     for number in range(cpus):
         pool.submit(work(str(number), 0.1))
-    assert len(until(lambda: pool.free == cpus, pool)) == cpus
+    assert len(until(lambda: not pool.at_work, pool)) == cpus
 
 
 def test_no_room_at_all_is_an_error_after_a_while_and_is_said_before(make_pool, monkeypatch):
@@ -118,12 +118,12 @@ def test_a_cluster_that_grows_is_used(make_pool, monkeypatch):
     pool = make_pool(1, room=lambda: room[0], say=said.append)
     assert pool.start() == 1
     room[0] = 3
-    until(lambda: pool.capacity == 3, pool)
+    until(lambda: pool.there == 3, pool)
     assert said[-1] == "the cluster grew: 3 evaluators instead of 1"
     room[0] = 1  # who is there stays
     for number in range(3):
         pool.submit(work(str(number), 0.0))
-    assert len(until(lambda: pool.free == 3, pool)) == 3
+    assert len(until(lambda: not pool.at_work, pool)) == 3
 
 
 def test_one_that_cannot_be_built_is_an_error_only_where_none_could(make_pool, monkeypatch):
@@ -134,8 +134,47 @@ def test_one_that_cannot_be_built_is_an_error_only_where_none_could(make_pool, m
     pool.start()
     pool.setup, pool.evaluators = "broken", 2
     pool.submit(work("long", 3.0))
-    assert [done.error for done in until(lambda: pool.free, pool)] == ["measured long"]
-    assert pool.capacity == 1
+    assert [done.error for done in until(lambda: not pool.at_work, pool)] == ["measured long"]
+    assert pool.there == 1
+
+
+def test_evaluators_go_on_while_the_driver_looks_away(make_pool):
+    pool = make_pool(2)
+    pool.start()
+    for number in range(pool.capacity):
+        pool.submit(work(str(number), 0.2))
+    time.sleep(2.0)
+    assert sorted(done.ticket for done in pool.wait(0.0)) == ["0", "1", "2", "3"]
+    alone = make_pool(1)
+    alone.start()
+    assert alone.capacity == 1
+
+
+def test_what_waits_for_its_turn_has_no_part_in_what_befalls_its_evaluator(make_pool):
+    pool = make_pool(2, seconds=2.0)
+    pool.start()
+    for ticket, deed in (("hangs", 60.0), ("dies", "die"), ("x", 1.2), ("y", 1.2)):
+        pool.submit(work(ticket, deed))
+    found = {done.ticket: done for done in until(lambda: not pool.at_work and pool.there == 2, pool)}
+    assert found["hangs"].error.startswith("TimeoutError: not measured within 2 s")
+    assert found["dies"].lost
+    assert [(found[ticket].error, found[ticket].lost) for ticket in "xy"] == [
+        ("measured x", False),
+        ("measured y", False),
+    ]
+    for number in range(4):  # two of them take 2.4 s at an evaluator, each by itself less than the limit
+        pool.submit(work(str(number), 1.2))
+    assert {done.error for done in until(lambda: not pool.at_work, pool)} == {f"measured {n}" for n in range(4)}
+
+
+def test_nobody_waits_behind_a_straggler_while_another_is_idle(make_pool):
+    pool = make_pool(2)
+    pool.start()
+    for ticket, deed in (("straggler", 6.0), ("quick", 0.0), ("behind", 0.0), ("beside", 0.0)):
+        pool.submit(work(ticket, deed))
+    order = [done.ticket for done in until(lambda: not pool.at_work, pool)]
+    assert sorted(order) == ["behind", "beside", "quick", "straggler"]
+    assert order[-1] == "straggler"
 
 
 def test_calls_run_beside_evaluators_that_hold_every_cpu(make_pool):

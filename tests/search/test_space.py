@@ -128,6 +128,15 @@ def test_the_anchors():
     assert all(recipe in space for recipe in anchors)
 
 
+def test_starts_and_methods_that_know_most_of_the_members_come_first():
+    methods = ("task_arithmetic", "ties", "regmean", "regmean_propagated")
+    start = Recipe("task_arithmetic", dict.fromkeys(MEMBERS, 0.7))
+    space = Space({name: MethodSpace() for name in methods}, MEMBERS, None, "per_member", (), [start])
+    average, first, *others = space.anchors()
+    assert (average.method, first) == ("average", start)
+    assert [recipe.method for recipe in others] == ["regmean_propagated", "regmean", "task_arithmetic", "ties"]
+
+
 def test_the_plain_average_of_all_is_an_anchor_even_outside_the_space():
     space = Space({"toy_curve": MethodSpace()}, MEMBERS, [("amazon", "nyt")])
     assert [(recipe.method, len(recipe.members), recipe in space) for recipe in space.anchors()] == [

@@ -1,10 +1,15 @@
+import math
+
 import optuna
 import pytest
 from optuna.trial import TrialState
 
 from merging.errors import LedgerError, StorageError
-from search.candidate import Provenance
+from merging.methods.base import METHODS
+from merging.recipe import Recipe
+from search.candidate import Candidate, Provenance
 from search.driver import Budget, search
+from search.flight import measure
 from search.ledger import Ledger
 from search.objective import make_objective
 from search.samplers import make_sampler
@@ -153,6 +158,55 @@ def test_rows_are_kept_when_the_space_changes(quest):
     assert quest("wider", 16, space=narrower)[:14] == after
     numbers = [row[0] for row in quest("wider", 16, space=narrower) if row[0] is not None]
     assert len(set(numbers)) == len(numbers) >= 14
+
+
+def measured_before(tmp_path, name, threads):
+    """Rows of an earlier stage: two that the space has, one that fails there, and two that it has not."""
+    recipes = [
+        Recipe("task_arithmetic", {"a": 0.6, "b": 0.3}),
+        Recipe("average", {"a": 1.0, "b": 1.0}),
+        Recipe("task_arithmetic", {"a": 0.6}),
+        Recipe("task_arithmetic", {"a": 0.9, "b": 0.9}),
+        Recipe("task_arithmetic", {"a": 0.2, "b": 0.2}),
+    ]
+    recipes = [METHODS[recipe.method].complete(recipe) for recipe in recipes]
+    executor = threads(lambda recipe: scores(recipe) if recipe is not recipes[3] else {"x": math.nan})
+    candidates = [Candidate(recipe, "validation", "anchor") for recipe in recipes]
+    ledger = Ledger(str(tmp_path / name / "ledger"), "demo")
+    return measure(candidates, executor, ledger, make_objective("mean", ["x"]), Provenance("demo"))
+
+
+@pytest.mark.parametrize("damage", ["none", "killed", "journal"])
+def test_what_was_measured_before_is_heard_by_the_study_where_it_lies_in_its_space(quest, tmp_path, threads, damage):
+    before = measured_before(tmp_path, "unbroken", threads)
+    unbroken = quest("unbroken", 14)
+    assert quest.states[:3] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.COMPLETE]
+    heard = quest.study.trials[:3]
+    assert [trial.user_attrs[CANDIDATE] for trial in heard] == [before[i].candidate for i in (0, 3, 4)]
+    assert [trial.values for trial in heard] == [[before[0].objective], None, [before[4].objective]]
+    assert [number for number, *_ in unbroken[:5]] == [None] * 5
+    assert min(number for number, *_ in unbroken if number is not None) == 3
+    assert len({trial.user_attrs.get(CANDIDATE) for trial in quest.study.trials}) == len(quest.study.trials)
+    measured_before(tmp_path, "broken", threads)
+    if damage == "killed":
+        with pytest.raises(Killed):
+            quest("broken", 14, dies=("after", 9))
+    elif damage == "journal":
+        quest("broken", 10)
+        journal(tmp_path, "broken").unlink()
+    assert quest("broken", 14) == unbroken
+
+
+def test_a_space_that_is_the_same_is_not_looked_through_again(quest, monkeypatch):
+    quest("same", 12)
+    looked = []
+    distributions = Space.distributions
+    monkeypatch.setattr(Space, "distributions", lambda self, recipe: looked.append(1) or distributions(self, recipe))
+    quest("same", 12)
+    assert len(looked) < 10  # anchors, and what no trial has
+    looked.clear()
+    quest("same", 12, space=Space({"task_arithmetic": MethodSpace(), "ties": MethodSpace()}, "ab", None, "shared"))
+    assert len(looked) > 10
 
 
 def test_a_study_in_a_database(quest, tmp_path):
