@@ -4,8 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flows.config import BaseData, Campaign
+from flows.config import Campaign
+from flows.examination import examined, known
 from flows.progress import Display
+from flows.sections import BaseData
 from merging.errors import SettingsError
 from merging.methods import BASE, METHODS, Method
 from merging.pool import Pool
@@ -86,6 +88,7 @@ class Opened:
             tasks=dict(campaign.tasks),
             owners=campaign.owners(),
             precision=campaign.resources.precision,
+            facts=known(self.pool),
         )
 
     def fingerprints(self) -> dict[str, Any]:
@@ -124,8 +127,13 @@ class Opened:
         return (1 << 30) + weights * (3 if sharded else 2 + copies)
 
 
-def open_campaign(campaign: Campaign, display: Display) -> Opened:
+def open_campaign(campaign: Campaign, display: Display, directory: str | None = None) -> Opened:
     """Opens and checks pool and tasks.
+
+    Args:
+        campaign: The campaign.
+        display: Shows notes and progress.
+        directory: Where an earlier run may have kept what it knew of the pool's files.
 
     Raises:
         MergequestError: Something is unusable; the message names it.
@@ -143,7 +151,7 @@ def open_campaign(campaign: Campaign, display: Display) -> Opened:
     for task in tasks.values():
         for note in task.check():
             display.note(note)
-    distances = pool.check_weights()
+    distances = examined(campaign, pool, directory, display)
     size = sum(info.nbytes for info in pool.weights.values())
     heads = {key for member in pool.members.values() for key in member.head}
     display.say(

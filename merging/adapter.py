@@ -81,6 +81,17 @@ class AdapterCheckpoint(Checkpoint):
         return False
 
     @cached_property
+    def identity(self) -> tuple[str, ...]:
+        """The base's, and what tells the adapter's own files from others."""
+        settings = storage.checksum(storage.join(self.path, ADAPTER_CONFIG))
+        return (*self.base.identity, self.path, settings, storage.checksum(self._file.path))
+
+    @property
+    def hashes_tensors(self) -> bool:
+        """No: what its tensors are formed from."""
+        return False
+
+    @cached_property
     def fingerprint(self) -> str:
         """Content hash of base, adapter and scalings."""
         scalings = {name: low.scaling for name, low in sorted(self.adapted.low_rank.items())}

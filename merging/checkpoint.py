@@ -4,20 +4,20 @@ import hashlib
 import json
 import mmap
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from merging import storage
+from merging import copies, memory, storage
 from merging.errors import CheckpointError, StorageError
-from merging.memory import remembered
 from merging.ranges import Window
 
 CONFIG = "config.json"
@@ -110,8 +110,19 @@ class SafetensorsFile:
 
     @cached_property
     def _map(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The local file's bytes, mapped copy-on-write, so that nothing can write through."""
-        return np.memmap(storage.local_path(self.path), dtype=np.uint8, mode="c")
+        """The bytes of the local file or copy, mapped copy-on-write, so that nothing can write through."""
+        assert self._here is not None
+        return np.memmap(self._here, dtype=np.uint8, mode="c")
+
+    @cached_property
+    def _here(self) -> Path | None:
+        """The file itself, or this machine's copy of a remote one, if there was one when it was first asked for."""
+        return storage.local_path(self.path) if storage.is_local(self.path) else copies.found(self.path)
+
+    def copy_here(self) -> None:
+        """Makes this machine's copy of a remote file, for all its processes, if there is room; then `read` maps it."""
+        if self._here is None and (copy := copies.made(self.path)) is not None:
+            self.__dict__["_here"] = copy
 
     @cached_property
     def _window(self) -> Window:
@@ -120,7 +131,7 @@ class SafetensorsFile:
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Says that these tensors are about to be read, best in this order; of a remote file, they are sent for now."""
-        if not storage.is_local(self.path):
+        if self._here is None:
             infos = [self.tensors[name] for name in names]
             self._window.prefetch([(info.start, info.stop) for info in infos if info.nbytes])
 
@@ -140,7 +151,7 @@ class SafetensorsFile:
             self._map._mmap.madvise(advice, first, last - first)  # type: ignore[attr-defined]
 
     def read(self, name: str) -> Tensor:
-        """A tensor on the CPU; of a local file, a view of a private memory map; of a remote one, in memory of its own.
+        """A tensor on the CPU; of a local file or copy, a view of a private memory map; else in memory of its own.
 
         Raises:
             CheckpointError: There is no such tensor.
@@ -150,7 +161,7 @@ class SafetensorsFile:
         info = self.tensors[name]
         if not info.nbytes:
             return torch.empty(info.shape, dtype=info.dtype)
-        if storage.is_local(self.path):
+        if self._here is not None:
             raw = torch.from_numpy(self._map[info.start : info.stop])
         else:
             raw = torch.frombuffer(self._window.take(info.start, info.stop), dtype=torch.uint8)
@@ -225,6 +236,11 @@ class Checkpoint:
         for file, group in groupby(names, lambda name: self.tensors[name].file):
             self._files[file].prefetch(group)
 
+    def copy_here(self) -> None:
+        """Copies what is remote to this machine, once for all its processes, if there is room; then `read` maps it."""
+        for file in self._files.values():
+            file.copy_here()
+
     @property
     def is_mapped(self) -> bool:
         """Whether `read` gives views of memory maps: reading a part of a tensor costs no more than the part."""
@@ -236,26 +252,72 @@ class Checkpoint:
             self._files[self.tensors[name].file].advise(name, advice, start, stop)
 
     @cached_property
+    def identity(self) -> tuple[str, ...]:
+        """Where it lies, and what tells its files from others; with an empty string where nothing does for now."""
+        return (self.path, *map(storage.checksum, self._files))
+
+    @property
+    def hashes_tensors(self) -> bool:
+        """Whether the fingerprint is of the tensors that `read` gives."""
+        return True
+
+    @property
+    def is_recognised(self) -> bool:
+        """Whether the fingerprint is known without reading anything."""
+        return "fingerprint" in self.__dict__ or memory.recalled(self.identity) is not None
+
+    @cached_property
     def fingerprint(self) -> str:
         """Content hash of names, dtypes, shapes and bytes, whatever files they are cut into, and wherever they lie.
 
-        Of a remote checkpoint all bytes are read for it, and the hash is kept in this user's cache directory under the
-        files' checksums, as their server has them.
+        All bytes are read for it, once as long as the files' checksums, or sizes and times, stay what they were: this
+        process remembers, and of a remote checkpoint this user's cache directory.
         """
-        if storage.is_local(self.path):
-            return self._content_hash()
-        return remembered([self.path, *map(storage.checksum, self._files)], self._content_hash)
+        return memory.remembered(self.identity, self._content_hash, lasting=self._is_remote)
+
+    def recognise(self, fingerprint: str) -> None:
+        """Takes over what somebody found who read all bytes."""
+        self.__dict__["fingerprint"] = fingerprint
+        memory.keep(self.identity, fingerprint, lasting=self._is_remote)
+
+    @property
+    def _is_remote(self) -> bool:
+        return not storage.is_local(self.path)
 
     def _content_hash(self) -> str:
         names = sorted(self.tensors, key=lambda name: (self.tensors[name].file, self.tensors[name].start))
         self.prefetch(names)
+        digest = Digest(self)
         with ThreadPoolExecutor() as threads:
-            return storage.fingerprint(sorted(threads.map(self._digest, names)))
+            list(threads.map(lambda name: digest.add(name, self.read(name)), names))
+        return digest.fingerprint()
 
-    def _digest(self, name: str) -> list[Any]:
-        info = self.tensors[name]
-        data = self.read(name).reshape(-1).view(torch.uint8).numpy()
-        return [name, str(info.dtype), list(info.shape), hashlib.sha256(data.data).hexdigest()]
+
+class Digest:
+    """A checkpoint's fingerprint in the making, from tensors in any order and any thread.
+
+    Args:
+        checkpoint: Whose.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._found: dict[str, list[Any]] = {}
+
+    @property
+    def names(self) -> Collection[str]:
+        """What was added."""
+        return self._found.keys()
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Takes a tensor as it is stored."""
+        info = self.checkpoint.tensors[name]
+        data = value.reshape(-1).view(torch.uint8).numpy()
+        self._found[name] = [name, str(info.dtype), list(info.shape), hashlib.sha256(data.data).hexdigest()]
+
+    def fingerprint(self) -> str:
+        """The fingerprint, once all tensors were added."""
+        return storage.fingerprint(sorted(self._found.values()))
 
 
 def _weight_files(path: str, listed: list[str]) -> list[str]:

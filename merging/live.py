@@ -89,8 +89,8 @@ class LiveModels:
         self._models: dict[str, nn.Module] = {}
         used: set[str] = set()
         for task in tasks:
-            model = task.load_model().requires_grad_(False)
-            used |= share_weights(model, pool, pool.members[owners[task.name]], self._out)
+            model, held = sharing_model(task, pool, pool.members[owners[task.name]], self._out)
+            used |= held
             self._models[task.name] = model.to(device)
         if not used:
             raise PoolError("no task's model holds any of the merged weights: is its `head` a member of this pool?")
@@ -145,6 +145,24 @@ class LiveModels:
             if plan.gate is not None and number < len(steps) - 1 and plan.gate(trace):
                 return trace, True
         return trace, False
+
+
+def sharing_model(task: Task, pool: Pool, member: Member, out: Mapping[str, Tensor]) -> tuple[nn.Module, set[str]]:
+    """A task's model on the weights of `out`, as `share_weights` makes it; of its checkpoint only the rest is read.
+
+    Where some weight of the model comes from merged ones in a way that cannot be shared, it is its checkpoint's own.
+
+    Returns:
+        The model, and the base's names of the weights that it holds.
+    """
+    for merged in (frozenset(member.names.values()), frozenset[str]()):
+        model = task.load_skeleton(merged).requires_grad_(False)
+        held = share_weights(model, pool, member, out)
+        shared = {value.data_ptr() for value in out.values()}
+        rest = [value for value in (*model.parameters(), *model.buffers()) if value.data_ptr() not in shared]
+        if not any(value.is_floating_point() and value.numel() and value[(0,) * value.ndim].isnan() for value in rest):
+            break
+    return model, held
 
 
 def share_weights(model: nn.Module, pool: Pool, member: Member, out: Mapping[str, Tensor]) -> set[str]:

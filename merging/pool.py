@@ -6,13 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor
 
 from merging.adapter import open_checkpoint
 from merging.checkpoint import Checkpoint, TensorInfo
 from merging.errors import PoolError
-from merging.methods.blocks import Scratch, difference, is_finite, spans
+from merging.examination import MAX_REPORTED, Finding, distances, examine, slices
 
 CONFIG_KEYS = (
     "model_type",
@@ -27,9 +26,8 @@ CONFIG_KEYS = (
     "tie_word_embeddings",
 )
 """Settings that change what the same weights compute, yet leave no trace in names and shapes."""
-FAR = 0.9
-"""‖θ_t − θ_0‖ / ‖θ_0‖ above which a member was hardly fine-tuned from the base: independent models lie near √2."""
-MAX_REPORTED = 12
+OPENED_AT_ONCE = 16
+"""Members whose headers are read at the same time: from an object store, it is the number of answers that takes long."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,10 @@ class Pool:
         if not members:
             raise PoolError("a pool needs at least one member")
         origin = Checkpoint.open(base)
-        opened = {name: open_checkpoint(path, origin) for name, path in members.items()}
+        with ThreadPoolExecutor(OPENED_AT_ONCE) as threads:
+            opened = dict(
+                zip(members, threads.map(lambda path: open_checkpoint(path, origin), members.values()), strict=True)
+            )
         problems: list[str] = []
         notes: list[str] = []
         found = {}
@@ -137,68 +138,32 @@ class Pool:
             own = self.members[member]
             own.checkpoint.prefetch([own.names[name] for name in names])
 
+    def copy_here(self) -> None:
+        """Says that this machine will read weights again and again: remote files are copied here, if there is room."""
+        self.base.copy_here()
+        for member in self.members.values():
+            member.checkpoint.copy_here()
+
     def fingerprints(self) -> dict[str, str]:
         """Content hashes of the base (under `base`) and of each member."""
         return {"base": self.base.fingerprint} | {n: m.checkpoint.fingerprint for n, m in self.members.items()}
 
     def check_weights(self, most: int | None = None) -> dict[str, float]:
-        """Reads every merged weight once, looking for what no merge survives.
+        """Reads every merged weight once, looking for what no merge survives; see `examination`.
 
         Args:
             most: Entries of a weight to look at, from its middle, where it is read by memory map; by default all.
 
         Returns:
-            Each member's relative distance from the base, ‖θ_t − θ_0‖ / ‖θ_0‖ over matrices: the ones of normalisation
-            layers would hide how far two models are apart.
+            Each member's relative distance from the base.
 
         Raises:
             PoolError: NaN or Inf, named by tensor and member; or a member that was not fine-tuned from this base.
         """
-        problems: list[str] = []
-
-        def examine(name: str) -> list[float]:
-            scratch = Scratch()
-            whole = self.base_weight(name).reshape(-1)
-            size = whole.numel()
-            start = max((size - (most or size)) // 2, 0)
-            base = whole[start : start + (most or size)]
-            zeros = torch.zeros((), dtype=base.dtype).expand(base.shape)
-            squares = []
-            for who in ("base", *self.members):
-                value = whole if who == "base" else self.member_weight(who, name).reshape(-1)
-                value = value[start : start + (most or size)]
-                if not is_finite(value):
-                    problems.append(f"{who}: '{name}' holds NaN or Inf")
-                squares.append(_square_distance(value, zeros if who == "base" else base, scratch))
-            return squares if len(self.weights[name].shape) > 1 else [0.0] * len(squares)
-
-        self.prefetch(self.weights)
-        with ThreadPoolExecutor(max_workers=4) as threads:
-            rows = list(threads.map(examine, self.weights))
-        if problems:
-            shown = "\n".join(f"  - {problem}" for problem in sorted(problems)[:MAX_REPORTED])
-            raise PoolError(
-                f"unusable weights ({len(problems)} tensors):\n{shown}\nCopy the checkpoint again, or leave it out"
-            )
-        total, *moved = (sum(column) for column in zip(*rows, strict=True))
-        distances = {name: (part / max(total, 1e-30)) ** 0.5 for name, part in zip(self.members, moved, strict=True)}
-        far = [f"{name} ({distance:.2f})" for name, distance in distances.items() if distance > FAR]
-        if far:
-            raise PoolError(
-                f"not fine-tuned from the base {self.base.path}: {', '.join(far)}. The number is ‖θ_t − θ_0‖ / ‖θ_0‖, which "
-                f"stays far below {FAR} in fine-tuning. Name the base that these members were trained from"
-            )
-        return distances
-
-
-def _square_distance(value: Tensor, base: Tensor, scratch: Scratch) -> float:
-    """‖value − base‖² of two vectors, in memory for a block of them."""
-    total = 0.0
-    for start, stop in spans(value.numel(), value.device):
-        row = scratch.take("row", stop - start, device=value.device)
-        moved = difference(value[start:stop], base[start:stop], row)
-        total += float(torch.dot(moved, moved))
-    return total
+        found: dict[str, Finding] = {}
+        for group in slices(list(self.members)):
+            found |= examine(self, group, most)
+        return distances(self, found)
 
 
 @dataclass

@@ -8,6 +8,7 @@ import posixpath
 import re
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ SECRET = re.compile(
     r"^[^/@]*:[^/@]*@|[?&](X-Amz-Signature|X-Amz-Credential|sig|signature|token|secret)=", re.IGNORECASE
 )
 """What an address must not hold: `user:password@`, or a signature in its query."""
+SETTLED = 2.0
+"""Seconds after which a change of a local file shows in its times: file systems keep them no finer than that."""
 
 
 def is_local(path: str) -> bool:
@@ -169,11 +172,20 @@ def size(path: str) -> int:
 
 
 def checksum(path: str) -> str:
-    """What a server keeps to tell a remote file's contents from others; empty where it keeps nothing.
+    """What tells a file's contents from others without reading it; empty where nothing does.
+
+    Of a remote file, what its server keeps. Of a local one, number, size and times, once these are old enough that
+    another write must change them.
 
     Raises:
         StorageError: The file is missing.
     """
+    if is_local(path):
+        with _named(path, "read"):
+            found = local_path(path).stat()
+        if time.time() - max(found.st_mtime, found.st_ctime) < SETTLED:
+            return ""
+        return f"{found.st_dev}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
     system, inner = file_system(path)
     with _named(path, "read"):
         info = system.info(inner)

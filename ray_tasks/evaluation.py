@@ -3,12 +3,13 @@
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
+from merging import memory
 from merging.live import LiveModels, MakeSource, Measurement, best_device
 from merging.merge import Material, ResidentMerger, open_statistics
 from merging.pool import Pool
@@ -31,6 +32,7 @@ class Setup:
         tasks: Task → its settings.
         owners: Task → the member whose head it is evaluated with.
         precision: Of evaluation.
+        facts: What is known of the files, so that nobody reads them whole to recognise them (`merging.memory`).
     """
 
     base: str
@@ -41,11 +43,22 @@ class Setup:
     tasks: Mapping[str, Any]
     owners: Mapping[str, str]
     precision: str = "float32"
+    facts: Mapping[str, str] = field(default_factory=dict)
 
-    def material(self) -> Material:
-        """Opens pool and statistics."""
+    def material(self, *, resident: bool = False) -> Material:
+        """Opens pool and statistics.
+
+        Args:
+            resident: Whether this machine is going to read all of the pool, and more than once.
+        """
+        memory.learn(self.facts)
         pool = Pool.open(self.base, self.members, self.heads)
-        return Material(pool, open_statistics(pool, self.statistics), self.examples)
+        statistics = open_statistics(pool, self.statistics)
+        if resident:
+            pool.copy_here()
+            for file in (file for files in statistics.values() for file in files.values()):
+                file.copy_here()
+        return Material(pool, statistics, self.examples)
 
 
 @dataclass(frozen=True)
@@ -109,9 +122,8 @@ class Evaluator:
                 make_task(name, settings, setup.members[setup.owners[name]], setup.base)
                 for name, settings in setup.tasks.items()
             ]
-            self._models = LiveModels(
-                setup.material(), tasks, setup.owners, self._device, setup.precision, self._source
-            )
+            material = setup.material(resident=self._source is ResidentMerger)
+            self._models = LiveModels(material, tasks, setup.owners, self._device, setup.precision, self._source)
         return self._worker
 
     def measure(self, assignment: Assignment) -> Answer:

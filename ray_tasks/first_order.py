@@ -19,7 +19,7 @@ Report = Callable[[float], None]
 def descend(setup: Setup, start: Recipe, settings: descent.DescentSettings, report: Report) -> list[descent.Waypoint]:
     """`merging.descent.descend` over all tasks that give logits."""
     return descent.descend(
-        setup.material(), _tasks(setup), setup.owners, start, settings, best_device(), _share(report)
+        setup.material(resident=True), _tasks(setup), setup.owners, start, settings, best_device(), _share(report)
     )
 
 
@@ -49,7 +49,8 @@ def distil(
         The path.
     """
     tasks = _tasks(setup)
-    weights = distillation.distil(setup.material(), tasks, setup.owners, start, settings, best_device(), _share(report))
+    material = setup.material(resident=True)
+    weights = distillation.distil(material, tasks, setup.owners, start, settings, best_device(), _share(report))
     counts = {"examples": settings.steps * settings.batch * len(tasks)}
     save_tensors(path, "distilled", key, weights, Partial(counts=counts), checkpoint=checkpoint, data=data)
     return path
@@ -67,7 +68,7 @@ def predict(
         kind: The statistic that stands for curvature.
         report: Told the share of the work that is done.
     """
-    material = setup.material()
+    material = setup.material(resident=True)
     complete = material.check(start)
     basis = compute_basis(material, complete.method, complete.members, complete.parameters, best_device())
     report(0.5)

@@ -26,7 +26,7 @@ def measure_mismatch(
     Raises:
         MethodError: The recipe has no merge, or a gradient is not finite.
     """
-    material = setup.material()
+    material = setup.material(resident=True)
     device = best_device()
     out = {name: torch.empty(info.shape, device=device) for name, info in material.pool.weights.items()}
     ResidentMerger(material, out).merge(recipe)

@@ -14,6 +14,7 @@ from merging.errors import ClusterError
 from merging.merge import Material
 from merging.placement import Place, place
 from ray_tasks.shards import Shards
+from ray_tasks.watch import addresses, watched
 
 PROCESS_BYTES = 400_000_000
 """What a shard's process takes before it holds anything."""
@@ -181,15 +182,17 @@ def plan(
 
 @contextmanager
 def sharded(
-    material: Callable[[], Material], made: Plan, restarts: int, say: Callable[[str], None] = lambda text: None
+    material: Callable[[], Material], made: Plan, retries: int, say: Callable[[str], None] = lambda text: None
 ) -> Iterator[Shards]:
     """A plan's shards for the block: memory is reserved, the plan is told, and the pool is read.
+
+    Shards that are lost with their node are started where there is room, and read their part again.
 
     Args:
         material: Opens pool and statistics on any node.
         made: The plan.
-        restarts: How often a shard may be started again.
-        say: Told what lies where before anything is read.
+        retries: How often a call is made again whose shard died over it.
+        say: Told what lies where before anything is read, and what becomes of shards that are lost with their node.
 
     Raises:
         ClusterError: The memory is taken by others.
@@ -202,12 +205,13 @@ def sharded(
             f"{_gigabytes(sum(made.bundles))} for the pool's shards were not free within {WAIT_SECONDS:.0f} s: others use the "
             "cluster; wait for them, or leave out members"
         )
-    shards = Shards(material, made.places, group, made.threads, restarts)
+    shards = Shards(material, made.places, group, made.threads, retries)
     try:
-        names = {node["NodeID"]: f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})" for node in ray.nodes()}
+        names = addresses()
         say(made.describe([names[node] for node in shards.nodes()]))
         shards.read()
-        yield shards
+        with watched(shards.nodes, say):
+            yield shards
     finally:
         shards.close()
 

@@ -131,11 +131,12 @@ class Shards:
         places: What lies in each.
         group: A placement group with one bundle of memory for each, in this order.
         threads: Torch threads of each.
-        restarts: How often one may be started again.
+        retries: How often a call is made again whose shard died over it, until it fails. A shard itself is started again
+            however often: over days, preemptible nodes take it along more often than any bound that would catch a crash.
     """
 
     def __init__(
-        self, material: Callable[[], Material], places: Sequence[Place], group: Any, threads: int, restarts: int
+        self, material: Callable[[], Material], places: Sequence[Place], group: Any, threads: int, retries: int
     ) -> None:
         self._group = group
         self._settled: set[str] = set()
@@ -145,8 +146,8 @@ class Shards:
             ray.remote(Shard)
             .options(
                 num_cpus=0,
-                max_restarts=restarts,
-                max_task_retries=-1,
+                max_restarts=-1,
+                max_task_retries=max(retries, 1),  # with none, calls would not wait for a shard that is being started
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number),
             )
             .remote(material, place.names, threads)
@@ -158,13 +159,13 @@ class Shards:
 
         Raises:
             MergequestError: A shard's own error.
-            ClusterError: Shards died more often than they may.
+            ClusterError: A shard died again and again while it read.
         """
         with surfaced("reading the pool into shards"):
             ray.get([actor.read.remote() for actor in self.actors])
 
     def nodes(self) -> list[str]:
-        """The node that each shard lies on, as Ray names it."""
+        """The node that each shard has its place on, as Ray names it; one that is lost until there is another place."""
         bundles = placement_group_table(self._group)["bundles_to_node_id"]
         return [bundles[number] for number in range(len(self.actors))]
 

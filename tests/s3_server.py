@@ -40,6 +40,8 @@ class Proxy(ThreadingHTTPServer):
         self.plan = []
         self.requests = []
         self.faults = Counter()
+        self.sent = 0
+        """Bytes of answers to requests for a file or a range of one."""
         self._random = random.Random(seed)
 
     def handle_error(self, request, client_address):
@@ -84,6 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
             upstream.close()
         if fault == "lost":
             return self._reset()
+        self.server.sent += len(data) if self.command == "GET" else 0
         return self._answer(found.status, headers, data)
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _serve  # noqa: N815

@@ -113,6 +113,10 @@ class StatisticsFile:
         """
         return self._info(name).shape
 
+    def copy_here(self) -> None:
+        """Copies a remote file to this machine, once for all its processes, if there is room; then `read` maps it."""
+        self._file.copy_here()
+
     def prefetch(self, names: Iterable[str]) -> None:
         """Says that these are about to be read, best in this order; names that the file does not know are left out."""
         stored = dict.fromkeys(self.shared.get(name, name) for name in names)

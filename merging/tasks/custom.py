@@ -4,7 +4,7 @@ import importlib
 import inspect
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cached_property
 from numbers import Real
 from typing import Any, ClassVar, Literal
@@ -71,7 +71,11 @@ class Custom(Task):
 
     def load_model(self) -> nn.Module:
         """The head's checkpoint as `settings.model_class`; see `Task.load_model`."""
-        return load_model(self.head, self.settings.model_class, complete=False, base=self.base)
+        return self.load_skeleton(())
+
+    def load_skeleton(self, merged: Collection[str]) -> nn.Module:
+        """See `Task.load_skeleton`."""
+        return load_model(self.head, self.settings.model_class, complete=False, base=self.base, hollow=merged)
 
     def size(self, split: Split) -> int:
         """What the settings say of it, for only the function knows its data."""

@@ -3,7 +3,7 @@
 import atexit
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from merging import storage
+from merging import copies, storage
 from merging.adapter import ADAPTER_CONFIG, is_adapter, open_checkpoint
 from merging.checkpoint import CONFIG, Checkpoint
 from merging.errors import CheckpointError, StorageError, TaskError
@@ -82,7 +82,9 @@ def tokenizer_identity(tokenizer: Any) -> Any:
     return {name: part for name, part in pipeline.items() if name not in ("truncation", "padding")}
 
 
-def load_model(head: str, model_class: str, *, complete: bool, base: str = "") -> nn.Module:
+def load_model(
+    head: str, model_class: str, *, complete: bool, base: str = "", hollow: Collection[str] = ()
+) -> nn.Module:
     """A checkpoint as a live model: evaluation mode, float32, on the CPU.
 
     Args:
@@ -90,6 +92,7 @@ def load_model(head: str, model_class: str, *, complete: bool, base: str = "") -
         model_class: Name of the class in `transformers` (`AutoModelForSequenceClassification`).
         complete: Whether to refuse a checkpoint that lacks some of the model's weights.
         base: The base that the head belongs to, if it is an adapter.
+        hollow: Names of the checkpoint's tensors that the caller overwrites: they are not read, and hold NaN.
 
     Raises:
         TaskError: The class is unknown, or the checkpoint is damaged, unsafe, or incomplete.
@@ -102,8 +105,8 @@ def load_model(head: str, model_class: str, *, complete: bool, base: str = "") -
     try:
         with quiet():
             model, info = (
-                _adapted(head, base, loader)
-                if is_adapter(head)
+                _assembled(open_checkpoint(head, base), loader, hollow)
+                if hollow or is_adapter(head)
                 else loader.from_pretrained(
                     local_directory(head),
                     dtype=torch.float32,
@@ -124,31 +127,40 @@ def load_model(head: str, model_class: str, *, complete: bool, base: str = "") -
     return live
 
 
-def local_directory(head: str) -> str:
-    """The directory itself, or a copy of a remote one that lasts as long as this process."""
-    return str(storage.local_path(head)) if storage.is_local(head) else _download(head)
+def local_directory(head: str, *, weights: bool = True) -> str:
+    """The directory itself, or a copy of a remote one, perhaps without its weights, that lasts as long as this process."""
+    return str(storage.local_path(head)) if storage.is_local(head) else _download(head, weights)
 
 
 @cache
-def _download(head: str) -> str:
-    weights = set() if is_adapter(head) else {storage.base_name(i.file) for i in Checkpoint.open(head).tensors.values()}
+def _download(head: str, with_weights: bool) -> str:
+    weights: set[str] = set()
+    if with_weights and not is_adapter(head):
+        weights = {storage.base_name(info.file) for info in Checkpoint.open(head).tensors.values()}
     copy = tempfile.TemporaryDirectory(prefix="mergequest-head-")
     atexit.register(copy.cleanup)
     for name in storage.list_dir(head):
-        if name in weights or name.endswith((".json", ".txt", ".model", ".jinja")):
-            download(storage.join(head, name), Path(copy.name) / name)
+        source, target = storage.join(head, name), Path(copy.name) / name
+        if name in weights and (file := copies.made(source)) is not None:
+            target.symlink_to(file)
+        elif name in weights or name.endswith((".json", ".txt", ".model", ".jinja")):
+            download(source, target)
     return copy.name
 
 
-def _adapted(head: str, base: str, loader: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """An adapter's model, its weights formed from the base's, and what transformers says of the loading."""
+def _assembled(checkpoint: Checkpoint, loader: Any, hollow: Collection[str]) -> tuple[nn.Module, dict[str, Any]]:
+    """A model from tensors that are read one by one, and what transformers says of the loading."""
     import transformers
 
-    checkpoint = open_checkpoint(head, base)
     config = transformers.CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(dict(checkpoint.config))
     with torch.device("meta"):
         kind: Any = type(loader.from_config(config)) if hasattr(loader, "from_config") else loader
-    weights = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    nothing = torch.tensor(torch.nan)
+    checkpoint.prefetch([name for name in checkpoint.tensors if name not in hollow])
+    weights = {
+        name: nothing.expand(info.shape) if name in hollow else checkpoint.read(name)
+        for name, info in checkpoint.tensors.items()
+    }
     found: tuple[nn.Module, dict[str, Any]] = kind.from_pretrained(
         None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
     )
@@ -158,10 +170,10 @@ def _adapted(head: str, base: str, loader: Any) -> tuple[nn.Module, dict[str, An
 def _tokenizer_directory(head: str, base: str) -> str:
     """Where the tokenizer lies: with the head, or with the base of an adapter that was saved without one."""
     if any("tokenizer" in name for name in storage.list_dir(head)) or not is_adapter(head):
-        return local_directory(head)
+        return local_directory(head, weights=False)
     if not base:
         base = str(storage.read_json(storage.join(head, ADAPTER_CONFIG)).get("base_model_name_or_path") or "")
-    return local_directory(base)
+    return local_directory(base, weights=False)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Texts, or pairs of texts, in classes."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -87,7 +87,12 @@ class TextClassification(Task):
 
     def load_model(self) -> nn.Module:
         """The head's checkpoint as `AutoModelForSequenceClassification`; see `Task.load_model`."""
-        model = load_model(self.head, "AutoModelForSequenceClassification", complete=True, base=self.base)
+        return self.load_skeleton(())
+
+    def load_skeleton(self, merged: Collection[str]) -> nn.Module:
+        """See `Task.load_skeleton`."""
+        kind = "AutoModelForSequenceClassification"
+        model = load_model(self.head, kind, complete=True, base=self.base, hollow=merged)
         config: Any = model.config
         if config.pad_token_id is None:
             config.pad_token_id = self._tokenizer.pad_token_id

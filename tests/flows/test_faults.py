@@ -1,8 +1,10 @@
 """A campaign on real raylets whose evaluators, nodes and drivers die is the campaign that nothing happens to."""
 
 import contextlib
+import io
 import os
 import random
+import re
 import secrets
 import signal
 import subprocess
@@ -14,14 +16,22 @@ from collections import Counter
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
-from search.ledger import Ledger
+from flows.config import load_campaign
+from flows.opening import open_campaign
+from flows.progress import Display
+from merging import storage
+from merging.live import LiveModels
+from search.ledger import from_table
 
-pytestmark = [pytest.mark.slow, pytest.mark.endurance, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 CANDIDATES = 36
+DRIVERS = 20
 SECONDS = 0.4
 SCORES = f"""
 import hashlib, os, time
@@ -37,15 +47,18 @@ def norm(model, checkpoint, split, limit, notes):
 
 @pytest.fixture
 def campaign(tiny_pool, tmp_path):
-    """Writes a campaign whose proposals depend on nothing but their number: `campaign(name)`."""
+    """Writes a campaign whose proposals depend on nothing but their number: `campaign(name, root="s3://…")`."""
     (tmp_path / "my_norm.py").write_text(SCORES)
 
-    def write(name):
+    def write(
+        name, methods=("average", "task_arithmetic", "lines"), candidates=CANDIDATES, root=None, pool=None, **changes
+    ):
+        directory, pool = storage.join(root or str(tmp_path), name), pool or tiny_pool
         settings = {
             "name": name,
-            "directory": str(tmp_path / name),
-            "base": str(tiny_pool["base"]),
-            "members": {member: str(tiny_pool[member]) for member in ("one", "two", "three")},
+            "directory": directory,
+            "base": str(pool["base"]),
+            "members": {member: str(pool[member]) for member in ("one", "two", "three")},
             "tasks": {
                 "norm": {
                     "kind": "custom",
@@ -58,13 +71,14 @@ def campaign(tiny_pool, tmp_path):
             "task_heads": {"norm": "two"},
             "selection": {"mode": "all"},
             "search": {
-                "candidates": CANDIDATES,
+                "candidates": candidates,
                 "sampler": "random",
-                "methods": {"average": {}, "task_arithmetic": {}, "lines": {}},
+                "methods": {method: {} for method in methods},
             },
+            **changes,
         }
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings))
-        return tmp_path / f"{name}.yaml", tmp_path / name
+        return tmp_path / f"{name}.yaml", directory
 
     return write
 
@@ -89,7 +103,7 @@ class Driver:
         """Waits for that many files of rows, or the end."""
         deadline = time.monotonic() + seconds
         while self.process.poll() is None and time.monotonic() < deadline:
-            if len(Ledger(str(self.directory / "ledger")).rows()) >= rows:
+            if len(rows_of(self.directory)) >= rows:
                 return
             time.sleep(0.1)
         assert self.process.poll() is None, self.log.read_text()
@@ -105,13 +119,20 @@ class Driver:
         assert self.process.wait(300) == 0, self.log.read_text()
 
 
-def found(directory):
+def rows_of(directory):
+    """What the ledger's files hold, as they stand."""
+    place = storage.join(directory, "ledger")
+    files = [storage.join(place, name) for name in storage.list_dir(place) if not name.startswith(".")]
+    return [row for file in files for row in from_table(pq.read_table(io.BytesIO(storage.read_bytes(file))))]
+
+
+def found(directory, candidates=CANDIDATES):
     """(candidate, split) → score; every one there once."""
-    rows = Ledger(str(directory / "ledger")).rows()
+    rows = rows_of(directory)
     scores = {(row.candidate, row.split): dict(row.scores) for row in rows}
     assert len(scores) == len(rows)
     assert {row.status for row in rows} == {"complete"}, [row.error for row in rows if row.error]
-    assert sum(row.origin in ("anchor", "search") for row in rows) == CANDIDATES
+    assert sum(row.origin in ("anchor", "search") for row in rows) == candidates
     return scores
 
 
@@ -176,17 +197,21 @@ class Reader(threading.Thread):
 
     def run(self):
         seen = set()
-        while not self.done.wait(0.05):
+        while not self.done.wait(0.05 if storage.is_local(self.directory) else 0.5):
             try:
-                now = {(row.candidate, row.split) for row in Ledger(str(self.directory / "ledger")).rows()}
+                rows = rows_of(self.directory)
             except Exception as error:
                 self.failures.append(repr(error))
                 continue
+            now = {(row.candidate, row.split) for row in rows}
+            if len(now) < len(rows):
+                self.failures.append(f"repeated: {len(rows) - len(now)}")
             if seen - now:
                 self.failures.append(f"vanished: {seen - now}")
             seen, self.times = now, self.times + 1
 
 
+@pytest.mark.endurance
 def test_nothing_is_lost_or_repeated_whatever_dies(campaign, raylets, scratch, tmp_path):
     say, environment, processes = raylets
     file, directory = campaign("broken")
@@ -222,6 +247,71 @@ def test_nothing_is_lost_or_repeated_whatever_dies(campaign, raylets, scratch, t
     assert sum(count - 1 for count in Counter(measured).values()) <= lost
 
 
+@pytest.fixture
+def bucket(unreliable, s3_at):
+    """An S3 address behind the proxy, known to whatever is started after this."""
+    return s3_at(unreliable.url)
+
+
+@pytest.mark.endurance
+@pytest.mark.timeout(3000)
+def test_twenty_drivers_killed_on_a_faulty_s3_lose_and_repeat_nothing(
+    campaign, bucket, unreliable, raylets, scratch, tiny_pool, upload, tmp_path
+):
+    say, environment, processes = raylets
+    for name in tiny_pool:
+        upload(tiny_pool[name], storage.join(bucket, name))
+    pool = {name: storage.join(bucket, name) for name in tiny_pool}
+    resources = {"evaluators": 1}  # starting one takes longer than all that it measures
+    changes = {"resources": resources, "candidates": 4 * DRIVERS}
+    file, directory = campaign("broken", root=bucket, pool=pool, **changes)
+    unreliable.reset(rate=0.05, seed=7)
+    reader, chance = Reader(directory), random.Random(23)
+    reader.start()
+    killed = Counter()
+    for number in range(DRIVERS):
+        driver = Driver(file, directory, environment)
+        if number % 4 == 3:  # while it starts: looks at the pool, joins the cluster, waits for evaluators
+            time.sleep(chance.uniform(0.5, 10.0))
+        else:
+            driver.until(len(rows_of(directory)) + 1)
+            if number % 4 == 1 and (working := evaluators(processes)):
+                chance.choice(sorted(working, key=lambda process: process.pid)).kill()
+                killed["evaluators"] += 1
+            time.sleep(chance.uniform(0.0, 2 * SECONDS))
+        if number == DRIVERS // 2:
+            say("lose")
+        assert driver.end(signal.SIGKILL)[0] == -signal.SIGKILL, driver.log.read_text()
+    say("add")
+    assert len(rows_of(directory)) < 4 * DRIVERS + 4  # there was something left to do, at every kill
+    driver = Driver(file, directory, environment)
+    driver.finish()
+    reader.done.set()
+    reader.join()
+    faults, requests = sum(count for fault, count in unreliable.faults.items() if fault), len(unreliable.requests)
+    unreliable.reset()
+    assert not reader.failures
+    scores = found(directory, 4 * DRIVERS)
+    file, calm = campaign("calm", **changes)
+    Driver(file, calm, plain_environment() | {"RAY_TMPDIR": scratch}).finish()
+    assert scores == found(calm, 4 * DRIVERS)
+    measured = (tmp_path / "broken.txt").read_text().split("\n")[:-1]
+    figures = {
+        "drivers killed": DRIVERS,
+        "evaluators killed": killed["evaluators"],
+        "requests": requests,
+        "faults": faults,
+        "ledger read": reader.times,
+        "rows": len(scores),
+        "measured": len(measured),
+    }
+    print(figures)  # with -rP
+    assert killed["evaluators"] >= 2
+    assert faults > 0.03 * requests
+    assert reader.times > 50
+
+
+@pytest.mark.endurance
 def test_ctrl_c_and_sigterm_end_within_seconds_and_it_resumes(campaign, scratch):
     environment = plain_environment() | {"RAY_TMPDIR": scratch}
     file, directory = campaign("interrupted")
@@ -236,3 +326,25 @@ def test_ctrl_c_and_sigterm_end_within_seconds_and_it_resumes(campaign, scratch)
     driver = Driver(file, directory, environment)
     driver.finish()
     assert found(directory)
+
+
+def test_shards_that_a_node_takes_along_are_read_again_elsewhere(campaign, raylets, tmp_path, monkeypatch):
+    say, environment, _ = raylets
+    changes = {"candidates": 20, "resources": {"regime": "sharded", "evaluators": 2}}
+    file, directory = campaign("sharded", ("task_arithmetic", "ties"), **changes)
+    driver = Driver(file, directory, environment)
+    driver.until(9)
+    say("lose")
+    driver.finish()
+    told = driver.log.read_text()
+    assert "sharded: 3 shards on 3 nodes" in told
+    assert re.search(r"a node was lost, and shard \d with it", told)
+    assert re.search(r"shard \d found room on", told)
+
+    assert len(found(directory, candidates=20)) == 20 + 4
+    monkeypatch.syspath_prepend(tmp_path)
+    opened = open_campaign(load_campaign(str(file)), Display())
+    live = LiveModels(opened.setup({}).material(), list(opened.tasks.values()), {"norm": "two"}, torch.device("cpu"))
+    rows = sorted(rows_of(directory), key=lambda row: row.finished)
+    for row in {row.method: row for row in rows}.values():  # the last of each, merged after the loss
+        assert live.measure(row.recipe, "validation").scores["norm"].value == row.scores["norm"]

@@ -14,6 +14,7 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 import yaml
 
@@ -201,6 +202,54 @@ def test_a_failing_job_is_an_exit_code(head, campaign_file, tmp_path):
     done = submit(campaign_file(), url, environment, tmp_path, "--out", str(tmp_path / "thesis"))
     assert done.returncode == 1
     assert "is not empty and holds no campaign" in done.stdout
+
+
+def test_a_stopped_job_ends_within_seconds_and_goes_on_where_it_was(head, campaign_file, tmp_path):
+    url, environment = head
+    file = campaign_file(
+        name="stopped",
+        directory=str(tmp_path / "out"),
+        search={"candidates": 5000, "sampler": "random", "methods": {"task_arithmetic": {}}},
+        selection={"mode": "all"},
+        resources={"evaluators": 1},
+    )
+    sent = submit(file, url, environment, tmp_path, "--no-follow")
+    job = re.search(r"job (\S+):", sent.stderr)[1]
+    deadline = time.monotonic() + 120
+    while len(rows := Ledger(str(tmp_path / "out" / "ledger")).rows()) < 12 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert 12 <= len(rows) < 5000
+    working = workers_of(environment)
+    assert any("Evaluator" in name for name in working.values())
+
+    started = time.monotonic()
+    stopped = run([RAY, "job", "stop", "--address", url, job], environment, tmp_path)
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    while "Evaluator" in str(workers_of(environment)) and time.monotonic() < started + 60:
+        time.sleep(0.2)
+    assert time.monotonic() - started < 30  # a second or two of it the command's own start
+    assert not [pid for pid, name in workers_of(environment).items() if pid in working and "Evaluator" in name]
+    assert not [path for path in (tmp_path / "out").rglob("*") if ".tmp" in path.name or ".old" in path.name]
+    before = {(row.candidate, row.split): row.finished for row in Ledger(str(tmp_path / "out" / "ledger")).rows()}
+    assert read_status(str(tmp_path / "out")).ended in ("interrupted", None)
+
+    measured = len(before) - 4  # but for references: the base and three members
+    done = submit(file, url, environment, tmp_path, "--candidates", str(measured + 3))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = Ledger(str(tmp_path / "out" / "ledger")).rows()
+    assert before.items() <= {(row.candidate, row.split): row.finished for row in rows}.items()
+    assert len({(row.candidate, row.split) for row in rows}) == len(rows)
+    assert sum(row.origin in ("anchor", "search") for row in rows) == measured + 3
+
+
+def workers_of(environment):
+    """The head's processes → what Ray calls them."""
+    found = {}
+    for process in psutil.process_iter(["cmdline"]):
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("RAY_AUTH_TOKEN") == environment["RAY_AUTH_TOKEN"]:
+                found[process.pid] = " ".join(process.info["cmdline"] or ())[:80]
+    return found
 
 
 def test_without_the_token_nothing_is_submitted(head, campaign_file, tmp_path):

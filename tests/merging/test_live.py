@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
 
-from merging.live import LiveModels, share_weights
+from merging.live import LiveModels, share_weights, sharing_model
 from merging.merge import Material, base_recipe, member_recipe
 from merging.pool import Pool
 from merging.recipe import Recipe
@@ -42,6 +42,37 @@ def test_all_tasks_see_the_merge(live, tiny_pool):
 
 def test_limit_reaches_the_task(live):
     assert live.measure(base_recipe(), "validation", limit=7).scores["one"].examples == 7
+
+
+def test_of_a_head_s_checkpoint_only_the_head_is_read(tiny_pool, tiny_campaign, upload, unreliable, s3_at):
+    root = s3_at(unreliable.url)
+    upload(tiny_pool["base"], f"{root}/base")
+    upload(tiny_pool["two"], f"{root}/two")
+    pool = Pool.open(f"{root}/base", {"two": f"{root}/two"})
+    out = {name: torch.randn(info.shape) for name, info in pool.weights.items()}
+    settings = TextClassificationSettings(**tiny_campaign["tasks"]["two"])
+    unreliable.reset()
+    model, held = sharing_model(make_task("two", settings, f"{root}/two"), pool, pool.members["two"], out)
+    weights = [span for method, path, span in unreliable.requests if path.endswith(".safetensors") and method == "GET"]
+    assert len(weights) == 3  # header's length, header, head
+    assert unreliable.sent < 0.4 * pool.members["two"].checkpoint.nbytes
+    assert held == set(out)
+    whole = AutoModelForSequenceClassification.from_pretrained(tiny_pool["two"])
+    for name, value in whole.state_dict().items():
+        own = name.removeprefix("bert.")
+        assert torch.equal(model.state_dict()[name], out.get(own, value))
+
+
+def test_a_weight_that_cannot_be_shared_is_the_checkpoint_s_own(tiny_pool, tiny_campaign):
+    whole = Pool.open(str(tiny_pool["base"]), {"two": str(tiny_pool["two"])})
+    hidden = next(name for name in whole.weights if name.endswith("query.weight"))
+    task = make_task("two", TextClassificationSettings(**tiny_campaign["tasks"]["two"]), str(tiny_pool["two"]))
+    member = whole.members["two"]
+    pool = Pool(whole.base, whole.members, {name: info for name, info in whole.weights.items() if name != hidden})
+    out = {name: torch.zeros(info.shape) for name, info in pool.weights.items()}
+    model, held = sharing_model(task, pool, member, out)
+    assert hidden not in held
+    assert torch.equal(model.state_dict()[member.names[hidden]], whole.member_weight("two", hidden))
 
 
 def test_tied_weights_stay_tied(tmp_path):

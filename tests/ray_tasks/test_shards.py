@@ -87,7 +87,7 @@ def setup(tiny_campaign, tiny_pool, tmp_path_factory):
 @pytest.fixture(scope="module")
 def shards(setup):
     made = plan(setup.material(), ["ties", "regmean"], nodes(), evaluators=1, shards=2)
-    with sharded(setup.material, made, restarts=2) as running:
+    with sharded(setup.material, made, retries=1) as running:
         yield running
 
 
@@ -130,15 +130,7 @@ def pool(setup, shards):
     pool.close()
 
 
-def collect(pool, count):
-    found = {}
-    deadline = time.monotonic() + 120
-    while len(found) < count and time.monotonic() < deadline:
-        found |= {done.ticket: done for done in pool.wait(5.0)}
-    return found
-
-
-def test_evaluators_are_fed_and_a_lost_shard_costs_one_more_try(setup, shards, pool):
+def test_evaluators_are_fed_and_every_lost_shard_costs_one_more_try(setup, shards, pool, collect):
     ties, regmean = RECIPES[4], RECIPES[9]
     tasks = [make_task(name, settings, setup.members[name]) for name, settings in setup.tasks.items()]
     live = LiveModels(setup.material(), tasks, setup.owners, torch.device("cpu"))
@@ -164,24 +156,20 @@ def test_evaluators_are_fed_and_a_lost_shard_costs_one_more_try(setup, shards, p
     bad = collect(pool, 1)["bad"]
     assert (bad.lost, bad.error.split(":")[0]) == (False, "MethodError")
 
-    os.kill(arrived(shards.actors[1].__ray_call__.remote(lambda shard: os.getpid())), signal.SIGKILL)
-    pool.submit(Assignment("first", ties, "validation"))
-    first = collect(pool, 1)["first"]
-    assert (first.lost, first.error) == (True, "a shard was started again")
-    pool.submit(Assignment("again", ties, "validation"))
-    agree(collect(pool, 1)["again"], "ties")
+    for _ in range(2):  # however often
+        os.kill(arrived(shards.actors[1].__ray_call__.remote(lambda shard: os.getpid())), signal.SIGKILL)
+        pool.submit(Assignment("first", ties, "validation"))
+        first = collect(pool, 1)["first"]
+        assert (first.lost, first.error) == (True, "a shard was started again")
+        pool.submit(Assignment("again", ties, "validation"))
+        agree(collect(pool, 1)["again"], "ties")
 
 
-def test_an_evaluator_that_is_given_up_takes_its_next_assignment_with_it(setup, shards, pool):
+def test_an_evaluator_that_is_given_up_does_not_take_its_next_assignment_with_it(setup, shards, pool, collect):
     pool.seconds = 2.0
     slow = Plan(8, lambda trace: bool(time.sleep(600)))
     pool.submit(Assignment("slow", base_recipe(), "validation", plan=slow))
     pool.submit(Assignment("next", base_recipe(), "validation"))
-    found = collect(pool, 2)
-    assert found["slow"].error == "TimeoutError: not measured within 2 s (search.candidate_seconds)"
-    assert found["next"].lost
+    assert collect(pool, 1)["slow"].error == "TimeoutError: not measured within 2 s (search.candidate_seconds)"
     pool.seconds = 60.0
-    while not pool.free:
-        pool.wait(1.0)
-    pool.submit(Assignment("next", base_recipe(), "validation"))
     assert collect(pool, 1)["next"].measurement is not None

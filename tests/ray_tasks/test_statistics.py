@@ -1,10 +1,5 @@
-import os
-import signal
-import threading
-import time
 from dataclasses import replace
 
-import psutil
 import pytest
 import torch
 
@@ -80,28 +75,10 @@ def test_a_failing_shard_is_its_own_error(make_job):
         run([bad])
 
 
-def test_a_lost_worker_costs_its_shard_only(make_job):
+def test_a_lost_worker_costs_its_shard_only(make_job, kill_one):
     job = make_job("fisher", LikelihoodSettings(examples=20, batch_size=1))
-    killed = []
-
-    def kill_one():
-        deadline = time.monotonic() + 60
-        while not killed and time.monotonic() < deadline:
-            for process in psutil.Process().children(recursive=True):
-                try:
-                    if any("_measure" in part for part in process.cmdline()):
-                        os.kill(process.pid, signal.SIGKILL)
-                        killed.append(process.pid)
-                        return
-                except psutil.Error:
-                    continue
-            time.sleep(0.01)
-
-    assassin = threading.Thread(target=kill_one)
-    assassin.start()
-    run([job], shard=2)
-    assassin.join()
-    assert killed, "a worker was to be killed while it measured"
+    with kill_one("_measure"):
+        run([job], shard=2)
     assert StatisticsFile.open(job.path).examples == 20
 
 

@@ -1,0 +1,78 @@
+"""The look at every weight before a campaign begins: here or over the cluster, and once as long as no file changes."""
+
+import os
+from collections.abc import Iterator
+
+from flows.config import Campaign
+from flows.progress import Display
+from merging import examination, memory, storage
+from merging.errors import StorageError
+from merging.examination import Finding
+from merging.pool import Pool
+
+FILE = "facts.json"
+LARGE = 4 << 30
+"""Bytes to read from which a cluster that is there is asked to help."""
+
+
+def examined(campaign: Campaign, pool: Pool, directory: str | None, display: Display) -> dict[str, float]:
+    """Each member's distance from the base, every weight having been looked at: now, or before and unchanged since.
+
+    Args:
+        campaign: The campaign.
+        pool: Its pool.
+        directory: Where an earlier run may have kept what it found.
+        display: Shows progress.
+
+    Raises:
+        PoolError: A weight or a member is unusable.
+    """
+    if directory is not None:
+        memory.learn(_read(directory))
+    found = examination.recall(pool)
+    if missing := [member for member in pool.members if member not in found]:
+        size = sum(pool.members[member].checkpoint.nbytes for member in missing)
+        with display.bar(f"members read ({size / 1e9:.2g} GB)", len(missing)) as bar:
+            for part in _over_cluster(campaign, pool, missing) if _is_worth_it(pool, size) else _here(pool, missing):
+                examination.keep(pool, part)
+                found |= part
+                bar.advance(len(part))
+    return examination.distances(pool, found)
+
+
+def known(pool: Pool) -> dict[str, str]:
+    """All that a run has learnt of the pool's files: its fingerprints, and what was found in them."""
+    checkpoints = [pool.base, *(member.checkpoint for member in pool.members.values())]
+    keys = [examination.key(pool, member) for member in pool.members]
+    return memory.known([*(checkpoint.identity for checkpoint in checkpoints), *keys])
+
+
+def keep(pool: Pool, directory: str) -> None:
+    """Keeps that for the next run, which may be on another machine."""
+    storage.write_json(storage.join(directory, FILE), known(pool))
+
+
+def _read(directory: str) -> dict[str, str]:
+    try:
+        facts = dict(storage.read_json(storage.join(directory, FILE)))
+    except (StorageError, ValueError, TypeError):
+        return {}
+    return {name: fact for name, fact in facts.items() if isinstance(fact, str)}
+
+
+def _is_worth_it(pool: Pool, size: int) -> bool:
+    """Whether it is much, comes over the network, and there are others to help."""
+    return size >= LARGE and not storage.is_local(pool.base.path) and "RAY_ADDRESS" in os.environ
+
+
+def _here(pool: Pool, members: list[str]) -> Iterator[dict[str, Finding]]:
+    return (examination.examine(pool, group) for group in examination.slices(members))
+
+
+def _over_cluster(campaign: Campaign, pool: Pool, members: list[str]) -> Iterator[dict[str, Finding]]:
+    from ray_tasks.cluster import connect  # a second, with Ray
+    from ray_tasks.examination import Files, examine
+
+    paths = {name: member.checkpoint for name, member in campaign.members.items()}
+    with connect():
+        yield from examine(pool, Files(campaign.base, paths, campaign.heads), members)

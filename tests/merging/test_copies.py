@@ -1,0 +1,86 @@
+"""Copies of remote files: made once, read instead, and gone with what they are copies of."""
+
+import errno
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from merging import copies, storage
+from merging.checkpoint import Checkpoint
+
+
+@pytest.fixture
+def one(tiny_pool, upload, unreliable, s3_at):
+    """A checkpoint on S3."""
+    path = storage.join(s3_at(unreliable.url), "one")
+    upload(tiny_pool["one"], path)
+    unreliable.reset()
+    return path
+
+
+def weights(path):
+    return storage.join(path, "model.safetensors")
+
+
+def test_of_many_that_ask_at_once_one_makes_it(one, unreliable, tiny_pool):
+    with ThreadPoolExecutor(6) as threads:
+        (copy,) = set(threads.map(copies.made, [weights(one)] * 6))
+    assert copy.read_bytes() == (tiny_pool["one"] / "model.safetensors").read_bytes()
+    assert [method for method, _, _ in unreliable.requests].count("GET") == 1
+    assert copies.found(weights(one)) == copy
+
+
+def test_a_copy_is_read_instead_until_the_file_changes(one, unreliable, tiny_pool, upload):
+    checkpoint = Checkpoint.open(one)
+    checkpoint.copy_here()
+    later = Checkpoint.open(one)
+    unreliable.reset()
+    expected = Checkpoint.open(str(tiny_pool["one"]))
+    for opened in (checkpoint, later):
+        opened.prefetch(opened.tensors)
+        assert all(torch.equal(opened.read(name), expected.read(name)) for name in expected.tensors)
+    assert "GET" not in {method for method, _, _ in unreliable.requests}
+    assert later.fingerprint == expected.fingerprint
+
+    upload(tiny_pool["two"], one)
+    changed, other = Checkpoint.open(one), Checkpoint.open(str(tiny_pool["two"]))
+    assert all(torch.equal(changed.read(name), other.read(name)) for name in other.tensors)
+
+
+def test_without_room_or_wish_all_is_read_from_afar(one, tiny_pool, monkeypatch):
+    expected = Checkpoint.open(str(tiny_pool["one"]))
+    for spoil in (
+        lambda patch: patch.setattr(copies, "FREE", 1.0),
+        lambda patch: patch.setenv(copies.SWITCH, "0"),
+    ):
+        with monkeypatch.context() as patch:
+            spoil(patch)
+            checkpoint = Checkpoint.open(one)
+            checkpoint.copy_here()
+            assert copies.found(weights(one)) is None
+            assert torch.equal(checkpoint.read("classifier.bias"), expected.read("classifier.bias"))
+
+
+def test_a_disk_that_fills_up_keeps_nothing(one, monkeypatch):
+    def fill(path, target):
+        target.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(copies, "download", fill)
+    assert copies.made(weights(one)) is None
+    assert [file.suffix for file in copies.cache_directory().rglob("copies/*")] == [".lock"]
+
+
+def test_what_nobody_opened_for_long_goes(one, tmp_path):
+    copy = copies.made(weights(one))
+    os.utime(copy, (0, 0))
+    assert copies.found(weights(one)) == copy  # opened
+    old = copy.with_name("old")
+    old.write_bytes(b"x")
+    os.utime(old, (0, 0))
+    storage.write_bytes(storage.join(one, "other"), b"12345")
+    assert copies.made(storage.join(one, "other")).read_bytes() == b"12345"
+    assert copy.exists()
+    assert not old.exists()
