@@ -104,7 +104,7 @@ def _theory(
     linear: Sequence[Recipe],
     display: Display,
 ) -> tuple[list[Start], dict[str, Any]]:
-    """Minimisers of the quadratic models of linear methods, and the models as JSON-like values."""
+    """The quadratic models of linear methods as JSON-like values, and their minimisers where they are asked for."""
     kind = next((kind for kind in CURVATURES if kind in opened.kinds), None)
     if not opened.campaign.search.theory or kind is None or not linear:
         return [], {}
@@ -113,7 +113,7 @@ def _theory(
     with display.bar("percent of the quadratic models", 100) as bar:
         forms = dict(each(first_order.predict, calls, progress=lambda share: bar.reach(int(100 * share))))
     found = []
-    for recipe in linear:
+    for recipe in linear if opened.campaign.search.theory_starts else ():
         models = list(forms[_key(recipe)].values())
         for shared in (True, False):
             factors = minimiser(models, shared=shared)
@@ -147,7 +147,8 @@ def _gradient(
     settings = opened.campaign.search.gradient
     if settings is None:
         return []
-    chosen = [recipe for recipe in linear if not settings.methods or recipe.method in settings.methods]
+    # anchors come in the order of what methods know of the members
+    chosen = [recipe for recipe in linear if recipe.method in settings.methods] if settings.methods else linear[:1]
     if not chosen:
         display.note("no method here is linear in its scaling factors, so that there is no gradient to follow")
         return []
