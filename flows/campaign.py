@@ -1,41 +1,35 @@
 """A campaign from beginning to end: pool → statistics → references → selection → search → test → export → report."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from datetime import datetime, timedelta
-from io import StringIO
-
-from rich.console import Console
+from collections.abc import Mapping, Sequence
 
 from flows.config import Campaign
 from flows.directory import Directory
 from flows.distil import Files, distil
+from flows.evaluators import evaluators
+from flows.examination import keep
 from flows.executor import RayExecutor
 from flows.export import code_version, export
 from flows.first_order import starts
-from flows.heartbeat import Pulse, heartbeat
+from flows.heartbeat import heartbeat
 from flows.opening import Opened, open_campaign
+from flows.outcomes import KeptOutcomes
 from flows.planning import choosing_anchors, confirm, make_planner, search_split
-from flows.progress import Bar, Display
-from flows.regime import is_sharded, shards_of
-from flows.reporting import write_report
+from flows.progress import Display
+from flows.reporting import summary, tables_as_markdown, write_report
 from flows.selection import prepare_selection, select_subsets
-from flows.statistics import member_statistics, solutions
-from flows.table import as_markdown, as_rich, plain_average, results_table
+from flows.statistics import cache_of, member_statistics, solutions
+from flows.table import plain_average
+from flows.watch import Watch
 from merging import storage
 from merging.errors import SearchError, SettingsError
 from merging.merge import base_recipe, member_recipe
 from merging.methods import METHODS
-from ray_tasks.cluster import Cluster, connect, evaluators_for, room_for
-from ray_tasks.delivery import FedEvaluator
-from ray_tasks.evaluation import Evaluator
-from ray_tasks.evaluators import EvaluatorPool
-from ray_tasks.metrics import EvaluatorMetrics
-from search.budget import Budget, Ending, Progress
+from ray_tasks.cluster import Cluster, connect
+from search.budget import Budget, Ending
 from search.candidate import Candidate, Provenance
 from search.constraints import make_constraints
+from search.distinct import distinct
 from search.driver import search
 from search.flight import measure
 from search.ledger import Ledger
@@ -71,9 +65,10 @@ def run(campaign: Campaign, display: Display) -> str:
             display.say(f"{directory.path} is finished: nothing to do")
             return summary(directory)
         with display.phase("Pool"):
-            opened = open_campaign(campaign, display)
+            opened = open_campaign(campaign, display, directory.path)
         directory.claim(campaign)
         storage.write_json(directory / "pool.json", opened.fingerprints())
+        keep(opened.pool, directory.path)
         try:
             with heartbeat(directory.path, display.pulse), connect() as cluster:
                 display.say(f"  {cluster.describe()}")
@@ -98,7 +93,7 @@ def compute_statistics(campaign: Campaign, kinds: Sequence[str] | None, out: str
     """
     with display.phase("Pool"):
         opened = open_campaign(campaign, display)
-    cache = storage.absolute(out) if out else _cache(opened)
+    cache = storage.absolute(out) if out else cache_of(opened.campaign)
     with connect(), display.phase("Statistics"):
         files = member_statistics(opened, kinds or opened.kinds, cache, display)
     return [path for member in files for path in files[member]]
@@ -110,73 +105,18 @@ def run_selection(campaign: Campaign, display: Display) -> Selection:
     directory.check(campaign)
     with directory.locked():
         with display.phase("Pool"):
-            opened = open_campaign(campaign, display)
+            opened = open_campaign(campaign, display, directory.path)
         directory.claim(campaign)
         with connect() as cluster:
             ledger = Ledger(directory.ledger, campaign.name)
             with display.phase("Statistics"):
-                prepare_selection(opened, _cache(opened), display)
+                prepare_selection(opened, cache_of(opened.campaign), display)
                 greedy = campaign.selection.mode.startswith("greedy")
-                statistics = member_statistics(opened, opened.kinds, _cache(opened), display) if greedy else {}
+                cache = cache_of(campaign)
+                statistics = member_statistics(opened, opened.kinds, cache, display) if greedy else {}
             with evaluators(opened, statistics, cluster, display) as executor:
                 references = _references(opened, directory, executor, ledger, display)
                 return _selection(opened, references, directory, executor, ledger, display)
-
-
-@contextmanager
-def evaluators(opened: Opened, statistics: Files, cluster: Cluster, display: Display) -> Iterator[RayExecutor]:
-    """Evaluators for the block, as many as fit, with threads and memory said."""
-    resources = opened.campaign.resources
-    gpus = (1.0 if cluster.gpus else 0.0) if resources.gpus is None else resources.gpus
-    is_fed = is_sharded(opened, cluster, gpus)
-    memory = int((resources.memory or 0.0) * 1e9) or opened.evaluator_bytes(sharded=is_fed)
-    needs = (resources.threads, gpus, memory)
-    count = evaluators_for(cluster, resources.evaluators, *needs)
-    grows = resources.evaluators is None and cluster.may_grow
-    setup = opened.setup(statistics)
-    with shards_of(opened, setup, count, display) if is_fed else nullcontext() as shards:
-        pool = EvaluatorPool(
-            setup,
-            count,
-            resources.threads,
-            gpus,
-            resources.retries,
-            opened.campaign.search.candidate_seconds,
-            room=(lambda: room_for(cluster.now(), *needs)) if grows else None,
-            say=display.note,
-            kind=FedEvaluator if is_fed else Evaluator,
-            shards=shards,
-            metrics=EvaluatorMetrics(opened.campaign.name),
-            memory=int((resources.memory or 0.0) * 1e9),
-        )
-        display.pulse.phase, display.pulse.evaluators = "Evaluators", lambda: (pool.there, pool.at_work)
-        try:
-            count = pool.start()
-            display.say(
-                f"  {count} evaluators of {resources.threads} thread{'s' * (resources.threads > 1)}"
-                f"{f' and {gpus:g} GPU' if gpus else ''}, about {memory / 1e9:.1f} GB each"
-            )
-            yield RayExecutor(pool, opened.campaign.search.examples)
-        finally:
-            pool.close()
-
-
-def summary(directory: Directory) -> str:
-    """The results table and the places of what a campaign left."""
-    campaign = directory.campaign()
-    rows = Ledger(directory.ledger, campaign.name).rows()
-    text = StringIO()
-    console = Console(file=text, width=max(Console().width, 140), force_terminal=Console().is_terminal)
-    console.print(as_rich(results_table(rows, list(campaign.tasks))))
-    places = {
-        "ledger": f"{directory.ledger}  (pandas.read_parquet)",
-        "winner": f"{directory.best}  (from_pretrained)",
-        "report": directory.report,
-        "campaign": directory / "campaign.yaml",
-    }
-    for name, place in places.items():
-        console.print(f"{name:9} {place}", highlight=False, soft_wrap=True)
-    return text.getvalue().rstrip()
 
 
 def _work(opened: Opened, directory: Directory, cluster: Cluster, display: Display) -> None:
@@ -184,56 +124,29 @@ def _work(opened: Opened, directory: Directory, cluster: Cluster, display: Displ
     campaign = opened.campaign
     ledger = Ledger(directory.ledger, campaign.name)
     with display.phase("Statistics"):
-        statistics: Files = member_statistics(opened, opened.kinds, _cache(opened), display)
-        statistics = {**statistics, **solutions(opened, _cache(opened), display)}
-        prepare_selection(opened, _cache(opened), display)
+        statistics: Files = member_statistics(opened, opened.kinds, cache_of(opened.campaign), display)
+        statistics = {**statistics, **solutions(opened, cache_of(opened.campaign), display)}
+        prepare_selection(opened, cache_of(opened.campaign), display)
     with evaluators(opened, statistics, cluster, display) as executor:
         references = _references(opened, directory, executor, ledger, display)
         selection = _selection(opened, references, directory, executor, ledger, display)
         _search(opened, statistics, selection, directory, executor, ledger, display)
         if campaign.distil is None:
-            _test(opened, executor, ledger, display)
+            _test(opened, directory, executor, ledger, display)
     if campaign.distil is not None:
         with display.phase("Distillation"):
             start = next(row for row in best(ledger.rows(), len(ledger.rows())) if row.method != "distilled")
-            made, statistics = distil(opened, statistics, start.recipe, _cache(opened), display)
+            made, statistics = distil(opened, statistics, start.recipe, cache_of(opened.campaign), display)
         with evaluators(opened, statistics, cluster, display) as executor:
             candidate = Candidate(made, "validation", "search")
             measure([candidate], executor, ledger, _objective(opened, ledger), _provenance(opened))
-            _test(opened, executor, ledger, display)
+            _test(opened, directory, executor, ledger, display)
     with display.phase("Export and report"):
         winner = best(ledger.rows())[0]
-        table = as_markdown(results_table(ledger.rows(), list(opened.tasks)))
-        export(opened, statistics, winner.recipe, directory.best, table=table, row=winner)
+        card = tables_as_markdown(directory, campaign)
+        export(opened, statistics, winner.recipe, directory.best, table=card, row=winner)
     directory.write_timings(display.timings)
     write_report(directory.path)
-
-
-@dataclass
-class _Watch:
-    """Shows the search's progress."""
-
-    bar: Bar
-    pulse: Pulse
-
-    def on_start(self, progress: Progress) -> None:
-        """Shows what was done before."""
-        self.pulse.progress = progress
-        self.bar.reach(progress.done)
-
-    def on_row(self, row: Row, progress: Progress) -> None:
-        """Counts a row and shows the best so far, the rate, and when a budget will be spent."""
-        self.pulse.progress = progress
-        best, notes = progress.best, []
-        if best is not None:
-            notes.append(f"best {best.objective:.4f} ({best.method}, {len(best.members)} members)")
-        if progress.per_minute is not None:
-            notes.append(f"{progress.per_minute:.1f} a minute")
-        if progress.seconds_left:
-            notes.append(f"until about {datetime.now() + timedelta(seconds=progress.seconds_left):%H:%M:%S}")
-        if row.status == "failed":
-            notes.append(f"failed: {row.method}")
-        self.bar.advance(1, ", ".join(notes))
 
 
 def _references(
@@ -268,7 +181,7 @@ def _selection(
     if storage.exists(path):
         return Selection.from_dict(storage.read_json(path))
     with display.phase("Selection"):
-        selection = select_subsets(opened, references, _cache(opened), display, scores)
+        selection = select_subsets(opened, references, cache_of(opened.campaign), display, scores)
         storage.write_json(path, selection.as_dict())
         shown = ["+".join(subset) for subset in selection.subsets]
         more = f" and {len(shown) - 16} more" if len(shown) > 16 else ""
@@ -328,7 +241,7 @@ def _search(
             objective,
             _provenance(opened),
             budget,
-            _Watch(bar, display.pulse),
+            Watch(bar, display.pulse),
             history=settings.history if settings.sampler in READ_EVERYTHING else None,
             split=split,
             describe=lambda recipe: {**predict(recipe), **cost.get(recipe.identity, {})},
@@ -342,19 +255,22 @@ def _search(
             confirm(opened, executor, ledger, objective, _provenance(opened))
 
 
-def _test(opened: Opened, executor: RayExecutor, ledger: Ledger, display: Display) -> None:
+def _test(opened: Opened, directory: Directory, executor: RayExecutor, ledger: Ledger, display: Display) -> None:
     """What the table shows, once, on test: references, the plain average, each method's best, the best of all."""
     if without := [name for name, task in opened.tasks.items() if not task.size("test")]:
         display.note(f"no test split of {', '.join(without)}: the table stays with validation")
         return
-    ranked = best(ledger.rows(), len(ledger.rows()))
+    ranked = distinct(best(ledger.rows(), len(ledger.rows())))
     chosen = [base_recipe(), *(member_recipe(member) for member in opened.pool.members)]
     average = plain_average(ledger.rows())
     chosen += [average.recipe] if average else []
     chosen += [row.recipe for row in {row.method: row for row in reversed(ranked)}.values()]
     chosen += [row.recipe for row in ranked[: opened.campaign.test.top]]
     candidates = [Candidate(recipe, "test", "final") for recipe in chosen]
-    with display.phase(f"Test: {len({recipe.identity for recipe in chosen})} models, once"):
+    with (
+        display.phase(f"Test: {len({recipe.identity for recipe in chosen})} models, once"),
+        executor.planned(KeptOutcomes(directory.outcomes)),
+    ):
         measure(candidates, executor, ledger, None, _provenance(opened), opened.campaign.resources.retries)
 
 
@@ -376,9 +292,3 @@ def _objective(opened: Opened, ledger: Ledger) -> Objective:
 
 def _provenance(opened: Opened) -> Provenance:
     return Provenance(opened.campaign.name, code_version(), storage.fingerprint(opened.fingerprints()))
-
-
-def _cache(opened: Opened) -> str:
-    """Where computed statistics are kept."""
-    campaign = opened.campaign
-    return campaign.statistics.cache or storage.join(campaign.directory or ".", "statistics")

@@ -232,12 +232,20 @@ def portfolio(
     count: Annotated[int, typer.Option("-k", "--count", help="How many.", min=1)] = 5,
     tolerance: Annotated[float, typer.Option(help="How much of the objective diversity is worth.")] = 0.02,
     json: Annotated[bool, typer.Option("--json", help="A JSON array.")] = False,
+    export: Annotated[
+        bool, typer.Option("--export", help="Write each as a checkpoint, in exports/CANDIDATE of the directory.")
+    ] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Chooses good and different candidates of a campaign, the winner first."""
     from flows.portfolio import as_json, as_text, read_portfolio
 
-    rows = read_portfolio(directory, count, tolerance)
-    typer.echo(as_json(rows) if json else as_text(rows))
+    rows, places = read_portfolio(directory, count, tolerance), {}
+    if export:
+        from flows.winners import export_candidates
+
+        places = export_candidates(directory, rows, _display(quiet))
+    typer.echo(as_json(rows, places) if json else "\n".join([as_text(rows), *places.values()]))
 
 
 @app.command()

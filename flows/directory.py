@@ -34,9 +34,18 @@ class Directory:
         return self / "ledger"
 
     @property
+    def outcomes(self) -> str:
+        """What models said of single test examples."""
+        return self / "outcomes"
+
+    @property
     def best(self) -> str:
         """The exported winner."""
-        return storage.join(self.path, "exports", "best")
+        return self.exported("best")
+
+    def exported(self, name: str) -> str:
+        """An exported candidate."""
+        return storage.join(self.path, "exports", name)
 
     @property
     def report(self) -> str:

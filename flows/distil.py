@@ -10,6 +10,7 @@ from merging.methods import METHODS
 from merging.recipe import Recipe
 from ray_tasks import first_order
 from ray_tasks.calls import each
+from ray_tasks.cluster import connect
 
 Files = Mapping[str, tuple[str, ...]]
 
@@ -35,7 +36,7 @@ def distil(opened: Opened, statistics: Files, start: Recipe, cache: str, display
     path = storage.join(cache, f"pool.distilled.{storage.fingerprint([checkpoint, data, key])}.safetensors")
     if not storage.exists(path):
         call = (opened.setup(statistics), start, settings, key, path, checkpoint, storage.fingerprint(data))
-        with display.bar("percent of the distillation", 100) as bar:
+        with connect(), display.bar("percent of the distillation", 100) as bar:
             list(
                 each(
                     first_order.distil,

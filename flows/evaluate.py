@@ -6,8 +6,8 @@ from typing import get_args
 from rich.console import Console
 from rich.table import Table
 
-from flows.campaign import evaluators
 from flows.config import Campaign
+from flows.evaluators import evaluators
 from flows.opening import Opened, open_campaign
 from flows.progress import Display
 from flows.recipe_file import load_recipe

@@ -1,10 +1,10 @@
 """The winner as a Hugging Face directory: weights, each task's head, a model card, and the recipe that repeats it."""
 
 import json
+import math
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -12,8 +12,9 @@ from safetensors.torch import save
 
 from flows.opening import Opened
 from flows.recipe_file import dump_recipe
+from flows.table import Cell, factor_of, text
 from merging.disk import merge_to_disk
-from merging.merge import REFERENCES, Material, head_tensors, open_statistics
+from merging.merge import Material, head_tensors, open_statistics
 from merging.methods import BASE
 from merging.recipe import Recipe, nested
 from search.schema import Row
@@ -82,6 +83,7 @@ def model_card(opened: Opened, recipe: Recipe, table: str, row: Row | None) -> s
         factors={member: in_words(factors) for member, factors in nested(recipe.scaling).items()},
         table=table,
         row=row,
+        cell=_score,
         owners=opened.campaign.owners(),
         fingerprints=opened.pool.fingerprints(),
         architecture=opened.pool.base.architecture,
@@ -90,6 +92,11 @@ def model_card(opened: Opened, recipe: Recipe, table: str, row: Row | None) -> s
         },
         versions=versions(),
     )
+
+
+def _score(row: Row, task: str) -> str:
+    """A row's score on a task as it is read."""
+    return text(Cell(row.scores[task], row.standard_errors.get(task, math.nan)), factor_of(list(row.scores.values())))
 
 
 def in_words(factors: float | Mapping[str, float]) -> str:
@@ -113,21 +120,3 @@ def code_version() -> str:
         return version("mergequest")
     except PackageNotFoundError:
         return "unknown"
-
-
-def is_exportable(row: Row) -> bool:
-    """Whether a row is a merge, and not the base or a member as it is."""
-    return row.method not in REFERENCES
-
-
-def facts(opened: Opened, **more: Any) -> dict[str, Any]:
-    """What the report says about a campaign besides its rows."""
-    campaign = opened.campaign
-    return {
-        "name": campaign.name,
-        "base": opened.pool.base.path,
-        "architecture": opened.pool.base.architecture,
-        "members": {name: member.checkpoint.path for name, member in opened.pool.members.items()},
-        "versions": versions(),
-        **more,
-    }

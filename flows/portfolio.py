@@ -1,7 +1,7 @@
 """`mergequest portfolio`: a few good and different candidates of a campaign, from its directory alone."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from flows.directory import Directory
 from search.ledger import Ledger
@@ -20,8 +20,8 @@ def read_portfolio(path: str, k: int, tolerance: float) -> list[Row]:
     return portfolio(Ledger(directory.ledger, directory.campaign().name).rows(), k, tolerance)
 
 
-def as_json(rows: Sequence[Row]) -> str:
-    """A JSON array with an object a candidate."""
+def as_json(rows: Sequence[Row], places: Mapping[str, str] | None = None) -> str:
+    """A JSON array with an object a candidate, with its directory where it was exported."""
     fields = [
         {
             "candidate": row.candidate,
@@ -29,6 +29,7 @@ def as_json(rows: Sequence[Row]) -> str:
             "scores": dict(row.scores),
             "similarity": alike,
             "recipe": row.recipe.as_dict(),
+            **({"path": places[row.candidate]} if places else {}),
         }
         for row, alike in zip(rows, nearest(rows), strict=True)
     ]

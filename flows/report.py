@@ -1,7 +1,7 @@
 """The report: one HTML file that needs nothing but itself, from the ledger of a campaign, finished or not."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from math import isfinite
 from typing import Any, TypedDict
@@ -13,9 +13,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from flows import figures, table
+from flows import comparison, figures, table
 from flows.figures.style import number, objective_axis
+from flows.outcomes import Values
 from flows.table import TableRow
+from search.candidate import ANCHORS, searched_split
+from search.distinct import distinct
 from search.objective import best
 from search.schema import Row
 from search.selection import Selection
@@ -73,6 +76,7 @@ def render(
     selection: Selection | None = None,
     study: optuna.Study | None = None,
     facts: Facts | None = None,
+    outcomes: Callable[[str], Values] = lambda _: {},
 ) -> str:
     """The report as one HTML page that needs no network.
 
@@ -82,12 +86,16 @@ def render(
         selection: The subsets of members that the search chose among.
         study: The Optuna study, for the importance of its parameters; without one, the ledger serves.
         facts: What else to tell.
+        outcomes: Candidate → what was kept of single test examples, for paired differences.
     """
     given: Facts = {**NO_FACTS, **(facts or {})}
     looks = figures.Looks(rows)
     lines = table.results_table(rows, tasks)
-    ranked = best(rows, len(rows))
+    compared = comparison.compare(lines, outcomes)
+    ranked = distinct(best(rows, len(rows)))
+    estimated = {row.candidate: row for row in best(rows, len(rows), ANCHORS)}
     plots = {
+        "beside": figures.beside(compared, looks),
         "history": figures.history(rows, looks),
         "front": figures.front(rows, looks),
         "scaling": figures.scaling(rows, looks),
@@ -106,15 +114,22 @@ def render(
         columns=table.columns(lines),
         caption=table.caption(lines),
         times=table.factor(lines),
-        shown_times=objective_axis(ranked)[0],
+        shown_times=objective_axis([*ranked, *estimated.values()])[0],
         text=table.text,
         in_words=table.in_words,
         number=number,
         headline=_headline(lines),
+        compared=comparison.foremost(compared),
+        comparison_columns=comparison.COLUMNS,
+        comparison_caption=comparison.caption(compared),
+        comparison_cells=comparison.cells,
+        lead=next((entry.behind for entry in compared if entry.line.kind == "average"), None),
         counts=_counts(rows),
         winner=ranked[0] if ranked else None,
         recipe=_recipe(ranked[0], given) if ranked else "",
-        top=ranked[:TOP],
+        top=(ranked or distinct(estimated.values()))[:TOP],
+        estimated=estimated,
+        objective_of=table.objective_of,
         line_of={line.row.candidate: line for line in lines},
         selection=selection,
         failures=_failures(rows),
@@ -147,21 +162,23 @@ def _as_script(value: Any) -> str:
 def _headline(lines: Sequence[TableRow]) -> dict[str, TableRow]:
     """The lines that a reader looks for first, by what they are: winner, average, member."""
     found: dict[str, TableRow] = {line.kind: line for line in lines if line.kind in ("winner", "average")}
-    members = [line for line in lines if line.kind == "member" and line.mean is not None]
-    if members:
-        found["member"] = max(members, key=lambda line: line.mean.value if line.mean else 0.0)
+    members = [line for line in lines if line.kind == "member" and line.validation is not None]
+    if members:  # chosen as the winner was: by validation
+        found["member"] = max(members, key=lambda line: line.validation.value if line.validation else 0.0)
     return found
 
 
 def _counts(rows: Sequence[Row]) -> dict[str, float]:
     """Candidates by what became of them, and seconds from the first to the last evaluation."""
-    tried = [row for row in rows if row.origin in ("anchor", "search") and row.split == "validation"]
+    split = searched_split(rows)
+    tried = [row for row in rows if row.origin in ("anchor", "search") and row.split == split]
     counts: dict[str, float] = {
         status: sum(row.status == status for row in tried) for status in ("complete", "failed", "pruned")
     }
     counts["seconds"] = (
         (max(row.finished for row in rows) - min(row.started for row in rows)).total_seconds() if rows else 0.0
     )
+    counts["confirmed"] = len(best(rows, len(rows)))
     return counts
 
 

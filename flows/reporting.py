@@ -1,17 +1,27 @@
-"""`mergequest report`: a campaign's report from what lies in its directory, finished or not."""
+"""What a campaign comes to, from what lies in its directory, finished or not: report, tables, summary."""
 
 from datetime import UTC, datetime
+from io import StringIO
 
 import optuna
+from rich.console import Console
+from rich.table import Table as RichTable
 
 import search.study
+from flows import comparison, table
+from flows.comparison import Compared
 from flows.config import Campaign
 from flows.directory import Directory
 from flows.export import versions
+from flows.outcomes import KeptOutcomes
 from flows.report import Facts, render
+from flows.table import TableRow
 from merging import storage
 from search.ledger import Ledger
 from search.selection import Selection
+
+NARROWEST = 100
+"""Characters of a line of the summary, where the terminal has fewer or is none."""
 
 
 def write_report(path: str) -> str:
@@ -33,9 +43,46 @@ def write_report(path: str) -> str:
         selection=Selection.from_dict(storage.read_json(chosen)) if storage.exists(chosen) else None,
         study=read_study(directory, campaign),
         facts=facts(directory, campaign),
+        outcomes=KeptOutcomes(directory.outcomes).read,
     )
     storage.write_text(directory.report, page)
     return directory.report
+
+
+def tables_as_markdown(directory: Directory, campaign: Campaign) -> str:
+    """The results and validation beside test, for the model card."""
+    lines, compared = _tables(directory, campaign)
+    parts = [table.as_markdown(lines), *([comparison.as_markdown(compared)] if compared else [])]
+    return "\n".join(parts)
+
+
+def tables_as_rich(directory: Directory, campaign: Campaign, width: int) -> list[RichTable]:
+    """The results and validation beside test, for a terminal of so many characters a line."""
+    lines, compared = _tables(directory, campaign)
+    return [table.as_rich(lines, width), *([comparison.as_rich(compared)] if compared else [])]
+
+
+def _tables(directory: Directory, campaign: Campaign) -> tuple[list[TableRow], list[Compared]]:
+    rows = Ledger(directory.ledger, campaign.name).rows()
+    lines = table.results_table(rows, list(campaign.tasks))
+    return lines, comparison.compare(lines, KeptOutcomes(directory.outcomes).read)
+
+
+def summary(directory: Directory) -> str:
+    """The results table, validation beside test, and the places of what a campaign left."""
+    text = StringIO()
+    console = Console(file=text, width=max(Console().width, NARROWEST), force_terminal=Console().is_terminal)
+    for shown in tables_as_rich(directory, directory.campaign(), console.width):
+        console.print(shown)
+    places = {
+        "ledger": f"{directory.ledger}  (pandas.read_parquet)",
+        "winner": f"{directory.best}  (from_pretrained)",
+        "report": directory.report,
+        "campaign": directory / "campaign.yaml",
+    }
+    for name, place in places.items():
+        console.print(f"{name:9} {place}", highlight=False, soft_wrap=True)
+    return text.getvalue().rstrip()
 
 
 def read_study(directory: Directory, campaign: Campaign) -> optuna.Study | None:

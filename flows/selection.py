@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flows.config import SelectionSettings
 from flows.opening import Opened
 from flows.progress import Display
+from flows.sections import SelectionSettings
 from flows.statistics import representations
 from merging.errors import SelectionError
 from merging.merge import REFERENCE_BASE, REFERENCE_MEMBER

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from flows.config import Campaign
 from flows.opening import Opened
 from flows.progress import Display
 from merging import storage
@@ -10,8 +11,14 @@ from merging.errors import StatisticsError, TaskError
 from merging.merge import subset_fingerprint
 from merging.methods import BASE
 from merging.statistics import STATISTICS, StatisticsFile, number_of_examples
+from ray_tasks.cluster import connect
 from ray_tasks.propagation import PropagationJob, solve
 from ray_tasks.statistics import BoundTask, Job, compute
+
+
+def cache_of(campaign: Campaign) -> str:
+    """Directory of the statistics that a campaign computes."""
+    return campaign.statistics.cache or storage.join(campaign.directory or ".", "statistics")
 
 
 def member_statistics(opened: Opened, kinds: Sequence[str], cache: str, display: Display) -> dict[str, tuple[str, ...]]:
@@ -73,7 +80,7 @@ def solutions(opened: Opened, cache: str, display: Display) -> dict[str, tuple[s
         digest = storage.fingerprint(data)
         whole = PropagationJob(campaign.base, paths, campaign.heads, bound, settings, key, path, checkpoint, digest)
         resources = campaign.resources
-        with display.bar("percent of the propagated solution", 100) as bar:
+        with connect(), display.bar("percent of the propagated solution", 100) as bar:
             solve(
                 whole,
                 threads=resources.threads,
@@ -109,7 +116,7 @@ def run(jobs: Iterable[Job], opened: Opened, display: Display) -> None:
     todo = [job for job in jobs if not storage.exists(job.path)]
     if not todo:
         return
-    with display.bar("examples", sum(job.examples for job in todo)) as bar:
+    with connect(), display.bar("examples", sum(job.examples for job in todo)) as bar:
         compute(
             todo,
             shard=settings.shard,

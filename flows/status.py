@@ -3,10 +3,12 @@
 import json
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
+from math import isfinite
 from typing import Any
 
 from flows.directory import Directory
 from flows.heartbeat import BEAT, FILE
+from flows.table import objective_of
 from merging import storage
 from merging.errors import StorageError
 from search.candidate import ANCHORS
@@ -37,6 +39,10 @@ class Status:
         minutes_left: At that rate, or until another budget is spent; None where unknown.
         ends: When that would be.
         best: Objective of the best so far; None before there is one.
+        best_error: Its standard error, where the objective is the mean over tasks; None where it is not known.
+        is_estimate: Whether it was estimated from anchor examples, and none is confirmed on all of them yet.
+        estimated: Candidates that were estimated from anchor examples; 0 in campaigns without them.
+        confirmed: Candidates that were measured on the whole validation set.
         best_method: Its method.
         best_members: Its members.
         evaluators: Evaluators that are there.
@@ -60,6 +66,10 @@ class Status:
     minutes_left: float | None
     ends: str | None
     best: float | None
+    best_error: float | None
+    is_estimate: bool
+    estimated: int
+    confirmed: int
     best_method: str | None
     best_members: list[str]
     evaluators: int
@@ -87,7 +97,11 @@ class Status:
         if self.state == "running":
             lines.append(f"{self.phase or 'starting'}; {self.busy} of {self.evaluators} evaluators at work")
         if self.best is not None:
-            lines.append(f"best {self.best:.4f}: {self.best_method} of {', '.join(self.best_members)}")
+            error = f" ± {self.best_error:.4f}" if self.best_error is not None else ""
+            lines.append(f"best {self.best:.4f}{error}: {self.best_method} of {', '.join(self.best_members)}")
+        if self.estimated:
+            of = f"{self.estimated} candidates are estimates from anchor examples, {self.confirmed} of them confirmed on all"
+            lines.append(f"{of}; the best is {'an estimate' if self.is_estimate else 'confirmed'}")
         if self.state == "running" and self.per_minute is not None:
             left = f"; until about {self.ends} ({self.minutes_left:.0f} minutes)" if self.minutes_left else ""
             lines.append(f"{self.per_minute:.1f} candidates a minute ({self.per_minute / 60:.2g} a second){left}")
@@ -120,7 +134,9 @@ def read_status(path: str, now: datetime | None = None) -> Status:
     rows = Ledger(directory.ledger, campaign.name).rows()
     split = ANCHORS if campaign.search.anchor_examples else "validation"
     tried = [row for row in rows if row.split == split and row.origin in ("anchor", "search")]
-    top = best(rows) or best(rows, split=split)
+    confirmed, estimated = best(rows, len(rows)), best(rows, len(rows), ANCHORS)
+    top = confirmed or estimated
+    objective = objective_of(top[0]) if top else None
     pulse = _pulse(directory)
     heard = datetime.fromisoformat(pulse["heard"]) if pulse else None
     now = now or datetime.now(UTC)
@@ -149,7 +165,11 @@ def read_status(path: str, now: datetime | None = None) -> Status:
         per_minute=rate,
         minutes_left=left / 60 if left is not None else None,
         ends=ends.isoformat(timespec="seconds") if ends else None,
-        best=top[0].objective if top else None,
+        best=objective.value if objective else None,
+        best_error=objective.standard_error if objective and isfinite(objective.standard_error) else None,
+        is_estimate=bool(top) and not confirmed,
+        estimated=len(estimated),
+        confirmed=len(confirmed),
         best_method=top[0].method if top else None,
         best_members=list(top[0].members) if top else [],
         evaluators=pulse["evaluators"] if is_running else 0,

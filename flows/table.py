@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import isfinite, sqrt
+from math import isclose, isfinite, sqrt
 from typing import Literal, TypeAlias
 
 from rich import box
+from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from search.distinct import distinct, weights_of
 from search.objective import best
 from search.schema import Row
 
@@ -59,10 +61,21 @@ class TableRow:
         return summary[column] if column in summary else self.scores[column]
 
 
-def plain_average(rows: Sequence[Row]) -> Row | None:
+def plain_average(rows: Sequence[Row], split: str = "validation") -> Row | None:
     """The average of the most members with equal weights."""
-    anchors = [row for row in best(rows, len(rows)) if row.method == "average" and len(set(row.scaling.values())) == 1]
+    anchors = [
+        row for row in best(rows, len(rows), split) if row.method == "average" and len(set(row.scaling.values())) == 1
+    ]
     return max(anchors, key=lambda row: (len(row.members), row.origin == "anchor"), default=None)
+
+
+def objective_of(row: Row) -> Cell | None:
+    """A row's objective; its standard error is known where it is the mean over tasks."""
+    if row.objective is None:
+        return None
+    mean = _mean(_scores(row, list(row.scores)))
+    is_mean = mean is not None and isclose(mean.value, row.objective, rel_tol=1e-9)
+    return Cell(row.objective, mean.standard_error if mean is not None and is_mean else float("nan"))
 
 
 def in_words(method: str) -> str:
@@ -73,24 +86,24 @@ def in_words(method: str) -> str:
 def results_table(rows: Sequence[Row], tasks: Sequence[str]) -> list[TableRow]:
     """The table of base, members, plain average, best of each method, runners-up on test, and the winner.
 
-    A candidate has one line: the plain average that is the best of its method is only the plain average, and
-    the best of the winner's method is the winner, which comes last.
+    A merge has one line, though it was found twice: the plain average that is the best of its method is only the plain
+    average, and the best of the winner's method is the winner, which comes last.
 
     Args:
         rows: The ledger, in order; complete rows are used.
         tasks: The columns.
     """
     complete = [row for row in rows if row.status == "complete"]
-    lines: dict[str, tuple[str, Kind, Row]] = {}
+    lines: dict[object, tuple[str, Kind, Row]] = {}
 
     def add(label: str, kind: Kind, row: Row | None) -> None:
         if row is not None:
-            lines.setdefault(row.candidate, (label, kind, row))
+            lines.setdefault(weights_of(row), (label, kind, row))
 
-    ranked = best(rows, len(rows))
+    ranked = distinct(best(rows, len(rows)))
     best_of = {row.method: row for row in reversed(ranked)}
     measured = {row.candidate for row in complete if row.split == "test"}
-    winner = ranked[0].candidate if ranked else None
+    winner = weights_of(ranked[0]) if ranked else None
     references = [row for row in complete if row.origin == "reference"]
     for row in sorted(references, key=lambda row: len(row.members)):
         add(
@@ -98,16 +111,16 @@ def results_table(rows: Sequence[Row], tasks: Sequence[str]) -> list[TableRow]:
             "member" if row.members else "base",
             row,
         )
-    if (average := plain_average(rows)) is not None and average.candidate != winner:
+    if (average := plain_average(rows)) is not None and weights_of(average) != winner:
         add("plain average", "average", average)
     for row in sorted(best_of.values(), key=lambda row: row.objective or 0.0):
-        if row.candidate != winner:
+        if weights_of(row) != winner:
             add(f"best {in_words(row.method)}", "method", row)
     for place, row in reversed(list(enumerate(ranked[1:], start=2))):
         if row.candidate in measured:
             add(f"runner-up {place}: {in_words(row.method)}", "runner-up", row)
     if ranked:
-        is_average = average is not None and average.candidate == winner
+        is_average = average is not None and weights_of(average) == winner
         add(f"winner: {'plain average' if is_average else in_words(ranked[0].method)}", "winner", ranked[0])
     return _mark_best([_line(*line, complete, tasks) for line in lines.values()], [*tasks, MEAN, WORST])
 
@@ -176,19 +189,20 @@ def factor_of(scores: Sequence[float]) -> int:
     return 100 if all(abs(score) <= 1 for score in scores) else 1
 
 
-def text(cell: Cell | None, times: int) -> str:
-    """A score as it is read: `72.8 ± 0.6`."""
+def text(cell: Cell | None, times: int, *, exact: bool = True) -> str:
+    """A score as it is read: `72.8 ± 0.6`, or without its standard error."""
     if cell is None:
         return NOTHING
     digits = 1 if times == 100 else 3
     value = f"{cell.value * times:.{digits}f}"
-    return f"{value} ± {cell.standard_error * times:.{digits}f}" if isfinite(cell.standard_error) else value
+    is_known = exact and isfinite(cell.standard_error)
+    return f"{value} ± {cell.standard_error * times:.{digits}f}" if is_known else value
 
 
-def shown(line: TableRow, column: str, times: int) -> str:
+def shown(line: TableRow, column: str, times: int, *, exact: bool = True) -> str:
     """A line's cell as it is read; the worst task's with the task's name."""
     name = f" ({line.worst_task})" if column == WORST and line.worst_task is not None else ""
-    return text(line.cell(column), times) + name
+    return text(line.cell(column), times, exact=exact) + name
 
 
 def columns(table: Sequence[TableRow]) -> list[str]:
@@ -204,17 +218,43 @@ def caption(table: Sequence[TableRow]) -> str:
     return f"Test scores{percent} ± standard error; the winner was chosen on validation, then measured once."
 
 
-def as_rich(table: Sequence[TableRow]) -> RichTable:
-    """The table for the terminal; the best of each column is bold, the winner's line green."""
-    names, times = columns(table), factor(table)
-    rich = RichTable(caption=caption(table), caption_justify="left", box=box.SIMPLE_HEAD)
+def as_rich(table: Sequence[TableRow], width: int | None = None) -> RichTable:
+    """The table for the terminal; the best of each column is bold, the winner's line green.
+
+    Args:
+        table: The lines.
+        width: Characters that there are; where they do not hold everything, tasks go without standard errors, then they
+            are left out.
+    """
+    whole, brief = columns(table), [MEAN, WORST, VALIDATION]
+    fullest = _as_rich(table, whole, exact=whole)
+    if width is None or _width(fullest) <= width:
+        return fullest
+    shorter = _as_rich(table, whole, exact=[MEAN, VALIDATION])
+    return shorter if _width(shorter) <= width else _as_rich(table, brief, exact=brief)
+
+
+def _as_rich(table: Sequence[TableRow], names: Sequence[str], exact: Sequence[str]) -> RichTable:
+    """These columns, those of `exact` with standard errors."""
+    times, left_out = factor(table), len(columns(table)) - len(names)
+    more = f" The {left_out} tasks are in the report." if left_out else ""
+    rich = RichTable(caption=caption(table) + more, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     rich.add_column("model")
     for name in names:
         rich.add_column(Text(name), justify="right")
     for line in table:
-        cells = [Text(shown(line, name, times), style="bold" if name in line.best else "") for name in names]
+        cells = [
+            Text(shown(line, name, times, exact=name in exact), style="bold" if name in line.best else "")
+            for name in names
+        ]
         rich.add_row(Text(line.label), *cells, style="green" if line.kind == "winner" else None)
     return rich
+
+
+def _width(table: RichTable) -> int:
+    """Characters that a table takes without its caption, which wraps."""
+    console = Console(width=10_000)
+    return console.measure(table).maximum
 
 
 def as_markdown(table: Sequence[TableRow]) -> str:
@@ -222,13 +262,14 @@ def as_markdown(table: Sequence[TableRow]) -> str:
     times = factor(table)
     names = columns(table)
     head = ["model", *names]
-    lines = [_markdown_line(head), _markdown_line([":--", *("--:" for _ in names)])]
+    lines = [markdown_line(head), markdown_line([":--", *("--:" for _ in names)])]
     for line in table:
         cells = [shown(line, name, times) for name in names]
         bold = [f"**{cell}**" if name in line.best else cell for name, cell in zip(names, cells, strict=True)]
-        lines.append(_markdown_line([line.label, *bold]))
+        lines.append(markdown_line([line.label, *bold]))
     return "\n".join([*lines, "", caption(table), ""])
 
 
-def _markdown_line(cells: Sequence[str]) -> str:
+def markdown_line(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"

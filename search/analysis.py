@@ -1,6 +1,7 @@
 """Questions to the tidy frames of `search.results`: what won, at what cost, and what made the difference."""
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,14 +20,16 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from merging.errors import StorageError
-from search.results import MEMBERS_JOINT, candidates, columns, history
+from search.results import MEMBERS_JOINT, candidates, columns, distinct, history, searched_split
 
 Evaluator = Literal["ped-anova", "fanova", "impurity"]
+FEWEST = 10
+"""PED-ANOVA asks what the best tenth has in common: of fewer candidates that is less than one."""
 
 
 def best(found: pd.DataFrame, top: int = 1, split: str = "validation") -> pd.DataFrame:
-    """The best complete candidates on a split, at most `top`."""
-    return candidates(found, split).head(top).reset_index(drop=True)
+    """The best complete candidates on a split, at most `top`; of merges that were found twice, one."""
+    return distinct(candidates(found, split)).head(top).reset_index(drop=True)
 
 
 def pareto_front(found: pd.DataFrame, by: Sequence[str] | None = None, split: str = "validation") -> pd.DataFrame:
@@ -42,7 +45,7 @@ def pareto_front(found: pd.DataFrame, by: Sequence[str] | None = None, split: st
     Returns:
         The front, best objective first.
     """
-    ranked = candidates(found, split)
+    ranked = distinct(candidates(found, split))
     ranked = ranked[ranked["breach"] <= ranked["breach"].min()]
     objectives = list(columns(ranked, "objective").values())
     chosen = (
@@ -52,6 +55,31 @@ def pareto_front(found: pd.DataFrame, by: Sequence[str] | None = None, split: st
     beaten = [bool(((values >= own).all(axis=1) & (values > own).any(axis=1)).any()) for own in values]
     front: pd.DataFrame = ranked[~np.array(beaten, dtype=bool)]
     return front.reset_index(drop=True)
+
+
+def validation_beside_test(found: pd.DataFrame) -> pd.DataFrame:
+    """What was measured on both splits: how much of what validation promised is there on test.
+
+    The winner was chosen by validation; base, members and the methods' defaults (`origin` `reference` and `anchor`) were
+    not, and show how the splits themselves differ.
+
+    Returns:
+        A row for each, the best on validation first: `candidate`, `origin`, `method`, `members`, the means over tasks
+        `validation` and `test`, `change` from one to the other, and its `standard_error` over the choice of examples.
+    """
+    kept = ["candidate", "origin", "method", "members", "mean"]
+    halves = {
+        split: found[(found["split"] == split) & (found["status"] == "complete")] for split in ("validation", "test")
+    }
+    tasks = list(columns(found, "standard_error").values())
+    for split, half in halves.items():
+        squares = (half[tasks].astype(np.float64) ** 2).sum(axis=1, skipna=False)
+        halves[split] = half[kept].assign(variance=squares / max(1, len(tasks)) ** 2)
+    both = halves["validation"].merge(halves["test"][["candidate", "mean", "variance"]], on="candidate")
+    both = both.rename(columns={"mean_x": "validation", "mean_y": "test"})
+    both["change"] = both["test"] - both["validation"]
+    both["standard_error"] = np.sqrt(both.pop("variance_x") + both.pop("variance_y"))
+    return both.sort_values("validation", ascending=False, kind="stable").reset_index(drop=True)
 
 
 def importance(source: optuna.Study | pd.DataFrame, evaluator: Evaluator = "ped-anova") -> pd.Series:
@@ -64,18 +92,21 @@ def importance(source: optuna.Study | pd.DataFrame, evaluator: Evaluator = "ped-
             forest; Optuna gives them for parameters that all candidates share.
 
     Returns:
-        Parameter → share of importance, largest first; empty where fewer than two candidates differ.
+        Parameter → share of importance, largest first; empty where fewer than two candidates differ. Parameters that
+        fewer than `FEWEST` candidates have are left out: of so few, chance alone makes some look decisive.
     """
     study = as_study(source) if isinstance(source, pd.DataFrame) else source
-    states = (optuna.trial.TrialState.COMPLETE,)
-    if len({tuple(trial.values) for trial in study.get_trials(deepcopy=False, states=states)}) < 2:
+    done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    if len({tuple(trial.values) for trial in done}) < 2:
         return pd.Series(dtype=np.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # parameters that few candidates have are a matter of course here
         shares = optuna.importance.get_param_importances(
             study, evaluator=make_evaluator(evaluator), target=lambda trial: trial.values[0]
         )
-    return pd.Series(shares, dtype=np.float64).sort_values(ascending=False, kind="stable")
+    counts = Counter(name for trial in done for name in trial.params)
+    known = pd.Series({name: share for name, share in shares.items() if counts[name] >= FEWEST}, dtype=np.float64)
+    return (known / (known.sum() or 1.0)).sort_values(ascending=False, kind="stable")
 
 
 def make_evaluator(name: Evaluator) -> BaseImportanceEvaluator:
@@ -86,7 +117,7 @@ def make_evaluator(name: Evaluator) -> BaseImportanceEvaluator:
 
 
 def marginal_effects(found: pd.DataFrame) -> pd.DataFrame:
-    """What each member and each method does to the objective of the complete candidates on validation.
+    """What each member and each method does to the objective of the search's complete candidates.
 
     `difference` is the plain one, with the company that the search gave it: a good method's members look good.
     `adjusted` is the coefficient of a least-squares fit of the objective on all members and methods at once, methods
@@ -96,7 +127,7 @@ def marginal_effects(found: pd.DataFrame) -> pd.DataFrame:
         A row for each, methods first: `kind`, `name`, `count`, `mean_with`, `mean_without`, `difference`, `adjusted`,
         `standard_error`.
     """
-    tried = candidates(found)
+    tried = candidates(found, searched_split(found))
     methods = pd.get_dummies(tried["method"]).sort_index(axis=1).astype(float)
     members = tried["members"].str.get_dummies(MEMBERS_JOINT).sort_index(axis=1).astype(float)
     objective = tried["objective"].to_numpy()
@@ -126,7 +157,7 @@ def marginal_effects(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def evaluations_to_target(found: pd.DataFrame, targets: Sequence[float]) -> pd.DataFrame:
-    """How much a campaign had spent when its best candidate on validation reached each target.
+    """How much a campaign had spent when its best candidate reached each target, as `search.results.history` has it.
 
     Returns:
         A row for each target: `target`, `candidates` and `examples` evaluated and `seconds` until then, the reaching
@@ -188,20 +219,18 @@ def load_study(directory: str) -> optuna.Study:
     """
     journal = Path(directory) / "study" / "journal.log"
     if not journal.is_file():
-        raise StorageError(
-            f"{journal} is not there: make a study of the ledger, as_study(load({directory!r} + '/ledger'))"
-        )
+        raise StorageError(f"{journal} is not there: make a study of the ledger, as_study(load({directory!r}))")
     storage = JournalStorage(JournalFileBackend(str(journal)))
     return optuna.load_study(study_name=optuna.get_all_study_names(storage)[0], storage=storage)
 
 
 def as_study(found: pd.DataFrame) -> optuna.Study:
-    """The complete candidates on validation as a study in memory, for whatever Optuna can do with one.
+    """The search's complete candidates as a study in memory, for whatever Optuna can do with one.
 
     Parameters are named as the search names them; their ranges are those that were seen, and those that never vary
-    are left out.
+    are left out. A campaign of several objectives gives a study of several.
     """
-    tried = candidates(found).sort_values("finished", kind="stable")
+    tried = candidates(found, searched_split(found)).sort_values("finished", kind="stable")
     trials = [_parameters(line) for line in tried.to_dict("records")]
     seen: dict[str, set[Any]] = {}
     for parameters in trials:
@@ -210,12 +239,14 @@ def as_study(found: pd.DataFrame) -> optuna.Study:
     distributions = {name: _distribution(values) for name, values in seen.items() if len(values) > 1}
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(direction="maximize")
+    several = list(columns(tried, "objective").values())
+    several = several if len(several) > 1 else ["objective"]
+    study = optuna.create_study(directions=["maximize"] * len(several))
     optuna.logging.set_verbosity(verbosity)
-    for parameters, objective in zip(trials, tried["objective"], strict=True):
+    for parameters, values in zip(trials, tried[several].to_numpy(dtype=np.float64), strict=True):
         own = {name: value for name, value in parameters.items() if name in distributions}
         ranges = {name: distributions[name] for name in own}
-        study.add_trial(optuna.create_trial(params=own, distributions=ranges, value=float(objective)))
+        study.add_trial(optuna.create_trial(params=own, distributions=ranges, values=values.tolist()))
     return study
 
 

@@ -1,7 +1,7 @@
 """What a search hands to whoever evaluates candidates, and what it gets back: any executor will do."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal, Protocol
@@ -20,6 +20,11 @@ PARTIAL = "partial:objective"
 
 ANCHORS = "anchors"
 """The split of rows that were measured on a few examples of validation, their scores estimates of the whole."""
+
+
+def searched_split(rows: Iterable[Row]) -> str:
+    """The split that a search measured its candidates on: `ANCHORS` where there are such rows, else validation."""
+    return ANCHORS if any(row.split == ANCHORS for row in rows) else "validation"
 
 
 @dataclass(frozen=True)

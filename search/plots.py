@@ -62,6 +62,45 @@ def pareto_front(found: pd.DataFrame, x: str | None = None, y: str | None = None
     return figure.update_layout(title="Pareto front", xaxis_title=across, yaxis_title=up)
 
 
+def best(found: pd.DataFrame, top: int = 5) -> Any:
+    """Each task's score of the best candidates on validation, with standard errors."""
+    ranked = analysis.best(found, top)
+    tasks = columns(ranked, "score")
+    figure = go.Figure()
+    for place, line in enumerate(ranked.to_dict("records"), start=1):
+        errors = [line.get(f"standard_error.{task}") for task in tasks]
+        figure.add_scatter(
+            x=list(tasks),
+            y=[line[column] for column in tasks.values()],
+            error_y={"array": errors, "thickness": 1},
+            mode="markers",
+            name=f"{place}. {line['method']} {line['members']}",
+        )
+    return figure.update_layout(
+        title="The best on validation", yaxis_title="score", scattermode="group", xaxis_type="category"
+    )
+
+
+def validation_beside_test(found: pd.DataFrame) -> Any:
+    """Test against validation of what was measured on both, as `analysis.validation_beside_test` has it."""
+    both = analysis.validation_beside_test(found)
+    figure = go.Figure()
+    for origin, own in both.groupby("origin", sort=False):
+        figure.add_scatter(
+            x=own["validation"].to_list(),
+            y=own["test"].to_list(),
+            error_y={"array": own["standard_error"].to_list(), "thickness": 1},
+            mode="markers",
+            name=str(origin),
+            text=(own["method"] + " " + own["members"]).to_list(),
+        )
+    ends = [both["validation"].min(), both["validation"].max()]
+    figure.add_scatter(x=ends, y=ends, mode="lines", line={"dash": "dot"}, name="test = validation")
+    return figure.update_layout(
+        title="Validation beside test", xaxis_title="validation mean", yaxis_title="test mean (± of the difference)"
+    )
+
+
 def marginal_effects(found: pd.DataFrame) -> Any:
     """Adjusted effects of methods and members with their standard errors, as `analysis.marginal_effects` has them."""
     effects = analysis.marginal_effects(found)

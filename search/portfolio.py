@@ -6,6 +6,7 @@ import numpy as np
 
 from merging.errors import SelectionError
 from search import dpp
+from search.distinct import distinct
 from search.kernel import Matrix
 from search.objective import best, breach
 from search.schema import Row
@@ -29,14 +30,14 @@ def portfolio(rows: Sequence[Row], k: int, tolerance: float = 0.02) -> list[Row]
         tolerance: How much of the objective diversity is worth.
 
     Returns:
-        At most k rows in the order of choice; fewer where no more differ.
+        At most k rows in the order of choice, no merge twice; fewer where no more differ.
 
     Raises:
         SelectionError: k is below 1, the tolerance not above 0, or nothing was measured yet.
     """
     if k < 1 or not tolerance > 0:
         raise SelectionError(f"a portfolio has at least 1 candidate and a tolerance above 0, not {k} and {tolerance}")
-    found = best(rows, MOST)
+    found = distinct(best(rows, len(rows)))[:MOST]
     found = [row for row in found if breach(row) <= breach(found[0])]  # the best keep every constraint, if any do
     if not found:
         raise SelectionError("no candidate has been measured yet: a portfolio is chosen from those that were")

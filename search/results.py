@@ -5,6 +5,10 @@ from typing import Any, cast
 
 import pandas as pd
 
+from merging import storage
+from merging.errors import LedgerError
+from search.candidate import ANCHORS
+from search.distinct import rounded
 from search.ledger import Ledger
 from search.schema import Row
 
@@ -47,12 +51,15 @@ def load(path: str) -> pd.DataFrame:
     """A ledger as a tidy frame, in the order of `frame`.
 
     Args:
-        path: The ledger's directory, local or at any fsspec address.
+        path: The ledger's directory, or the campaign's that holds it; local or at any fsspec address.
 
     Raises:
-        LedgerError: A file is unreadable or of another schema version.
+        LedgerError: There is nothing at a path, or a file is unreadable or of another schema version.
     """
-    return frame(Ledger(path).rows())
+    within = storage.join(path, "ledger")
+    if not storage.exists(path):
+        raise LedgerError(f"{path} is not there: give a campaign's directory, or the ledger in it")
+    return frame(Ledger(within if storage.is_dir(within) else path).rows())
 
 
 def frame(rows: Sequence[Row]) -> pd.DataFrame:
@@ -89,18 +96,37 @@ def candidates(found: pd.DataFrame, split: str = "validation") -> pd.DataFrame:
     return chosen.loc[index]
 
 
+def searched_split(found: pd.DataFrame) -> str:
+    """The split that the search measured its candidates on: `anchors`, estimates from few examples, or validation."""
+    return ANCHORS if (found["split"] == ANCHORS).any() else "validation"
+
+
+def distinct(ranked: pd.DataFrame) -> pd.DataFrame:
+    """Candidates without those whose merge is that of an earlier one, as `search.distinct` tells them apart."""
+    tasks = columns(ranked, "loss")
+    if not tasks:
+        return ranked
+    losses = [rounded(dict(zip(tasks, line, strict=True))) for line in ranked[list(tasks.values())].to_numpy(float)]
+    told = ranked[["method", "members", *columns(ranked, "score").values()]].assign(losses=list(map(str, losses)))
+    unknown = pd.Series([None in line.values() for line in losses], index=ranked.index, dtype=bool)
+    return ranked[unknown | ~told.duplicated()]
+
+
 def best_by_method(found: pd.DataFrame, split: str = "validation") -> pd.DataFrame:
     """The best complete candidate of each method, the best method first."""
     return candidates(found, split).drop_duplicates("method").reset_index(drop=True)
 
 
 def history(found: pd.DataFrame) -> pd.DataFrame:
-    """Validation candidates in the order in which they finished, with what was reached and spent until then.
+    """Candidates as the search measured them, in the order in which they finished, with what was reached and spent.
+
+    Where the search measured few examples (`split` is `anchors`), objectives are estimates: the best of them is likely
+    to be an overestimate, and only what was measured again on `validation` is confirmed.
 
     Columns besides the frame's: `best`, the best objective; `spent`, examples evaluated; `seconds`, since the first of
     them began.
     """
-    chosen = found[(found["split"] == "validation") & found["origin"].isin(["anchor", "search"])]
+    chosen = found[(found["split"] == searched_split(found)) & found["origin"].isin(["anchor", "search"])]
     chosen = chosen.sort_values("finished", kind="stable").reset_index(drop=True)
     examples = chosen[list(columns(chosen, "examples").values())].sum(axis=1)
     since = pd.to_datetime(chosen["finished"]) - pd.to_datetime(chosen["started"]).min()
@@ -114,12 +140,12 @@ def shares(found: pd.DataFrame, top: float = 0.1) -> pd.Series:
 
     Args:
         found: A tidy frame.
-        top: Which share of the complete validation candidates counts as the best; at least one does.
+        top: Which share of the complete candidates of the search counts as the best; at least one does.
 
     Returns:
         Member → share of these candidates in 0 … 1, largest first.
     """
-    ranked = candidates(found)
+    ranked = candidates(found, searched_split(found))
     chosen = ranked.head(max(1, round(top * len(ranked))))
     taking_part = chosen["members"].str.split(MEMBERS_JOINT, regex=False).explode().value_counts()
     everyone = ranked["members"].str.split(MEMBERS_JOINT, regex=False).explode().unique()

@@ -61,3 +61,10 @@ def test_the_sample_is_a_whole_campaign(ran):
     assert set(ran["frame"]["split"]) == {"validation", "test"}
     assert len(ran["front"]) > 3
     assert ran["study"].best_value == ran["winners"]["objective"].iloc[0]
+
+
+def test_what_validation_promised(ran):
+    tested = ran["frame"][ran["frame"]["split"] == "test"]
+    promised = ran["promised"]
+    assert set(promised["candidate"]) == set(tested["candidate"])
+    assert ran["winners"]["candidate"].iloc[0] == promised["candidate"].iloc[0]

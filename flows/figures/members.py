@@ -9,6 +9,8 @@ from plotly.subplots import make_subplots
 
 from flows.figures.style import NEUTRAL, SCALE, STRONG, finish, plain
 from flows.table import factor_of, in_words, plain_average
+from search.candidate import searched_split
+from search.distinct import distinct
 from search.objective import best
 from search.schema import Row
 from search.selection import Selection
@@ -19,7 +21,7 @@ MOST_WRITTEN = 12
 
 def share(rows: Sequence[Row]) -> Any:
     """How often each member is in the best tenth of the candidates and in all; None before the first."""
-    ranked = best(rows, len(rows))
+    ranked = best(rows, len(rows), searched_split(rows))
     if not ranked:
         return None
     top = ranked[: max(1, -(-len(ranked) // 10))]
@@ -94,7 +96,7 @@ def similarity(selection: Selection | None) -> Any:
 
 def profile(rows: Sequence[Row], tasks: Sequence[str], top: int = 10) -> Any:
     """Validation scores of the best candidates, task by task, coloured by the gain over the plain average."""
-    shown = best(rows, top)
+    shown = distinct(best(rows, len(rows)))[:top]
     if not shown or not tasks:
         return None
     average = plain_average(rows)

@@ -1,6 +1,5 @@
 """How the search went: its history, what scaling factors did, which parameters mattered."""
 
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
@@ -8,14 +7,17 @@ from typing import Any
 
 import optuna
 import plotly.graph_objects as go
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from plotly.subplots import make_subplots
 
-from flows.figures.style import NEUTRAL, STRONG, Looks, describe, finish, number, objective_axis, plain, thin
+from flows.figures.style import NEUTRAL, STRONG, Looks, describe, finish, objective_axis, plain, thin
 from flows.table import in_words, plain_average
 from merging.groups import factor
 from merging.recipe import GROUP
+from search.analysis import as_study
+from search.analysis import importance as importance_of
+from search.candidate import ANCHORS, searched_split
 from search.objective import best
+from search.results import frame
 from search.schema import Row
 
 MOST_POINTS = 2000
@@ -26,16 +28,20 @@ FEWEST_TRIALS = 20
 
 
 def finished(rows: Sequence[Row]) -> list[Row]:
-    """Candidates with an objective, in the order in which they were finished."""
-    return sorted(best(rows, len(rows)), key=lambda row: row.finished)
+    """Candidates with an objective, as the search measured them, in the order in which they were finished."""
+    return sorted(best(rows, len(rows), searched_split(rows)), key=lambda row: row.finished)
 
 
 def history(rows: Sequence[Row], looks: Looks) -> Any:
-    """Objective of every candidate in the order of finishing, and the best so far; None before the first."""
+    """Objective of every candidate in the order of finishing, and the best so far; None before the first.
+
+    Where candidates are estimates from anchor examples, those that were confirmed on everything stand beside them.
+    """
     done = finished(rows)
     if not done:
         return None
     times, title = objective_axis(done)
+    is_estimated = done[0].split == ANCHORS
     place = {row.candidate: i for i, row in enumerate(done, start=1)}
     figure = go.Figure()
     record = list(accumulate((_height(row, times) for row in done), max))
@@ -43,7 +49,7 @@ def history(rows: Sequence[Row], looks: Looks) -> Any:
         x=list(range(1, len(done) + 1)),
         y=record,
         mode="lines",
-        name="best so far",
+        name="best estimate so far" if is_estimated else "best so far",
         line={"shape": "hv", "color": NEUTRAL, "width": 2},
         hoverinfo="skip",
     )
@@ -70,7 +76,18 @@ def history(rows: Sequence[Row], looks: Looks) -> Any:
             marker={"symbol": "circle-open", "size": 16, "color": NEUTRAL, "line": {"width": 1.5}},
             hoverinfo="skip",
         )
-    if (average := plain_average(rows)) is not None:
+    confirmed = [row for row in best(rows, len(rows)) if is_estimated and row.candidate in place]
+    if confirmed:
+        figure.add_scatter(
+            x=[place[row.candidate] for row in confirmed],
+            y=[_height(row, times) for row in confirmed],
+            text=[f"confirmed on all examples<br>{describe(row)}" for row in confirmed],
+            mode="markers",
+            name="confirmed on all examples",
+            marker={"symbol": "x", "size": 10, "color": NEUTRAL},
+            hovertemplate="%{text}<extra></extra>",
+        )
+    if (average := plain_average(rows, done[0].split)) is not None:
         figure.add_hline(
             y=_height(average, times),
             line={"color": NEUTRAL, "width": 1, "dash": "dot"},
@@ -163,13 +180,10 @@ def importance(rows: Sequence[Row], study: optuna.Study | None) -> Any:
         rows: The ledger; stands in for a study that is not there.
         study: The campaign's study.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # parameters that few trials have are a matter of course here
-        source = study if study is not None else _study(finished(rows))
-        done = source.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-        if len(done) < FEWEST_TRIALS or len({tuple(trial.values or ()) for trial in done}) < 2:
-            return None
-        shares = optuna.importance.get_param_importances(source)
+    source = study if study is not None else as_study(frame(rows))
+    if len(source.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))) < FEWEST_TRIALS:
+        return None
+    shares = importance_of(source)
     top = [(name, share) for name, share in shares.items() if share >= 0.005][:20][::-1]
     if not top:
         return None
@@ -192,46 +206,3 @@ def importance(rows: Sequence[Row], study: optuna.Study | None) -> Any:
         bargap=0.3,
         showlegend=False,
     )
-
-
-def _study(rows: Sequence[Row]) -> optuna.Study:
-    """The candidates as a study in memory, named as the search names parameters, over their seen ranges."""
-    trials = [_parameters(row) for row in rows]
-    seen: dict[str, set[Any]] = {}
-    for parameters in trials:
-        for name, value in parameters.items():
-            seen.setdefault(name, set()).add(value)
-    distributions = {name: _distribution(values) for name, values in seen.items() if len(values) > 1}
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        study = optuna.create_study(direction="maximize")
-    finally:
-        optuna.logging.set_verbosity(verbosity)
-    for row, parameters in zip(rows, trials, strict=True):
-        own = {name: value for name, value in parameters.items() if name in distributions}
-        study.add_trial(
-            optuna.create_trial(
-                params=own, distributions={name: distributions[name] for name in own}, value=row.objective
-            )
-        )
-    return study
-
-
-def _parameters(row: Row) -> dict[str, Any]:
-    return {
-        "method": row.method,
-        "members": "+".join(row.members),
-        **{f"{row.method}.scaling.{member}": factor for member, factor in row.scaling.items()},
-        **{f"{row.method}.{name}": _plain_value(value) for name, value in row.parameters.items()},
-    }
-
-
-def _plain_value(value: Any) -> Any:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else number(value)
-
-
-def _distribution(values: set[Any]) -> BaseDistribution:
-    if all(isinstance(value, float) for value in values):
-        return FloatDistribution(min(values), max(values))
-    return CategoricalDistribution(sorted(values, key=str))

@@ -6,6 +6,7 @@ from typing import Any
 
 from flows.table import factor_of, in_words
 from merging.recipe import nested
+from search.candidate import ANCHORS
 from search.schema import Row
 
 # Okabe and Ito's palette, told apart with any colour vision; black and yellow, which vanish on dark or light,
@@ -68,10 +69,11 @@ def describe(row: Row) -> str:
     )
 
 
-def objective_axis(rows: Iterable[Row]) -> tuple[int, str]:
-    """What objectives are multiplied by to be read, and the title of their axis."""
+def objective_axis(rows: Sequence[Row]) -> tuple[int, str]:
+    """What objectives are multiplied by to be read, and the title of their axis, which says where they are estimates."""
     times = factor_of([row.objective for row in rows if row.objective is not None])
-    return times, "validation objective" + (" × 100" if times == 100 else "")
+    estimated = "estimated " if any(row.split == ANCHORS for row in rows) else ""
+    return times, f"{estimated}validation objective" + (" × 100" if times == 100 else "")
 
 
 def thin(rows: Sequence[Row], most: int) -> list[Row]:

@@ -8,6 +8,7 @@ from plotly.subplots import make_subplots
 
 from flows.figures.style import Looks, describe, finish, plain
 from flows.table import in_words
+from search.candidate import searched_split
 from search.schema import Row
 
 MOST_BARS = 3000
@@ -16,7 +17,8 @@ PANELS = (("merge_seconds", "seconds of merge"), ("evaluate_seconds", "seconds o
 
 def seconds(rows: Sequence[Row], looks: Looks) -> Any:
     """Histograms of the seconds that merge and evaluation took; None where none was measured."""
-    done = [row for row in rows if row.origin in ("anchor", "search") and row.split == "validation"]
+    split = searched_split(rows)
+    done = [row for row in rows if row.origin in ("anchor", "search") and row.split == split]
     if not any(getattr(row, name) is not None for row in done for name, _ in PANELS):
         return None
     figure = make_subplots(cols=2, horizontal_spacing=0.1)

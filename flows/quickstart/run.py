@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from flows.campaign import run as run_campaign
-from flows.config import DEFAULT_METHODS, Campaign
+from flows.config import Campaign
 from flows.directory import Directory
 from flows.progress import Display
 from flows.quickstart.data import DOMAINS, write_splits
 from flows.quickstart.fetch import VADER, fetch, fetch_base
 from flows.quickstart.training import Trained, TrainingSettings, train_member
+from flows.search_settings import DEFAULT_METHODS
 from flows.settings import validate
 from merging import storage
 from ray_tasks.calls import each

@@ -27,9 +27,8 @@ def mergequest(*arguments, **options):
 
 
 def test_help_answers_without_the_heavy_packages():
-    code = (
-        "import sys, flows.cli; sys.exit(bool({'torch', 'ray', 'transformers', 'optuna', 'pandas'} & set(sys.modules)))"
-    )
+    heavy = {"torch", "numba", "ray", "transformers", "optuna", "pandas"}
+    code = f"import sys, flows.cli; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     output, status = mergequest("--help")
     assert status == 0
@@ -196,10 +195,11 @@ def identity(row):
 @pytest.mark.timeout(1500)
 def test_killed_and_resumed_equals_unbroken(campaign_file, tmp_path):
     """One worker: `kill -9` at moments of a fixed seed loses no finished candidate, repeats none, changes nothing."""
-    file = str(campaign_file(search={"candidates": 12}, resources={"evaluators": 1}))
+    search = {"candidates": 9, "methods": ["average", "ties", "fisher"]}
+    settings = {"selection": {"mode": "all"}, "test": {"top": 1}, "resources": {"evaluators": 1}}
+    file = str(campaign_file(search=search, **settings))
     unbroken = start("campaign", "run", file, "--out", str(tmp_path / "unbroken"))
-    output, _ = unbroken.communicate(timeout=400)
-    assert unbroken.returncode == 0, output
+    wait_for_rows(tmp_path / "unbroken" / "ledger", 1, unbroken)  # it ends beside the others
     moments = random.Random(0)
     ledger = tmp_path / "broken" / "ledger"
     for _ in range(2):
@@ -217,8 +217,9 @@ def test_killed_and_resumed_equals_unbroken(campaign_file, tmp_path):
         after = rows_of(ledger)
         assert all(identity(after[key]) == identity(row) for key, row in finished.items())
     resumed = start("campaign", "resume", str(tmp_path / "broken"))
-    output, _ = resumed.communicate(timeout=400)
-    assert resumed.returncode == 0, output
+    for process in (resumed, unbroken):
+        output, _ = process.communicate(timeout=400)
+        assert process.returncode == 0, output
     first, second = (
         sorted(map(identity, Ledger(str(tmp_path / name / "ledger")).rows()), key=str)
         for name in ("unbroken", "broken")
@@ -229,7 +230,8 @@ def test_killed_and_resumed_equals_unbroken(campaign_file, tmp_path):
 
 @pytest.mark.slow
 def test_an_interruption_leaves_a_campaign_that_resumes(campaign_file, tmp_path):
-    file = str(campaign_file(search={"candidates": 400}))
+    search = {"candidates": 400, "methods": ["average", "ties"]}
+    file = str(campaign_file(search=search, selection={"mode": "all"}, test={"top": 1}))
     process = start("campaign", "run", file, "--out", str(tmp_path / "out"))
     wait_for_rows(tmp_path / "out" / "ledger", 8, process)
     family = offspring(process)
@@ -245,7 +247,7 @@ def test_an_interruption_leaves_a_campaign_that_resumes(campaign_file, tmp_path)
     output, status = mergequest("campaign", "status", tmp_path / "out")
     assert status == 0
     assert "unfinished" in output
-    again = start("campaign", "resume", str(tmp_path / "out"), "--candidates", "20")
+    again = start("campaign", "resume", str(tmp_path / "out"), "--candidates", "12")
     output, _ = again.communicate(timeout=400)
     assert again.returncode == 0, output
-    assert len(Ledger(str(tmp_path / "out" / "ledger")).rows()) >= rows
+    assert len(Ledger(str(tmp_path / "out" / "ledger")).rows()) > rows

@@ -32,7 +32,7 @@ def recipe_file(tiny_campaign, tmp_path):
 
 def test_recipes_checkpoints_members_and_the_base(campaign_file, recipe_file, tmp_path, capsys):
     merge_recipe(str(recipe_file), str(tmp_path / "merged"), None, 1.0, Display())
-    campaign = load_campaign(str(campaign_file()))
+    campaign = load_campaign(str(campaign_file(resources={"evaluators": 1})))
     what = ["base", "two", str(recipe_file), str(tmp_path / "merged")]
     evaluate(campaign, what, "test", Display(), mismatch=True)
     scores, _, mismatches = capsys.readouterr().out.partition("gradient mismatch")
@@ -65,11 +65,13 @@ def test_a_recipe_without_its_statistics(campaign_file, recipe_file):
     settings = yaml.safe_load(recipe_file.read_text())
     recipe_file.write_text(yaml.safe_dump(settings | {"method": "regmean", "scaling": 1.0}))
     with pytest.raises(MergequestError, match="needs the statistic 'gram'"):
-        evaluate(load_campaign(str(campaign_file())), [str(recipe_file)], "validation", Display())
+        evaluate(
+            load_campaign(str(campaign_file(resources={"evaluators": 1}))), [str(recipe_file)], "validation", Display()
+        )
 
 
 def test_selection_alone_is_kept_and_reused(campaign_file, tmp_path):
-    campaign = load_campaign(str(campaign_file(directory="out", selection={"sizes": [2]})))
+    campaign = load_campaign(str(campaign_file(directory="out", selection={"sizes": [2]}, resources={"evaluators": 1})))
     first = run_selection(campaign, Display())
     assert [len(subset) for subset in first.subsets] == [2, 3]
     assert (tmp_path / "out" / "selection.json").exists()

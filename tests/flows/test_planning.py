@@ -17,10 +17,12 @@ from search.objective import best
 
 SEARCH = {"methods": ["average", "task_arithmetic"], "candidates": 8}
 EVERYTHING = {"mode": "all"}
+ONE = {"evaluators": 1}
 
 
 def run_in(path, **search):
-    campaign = load_campaign(str(path(directory="out", selection=EVERYTHING, search=SEARCH | search)))
+    settings = {"selection": EVERYTHING, "search": SEARCH | search, "resources": ONE}
+    campaign = load_campaign(str(path(directory="out", **settings)))
     run(campaign, Display())
     return storage.local_path(campaign.directory)
 

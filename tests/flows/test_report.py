@@ -2,8 +2,10 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 
+import numpy as np
 import optuna
 import pytest
 
@@ -13,6 +15,7 @@ from search.selection import select
 
 SECTIONS = (
     "results",
+    "beside",
     "candidates",
     "history",
     "scaling",
@@ -26,7 +29,7 @@ SECTIONS = (
     "reproduce",
     "versions",
 )
-FIGURES = ("history", "scaling", "importance", "share", "similarity", "profile", "seconds", "timeline")
+FIGURES = ("beside", "history", "scaling", "importance", "share", "similarity", "profile", "seconds", "timeline")
 REMOTE = ("src", "href", "action", "data", "poster", "srcset", "formaction")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -146,6 +149,48 @@ def test_the_table_shows_the_numbers_of_the_ledger(make):
         marked = [value for value, line in zip(values, lines, strict=True) if "(best)" in line[column]]
         assert marked
         assert set(marked) == {max(values)}
+
+
+def test_the_winner_is_shown_beside_what_nothing_chose(make):
+    rows = make.full(48)
+    kept = {row.candidate: {task: np.tile([1.0, 0.0], 50) for task in make.tasks} for row in rows}
+    page = Page(render(rows, tasks=make.tasks, outcomes=lambda candidate: kept[candidate]))
+    text = page.sections["beside"]
+    winner = max((row for row in rows if row.objective is not None), key=lambda row: row.objective)
+    tested = next(row for row in rows if row.split == "test" and row.candidate == winner.candidate)
+    change = 100 * (np.mean(list(tested.scores.values())) - winner.objective)
+    assert f"{change:+.1f}".replace("-", "−") in text
+    assert "plain average" in text
+    assert "unpaired" not in text.lower()
+    assert "on the same examples" in render(rows, tasks=make.tasks, outcomes=lambda candidate: kept[candidate])
+    points = {trace["name"]: trace for trace in page.drawn["beside"]["data"]}
+    assert len(points["members"]["x"]) == 4
+    (drawn,) = (trace for name, trace in points.items() if name.startswith("winner"))
+    assert drawn["x"] == pytest.approx([100 * winner.objective])
+    assert "Unpaired" in Page(render(rows, tasks=make.tasks)).sections["beside"]
+
+
+def test_estimates_are_told_from_what_was_confirmed(make):
+    estimated = [replace(row, split="anchors") for row in make.candidates(30)]
+    confirmed = [
+        replace(row, split="validation", objective=row.objective - 0.02)
+        for row in sorted(estimated, key=lambda row: -row.objective)[:3]
+    ]
+    page = Page(render([*estimated, *confirmed], tasks=make.tasks))
+    traces = {trace["name"]: trace for trace in page.drawn["history"]["data"]}
+    assert sorted(traces["confirmed on all examples"]["y"]) == pytest.approx(
+        sorted(100 * row.objective for row in confirmed)
+    )
+    assert traces["best estimate so far"]["y"][-1] == pytest.approx(100 * max(row.objective for row in estimated))
+    assert "estimated validation objective" in page.drawn["history"]["layout"]["yaxis"]["title"]["text"]
+    assert len(page.drawn["share"]["data"]) == 2
+    assert "(30)" in page.drawn["share"]["data"][0]["name"]
+    best = page.sections["candidates"]
+    assert best.count(f"{100 * confirmed[0].objective:.2f}") == 1
+    assert f"{100 * (confirmed[0].objective + 0.02):.1f} ± 0.6" in best
+    running = Page(render(estimated, tasks=make.tasks))
+    assert running.sections["candidates"].count("not yet") == 10
+    assert "winner" not in running.sections["results"]
 
 
 def test_errors_and_names_cannot_break_out_of_the_page(make):

@@ -64,6 +64,7 @@ def test_a_campaign_that_finds_its_subsets_by_measuring_and_draws_among_them(cam
             "sampler": "quality_diversity",
             "sampler_arguments": {"sampler": "random", "strength": 3.0},
         },
+        resources={"evaluators": 1},
     )
     run(load_campaign(str(path)), Display())
     directory = tmp_path / "out"

@@ -29,6 +29,7 @@ def with_base_data(campaign_file, tiny_campaign, tiny_pool, save_member, tmp_pat
             selection={"mode": "all", "quality": "equal"},
             directory=str(tmp_path / "out"),
             base_data=base_data,
+            resources={"evaluators": 1},
         )
         settings = yaml.safe_load(path.read_text())
         settings["members"] = paths

@@ -76,6 +76,27 @@ def test_before_any_sign_of_life(directory):
     assert status.minutes_left == pytest.approx(13.0)
 
 
+def test_estimates_are_called_so(campaign_file, tmp_path):
+    campaign = load_campaign(str(campaign_file(directory="out", search={"candidates": 20, "anchor_examples": 5})))
+    found = Directory(str(tmp_path / "out"))
+    found.claim(campaign)
+    scores = {"scores": {"one": 0.5, "two": 0.54}, "standard_errors": {"one": 0.03, "two": 0.04}}
+    ledger = Ledger(found.ledger, "tiny")
+    ledger.extend([row(2, split="anchors", **scores), row(1, split="anchors")])
+    status = read_status(found.path)
+    assert (status.done, status.best, status.is_estimate, status.estimated, status.confirmed) == (2, 0.52, True, 2, 0)
+    assert status.best_error == pytest.approx(0.025)
+    assert "best 0.5200 ± 0.0250: ties" in status.as_text()
+    assert (
+        "2 candidates are estimates from anchor examples, 0 of them confirmed on all; the best is an"
+        in status.as_text()
+    )
+    ledger.append(row(2, objective=0.49, objectives={"mean": 0.49}))
+    status = read_status(found.path)
+    assert (status.done, status.best, status.best_error, status.is_estimate) == (2, 0.49, None, False)
+    assert "1 of them confirmed on all; the best is confirmed" in status.as_text()
+
+
 def test_a_driver_that_is_not_heard_of_is_silent(directory):
     with heartbeat(directory.path, pulse(), every=0.05):
         time.sleep(0.1)

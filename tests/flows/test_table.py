@@ -1,3 +1,4 @@
+from dataclasses import replace
 from io import StringIO
 from math import sqrt
 
@@ -72,6 +73,38 @@ def test_an_empty_or_failed_ledger_has_no_lines(make):
     assert results_table([], make.tasks) == []
     assert results_table([make.failed("boom")], make.tasks) == []
     assert "model" in as_markdown([])
+
+
+def test_a_merge_that_was_found_twice_has_one_line(make):
+    everyone, same = dict.fromkeys(make.tasks, 1.0), {"losses": dict.fromkeys(make.tasks, 0.71234567)}
+    scores = dict.fromkeys(make.tasks, 0.6)
+    average = make.row("average", everyone, 0.6, origin="anchor", trial=0, scores=scores, objective=0.6, **same)
+    halves = make.row(
+        "average", dict.fromkeys(make.tasks, 0.5), 0.6, at=1, trial=1, scores=scores, objective=0.6, **same
+    )
+    other = make.row("ties", everyone, 0.7, at=2, trial=2, **same)
+    third = make.row("ties", dict.fromkeys(make.tasks, 0.9), 0.5, at=3, trial=3, losses=dict.fromkeys(make.tasks, 0.8))
+    rows = [average, halves, other, third]
+    tested = [replace(row, split="test", origin="final") for row in rows]
+    labels = [line.label for line in results_table([*rows, *tested], make.tasks)]
+    assert labels == ["plain average", "runner-up 3: ties", "winner: ties"]
+
+
+def test_a_narrow_terminal_is_told_less(make, rows):
+    lines = results_table(rows, make.tasks)
+    for width, shown, hidden in (
+        (140, "± 1.2", "are in"),
+        (100, "movie", "± 1.2"),
+        (80, "tasks are in the report", "movie "),
+    ):
+        console = Console(width=width, file=StringIO())
+        console.print(as_rich(lines, width))
+        text = console.file.getvalue()
+        assert shown in " ".join(text.split())
+        assert hidden not in text.replace("member movie", "")
+        assert "winner: regmean" in text
+        assert max(map(len, text.splitlines())) <= width
+        assert text.count("± 0.6") >= 2 * len(lines) - 2
 
 
 def test_the_average_may_win(make):

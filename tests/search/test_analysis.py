@@ -136,6 +136,33 @@ def test_a_study_of_the_ledger(found):
     }  # fmt: skip
 
 
+def test_several_objectives_make_a_study_of_several():
+    rows = [row(i, "ties", "ab", i / 10, 0.5, objectives={"mean": i / 10, "worst": -i / 10}) for i in range(1, 4)]
+    study = analysis.as_study(frame(rows))
+    assert [trial.values for trial in study.trials] == [[0.1, -0.1], [0.2, -0.2], [0.3, -0.3]]
+    assert len(study.best_trials) == 3
+
+
+def test_of_few_candidates_nothing_is_called_important():
+    rows = [row(i, "ties", "ab", 0.5 + 0.001 * (i % 7), 0.5) for i in range(30)]
+    rows += [row(30 + i, "regmean", "ab", 0.6 + 0.01 * i, 0.6) for i in range(analysis.FEWEST - 1)]
+    shares = analysis.importance(frame(rows))
+    assert not any(name.startswith("regmean.") for name in shares.index)
+    assert any(name.startswith("ties.") for name in shares.index)
+    assert shares.sum() == pytest.approx(1.0)
+
+
+def test_what_validation_promised(found):
+    errors = {"standard_errors": {"x": 0.03, "y": 0.04}}
+    rows = [row(1, "ties", "ab", 0.7, 0.8, **errors), row(2, "ties", "bc", 0.6, 0.6, **errors)]
+    rows += [row(1, "ties", "ab", 0.65, 0.75, split="test", origin="final", **errors)]
+    told = analysis.validation_beside_test(frame(rows))
+    assert told[["candidate", "origin", "members"]].to_numpy().tolist() == [["c1", "search", "a+b"]]
+    assert told[["validation", "test", "change"]].to_numpy()[0] == pytest.approx([0.75, 0.7, -0.05])
+    assert told["standard_error"][0] == pytest.approx(0.025 * 2**0.5)
+    assert analysis.validation_beside_test(found)["change"].to_list() == pytest.approx([0.56 - 0.61])
+
+
 def test_the_journal_of_a_campaign(tmp_path, found):
     with pytest.raises(StorageError, match="as_study"):
         analysis.load_study(str(tmp_path))
@@ -169,6 +196,8 @@ def test_every_answer_is_a_plot(found):
         "importance": plots.importance(found, "fanova"),
         "slices": plots.slices(found, ["method"]),
         "front": plots.pareto_front(found),
+        "best": plots.best(found),
+        "beside": plots.validation_beside_test(found),
         "effects": plots.marginal_effects(found),
         **{spent: plots.compare({"one": found}, spent) for spent in ("candidates", "examples", "seconds")},
     }

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -42,6 +44,15 @@ def test_likeness():
     assert np.linalg.eigvalsh(S)[0] > -1e-12
     assert S[0, 1] > S[0, 2] > S[0, 3] > S[0, 4]
     assert nearest([ROWS[0], ROWS[3], ROWS[1]]) == pytest.approx([0.0, similarity(ROWS[:4])[0, 3], 1.0], abs=0.25)
+
+
+def test_the_same_merge_is_chosen_once():
+    twins = [
+        replace(row(name, "ab", 0.9, 0.8, 0.7), losses={"x": 0.5 + e, "y": 0.6, "z": 0.7})
+        for name, e in (("a", 0), ("b", 1e-9))
+    ]
+    other = replace(row("other", "cd", 0.7, 0.8, 0.88), losses={"x": 0.7, "y": 0.6, "z": 0.5})
+    assert [entry.candidate for entry in portfolio([*twins, other], 3)] == ["a", "other"]
 
 
 def test_there_are_no_more_than_differ():

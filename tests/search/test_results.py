@@ -1,10 +1,22 @@
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pandas as pd
 import pytest
 
+from merging.errors import LedgerError
 from search.ledger import Ledger
-from search.results import best_by_method, candidates, columns, frame, history, load, shares
+from search.results import (
+    best_by_method,
+    candidates,
+    columns,
+    distinct,
+    frame,
+    history,
+    load,
+    searched_split,
+    shares,
+)
 from search.schema import Row
 
 START = datetime(2031, 1, 1, tzinfo=UTC)
@@ -59,12 +71,41 @@ def test_the_frame_is_tidy(tmp_path):
 
 
 def test_an_empty_ledger_has_the_same_first_columns(tmp_path):
-    empty = load(str(tmp_path / "nothing"))
+    empty = load(str(tmp_path))
     assert empty.empty
     assert list(empty.columns) == [name for name in frame(ROWS).columns if "." not in name]
     assert best_by_method(empty).empty
     assert history(empty).empty
     assert shares(empty).empty
+
+
+def test_a_campaigns_directory_will_do(tmp_path):
+    Ledger(str(tmp_path / "ledger")).extend(ROWS)
+    pd.testing.assert_frame_equal(load(str(tmp_path)), load(str(tmp_path / "ledger")))
+    with pytest.raises(LedgerError, match="nothing is not there"):
+        load(str(tmp_path / "nothing"))
+
+
+def test_the_search_is_where_it_measured():
+    few = [
+        replace(entry, split="anchors") for entry in ROWS if entry.split == "validation" and entry.origin != "reference"
+    ]
+    found = frame([*ROWS[:3], ROWS[5], ROWS[6], *few])
+    assert searched_split(found) == "anchors"
+    assert searched_split(frame(ROWS)) == "validation"
+    assert list(history(found)["candidate"]) == ["c0", "c1", "c2", "c3", "c4"]
+    assert set(history(found)["split"]) == {"anchors"}
+    assert list(candidates(found)["candidate"]) == ["c1", "c3", "c0"]
+
+
+def test_a_merge_that_was_found_twice_counts_once():
+    twins = [
+        replace(ROWS[2], candidate=name, losses={"x": 1.0 + e, "y": y})
+        for name, e, y in (("a", 0, 2), ("b", 1e-9, 2), ("c", 0, 2.1))
+    ]
+    unknown = [replace(ROWS[2], candidate=name, losses={"x": float("nan"), "y": 2.0}) for name in "de"]
+    found = candidates(frame([*twins, *unknown]))
+    assert sorted(distinct(found)["candidate"]) == ["a", "c", "d", "e"]
 
 
 def test_the_best_of_each_method():

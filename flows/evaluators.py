@@ -1,0 +1,53 @@
+"""As many evaluators as fit on the cluster, for as long as a block of a flow needs them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+from flows.distil import Files
+from flows.executor import RayExecutor
+from flows.opening import Opened
+from flows.progress import Display
+from flows.regime import is_sharded, shards_of
+from ray_tasks.cluster import Cluster, evaluators_for, room_for
+from ray_tasks.delivery import FedEvaluator
+from ray_tasks.evaluation import Evaluator
+from ray_tasks.evaluators import EvaluatorPool
+from ray_tasks.metrics import EvaluatorMetrics
+
+
+@contextmanager
+def evaluators(opened: Opened, statistics: Files, cluster: Cluster, display: Display) -> Iterator[RayExecutor]:
+    """Evaluators for the block, as many as fit, with threads and memory said."""
+    resources = opened.campaign.resources
+    gpus = (1.0 if cluster.gpus else 0.0) if resources.gpus is None else resources.gpus
+    is_fed = is_sharded(opened, cluster, gpus)
+    memory = int((resources.memory or 0.0) * 1e9) or opened.evaluator_bytes(sharded=is_fed)
+    needs = (resources.threads, gpus, memory)
+    count = evaluators_for(cluster, resources.evaluators, *needs)
+    grows = resources.evaluators is None and cluster.may_grow
+    setup = opened.setup(statistics)
+    with shards_of(opened, setup, count, display) if is_fed else nullcontext() as shards:
+        pool = EvaluatorPool(
+            setup,
+            count,
+            resources.threads,
+            gpus,
+            resources.retries,
+            opened.campaign.search.candidate_seconds,
+            room=(lambda: room_for(cluster.now(), *needs)) if grows else None,
+            say=display.note,
+            kind=FedEvaluator if is_fed else Evaluator,
+            shards=shards,
+            metrics=EvaluatorMetrics(opened.campaign.name),
+            memory=int((resources.memory or 0.0) * 1e9),
+        )
+        display.pulse.phase, display.pulse.evaluators = "Evaluators", lambda: (pool.there, pool.at_work)
+        try:
+            count = pool.start()
+            display.say(
+                f"  {count} evaluators of {resources.threads} thread{'s' * (resources.threads > 1)}"
+                f"{f' and {gpus:g} GPU' if gpus else ''}, about {memory / 1e9:.1f} GB each"
+            )
+            yield RayExecutor(pool, opened.campaign.search.examples)
+        finally:
+            pool.close()
