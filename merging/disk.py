@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import reduce
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -116,6 +117,10 @@ class _Merger:
         self._survey: Any = None
         self._own = threading.local()
         self._lock = threading.Lock()
+        stored = sum(
+            checkpoint.nbytes for checkpoint in (self.pool.base, *(m.checkpoint for m in self.pool.members.values()))
+        )
+        self._stays_mapped = stored < psutil.virtual_memory().available // 2
 
     @property
     def can_stretch(self) -> bool:
@@ -163,7 +168,8 @@ class _Merger:
         """A part's weights, for one look at them."""
         self._advise(part, mmap.MADV_WILLNEED)
         yield from self._weights(part, part.names)
-        self._advise(part, mmap.MADV_DONTNEED)
+        if not self._stays_mapped:  # the next look at it would fault its pages in again
+            self._advise(part, mmap.MADV_DONTNEED)
 
     def _merge(self, part: Part, put: Write) -> None:
         """Merges a part in this thread's buffer, and hands it over."""

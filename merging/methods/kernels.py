@@ -34,9 +34,6 @@ STRIDE = TILE + 48
 BASE, FIRST, SECOND, THIRD, FOURTH, END = (place * STRIDE for place in range(GROUP, GROUP + 6))
 """Rows behind those of the members; in one array at fixed distances, they are known not to overlap."""
 
-BLOCK = 32
-"""Entries of which one look says whether any is in a band."""
-
 Scalar: TypeAlias = Any
 """A number: addresses are uint64, kinds uint8, factors float32, keys of random numbers uint32; others Python's."""
 Array: TypeAlias = npt.NDArray[Any]
@@ -277,7 +274,8 @@ def within(
         places: For where they stand [last − first], int64; not asked for if empty.
     """
     row, before = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    bits = row.view(np.int32)
+    flags = np.zeros(TILE, np.uint8)
+    bits, words = row.view(np.int32), flags.view(np.uint64)
     least, most = np.int32(low - 1), np.int32(high - 1)
     found, above = 0, 0
     for start in range(first, last, TILE):
@@ -288,19 +286,17 @@ def within(
         for i in range(count):
             magnitude = np.int32(bits[i] & np.int32(MAGNITUDE))
             bits[i] = magnitude
-            higher = np.int32(higher + np.int32(magnitude > most))
+            over = np.uint8(magnitude > most)
+            higher = np.int32(higher + over)
+            flags[i] = np.uint8(magnitude > least) ^ over
         above += higher
-        for piece in range(0, count, BLOCK):
-            stop = min(piece + BLOCK, count)
-            inside = np.int32(0)
-            for i in range(piece, stop):
-                inside = np.int32(inside + np.int32((bits[i] > least) & (bits[i] <= most)))
-            if inside:
-                for i in range(piece, stop):
+        for word in range((count + 7) // 8):
+            if words[word]:  # one of eight is within
+                for i in range(8 * word, min(8 * word + 8, count)):
                     patterns[found] = bits[i]
                     if len(places):
                         places[found] = start + i
-                    found += (bits[i] > least) & (bits[i] <= most)
+                    found += flags[i]
     return found, above
 
 

@@ -22,7 +22,7 @@ DROPPED = 15
 model's entries."""
 SAMPLED_DROPPED = 8
 """The same of a sample's: bins fine enough for a narrow band, and no more of them however large the model."""
-STRIDE = 127
+STRIDE = 509
 """One of so many entries is sampled; a prime, so that no matrix has all of its sample in a few columns."""
 INFINITE = 0x7F800000
 """Bit pattern above every finite magnitude's."""

@@ -147,7 +147,7 @@ def test_what_a_sample_leaves_to_be_counted_grows_with_the_root_of_the_model():
     """Sixteen times the entries, four times in the band, and as many bins as there are distinct magnitudes."""
 
     def held(count):
-        weights = model(5, (4000,) * count, torch.bfloat16)
+        weights = model(5, (16_000,) * count, torch.bfloat16)
         known = reduce(trim.combine, [trim.sample([weight]) for weight in weights])
         answers = [trim.refine([weight], known, [0.2], whole=True) for weight in weights]
         found = [tally for answer in answers for tallies in answer.tallies.values() for tally in tallies.values()]
