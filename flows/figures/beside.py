@@ -35,8 +35,8 @@ def beside(compared: Sequence[Compared], looks: Looks) -> Any:
         figure.add_scatter(
             x=[entry.validation.value * times for entry in own],
             y=[entry.test.value * times for entry in own],
-            error_x={"array": [entry.validation.standard_error * times for entry in own], "thickness": 1},
-            error_y={"array": [entry.test.standard_error * times for entry in own], "thickness": 1},
+            error_x=_whiskers([entry.validation.standard_error * times for entry in own]),
+            error_y=_whiskers([entry.test.standard_error * times for entry in own]),
             mode="markers+text" if winner else "markers",
             name=plain(own[0].line.label) if winner else NAMES[kind],
             text=["winner"] if winner else None,
@@ -57,6 +57,11 @@ def beside(compared: Sequence[Compared], looks: Looks) -> Any:
         xaxis={"title": f"validation mean{scale}"},
         yaxis={"title": f"test mean{scale}"},
     )
+
+
+def _whiskers(errors: Sequence[float]) -> dict[str, Any]:
+    """Standard errors in one colour: they would take the markers' list of colours for one."""
+    return {"array": list(errors), "thickness": 1, "color": NEUTRAL}
 
 
 def _words(entry: Compared, times: int) -> str:
