@@ -215,7 +215,7 @@ def test_a_stopped_job_ends_within_seconds_and_goes_on_where_it_was(head, campai
     )
     sent = submit(file, url, environment, tmp_path, "--no-follow")
     job = re.search(r"job (\S+):", sent.stderr)[1]
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while len(rows := Ledger(str(tmp_path / "out" / "ledger")).rows()) < 12 and time.monotonic() < deadline:
         time.sleep(0.2)
     assert 12 <= len(rows) < 5000
