@@ -40,7 +40,7 @@ def export_candidates(path: str, rows: Sequence[Row], display: Display) -> dict[
     if not missing:
         return places
     with display.phase("Pool"):
-        opened = open_campaign(campaign, display)
+        opened = open_campaign(campaign, display, directory.path)
         require_same(directory, opened)
     with display.phase("Statistics"):
         cache = cache_of(campaign)

@@ -13,12 +13,12 @@ from torch import Tensor
 from merging import memory, storage
 from merging.checkpoint import Digest
 from merging.errors import PoolError
+from merging.methods.base import BASE
 from merging.methods.blocks import Scratch, difference, is_finite, spans
 
 if TYPE_CHECKING:
     from merging.pool import Pool
 
-BASE = "base"
 FAR = 0.9
 """‖θ_t − θ_0‖ / ‖θ_0‖ above which a member was hardly fine-tuned from the base: independent models lie near √2."""
 MAX_REPORTED = 12

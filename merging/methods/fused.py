@@ -21,8 +21,6 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1}
 """What a row is to the loops, by its dtype."""
 ENTRIES = {"all": 0, "sum": 1, "mean": 2}
 """What is added up of task vectors: everything, what has the elected sign, or the mean of that."""
-GROUP = 4
-"""Members that the loops take at a time, as `kernels.GROUP` has it."""
 CHUNK = 1 << 19
 """Fewest entries for which another thread is worth its while."""
 
@@ -106,7 +104,7 @@ def combine(base: Tensor, values: Sequence[Tensor], out: Tensor, rule: Rule) -> 
         out: Overwritten [n].
         rule: The arithmetic.
     """
-    spare = -len(values) % GROUP  # the base itself, whose task vector is 0
+    spare = -len(values) % _loops().GROUP  # the base itself, whose task vector is 0
     places, kinds = _rows([*values, *[base] * spare])
     largest = max(map(abs, rule.factors)) if rule.entries != "all" else 1.0
     largest = largest or 1.0
