@@ -1,13 +1,15 @@
 """What the search itself costs per candidate, as the history grows: evaluators that sleep, everything else real.
 
     python benchmarks/driver_overhead.py --candidates 10000 --slots 16 --sampler tpe --sleep 0.01
+    python benchmarks/driver_overhead.py --candidates 4000 --sampler nsga2 --methods regmean
 
-Six methods, subsets and per-member factors of eight members, the journal file, the ledger with its fsync. For every
-tenth of the history: the driver's CPU time per candidate, its wall time without the waiting for evaluators (disk and
-busy neighbours are in it), the share of time that evaluators were at work, peak memory, ledger and journal.
+Six methods unless told otherwise, subsets and per-member factors of eight members, the journal file, the ledger with its
+fsync. For every tenth of the history: the driver's CPU time per candidate, its wall time without the waiting for evaluators
+(disk and busy neighbours are in it), the share of time that evaluators were at work, peak memory, ledger and journal.
 """
 
 import argparse
+import json
 import resource
 import tempfile
 import time
@@ -21,7 +23,7 @@ from search.driver import search
 from search.ledger import Ledger
 from search.method_space import MethodSpace
 from search.objective import make_objective
-from search.samplers import READ_EVERYTHING, make_sampler
+from search.samplers import make_sampler, memories
 from search.schema import Row
 from search.space import Space
 from search.study import open_study
@@ -115,11 +117,13 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=8, help="evaluators")
     parser.add_argument("--sleep", type=float, default=0.01, help="seconds of an evaluation")
     parser.add_argument("--sampler", default="tpe")
+    parser.add_argument("--arguments", type=json.loads, default={}, help="the sampler's, as JSON")
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--all-members", action="store_true", help="no subsets, for samplers without categories")
     parser.add_argument("--history", type=int, default=500, help="finished trials that tpe and gp see; 0 for all")
     chosen = parser.parse_args()
-    subsets = [MEMBERS[: size + 1] for size in range(1, len(MEMBERS))]
-    space = Space({method: MethodSpace() for method in METHODS}, MEMBERS, subsets, "per_member")
-    history = chosen.history or None if chosen.sampler in READ_EVERYTHING else None
+    subsets = None if chosen.all_members else [MEMBERS[: size + 1] for size in range(1, len(MEMBERS))]
+    space = Space({method: MethodSpace() for method in chosen.methods}, MEMBERS, subsets, "per_member")
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place)
         ledger = Ledger(str(directory / "ledger"), "overhead")
@@ -128,14 +132,14 @@ def main() -> None:
             search(
                 study,
                 space,
-                lambda number: make_sampler(chosen.sampler, 0, None, number),
+                lambda number: make_sampler(chosen.sampler, 0, chosen.arguments, number),
                 ledger,
                 executor,
                 make_objective("mean", [f"task{i}" for i in range(4)]),
                 Provenance("overhead"),
                 Budget(chosen.candidates),
                 Watch(executor, directory, max(1, chosen.candidates // 10)),
-                history=history,
+                history=memories(chosen.sampler, chosen.arguments, chosen.history or None),
             )
         started = time.perf_counter()
         ledger = Ledger(str(directory / "ledger"), "overhead")

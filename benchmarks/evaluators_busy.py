@@ -1,6 +1,6 @@
 """How busy the driver keeps evaluators that sleep instead of computing: real Ray actors, real search, ledger and study.
 
-    python benchmarks/evaluators_busy.py --evaluators 1 2 4 8 16 --sleep 2
+    python benchmarks/evaluators_busy.py --evaluators 64 --rounds 32 --sleep 20
 
 The actors are light (no torch, no CPU reserved), so that many of them run on a small machine; pool, executor and driver
 are the campaign's own. `busy` is the time that evaluators slept, over all evaluators and the whole run from the first
@@ -20,6 +20,7 @@ from flows.executor import RayExecutor
 from merging.live import Measurement
 from merging.tasks.base import Score
 from ray_tasks.cluster import connect
+from ray_tasks.crew import Crew
 from ray_tasks.evaluation import Assignment
 from ray_tasks.evaluators import EvaluatorPool, Finished
 from search.budget import Budget
@@ -28,7 +29,7 @@ from search.driver import search
 from search.ledger import Ledger
 from search.method_space import MethodSpace
 from search.objective import make_objective
-from search.samplers import READ_EVERYTHING, make_sampler
+from search.samplers import make_sampler, memories
 from search.space import Space
 from search.study import open_study
 
@@ -74,11 +75,13 @@ def _scores(number: int) -> Measurement:
 def measure(evaluators: int, candidates: int, sleep: float, sampler: str) -> str:
     """One search; a line of the table."""
     space = Space({method: MethodSpace() for method in METHODS}, MEMBERS, None, "per_member")
-    pool = LightPool(sleep, evaluators, threads=0, kind=Sleeper)
+    pool = LightPool(Crew(sleep, evaluators, threads=0, kind=Sleeper))
     with tempfile.TemporaryDirectory() as place:
         ledger = Ledger(str(Path(place) / "ledger"), "busy")
         try:
+            start = time.perf_counter()
             pool.start(grace=600.0)
+            start = time.perf_counter() - start
             with open_study(str(Path(place) / "study"), "busy", space, ledger) as study:
                 wall, cpu = time.perf_counter(), time.process_time()
                 search(
@@ -90,14 +93,15 @@ def measure(evaluators: int, candidates: int, sleep: float, sampler: str) -> str
                     make_objective("mean", [f"task{i}" for i in range(4)]),
                     Provenance("busy"),
                     Budget(candidates),
-                    history=500 if sampler in READ_EVERYTHING else None,
+                    history=memories(sampler),
                 )
                 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         finally:
             pool.close()
         rows = len(ledger.rows())
+    busy = rows * sleep / (wall * evaluators)
     return (
-        f"| {evaluators} | {rows} | {wall:.1f} | {rows / wall:.1f} | {rows * sleep / (wall * evaluators):.1%} | "
+        f"| {evaluators} | {start:.0f} | {sleep:g} | {rows} | {wall:.1f} | {rows / wall:.1f} | {busy:.1%} | "
         f"{1e3 * cpu / rows:.1f} |"
     )
 
@@ -111,8 +115,8 @@ def main() -> None:
     parser.add_argument("--sleep", type=float, default=2.0, help="seconds of an evaluation")
     parser.add_argument("--sampler", default="tpe")
     chosen = parser.parse_args()
-    print("| evaluators | candidates | s | candidates / s | busy | driver CPU ms / candidate |")
-    print("|--:|--:|--:|--:|--:|--:|")
+    print("| evaluators | start s | sleep s | candidates | s | candidates / s | busy | driver CPU ms / candidate |")
+    print("|--:|--:|--:|--:|--:|--:|--:|--:|")
     with connect():
         for evaluators in chosen.evaluators:
             candidates = min(chosen.most, chosen.rounds * evaluators)

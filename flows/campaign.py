@@ -17,14 +17,17 @@ from flows.outcomes import KeptOutcomes
 from flows.planning import choosing_anchors, confirm, make_planner, search_split
 from flows.progress import Display
 from flows.reporting import summary, tables_as_markdown, write_report
-from flows.selection import prepare_selection, select_subsets
-from flows.statistics import cache_of, member_statistics, solutions
+from flows.selection import prepare_selection, require_kernel, select_subsets
+from flows.settings import require_writable
+from flows.statistics import cache_of, member_statistics, require_sources, solutions
 from flows.table import plain_average
 from flows.watch import Watch
+from flows.winners import require_same
 from merging import storage
 from merging.errors import SearchError, SettingsError
 from merging.merge import base_recipe, member_recipe
 from merging.methods import METHODS
+from merging.statistics import STATISTICS
 from ray_tasks.cluster import Cluster, connect
 from search.budget import Budget, Ending
 from search.candidate import Candidate, Provenance
@@ -34,7 +37,7 @@ from search.driver import search
 from search.flight import measure
 from search.ledger import Ledger
 from search.objective import EXPECTED, Objective, best, make_objective, own_scores, split_name
-from search.samplers import READ_EVERYTHING, make_sampler
+from search.samplers import make_sampler, memories
 from search.schema import Row
 from search.selection import Selection, Subset
 from search.study import open_study
@@ -66,6 +69,9 @@ def run(campaign: Campaign, display: Display) -> str:
             return summary(directory)
         with display.phase("Pool"):
             opened = open_campaign(campaign, display, directory.path)
+            require_same(directory, opened)
+            require_sources(opened)
+            require_kernel(opened)
         directory.claim(campaign)
         storage.write_json(directory / "pool.json", opened.fingerprints())
         keep(opened.pool, directory.path)
@@ -79,6 +85,20 @@ def run(campaign: Campaign, display: Display) -> str:
     return summary(directory)
 
 
+def check(campaign: Campaign, display: Display) -> None:
+    """Opens and compares everything that a campaign names, and computes nothing.
+
+    Raises:
+        MergequestError: What `run` would stop at before or between its phases.
+    """
+    directory = Directory(campaign.directory or storage.absolute(storage.join("runs", campaign.name)))
+    directory.check(campaign)
+    opened = open_campaign(campaign, display, directory.path)
+    require_same(directory, opened)
+    require_sources(opened)
+    require_kernel(opened)
+
+
 def compute_statistics(campaign: Campaign, kinds: Sequence[str] | None, out: str | None, display: Display) -> list[str]:
     """Computes every member's statistics on its own task, unless they are there.
 
@@ -90,11 +110,19 @@ def compute_statistics(campaign: Campaign, kinds: Sequence[str] | None, out: str
 
     Returns:
         Paths of the files.
+
+    Raises:
+        MergequestError: A kind is unknown, something of the campaign is unusable, or there is no right to write.
     """
+    for kind in kinds or ():
+        _ = STATISTICS[kind]
+    require_writable(storage.absolute(out) if out else cache_of(campaign))
     with display.phase("Pool"):
-        opened = open_campaign(campaign, display)
+        opened = open_campaign(campaign, display, campaign.directory)
+    if campaign.directory and not out:
+        keep(opened.pool, campaign.directory)
     cache = storage.absolute(out) if out else cache_of(opened.campaign)
-    with connect(), display.phase("Statistics"):
+    with display.phase("Statistics"):
         files = member_statistics(opened, kinds or opened.kinds, cache, display)
     return [path for member in files for path in files[member]]
 
@@ -106,7 +134,10 @@ def run_selection(campaign: Campaign, display: Display) -> Selection:
     with directory.locked():
         with display.phase("Pool"):
             opened = open_campaign(campaign, display, directory.path)
+            require_same(directory, opened)
+            require_kernel(opened)
         directory.claim(campaign)
+        keep(opened.pool, directory.path)
         with connect() as cluster:
             ledger = Ledger(directory.ledger, campaign.name)
             with display.phase("Statistics"):
@@ -242,7 +273,7 @@ def _search(
             _provenance(opened),
             budget,
             Watch(bar, display.pulse),
-            history=settings.history if settings.sampler in READ_EVERYTHING else None,
+            history=memories(settings.sampler, settings.sampler_arguments, settings.history),
             split=split,
             describe=lambda recipe: {**predict(recipe), **cost.get(recipe.identity, {})},
         )

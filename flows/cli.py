@@ -145,9 +145,9 @@ def campaign_status(
 @campaign_app.command("check")
 def campaign_check(file: File) -> None:
     """Opens and compares everything that a campaign names, and computes nothing."""
-    from flows.opening import open_campaign
+    from flows.campaign import check
 
-    open_campaign(_load(file, None, None), _display(False))
+    check(_load(file, None, None), _display(False))
     typer.echo("Nothing is wrong with it.")
 
 
@@ -185,7 +185,10 @@ def select(file: File, out: Out = None, address: Address = None, quiet: Quiet = 
 @app.command()
 def merge(
     recipe: Annotated[str, typer.Argument(help="Recipe file (YAML).", metavar="RECIPE.yaml")],
-    out: Annotated[str, typer.Option("--out", help="Directory to write; it appears whole or not at all.")],
+    out: Annotated[
+        str,
+        typer.Option("--out", help="Directory to write, whole or not at all; replaces nothing but an earlier merge."),
+    ],
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the base's.")] = None,
     memory: Annotated[float, typer.Option(help="Gigabytes of working memory.", min=0.01)] = 1.0,
     threads: Annotated[int | None, typer.Option(help="Threads; by default one a processor.", min=1)] = None,
@@ -281,7 +284,7 @@ def submit(
 def quickstart(
     directory: Annotated[str, typer.Option("--out", help="Directory to fill.")] = "runs/quickstart",
     cache: Annotated[str, typer.Option(help="Where downloads are kept.")] = "cache",
-    candidates: Annotated[int | None, typer.Option(help="Candidates to evaluate.")] = None,
+    candidates: Annotated[int | None, typer.Option(help="Candidates to evaluate.", min=1)] = None,
     address: Address = None,
     quiet: Quiet = False,
 ) -> None:

@@ -108,8 +108,15 @@ class Campaign(Settings):
                 hint = did_you_mean(member_settings.task, list(self.tasks))
                 raise ValueError(f"members.{name}.task: unknown task '{member_settings.task}'. {hint}")
         for subset in self.selection.subsets:
+            if not subset or len(set(subset)) < len(subset):
+                raise ValueError(f"selection.subsets: {list(subset)} must name members, each once")
             if strange := set(subset) - set(self.members):
                 raise ValueError(f"selection.subsets: '{min(strange)}' is no member")
+        if (gradient := self.search.gradient) is not None and gradient.start is not None:
+            for member in gradient.start.recipe().members:
+                if member not in self.members:
+                    hint = did_you_mean(member, list(self.members))
+                    raise ValueError(f"search.gradient.start: unknown member '{member}'. {hint}")
         if self.selection.sizes is not None and not all(1 <= k <= len(self.members) for k in self.selection.sizes):
             raise ValueError(f"selection.sizes: sizes lie between 1 and {len(self.members)}, the number of members")
         self._examples_are_told_apart()

@@ -5,14 +5,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from shlex import quote
 
 import yaml
 
 from flows.config import CAMPAIGN_FILE, Campaign, dump, load_campaign
+from flows.examination import FILE as FACTS
 from flows.lease import lease
 from flows.settings import require_writable
 from merging import storage
 from merging.errors import LedgerError, SettingsError, StorageError
+from search.ledger import Ledger
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Directory:
         """Looks whether this can be the campaign's directory.
 
         Raises:
-            LedgerError: It holds another campaign, or other things.
+            LedgerError: It holds measurements of another campaign, or other things.
             SettingsError: It cannot be written, or would vanish with the job that this process runs in.
         """
         if "/runtime_resources/" in self.path:
@@ -79,14 +82,21 @@ class Directory:
         require_writable(self.path)
         if storage.exists(self / CAMPAIGN_FILE):
             there = self.campaign()
-            if there.identity() != campaign.identity():
+            if there.identity() != campaign.identity() and not self._may_become(there, campaign):
                 changed = ", ".join(_differences(there, campaign))
                 raise LedgerError(
                     f"{self.path} holds another campaign ('{there.name}'; it differs in {changed}). Choose another directory "
-                    f"with --out, or go on with that one: mergequest campaign resume {self.path}"
+                    f"with --out, or go on with that one: mergequest campaign resume {quote(self.path)}"
                 )
         elif [name for name in storage.list_dir(self.path) if not name.startswith(".") and name not in KNOWN]:
             raise LedgerError(f"{self.path} is not empty and holds no campaign: choose another directory with --out")
+
+    def _may_become(self, there: Campaign, campaign: Campaign) -> bool:
+        """Whether nothing was measured yet that a corrected file contradicts: base and members say nothing of a selection."""
+        if not storage.list_dir(self.ledger):
+            return True
+        rows = Ledger(self.ledger, there.name).rows()
+        return _differences(there, campaign) == ["selection"] and all(row.origin == "reference" for row in rows)
 
     def claim(self, campaign: Campaign) -> None:
         """Keeps the resolved campaign file here, which makes this the campaign's directory."""
@@ -140,7 +150,7 @@ class Directory:
 
 DONE = "done.json"
 LEASE = ".lease.json"
-KNOWN = ("members", "data", "statistics")
+KNOWN = ("members", "data", "statistics", FACTS)
 """What may lie in a directory before its campaign does: the quick start's pool, and statistics computed ahead."""
 
 

@@ -9,6 +9,7 @@ from flows.opening import Opened
 from flows.progress import Display
 from flows.regime import is_sharded, shards_of
 from ray_tasks.cluster import Cluster, evaluators_for, room_for
+from ray_tasks.crew import Crew
 from ray_tasks.delivery import FedEvaluator
 from ray_tasks.evaluation import Evaluator
 from ray_tasks.evaluators import EvaluatorPool
@@ -27,23 +28,24 @@ def evaluators(opened: Opened, statistics: Files, cluster: Cluster, display: Dis
     grows = resources.evaluators is None and cluster.may_grow
     setup = opened.setup(statistics)
     with shards_of(opened, setup, count, display) if is_fed else nullcontext() as shards:
-        pool = EvaluatorPool(
+        crew = Crew(
             setup,
             count,
             resources.threads,
             gpus,
             resources.retries,
-            opened.campaign.search.candidate_seconds,
             room=(lambda: room_for(cluster.now(), *needs)) if grows else None,
             say=display.note,
             kind=FedEvaluator if is_fed else Evaluator,
-            shards=shards,
-            metrics=EvaluatorMetrics(opened.campaign.name),
             memory=int((resources.memory or 0.0) * 1e9),
+        )
+        pool = EvaluatorPool(
+            crew, opened.campaign.search.candidate_seconds, shards, EvaluatorMetrics(opened.campaign.name)
         )
         display.pulse.phase, display.pulse.evaluators = "Evaluators", lambda: (pool.there, pool.at_work)
         try:
             count = pool.start()
+            opened.pool.find_copies()  # selection and export read the pool once more, here
             display.say(
                 f"  {count} evaluators of {resources.threads} thread{'s' * (resources.threads > 1)}"
                 f"{f' and {gpus:g} GPU' if gpus else ''}, about {memory / 1e9:.1f} GB each"

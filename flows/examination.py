@@ -31,6 +31,8 @@ def examined(campaign: Campaign, pool: Pool, directory: str | None, display: Dis
         memory.learn(_read(directory))
     found = examination.recall(pool)
     if missing := [member for member in pool.members if member not in found]:
+        if "RAY_ADDRESS" not in os.environ and campaign.resources.regime != "sharded":
+            pool.copy_here()  # evaluators run on this machine, and would each read it all from afar once more
         size = sum(pool.members[member].checkpoint.nbytes for member in missing)
         with display.bar(f"members read ({size / 1e9:.2g} GB)", len(missing)) as bar:
             for part in _over_cluster(campaign, pool, missing) if _is_worth_it(pool, size) else _here(pool, missing):

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors.torch import save
 
 from flows.opening import Opened
-from flows.recipe_file import dump_recipe
+from flows.recipe_file import RECIPE, dump_recipe
 from flows.table import Cell, factor_of, text
 from merging.disk import merge_to_disk
 from merging.merge import Material, head_tensors, open_statistics
@@ -51,7 +51,7 @@ def export(
     members = {name: (m.checkpoint.path, tuple(used.get(name, ()))) for name, m in opened.pool.members.items()}
     extra: dict[str, str | bytes] = {
         "README.md": model_card(opened, recipe, table, row),
-        "recipe.yaml": dump_recipe(
+        RECIPE: dump_recipe(
             opened.pool.base.path,
             members,
             recipe,

@@ -143,12 +143,13 @@ def _gradient(
     linear: Sequence[Recipe],
     display: Display,
 ) -> list[Start]:
-    """Where gradient descent leads from the linear methods' defaults."""
+    """Where gradient descent leads from the linear methods' defaults, or from the recipe that is given."""
     settings = opened.campaign.search.gradient
     if settings is None:
         return []
     # anchors come in the order of what methods know of the members
     chosen = [recipe for recipe in linear if recipe.method in settings.methods] if settings.methods else linear[:1]
+    chosen = [settings.start.recipe()] if settings.start else chosen
     if not chosen:
         display.note("no method here is linear in its scaling factors, so that there is no gradient to follow")
         return []
@@ -172,8 +173,13 @@ def _gradient(
 
 
 def _spread(space: Space, recipe: Recipe) -> Recipe:
-    """The recipe with a factor for everything that the search varies."""
-    scaling = {key: recipe.scaling[key.partition(GROUP)[0]] for key in space.keys(recipe)}
+    """The recipe with a factor for everything that the search varies; the mean of a member's where its own groups differ."""
+    own = {
+        member: [value for key, value in recipe.scaling.items() if key.partition(GROUP)[0] == member]
+        for member in recipe.members
+    }
+    whole = {member: recipe.scaling.get(member, float(np.mean(values))) for member, values in own.items()}
+    scaling = {key: recipe.scaling.get(key, whole[key.partition(GROUP)[0]]) for key in space.keys(recipe)}
     return Recipe(recipe.method, scaling, recipe.parameters)
 
 

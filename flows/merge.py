@@ -3,9 +3,10 @@
 import torch
 
 from flows.progress import Display
-from flows.recipe_file import dump_recipe, load_recipe
+from flows.recipe_file import RECIPE, RecipeFile, dump_recipe, load_recipe
 from flows.settings import require_writable
-from merging.checkpoint import Checkpoint
+from merging import storage
+from merging.checkpoint import CONFIG, Checkpoint
 from merging.disk import merge_to_disk
 from merging.errors import SettingsError
 from merging.mismatch import quadratic_mismatch, require_fishers
@@ -28,7 +29,7 @@ def merge_recipe(
 
     Args:
         path: The recipe file.
-        out: The directory to write; replaced if it is a checkpoint, whole or not at all.
+        out: The directory to write, whole or not at all; an earlier merge that is there is replaced, nothing else.
         dtype: Name of the output dtype; None for the base's.
         gigabytes: Working memory; local checkpoints are read by memory map, which takes none of it.
         display: Shows progress.
@@ -43,6 +44,7 @@ def merge_recipe(
     file = load_recipe(path)
     recipe = file.recipe()
     require_writable(out)
+    _require_free(out, file)
     with display.phase(f"Merging {len(file.members)} members by {recipe.method}"):
         material = file.material()
         if mismatch:
@@ -60,7 +62,7 @@ def merge_recipe(
                 max_bytes=int(gigabytes * 1e9),
                 threads=threads,
                 extra={
-                    "recipe.yaml": dump_recipe(
+                    RECIPE: dump_recipe(
                         file.base,
                         members,
                         recipe,
@@ -79,3 +81,22 @@ def merge_recipe(
             found = quadratic_mismatch(material, Checkpoint.open(out).read, dict.fromkeys(recipe.members, 1.0))
             terms = ", ".join(f"{member} {norm:.3g}" for member, norm in found.members.items())
             display.note(f"gradient mismatch, as Fisher information predicts it: {found.total:.3g} ({terms})")
+
+
+def _require_free(out: str, file: RecipeFile) -> None:
+    """Looks whether something would be lost if the directory were replaced.
+
+    Raises:
+        SettingsError: It is a checkpoint that is merged, holds one, or holds anything but an earlier merge.
+    """
+    for checkpoint in (file.base, *(member.checkpoint for member in file.members.values())):
+        if storage.is_local(out) and storage.is_local(checkpoint):
+            place, used = (storage.local_path(path).expanduser().resolve() for path in (out, checkpoint))
+            if used.is_relative_to(place):
+                raise SettingsError(f"{out} would replace {checkpoint}, which is merged: name another directory")
+    there = storage.list_dir(out)
+    # of a remote directory, only a checkpoint's own files are replaced
+    if there and RECIPE not in there and (storage.is_local(out) or CONFIG in there):
+        raise SettingsError(
+            f"{out} is not empty and holds no earlier merge (no {RECIPE}): name another directory, or remove it"
+        )

@@ -152,6 +152,8 @@ def open_campaign(campaign: Campaign, display: Display, directory: str | None = 
         for note in task.check():
             display.note(note)
     distances = examined(campaign, pool, directory, display)
+    for note in _alike(pool, distances):
+        display.note(note)
     size = sum(info.nbytes for info in pool.weights.values())
     heads = {key for member in pool.members.values() for key in member.head}
     display.say(
@@ -167,3 +169,16 @@ def open_campaign(campaign: Campaign, display: Display, directory: str | None = 
             "'identity'"
         )
     return opened
+
+
+def _alike(pool: Pool, distances: Mapping[str, float]) -> Iterator[str]:
+    """Members that are the base, or one another: no error, but seldom meant."""
+    twins: dict[str, list[str]] = {}
+    for name, member in pool.members.items():
+        if distances[name] == 0.0:
+            yield f"'{name}' has the base's own weights"
+        if member.checkpoint.is_recognised:
+            twins.setdefault(member.checkpoint.fingerprint, []).append(name)
+    for names in twins.values():
+        if len(names) > 1:
+            yield f"{', '.join(names)} are the same checkpoint, which counts {len(names)} times"

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -45,13 +46,15 @@ class Bar:
 
     def advance(self, steps: int = 1, note: str | None = None) -> None:
         """Counts steps; `note` replaces what is said beside the count."""
+        changed = steps > 0 or note not in (None, self._note)
         self._done += steps
         self._note = self._note if note is None else note
         if self._progress:
             self._progress.update(self._task, completed=self._done, note=self._note)
-        elif time.monotonic() - self._printed >= LINE_EVERY:
+        elif changed and time.monotonic() - self._printed >= LINE_EVERY:
             self._printed = time.monotonic()
-            self._console.print(f"  {self._title} {self._done}/{self._total} {self._note}".rstrip(), highlight=False)
+            line = f"  {self._title} {self._done}/{self._total} {self._note}".rstrip()
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def reach(self, done: int) -> None:
         """Counts up to `done`, for work that tells how far it is."""
@@ -79,16 +82,16 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
         """A line that a user should not overlook, though nothing is wrong."""
-        self.console.print(f"  [yellow]note:[/] {text}", highlight=False, soft_wrap=True)
+        self.console.print(f"  [yellow]note:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Announces a phase and takes its time."""
-        self.console.print(f"[bold]{name}[/]", highlight=False)
+        self.console.print(f"[bold]{escape(name)}[/]", highlight=False)
         self.pulse.phase = name
         start = time.perf_counter()
         try:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from flows.settings import MemberSettings, Name, Settings, load_yaml, parent, resolve, validate
 from merging.errors import MethodError
@@ -14,6 +14,8 @@ from merging.pool import Pool
 from merging.recipe import GROUP, Recipe, Value, flat, nested
 from merging.registry import did_you_mean
 
+RECIPE = "recipe.yaml"
+"""What a merged checkpoint's own recipe is called."""
 LOOKED_AT = 1 << 16
 """Entries of a weight that show whether a member was fine-tuned from the base; merging looks at all for NaN and Inf."""
 
@@ -36,6 +38,13 @@ class RecipeFile(Settings):
     )
     parameters: dict[str, Value] = Field(default_factory=dict, description="The method's parameters.")
     heads: tuple[str, ...] = Field((), description="Patterns of tensors that are not merged.")
+
+    @field_validator("members")
+    @classmethod
+    def _base_is_no_member(cls, members: dict[str, MemberSettings]) -> dict[str, MemberSettings]:
+        if BASE in members:
+            raise ValueError(f"no member may be called '{BASE}'")
+        return members
 
     def recipe(self) -> Recipe:
         """The recipe itself; members without a factor of their own take part with the method's default.

@@ -6,7 +6,11 @@ from pydantic import Field, model_validator
 
 from flows.settings import Settings
 from merging import storage
+from merging.basis import is_linear
 from merging.descent import DescentSettings
+from merging.errors import MethodError
+from merging.methods import METHODS
+from merging.recipe import Recipe, Value, flat
 from search.candidate import Policy
 from search.constraints import Constraint
 from search.method_space import Granularity, MethodSpace
@@ -15,8 +19,32 @@ from search.samplers import SAMPLERS
 DEFAULT_METHODS = ("average", "task_arithmetic", "ties", "fisher", "gradient_matching", "regmean")
 
 
+class GradientStart(Settings):
+    """A recipe to follow the gradient from, in the words of its own file (`recipe.yaml`)."""
+
+    method: str = Field(description="One of the search's methods, linear in its scaling factors.")
+    scaling: dict[str, float | dict[str, float]] = Field(
+        description="Member → its factor, or one for each of its groups of weights; members that are not named take no part.",
+        min_length=1,
+    )
+    parameters: dict[str, Value] = Field(default_factory=dict, description="The method's parameters.")
+
+    def recipe(self) -> Recipe:
+        """The recipe itself.
+
+        Raises:
+            MethodError: Method, parameter or value is unknown or out of bounds, or the method is not linear.
+        """
+        found = METHODS[self.method].complete(Recipe(self.method, flat(self.scaling), self.parameters))
+        if not is_linear(found):
+            raise MethodError(
+                f"'{self.method}' is not linear in its scaling factors, so that there is no gradient to follow"
+            )
+        return found
+
+
 class GradientSettings(DescentSettings):
-    """Gradient descent on scaling factors, from the defaults of methods that are linear in them."""
+    """Gradient descent on scaling factors, from the defaults of methods that are linear in them, or from any recipe."""
 
     methods: tuple[str, ...] = Field(
         (),
@@ -24,9 +52,13 @@ class GradientSettings(DescentSettings):
         "the members (RegMean before task arithmetic).",
     )
 
+    start: GradientStart | None = Field(
+        None, description="A recipe to start from instead, another campaign's winner for instance."
+    )
+
     def descent(self) -> DescentSettings:
         """What the descent itself is told."""
-        return DescentSettings(**self.model_dump(exclude={"methods"}))
+        return DescentSettings(**self.model_dump(exclude={"methods", "start"}))
 
 
 class SearchSettings(Settings):
@@ -120,8 +152,9 @@ class SearchSettings(Settings):
     history: int | None = Field(
         500,
         ge=100,
-        description="How many finished candidates the samplers tpe, gp and cmaes see, the best and the latest: their "
-        "proposals take longer with each; null for all.",
+        description="How many finished candidates the samplers tpe, gp and quality_diversity see, the best and the latest: "
+        "their proposals take longer with each; null for all. The others see what they need: nsga2, nsga3 and cmaes their last "
+        "two generations, qmc one candidate with each parameter.",
     )
     storage: str | None = Field(
         None,
@@ -159,6 +192,18 @@ class SearchSettings(Settings):
             raise ValueError("`pruning` and `anchor_examples` do not go together: choose one")
         if self.pruning != "none" and not isinstance(self.objective, str) and len(self.objective) > 1:
             raise ValueError("`pruning` compares candidates by one objective, and there are several: set it to none")
+        return self
+
+    @model_validator(mode="after")
+    def _gradient_starts_in_the_search(self) -> "SearchSettings":
+        if self.gradient is None or self.gradient.start is None:
+            return self
+        if self.gradient.start.method not in self.methods:
+            raise ValueError(f"gradient.start: '{self.gradient.start.method}' is none of the search's methods")
+        try:
+            self.gradient.start.recipe()
+        except MethodError as error:
+            raise ValueError(f"gradient.start: {error}") from error
         return self
 
     @model_validator(mode="after")

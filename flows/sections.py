@@ -66,7 +66,9 @@ class SelectionSettings(Settings):
         "most on validation, up to N (N + 1) / 2 candidates of the budget; greedy-soup: from the best member down, those that "
         "do no harm, 2 N − 1 candidates; all: every member always; fixed: the subsets named here.",
     )
-    sizes: tuple[int, ...] | None = Field(None, description="Sizes of subsets; by default every size from 2 to 16.")
+    sizes: tuple[int, ...] | None = Field(
+        None, min_length=1, description="Sizes of subsets; by default every size from 2 to 16."
+    )
     draws: int = Field(4, ge=1, description="Subsets drawn for each size (dpp-sample, random).")
     method: str | None = Field(
         None, description="Method whose defaults the greedy modes merge with; by default the first of search.methods."

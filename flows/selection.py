@@ -9,7 +9,7 @@ import numpy.typing as npt
 from flows.opening import Opened
 from flows.progress import Display
 from flows.sections import SelectionSettings
-from flows.statistics import representations
+from flows.statistics import representations, require_representations
 from merging.errors import SelectionError
 from merging.merge import REFERENCE_BASE, REFERENCE_MEMBER
 from merging.statistics import StatisticsFile
@@ -67,6 +67,38 @@ def select_subsets(
     )
 
 
+def require_kernel(opened: Opened) -> None:
+    """Looks whether q and S, where they are asked for, have what they are made from; computes nothing.
+
+    Raises:
+        SelectionError: They have not; the message names the setting to use instead.
+        StatisticsError: A member has no task that loads its model, or a task no training split for examples.
+    """
+    settings = opened.campaign.selection
+    if not _needs_kernel(opened) or len(opened.pool.members) < 2:
+        return
+    if settings.quality == "gain":
+        for member in opened.pool.members:
+            _require_task(opened, member)
+    if settings.similarity == "representation":
+        _require_logits(opened)
+        require_representations(opened)
+
+
+def _require_task(opened: Opened, member: str) -> str:
+    task = opened.campaign.task_of(member)
+    if task is None:
+        raise SelectionError(f"'{member}' has no task to measure its quality on: set selection.quality to 'equal'")
+    return task
+
+
+def _require_logits(opened: Opened) -> None:
+    if not any(task.has_logits for task in opened.tasks.values()):
+        raise SelectionError(
+            "no task gives representations (custom evaluators only): set selection.similarity to 'task-vector'"
+        )
+
+
 def _needs_kernel(opened: Opened) -> bool:
     """Whether q and S are asked for: by the mode, or by the sampler that draws by them."""
     campaign = opened.campaign
@@ -96,9 +128,7 @@ def member_quality(opened: Opened, references: Sequence[Row]) -> tuple[dict[str,
     own = {row.members[0]: row for row in references if row.method == REFERENCE_MEMBER}
     scores, base_scores = {}, {}
     for member in members:
-        task = opened.campaign.task_of(member)
-        if task is None:
-            raise SelectionError(f"'{member}' has no task to measure its quality on: set selection.quality to 'equal'")
+        task = _require_task(opened, member)
         if base is None or task not in base.scores or task not in own[member].scores:
             failure = own[member].error or (base.error if base else "the base was not measured")
             raise SelectionError(f"the quality of '{member}' is unknown ({failure}): set selection.quality to 'equal'")
@@ -113,11 +143,8 @@ def member_similarity(opened: Opened, cache: str, display: Display) -> kernel.Ma
     if settings.similarity == "task-vector":
         with display.bar("weights", len(opened.pool.weights)) as bar:
             return kernel.similarity_from_task_vectors(inner_products(opened.pool, bar.advance), members)
+    _require_logits(opened)
     files = representations(opened, cache, display)
-    if not files[members[0]]:
-        raise SelectionError(
-            "no task gives representations (custom evaluators only): set selection.similarity to 'task-vector'"
-        )
     rows = {member: _concatenated(files[member], "representation") for member in members}
     positions = {member: _concatenated(files[member], "positions") for member in members}
     return kernel.similarity_from_representations(rows, settings.centered, positions)

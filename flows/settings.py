@@ -1,6 +1,7 @@
 """What the files that users write have in common: how they are read, checked, and their mistakes explained."""
 
 import os
+import re
 import uuid
 from collections.abc import Mapping
 from types import UnionType
@@ -14,7 +15,18 @@ from merging.errors import MergequestError, SettingsError
 from merging.registry import did_you_mean
 
 Model = TypeVar("Model", bound=BaseModel)
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+MERGE_KEY = "tag:yaml.org,2002:merge"
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+Name = Annotated[str, Field(pattern=NAME, max_length=100)]
+"""What files and directories can be called by."""
+WORDS: Mapping[str, str] = {
+    "tuple_type": "expected a list",
+    "list_type": "expected a list",
+    "dict_type": "expected `key: value` entries",
+    "model_type": "expected `key: value` entries",
+    "too_short": "expected at least one",
+}
+"""What pydantic says in Python's words, in YAML's."""
 
 
 class Settings(BaseModel):
@@ -42,7 +54,29 @@ class MemberSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _path_alone(cls, value: Any) -> Any:
-        return {"checkpoint": value} if isinstance(value, str) else value
+        if isinstance(value, str):
+            return {"checkpoint": value}
+        if not isinstance(value, dict | MemberSettings):
+            raise ValueError("expected a checkpoint's directory, or `checkpoint:` and other settings")
+        return value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key may stand once: of two members of one name, the last would be taken without a word."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.tag != MERGE_KEY:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"'{key.value}' stands there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
 def load_yaml(path: str) -> dict[str, Any]:
@@ -52,7 +86,7 @@ def load_yaml(path: str) -> dict[str, Any]:
         SettingsError: It is missing, no YAML, or no mapping.
     """
     try:
-        value = yaml.safe_load(storage.read_text(path))
+        value = yaml.load(storage.read_text(path), _Loader)
     except yaml.YAMLError as error:
         raise SettingsError(f"{path} is not valid YAML: {error}") from error
     except MergequestError as error:
@@ -118,7 +152,17 @@ def _explain(model: type[BaseModel], entry: Any) -> str:
         return f"{place}: unknown key. {did_you_mean(str(entry['loc'][-1]), known)}"
     if entry["type"] == "missing":
         return f"{place}: missing"
-    message = str(entry["msg"]).removeprefix("Value error, ")
+    if entry["type"] == "union_tag_invalid":
+        kinds = re.findall(r"'(\w+)'", entry["ctx"]["expected_tags"])
+        return f"{place}.kind: unknown kind '{entry['ctx']['tag']}'. {did_you_mean(str(entry['ctx']['tag']), kinds)}"
+    if entry["loc"][-1:] == ("[key]",) and not isinstance(entry["input"], str):
+        above = ".".join(str(part) for part in entry["loc"][:-2])
+        return f"{above}: a name is needed, and YAML reads one of them as {entry['input']!r}: write it in quotes"
+    place = place.removesuffix(".[key]")
+    if entry.get("ctx", {}).get("pattern") == NAME:
+        found = repr(entry["input"])
+        return f"{place}: a name has letters, digits and . _ - only, and begins with a letter or digit (found {found})"
+    message = WORDS.get(entry["type"], str(entry["msg"]).removeprefix("Value error, "))
     shown = "" if isinstance(entry["input"], dict) else f" (found {entry['input']!r})"
     return f"{place}: {message}{shown}" if place else message
 

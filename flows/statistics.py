@@ -39,14 +39,8 @@ def member_statistics(opened: Opened, kinds: Sequence[str], cache: str, display:
         StatisticsError: A published file is unusable, or a member has neither file nor data.
     """
     published = published_statistics(opened)
-    jobs = {
-        (member, kind): _own_job(opened, member, kind, cache)
-        for member in opened.pool.members
-        for kind in kinds
-        if kind not in published[member]
-    }
     own_kinds = [kind for kind in opened.base_kinds if kind in kinds]
-    jobs |= {(BASE, kind): _base_job(opened, kind, cache) for kind in own_kinds if kind not in published[BASE]}
+    jobs = _jobs(opened, published, kinds, own_kinds, cache)
     run(jobs.values(), opened, display)
     found = {
         member: tuple(published[member].get(kind) or jobs[member, kind].path for kind in kinds)
@@ -54,6 +48,19 @@ def member_statistics(opened: Opened, kinds: Sequence[str], cache: str, display:
     }
     base = tuple(published[BASE].get(kind) or jobs[BASE, kind].path for kind in own_kinds)
     return found | ({BASE: base} if base else {})
+
+
+def require_sources(opened: Opened) -> None:
+    """Looks whether all statistics that the campaign will ask for have a file or data; computes nothing.
+
+    Raises:
+        StatisticsError: As `member_statistics`, `solutions` and `representations` would, after the work before them.
+    """
+    cache = cache_of(opened.campaign)
+    _jobs(opened, published_statistics(opened), opened.kinds, opened.base_kinds, cache)
+    if any(method.solution_for(parameters) for method, parameters in opened.variants()):
+        for member in opened.pool.members:
+            _own_job(opened, member, "gram", cache)
 
 
 def solutions(opened: Opened, cache: str, display: Display) -> dict[str, tuple[str, ...]]:
@@ -110,6 +117,20 @@ def representations(opened: Opened, cache: str, display: Display) -> dict[str, d
     }
 
 
+def require_representations(opened: Opened) -> None:
+    """Looks whether `representations` would find its examples and models; computes nothing.
+
+    Raises:
+        StatisticsError: A member has no task that loads its model, or a task no training split.
+    """
+    statistic = STATISTICS["representation"](opened.campaign.statistics.representation)
+    for task in opened.tasks.values():
+        if task.has_logits:
+            number_of_examples(task, statistic)
+            for member in opened.pool.members:
+                _require_own_task(opened, member)
+
+
 def run(jobs: Iterable[Job], opened: Opened, display: Display) -> None:
     """Computes the jobs whose files are not there yet."""
     resources, settings = opened.campaign.resources, opened.campaign.statistics
@@ -149,6 +170,23 @@ def published_files(opened: Opened) -> dict[str, tuple[str, ...]]:
     return {member: tuple(found.values()) for member, found in published_statistics(opened).items() if found}
 
 
+def _jobs(
+    opened: Opened,
+    published: Mapping[str, Mapping[str, str]],
+    kinds: Sequence[str],
+    base_kinds: Sequence[str],
+    cache: str,
+) -> dict[tuple[str, str], Job]:
+    """What stands in for files that nobody published, of members and base."""
+    jobs = {
+        (member, kind): _own_job(opened, member, kind, cache)
+        for member in opened.pool.members
+        for kind in kinds
+        if kind not in published[member]
+    }
+    return jobs | {(BASE, kind): _base_job(opened, kind, cache) for kind in base_kinds if kind not in published[BASE]}
+
+
 def _own_job(opened: Opened, member: str, kind: str, cache: str) -> Job:
     """A statistic of a member on its own task."""
     task = opened.campaign.task_of(member)
@@ -186,15 +224,21 @@ def _checkpoint(opened: Opened, who: str) -> Checkpoint:
     return opened.pool.base if who == BASE else opened.pool.members[who].checkpoint
 
 
-def _representation_job(opened: Opened, member: str, task: str, cache: str) -> Job:
-    """A member's representations of any task's examples, as that task's own head prepares them."""
-    campaign = opened.campaign
-    own = campaign.task_of(member)
+def _require_own_task(opened: Opened, member: str) -> str:
+    """The task whose head a member's model is loaded with."""
+    own = opened.campaign.task_of(member)
     if own is None:
         raise StatisticsError(
             f"'{member}' has no task that loads its model for representations: give it a `task`, or set "
             "selection.similarity to 'task-vector'"
         )
+    return own
+
+
+def _representation_job(opened: Opened, member: str, task: str, cache: str) -> Job:
+    """A member's representations of any task's examples, as that task's own head prepares them."""
+    campaign = opened.campaign
+    own = _require_own_task(opened, member)
     data = BoundTask(task, campaign.tasks[task], opened.tasks[task].head, campaign.base)
     model = BoundTask(own, campaign.tasks[own], opened.pool.members[member].checkpoint.path, campaign.base)
     return _job(opened, member, "representation", data, model, storage.join(cache, f"{member}.representation.{task}"))

@@ -12,6 +12,19 @@ from pydantic.fields import FieldInfo
 from flows.config import Campaign
 
 WIDTH = 110
+ORIGIN = (
+    "Written from the program's own model of the file; `mergequest init` writes an example with all of it. Paths are relative "
+    "to the file; unknown keys, and keys that stand twice, are errors. `mergequest campaign check` opens and compares "
+    "everything that the file names, and finds what a run would stop at."
+)
+LATER = (
+    "A campaign's directory keeps the file as it was resolved. Budgets (`search.candidates`, `seconds`, `patience` and the "
+    "like), `resources`, `test` and the place itself may change from run to run, and the search goes on. With anything else "
+    "changed it is another campaign, which needs another directory (`--out`) once something was measured; `selection` may "
+    "change until a merge was. Statistics are not computed again where `statistics.cache` names the directory that holds them. "
+    "A campaign stops before it mixes scores: when a checkpoint, or the examples that it is judged by, are no longer those "
+    "that its ledger was measured on."
+)
 EXAMPLES: dict[str, Any] = {
     "name": "my-campaign",
     "base": "checkpoints/base",
@@ -49,8 +62,9 @@ def settings_reference() -> str:
     lines = [
         "# The campaign file",
         "",
-        "Written from the program's own model of the file; `mergequest init` writes an example with all of it. Paths are",
-        "relative to the file; unknown keys are errors.",
+        *textwrap.wrap(ORIGIN, 118),
+        "",
+        *textwrap.wrap(LATER, 118),
     ]
     sections: list[tuple[str, type[BaseModel]]] = [("", Campaign)]
     while sections:
@@ -63,8 +77,8 @@ def settings_reference() -> str:
             below = f"{place}.{name}" if place else name
             inner = _model_of(field)
             entries = _entry_models(field)
-            if inner is not None:
-                sections.append((below, inner))
+            if (section := inner or _optional_model(field)) is not None:
+                sections.append((below, section))
             kinds = [entry.model_fields["kind"].default if "kind" in entry.model_fields else "" for entry in entries]
             sections += [
                 (f"{below}.<name>" + f" ({kind})" * bool(kind), entry)
@@ -100,6 +114,12 @@ def _model_of(field: FieldInfo) -> type[BaseModel] | None:
     """The model behind a field that is a section of its own."""
     annotation = field.annotation
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _optional_model(field: FieldInfo) -> type[BaseModel] | None:
+    """The model behind a section that may be left out."""
+    models = [kind for kind in get_args(field.annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return models[0] if len(models) == 1 and type(None) in get_args(field.annotation) else None
 
 
 def _entry_models(field: FieldInfo) -> list[type[BaseModel]]:

@@ -11,7 +11,7 @@ from flows.reporting import tables_as_markdown
 from flows.statistics import cache_of, member_statistics, solutions
 from flows.table import in_words
 from merging import storage
-from merging.errors import PoolError
+from merging.errors import PoolError, TaskError
 from search.ledger import Ledger
 from search.schema import Row
 
@@ -60,15 +60,25 @@ def export_candidates(path: str, rows: Sequence[Row], display: Display) -> dict[
 
 
 def require_same(directory: Directory, opened: Opened) -> None:
-    """Looks whether base and members are those that the campaign was run on.
+    """Looks whether base, members and evaluation data are those that the ledger's scores were measured on.
 
     Raises:
         PoolError: A checkpoint has changed since.
+        TaskError: A task's data have.
     """
-    before = storage.read_json(directory / "pool.json")["checkpoints"]
-    now = opened.pool.fingerprints()
-    if changed := [name for name in now if before.get(name) != now[name]]:
+    path = directory / "pool.json"
+    if not storage.exists(path) or not storage.list_dir(directory.ledger):
+        return
+    before, now = storage.read_json(path), opened.fingerprints()
+    remedy = "Put back what was there, or run the campaign anew in another directory"
+    if changed := [name for name, found in now["checkpoints"].items() if before["checkpoints"].get(name) != found]:
         raise PoolError(
-            f"'{changed[0]}' is not the checkpoint that this campaign was run on: its scores say nothing of what would be "
-            "exported. Put the one of the campaign back, or run it anew in another directory"
+            f"'{changed[0]}' is not the checkpoint that this campaign was run on: its scores say nothing of the one that is "
+            f"there now. {remedy}"
         )
+    for task, splits in now["data"].items():
+        if changed := [split for split, found in splits.items() if before["data"].get(task, {}).get(split) != found]:
+            raise TaskError(
+                f"task '{task}': the {changed[0]} examples are not those that this campaign was measured on, and scores on "
+                f"both cannot be compared. {remedy}"
+            )

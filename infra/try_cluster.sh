@@ -3,9 +3,10 @@
 # that knows of them, and ends them. From an environment with mergequest's `dev` extra:
 #   infra/try_cluster.sh mergequest submit my.yaml --out s3://mergequest/runs/mine
 #   infra/try_cluster.sh bash    # and look around: mergequest campaign status s3://mergequest/runs/mine
+# Dashboard and S3 listen on loopback only; Ray's nodes, if there is to be more than one, on every interface, and ask for the token.
 # Settings: CPUS_PER_NODE (1), and the ports GCS_PORT (and three after it), DASHBOARD_PORT, METRICS_PORT, S3_PORT, below 10000.
 set -euo pipefail
-[ $# -gt 0 ] || { sed -n 2,6p "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n 2,7p "$0"; exit 2; }
 
 cpus=${CPUS_PER_NODE:-1} gcs=${GCS_PORT:-6399} dashboard=${DASHBOARD_PORT:-8265} metrics=${METRICS_PORT:-8080} s3=${S3_PORT:-9100}
 log=$(mktemp -d)

@@ -3,13 +3,12 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from torch import Tensor
 
 from merging import storage
-from merging.checkpoint import CONFIG, Checkpoint, SafetensorsFile
-from merging.errors import CheckpointError, StorageError
+from merging.checkpoint import CONFIG, Checkpoint, SafetensorsFile, read_settings
+from merging.errors import CheckpointError
 from merging.lora import Adapted, adapted
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -42,8 +41,8 @@ class AdapterCheckpoint(Checkpoint):
                 trained on another model.
         """
         listed = storage.list_dir(path)
-        settings = _read(storage.join(path, ADAPTER_CONFIG))
-        own = _read(storage.join(path, CONFIG)) if CONFIG in listed else None
+        settings = read_settings(storage.join(path, ADAPTER_CONFIG))
+        own = read_settings(storage.join(path, CONFIG)) if CONFIG in listed else None
         if ADAPTER_WEIGHTS not in listed:
             raise CheckpointError(
                 f"{path} has no {ADAPTER_WEIGHTS}: the download is incomplete, or it is a pickle; "
@@ -124,20 +123,10 @@ def open_checkpoint(path: str, base: str | Checkpoint | None = None) -> Checkpoi
     if not is_adapter(path):
         return Checkpoint.open(path)
     if not base:
-        base = str(_read(storage.join(path, ADAPTER_CONFIG)).get("base_model_name_or_path") or "")
+        base = str(read_settings(storage.join(path, ADAPTER_CONFIG)).get("base_model_name_or_path") or "")
         if not base or not storage.is_dir(base):
             raise CheckpointError(
                 f"{path} is an adapter of '{base}', which is no directory here: download it, and name the directory as "
                 "the base"
             )
     return AdapterCheckpoint.on(path, base if isinstance(base, Checkpoint) else Checkpoint.open(base))
-
-
-def _read(path: str) -> dict[str, Any]:
-    try:
-        value = storage.read_json(path)
-    except StorageError as error:
-        raise CheckpointError(str(error)) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no settings: copy it again")
-    return value

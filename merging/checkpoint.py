@@ -4,7 +4,7 @@ import hashlib
 import json
 import mmap
 import struct
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -116,12 +116,19 @@ class SafetensorsFile:
 
     @cached_property
     def _here(self) -> Path | None:
-        """The file itself, or this machine's copy of a remote one, if there was one when it was first asked for."""
+        """The file itself, or this machine's copy of a remote one, if there was one when it was last looked for."""
         return storage.local_path(self.path) if storage.is_local(self.path) else copies.found(self.path)
 
     def copy_here(self) -> None:
         """Makes this machine's copy of a remote file, for all its processes, if there is room; then `read` maps it."""
-        if self._here is None and (copy := copies.made(self.path)) is not None:
+        self._use(copies.made)
+
+    def find_copy(self) -> None:
+        """Looks once more for a copy of a remote file, which another process may have made meanwhile."""
+        self._use(copies.found)
+
+    def _use(self, copy_of: Callable[[str], Path | None]) -> None:
+        if self._here is None and (copy := copy_of(self.path)) is not None:
             self.__dict__["_here"] = copy
 
     @cached_property
@@ -199,10 +206,7 @@ class Checkpoint:
         if CONFIG not in listed:
             adapter = " It is an adapter, which can be a member, not a base" if "adapter_config.json" in listed else ""
             raise CheckpointError(f"{path} has no config.json, so it is not a Hugging Face model directory.{adapter}")
-        try:
-            config = storage.read_json(storage.join(path, CONFIG))
-        except StorageError as error:
-            raise CheckpointError(str(error)) from error
+        config = read_settings(storage.join(path, CONFIG))
         files = [SafetensorsFile.open(storage.join(path, name)) for name in _weight_files(path, listed)]
         tensors: dict[str, TensorInfo] = {}
         for file in files:
@@ -240,6 +244,11 @@ class Checkpoint:
         """Copies what is remote to this machine, once for all its processes, if there is room; then `read` maps it."""
         for file in self._files.values():
             file.copy_here()
+
+    def find_copy(self) -> None:
+        """Looks once more for copies of what is remote: other processes may have made them since it was opened."""
+        for file in self._files.values():
+            file.find_copy()
 
     @property
     def is_mapped(self) -> bool:
@@ -318,6 +327,21 @@ class Digest:
     def fingerprint(self) -> str:
         """The fingerprint, once all tensors were added."""
         return storage.fingerprint(sorted(self._found.values()))
+
+
+def read_settings(path: str) -> dict[str, Any]:
+    """A checkpoint's `config.json`, or an adapter's.
+
+    Raises:
+        CheckpointError: It is missing, or no JSON object.
+    """
+    try:
+        value = storage.read_json(path)
+    except StorageError as error:
+        raise CheckpointError(str(error)) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no settings: copy it again")
+    return value
 
 
 def _weight_files(path: str, listed: list[str]) -> list[str]:

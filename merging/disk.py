@@ -1,5 +1,6 @@
 """From a pool and a recipe to a merged checkpoint on disk, by many threads in bounded memory."""
 
+import json
 import mmap
 import os
 import threading
@@ -12,7 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from merging.checkpoint import Checkpoint
+from merging.checkpoint import CONFIG, Checkpoint
 from merging.errors import MethodError, PoolError
 from merging.groups import split
 from merging.merge import Material, joined
@@ -76,11 +77,21 @@ def merge_to_disk(
     parts = partition(pool, shards, min(share, PART_ENTRIES), stretches=merger.can_stretch)
     merger.survey(parts, share, threads)
     done, total = 0, sum(part.entries for part in parts)
-    with new_checkpoint(path, shards, like=pool.base, extra=extra) as files:
+    small = dict(extra or {})
+    if dtype is not None:
+        small.setdefault(CONFIG, _config(pool.base, dtype))
+    with new_checkpoint(path, shards, like=pool.base, extra=small) as files:
         for entries in side_by_side(lambda run: merger.write(files, run), runs(parts, files), share, threads):
             done += entries
             progress(done, total)
     return merger.report
+
+
+def _config(base: Checkpoint, dtype: torch.dtype) -> str:
+    """The base's `config.json` with the dtype of the merged weights, in which transformers then loads them."""
+    word = str(dtype).removeprefix("torch.")
+    old = {"torch_dtype": word} if "torch_dtype" in base.config else {}
+    return json.dumps({**base.config, **old, "dtype": word}, indent=2) + "\n"
 
 
 def _narrowed(material: Material, recipe: Recipe) -> Material:

@@ -104,6 +104,12 @@ class Pool:
                 f"base and members do not fit together:\n{shown}{more}\n"
                 "Leave out the members named here, or name the base that they were fine-tuned from"
             )
+        if not merged:
+            kept = f": `heads` ({', '.join(heads)}) keeps them all per task" if heads else ""
+            raise PoolError(f"base and members share no floating-point weights to merge{kept}")
+        for pattern in heads:
+            if not any(fnmatchcase(key, pattern) for member in opened.values() for key in member.tensors):
+                notes.append(f"`heads`: no member has a tensor '{pattern}'")
         trimmed = {
             name: Member(
                 name,
@@ -143,6 +149,12 @@ class Pool:
         self.base.copy_here()
         for member in self.members.values():
             member.checkpoint.copy_here()
+
+    def find_copies(self) -> None:
+        """Looks once more for copies of remote files, which evaluators on this machine may have made meanwhile."""
+        self.base.find_copy()
+        for member in self.members.values():
+            member.checkpoint.find_copy()
 
     def fingerprints(self) -> dict[str, str]:
         """Content hashes of the base (under `base`) and of each member."""

@@ -16,6 +16,7 @@ from search.candidate import PARTIAL, Candidate, Executor, Observer, Outcome, Pr
 from search.flight import Flight, judge
 from search.history import Asking
 from search.ledger import Ledger
+from search.memory import Memory
 from search.objective import Objective
 from search.schema import Origin, Row
 from search.space import Space
@@ -33,7 +34,7 @@ def search(
     budget: Budget,
     observer: Observer | None = None,
     *,
-    history: int | None = None,
+    history: Sequence[Memory] | None = None,
     split: str = "validation",
     describe: Callable[[Recipe], Mapping[str, float]] = lambda recipe: {},
 ) -> Ending:
@@ -54,7 +55,7 @@ def search(
         provenance: What every row says of the campaign.
         budget: When to end.
         observer: Is told of every row.
-        history: How many finished trials the sampler sees, the best and the latest; None for all.
+        history: What the sampler sees of finished trials, see `search.samplers.memories`; None for all.
         split: What candidates are measured on.
         describe: Further `proxies` of a recipe's row, known without measuring it.
 

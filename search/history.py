@@ -1,14 +1,15 @@
 """The driver's hold of a study: asking costs the same after ten thousand trials as after ten."""
 
-import heapq
 from collections import deque
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from copy import deepcopy as copied
 from typing import Any
 
 from optuna import Study, Trial
 from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, TrialState
+
+from search.memory import Memory
 
 LEARNT_FROM = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -17,21 +18,20 @@ class Asking(Study):
     """A study as its one driver asks it: waiting trials first, and a bounded history for the sampler.
 
     Optuna's samplers read every finished trial for every parameter that they propose: TPE takes seconds for a
-    proposal after ten thousand trials. TPE's better group is of 25 trials at most, so a history of the best and
-    the latest tells it nearly the same.
+    proposal after ten thousand trials.
 
     Args:
         study: With no trial running.
-        limit: How many finished trials samplers see at most, see `Recent`; None for all.
+        memories: Between them, they know the finished trials that samplers see; None for all.
     """
 
-    def __init__(self, study: Study, limit: int | None = None) -> None:
+    def __init__(self, study: Study, memories: Sequence[Memory] | None = None) -> None:
         super().__init__(study.study_name, study._storage, RandomSampler(0))
         trials = study.get_trials(deepcopy=False)
         self._count = len(trials)
         self._waiting = deque(trial for trial in trials if trial.state == TrialState.WAITING)
         self._running: dict[int, FrozenTrial] = {}
-        self._recent = None if limit is None else Recent(limit)
+        self._memories = memories
         self._seen: dict[tuple[TrialState, ...] | None, list[FrozenTrial]] = {}
         for trial in trials:
             self._learn(trial)
@@ -64,8 +64,9 @@ class Asking(Study):
         return trial
 
     def _learn(self, trial: FrozenTrial) -> None:
-        if self._recent is not None and trial.state in LEARNT_FROM:
-            self._recent.add(trial)
+        if trial.state in LEARNT_FROM:
+            for memory in self._memories or ():
+                memory.add(trial)
 
     def _pop_waiting_trial_id(self) -> int | None:
         if not self._waiting:
@@ -77,41 +78,11 @@ class Asking(Study):
     def _get_trials(
         self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
     ) -> list[FrozenTrial]:
-        if self._recent is None:
+        if self._memories is None:
             return super()._get_trials(deepcopy, states, use_cache)
         wanted = None if states is None else tuple(state for state in TrialState if state in states)
         if wanted not in self._seen:  # samplers ask for every group of parameters
-            seen = [*self._recent.trials(), *(self._running[number] for number in sorted(self._running))]
+            known = {trial.number: trial for memory in self._memories for trial in memory.trials()}
+            seen = [*(known[number] for number in sorted(known)), *(self._running[n] for n in sorted(self._running))]
             self._seen[wanted] = [trial for trial in seen if wanted is None or trial.state in wanted]
         return copied(self._seen[wanted]) if deepcopy else list(self._seen[wanted])
-
-
-class Recent:
-    """The best quarter of so many finished trials, and the latest.
-
-    Args:
-        limit: How many at most; the best may be among the latest. Of several objectives, a trial is as good as the
-            sum of its values.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._best: list[tuple[float, float, int, FrozenTrial]] = []
-        self._share = limit // 4
-        self._latest: deque[FrozenTrial] = deque(maxlen=limit - self._share)
-
-    def add(self, trial: FrozenTrial) -> None:
-        """Takes in a trial; what is neither among the best nor among the latest any more is forgotten."""
-        self._latest.append(trial)
-        if trial.state != TrialState.COMPLETE or not self._share:
-            return
-        breach = sum(max(0.0, value) for value in trial.constraints.values())
-        entry = (-breach, sum(trial.values), -trial.number, trial)
-        if len(self._best) < self._share:
-            heapq.heappush(self._best, entry)
-        else:
-            heapq.heappushpop(self._best, entry)
-
-    def trials(self) -> list[FrozenTrial]:
-        """The trials, by number."""
-        found = {trial.number: trial for trial in (*self._latest, *(entry[-1] for entry in self._best))}
-        return [found[number] for number in sorted(found)]

@@ -3,11 +3,9 @@
 import inspect
 import warnings
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-from optuna import Study
-from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import (
     BaseSampler,
@@ -15,93 +13,30 @@ from optuna.samplers import (
     CmaEsSampler,
     GPSampler,
     GridSampler,
-    NSGAIIISampler,
-    NSGAIISampler,
-    QMCSampler,
     RandomSampler,
-    TPESampler,
 )
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from merging.errors import SettingsError
 from merging.registry import did_you_mean
+from search.adapted import (
+    BreedingNSGAIIISampler,
+    BreedingNSGAIISampler,
+    ChosenMethodTPESampler,
+    UnionQMCSampler,
+    bred,
+)
+from search.memory import Generations, Mark, Memory, NewParameters, Recent
 from search.quality_diversity import QualityDiversitySampler
 from search.selection import Selection, select
-
-
-class UnionQMCSampler(QMCSampler):
-    """Optuna's quasi-Monte Carlo over every parameter seen so far, in the sequence at the trial's number.
-
-    Optuna's own takes the first trial's parameters, which are a few of many in a conditional space, and
-    counts places in the study, where a killed trial would leave a hole.
-    """
-
-    _position = 0
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """All parameters of all earlier trials."""
-        earlier = [past for past in study.get_trials(deepcopy=False) if past.number < trial.number]
-        found = {name: entry for past in earlier for name, entry in past.distributions.items()}
-        return {name: found[name] for name in sorted(found) if not found[name].single()}
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        """The point of the sequence that belongs to this trial."""
-        self._position = trial.number
-        return super().sample_relative(study, trial, search_space)
-
-    def _find_sample_id(self, study: Study, search_space: dict[str, BaseDistribution]) -> int:
-        return self._position
-
-
-class _OneOfEachKind:
-    """A study that shows one trial of those with the same parameters: the first."""
-
-    def __init__(self, study: Study) -> None:
-        self._study = study
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._study, name)
-
-    def _get_trials(self, *arguments: Any, **named: Any) -> list[FrozenTrial]:
-        found: dict[frozenset[str], FrozenTrial] = {}
-        for trial in self._study._get_trials(*arguments, **named):
-            found.setdefault(frozenset(trial.distributions), trial)
-        return list(found.values())
-
-
-class ChosenMethodTPESampler(TPESampler):
-    """Optuna's TPE in groups, which models the chosen method's parameters only.
-
-    Optuna's own samples the groups of all methods for every proposal, and then uses one; and it looks for groups in
-    every trial, where one of each kind says as much.
-    """
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """All parameters of the trials that it sees."""
-        return super().infer_relative_search_space(cast(Study, _OneOfEachKind(study)), trial)
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        """What all methods share, then what the method that came of it has of its own."""
-        if not self._group:
-            return super().sample_relative(study, trial, search_space)
-        shared = {name: entry for name, entry in search_space.items() if "." not in name}
-        found = super().sample_relative(study, trial, shared)
-        prefix = f"{found['method']}." if "method" in found else ""
-        own = {n: entry for n, entry in search_space.items() if n not in shared and n.startswith(prefix)}
-        return found | super().sample_relative(study, trial, own)
-
 
 SAMPLERS: Mapping[str, type[BaseSampler]] = {
     "tpe": ChosenMethodTPESampler,
     "random": RandomSampler,
     "cmaes": CmaEsSampler,
     "gp": GPSampler,
-    "nsga2": NSGAIISampler,
-    "nsga3": NSGAIIISampler,
+    "nsga2": BreedingNSGAIISampler,
+    "nsga3": BreedingNSGAIIISampler,
     "qmc": UnionQMCSampler,
     "grid": GridSampler,
     "brute_force": BruteForceSampler,
@@ -117,14 +52,11 @@ QUALITY_DIVERSITY = "quality_diversity"
 SINGLE_OBJECTIVE = frozenset({"cmaes"})
 """Those that refuse to maximise several objectives at once."""
 
-READ_EVERYTHING = frozenset({"tpe", "gp", "cmaes", "quality_diversity"})
-"""Those whose proposals take longer with every finished trial that they see, and that need not see all: `cmaes` its last
-two generations. Evolution (`nsga2`, `nsga3`) needs parents however old they are, and `qmc` every parameter ever seen."""
-
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     # one joint density for each method's own parameters, instead of none for all that methods don't share
     "tpe": {"multivariate": True, "group": True, "constant_liar": True},
-    "cmaes": {"warn_independent_sampling": False},
+    # without pruned ones a generation would never be whole where most of it is pruned
+    "cmaes": {"warn_independent_sampling": False, "consider_pruned_trials": True},
     "gp": {"warn_independent_sampling": False},
     "qmc": {"warn_independent_sampling": False},
 }
@@ -183,6 +115,46 @@ def make_sampler(
         raise SettingsError(f"sampler '{name}' needs a package that is not installed: {error}") from error
     except (TypeError, ValueError, AttributeError) as error:
         raise SettingsError(f"sampler '{name}' refuses its arguments: {error}") from error
+
+
+def memories(
+    name: str = "tpe", arguments: Mapping[str, Any] | None = None, limit: int | None = 500
+) -> list[Memory] | None:
+    """What a search's samplers need to see of its finished trials, so that proposals do not take longer with each.
+
+    Models of all values see the best and the latest; evolution (`nsga2`, `nsga3`, `cmaes`) its last two generations, of
+    whatever size; `qmc` a trial with each parameter.
+
+    Args:
+        name: One of `SAMPLERS`.
+        arguments: The sampler's arguments.
+        limit: How many trials models of all values see at most; more if the sampler is to start at random for as long.
+            None for all.
+
+    Returns:
+        For `search.driver.search`; None where the sampler is to see all trials, or looks at none.
+    """
+    given = {**DEFAULTS.get(name, {}), **(arguments or {})}
+    if name == QUALITY_DIVERSITY:
+        inner = memories(given.get("sampler", "tpe"), given.get("sampler_arguments"), limit)
+        return None if limit is None else [Recent(limit), *(inner or ())]
+    at_random = int(given.get("n_startup_trials", 0))
+    if name in ("tpe", "gp"):
+        return None if limit is None else [Recent(max(limit, 2 * at_random))]
+    if name == "qmc":
+        return [NewParameters()]
+    if name == "cmaes":
+        states = (TrialState.COMPLETE, TrialState.PRUNED)[: 1 + bool(given["consider_pruned_trials"])]
+        return [Generations(_sampled, Recent(0), states, latest=max(at_random, 1))]
+    if name in ("nsga2", "nsga3"):
+        return [Generations(bred, Recent(2 * max(int(given.get("population_size", 0)), 250)))]
+    return None
+
+
+def _sampled(trial: FrozenTrial) -> Mark | None:
+    """The generation of a trial that CMA-ES proposed, by any of its variants; it has no parents but a distribution."""
+    found = (trial.system_attrs.get(f"{variant}:generation") for variant in ("cma", "sepcma", "cmawm"))
+    return next(((generation, ()) for generation in found if generation is not None), None)
 
 
 def _quality_diversity(seed: int, arguments: dict[str, Any], number: int, selection: Selection) -> BaseSampler:

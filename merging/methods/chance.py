@@ -27,7 +27,7 @@ def drawn(key: int, other: int, start: int, stop: int) -> npt.NDArray[np.uint16]
 
     Two neighbours, the first with an even index, share the 32 bits that are mixed from half its index and the keys by
     xor with what is shifted down and multiplication by odd numbers (the finalizer of a hash function): so a number depends
-    neither on the device nor on what else is drawn. The compiled loops do the same (`kernels.draw`).
+    neither on the device nor on what else is drawn. The compiled loops do the same (`loops.chance`).
     """
     pairs = np.arange(start >> 1, (stop + 1) >> 1, dtype=np.uint64)
     x: npt.NDArray[np.uint32] = pairs.astype(np.uint32) ^ np.uint32(key)

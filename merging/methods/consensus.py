@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from merging.methods import fused
 from merging.methods.base import Context, Method, Parameter, Prepared, Weight, register
 from merging.methods.deltas import Block, Deltas, total
 from merging.recipe import Value
@@ -54,3 +55,9 @@ class PreparedConsensus(Deltas):
             return total(deltas, torch.tensor(list(factors), device=device), self.scratch).mul_(mask)
 
         return block
+
+    def rule(
+        self, weight: Weight, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]
+    ) -> fused.Masks:
+        """Counts masks, and adds up."""
+        return fused.Masks(factors, float(parameters["lambda"]), min(int(parameters["k"]), len(members)))

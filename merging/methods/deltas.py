@@ -35,7 +35,7 @@ class Deltas(Prepared):
 
     def rule(
         self, weight: Weight, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]
-    ) -> fused.Rule | None:
+    ) -> fused.Rule | fused.Masks | None:
         """The same arithmetic on a whole weight, as the compiled loops have it; None where they have not."""
         return None
 

@@ -1,12 +1,11 @@
-"""Merges of stored weights on a CPU by compiled loops (`merging.methods.kernels`), for float32 and bfloat16.
+"""Merges of stored weights on a CPU by compiled loops (`merging.methods.loops`), for float32, bfloat16 and float16.
 
 Every function has a counterpart in torch that gives the same up to the rounding of float32 and that takes what this one does
-not: other dtypes, other devices, machines without numba. Which of the two merges a weight depends on its dtypes and its
-device alone, so that stretches and shards of it are merged as the whole is.
+not: other dtypes, other devices, machines without LLVM or without instructions for float16. Which of the two merges a weight
+depends on its dtypes and its device alone, so that stretches and shards of it are merged as the whole is.
 """
 
-import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -17,15 +16,24 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1}
+from merging.methods.loops import BRAIN, FULL, GROUP, HALF, STRIDE, machine
+
+KINDS = {torch.float32: FULL, torch.bfloat16: BRAIN, torch.float16: HALF}
 """What a row is to the loops, by its dtype."""
-ENTRIES = {"all": 0, "sum": 1, "mean": 2}
+ENTRIES = ("all", "sum", "mean")
 """What is added up of task vectors: everything, what has the elected sign, or the mean of that."""
 CHUNK = 1 << 19
 """Fewest entries for which another thread is worth its while."""
+WIDEST = 1 << 21
+"""Most bit patterns of which each is counted by itself."""
+INFINITE = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+"""The bits of infinity; those of NaN are above."""
+
+INFINITY = float("inf")
 
 Integers = npt.NDArray[np.int64]
 Patterns = npt.NDArray[np.int32]
+Numbers = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class Bounds:
 
     above: tuple[float, float]
     above_place: int = 0
-    most: tuple[float, float] = (float("inf"), float("inf"))
+    most: tuple[float, float] = (INFINITY, INFINITY)
     most_place: int = 0
 
 
@@ -68,18 +76,24 @@ class Rule:
     offset: int = 0
 
 
-@cache
-def _loops() -> Any:
-    """The compiled loops; None on a machine without numba."""
-    try:
-        return importlib.import_module("merging.methods.kernels")
-    except ImportError:
-        return None
+@dataclass(frozen=True)
+class Masks:
+    """θ_0 + m ∘ Σ α_t τ_t, m where enough of the masks |τ_t| > threshold · |Σ τ − τ_t| are: `merging.methods.consensus`.
+
+    Args:
+        factors: α_t of every member.
+        threshold: How far an entry must stand out of the others' sum.
+        needed: Members that it must matter to.
+    """
+
+    factors: Sequence[float]
+    threshold: float
+    needed: int
 
 
 def fits(*values: Tensor) -> bool:
     """Whether the loops take these flat tensors."""
-    return all(_is_plain(value) for value in values) and _loops() is not None
+    return all(_is_plain(value) for value in values) and machine.is_there()
 
 
 def _is_plain(value: Tensor) -> bool:
@@ -90,12 +104,13 @@ def _is_plain(value: Tensor) -> bool:
 
 def weighted_sum(terms: Sequence[tuple[Tensor, float]], out: Tensor) -> None:
     """Writes Σ c_i x_i, flat tensors that fit, accumulated in float32 and rounded once."""
-    places, kinds = _rows([value for value, _ in terms])
+    rows, kinds = _rows([value for value, _ in terms])
     factors = np.array([factor for _, factor in terms], np.float32)
-    _spread(lambda first, last: _loops().weighted_sum(places, kinds, factors, *_row(out), first, last), out.numel())
+    inputs = (_at(rows), _at(kinds), len(terms), _at(factors))
+    _spread("sums.weighted_sum", (*inputs, *_row(out)), out.numel())
 
 
-def combine(base: Tensor, values: Sequence[Tensor], out: Tensor, rule: Rule) -> None:
+def combine(base: Tensor, values: Sequence[Tensor], out: Tensor, rule: Rule | Masks) -> None:
     """Merges the task vectors of members in one pass over flat tensors that fit.
 
     Args:
@@ -104,85 +119,99 @@ def combine(base: Tensor, values: Sequence[Tensor], out: Tensor, rule: Rule) -> 
         out: Overwritten [n].
         rule: The arithmetic.
     """
-    spare = -len(values) % _loops().GROUP  # the base itself, whose task vector is 0
-    places, kinds = _rows([*values, *[base] * spare])
+    if isinstance(rule, Masks):
+        _mask(base, values, out, rule)
+        return
+    spare = -len(values) % GROUP  # the base itself, whose task vector is 0
+    rows, kinds = _rows([*values, *[base] * spare])
     largest = max(map(abs, rule.factors)) if rule.entries != "all" else 1.0
     largest = largest or 1.0
     # Equal factors are exactly 1 in an election, so that opposite task vectors cancel to 0 and not to the sign of a
     # rounding error.
-    factors = np.array([*(factor / largest for factor in rule.factors), *[0.0] * spare], np.float32)
+    scale = rule.scale if rule.entries == "mean" else rule.scale * largest
+    factors = np.array([*(factor / largest for factor in rule.factors), *[0.0] * spare, scale], np.float32)
     bounds = [*rule.bounds, *[Bounds((-1.0, -1.0))] * spare] if rule.bounds else []
-    cuts = np.array([(bound.above, bound.most) for bound in bounds], np.float32).reshape(-1, 2, 2)
-    cut_places = np.array([(bound.above_place, bound.most_place) for bound in bounds], np.int64).reshape(-1, 2)
-    keys = np.array([*rule.keys, *[(0, 0)] * spare], np.uint32).reshape(-1, 2)
-    scale = np.float32(rule.scale if rule.entries == "mean" else rule.scale * largest)
-    arithmetic = (factors, ENTRIES[rule.entries], scale, cuts, cut_places, keys, rule.level, rule.offset)
-    _spread(
-        lambda first, last: _loops().combine(*_row(base), places, kinds, *_row(out), first, last, *arithmetic),
-        out.numel(),
-    )
+    cuts = np.array([(bound.above, bound.most) for bound in bounds], np.float32)
+    places = np.array([(bound.above_place, bound.most_place) for bound in bounds], np.int64)
+    keys = np.array([*(rule.keys or [(0, 0)] * len(values)), *[(0, 0)] * spare], np.int64)
+    kept = "drawn" if not bounds else "above" if all(min(bound.most) == INFINITY for bound in bounds) else "between"
+    arithmetic = (_at(factors), _at(cuts), _at(places), _at(keys), rule.level, rule.offset)
+    inputs = (*_row(base), _at(rows), _at(kinds), len(rows), *_row(out))
+    _spread(f"deltas.{kept}_{rule.entries}", inputs, out.numel(), arithmetic)
+
+
+def _mask(base: Tensor, values: Sequence[Tensor], out: Tensor, rule: Masks) -> None:
+    """The same by a rule of masks."""
+    rows, kinds = _rows(values)
+    factors = np.array([*rule.factors, rule.threshold, rule.needed], np.float32)
+    inputs = (*_row(base), _at(rows), _at(kinds), len(rows), *_row(out))
+    _spread("consensus.consensus", inputs, out.numel(), (_at(factors),))
 
 
 def is_finite(value: Tensor) -> bool:
     """Whether a flat tensor that fits holds neither NaN nor Inf."""
-    loops = _loops()
-    return bool(loops.largest(*_row(value), 0, value.numel()) < loops.INFINITE)
+    return machine.loop("sums.largest")(*_row(value), 0, value.numel()) < INFINITE[value.dtype]
 
 
 def histogram(value: Tensor, base: Tensor, dropped: int) -> Tensor:
     """How often each bit pattern of |θ_t − θ_0| without its last `dropped` bits occurs, int64 [2^(31 − dropped)]."""
     counts = np.zeros(1 << (31 - dropped), np.int64)
-    _loops().histogram(*_row(base), *_row(value), 0, base.numel(), dropped, counts)
+    machine.loop("counts.histogram")(*_row(base), *_row(value), 0, base.numel(), dropped, _at(counts))
     return torch.from_numpy(counts)
 
 
-def within(
-    value: Tensor, base: Tensor, band: tuple[int, int], room: Tensor, *, places: bool = False
-) -> tuple[int, Patterns, Integers]:
+def within(value: Tensor, base: Tensor, band: tuple[int, int], room: Tensor) -> tuple[int, Patterns, Integers]:
     """The entries of |θ_t − θ_0| whose bit patterns are in a band.
 
     Args:
         value: θ_t, flat and fitting.
         base: θ_0.
-        band: Bit patterns, from the first up to and without the second.
-        room: Where the patterns go, int32 [as many as there are entries].
-        places: Whether places are asked for.
+        band: Bit patterns, from the first up to and without the second, `WIDEST` at most.
+        room: Working memory, int32 [a place for each pattern].
 
     Returns:
-        The number of entries above the band; patterns of those within, in memory of their own, and where they stand.
+        The number of entries above the band; the patterns that occur in it, ascending, and how often each does.
     """
-    where = np.empty(base.numel() if places else 0, np.int64)
-    rows = (*_row(base), *_row(value), 0, base.numel())
-    found, above = _loops().within(*rows, band[0], min(band[1], 0x7FFFFFFF), room.numpy(), where)
-    return above, room.numpy()[:found].copy(), where[:found].copy()
+    counts: Patterns = room.zero_().numpy()
+    above = machine.loop("counts.within")(*_row(base), *_row(value), 0, base.numel(), *band, _at(counts))
+    found = np.flatnonzero(counts)
+    return above, (found + band[0]).astype(np.int32), counts[found].astype(np.int64)
 
 
 def products(base: Tensor, values: Sequence[Tensor]) -> Tensor:
     """Inner products of task vectors and base, the last, of flat tensors that fit [T + 1, T + 1], float64."""
-    sums = np.zeros((len(values) + 1, len(values) + 1))
-    _loops().products(*_row(base), *_rows(values), 0, base.numel(), sums)
+    count = len(values)
+    rows, kinds = _rows(values)
+    sums, work = np.zeros((count + 1, count + 1)), np.zeros((count + 1 + GROUP, STRIDE), np.float32)
+    machine.loop("sums.products")(*_row(base), _at(rows), _at(kinds), count, 0, base.numel(), _at(work), _at(sums))
     return torch.from_numpy(sums)
 
 
-def _row(value: Tensor) -> tuple[np.uint64, np.uint8]:
+def _at(numbers: Numbers) -> int:
+    """The address of an array, which the caller keeps."""
+    return int(numbers.ctypes.data)
+
+
+def _row(value: Tensor) -> tuple[int, int]:
     """Where a tensor's entries lie, and what they are."""
-    return np.uint64(value.data_ptr()), np.uint8(KINDS[value.dtype])
+    return value.data_ptr(), KINDS[value.dtype]
 
 
-def _rows(values: Sequence[Tensor]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8]]:
+def _rows(values: Sequence[Tensor]) -> tuple[Integers, Integers]:
     return (
-        np.array([value.data_ptr() for value in values], np.uint64),
-        np.array([KINDS[value.dtype] for value in values], np.uint8),
+        np.array([value.data_ptr() for value in values], np.int64),
+        np.array([KINDS[value.dtype] for value in values], np.int64),
     )
 
 
-def _spread(work: Callable[[int, int], None], numel: int) -> None:
-    """Has all of torch's threads work on ranges of the entries."""
+def _spread(loop: str, before: Sequence[int], numel: int, after: Sequence[int] = ()) -> None:
+    """Has all of torch's threads run a loop on ranges of the entries, which it is told between its other arguments."""
+    run = machine.loop(loop)
     threads = min(torch.get_num_threads(), numel // CHUNK)
     if threads <= 1:
-        work(0, numel)
+        run(*before, 0, numel, *after)
         return
-    for done in [_threads(threads).submit(work, first, last) for first, last in _ranges(numel, threads)]:
+    for done in [_threads(threads).submit(run, *before, *piece, *after) for piece in _ranges(numel, threads)]:
         done.result()
 
 

@@ -92,10 +92,14 @@ def histogram(weight: Weight, member: str, scratch: Scratch) -> Histogram:
     return Histogram(keys, dense[keys], DROPPED)
 
 
-def sampled_histogram(weight: Weight, member: str) -> Histogram:
-    """A member's magnitudes, of every `STRIDE`th entry."""
-    value, base = (tensor.reshape(-1)[::STRIDE].float() for tensor in (weight.members[member], weight.base))
-    return _counted((value - base).abs_().view(torch.int32) >> SAMPLED_DROPPED, SAMPLED_DROPPED)
+def sampled_histograms(weight: Weight) -> dict[str, Histogram]:
+    """All members' magnitudes, of every `STRIDE`th entry."""
+    base = weight.base.reshape(-1)[::STRIDE].float()
+    found = {}
+    for member, value in weight.members.items():
+        deltas = value.reshape(-1)[::STRIDE].float() - base
+        found[member] = _counted(deltas.abs_().view(torch.int32) >> SAMPLED_DROPPED, SAMPLED_DROPPED)
+    return found
 
 
 def added(histograms: Sequence[Histogram]) -> Histogram:
@@ -112,20 +116,25 @@ def added(histograms: Sequence[Histogram]) -> Histogram:
 def tallies(weight: Weight, asked: Sequence[tuple[str, Band]], scratch: Scratch) -> list[Tally]:
     """For some members, each with a band, the entries in it."""
     base = weight.base.reshape(-1)
-    if fused.fits(base, *(weight.members[member].reshape(-1) for member, _ in asked)):
-        room = scratch.take("patterns", base.numel(), device=base.device, dtype=torch.int32)
-        within = [fused.within(weight.members[member].reshape(-1), base, band, room) for member, band in asked]
-        return [_tally(higher, [patterns]) for higher, patterns, _ in within]
+    widest = max((band[1] - band[0] for _, band in asked), default=0)
+    if widest <= fused.WIDEST and fused.fits(base, *(weight.members[member].reshape(-1) for member, _ in asked)):
+        found = []
+        for member, band in asked:
+            room = scratch.take("patterns", band[1] - band[0], device=base.device, dtype=torch.int32)
+            higher, keys, counts = fused.within(weight.members[member].reshape(-1), base, band, room)
+            found.append(_tally(higher, keys, counts))
+        return found
     members = sorted({member for member, _ in asked})
     above = [0] * len(asked)
-    found: list[list[Patterns]] = [[] for _ in asked]
+    within: list[list[Patterns]] = [[] for _ in asked]
     for _, member, bits in _magnitudes(weight, members, scratch):
         for number, (who, band) in enumerate(asked):
             if who == member:
                 higher, _, patterns = _split(bits, band)
                 above[number] += higher
-                found[number].append(patterns)
-    return [_tally(higher, patterns) for higher, patterns in zip(above, found, strict=True)]
+                within[number].append(patterns)
+    sorted_out = [np.unique(np.concatenate([np.empty(0, np.int32), *found]), return_counts=True) for found in within]
+    return [_tally(higher, *counted) for higher, counted in zip(above, sorted_out, strict=True)]
 
 
 def entries(weight: Weight, member: str, band: Band, scratch: Scratch) -> Integers:
@@ -166,6 +175,5 @@ def _counted(keys: Tensor, dropped: int) -> Histogram:
     return Histogram(torch.from_numpy(found).long(), torch.from_numpy(counts), dropped)
 
 
-def _tally(above: int, patterns: Sequence[Patterns]) -> Tally:
-    keys, counts = np.unique(np.concatenate([np.empty(0, np.int32), *patterns]), return_counts=True)
+def _tally(above: int, keys: Patterns, counts: Integers) -> Tally:
     return Tally(above, keys, np.append(counts[::-1].cumsum()[::-1], 0))

@@ -29,7 +29,7 @@ from merging.methods.magnitudes import (
     added,
     entries,
     histogram,
-    sampled_histogram,
+    sampled_histograms,
     tallies,
 )
 
@@ -182,8 +182,7 @@ def sample(weights: Iterable[Weight]) -> Survey:
     """Histograms of a sample of the task vectors' entries in some weights, or stretches of weights, taken together."""
     found = Survey()
     for weight in weights:
-        histograms = {member: sampled_histogram(weight, member) for member in weight.members}
-        found = combine(found, Survey(sampled=histograms, sampled_from=weight.base.numel()))
+        found = combine(found, Survey(sampled=sampled_histograms(weight), sampled_from=weight.base.numel()))
     return found
 
 

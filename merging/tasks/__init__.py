@@ -1,8 +1,8 @@
 """Tasks: data in splits, a head, and a score."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from merging.tasks.base import SPLITS, TASKS, Batch, Score, Split, Task, TaskSettings
 from merging.tasks.custom import Custom, CustomSettings
@@ -26,7 +26,15 @@ __all__ = [
     "make_task",
 ]
 
-AnyTaskSettings = Annotated[TextClassificationSettings | CustomSettings, Field(discriminator="kind")]
+
+def _of_a_kind(value: Any) -> Any:
+    """Settings that name no kind, with the usual one; pydantic would need it to tell them apart."""
+    return {"kind": TextClassification.kind} | value if isinstance(value, dict) else value
+
+
+AnyTaskSettings = Annotated[
+    TextClassificationSettings | CustomSettings, Field(discriminator="kind"), BeforeValidator(_of_a_kind)
+]
 """What a campaign file may say of a task; its `kind` decides which fields it has."""
 
 

@@ -28,7 +28,7 @@ class CustomSettings(TaskSettings):
     and, where known, `standard_error` and `examples`.
     """
 
-    kind: Literal["custom"] = "custom"
+    kind: Literal["custom"] = Field("custom", description="custom: any model and any data that your function reads.")
     evaluator: str = Field(
         pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
         description="The function, as `module:function` on Python's path.",

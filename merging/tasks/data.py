@@ -98,11 +98,13 @@ def _read_file(path: str, columns: Columns) -> pd.DataFrame:
             frame = pd.read_csv(BytesIO(raw), dtype=as_text, keep_default_na=False, na_values=[""])
             names = list(frame.columns)
         else:
-            frame = _read_json_lines(raw.decode())
+            frame = _read_json_lines(raw.decode("utf-8-sig"))
             names = list(frame.columns)
     except (ValueError, pa.ArrowException) as error:
         reason = (str(error).splitlines() or ["damaged"])[0]
         raise TaskError(f"{path} cannot be read as {suffix[1:]}: {reason}") from error
+    if not names:
+        raise TaskError(f"{path}: there are no rows")
     if missing := [name for name in columns.all if name not in names]:
         raise TaskError(f"{path} has no column {_quoted(missing)}; it has {_quoted(names)}")
     chosen: pd.DataFrame = frame[columns.all]
@@ -124,13 +126,24 @@ def _read_json_lines(text: str) -> pd.DataFrame:
 
 
 def _text_problems(values: "pd.Series[Any]", column: str) -> list[str]:
-    wrong = [row for row, value in enumerate(values) if not isinstance(value, str)]
+    wrong = [row for row, value in enumerate(values) if not _is_text(value)]
     if not wrong:
         return []
     return [
         f"column '{column}' holds no text in {len(wrong)} of {len(values)} rows "
         f"(first in row {wrong[0] + 1}: {values.iloc[wrong[0]]!r}); remove those rows or name another column"
     ]
+
+
+def _is_text(value: object) -> bool:
+    """Whether a tokenizer can read it: JSON may also hold halves of characters."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _class_indices(

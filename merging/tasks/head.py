@@ -5,6 +5,7 @@ import json
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from torch import nn
 
 from merging import copies, storage
 from merging.adapter import ADAPTER_CONFIG, is_adapter, open_checkpoint
-from merging.checkpoint import CONFIG, Checkpoint
+from merging.checkpoint import CONFIG, Checkpoint, read_settings
 from merging.errors import CheckpointError, StorageError, TaskError
 from merging.ranges import download
+
+TOKENIZERS = ("*tokenizer*", "vocab*", "merges.txt", "*.spm", "spiece.model", "sentencepiece*.model")
+"""Files that a tokenizer is made from."""
 
 
 def class_names(head: str, labels: Sequence[str] | None, base: str = "") -> Sequence[str]:
@@ -32,10 +36,10 @@ def class_names(head: str, labels: Sequence[str] | None, base: str = "") -> Sequ
     """
     try:
         adapted = is_adapter(head)
-        config = open_checkpoint(head, base).config if adapted else storage.read_json(storage.join(head, CONFIG))
+        config = open_checkpoint(head, base).config if adapted else read_settings(storage.join(head, CONFIG))
     except (CheckpointError, StorageError) as error:
         raise TaskError(f"the head has no configuration: {error}") from error
-    architecture = (config.get("architectures") or ["model of unknown architecture"])[0]
+    architecture = str((config.get("architectures") or ["model of unknown architecture"])[0])
     if not architecture.endswith("ForSequenceClassification"):
         raise TaskError(
             f"{head} is a {architecture}, without a classification head: "
@@ -43,32 +47,41 @@ def class_names(head: str, labels: Sequence[str] | None, base: str = "") -> Sequ
         )
     # transformers leaves out what is its default
     found: Mapping[str, str] = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    if not isinstance(found, dict) or set(found) != {str(number) for number in range(len(found))}:
+        raise TaskError(f"`id2label` in the config.json of {head} does not name classes 0, 1, …: {found}")
     if len(found) < 2:
         raise TaskError(f"the head of {head} has one output, a regression: it does not classify")
     if labels is not None and len(labels) != len(found):
         raise TaskError(f"`labels` names {len(labels)} classes, the head of {head} has {len(found)}")
-    return labels or [found[key] for key in sorted(found, key=int)]
+    names = labels or [str(found[key]) for key in sorted(found, key=int)]
+    if len(set(names)) < len(names):
+        raise TaskError(f"the head of {head} has two classes of the same name: name them all by `labels`")
+    return names
 
 
 def load_tokenizer(head: str, base: str = "") -> Any:
-    """A checkpoint's tokenizer, or its base's where an adapter has none.
+    """A checkpoint's tokenizer, or its base's where it was saved without one.
 
     Where it has no token for padding, the end-of-sequence token is taken.
 
     Raises:
-        TaskError: It is missing or damaged.
+        TaskError: It is missing, damaged, or knows no words.
     """
     import transformers
 
     try:
+        place = _tokenizer_directory(head, base)
         with quiet():
             tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
-                _tokenizer_directory(head, base), local_files_only=True, trust_remote_code=False
+                place, local_files_only=True, trust_remote_code=False
             )
     except Exception as error:  # transformers raises all kinds
         raise TaskError(
             f"the tokenizer of {head} cannot be loaded ({_first_line(error)}): save the base model's tokenizer there"
         ) from error
+    if len(tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)) < 2:
+        # of a directory without its vocabulary, transformers makes one that knows no words, and says nothing
+        raise TaskError(f"the tokenizer of {head} knows no words: save the base model's tokenizer there")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -167,12 +180,19 @@ def _assembled(checkpoint: Checkpoint, loader: Any, hollow: Collection[str]) -> 
     return found
 
 
+def has_tokenizer(path: str) -> bool:
+    """Whether a checkpoint was saved with what its tokenizer is made from."""
+    return any(fnmatchcase(name, pattern) for name in storage.list_dir(path) for pattern in TOKENIZERS)
+
+
 def _tokenizer_directory(head: str, base: str) -> str:
-    """Where the tokenizer lies: with the head, or with the base of an adapter that was saved without one."""
-    if any("tokenizer" in name for name in storage.list_dir(head)) or not is_adapter(head):
+    """Where the tokenizer lies: with the head, or with its base where the head was saved without one."""
+    if has_tokenizer(head):
         return local_directory(head, weights=False)
-    if not base:
+    if not base and is_adapter(head):
         base = str(storage.read_json(storage.join(head, ADAPTER_CONFIG)).get("base_model_name_or_path") or "")
+    if not base or not has_tokenizer(base):
+        raise TaskError("there is none")
     return local_directory(base, weights=False)
 
 

@@ -4,19 +4,20 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from merging import storage
+from merging.adapter import is_adapter
 from merging.errors import TaskError
 from merging.tasks.base import SPLITS, Batch, Score, Split, Task, TaskSettings, register
-from merging.tasks.head import class_names, load_model, load_tokenizer, tokenizer_identity
+from merging.tasks.head import class_names, has_tokenizer, load_model, load_tokenizer, tokenizer_identity
 from merging.tasks.metrics import METRICS
 from merging.tasks.outcomes import Outcomes
 
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
 class TextClassificationSettings(TaskSettings):
     """Texts, or pairs of texts, in classes."""
 
-    kind: Literal["text_classification"] = "text_classification"
-    data: dict[Split, str | list[str]] = Field(
+    kind: Literal["text_classification"] = Field(
+        "text_classification", description="text_classification, also where no kind is named; or custom (below)."
+    )
+    data: dict[Split, str | Annotated[list[str], Field(min_length=1)]] = Field(
         min_length=1,
         description="Split (train, validation, test) → file or list of files: Parquet, CSV or JSON lines, "
         "local or at any fsspec address. Train feeds statistics, validation the search, test the last table.",
@@ -44,6 +47,20 @@ class TextClassificationSettings(TaskSettings):
     metric: str = Field("accuracy", description=f"What is maximised: {', '.join(METRICS)}.")
     max_length: int = Field(128, ge=2, description="Tokens that a text is cut to.")
     batch_size: int = Field(64, ge=1, description="Examples a step of evaluation; does not change the score.")
+
+    @field_validator("labels")
+    @classmethod
+    def _each_class_once(cls, names: list[str] | None) -> list[str] | None:
+        if names and len(set(names)) < len(names):
+            raise ValueError("two classes have the same name")
+        return names
+
+    @model_validator(mode="after")
+    def _columns_of_their_own(self) -> "TextClassificationSettings":
+        columns = [name for name in (self.text, self.text_pair, self.label) if name is not None]
+        if len(set(columns)) < len(columns):
+            raise ValueError("`text`, `text_pair` and `label` name columns, each another one")
+        return self
 
     @field_validator("metric")
     @classmethod
@@ -252,6 +269,8 @@ class TextClassification(Task):
         notes = []
         if self._max_length < self.settings.max_length:
             notes.append(f"task '{self.name}': texts are cut to {self._max_length} tokens, the tokenizer's limit")
+        if not has_tokenizer(self.head) and not is_adapter(self.head):
+            notes.append(f"task '{self.name}': {self.head} has no tokenizer, and the base's is used")
         if "train" not in self.settings.data:
             notes.append(f"task '{self.name}' has no train split: no statistics can be computed for it")
         if "test" not in self.settings.data:

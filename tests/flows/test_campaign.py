@@ -341,6 +341,7 @@ def test_factors_by_depth_under_constraints(campaign_file, tmp_path):
 
 def test_starts_from_theory_and_gradients_and_a_distilled_end(campaign_file):
     methods = {"task_arithmetic": {}, "fisher": {}}
+    start = {"method": "task_arithmetic", "scaling": {"one": 0.9, "two": 0.5, "three": 0.6}}
     settings = load_campaign(
         str(
             campaign_file(
@@ -349,7 +350,7 @@ def test_starts_from_theory_and_gradients_and_a_distilled_end(campaign_file):
                     "candidates": 9,
                     "methods": methods,
                     "theory_starts": True,
-                    "gradient": {"steps": 4, "batch": 8},
+                    "gradient": {"steps": 4, "batch": 8, "start": start},
                 },
                 distil={"steps": 4, "batch": 8},
                 **BRIEFLY,
@@ -365,6 +366,9 @@ def test_starts_from_theory_and_gradients_and_a_distilled_end(campaign_file):
         48.0,
         90.0,
     ]
+    led = [row for row in starts.values() if "gradient:examples" in row.proxies]
+    far = [abs(row.scaling[member] - factor) for row in led for member, factor in start["scaling"].items()]
+    assert 0 < max(far) < 0.25, "four steps of about 0.05 each from where it was told to start"
     predicted = [row for row in rows if row.method == "task_arithmetic"]
     assert all({"theory:one", "theory:two", "theory:three"} <= row.proxies.keys() for row in predicted)
     losses = {row.candidate: sum(row.proxies[f"theory:{task}"] for task in settings.tasks) for row in predicted}

@@ -3,19 +3,30 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
 import yaml
+from rich.console import Console
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from flows.cli import app
+from flows.config import load_campaign
+from flows.directory import Directory
+from flows.opening import open_campaign
+from flows.progress import Display
+from merging import storage
 from search.ledger import Ledger
+from search.schema import Row
 
 COMMAND = [sys.executable, "-m", "flows.cli"]
 
@@ -72,6 +83,77 @@ def test_check_computes_nothing(campaign_file, tmp_path):
     assert status == 0, output
     assert "Nothing is wrong" in output
     assert not (tmp_path / "out").exists()
+
+
+def test_check_finds_what_a_run_would_stop_at_later(campaign_file, tiny_campaign, tmp_path):
+    """Without it, these come after minutes: a missing split when statistics begin, a full place when they end."""
+    (tmp_path / "file").write_text("")
+    output, status = mergequest("campaign", "check", campaign_file(directory="file"))
+    assert (status, "file is a file; name a directory" in output.replace("\n", "")) == (2, True)
+    one = tiny_campaign["tasks"]["one"]
+    bare = one | {"data": {split: file for split, file in one["data"].items() if split != "train"}}
+    for changes in (
+        {"search": {"methods": ["fisher"]}, "selection": {"mode": "all"}},
+        {"search": {"methods": ["average"]}},
+    ):
+        output, status = mergequest("campaign", "check", campaign_file(tasks={"one": bare}, directory="out", **changes))
+        assert (status, "task 'one' has no train examples" in output.replace("\n", " ")) == (2, True), output
+
+
+def test_members_that_are_the_base_or_one_another_are_told(campaign_file, tiny_campaign, tmp_path):
+    members = tiny_campaign["members"] | {"twin": tiny_campaign["members"]["two"] | {"task": "two"}}
+    shutil.copytree(tiny_campaign["base"], tmp_path / "same")
+    members |= {"same": {"checkpoint": str(tmp_path / "same")}}
+    output, status = mergequest(
+        "campaign", "check", campaign_file(members=members, selection={"mode": "all"}, search={"methods": ["average"]})
+    )
+    shown = " ".join(output.split())
+    assert status == 0, output
+    assert "twin, two are the same checkpoint, which counts 2 times" in shown
+    assert "'same' has the base's own weights" in shown
+
+
+def test_an_unknown_kind_of_statistic_is_told_before_anything_is_opened(campaign_file, tmp_path):
+    output, status = mergequest("statistics", campaign_file(base=str(tmp_path / "nowhere")), "--kind", "fischer")
+    assert (status, "Did you mean 'fisher'?" in output.replace("\n", " ")) == (2, True)
+
+
+@pytest.mark.parametrize("place", ["checkpoint", "data"])
+def test_a_campaign_whose_members_or_data_were_replaced_is_not_gone_on_with(
+    campaign_file, tiny_campaign, tmp_path, place
+):
+    """Its ledger would hold scores of both, beside one another, and a winner between them."""
+    task = tiny_campaign["tasks"]["one"] | {"data": {"validation": str(tmp_path / "validation.parquet")}}
+    shutil.copytree(tiny_campaign["members"]["one"]["checkpoint"], tmp_path / "one")
+    shutil.copy(tiny_campaign["tasks"]["one"]["data"]["validation"], tmp_path)
+    members = {"one": {"checkpoint": str(tmp_path / "one")}}
+    file = campaign_file(directory="out", search={"methods": ["average"]})
+    settings = yaml.safe_load(file.read_text()) | {"members": members, "tasks": {"one": task}}
+    file.write_text(yaml.safe_dump(settings))
+    campaign = load_campaign(str(file))
+    directory, display = Directory(str(tmp_path / "out")), Display(Console(quiet=True))
+    opened = open_campaign(campaign, display)
+    directory.claim(campaign)
+    storage.write_json(directory / "pool.json", opened.fingerprints())
+    assert mergequest("campaign", "check", file)[1] == 0
+    now = datetime.now(UTC)
+    Ledger(directory.ledger, "tiny").append(
+        Row("tiny", "a", "validation", "reference", "complete", "base", (), {}, {}, started=now, finished=now)
+    )
+    assert mergequest("campaign", "check", file)[1] == 0
+    if place == "checkpoint":
+        weights = load_file(tmp_path / "one" / "model.safetensors")
+        weights["bert.pooler.dense.bias"] += 1e-3
+        save_file(weights, tmp_path / "one" / "model.safetensors", {"format": "pt"})
+    else:
+        frame = pd.read_parquet(tmp_path / "validation.parquet")
+        frame[1:].to_parquet(tmp_path / "validation.parquet")
+    output, status = mergequest("campaign", "check", file)
+    said = {
+        "checkpoint": "'one' is not the checkpoint that",
+        "data": "task 'one': the validation examples are not those",
+    }
+    assert (status, said[place] in output.replace("\n", " ")) == (2, True), output
 
 
 def test_status_of_nothing(tmp_path):

@@ -15,6 +15,11 @@ def changed(campaign_file, edit):
     return str(path)
 
 
+def start_from(method, member):
+    start = {"method": method, "scaling": {member: 1}}
+    return lambda s: s["search"].update(gradient={"start": start})
+
+
 def test_defaults_are_filled_in_and_survive_a_round_trip(campaign_file, tmp_path):
     campaign = load_campaign(str(campaign_file()))
     assert list(campaign.search.methods) == [
@@ -85,7 +90,18 @@ def test_methods_may_be_a_list_or_have_ranges(campaign_file):
         (lambda s: s["selection"].update(mode="fixed", subsets=[["one", "four"]]), "'four' is no member"),
         (lambda s: s["selection"].update(sizes=[9]), "sizes lie between 1 and 3"),
         (lambda s: s["tasks"]["one"].update(metric="acuracy"), "accuracy"),
-        (lambda s: s.update(name="a b"), "name: String should match pattern"),
+        (lambda s: s.update(name="a b"), r"name: a name has letters, digits and \. _ - only.*found 'a b'"),
+        (lambda s: s.update(name="x" * 300), "name: String should have at most 100 characters"),
+        (lambda s: s["members"].update({False: "x"}), "members: .*YAML reads one of them as False: write it in quotes"),
+        (lambda s: s["members"].update(one=7), "members.one: expected a checkpoint's directory"),
+        (lambda s: s["tasks"]["one"].update(kind="textclassification"), "kind 'textclassification'. Did you mean 'text_class"),
+        (lambda s: s["selection"].update(mode="fixed", subsets=[["one", "one"]]), "must name members, each once"),
+        (lambda s: s["selection"].update(mode="fixed", subsets=[[]]), "must name members, each once"),
+        (lambda s: s["selection"].update(sizes=[]), "selection.sizes: expected at least one"),
+        (lambda s: s.update(heads="classifier.*"), "heads: expected a list"),
+        (start_from("dare", "one"), "gradient.start: 'dare' is none of the search's methods"),
+        (start_from("ties", "one"), "gradient.start: 'ties' is not linear in its scaling factors"),
+        (start_from("regmean", "on"), "gradient.start: unknown member 'on'. Did you mean 'one'"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named_with_the_remedy(campaign_file, edit, message):
@@ -108,6 +124,12 @@ def test_all_mistakes_at_once(campaign_file):
 def test_no_settings_at_all(tmp_path, text):
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(SettingsError, match=r"x\.yaml"):
+        load_campaign(str(tmp_path / "x.yaml"))
+
+
+def test_a_key_that_stands_twice_is_no_second_member(tmp_path):
+    (tmp_path / "x.yaml").write_text("name: x\nbase: b\nmembers:\n  one: a\n  one: c\n")
+    with pytest.raises(SettingsError, match=r"(?s)x\.yaml is not valid YAML.*'one' stands there twice.*line 5"):
         load_campaign(str(tmp_path / "x.yaml"))
 
 

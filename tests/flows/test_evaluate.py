@@ -75,6 +75,7 @@ def test_selection_alone_is_kept_and_reused(campaign_file, tmp_path):
     first = run_selection(campaign, Display())
     assert [len(subset) for subset in first.subsets] == [2, 3]
     assert (tmp_path / "out" / "selection.json").exists()
+    assert (tmp_path / "out" / "facts.json").exists()
     assert run_selection(campaign, Display()).as_dict() == first.as_dict()
 
 

@@ -2,11 +2,14 @@
 
 import pytest
 
+from flows.campaign import compute_statistics
 from flows.config import load_campaign
+from flows.directory import Directory
 from flows.examination import FILE, examined, keep, known
 from flows.progress import Display
 from merging import memory, storage
 from merging.pool import Pool
+from ray_tasks.evaluation import Setup
 
 
 @pytest.fixture
@@ -37,6 +40,32 @@ def test_another_machine_goes_on_without_reading_a_weight(campaign, unreliable, 
     assert examined(campaign, again, place, Display()) == first
     assert again.fingerprints() == fingerprints
     assert {method for method, _, _ in unreliable.requests} == {"HEAD"}
+
+
+def test_weights_come_once_where_evaluators_run_on_this_machine(campaign, unreliable, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    unreliable.reset()
+    pool = opened(campaign)
+    examined(campaign, pool, str(tmp_path / "campaign"), Display())
+    members = {name: member.checkpoint for name, member in campaign.members.items()}
+    material = Setup(campaign.base, members, (), {}, {}, {}, {}, facts=known(pool)).material(resident=True)
+    assert all(material.pool.member_weight(member, name).numel() for member in members for name in pool.weights)
+    stored = sum(place.nbytes for place in (pool.base, *(member.checkpoint for member in pool.members.values())))
+    assert stored < unreliable.sent < 1.5 * stored  # the rest is headers, read at each opening
+
+
+def test_statistics_computed_ahead_leave_what_they_learnt_for_the_campaign(campaign, unreliable, tmp_path, monkeypatch):
+    search = campaign.search.model_copy(update={"methods": {"average": campaign.search.methods["average"]}})
+    ahead = campaign.model_copy(update={"directory": str(tmp_path / "out"), "search": search})  # needs no statistics
+    compute_statistics(ahead, [], None, Display())
+    monkeypatch.setattr(memory, "_facts", {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    again = opened(campaign)
+    unreliable.reset()
+    examined(campaign, again, ahead.directory, Display())
+    again.fingerprints()
+    assert {method for method, _, _ in unreliable.requests} == {"HEAD"}
+    Directory(ahead.directory).check(ahead)
 
 
 @pytest.mark.parametrize("spoilt", ["not json", "[1]", '{"x": 2}'])

@@ -1,15 +1,18 @@
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from transformers import AutoModel
 
 from flows.merge import merge_recipe
 from flows.progress import Display
 from flows.recipe_file import load_recipe
 from merging.checkpoint import Checkpoint
-from merging.errors import MethodError
+from merging.errors import MethodError, SettingsError
 from merging.mismatch import quadratic_mismatch
 from merging.statistics import STATISTICS, LikelihoodSettings, measure, save
 from merging.tasks import TextClassificationSettings, make_task
@@ -56,6 +59,35 @@ def test_a_mismatch_without_fisher_information_is_refused_before_anything_is_wri
     with pytest.raises(MethodError, match="needs the statistic 'fisher' of two"):
         merge_recipe(write_recipe("one"), str(tmp_path / "out"), None, 1.0, Display(), mismatch=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_but_an_earlier_merge_is_replaced(write_recipe, tiny_pool, tmp_path):
+    """The directory is replaced whole: what else lay in it would be lost."""
+    own = tmp_path / "own"
+    shutil.copytree(tiny_pool["base"], own / "base")
+    settings = yaml.safe_load(Path(write_recipe()).read_text()) | {"base": str(own / "base")}
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(yaml.safe_dump(settings))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("years of work")
+    for out, message in (
+        (own / "base", "would replace .*base, which is merged"),
+        (own, "would replace .*base, which is merged"),
+        (tiny_pool["three"], "holds no earlier merge"),
+        (tmp_path / "notes", "is not empty and holds no earlier merge"),
+    ):
+        before = sorted(out.rglob("*"))
+        with pytest.raises(SettingsError, match=message):
+            merge_recipe(str(recipe), str(out), None, 1.0, Display())
+        assert sorted(out.rglob("*")) == before
+    for dtype in ("float32", "float16"):
+        merge_recipe(str(recipe), str(tmp_path / "out"), dtype, 1.0, Display())
+    assert Checkpoint.open(str(tmp_path / "out")).read("pooler.dense.weight").dtype == torch.float16
+
+
+def test_a_merge_in_another_dtype_is_loaded_in_it(write_recipe, tmp_path):
+    merge_recipe(write_recipe(), str(tmp_path / "out"), "bfloat16", 1.0, Display())
+    assert {value.dtype for value in AutoModel.from_pretrained(tmp_path / "out").parameters()} == {torch.bfloat16}
 
 
 def test_merging_imports_torch_and_nothing_else_that_takes_seconds():

@@ -3,7 +3,7 @@ import yaml
 
 from flows.export import in_words
 from flows.recipe_file import dump_recipe, load_recipe
-from merging.errors import MethodError
+from merging.errors import MethodError, SettingsError
 from merging.recipe import Recipe
 
 
@@ -49,6 +49,13 @@ def test_groups_survive_a_round_trip(load, tmp_path):
 def test_strangers_are_named(load, text):
     with pytest.raises(MethodError, match=r"'amazn' is no member of this recipe. Did you mean 'amazon'\?"):
         load(text).recipe()
+
+
+def test_no_member_is_called_base(tmp_path):
+    """Statistics of the base are told from members' by that name."""
+    (tmp_path / "recipe.yaml").write_text("base: base\nmembers: {base: amazon}\nmethod: average\n")
+    with pytest.raises(SettingsError, match="members: no member may be called 'base'"):
+        load_recipe(str(tmp_path / "recipe.yaml"))
 
 
 def test_the_card_tells_groups():

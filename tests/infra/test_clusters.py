@@ -6,6 +6,7 @@ from pathlib import Path
 
 import botocore.session
 import jsonschema
+import kubernetes_validate
 import pytest
 import yaml
 from botocore.validate import validate_parameters
@@ -14,6 +15,8 @@ import ray_tasks  # noqa: F401  # before Ray: it settles what that reads from th
 
 INFRA = Path(__file__).parents[2] / "infra"
 HERE = Path(__file__).parent
+KUBERNETES = "1.33"
+"""The release that manifests are held against; nothing in them is younger."""
 
 
 def documents(name):
@@ -44,6 +47,34 @@ def test_kuberay_resources_keep_to_their_contract(name):
     cluster_spec(found)["workerGroupSpecs"][0]["minReplica"] = 1
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.Draft202012Validator(schema).validate(found)
+
+
+def agrees(resource):
+    """Whether Kubernetes' own schema knows all of it, and finds nothing missing."""
+    try:
+        kubernetes_validate.validate(resource, KUBERNETES, strict=True)
+    except kubernetes_validate.ValidationError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
+def test_kubernetes_takes_the_pods(name):
+    for pod in pods(manifest(name)):
+        resource = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "any"}, "template": pod}
+        assert agrees(resource)
+        for container in pod["spec"]["containers"]:
+            assert re.search(r":\d[\w.-]*$", container["image"])
+            assert set(container["resources"]["requests"]) >= {"cpu", "memory"}
+        pod["spec"]["containers"][0]["volumeMount"] = []
+        assert not agrees(resource)
+
+
+def test_kubernetes_takes_the_network_policy():
+    (policy,) = documents("network-policy.yaml")
+    assert agrees(policy)
+    policy["spec"]["ingress"][0]["form"] = []
+    assert not agrees(policy)
 
 
 @pytest.mark.parametrize(("name", "gpus"), [("raycluster.yaml", 64), ("rayjob.yaml", 8)])

@@ -1,12 +1,15 @@
 """The image's recipe: whole, small, without root and without secrets."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+HADOLINT = Path(sys.executable).with_name("hadolint")
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +47,14 @@ def test_base_user_and_environment(instructions):
     environment = " ".join(value for name, value in instructions if name == "ENV")
     assert "RAY_AUTH_MODE=token" in environment
     assert not re.search(r"TOKEN=|SECRET|PASSWORD|ACCESS_KEY", environment)
+
+
+@pytest.mark.skipif(not HADOLINT.exists(), reason="hadolint comes with the dev extra on Linux")
+def test_hadolint_parses_the_dockerfile_and_its_shell_and_finds_nothing():
+    def findings(text):
+        done = subprocess.run([HADOLINT, "--no-color", "-"], input=text, capture_output=True, text=True, check=False)
+        return done.stdout + done.stderr
+
+    text = (ROOT / "infra" / "Dockerfile").read_text()
+    assert findings(text) == ""
+    assert "unexpected 'W'" in findings(text.replace("WORKDIR", "WORK DIR"))

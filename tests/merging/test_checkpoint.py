@@ -63,6 +63,12 @@ def test_missing_config(copied):
         Checkpoint.open(str(copied))
 
 
+def test_a_config_that_is_no_object(copied):
+    (copied / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"config\.json holds no settings"):
+        Checkpoint.open(str(copied))
+
+
 def test_adapter_is_named(copied):
     (copied / "config.json").rename(copied / "adapter_config.json")
     with pytest.raises(CheckpointError, match="It is an adapter"):

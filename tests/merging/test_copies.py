@@ -49,6 +49,17 @@ def test_a_copy_is_read_instead_until_the_file_changes(one, unreliable, tiny_poo
     assert all(torch.equal(changed.read(name), other.read(name)) for name in other.tensors)
 
 
+def test_a_copy_that_another_process_made_is_found_when_it_is_looked_for(one, unreliable, tiny_pool):
+    checkpoint, expected = Checkpoint.open(one), Checkpoint.open(str(tiny_pool["one"]))
+    assert torch.equal(checkpoint.read("classifier.bias"), expected.read("classifier.bias"))  # there was none
+    checkpoint.prefetch(["classifier.weight"])
+    Checkpoint.open(one).copy_here()
+    checkpoint.find_copy()
+    unreliable.reset()
+    assert all(torch.equal(checkpoint.read(name), expected.read(name)) for name in expected.tensors)
+    assert "GET" not in {method for method, _, _ in unreliable.requests}
+
+
 def test_without_room_or_wish_all_is_read_from_afar(one, tiny_pool, monkeypatch):
     expected = Checkpoint.open(str(tiny_pool["one"]))
     for spoil in (

@@ -61,6 +61,13 @@ def test_heads_that_all_share_are_merged_unless_named(tiny_pool):
     assert set(kept.members["three"].head) == {"classifier.weight", "classifier.bias"}
 
 
+def test_heads_that_leave_nothing_or_match_nothing_are_told(tiny_pool):
+    base, members = str(tiny_pool["base"]), members_of(tiny_pool)
+    with pytest.raises(PoolError, match=r"share no floating-point weights to merge: `heads` \(\*\) keeps them all"):
+        Pool.open(base, members, heads=["*"])
+    assert "`heads`: no member has a tensor 'clasifier.*'" in Pool.open(base, members, heads=["clasifier.*"]).notes
+
+
 def test_heads_of_different_size_are_kept(tiny_pool):
     pool = Pool.open(str(tiny_pool["two"]), {"one": str(tiny_pool["one"]), "three": str(tiny_pool["three"])})
     assert not any(name.startswith("classifier") for name in pool.weights)

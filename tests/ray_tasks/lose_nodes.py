@@ -19,8 +19,9 @@ import ray_tasks  # noqa: F401  settles the environment before Ray reads it
 # isort: split
 from ray.cluster_utils import Cluster as Nodes
 
-from ray_tasks import evaluators
+from ray_tasks import crew
 from ray_tasks.cluster import connect, room_for
+from ray_tasks.evaluators import EvaluatorPool
 
 
 class Sleeper:
@@ -36,7 +37,7 @@ class Sleeper:
 
 
 def main():
-    evaluators.SILENCE, evaluators.LOOK = 1.0, 0.3
+    crew.SILENCE, crew.LOOK = 1.0, 0.3
     nodes = Nodes(
         initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "temp_dir": sys.argv[1]}
     )
@@ -50,8 +51,10 @@ def main():
             waited.append(text)
 
     with connect() as cluster:
-        pool = evaluators.EvaluatorPool(
-            None, 1, threads=1, restarts=0, room=lambda: room_for(cluster.now(), 1, 0.0, 1), say=say, kind=Sleeper
+        pool = EvaluatorPool(
+            crew.Crew(
+                None, 1, threads=1, restarts=0, room=lambda: room_for(cluster.now(), 1, 0.0, 1), say=say, kind=Sleeper
+            )
         )
         pool.start()
         queue = deque(str(number) for number in range(12))

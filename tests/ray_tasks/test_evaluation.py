@@ -11,6 +11,7 @@ from merging.merge import base_recipe, member_recipe
 from merging.recipe import Recipe
 from merging.tasks import TextClassificationSettings, make_task
 from merging.trace import Plan
+from ray_tasks.crew import Crew
 from ray_tasks.evaluation import Assignment, Setup
 from ray_tasks.evaluators import EvaluatorPool
 
@@ -31,7 +32,7 @@ def setup(tiny_campaign):
 
 
 def test_what_takes_too_long_has_failed_and_its_evaluator_is_replaced(setup, collect):
-    pool = EvaluatorPool(setup, evaluators=1, restarts=0, seconds=2.0)
+    pool = EvaluatorPool(Crew(setup, evaluators=1, restarts=0), seconds=2.0)
     pool.start()
     try:
         pool.submit(Assignment("slow", base_recipe(), "validation", plan=Plan(8, lambda trace: bool(time.sleep(600)))))
@@ -51,7 +52,7 @@ def test_what_takes_too_long_has_failed_and_its_evaluator_is_replaced(setup, col
 
 def test_a_setup_that_cannot_be_built_says_why(setup, tmp_path, save_base):
     other = save_base(tmp_path / "other", intermediate_size=64)
-    pool = EvaluatorPool(Setup(**{**vars(setup), "base": str(other)}), evaluators=1)
+    pool = EvaluatorPool(Crew(Setup(**{**vars(setup), "base": str(other)}), evaluators=1))
     try:
         with pytest.raises(PoolError, match="do not fit together"):
             pool.start()
@@ -62,7 +63,7 @@ def test_a_setup_that_cannot_be_built_says_why(setup, tmp_path, save_base):
 @pytest.fixture(scope="module")
 def pool(setup):
     """Two evaluators that take seconds to begin: tests with pools of their own come before, who kills one comes last."""
-    pool = EvaluatorPool(setup, evaluators=2)
+    pool = EvaluatorPool(Crew(setup, evaluators=2))
     pool.start()
     yield pool
     pool.close()

@@ -14,6 +14,7 @@ import pytest
 
 from merging.errors import ClusterError
 from ray_tasks.calls import each
+from ray_tasks.crew import Crew
 from ray_tasks.evaluators import EvaluatorPool, ray
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -51,8 +52,9 @@ def work(ticket, deed=0.0):
 def make_pool(local_ray):
     pools = []
 
-    def make(evaluators, **changes):
-        pools.append(EvaluatorPool(evaluators=evaluators, **({"setup": None, "threads": 0, "kind": Light} | changes)))
+    def make(evaluators, seconds=None, **changes):
+        crew = Crew(evaluators=evaluators, **({"setup": None, "threads": 0, "kind": Light} | changes))
+        pools.append(EvaluatorPool(crew, seconds))
         return pools[-1]
 
     yield make
@@ -103,8 +105,8 @@ def test_evaluators_without_room_are_not_counted_and_hold_nobody_up(make_pool):
 
 
 def test_no_room_at_all_is_an_error_after_a_while_and_is_said_before(make_pool, monkeypatch):
-    monkeypatch.setattr("ray_tasks.evaluators.SILENCE", 1.0)
-    monkeypatch.setattr("ray_tasks.evaluators.LOOK", 0.5)
+    monkeypatch.setattr("ray_tasks.crew.SILENCE", 1.0)
+    monkeypatch.setattr("ray_tasks.crew.LOOK", 0.5)
     said = []
     pool = make_pool(1, threads=1000, say=said.append)
     with pytest.raises(ClusterError, match="no evaluator could start within 3 s"):
@@ -113,7 +115,7 @@ def test_no_room_at_all_is_an_error_after_a_while_and_is_said_before(make_pool, 
 
 
 def test_a_cluster_that_grows_is_used(make_pool, monkeypatch):
-    monkeypatch.setattr("ray_tasks.evaluators.LOOK", 0.1)
+    monkeypatch.setattr("ray_tasks.crew.LOOK", 0.1)
     said, room = [], [1]
     pool = make_pool(1, room=lambda: room[0], say=said.append)
     assert pool.start() == 1
@@ -129,10 +131,10 @@ def test_a_cluster_that_grows_is_used(make_pool, monkeypatch):
 def test_one_that_cannot_be_built_is_an_error_only_where_none_could(make_pool, monkeypatch):
     with pytest.raises(BrokenError):
         make_pool(1, setup="broken").start()
-    monkeypatch.setattr("ray_tasks.evaluators.LOOK", 0.1)
+    monkeypatch.setattr("ray_tasks.crew.LOOK", 0.1)
     pool = make_pool(1, restarts=0)
     pool.start()
-    pool.setup, pool.evaluators = "broken", 2
+    pool.crew.setup, pool.crew.evaluators = "broken", 2
     pool.submit(work("long", 3.0))
     assert [done.error for done in until(lambda: not pool.at_work, pool)] == ["measured long"]
     assert pool.there == 1

@@ -17,6 +17,7 @@ from merging.statistics.base import Partial
 from merging.statistics.file import save_tensors
 from merging.tasks import TextClassificationSettings, make_task
 from merging.trace import Plan
+from ray_tasks.crew import Crew
 from ray_tasks.delivery import Delivery, FedEvaluator
 from ray_tasks.evaluation import Assignment, Setup
 from ray_tasks.evaluators import EvaluatorPool
@@ -124,7 +125,7 @@ def test_shards_merge_bit_for_bit_what_one_process_merges(setup, shards):
 
 @pytest.fixture
 def pool(setup, shards):
-    pool = EvaluatorPool(setup, evaluators=1, kind=FedEvaluator, shards=shards)
+    pool = EvaluatorPool(Crew(setup, evaluators=1, kind=FedEvaluator), shards=shards)
     pool.start()
     yield pool
     pool.close()

@@ -9,13 +9,15 @@ from optuna.samplers import RandomSampler
 
 from merging.errors import MethodError, SearchError, SettingsError
 from merging.recipe import Recipe
+from search.adapted import bred
 from search.candidate import Candidate, Provenance
 from search.domain import Domain
 from search.driver import Budget, search
 from search.flight import measure
 from search.ledger import Ledger
+from search.memory import Recent
 from search.objective import best, make_objective, pareto
-from search.samplers import make_sampler
+from search.samplers import make_sampler, memories
 from search.space import MethodSpace, Space
 from search.study import open_study
 
@@ -386,7 +388,7 @@ def test_a_history_that_holds_everything_changes_nothing(campaign, tmp_path):
     unbounded = [row.candidate for row in campaign.rows()]
     shutil.rmtree(tmp_path / "ledger")
     shutil.rmtree(tmp_path / "study")
-    campaign.run(candidates=20, history=100)
+    campaign.run(candidates=20, history=memories("tpe", limit=100))
     assert [row.candidate for row in campaign.rows()] == unbounded
 
 
@@ -398,12 +400,63 @@ def test_a_bounded_history_is_all_that_the_sampler_sees(campaign):
             seen.append([past.values[0] for past in study.get_trials(deepcopy=False) if past.state.is_finished()])
             return super().infer_relative_search_space(study, trial)
 
-    campaign.run(candidates=40, sampler=lambda number: Looking(number), history=8)
+    campaign.run(candidates=40, sampler=lambda number: Looking(number), history=[Recent(8)])
     values = [row.objective for row in campaign.rows()]
     assert [len(finished) for finished in seen[:6]] == [1, 2, 3, 4, 5, 6]
     assert max(map(len, seen)) <= 8
     assert sorted(seen[-1])[-2:] == sorted(values[:-2])[-2:]
     assert seen[-1][-6:] == values[-8:-2]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "arguments"),
+    [("nsga2", {"population_size": 4}), ("nsga3", {"population_size": 4}), ("cmaes", {"popsize": 4}), ("qmc", {})],
+)
+def test_what_a_sampler_needs_of_the_history_does_for_all_of_it(campaign, tmp_path, sampler, arguments):
+    if sampler == "cmaes":
+        campaign.space = Space({"task_arithmetic": MethodSpace()}, "ab", None, "per_member")
+    found, seen = [], []
+    for history in (None, memories(sampler, arguments)):
+        campaign.run(candidates=40, sampler=sampler, arguments=arguments, history=history)
+        found.append([row.candidate for row in campaign.rows()])
+        seen = history
+        shutil.rmtree(tmp_path / "ledger")
+        shutil.rmtree(tmp_path / "study")
+    assert found[0] == found[1]
+    assert 2 <= len(seen[0].trials()) <= 20
+
+
+@pytest.mark.parametrize(("sampler", "size"), [("nsga2", "population_size"), ("cmaes", "popsize")])
+def test_evolution_goes_on_after_an_interrupt_as_if_there_had_been_none(campaign, tmp_path, sampler, size):
+    campaign.space = Space({"task_arithmetic": MethodSpace()}, "ab", None, "per_member")
+
+    def run(**named):
+        history = memories(sampler, {size: 4})
+        campaign.run(candidates=24, sampler=sampler, arguments={size: 4}, history=history, **named)
+
+    run()
+    unbroken = [row.candidate for row in campaign.rows()]
+    shutil.rmtree(tmp_path / "ledger")
+    shutil.rmtree(tmp_path / "study")
+    for interrupt_at in (6, 6, 6):
+        with pytest.raises(KeyboardInterrupt):
+            run(watch=Watch(interrupt_at))
+    run()
+    assert [row.candidate for row in campaign.rows()] == unbroken
+
+
+def test_evolution_of_a_study_that_was_lost_breeds_from_the_ledger(campaign, tmp_path):
+    arguments = {"population_size": 6}
+    campaign.run(candidates=30, sampler="nsga2", arguments=arguments, history=memories("nsga2", arguments))
+    before = campaign.rows()
+    shutil.rmtree(tmp_path / "study")
+    campaign.run(candidates=40, sampler="nsga2", arguments=arguments, history=memories("nsga2", arguments))
+    assert campaign.rows()[:30] == before
+    best_six = sorted(before, key=lambda row: -row.objective)[:6]
+    marks = [mark for trial in campaign.study.trials if (mark := bred(trial))]
+    assert marks[0][0] == 1
+    assert set(marks[0][1]) == {row.trial for row in best_six}
+    assert marks[-1][0] == 2
 
 
 @pytest.mark.parametrize("capacity", [1, 4])

@@ -1,10 +1,11 @@
 import numpy as np
 import optuna
 import pytest
+from optuna.trial import TrialState, create_trial
 
 from merging.errors import SettingsError
 from search.domain import Domain
-from search.samplers import SAMPLERS, ask_seed, make_sampler
+from search.samplers import SAMPLERS, ask_seed, make_sampler, memories
 from search.selection import select
 from search.space import MethodSpace, Space
 
@@ -125,3 +126,47 @@ def test_seeds_differ_by_trial():
 def test_mistakes_are_named(name, arguments, message):
     with pytest.raises(SettingsError, match=message):
         make_sampler(name, 0, arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "known"),
+    [
+        ("tpe", {}, 100),
+        ("gp", {"n_startup_trials": 200}, 400),  # or it would never know of 200, and start at random for ever
+        ("cmaes", {"popsize": 400}, 800),
+        ("cmaes", {"n_startup_trials": 900}, 900),
+        ("nsga2", {"population_size": 250}, 500),
+        ("qmc", {}, 1),
+        ("random", {}, None),
+        ("quality_diversity", {"sampler": "nsga3"}, 200),
+    ],
+)
+def test_a_history_is_as_long_as_the_sampler_needs(name, arguments, known):
+    found = memories(name, arguments, 100)
+    if known is None:
+        assert found is None
+        return
+    entry = optuna.distributions.FloatDistribution(0, 1)
+    size = arguments.get("popsize") or arguments.get("population_size") or 100
+    numbers = set()
+    for number in range(1000):
+        trial = create_trial(value=-float(number), params={"x": 0.5}, distributions={"x": entry})
+        trial.number = number
+        if name != "cmaes" or "popsize" in arguments:
+            trial.system_attrs = {"cma:generation": number // size, "bred": [number // size, []]}
+        for memory in found:
+            memory.add(trial)
+    numbers = {trial.number for memory in found for trial in memory.trials()}
+    assert known * 0.75 <= len(numbers) <= known * 1.5
+
+
+def test_evolution_gets_on_where_most_candidates_are_pruned():
+    study = optuna.create_study(direction="maximize")
+    for number in range(16):
+        study.sampler = make_sampler("cmaes", 3, {"popsize": 4}, number)
+        trial = study.ask()
+        value = -(trial.suggest_float("x", 0, 1) ** 2) - trial.suggest_float("y", 0, 1) ** 2
+        study.sampler = optuna.samplers.RandomSampler(0)
+        trial.report(value, 10)
+        study.tell(trial, state=TrialState.PRUNED if number else TrialState.COMPLETE, values=None if number else value)
+    assert study.trials[-1].system_attrs["cma:generation"] >= 2

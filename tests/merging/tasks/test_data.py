@@ -114,6 +114,24 @@ def test_one_class(tmp_path):
 def test_no_rows(tmp_path):
     with pytest.raises(TaskError, match="there are no rows"):
         read_examples([write(tmp_path / "x.parquet", FRAME[:0])], COLUMNS, CLASSES)
+    (tmp_path / "x.jsonl").write_text("\n")
+    with pytest.raises(TaskError, match="there are no rows"):
+        read_examples([str(tmp_path / "x.jsonl")], COLUMNS, CLASSES)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_byte_order_mark_is_no_text(tmp_path, suffix):
+    path = Path(write(tmp_path / f"x.{suffix}"))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_examples([str(path)], COLUMNS, CLASSES).texts == (FRAME["text"].tolist(),)
+
+
+def test_halves_of_characters_are_no_text(tmp_path):
+    """No tokenizer reads them."""
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "a", "label": 0}\n{"text": "\\ud800b", "label": 1}\n')
+    with pytest.raises(TaskError, match=r"no text in 1 of 2 rows \(first in row 2"):
+        read_examples([str(path)], COLUMNS, CLASSES)
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])

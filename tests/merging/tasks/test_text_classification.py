@@ -2,6 +2,7 @@ import json
 import math
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -226,11 +227,48 @@ def test_check_wants_a_validation_split(make_text_task, frames):
         ({"architectures": ["BertModel"]}, "is a BertModel, without a classification head"),
         ({"id2label": {"0": "LABEL_0"}}, "has one output, a regression"),
         ({"id2label": {"0": "a", "1": "b"}}, r"labels outside the head's 2 classes"),
+        ({"id2label": {"a": 0, "b": 1, "c": 2}}, r"`id2label` in the config.json of .* does not name classes 0, 1"),
+        ({"id2label": ["a", "b", "c"]}, "does not name classes 0, 1"),
+        ({"id2label": {"0": "a", "1": "b", "2": "a"}}, "two classes of the same name"),
     ],
 )
 def test_check_looks_at_the_head(make_text_task, frames, head, tmp_path, changes, message):
     with pytest.raises(TaskError, match=message):
         make_text_task(frames, head=edit_config(head, tmp_path, **changes)).check()
+
+
+def test_a_member_saved_without_its_tokenizer_takes_the_bases(make_text_task, frames, head, tiny_pool, tmp_path):
+    """Of such a directory, transformers makes a tokenizer to which every word is unknown, and says nothing."""
+    bare = Path(shutil.copytree(head, tmp_path / "bare"))
+    for file in bare.glob("*token*"):
+        file.unlink()
+    task = make_text_task(frames, head=str(bare), max_length=32)
+    with pytest.raises(TaskError, match=r"the tokenizer of .*bare cannot be loaded \(.*there is none\)"):
+        task.check()
+    task.base = str(tiny_pool["base"])
+    assert any("has no tokenizer, and the base's is used" in note for note in task.check())
+    assert task.data_fingerprint("test") == make_text_task(frames, max_length=32).data_fingerprint("test")
+
+
+def test_a_tokenizer_that_knows_no_words_is_refused(make_text_task, frames, head, tmp_path):
+    hollow = Path(shutil.copytree(head, tmp_path / "hollow"))
+    (hollow / "tokenizer.json").unlink()
+    with pytest.raises(TaskError, match=r"the tokenizer of .*hollow knows no words"):
+        make_text_task(frames, head=str(hollow)).check()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": {"validation": []}}, "at least 1 item"),
+        ({"text": "label"}, "each another one"),
+        ({"text_pair": "text"}, "each another one"),
+        ({"labels": ["a", "b", "a"]}, "two classes have the same name"),
+    ],
+)
+def test_settings_that_contradict_themselves(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        TextClassificationSettings(**({"data": {"validation": "a.csv"}} | settings))
 
 
 def test_check_without_a_head(make_text_task, frames, tmp_path):
@@ -290,6 +328,7 @@ def test_settings_are_one_of_the_kinds():
     adapter = TypeAdapter(AnyTaskSettings)
     text = adapter.validate_python({"kind": "text_classification", "data": {"validation": "a.csv"}})
     assert isinstance(text, TextClassificationSettings)
+    assert adapter.validate_python({"data": {"validation": "a.csv"}}) == text
     assert isinstance(make_task("t", text, "head"), TextClassification)
     for wrong in (
         {"kind": "images"},

@@ -1,0 +1,84 @@
+"""Rows of stored weights, as the loops read and write them: an address and a kind.
+
+Constants are typed and integers cast at every step because numba reckons with 64 bits otherwise, at half the speed.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from numba import carray, types  # type: ignore[attr-defined]
+
+from merging.methods.loops import BRAIN, FULL, HALF
+from merging.methods.loops.compiling import from_float16, inner, pointer_to, to_float16
+
+ZERO, MAGNITUDE, INFINITE = np.float32(0), np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
+
+Scalar: TypeAlias = Any
+"""A number of a type that numba infers: float32, uint32, uint16 or Python's."""
+Array: TypeAlias = npt.NDArray[Any]
+
+
+def _reader(element: Any, width: int) -> Callable[[int, int, int], Array]:
+    """Entries [start, start + count) of a row of numbers of one type."""
+    pointer = pointer_to(element)
+
+    @inner
+    def entries(place: int, start: int, count: int) -> Array:
+        return carray(pointer(place + width * start), count)
+
+    return entries
+
+
+singles, doubles = _reader(types.float32, 4), _reader(types.float64, 8)
+halves, patterns, integers = _reader(types.uint16, 2), _reader(types.int32, 4), _reader(types.int64, 8)
+
+
+@inner
+def same(value: Scalar) -> Scalar:
+    """A float32 as it is."""
+    return value
+
+
+@inner
+def brain(bits: Scalar) -> Scalar:
+    """A bfloat16 number, which is the upper half of a float32."""
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@inner
+def widen(work: Array, to: int, place: int, kind: int, start: int, count: int) -> None:
+    """Copies entries to the working memory, in float32."""
+    if kind == BRAIN:
+        brains = halves(place, start, count)
+        for i in range(count):
+            work[to + i] = brain(brains[i])
+    elif kind == HALF:
+        bits = halves(place, start, count)
+        for i in range(count):
+            work[to + i] = from_float16(bits[i])
+    else:
+        values = singles(place, start, count)
+        for i in range(count):
+            work[to + i] = values[i]
+
+
+@inner
+def store(work: Array, out: int, kind: int, start: int, count: int) -> None:
+    """Writes float32 entries to a row, rounded to the nearest number of its kind, and the even one of two as near."""
+    if kind == FULL:
+        values = singles(out, start, count)
+        for i in range(count):
+            values[i] = work[i]
+        return
+    rounded = halves(out, start, count)
+    if kind == HALF:
+        for i in range(count):
+            rounded[i] = to_float16(work[i])
+        return
+    bits = work.view(np.uint32)
+    for i in range(count):
+        b = bits[i]
+        near = np.uint32(b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        rounded[i] = np.uint16(near) if (b & MAGNITUDE) <= INFINITE else np.uint16(0x7FC0)
