@@ -6,7 +6,7 @@
 Random weights in the shapes of a BERT encoder (the defaults are all-MiniLM-L6-v2's, 22.7M parameters); `prepare` once,
 then candidates of different scaling factors, into preallocated float32 weights. On a CPU the seconds are the process's
 own, which other work on the machine disturbs less than it does the clock. Copies and methods take turns, and the least
-of all turns counts. `--growth` has members and sizes vary instead.
+of all turns counts. `--growth` has members and sizes vary instead; `--plot growth.svg` draws that.
 """
 
 import argparse
@@ -139,7 +139,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def grow(arguments: argparse.Namespace) -> None:
     """Candidates' cost for 2 … 16 members and three sizes."""
-    cells: dict[tuple[str, int], list[str]] = {}
+    cells: dict[tuple[str, int], list[float]] = {}
     for hidden in (arguments.hidden // 4, arguments.hidden // 2, arguments.hidden):
         for members in GROWTH:
             weights = pool(argparse.Namespace(**{**vars(arguments), "members": members, "hidden": hidden}))
@@ -148,12 +148,36 @@ def grow(arguments: argparse.Namespace) -> None:
             for name in arguments.methods:
                 candidates = Candidates(name, weights, out, arguments.device)
                 each = min(candidates.next() for _ in range(arguments.repeats))
-                cells.setdefault((name, size), []).append(f"{each * 1e3:.1f} ms ({each / size / members * 1e9:.2f})")
+                cells.setdefault((name, size), []).append(each)
     print("| method | parameters | " + " | ".join(f"{members} members" for members in GROWTH) + " |")
     print("|---|--:|" + "--:|" * len(GROWTH))
     for (name, size), row in sorted(cells.items()):
-        print(f"| {name} | {size / 1e6:.1f}M | {' | '.join(row)} |")
+        shown = [f"{t * 1e3:.1f} ms ({t / size / members * 1e9:.2f})" for t, members in zip(row, GROWTH, strict=True)]
+        print(f"| {name} | {size / 1e6:.1f}M | {' | '.join(shown)} |")
     print("\nIn brackets: nanoseconds per parameter and member.")
+    if arguments.plot:
+        plot(arguments, cells)
+
+
+def plot(arguments: argparse.Namespace, cells: dict[tuple[str, int], list[float]]) -> None:
+    """Draws milliseconds over members, a panel a method and a line a size; dotted: as much for every member."""
+    import matplotlib as mpl
+    from matplotlib import pyplot
+
+    mpl.use("svg")
+    figure, panels = pyplot.subplots(1, len(arguments.methods), figsize=(3.2 * len(arguments.methods), 3), sharey=True)
+    for panel, name in zip(panels, arguments.methods, strict=True):
+        for (_, size), row in sorted((key, row) for key, row in cells.items() if key[0] == name):
+            (line,) = panel.plot(GROWTH, [1e3 * t for t in row], marker="o", label=f"{size / 1e6:.1f}M parameters")
+            ideal = [1e3 * row[-1] * members / GROWTH[-1] for members in GROWTH]
+            panel.plot(GROWTH, ideal, linestyle=":", color=line.get_color())
+        panel.set(title=name, xlabel="members", xscale="log", yscale="log", xticks=GROWTH)
+        panel.set_xticks(GROWTH, [str(members) for members in GROWTH])
+        panel.minorticks_off()
+    panels[0].set_ylabel("CPU ms a candidate")
+    panels[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(arguments.plot)
 
 
 def main() -> None:
@@ -168,6 +192,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--growth", action="store_true", help="vary members and sizes")
+    parser.add_argument("--plot", help="where to draw the growth")
     parser.add_argument("--methods", nargs="*", help="names; all by default, four where members grow")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
