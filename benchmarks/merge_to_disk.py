@@ -6,7 +6,8 @@ Makes a random base and members in the shapes of a Llama (bfloat16) under `--dir
 mergekit with pip; without it, or with `--alone`, mergequest runs alone. Both run as commands, one after the other, each of its
 figures the median over `--repeats`. Start-up, the import of either program's libraries, is measured by itself and left out
 of the columns `merge`; loops are compiled before, which takes seconds once on a machine. The machine's own limit is a plain
-loop of as many threads that reads the files, adds up and writes, with no format, check or bookkeeping.
+loop of as many threads that reads the files, adds up and writes, with no format, check or bookkeeping; `bound` is the ratio
+that this loop would have after our start-up.
 """
 
 import argparse
@@ -217,8 +218,8 @@ def machine_limit(paths: Sequence[Path], out: Path, threads: int) -> Cost:
     return cost
 
 
-def rows(names: Sequence[str], ours: dict[str, Cost], peers: dict[str, Cost]) -> Iterator[list[str]]:
-    """The table's rows."""
+def rows(names: Sequence[str], ours: dict[str, Cost], peers: dict[str, Cost], limit: Cost) -> Iterator[list[str]]:
+    """The table's rows; `bound` is the ratio that our start-up and the machine's own loop would have."""
     idle, peer_idle = ours[""], peers.get("")
     for name in names:
         own, peer = ours[name], peers.get(name)
@@ -232,7 +233,8 @@ def rows(names: Sequence[str], ours: dict[str, Cost], peers: dict[str, Cost]) ->
                 f"{peer.wall:.1f}",
                 f"{peer.private / 1e9:.2f}",
             ]
-            row += [f"{peer.cpu / own.cpu:.1f}×", f"{peer_work / max(work, 1e-9):.1f}×"]
+            row += [f"{peer.cpu / own.cpu:.1f}×", f"{peer.cpu / (idle.cpu + limit.cpu):.1f}×"]
+            row += [f"{peer_work / max(work, 1e-9):.1f}×"]
         yield row
 
 
@@ -283,8 +285,8 @@ def main() -> None:
     idle = f"start-up: {found[''].cpu:.1f} CPU s" + (f", mergekit {beside[''].cpu:.1f}" if beside else "")
     print(f"{idle}; CPU s: the whole command's, `merge`: without start-up\n")
     head = ["method", "CPU s", "merge", "wall", "private GB"]
-    head += ["mergekit CPU s", "merge", "wall", "private GB", "ratio", "merge ratio"] if beside else []
-    for row in (head, ["---"] * len(head), *rows(arguments.methods, found, beside)):
+    head += ["mergekit CPU s", "merge", "wall", "private GB", "ratio", "bound", "merge ratio"] if beside else []
+    for row in (head, ["---"] * len(head), *rows(arguments.methods, found, beside, limit)):
         print("| " + " | ".join(row) + " |")
 
 

@@ -22,7 +22,6 @@ from flows.settings import require_writable
 from flows.statistics import cache_of, member_statistics, require_sources, solutions
 from flows.table import plain_average
 from flows.watch import Watch
-from flows.winners import require_same
 from merging import storage
 from merging.errors import SearchError, SettingsError
 from merging.merge import base_recipe, member_recipe
@@ -69,11 +68,10 @@ def run(campaign: Campaign, display: Display) -> str:
             return summary(directory)
         with display.phase("Pool"):
             opened = open_campaign(campaign, display, directory.path)
-            require_same(directory, opened)
+            directory.check_pool(found := opened.fingerprints())
             require_sources(opened)
             require_kernel(opened)
-        directory.claim(campaign)
-        storage.write_json(directory / "pool.json", opened.fingerprints())
+        directory.claim(campaign, found)
         keep(opened.pool, directory.path)
         try:
             with heartbeat(directory.path, display.pulse), connect() as cluster:
@@ -94,7 +92,7 @@ def check(campaign: Campaign, display: Display) -> None:
     directory = Directory(campaign.directory or storage.absolute(storage.join("runs", campaign.name)))
     directory.check(campaign)
     opened = open_campaign(campaign, display, directory.path)
-    require_same(directory, opened)
+    directory.check_pool(opened.fingerprints())
     require_sources(opened)
     require_kernel(opened)
 
@@ -134,9 +132,9 @@ def run_selection(campaign: Campaign, display: Display) -> Selection:
     with directory.locked():
         with display.phase("Pool"):
             opened = open_campaign(campaign, display, directory.path)
-            require_same(directory, opened)
+            directory.check_pool(found := opened.fingerprints())
             require_kernel(opened)
-        directory.claim(campaign)
+        directory.claim(campaign, found)
         keep(opened.pool, directory.path)
         with connect() as cluster:
             ledger = Ledger(directory.ledger, campaign.name)

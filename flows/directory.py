@@ -2,10 +2,11 @@
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from shlex import quote
+from typing import Any
 
 import yaml
 
@@ -14,7 +15,7 @@ from flows.examination import FILE as FACTS
 from flows.lease import lease
 from flows.settings import require_writable
 from merging import storage
-from merging.errors import LedgerError, SettingsError, StorageError
+from merging.errors import LedgerError, PoolError, SettingsError, StorageError, TaskError
 from search.ledger import Ledger
 
 
@@ -98,9 +99,38 @@ class Directory:
         rows = Ledger(self.ledger, there.name).rows()
         return _differences(there, campaign) == ["selection"] and all(row.origin == "reference" for row in rows)
 
-    def claim(self, campaign: Campaign) -> None:
-        """Keeps the resolved campaign file here, which makes this the campaign's directory."""
+    def check_pool(self, found: Mapping[str, Any]) -> None:
+        """Looks whether base, members and evaluation data are those that the ledger's scores were measured on.
+
+        Args:
+            found: `Opened.fingerprints` of what is there now.
+
+        Raises:
+            PoolError: A checkpoint has changed since.
+            TaskError: A task's data have.
+        """
+        if not storage.exists(self / POOL) or not storage.list_dir(self.ledger):
+            return
+        before = storage.read_json(self / POOL)
+        remedy = "Put back what was there, or run the campaign anew in another directory"
+        for name, checkpoint in found["checkpoints"].items():
+            if before["checkpoints"].get(name) != checkpoint:
+                raise PoolError(
+                    f"'{name}' is not the checkpoint that this campaign was run on: its scores say nothing of the one that is "
+                    f"there now. {remedy}"
+                )
+        for task, splits in found["data"].items():
+            for split, examples in splits.items():
+                if before["data"].get(task, {}).get(split) != examples:
+                    raise TaskError(
+                        f"task '{task}': the {split} examples are not those that this campaign was measured on, and scores on "
+                        f"both cannot be compared. {remedy}"
+                    )
+
+    def claim(self, campaign: Campaign, pool: Mapping[str, Any]) -> None:
+        """Keeps the resolved campaign file and the pool's fingerprints, which makes this the campaign's directory."""
         storage.write_text(self / CAMPAIGN_FILE, dump(campaign))
+        storage.write_json(self / POOL, dict(pool))
 
     def is_finished(self, campaign: Campaign) -> bool:
         """Whether this very budget was spent here, and what it led to is still there."""
@@ -150,6 +180,7 @@ class Directory:
 
 DONE = "done.json"
 LEASE = ".lease.json"
+POOL = "pool.json"
 KNOWN = ("members", "data", "statistics", FACTS)
 """What may lie in a directory before its campaign does: the quick start's pool, and statistics computed ahead."""
 

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from flows.directory import Directory
 from flows.distil import Files, distil
 from flows.export import export
-from flows.opening import Opened, open_campaign
+from flows.opening import open_campaign
 from flows.progress import Display
 from flows.reporting import tables_as_markdown
 from flows.statistics import cache_of, member_statistics, solutions
 from flows.table import in_words
 from merging import storage
-from merging.errors import PoolError, TaskError
 from search.ledger import Ledger
 from search.schema import Row
 
@@ -41,7 +40,7 @@ def export_candidates(path: str, rows: Sequence[Row], display: Display) -> dict[
         return places
     with display.phase("Pool"):
         opened = open_campaign(campaign, display, directory.path)
-        require_same(directory, opened)
+        directory.check_pool(opened.fingerprints())
     with display.phase("Statistics"):
         cache = cache_of(campaign)
         files: Files = member_statistics(opened, opened.kinds, cache, display)
@@ -57,28 +56,3 @@ def export_candidates(path: str, rows: Sequence[Row], display: Display) -> dict[
                 recipe, used = distil(opened, files, start, cache, display)
             export(opened, used, recipe, places[row.candidate], table=card, row=row)
     return places
-
-
-def require_same(directory: Directory, opened: Opened) -> None:
-    """Looks whether base, members and evaluation data are those that the ledger's scores were measured on.
-
-    Raises:
-        PoolError: A checkpoint has changed since.
-        TaskError: A task's data have.
-    """
-    path = directory / "pool.json"
-    if not storage.exists(path) or not storage.list_dir(directory.ledger):
-        return
-    before, now = storage.read_json(path), opened.fingerprints()
-    remedy = "Put back what was there, or run the campaign anew in another directory"
-    if changed := [name for name, found in now["checkpoints"].items() if before["checkpoints"].get(name) != found]:
-        raise PoolError(
-            f"'{changed[0]}' is not the checkpoint that this campaign was run on: its scores say nothing of the one that is "
-            f"there now. {remedy}"
-        )
-    for task, splits in now["data"].items():
-        if changed := [split for split, found in splits.items() if before["data"].get(task, {}).get(split) != found]:
-            raise TaskError(
-                f"task '{task}': the {changed[0]} examples are not those that this campaign was measured on, and scores on "
-                f"both cannot be compared. {remedy}"
-            )

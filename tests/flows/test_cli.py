@@ -24,7 +24,6 @@ from flows.config import load_campaign
 from flows.directory import Directory
 from flows.opening import open_campaign
 from flows.progress import Display
-from merging import storage
 from search.ledger import Ledger
 from search.schema import Row
 
@@ -133,8 +132,7 @@ def test_a_campaign_whose_members_or_data_were_replaced_is_not_gone_on_with(
     campaign = load_campaign(str(file))
     directory, display = Directory(str(tmp_path / "out")), Display(Console(quiet=True))
     opened = open_campaign(campaign, display)
-    directory.claim(campaign)
-    storage.write_json(directory / "pool.json", opened.fingerprints())
+    directory.claim(campaign, opened.fingerprints())
     assert mergequest("campaign", "check", file)[1] == 0
     now = datetime.now(UTC)
     Ledger(directory.ledger, "tiny").append(

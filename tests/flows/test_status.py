@@ -42,7 +42,7 @@ def directory(campaign_file, tmp_path):
     """A campaign's directory with seven candidates, one of them failed and one pruned, and a reference."""
     campaign = load_campaign(str(campaign_file(directory="out", search={"candidates": 20})))
     found = Directory(str(tmp_path / "out"))
-    found.claim(campaign)
+    found.claim(campaign, {})
     rows = [row(number) for number in range(5)] + [row(5, "failed", error="TaskError: x"), row(6, "pruned")]
     Ledger(found.ledger, "tiny").extend([*rows, row(9, origin="reference")])
     return found
@@ -79,7 +79,7 @@ def test_before_any_sign_of_life(directory):
 def test_estimates_are_called_so(campaign_file, tmp_path):
     campaign = load_campaign(str(campaign_file(directory="out", search={"candidates": 20, "anchor_examples": 5})))
     found = Directory(str(tmp_path / "out"))
-    found.claim(campaign)
+    found.claim(campaign, {})
     scores = {"scores": {"one": 0.5, "two": 0.54}, "standard_errors": {"one": 0.03, "two": 0.04}}
     ledger = Ledger(found.ledger, "tiny")
     ledger.extend([row(2, split="anchors", **scores), row(1, split="anchors")])
