@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from numba import carray, types  # type: ignore[attr-defined]
 
-from merging.methods.loops import BRAIN, STRIDE, TILE
+from merging.methods.loops import BRAIN, FULL, STRIDE, TILE
 from merging.methods.loops.compiling import inner, room_for
 from merging.methods.loops.rows import (
     ZERO,
@@ -20,11 +20,11 @@ from merging.methods.loops.rows import (
     widen,
 )
 
-BASE, MEMBER, WHOLE, SCALED, MASKS, END = (place * STRIDE for place in range(6))
-"""Rows of the working memory: base, a member that needs converting first, Σ τ, Σ α τ, and how many masks have an entry."""
+BASE, WHOLE, SCALED, MASKS, END = (place * STRIDE for place in range(5))
+"""Rows of the working memory: base, Σ τ, Σ α τ, and how many masks have an entry."""
 ONE = np.float32(1)
 
-_work = room_for(types.float32, END)
+_work, _member = room_for(types.float32, END), room_for(types.float32, TILE)
 
 
 def _adding(wide: Callable[[Scalar], Scalar]) -> Callable[..., None]:
@@ -83,7 +83,7 @@ def consensus(
         factors: α, λ and k, float32 [T + 2].
     """
     p, k, c = integers(rows, 0, count), integers(kinds, 0, count), singles(factors, 0, count + 2)
-    work = carray(_work(), END)
+    work, member = carray(_work(), END), carray(_member(), TILE)
     for start in range(first, last, TILE):
         n = min(TILE, last - start)
         widen(work, BASE, base, base_kind, start, n)
@@ -92,15 +92,19 @@ def consensus(
         for t in range(count):
             if k[t] == BRAIN:
                 _add_brain(work, halves(p[t], start, n), c[t], n)
+            elif k[t] == FULL:
+                _add_single(work, singles(p[t], start, n), c[t], n)
             else:
-                widen(work, MEMBER, p[t], k[t], start, n)
-                _add_single(work, work[MEMBER:WHOLE], c[t], n)
+                widen(member, 0, p[t], k[t], start, n)
+                _add_single(work, member, c[t], n)
         for t in range(count):
             if k[t] == BRAIN:
                 _mark_brain(work, halves(p[t], start, n), c[count], n)
+            elif k[t] == FULL:
+                _mark_single(work, singles(p[t], start, n), c[count], n)
             else:
-                widen(work, MEMBER, p[t], k[t], start, n)
-                _mark_single(work, work[MEMBER:WHOLE], c[count], n)
+                widen(member, 0, p[t], k[t], start, n)
+                _mark_single(work, member, c[count], n)
         needed = c[count + 1]
         for i in range(n):
             mask = ONE if work[MASKS + i] >= needed else ZERO
