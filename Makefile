@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: help quickstart test test-fast test-endurance lint format clean
 
 help:
-	@echo "make quickstart  build a real pool of models and search for its best merge (about 12 minutes on 2 cores)"
+	@echo "make quickstart  build a real pool of models and search for its best merge (about 11 minutes on 2 cores)"
 	@echo "make test        lint, types, import floors, and all tests"
 	@echo "make test-fast   the fast tests only"
 	@echo "make test-endurance  killed nodes and drivers, a faulty S3: minutes each, not part of make test"

@@ -162,7 +162,7 @@ def grow(arguments: argparse.Namespace) -> None:
 def plot(arguments: argparse.Namespace, cells: dict[tuple[str, int], list[float]]) -> None:
     """Draws milliseconds over members, a panel a method and a line a size; dotted: as much for every member."""
     import matplotlib as mpl
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     mpl.use("svg")
     figure, panels = pyplot.subplots(1, len(arguments.methods), figsize=(3.2 * len(arguments.methods), 3), sharey=True)
@@ -173,6 +173,8 @@ def plot(arguments: argparse.Namespace, cells: dict[tuple[str, int], list[float]
             panel.plot(GROWTH, ideal, linestyle=":", color=line.get_color())
         panel.set(title=name, xlabel="members", xscale="log", yscale="log", xticks=GROWTH)
         panel.set_xticks(GROWTH, [str(members) for members in GROWTH])
+        panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        panel.yaxis.set_major_formatter(ticker.ScalarFormatter())
         panel.minorticks_off()
     panels[0].set_ylabel("CPU ms a candidate")
     panels[0].legend(fontsize=7)
