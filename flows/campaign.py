@@ -39,7 +39,7 @@ from search.objective import EXPECTED, Objective, best, make_objective, own_scor
 from search.samplers import make_sampler, memories
 from search.schema import Row
 from search.selection import Selection, Subset
-from search.study import open_study
+from search.study import check_storage, open_study
 
 ENDINGS: Mapping[Ending, str] = {
     "candidates": "every candidate of the budget was measured",
@@ -67,16 +67,14 @@ def run(campaign: Campaign, display: Display) -> str:
             display.say(f"{directory.path} is finished: nothing to do")
             return summary(directory)
         with display.phase("Pool"):
-            opened = open_campaign(campaign, display, directory.path)
-            directory.check_pool(found := opened.fingerprints())
-            require_sources(opened)
-            require_kernel(opened)
-        directory.claim(campaign, found)
+            opened, ledger = _opened(campaign, directory, display)
+            _require_searchable(opened)
+        directory.claim(campaign, opened.fingerprints())
         keep(opened.pool, directory.path)
         try:
             with heartbeat(directory.path, display.pulse), connect() as cluster:
                 display.say(f"  {cluster.describe()}")
-                _work(opened, directory, cluster, display)
+                _work(opened, directory, cluster, ledger, display)
         finally:
             directory.write_timings(display.timings)
         directory.finish(campaign)
@@ -91,10 +89,22 @@ def check(campaign: Campaign, display: Display) -> None:
     """
     directory = Directory(campaign.directory or storage.absolute(storage.join("runs", campaign.name)))
     directory.check(campaign)
+    opened, _ = _opened(campaign, directory, display)
+    _require_searchable(opened)
+
+
+def _opened(campaign: Campaign, directory: Directory, display: Display) -> tuple[Opened, Ledger]:
+    """Pool and tasks of a campaign, and what its directory has of it, looked through for what would stop it later."""
     opened = open_campaign(campaign, display, directory.path)
     directory.check_pool(opened.fingerprints())
-    require_sources(opened)
     require_kernel(opened)
+    return opened, Ledger(directory.ledger, campaign.name)
+
+
+def _require_searchable(opened: Opened) -> None:
+    require_sources(opened)
+    if (url := opened.campaign.search.storage) is not None:
+        check_storage(url)
 
 
 def compute_statistics(campaign: Campaign, kinds: Sequence[str] | None, out: str | None, display: Display) -> list[str]:
@@ -131,13 +141,10 @@ def run_selection(campaign: Campaign, display: Display) -> Selection:
     directory.check(campaign)
     with directory.locked():
         with display.phase("Pool"):
-            opened = open_campaign(campaign, display, directory.path)
-            directory.check_pool(found := opened.fingerprints())
-            require_kernel(opened)
-        directory.claim(campaign, found)
+            opened, ledger = _opened(campaign, directory, display)
+        directory.claim(campaign, opened.fingerprints())
         keep(opened.pool, directory.path)
         with connect() as cluster:
-            ledger = Ledger(directory.ledger, campaign.name)
             with display.phase("Statistics"):
                 prepare_selection(opened, cache_of(opened.campaign), display)
                 greedy = campaign.selection.mode.startswith("greedy")
@@ -148,10 +155,9 @@ def run_selection(campaign: Campaign, display: Display) -> Selection:
                 return _selection(opened, references, directory, executor, ledger, display)
 
 
-def _work(opened: Opened, directory: Directory, cluster: Cluster, display: Display) -> None:
+def _work(opened: Opened, directory: Directory, cluster: Cluster, ledger: Ledger, display: Display) -> None:
     """Everything that needs a cluster."""
     campaign = opened.campaign
-    ledger = Ledger(directory.ledger, campaign.name)
     with display.phase("Statistics"):
         statistics: Files = member_statistics(opened, opened.kinds, cache_of(opened.campaign), display)
         statistics = {**statistics, **solutions(opened, cache_of(opened.campaign), display)}

@@ -97,6 +97,15 @@ def open_study(
             yield study
 
 
+def check_storage(url: str) -> None:
+    """Looks whether an Optuna storage can be opened; a database that is not there yet is made.
+
+    Raises:
+        StorageError: It cannot.
+    """
+    _open_url(url)
+
+
 def read_study(directory: str, name: str) -> Study | None:
     """The study of a directory's journal as it stands, to look at; None where there is none that can be read.
 

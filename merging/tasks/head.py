@@ -59,6 +59,35 @@ def class_names(head: str, labels: Sequence[str] | None, base: str = "") -> Sequ
     return names
 
 
+def check_head(head: str, model_class: str, base: str = "") -> None:
+    """Looks, by names alone, whether a checkpoint has the head that a model class puts on a backbone.
+
+    Args:
+        head: The checkpoint's directory or address.
+        model_class: Name of the class in `transformers`.
+        base: The base that the head belongs to, if it is an adapter.
+
+    Raises:
+        TaskError: The checkpoint is of another architecture, or some part of the head is not in it at all.
+    """
+    import transformers
+
+    checkpoint = open_checkpoint(head, base)
+    try:
+        with torch.device("meta"), quiet():
+            config = transformers.CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(dict(checkpoint.config))
+            model: Any = getattr(transformers, model_class).from_config(config)
+    except Exception as error:  # transformers raises all kinds
+        raise TaskError(f"{head} cannot be loaded as {model_class}: {_first_line(error)}") from error
+    for name, part in model.named_children():
+        wanted = name != model.base_model_prefix and any(True for _ in part.parameters())
+        if wanted and not any(key.startswith(f"{name}.") for key in checkpoint.tensors):
+            raise TaskError(
+                f"{head} lacks the weights of '{name}', the head of {type(model).__name__}: name a checkpoint that was "
+                "fine-tuned with this head"
+            )
+
+
 def load_tokenizer(head: str, base: str = "") -> Any:
     """A checkpoint's tokenizer, or its base's where it was saved without one.
 

@@ -17,12 +17,21 @@ from merging import storage
 from merging.adapter import is_adapter
 from merging.errors import TaskError
 from merging.tasks.base import SPLITS, Batch, Score, Split, Task, TaskSettings, register
-from merging.tasks.head import class_names, has_tokenizer, load_model, load_tokenizer, tokenizer_identity
+from merging.tasks.head import (
+    check_head,
+    class_names,
+    has_tokenizer,
+    load_model,
+    load_tokenizer,
+    tokenizer_identity,
+)
 from merging.tasks.metrics import METRICS
 from merging.tasks.outcomes import Outcomes
 
 if TYPE_CHECKING:
     from merging.tasks.data import Examples
+
+MODEL_CLASS = "AutoModelForSequenceClassification"
 
 
 class TextClassificationSettings(TaskSettings):
@@ -93,6 +102,7 @@ class TextClassification(Task):
             _ = self._tokenizer
         with _collected(problems):
             _ = self._classes
+            check_head(self.head, MODEL_CLASS, self.base)
             for split in self.settings.data:
                 with _collected(problems):
                     self._split(split)
@@ -108,8 +118,7 @@ class TextClassification(Task):
 
     def load_skeleton(self, merged: Collection[str]) -> nn.Module:
         """See `Task.load_skeleton`."""
-        kind = "AutoModelForSequenceClassification"
-        model = load_model(self.head, kind, complete=True, base=self.base, hollow=merged)
+        model = load_model(self.head, MODEL_CLASS, complete=True, base=self.base, hollow=merged)
         config: Any = model.config
         if config.pad_token_id is None:
             config.pad_token_id = self._tokenizer.pad_token_id

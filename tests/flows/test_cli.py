@@ -97,6 +97,9 @@ def test_check_finds_what_a_run_would_stop_at_later(campaign_file, tiny_campaign
     ):
         output, status = mergequest("campaign", "check", campaign_file(tasks={"one": bare}, directory="out", **changes))
         assert (status, "task 'one' has no train examples" in output.replace("\n", " ")) == (2, True), output
+    elsewhere = {**tiny_campaign["search"], "storage": f"sqlite:///{tmp_path}/nowhere/study.db"}
+    output, status = mergequest("campaign", "check", campaign_file(search=elsewhere, directory="out"))
+    assert (status, "the study's storage cannot be opened" in output.replace("\n", " ")) == (2, True), output
 
 
 def test_members_that_are_the_base_or_one_another_are_told(campaign_file, tiny_campaign, tmp_path):

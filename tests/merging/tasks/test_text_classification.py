@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import f1_score, log_loss
 from transformers import BertModel
 
@@ -292,6 +293,14 @@ def test_load_model(task, head):
     assert not model.training
     assert {value.dtype for value in model.parameters()} == {torch.float32}
     assert {value.device.type for value in model.parameters()} == {"cpu"}
+
+
+def test_check_finds_a_head_without_its_weights(make_text_task, frames, head, tmp_path):
+    copy = edit_config(head, tmp_path)
+    weights = load_file(f"{head}/model.safetensors")
+    save_file({name: value for name, value in weights.items() if "classifier" not in name}, f"{copy}/model.safetensors")
+    with pytest.raises(TaskError, match="lacks the weights of 'classifier', the head of BertForSequenceClassification"):
+        make_text_task(frames, head=copy).check()
 
 
 def test_load_model_refuses_an_untrained_head(make_text_task, frames, tiny_pool):
