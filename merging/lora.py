@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from merging.errors import CheckpointError
 from merging.names import checkpoint_names, conv1d
 
 PREFIX = "base_model.model."
+_IMPORTING = Lock()
+"""Transformers replaces its module while it is imported: a thread that waits for another's import gets the replaced one."""
 LOADERS = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -142,7 +145,8 @@ def _skeleton(
 
 def _build(path: str, config: Mapping[str, Any], loader: str | None, architecture: str) -> nn.Module:
     """A model of a configuration on no device."""
-    import transformers
+    with _IMPORTING:
+        import transformers
 
     try:
         parsed = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))

@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -173,6 +175,16 @@ def test_an_adapter_is_a_member_like_any_other(tiny_pool, mixed, tmp_path):
     assert set(grams["lora"]) <= set(pools["lora"].members["x"].checkpoint.tensors)
     for name in pools["lora"].weights:
         torch.testing.assert_close(written["lora"].read(name), written["merged"].read(name), rtol=1e-5, atol=1e-6)
+
+
+def test_adapters_are_opened_together_by_a_process_that_has_not_imported_transformers(tiny_pool, mixed):
+    opening = f"""
+from merging.pool import Pool
+pool = Pool.open({str(tiny_pool["base"])!r}, {{f"m{{i}}": {mixed["lora"]!r} for i in range(8)}})
+print(len(pool.members))
+"""
+    done = subprocess.run([sys.executable, "-c", opening], capture_output=True, text=True, check=False)
+    assert done.stdout == "8\n", done.stderr
 
 
 def test_the_fingerprint_follows_base_and_adapter(tiny_pool, mixed, tmp_path, save_base):
