@@ -24,7 +24,7 @@ def quality(scores: Mapping[str, float], base_scores: Mapping[str, float]) -> tu
         base_scores: Member → the base's score on the same examples.
 
     Returns:
-        Member → q, and notes naming the members with q = 0, which no subset will hold.
+        Member → q, and notes naming the members with q = 0, which no subset but the whole pool will hold.
 
     Raises:
         SelectionError: A base score is missing, 0 or negative; a score is not finite; no member is better
@@ -50,8 +50,8 @@ def quality(scores: Mapping[str, float], base_scores: Mapping[str, float]) -> tu
             "set the selection's quality to 'equal', or the selection's mode to 'all'"
         )
     notes = [
-        f"member '{name}' is dropped from the selection: it scores {scores[name]:.4g} where the base scores "
-        f"{base_scores[name]:.4g}"
+        f"member '{name}' is selected only where all members are: it scores {scores[name]:.4g} on its task, where the "
+        f"base scores {base_scores[name]:.4g}"
         for name, gain in gains.items()
         if gain <= 0
     ]
