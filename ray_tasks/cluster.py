@@ -116,6 +116,12 @@ def evaluators_for(cluster: Cluster, asked: int | None, threads: int, gpus: floa
     if asked and cluster.may_grow:
         return asked
     limit = int(cluster.gpus / gpus) if gpus else cluster.cpus // threads
+    if limit < 1 and cluster.may_grow:
+        raise ClusterError(
+            f"no evaluator fits {cluster.describe()}: where nodes come as they are asked for, say how many evaluators are to "
+            "ask for them with resources.evaluators, and for which GPUs with resources.gpus; else lower resources.threads "
+            "or resources.gpus"
+        )
     if limit < 1 or (asked or 0) > limit:
         what = f"{gpus:g} GPUs" if gpus else f"{threads} CPUs"
         raise ClusterError(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.resources import files
 from pathlib import Path
 
 import botocore.session
@@ -10,6 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from botocore.validate import validate_parameters
+from referencing import Registry, Resource
 
 import ray_tasks  # noqa: F401  # before Ray: it settles what that reads from the environment
 
@@ -39,14 +41,79 @@ def pods(found):
     ]
 
 
-@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
-def test_kuberay_resources_keep_to_their_contract(name):
+@pytest.fixture(scope="module")
+def kuberay():
+    """KubeRay's types by our schema of them, and those that they take from Kubernetes by its own."""
+    shipped = files("kubernetes_validate") / f"kubernetes-json-schema/v{KUBERNETES}.0-local-strict/_definitions.json"
+    registry = Resource.from_contents(json.loads(shipped.read_text())) @ Registry()
     schema = json.loads((HERE / "kuberay.schema.json").read_text())
-    found = manifest(name)
-    jsonschema.Draft202012Validator(schema).validate(found)
-    cluster_spec(found)["workerGroupSpecs"][0]["minReplica"] = 1
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.Draft202012Validator(schema).validate(found)
+    return jsonschema.Draft202012Validator(schema, registry=registry)
+
+
+@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
+def test_kuberay_takes_its_resources(kuberay, name):
+    kuberay.check_schema(kuberay.schema)
+    kuberay.validate(manifest(name))
+
+
+def changed(found, path, value):
+    """With a value in another's place, or without it where the value is `None`."""
+    *way, last = [int(step) if step.isdigit() else step for step in path.split(".")]
+    for step in way:
+        found = found[step]
+    if value is None:
+        del found[last]
+    else:
+        found[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("metadata.name", "7-is-no-letter"),
+        ("spec.rayVersion", None),  # a token is for Ray 2.52 and later, so KubeRay asks which it is
+        ("spec.authOptions.mode", "Token"),
+        ("spec.authOptions.secret", "mine"),
+        ("spec.autoscalerOptions.idleTimeoutSeconds", "300"),
+        ("spec.autoscalerOptions.upscalingMode", "default"),
+        ("spec.autoscalerOptions.securityContext.capability", []),
+        ("spec.headGroupSpec.serviceType", "None"),
+        ("spec.headGroupSpec.minReplicas", 1),
+        ("spec.headGroupSpec.template.spec.containers", []),
+        ("spec.headGroupSpec.template.spec.container", []),
+        ("spec.headGroupSpec.rayStartParams.num-cpus", 0),
+        ("spec.headGroupSpec.resources", {"CPU": "0"}),  # a second place for what rayStartParams says
+        ("spec.workerGroupSpecs.0.rayStartParams.labels", "a=b"),
+        ("spec.workerGroupSpecs.0.minReplica", 1),
+        ("spec.workerGroupSpecs.0.minReplicas", -1),
+        ("spec.workerGroupSpecs.0.groupName", None),
+        ("spec.workerGroupSpecs.0.template", None),
+    ],
+)
+def test_kuberay_refuses_a_wrong_cluster(kuberay, path, value):
+    found = manifest("raycluster.yaml")
+    changed(found, path, value)
+    assert not kuberay.is_valid(found)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("spec.submissionMode", "K8sJob"),
+        ("spec.submissionMode", "InteractiveMode"),  # whose jobs are not tried again
+        ("spec.submissionMode", "SidecarMode"),  # which has no pod to submit from
+        ("spec.shutdownAfterJobFinishes", None),  # the seconds until it is gone say that it goes
+        ("spec.activeDeadlineSeconds", 0),
+        ("spec.clusterSelector", {"ray.io/cluster": "another"}),
+        ("spec.rayClusterSpec", None),
+        ("spec.rayClusterSpec.workerGroupSpec", []),
+        ("spec.backofLimit", 3),
+    ],
+)
+def test_kuberay_refuses_a_wrong_job(kuberay, path, value):
+    found = manifest("rayjob.yaml")
+    changed(found, path, value)
+    assert not kuberay.is_valid(found)
 
 
 def agrees(resource):
@@ -77,16 +144,66 @@ def test_kubernetes_takes_the_network_policy():
     assert not agrees(policy)
 
 
+def autoscaling(found):
+    """What Ray's autoscaler makes of a resource: it has read it, and checked it by its own schema."""
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr as derive
+    from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+
+    return AutoscalingConfig(
+        derive({"metadata": found["metadata"], "spec": cluster_spec(found)}), skip_content_hash=True
+    )
+
+
+def launched(config, demands):
+    """Kind of node → how many Ray's autoscaler adds to a cluster without workers for what tasks and actors ask for."""
+    from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+    from ray.autoscaler.v2.utils import ResourceRequestUtil
+
+    request = SchedulingRequest(
+        disable_launch_config_check=True,
+        node_type_configs=config.get_node_type_configs(),
+        max_num_nodes=config.get_max_num_nodes(),
+        resource_requests=ResourceRequestUtil.group_by_count([ResourceRequestUtil.make(each) for each in demands]),
+    )
+    reply = ResourceDemandScheduler(event_logger=None).schedule(request)
+    return {launch.instance_type: launch.count for launch in reply.to_launch}
+
+
 @pytest.mark.parametrize(("name", "gpus"), [("raycluster.yaml", 64), ("rayjob.yaml", 8)])
 def test_rays_autoscaler_reads_the_kuberay_cluster(name, gpus):
-    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+    config = autoscaling(manifest(name))
+    assert config.get_head_node_type() == "headgroup"
+    types = config.get_node_type_configs()
+    assert types["headgroup"].resources == {"CPU": 0, "memory": 16 << 30}
+    assert types["gpu"].resources == {"CPU": 8, "GPU": 1, "memory": 64 << 30}
+    assert (types["gpu"].min_worker_nodes, types["gpu"].max_worker_nodes) == (0, gpus)
+    assert (config.get_idle_timeout_s(), config.get_max_num_worker_nodes()) == (300, gpus)
+    assert config.get_upscaling_speed() >= gpus  # all that are asked for at once
 
-    found = manifest(name)
-    config = _derive_autoscaling_config_from_ray_cr({"metadata": found["metadata"], "spec": cluster_spec(found)})
-    head, worker = config["available_node_types"]["headgroup"], config["available_node_types"]["gpu"]
-    assert head["resources"]["CPU"] == 0
-    assert (worker["resources"]["GPU"], worker["resources"]["CPU"]) == (1, 8)
-    assert (worker["min_workers"], worker["max_workers"]) == (0, gpus)
+
+@pytest.mark.parametrize(("name", "gpus"), [("raycluster.yaml", 64), ("rayjob.yaml", 8)])
+def test_rays_autoscaler_starts_a_node_for_every_gpu_that_is_asked_for(name, gpus):
+    evaluator = {"CPU": 1, "GPU": 1}
+    assert launched(autoscaling(manifest(name)), [evaluator] * 3) == {"gpu": 3}
+    assert launched(autoscaling(manifest(name)), [evaluator] * 100) == {"gpu": gpus}
+    assert launched(autoscaling(manifest(name)), [{"CPU": 1, "GPU": 0.25}] * 4) == {"gpu": 1}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "error"),
+    [
+        ("spec.workerGroupSpecs.0.maxReplicas", None, KeyError),
+        ("spec.workerGroupSpecs.0.maxReplicas", "64", TypeError),
+        ("spec.workerGroupSpecs.0.template.spec.containers.0.resources", {}, ValueError),
+        ("spec.headGroupSpec.rayStartParams.num-cpus", "none", ValueError),
+        ("spec.autoscalerOptions.idleTimeoutSeconds", -60, jsonschema.ValidationError),
+    ],
+)
+def test_rays_autoscaler_refuses_a_wrong_cluster(path, value, error):
+    found = manifest("raycluster.yaml")
+    changed(found, path, value)
+    with pytest.raises(error):
+        autoscaling(found)
 
 
 @pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
@@ -97,7 +214,8 @@ def test_kuberay_clusters_are_closed(name):
     assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
     for pod in pods(found):
         assert pod["spec"]["securityContext"]["runAsNonRoot"]
-        for container in pod["spec"]["containers"]:
+        # with the one that the operator adds to the head's pod, or a restricted namespace refuses the head
+        for container in (*pod["spec"]["containers"], spec["autoscalerOptions"]):
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
             assert not container["securityContext"]["allowPrivilegeEscalation"]
             assert not [variable for variable in container.get("env", []) if "TOKEN" in variable["name"]]
@@ -149,4 +267,5 @@ def test_ec2_takes_the_machines(aws, node):
     shape = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
     validate_parameters(settings, shape)
     assert settings["MetadataOptions"]["HttpTokens"] == "required"
+    assert settings["ImageId"].startswith("resolve:ssm:/aws/service/deeplearning/")  # EC2 looks it up
     assert ("InstanceMarketOptions" in settings) == (node == "gpu_spot")

@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 HADOLINT = Path(sys.executable).with_name("hadolint")
@@ -36,7 +37,7 @@ def test_every_package_is_copied_and_passes_the_ignore_file(instructions):
 
 def test_base_user_and_environment(instructions):
     names = [name for name, _ in instructions]
-    assert set(names) <= {"FROM", "RUN", "COPY", "ENV", "USER", "WORKDIR", "CMD"}
+    assert set(names) <= {"FROM", "ARG", "RUN", "COPY", "ENV", "USER", "WORKDIR", "CMD"}
     base = next(value for name, value in instructions if name == "FROM")
     requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
     assert base == f"python:{requires.removeprefix('>=')}-slim"
@@ -47,6 +48,18 @@ def test_base_user_and_environment(instructions):
     environment = " ".join(value for name, value in instructions if name == "ENV")
     assert "RAY_AUTH_MODE=token" in environment
     assert not re.search(r"TOKEN=|SECRET|PASSWORD|ACCESS_KEY", environment)
+
+
+def test_dependencies_are_a_layer_that_the_program_does_not_change(instructions):
+    installs = [at for at, (name, value) in enumerate(instructions) if name == "RUN" and "pip install" in value]
+    program = [at for at, (name, value) in enumerate(instructions) if name == "COPY" and "flows" in value]
+    dependencies, itself = installs
+    assert dependencies < program[0] < itself
+    assert "--no-deps" in instructions[itself][1]
+    # which the development environment has by chance
+    assert yaml.safe_load((ROOT / "infra" / "aws.yaml").read_text())["provider"]["type"] == "aws"
+    assert ("ARG", "EXTRAS=aws") in instructions[:dependencies]
+    assert "/src[${EXTRAS}]" in instructions[dependencies][1]
 
 
 @pytest.mark.skipif(not HADOLINT.exists(), reason="hadolint comes with the dev extra on Linux")
