@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -26,8 +27,9 @@ from merging.pool import Pool
 from merging.recipe import Recipe
 from ray_tasks.cluster import connect
 from ray_tasks.delivery import Delivery
+from ray_tasks.direct import Trays
 from ray_tasks.sharding import nodes, plan, sharded
-from ray_tasks.shards import Shards
+from ray_tasks.shards import Inbox, Shards
 
 LAYERS = 16
 
@@ -76,7 +78,9 @@ def seconds(work: Callable[[Recipe], float], method: str, members: list[str], re
     return median(whole for whole, _ in taken[1:]), median(part for _, part in taken[1:])
 
 
-def compare(opens: Callable[[], Material], methods: list[str], counts: list[int], repeats: int) -> None:
+def compare(
+    opens: Callable[[], Material], methods: list[str], counts: list[int], repeats: int, transports: list[str]
+) -> None:
     """Prints a row for every method and number of shards."""
     material = opens()
     members = list(material.pool.members)
@@ -86,13 +90,13 @@ def compare(opens: Callable[[], Material], methods: list[str], counts: list[int]
     alone = {method: resident(material, out, method, repeats) for method in methods}
     for method, taken in alone.items():
         print(f"| {size / 1e6:.0f} | {method} | resident | {taken:.3f} | {moved / taken / 1e9:.1f} | | |")
-    for count in counts:
-        made = plan(material, methods, nodes(), evaluators=1, shards=count)
-        with sharded(opens, made, restarts=0) as shards:
+    for count, transport in product(counts, transports):
+        made = plan(material, methods, nodes(), evaluators=1, shards=count, direct=transport == "nixl")
+        with sharded(opens, made, retries=1) as shards:
             for method in methods:
-                whole, copy = fed(shards, Delivery(material, out), method, members, repeats)
-                rate, over = moved / whole / 1e9, whole / alone[method]
-                print(f"| {size / 1e6:.0f} | {method} | {count} | {whole:.3f} | {rate:.1f} | {over:.2f} | {copy:.3f} |")
+                whole, copy = fed(shards, material, out, method, members, repeats)
+                how = f"{count} {transport} | {whole:.3f} | {moved / whole / 1e9:.1f} | {whole / alone[method]:.2f}"
+                print(f"| {size / 1e6:.0f} | {method} | {how} | {copy:.3f} |")
 
 
 def resident(material: Material, out: Mapping[str, torch.Tensor], method: str, repeats: int) -> float:
@@ -106,12 +110,22 @@ def resident(material: Material, out: Mapping[str, torch.Tensor], method: str, r
     return seconds(work, method, list(material.pool.members), repeats)[0]
 
 
-def fed(shards: Shards, delivery: Delivery, method: str, members: list[str], repeats: int) -> tuple[float, float]:
+def fed(
+    shards: Shards,
+    material: Material,
+    out: Mapping[str, torch.Tensor],
+    method: str,
+    members: list[str],
+    repeats: int,
+) -> tuple[float, float]:
     """Seconds of a candidate that shards merge, and of the copy alone."""
     import ray  # after ray_tasks, which settles its environment
 
+    trays = Trays(shards.parts) if shards.parts else None
+    delivery, inbox = Delivery(material, out, trays), Inbox(trays.address) if trays else None
+
     def work(recipe: Recipe) -> float:
-        pieces = ray.get(shards.merge(recipe))
+        pieces = ray.get(shards.merge(recipe, inbox))
         start = time.perf_counter()
         delivery.take(pieces)
         delivery.merge(recipe)
@@ -127,6 +141,7 @@ def main() -> None:
     parser.add_argument("--members", type=int, default=4)
     parser.add_argument("--shards", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--methods", nargs="+", default=["task_arithmetic", "ties"])
+    parser.add_argument("--transports", nargs="+", choices=["store", "nixl"], default=["store"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--directory", type=Path, help="where the pool is made, and removed from; default: temporary")
     arguments = parser.parse_args()
@@ -137,7 +152,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory, connect():
         for parameters in arguments.parameters:
             opens = make_pool(Path(directory), parameters, arguments.members)
-            compare(opens, arguments.methods, arguments.shards, arguments.repeats)
+            compare(opens, arguments.methods, arguments.shards, arguments.repeats, arguments.transports)
 
 
 if __name__ == "__main__":

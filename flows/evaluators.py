@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 from flows.distil import Files
 from flows.executor import RayExecutor
@@ -19,7 +20,7 @@ from ray_tasks.metrics import EvaluatorMetrics
 @contextmanager
 def evaluators(opened: Opened, statistics: Files, cluster: Cluster, display: Display) -> Iterator[RayExecutor]:
     """Evaluators for the block, as many as fit, with threads and memory said."""
-    resources = opened.campaign.resources
+    resources, cluster = opened.campaign.resources, cluster.now()  # statistics may have made it grow
     gpus = (1.0 if cluster.gpus else 0.0) if resources.gpus is None else resources.gpus
     is_fed = is_sharded(opened, cluster, gpus)
     memory = int((resources.memory or 0.0) * 1e9) or opened.evaluator_bytes(sharded=is_fed)
@@ -29,7 +30,7 @@ def evaluators(opened: Opened, statistics: Files, cluster: Cluster, display: Dis
     setup = opened.setup(statistics)
     with shards_of(opened, setup, count, display) if is_fed else nullcontext() as shards:
         crew = Crew(
-            setup,
+            replace(setup, parts=shards.parts) if shards else setup,
             count,
             resources.threads,
             gpus,

@@ -14,6 +14,7 @@ from merging.pool import Pool
 from merging.recipe import Recipe, Value
 from merging.tasks import make_task
 from merging.tasks.base import Task
+from ray_tasks.direct import TRAYS
 from ray_tasks.evaluation import Setup
 from search.method_space import weight_groups
 from search.space import Space
@@ -120,11 +121,13 @@ class Opened:
         """Estimated memory of an evaluator: models, and for every method one float32 copy of each member's weights.
 
         Args:
-            sharded: Of one that merges nothing itself, and holds models and the next candidate's weights.
+            sharded: Of one that merges nothing itself, and holds models and the next candidate's weights; two candidates'
+                where shards write these into its memory.
         """
         weights = sum(info.nbytes for info in self.pool.weights.values())
         copies = 0 if sharded else len(self.pool.members) * len(self.campaign.search.methods)
-        return (1 << 30) + weights * (3 if sharded else 2 + copies)
+        waiting = TRAYS if self.campaign.resources.transport == "nixl" else 1
+        return (1 << 30) + weights * (2 + (waiting if sharded else copies))
 
 
 def open_campaign(campaign: Campaign, display: Display, directory: str | None = None) -> Opened:

@@ -52,6 +52,7 @@ def shards_of(opened: Opened, setup: Setup, evaluators: int, display: Display) -
         threads=resources.threads,
         shards=resources.shards,
         shard_memory=None if resources.shard_memory is None else int(resources.shard_memory * 1e9),
+        direct=resources.transport == "nixl",
     )
     with sharded(setup.material, made, resources.retries, display.say) as shards:
         yield shards

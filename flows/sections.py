@@ -119,6 +119,11 @@ class ResourceSettings(Settings):
     shard_memory: float | None = Field(
         None, gt=0, description="Most memory of a shard in GB; by default four fifths of the smallest node's."
     )
+    transport: Literal["store", "nixl"] = Field(
+        "store",
+        description="How merged weights come from shards to evaluators: through Ray's object store, or written straight into "
+        "the evaluators' memory through NIXL (by RDMA, shared memory or TCP; every node needs mergequest[nixl]).",
+    )
     retries: int = Field(3, ge=0, description="How often work is tried again after a worker was lost.")
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from merging.merge import Material, joined
 from merging.recipe import Recipe
+from ray_tasks.direct import Address, Trays
 from ray_tasks.evaluation import Answer, Assignment, Evaluator
 from ray_tasks.shards import Piece
 
@@ -20,10 +21,12 @@ class Delivery:
     Args:
         material: For the weights' shapes; none is read.
         out: The weights to overwrite, on the evaluator's device.
+        trays: Where shards write what they merged, if they do.
     """
 
-    def __init__(self, material: Material, out: Mapping[str, Tensor]) -> None:
+    def __init__(self, material: Material, out: Mapping[str, Tensor], trays: Trays | None = None) -> None:
         self._out = out
+        self._trays = trays
         self._sizes = {name: value.numel() for name, value in out.items()}
         self._pieces: Sequence[Piece] = ()
 
@@ -38,14 +41,20 @@ class Delivery:
             The method's figures on the merge.
         """
         pieces, self._pieces = self._pieces, ()
-        for piece in pieces:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that the store's memory is read-only; it is only read
-                values = torch.from_numpy(piece.values)
+        for number, piece in enumerate(pieces):
+            values = self._values(number, piece)
             parts = values.split([self._sizes[name] for name in piece.names])  # type: ignore[no-untyped-call]
             for name, part in zip(piece.names, parts, strict=True):
                 self._out[name].copy_(part.view(self._out[name].shape))
         return joined(piece.report for piece in pieces)
+
+    def _values(self, number: int, piece: Piece) -> Tensor:
+        if piece.turn is not None:
+            assert self._trays is not None
+            return self._trays.part(number, piece.turn)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the store's memory is read-only; it is only read
+            return torch.from_numpy(piece.values)
 
 
 class FedEvaluator(Evaluator):
@@ -59,7 +68,23 @@ class FedEvaluator(Evaluator):
         super().__init__(setup, threads)
         self._delivery: Delivery | None = None
         self._loaded: tuple[str, Sequence[Piece]] | None = None
+        self._trays: Trays | None = None
         self._source = self._deliver
+
+    def build(self) -> str:
+        """As every evaluator; also makes room for what shards write.
+
+        Raises:
+            ClusterError: Nothing can be written here.
+        """
+        if self._setup.parts and self._trays is None:
+            self._trays = Trays(self._setup.parts)
+        return super().build()
+
+    def address(self) -> Address:
+        """Where shards write to, once this is built."""
+        assert self._trays is not None
+        return self._trays.address
 
     def load(self, identity: str, *pieces: Piece) -> None:
         """Takes the pieces of the recipe that is measured next."""
@@ -72,7 +97,8 @@ class FedEvaluator(Evaluator):
         if loaded is None or loaded[0] != assignment.recipe.identity:
             return Answer(None, "a shard was lost before its part of the merge arrived", self._worker, now, lost=True)
         if wrong := sorted((piece for piece in loaded[1] if piece.error), key=lambda piece: piece.lost):
-            return Answer(None, wrong[0].error, self._worker, now, lost=wrong[0].lost)
+            unreachable = any(piece.unreachable for piece in wrong)
+            return Answer(None, wrong[0].error, self._worker, now, wrong[0].lost or unreachable, unreachable)
         try:
             self.build()
         except Exception as error:
@@ -82,5 +108,5 @@ class FedEvaluator(Evaluator):
         return super().measure(assignment)
 
     def _deliver(self, material: Material, out: Mapping[str, Tensor]) -> Delivery:
-        self._delivery = Delivery(material, out)
+        self._delivery = Delivery(material, out, self._trays)
         return self._delivery

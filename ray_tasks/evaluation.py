@@ -33,6 +33,7 @@ class Setup:
         owners: Task → the member whose head it is evaluated with.
         precision: Of evaluation.
         facts: What is known of the files, so that nobody reads them whole to recognise them (`merging.memory`).
+        parts: Entries of each shard's part of the weights, where shards write these into the evaluator's memory.
     """
 
     base: str
@@ -44,6 +45,7 @@ class Setup:
     owners: Mapping[str, str]
     precision: str = "float32"
     facts: Mapping[str, str] = field(default_factory=dict)
+    parts: tuple[int, ...] = ()
 
     def material(self, *, resident: bool = False) -> Material:
         """Opens pool and statistics.
@@ -82,13 +84,23 @@ class Assignment:
 
 @dataclass
 class Answer:
-    """What an evaluator returns: failures are values, so that they are not mistaken for a dead worker."""
+    """What an evaluator returns: failures are values, so that they are not mistaken for a dead worker.
+
+    Args:
+        measurement: The scores; None if it failed.
+        error: Type and message of the failure.
+        worker: Who did it.
+        started: When work on it began.
+        lost: Whether trying again may help.
+        unreachable: Whether the evaluator is cut off from the shards, and of no more use.
+    """
 
     measurement: Measurement | None
     error: str | None
     worker: str
     started: datetime
     lost: bool = False
+    unreachable: bool = False
 
 
 class Evaluator:

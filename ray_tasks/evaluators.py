@@ -16,7 +16,7 @@ from ray_tasks.crew import Crew
 from ray_tasks.evaluation import Answer, Assignment
 from ray_tasks.failures import reason
 from ray_tasks.metrics import EvaluatorMetrics
-from ray_tasks.shards import Shards
+from ray_tasks.shards import Inbox, Shards
 
 GRACE = 20.0
 """Seconds that evaluators have to follow the first one, before work begins without them."""
@@ -102,6 +102,7 @@ class EvaluatorPool:
     _again: deque[Assignment] = field(default_factory=deque, init=False)
     _open: set[str] = field(default_factory=set, init=False)
     _displaced: Counter[str] = field(default_factory=Counter, init=False)
+    _inboxes: dict[Any, Inbox] = field(default_factory=dict, init=False)
 
     def start(self, timeout: float = 1800.0, grace: float = GRACE) -> int:
         """Starts the evaluators; returns when all are built, or those that are `grace` seconds after the first.
@@ -158,7 +159,8 @@ class EvaluatorPool:
             raise ClusterError("every evaluator is busy")
         work = _Work(actor, self.crew.node(actor), assignment, datetime.now(UTC))
         if self.shards is not None:
-            work.awaits = actor.load.remote(assignment.recipe.identity, *self.shards.merge(assignment.recipe))
+            pieces = self.shards.merge(assignment.recipe, self._inboxes.get(actor))
+            work.awaits = actor.load.remote(assignment.recipe.identity, *pieces)
         reference = actor.measure.remote(assignment)
         self._works[reference] = work
         self._open.add(assignment.ticket)
@@ -196,7 +198,7 @@ class EvaluatorPool:
     def close(self) -> None:
         """Ends the evaluators."""
         self.crew.close()
-        for held in (self._queues, self._works, self._again, self._open):
+        for held in (self._queues, self._works, self._again, self._open, self._inboxes):
             held.clear()
         self._look()
 
@@ -212,6 +214,8 @@ class EvaluatorPool:
     def _welcome(self, reference: Any) -> None:
         if (actor := self.crew.welcome(reference)) is not None:
             self._queues[actor] = deque()
+            if self.shards is not None and self.shards.parts:
+                self._inboxes[actor] = Inbox(actor.address.remote())
 
     def _start_clock(self, actor: Any) -> None:
         """Starts the clock of the assignment whose turn it is, if it has what it waits for."""
@@ -263,7 +267,11 @@ class EvaluatorPool:
         self._start_clock(work.actor)
         if answer is None:
             return []
-        self.crew.count_answer()
+        if self.shards is not None and answer.unreachable:
+            self._dismiss(work.actor)
+            self.crew.count_death(str(answer.error))
+        else:
+            self.crew.count_answer()
         self._displaced.pop(ticket, None)
         if answer.lost and self.shards is not None:
             self.shards.forget()
@@ -295,6 +303,7 @@ class EvaluatorPool:
     def _dismiss(self, actor: Any, but: _Work | None = None) -> None:
         """Ends an evaluator, if it is not dead, and has it replaced at once; what waited there goes elsewhere."""
         self.crew.dismiss(actor)
+        self._inboxes.pop(actor, None)
         works = [self._works.pop(reference) for reference in self._queues.pop(actor)]
         self._again.extend(work.assignment for work in works if work is not but and not work.recalled)
 

@@ -13,6 +13,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from merging.errors import ClusterError
 from merging.merge import Material
 from merging.placement import Place, place
+from ray_tasks.direct import require_direct
 from ray_tasks.shards import Shards
 from ray_tasks.watch import addresses, watched
 
@@ -51,11 +52,13 @@ class Plan:
         places: The shards.
         evaluators: How many evaluators are fed.
         threads: Torch threads of a shard.
+        direct: Whether merged weights are written straight into evaluators' memory, and take no object store.
     """
 
     places: Sequence[Place]
     evaluators: int
     threads: int
+    direct: bool = False
 
     @property
     def bundles(self) -> list[int]:
@@ -86,7 +89,7 @@ class Plan:
             left[roomiest] -= size
         # each evaluator's next weights, and those that are on their way to the first that is free
         travelling, store = self.merged_bytes * (self.evaluators + 1), sum(node.store for node in nodes)
-        if travelling > store:
+        if travelling > store and not self.direct:
             raise ClusterError(
                 f"merged weights on their way to {self.evaluators} evaluators take {_gigabytes(travelling)}, and the nodes' "
                 f"object stores have {_gigabytes(store)}: fewer resources.evaluators, or nodes with a larger object store "
@@ -149,6 +152,7 @@ def plan(
     threads: int = 1,
     shards: int | None = None,
     shard_memory: int | None = None,
+    direct: bool = False,
 ) -> Plan:
     """Cuts a pool into as many shards as asked for, or as nodes and memory need.
 
@@ -160,17 +164,18 @@ def plan(
         threads: Torch threads of a shard.
         shards: How many; by default one a node, or as many as `shard_memory` asks for.
         shard_memory: Most bytes of a shard's process; by default four fifths of the smallest node's.
+        direct: Whether merged weights are written straight into evaluators' memory.
 
     Raises:
         ClusterError: The cluster cannot hold it, or a shard exceeds `shard_memory`.
     """
     limit = shard_memory or int(SHARE * min(node.memory for node in found))
     count = shards or len(found)
-    made = Plan(place(material, methods, count), evaluators, threads)
+    made = Plan(place(material, methods, count), evaluators, threads, direct)
     while max(made.bundles) > limit and shards is None and len(made.places) == count:
         count = max(count + 1, ceil(sum(p.held_bytes for p in made.places) / max(limit - PROCESS_BYTES, 1)))
         count = min(count, len(material.pool.weights) + 1)
-        made = Plan(place(material, methods, count), evaluators, threads)
+        made = Plan(place(material, methods, count), evaluators, threads, direct)
     if max(made.bundles) > limit and shard_memory is not None:
         raise ClusterError(
             f"a shard takes {_gigabytes(max(made.bundles))}, {_gigabytes(PROCESS_BYTES)} of it for its process, and "
@@ -195,9 +200,11 @@ def sharded(
         say: Told what lies where before anything is read, and what becomes of shards that are lost with their node.
 
     Raises:
-        ClusterError: The memory is taken by others.
+        ClusterError: The memory is taken by others, or a node cannot write straight into another's.
         MergequestError: The pool cannot be read.
     """
+    if made.direct:
+        require_direct()
     group: Any = placement_group([{"memory": size} for size in made.bundles], strategy="SPREAD")
     if not group.wait(WAIT_SECONDS):
         remove_placement_group(group)
@@ -205,7 +212,7 @@ def sharded(
             f"{_gigabytes(sum(made.bundles))} for the pool's shards were not free within {WAIT_SECONDS:.0f} s: others use the "
             "cluster; wait for them, or leave out members"
         )
-    shards = Shards(material, made.places, group, made.threads, retries)
+    shards = Shards(material, made.places, group, made.threads, retries, made.direct)
     try:
         names = addresses()
         say(made.describe([names[node] for node in shards.nodes()]))

@@ -1,11 +1,13 @@
 """Shard actors: each keeps a part of the pool, and merges that part of one recipe after another.
 
 A recipe's merge is a handful of calls that are sent off together, and that Ray lines up by what they wait for: while an
-evaluator measures a candidate, the shards merge its next one, and the result travels.
+evaluator measures a candidate, the shards merge its next one, and the result travels: through Ray's object store, or
+written straight into the evaluator's memory.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,10 @@ from ray.util.placement_group import placement_group_table, remove_placement_gro
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from merging.merge import Material
-from merging.placement import Place
+from merging.placement import FLOAT32, Place
 from merging.recipe import Recipe, Value
 from merging.shard import ShardMerger, refines, surveys
+from ray_tasks.direct import Address, UnreachableError, Writer
 from ray_tasks.failures import surfaced
 
 
@@ -40,10 +43,13 @@ class Piece:
 
     Args:
         names: The base's names of its weights.
-        values: The weights, flat and one after another, float32; in an evaluator, a view of the object store.
+        values: The weights, flat and one after another, float32; in an evaluator, a view of the object store. Empty where
+            they were written to the evaluator.
         report: The method's figures on this part.
         error: Type and message of what went wrong.
-        lost: Whether the shard was started again meanwhile, so that trying again may help.
+        lost: Whether that is nobody's fault, so that trying again may help.
+        turn: The turn in which the weights were written to the evaluator, where they were.
+        unreachable: Whether the evaluator cannot be written to any more.
     """
 
     names: tuple[str, ...]
@@ -51,6 +57,24 @@ class Piece:
     report: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
     lost: bool = False
+    turn: int | None = None
+    unreachable: bool = False
+
+
+class Inbox:
+    """An evaluator that shards write to, as the driver knows it.
+
+    Args:
+        address: A reference to its address.
+    """
+
+    def __init__(self, address: Any) -> None:
+        self.address = address
+        self._turns = count()
+
+    def turn(self) -> int:
+        """The next turn."""
+        return next(self._turns)
 
 
 class Shard:
@@ -60,12 +84,15 @@ class Shard:
         material: Opens pool and statistics.
         names: The base's names of its weights.
         threads: Torch threads.
+        number: Which of the shards this is.
     """
 
-    def __init__(self, material: Callable[[], Material], names: tuple[str, ...], threads: int) -> None:
+    def __init__(self, material: Callable[[], Material], names: tuple[str, ...], threads: int, number: int = 0) -> None:
         torch.set_num_threads(threads)
         self._open = material
         self._names = names
+        self._number = number
+        self._writer: Writer | None = None
         self._opened: ShardMerger | None = None
         self._surveys: dict[str, Told] = {}
         self._failed: dict[str, str] = {}
@@ -94,8 +121,8 @@ class Shard:
             return Told()  # the merge says why
         return self._told(lambda: self._merger.refine(recipe))
 
-    def merge(self, recipe: Recipe, *more: Told) -> Piece:
-        """This shard's part of a recipe's merge."""
+    def merge(self, recipe: Recipe, address: Address | None, turn: int, *more: Told) -> Piece:
+        """This shard's part of a recipe's merge; written to the evaluator of an address, if there is one."""
         nothing = np.empty(0, dtype=np.float32)
         errors = [self._failed.get(recipe.method), *(told.error for told in more)]
         if error := next((error for error in errors if error), None):
@@ -105,7 +132,18 @@ class Shard:
         told = self._told(lambda: self._merger.merge_part(recipe, [answer.value for answer in more]))
         if told.error:
             return Piece(self._names, nothing, error=told.error)
-        return Piece(self._names, self._merger.values.numpy(), told.value)
+        if address is None:
+            return Piece(self._names, self._merger.values.numpy(), told.value)
+        try:
+            if self._writer is None:
+                self._writer = Writer(self._merger.values, self._number)
+            self._writer.write(address, turn)
+        except UnreachableError as error:
+            why = f"a shard cannot write to this evaluator: {error}"
+            return Piece(self._names, nothing, error=why, lost=True, unreachable=True)
+        except Exception as error:
+            return Piece(self._names, nothing, error=f"{type(error).__name__}: {error}", lost=True)
+        return Piece(self._names, nothing, told.value, turn=turn)
 
     @property
     def _merger(self) -> ShardMerger:
@@ -133,12 +171,21 @@ class Shards:
         threads: Torch threads of each.
         retries: How often a call is made again whose shard died over it, until it fails. A shard itself is started again
             however often: over days, preemptible nodes take it along more often than any bound that would catch a crash.
+        direct: Whether merged weights are written straight into evaluators' memory.
     """
 
     def __init__(
-        self, material: Callable[[], Material], places: Sequence[Place], group: Any, threads: int, retries: int
+        self,
+        material: Callable[[], Material],
+        places: Sequence[Place],
+        group: Any,
+        threads: int,
+        retries: int,
+        direct: bool = False,
     ) -> None:
         self._group = group
+        self.parts = tuple(place.merged_bytes // FLOAT32 for place in places) if direct else ()
+        """Entries of each shard's part, for the evaluators that these are written to; empty otherwise."""
         self._settled: set[str] = set()
         self._asked: dict[str, tuple[Mapping[str, Value], list[Any]]] = {}
         self.actors = [
@@ -150,7 +197,7 @@ class Shards:
                 max_task_retries=max(retries, 1),  # with none, calls would not wait for a shard that is being started
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number),
             )
-            .remote(material, place.names, threads)
+            .remote(material, place.names, threads, number)
             for number, place in enumerate(places)
         ]
 
@@ -169,8 +216,13 @@ class Shards:
         bundles = placement_group_table(self._group)["bundles_to_node_id"]
         return [bundles[number] for number in range(len(self.actors))]
 
-    def merge(self, recipe: Recipe) -> list[Any]:
-        """Sends off a recipe's merge and returns at once: references to each shard's piece."""
+    def merge(self, recipe: Recipe, inbox: Inbox | None = None) -> list[Any]:
+        """Sends off a recipe's merge and returns at once: references to each shard's piece.
+
+        Args:
+            recipe: What to merge.
+            inbox: The evaluator that the weights are written to; without one, the pieces hold them.
+        """
         actors, method = self.actors, recipe.method
         if surveys(method) and method not in self._settled:
             found = [actor.survey.remote(method) for actor in actors]
@@ -180,7 +232,8 @@ class Shards:
         if refines(method) and self._asked.get(method, (None, []))[0] != recipe.parameters:
             self._asked[method] = recipe.parameters, [actor.refine.remote(recipe) for actor in actors]
         _, more = self._asked.get(method, (None, []))
-        return [actor.merge.remote(recipe, *more) for actor in actors]
+        address, turn = (None, 0) if inbox is None else (inbox.address, inbox.turn())
+        return [actor.merge.remote(recipe, address, turn, *more) for actor in actors]
 
     def forget(self) -> None:
         """After a loss: a shard that was started again must be told what it knew."""

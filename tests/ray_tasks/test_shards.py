@@ -1,10 +1,12 @@
-"""The sharded regime gives the resident regime's weights bit for bit, whatever is lost."""
+"""The sharded regime gives the resident regime's weights bit for bit, whatever is lost, and however they travel."""
 
 import math
 import os
 import re
 import signal
 import time
+from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -19,11 +21,14 @@ from merging.tasks import TextClassificationSettings, make_task
 from merging.trace import Plan
 from ray_tasks.crew import Crew
 from ray_tasks.delivery import Delivery, FedEvaluator
+from ray_tasks.direct import Trays
 from ray_tasks.evaluation import Assignment, Setup
 from ray_tasks.evaluators import EvaluatorPool
 from ray_tasks.sharding import nodes, plan, sharded
+from ray_tasks.shards import Inbox
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+DIRECT = pytest.param(True, id="nixl", marks=pytest.mark.skipif(not find_spec("nixl"), reason="needs mergequest[nixl]"))
 MEMBERS = ("one", "two", "three")
 ALL = {"one": 0.7, "two": 0.5, "three": 0.9}
 GROUPED = {"one@layers:0": 0.4, "one@layers:1-": 0.9, "two": 0.5, "three@*query*": 0.2, "three@*": 0.8}
@@ -85,9 +90,9 @@ def setup(tiny_campaign, tiny_pool, tmp_path_factory):
     )
 
 
-@pytest.fixture(scope="module")
-def shards(setup):
-    made = plan(setup.material(), ["ties", "regmean"], nodes(), evaluators=1, shards=2)
+@pytest.fixture(scope="module", params=[pytest.param(False, id="store"), DIRECT])
+def shards(setup, request):
+    made = plan(setup.material(), ["ties", "regmean"], nodes(), evaluators=1, shards=2, direct=request.param)
     with sharded(setup.material, made, retries=1) as running:
         yield running
 
@@ -96,11 +101,12 @@ def empty(pool):
     return {name: torch.full(tuple(info.shape), math.nan) for name, info in pool.weights.items()}
 
 
-def deliver(material, pieces):
+def deliver(material, pieces, trays=None):
     """What an evaluator copies into its models."""
     out = empty(material.pool)
     assert [piece.error for piece in pieces] == [None] * len(pieces)
-    delivery = Delivery(material, out)
+    assert all(len(piece.values) == 0 for piece in pieces) == bool(trays)
+    delivery = Delivery(material, out, trays)
     delivery.take(pieces)
     return out, delivery.merge(base_recipe())
 
@@ -115,9 +121,11 @@ def test_shards_merge_bit_for_bit_what_one_process_merges(setup, shards):
     material = setup.material()
     expected = empty(material.pool)
     merger = ResidentMerger(material, expected)
+    trays = Trays(shards.parts) if shards.parts else None
+    inbox = Inbox(trays.address) if trays else None
     for recipe in RECIPES:
         report = merger.merge(recipe)
-        out, found = deliver(material, arrived(shards.merge(recipe)))
+        out, found = deliver(material, arrived(shards.merge(recipe, inbox)), trays)
         assert found == report
         for name, value in expected.items():
             assert torch.equal(out[name], value), (recipe, name)
@@ -125,7 +133,7 @@ def test_shards_merge_bit_for_bit_what_one_process_merges(setup, shards):
 
 @pytest.fixture
 def pool(setup, shards):
-    pool = EvaluatorPool(Crew(setup, evaluators=1, kind=FedEvaluator), shards=shards)
+    pool = EvaluatorPool(Crew(replace(setup, parts=shards.parts), evaluators=1, kind=FedEvaluator), shards=shards)
     pool.start()
     yield pool
     pool.close()
@@ -174,3 +182,40 @@ def test_an_evaluator_that_is_given_up_does_not_take_its_next_assignment_with_it
     assert collect(pool, 1)["slow"].error == "TimeoutError: not measured within 2 s (search.candidate_seconds)"
     pool.seconds = 60.0
     assert collect(pool, 1)["next"].measurement is not None
+
+
+def test_a_killed_evaluator_costs_one_more_try(setup, shards, pool, collect):
+    recipe = RECIPES[3]
+    pool.submit(Assignment("before", recipe, "validation"))
+    before = collect(pool, 1)["before"]
+    assert before.error is None
+    (actor,) = pool._queues
+    os.kill(arrived(actor.__ray_call__.remote(lambda evaluator: os.getpid())), signal.SIGKILL)
+    pool.submit(Assignment("first", recipe, "validation"))
+    assert collect(pool, 1)["first"].lost
+    again = resubmit(pool, Assignment("again", recipe, "validation"), collect)
+    assert again.error is None
+    for task, score in before.measurement.scores.items():
+        assert (again.measurement.scores[task].value, again.measurement.scores[task].loss) == (score.value, score.loss)
+
+
+def test_an_evaluator_that_shards_cannot_write_to_is_replaced(setup, shards, pool, collect):
+    if not shards.parts:
+        pytest.skip("through the store, whoever is alive is reached")
+    (actor,) = pool._queues
+    cut = replace(arrived(actor.address.remote()), agent=b"nowhere", name="nobody")
+    pool._inboxes[actor] = Inbox(cut)
+    pool.submit(Assignment("first", base_recipe(), "validation"))
+    first = collect(pool, 1)["first"]
+    assert first.lost
+    assert "a shard cannot write to this evaluator" in first.error
+    assert actor not in pool._queues
+    assert resubmit(pool, Assignment("again", base_recipe(), "validation"), collect).error is None
+
+
+def resubmit(pool, assignment, collect):
+    deadline = time.monotonic() + 240
+    while not pool.free and time.monotonic() < deadline:
+        pool.wait(1.0)
+    pool.submit(assignment)
+    return collect(pool, 1)[assignment.ticket]
