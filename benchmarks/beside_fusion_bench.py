@@ -6,6 +6,10 @@ A random BERT in the shape that is asked for (default: MiniLM's) and members nea
 given Fisher information and Grams. fusion-bench runs in an environment of its own, made with pip under `--directory`, and
 merges anew for every candidate, which is all that it offers; mergequest prepares once. One thread each, the least of the
 repeats; `difference` is the norm of what both results differ by, over that of fusion-bench's merged task vector.
+
+`first` is `prepare` and the first candidate, `candidate` another of the same members; both have one factor for all members,
+as all that fusion-bench merges. `own, first` and `own` are the same with a factor for each member, `subset` a candidate with
+one factor that leaves out another member each time.
 """
 
 import argparse
@@ -18,6 +22,7 @@ import sys
 import time
 import venv
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +144,20 @@ def peer(arguments: argparse.Namespace) -> None:
     print("\n" + json.dumps(figures))
 
 
-def ours(arguments: argparse.Namespace) -> dict[str, tuple[float, float, Tensor]]:
-    """Of every method: seconds of `prepare` and the first candidate, of another candidate, and its weights, flat."""
+@dataclass
+class Measured:
+    """Processor seconds of one method's candidates, and the first one's weights, flat."""
+
+    first: float
+    candidate: float
+    own_first: float
+    own: float
+    subset: float
+    result: Tensor
+
+
+def ours(arguments: argparse.Namespace) -> dict[str, Measured]:
+    """Of every method: what a first and other candidates take."""
     from merging.methods import METHODS as OURS
     from merging.methods import Context, Weight
     from merging.recipe import Recipe
@@ -173,11 +190,15 @@ def ours(arguments: argparse.Namespace) -> dict[str, tuple[float, float, Tensor]
             prepared.merge(scaling, parameters, out)
             first = time.process_time() - start
         result = torch.cat([value.flatten() for value in out.values()])
-        times = []
-        for turn in range(1, arguments.repeats + 1):
-            other = {member: factor * (1 + 0.01 * turn) for member, factor in scaling.items()}
-            times.append(timed(prepared.merge, other, parameters, out)[0])
-        measured[name] = (first, min(times), result)
+        members = list(scaling)
+        shared = [dict.fromkeys(members, factor * (1 + 0.01 * turn)) for turn in range(1, arguments.repeats + 1)]
+        own = [{m: factor * (1 + 0.01 * (turn + i)) for i, m in enumerate(members)} for turn in range(len(shared) + 1)]
+        rest = [{m: factor for m in members if m != left_out} for left_out in members[: arguments.repeats]]
+        again, (own_first, *own_again), less = (
+            [timed(prepared.merge, candidate, parameters, out)[0] for candidate in candidates]
+            for candidates in (shared, own, rest)
+        )
+        measured[name] = Measured(first, min(again), own_first, min(own_again), min(less), result)
         del prepared
     return measured
 
@@ -195,26 +216,27 @@ def peer_python(directory: Path) -> Path | str:
     return python
 
 
-def table(
-    arguments: argparse.Namespace, figures: Mapping[str, Any], measured: Mapping[str, tuple[float, float, Tensor]]
-) -> None:
+def table(arguments: argparse.Namespace, figures: Mapping[str, Any], measured: Mapping[str, Measured]) -> None:
     """Prints both sides in Markdown."""
     parameters = dict(Models(arguments).base.named_parameters())
     base = torch.cat([value.data.flatten() for value in parameters.values()])
-    print("| method | fusion-bench s | first s | candidate s | ratio, first | ratio, candidate | difference |")
-    print("|---|--:|--:|--:|--:|--:|--:|")
-    for name, (first, again, result) in measured.items():
+    columns = ("fusion-bench s", "first s", "candidate s", "own, first s", "own s", "subset s")
+    columns += ("ratio, first", "ratio, candidate", "ratio, subset", "difference")
+    print(f"| method | {' | '.join(columns)} |")
+    print("|---|" + "--:|" * len(columns))
+    for name, found in measured.items():
         theirs = figures[name]
-        cells = [f"{first:.3f}", f"{again:.3f}"]
+        times = (found.first, found.candidate, found.own_first, found.own, found.subset)
+        cells = " | ".join(f"{took:.3f}" for took in times)
         if isinstance(theirs, str):
-            print(f"| {name} | {theirs} | {' | '.join(cells)} | | | |")
+            print(f"| {name} | {theirs} | {cells} | | | | |")
             continue
         stored = load_file(arguments.directory / f"{name}.peer")
         other = torch.cat([stored[key].flatten() for key in parameters])
-        difference = float((other - result).norm() / (other - base).norm())
+        difference = float((other - found.result).norm() / (other - base).norm())
         shown = "by chance" if name in DRAWN else f"{difference:.1e}"
-        ratios = f"{theirs / first:.1f}× | {theirs / again:.0f}×"
-        print(f"| {name} | {theirs:.2f} | {' | '.join(cells)} | {ratios} | {shown} |")
+        ratios = f"{theirs / found.first:.1f}× | {theirs / found.candidate:.0f}× | {theirs / found.subset:.1f}×"
+        print(f"| {name} | {theirs:.2f} | {cells} | {ratios} | {shown} |")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -4,17 +4,20 @@
 
 `anew` is the formula as it is usually written: Σ G̃_t, Σ G̃_t @ W_tᵀ and a matrix inverse for every layer, in float32.
 `gram` solves prepared sums once more for every candidate (factors weigh the Grams; ρ may change); `contribution` scales
-each member's prepared part of the solution (ρ and members as before). Statistics are given to all three; `mean`, the
-plain mean of the members, is what memory allows.
+each member's prepared part of the solution (ρ and members as before), and `one factor` the solution of all; `subset` has one
+factor for other members each time, which are solved anew. Statistics are given to all; `mean`, the plain mean of the
+members, is what memory allows.
 """
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from merge_in_memory import pool, seconds
 
-from merging.methods import METHODS, Context, Weight
+from merging.methods import METHODS, Context, Prepared, Weight
+from merging.recipe import Value
 
 
 def anew(weights: list[Weight], scaling: dict[str, float], rho: float, out: dict[str, torch.Tensor]) -> None:
@@ -29,6 +32,17 @@ def anew(weights: list[Weight], scaling: dict[str, float], rho: float, out: dict
             soft = factor * (rho * grams[member] + (1 - rho) * torch.diag(grams[member].diagonal()))
             left, right = left + soft, right + soft @ weight.members[member].T
         out[weight.name].copy_((torch.linalg.inv(left) @ right).T)
+
+
+def candidate(
+    prepared: Prepared,
+    parameters: dict[str, Value],
+    change: Callable[[dict[str, float]], dict[str, float]],
+    out: dict[str, torch.Tensor],
+    scaling: dict[str, float],
+) -> None:
+    """One merge with factors that were changed to what is measured."""
+    prepared.merge(change(scaling), parameters, out)
 
 
 def main() -> None:
@@ -47,13 +61,21 @@ def main() -> None:
     members = list(weights[0].members)
     out = {w.name: torch.empty(w.base.shape) for w in weights}
     method = METHODS["regmean"]
-    prepared = method.prepare(weights, Context())
     mean = METHODS["average"].prepare(weights, Context())
     defaults = method.default_recipe(members).parameters
+    changes: dict[str, Callable[[dict[str, float]], dict[str, float]]] = {
+        "gram": dict,
+        "contribution": dict,
+        "one factor": lambda scaling: dict.fromkeys(scaling, scaling[members[0]]),
+        "subset": lambda scaling: dict.fromkeys(
+            set(members) - {members[round(100 * scaling[members[0]]) % len(members)]}, 1.0
+        ),
+    }
     runs = {"anew": lambda scaling: anew(weights, scaling, 0.9, out)}
-    for factors in ("gram", "contribution"):
-        parameters = {**defaults, "factors": factors}
-        runs[factors] = partial(lambda parameters, scaling: prepared.merge(scaling, parameters, out), parameters)
+    for name, change in changes.items():
+        prepared = method.prepare(weights, Context())
+        parameters = {**defaults, "factors": "gram" if name == "gram" else "contribution"}
+        runs[name] = partial(candidate, prepared, parameters, change, out)
     runs["mean"] = lambda scaling: mean.merge(scaling, {}, out)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(arguments.repeats + 1):  # the first turn allocates, and solves the contributions

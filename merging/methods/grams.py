@@ -1,8 +1,8 @@
 """Linear layers with the Grams of their inputs: shared Grams are factored once, equal shapes together."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from itertools import accumulate as accumulated
 
 import torch
 from torch import Tensor
@@ -12,8 +12,10 @@ from merging.methods.base import Weight
 from merging.methods.blocks import Scratch, accumulate, difference, target, weighted_sum
 from merging.methods.checks import statistic
 
-BATCH_BYTES = 1 << 28
-"""Most that the float64 matrices of one batch take, unless a single one takes more."""
+CPU_BYTES = 1 << 24
+"""Most that the float64 Grams of one batch take on a CPU, which is no faster with many and slower once they leave its cache."""
+DEVICE_BYTES = 1 << 28
+"""The same on an accelerator; a single Gram may take more."""
 
 
 def matrix(value: Tensor, transposed: bool) -> Tensor:
@@ -21,38 +23,47 @@ def matrix(value: Tensor, transposed: bool) -> Tensor:
     return value.mT if transposed else value
 
 
-@dataclass(frozen=True)
 class System:
     """Weights that read one input, and so share one Gram (query, key, value).
 
     Args:
         weights: The weights, each [out_i, in] or transposed.
         grams: Member → G_t [in, in].
-        products: Member → τ_t @ G_t of all weights, one below the other [Σ out_i, in]; float64, since solving
-            magnifies whatever is rounded here.
     """
 
-    weights: tuple[Weight, ...]
-    grams: Mapping[str, Tensor]
-    products: Mapping[str, Tensor]
-
-    @property
-    def shape(self) -> tuple[int, int]:
+    def __init__(self, weights: Sequence[Weight], grams: Mapping[str, Tensor]) -> None:
+        self.weights = tuple(weights)
+        self.grams = grams
+        stops = list(accumulated(matrix(weight.base, weight.transposed).shape[0] for weight in weights))
+        self.rows = [(w, slice(start, stop)) for w, start, stop in zip(weights, [0, *stops], stops, strict=False)]
+        """The weights with their rows among the outputs of all."""
+        self.shape = (stops[-1], matrix(weights[0].base, weights[0].transposed).shape[1])
         """[Σ out_i, in]."""
-        rows, columns = next(iter(self.products.values())).shape
-        return rows, columns
+        self._products: dict[str, Tensor | None] = {}
 
-    def rows(self) -> Iterable[tuple[Weight, slice]]:
-        """The weights with their rows in `products`."""
-        start = 0
-        for weight in self.weights:
-            stop = start + matrix(weight.base, weight.transposed).shape[0]
-            yield weight, slice(start, stop)
-            start = stop
+    def product(self, member: str, scratch: Scratch) -> Tensor:
+        """τ_t @ G_t of all weights, one below the other [Σ out_i, in].
+
+        In float64, since solving magnifies whatever is rounded here. Kept from the second time on that a member is asked for:
+        who merges the same members again and again needs it once, and who chooses among them will come back. The first time
+        it lies in a buffer that the next call overwrites.
+        """
+        found = self._products.get(member)
+        if found is None:
+            gram = _wide("gram", self.grams[member], scratch)
+            if member in self._products:
+                found = self._products[member] = torch.empty(self.shape, dtype=gram.dtype, device=gram.device)
+            else:
+                found = scratch.take("product", *self.shape, device=gram.device, dtype=gram.dtype)
+                self._products[member] = None
+            for weight, rows in self.rows:
+                delta = _wide("delta", weight.members[member], scratch).sub_(weight.base)
+                torch.mm(matrix(delta, weight.transposed), gram, out=found[rows])
+        return found
 
     def write(self, terms: Sequence[tuple[Tensor, float]], out: Mapping[str, Tensor], scratch: Scratch) -> None:
         """Writes W_0 + Σ c_i X_i, with every X_i [Σ out_i, in]."""
-        for weight, rows in self.rows():
+        for weight, rows in self.rows:
             moved = [(matrix(value[rows], weight.transposed), factor) for value, factor in terms]
             weighted_sum([(weight.base, 1.0), *moved], target(out, weight), scratch)
 
@@ -61,7 +72,7 @@ class Batch:
     """Systems of one shape, solved together.
 
     Args:
-        systems: The systems; all products [out, in].
+        systems: The systems, all [out, in].
         scratch: Where sums are taken.
     """
 
@@ -100,14 +111,16 @@ class Batch:
         pulled = bool((pull > 0).any())
         right = self._take("right", self._outputs)
         for index, (total, system) in enumerate(zip(right, self.systems, strict=True)):
-            accumulate(total, [(system.products[members[i]], factors[i] * rho) for i in part], self._scratch)
+            total.zero_()
+            for i in part:
+                total.add_(system.product(members[i], self._scratch), alpha=factors[i] * rho)
             if rho < 1 or pulled:
                 columns = {
                     members[i]: system.grams[members[i]].diagonal() * (factors[i] * (1 - rho))
                     + pull[index] / len(members)
                     for i in part
                 }
-                for weight, rows in system.rows():
+                for weight, rows in system.rows:
                     total[rows].add_(self._scaled(weight, columns))
         return right
 
@@ -123,10 +136,9 @@ class Batch:
         return matrix(total, weight.transposed)
 
 
-def _delta(weight: Weight, member: str) -> Tensor:
-    """τ_t [out, in]; float64, a new tensor."""
-    value = weight.members[member].to(torch.float64, copy=True).sub_(weight.base)
-    return matrix(value, weight.transposed)
+def _wide(name: str, value: Tensor, scratch: Scratch) -> Tensor:
+    """The same numbers in float64, in the buffer of this name."""
+    return scratch.take(name, *value.shape, device=value.device, dtype=torch.float64).copy_(value)
 
 
 def batches(weights: Sequence[Weight], scratch: Scratch) -> list[Batch]:
@@ -144,15 +156,12 @@ def batches(weights: Sequence[Weight], scratch: Scratch) -> list[Batch]:
             grams[key] = found
     shaped: dict[tuple[int, int], list[System]] = defaultdict(list)
     for key, group in shared.items():
-        products = {
-            member: torch.cat([_delta(weight, member) for weight in group]) @ gram.to(torch.float64)
-            for member, gram in grams[key].items()
-        }
-        system = System(tuple(group), grams[key], products)
+        system = System(group, grams[key])
         shaped[system.shape].append(system)
     made = []
     for (_, inputs), systems in shaped.items():
-        size = max(1, BATCH_BYTES // (8 * inputs * inputs))
+        most = CPU_BYTES if weights[0].base.device.type == "cpu" else DEVICE_BYTES
+        size = max(1, most // (8 * inputs * inputs))
         made += [Batch(systems[start : start + size], scratch) for start in range(0, len(systems), size)]
     return made
 

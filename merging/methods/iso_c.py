@@ -1,6 +1,6 @@
 """Iso-C: the sum of task vectors, made equally strong in all of its directions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from torch import Tensor
@@ -34,19 +34,25 @@ class IsoC(Method):
     }
 
     def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
-        """Keeps references to base and members: the directions are those of a candidate's own sum."""
+        """Keeps references to base and members: the directions are those of a candidate's own sum.
+
+        Candidates of one shared factor only scale what the first of these members moved by.
+        """
         return PreparedIsoC(weights)
 
 
 class PreparedIsoC(PreparedSpectral):
     """Base and members as they are stored."""
 
-    def step(self, index: int, factors: Mapping[str, float], parameters: Mapping[str, Value]) -> Tensor:
-        """σ̄ U Vᵀ = σ̄ A V Σ⁻¹ Vᵀ."""
+    def steps(
+        self, index: int, scalings: Sequence[Mapping[str, float]], parameters: Mapping[str, Value]
+    ) -> Iterator[Tensor]:
+        """σ̄ U Vᵀ = σ̄ A V Σ⁻¹ Vᵀ of every scaling's sum A."""
         batch = self.batches[index]
-        moved = batch.moved(factors, self.scratch)
-        values, vectors = directions(moved)
-        values[:, max(round(float(parameters["rank"]) * batch.rank), 1) :] = 0.0
-        mean = values.sum(1) / (values > 0).sum(1).clamp(min=1)
-        flat = (vectors * (inverse(values) * mean[:, None])[:, None, :]) @ vectors.mT
-        return moved @ flat
+        for factors in scalings:
+            moved = batch.moved(factors, self.scratch)
+            values, vectors = directions(moved)
+            values[:, max(round(float(parameters["rank"]) * batch.rank), 1) :] = 0.0
+            mean = values.sum(1) / (values > 0).sum(1).clamp(min=1)
+            flat = (vectors * (inverse(values) * mean[:, None])[:, None, :]) @ vectors.mT
+            yield moved @ flat

@@ -1,6 +1,7 @@
 """RegMean: each linear layer is a least-squares fit to what the members put out, from Grams of inputs."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from merging.methods.base import Context, Method, Parameter, Prepared, Weight, register
 from merging.methods.blocks import Scratch
 from merging.methods.checks import check_weights, chosen
-from merging.methods.grams import Batch, batches
+from merging.methods.grams import batches
 from merging.methods.solve import factor, solve
 from merging.methods.sums import mean_step
 from merging.recipe import Value
@@ -26,9 +27,10 @@ class RegMean(Method):
     over contributions gained one to five points of accuracy over RegMean, one over weights inside the solve and ρ
     nothing; so contributions are the default, and ρ is not searched unless a campaign gives it a range.
 
-    Computed as W_0 + (Σ α_t G̃_t)⁻¹ Σ α_t G̃_t τ_tᵀ, so that rounding is relative to τ. Where the sum is
-    singular, an r-th part of its diagonal is added to it, and that part of the members' mean to the right
-    side: inputs that no member ever saw get the plain mean. `report()` says how large r was.
+    Computed as W_0 + (Σ α_t G̃_t)⁻¹ Σ α_t G̃_t τ_tᵀ, so that rounding is relative to τ. Factors that are all equal ask for
+    one solution, that of the sum; others, as contributions, for one of every member. Where the sum is singular, an r-th part
+    of its diagonal is added to it, and that part of the members' mean to the right side: inputs that no member ever saw
+    get the plain mean. `report()` says how large r was.
     """
 
     name = "regmean"
@@ -58,7 +60,7 @@ class RegMean(Method):
         return parameters.get("factors", self.parameters["factors"].default) == "contribution"
 
     def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
-        """Computes G_t @ τ_tᵀ of every weight that has Grams.
+        """Looks at all Grams; G_t @ τ_tᵀ is computed when a candidate first has the member.
 
         Raises:
             MethodError: A Gram is missing, not finite, of another shape, or has a negative diagonal.
@@ -66,8 +68,25 @@ class RegMean(Method):
         return PreparedRegMean(weights)
 
 
+@dataclass(frozen=True)
+class Solution:
+    """What some members' weights move by.
+
+    Args:
+        members: The members.
+        rho: ρ.
+        moved: Of every batch: what all move by together, or u_t of each; [B, out, in] float32.
+        report: How far ridges were needed.
+    """
+
+    members: tuple[str, ...]
+    rho: float
+    moved: list[list[Tensor]]
+    report: dict[str, float]
+
+
 class PreparedRegMean(Prepared):
-    """Grams, products of Grams and task vectors, and the weights themselves.
+    """Grams and the weights themselves; products and solutions as candidates ask for them.
 
     Args:
         weights: The weights to merge.
@@ -80,7 +99,7 @@ class PreparedRegMean(Prepared):
         solved = {weight.name for batch in self._batches for system in batch.systems for weight in system.weights}
         self._rest = [weight for weight in weights if weight.name not in solved]
         self._report: dict[str, float] = {}
-        self._basis: tuple[tuple[tuple[str, ...], float], list[list[Tensor]]] | None = None
+        self._kept: dict[bool, Solution] = {}
 
     def report(self) -> dict[str, float]:
         """`ridge`, the largest share of a diagonal that was added; `ridged_layers`, in how many systems."""
@@ -88,7 +107,9 @@ class PreparedRegMean(Prepared):
 
     @torch.no_grad()
     def merge(self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]) -> None:
-        """One weighted sum and one batched Cholesky solve for each group of layers of one shape.
+        """One weighted sum; before it, where members, ρ or factors inside the solve are new, a Cholesky solve of each layer.
+
+        Which solutions are summed up depends on the candidate alone, not on what was solved before it.
 
         Raises:
             MethodError: The weighted sum of Grams is not positive semi-definite.
@@ -96,41 +117,40 @@ class PreparedRegMean(Prepared):
         members = chosen(scaling, self._members)
         factors = [scaling[member] for member in members]
         rho = float(parameters["rho"])
-        if parameters["factors"] == "gram":
-            self._report = {"ridge": 0.0, "ridged_layers": 0.0}
-            for batch in self._batches:
-                (moved,) = self._solve(batch, members, factors, rho, separate=False)
-                for index, system in enumerate(batch.systems):
-                    system.write([(moved[index], 1.0)], out, self._scratch)
-        else:
-            for batch, basis in zip(self._batches, self._contributions(members, rho), strict=True):
-                for index, system in enumerate(batch.systems):
-                    terms = [(moved[index], factor) for moved, factor in zip(basis, factors, strict=True)]
-                    system.write(terms, out, self._scratch)
         inside = parameters["factors"] == "gram"
+        even = len(set(factors)) == 1
+        if inside and not (even and factors[0] > 0):  # a positive factor of all cancels
+            solution, scales = self._solve(members, factors, rho, apart=False), [1.0]
+        elif even:
+            solution, scales = self._solution(members, rho, apart=False), [1.0 if inside else factors[0]]
+        else:
+            solution, scales = self._solution(members, rho, apart=True), factors
+        self._report = solution.report
+        for batch, moved in zip(self._batches, solution.moved, strict=True):
+            for index, system in enumerate(batch.systems):
+                terms = [(value[index], scale) for value, scale in zip(moved, scales, strict=True)]
+                system.write(terms, out, self._scratch)
         mean_step(self._rest, {member: 1.0 if inside else scaling[member] for member in members}, out, self._scratch)
 
-    def _solve(
-        self, batch: Batch, members: Sequence[str], factors: Sequence[float], rho: float, *, separate: bool
-    ) -> list[Tensor]:
-        """(Σ α_t G̃_t)⁻¹ Σ α_t G̃_t τ_tᵀ for a batch, summed over members or for each; [B, out, in] float32."""
-        sums = batch.gram_sum(members, factors, rho)
-        cholesky, scale, ridges = factor(sums, [system.weights[0].name for system in batch.systems])
-        self._report["ridge"] = max(self._report["ridge"], float(ridges.max()))
-        self._report["ridged_layers"] += float((ridges > 0).sum())
-        pull = ridges[:, None] * scale.square()
-        parts = [[index] for index in range(len(members))] if separate else [list(range(len(members)))]
-        moved = []
-        for part in parts:
-            right = batch.right(members, factors, part, rho, pull)
-            moved.append(solve(cholesky, scale, right.mT).mT.float().contiguous())
-        return moved
+    def _solution(self, members: tuple[str, ...], rho: float, *, apart: bool) -> Solution:
+        """The solution for factors of 1; kept until other members or another ρ are asked for."""
+        kept = self._kept.get(apart)
+        if kept is None or (kept.members, kept.rho) != (members, rho):
+            self._kept.pop(apart, None)  # before the new one takes memory
+            self._kept[apart] = self._solve(members, [1.0] * len(members), rho, apart=apart)
+        return self._kept[apart]
 
-    def _contributions(self, members: tuple[str, ...], rho: float) -> list[list[Tensor]]:
-        """u_t of every batch and member; kept until other members or another ρ are asked for."""
-        if self._basis is None or self._basis[0] != (members, rho):
-            self._report = {"ridge": 0.0, "ridged_layers": 0.0}
-            ones = [1.0] * len(members)
-            basis = [self._solve(batch, members, ones, rho, separate=True) for batch in self._batches]
-            self._basis = ((members, rho), basis)
-        return self._basis[1]
+    def _solve(self, members: tuple[str, ...], factors: Sequence[float], rho: float, *, apart: bool) -> Solution:
+        """(Σ α_t G̃_t)⁻¹ Σ α_t G̃_t τ_tᵀ of every batch, summed over members or for each."""
+        report = {"ridge": 0.0, "ridged_layers": 0.0}
+        parts = [[index] for index in range(len(members))] if apart else [list(range(len(members)))]
+        every = []
+        for batch in self._batches:
+            sums = batch.gram_sum(members, factors, rho)
+            cholesky, scale, ridges = factor(sums, [system.weights[0].name for system in batch.systems])
+            report["ridge"] = max(report["ridge"], float(ridges.max()))
+            report["ridged_layers"] += float((ridges > 0).sum())
+            pull = ridges[:, None] * scale.square()
+            rights = (batch.right(members, factors, part, rho, pull) for part in parts)
+            every.append([solve(cholesky, scale, right.mT).mT.float().contiguous() for right in rights])
+        return Solution(members, rho, every, report)

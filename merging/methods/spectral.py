@@ -7,7 +7,9 @@ directions equally strong must not find them.
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -74,12 +76,32 @@ def inverse(values: Tensor) -> Tensor:
     return torch.where(values > 0, 1 / values, 0.0)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What matrices move by at factors of 1, which any candidate of these members and parameters only scales.
+
+    Args:
+        members: The members.
+        parameters: The candidate's parameters.
+        moved: Of every batch: what all members move it by, or each alone; [B, out, in] float32.
+    """
+
+    members: tuple[str, ...]
+    parameters: Mapping[str, Value]
+    moved: list[list[Tensor]]
+
+
 class PreparedSpectral(Prepared):
     """Base and members as they are stored; subclasses say what a batch of matrices moves by.
+
+    A factor that all members share scales what they move by; that is computed for 1 and kept.
 
     Args:
         weights: The weights to merge.
     """
+
+    linear: ClassVar[bool] = False
+    """Whether what members move by is a sum of what each does, so that this is kept as well."""
 
     def __init__(self, weights: Sequence[Weight]) -> None:
         self.members = check_weights(weights)
@@ -93,18 +115,49 @@ class PreparedSpectral(Prepared):
         for shape, group in shaped.items():
             size = max(1, BATCH_BYTES // (8 * shape.numel()))
             self.batches += [Matrices(group[start : start + size]) for start in range(0, len(group), size)]
+        self._kept: dict[bool, Kept] = {}
 
     @abstractmethod
-    def step(self, index: int, factors: Mapping[str, float], parameters: Mapping[str, Value]) -> Tensor:
-        """What the matrices of one of `batches` move by [B, m, n], float64; may be overwritten by the next call."""
+    def steps(
+        self, index: int, scalings: Sequence[Mapping[str, float]], parameters: Mapping[str, Value]
+    ) -> Iterator[Tensor]:
+        """What the matrices of one of `batches` move by, for one scaling of the same members after the other.
+
+        Each [B, m, n], float64; may be overwritten by the next.
+        """
 
     @torch.no_grad()
     def merge(self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]) -> None:
         """Matrices batch by batch; the rest is θ_0 + Σ α_t τ_t / T."""
         factors = {member: scaling[member] for member in chosen(scaling, self.members)}
-        for index, batch in enumerate(self.batches):
-            destinations = [target(out, weight) for weight in batch.weights]
-            moved = batch.tall(self.step(index, factors, parameters))
-            for weight, step, destination in zip(batch.weights, moved, destinations, strict=True):
-                weighted_sum([(weight.base, 1.0), (step.float(), 1.0)], destination, self.scratch)
+        destinations = [[target(out, weight) for weight in batch.weights] for batch in self.batches]
+        shared = len(set(factors.values())) == 1
+        moved: Iterable[list[Tensor]]
+        if shared or self.linear:
+            moved = self._solution(tuple(factors), parameters, apart=not shared).moved
+            scales = list(factors.values())[: 1 if shared else None]
+        else:
+            moved, scales = self._moved([factors], parameters), [1.0]
+        for batch, parts, written in zip(self.batches, moved, destinations, strict=True):
+            for row, (weight, destination) in enumerate(zip(batch.weights, written, strict=True)):
+                terms = [(part[row], scale) for part, scale in zip(parts, scales, strict=True)]
+                weighted_sum([(weight.base, 1.0), *terms], destination, self.scratch)
         mean_step(self._rest, factors, out, self.scratch)
+
+    def _solution(self, members: tuple[str, ...], parameters: Mapping[str, Value], *, apart: bool) -> Kept:
+        """What factors of 1 move by; kept until other members or parameters are asked for."""
+        kept = self._kept.get(apart)
+        if kept is None or (kept.members, kept.parameters) != (members, dict(parameters)):
+            self._kept.pop(apart, None)  # before the new one takes memory
+            ones = dict.fromkeys(members, 1.0)
+            alone = [{member: float(member == one) for member in members} for one in members]
+            moved = list(self._moved(alone if apart else [ones], parameters))
+            self._kept[apart] = Kept(members, dict(parameters), moved)
+        return self._kept[apart]
+
+    def _moved(
+        self, scalings: Sequence[Mapping[str, float]], parameters: Mapping[str, Value]
+    ) -> Iterator[list[Tensor]]:
+        """Batch by batch, what matrices move by for each scaling [B, out, in], float32."""
+        for index, batch in enumerate(self.batches):
+            yield [batch.tall(step).float().contiguous() for step in self.steps(index, scalings, parameters)]

@@ -1,6 +1,6 @@
 """TSV-M: each task vector's strongest singular vectors, made orthogonal to those of the others."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -34,38 +34,53 @@ class TsvM(Method):
         ),
     }
 
+    def is_linear(self, parameters: Mapping[str, Value]) -> bool:
+        """Always: what is made orthogonal does not depend on the scaling factors."""
+        return True
+
     def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
-        """Takes every member's matrices apart: n² + n float64 numbers a matrix [m, n], m ≥ n."""
+        """Keeps references; a candidate takes apart the matrices of members that none had before.
+
+        That keeps n² + n float64 numbers a matrix [m, n], m ≥ n, and a member. What members move by, each or together, is
+        kept for the latest members and rank, so that candidates of other factors are one weighted sum.
+        """
         return PreparedTsvM(weights)
 
 
 class PreparedTsvM(PreparedSpectral):
-    """Base and members as they are stored, singular values and right singular vectors.
+    """Base and members as they are stored; of each that was asked for, singular values and right singular vectors.
 
     Args:
         weights: The weights to merge.
     """
 
-    @torch.no_grad()
+    linear = True
+
     def __init__(self, weights: Sequence[Weight]) -> None:
         super().__init__(weights)
-        self._directions = [
-            {member: directions(batch.moved({member: 1.0}, self.scratch)) for member in self.members}
-            for batch in self.batches
-        ]
+        self._directions: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in self.batches]
 
-    def step(self, index: int, factors: Mapping[str, float], parameters: Mapping[str, Value]) -> Tensor:
-        """Û Σ V̂ᵀ = U (UᵀU)^-½ Σ (VᵀV)^-½ Vᵀ, with U_t = τ_t V_t Σ_t⁻¹."""
-        batch = self.batches[index]
-        each = max(int(float(parameters["rank"]) * batch.rank / len(factors)), 1)
+    def steps(
+        self, index: int, scalings: Sequence[Mapping[str, float]], parameters: Mapping[str, Value]
+    ) -> Iterator[Tensor]:
+        """Û Σ V̂ᵀ = U (UᵀU)^-½ Σ (VᵀV)^-½ Vᵀ, with U_t = τ_t V_t Σ_t⁻¹; Û and V̂ are the same for every scaling."""
+        batch, members = self.batches[index], list(scalings[0])
+        each = max(int(float(parameters["rank"]) * batch.rank / len(members)), 1)
         lefts, rights, sizes = [], [], []
-        for member, factor in factors.items():
+        for member in members:
+            moved = batch.moved({member: 1.0}, self.scratch)
+            if member not in self._directions[index]:
+                self._directions[index][member] = directions(moved)
             values, vectors = (part[..., :each] for part in self._directions[index][member])
-            lefts.append(batch.moved({member: 1.0}, self.scratch) @ (vectors * inverse(values)[:, None, :]))
+            lefts.append(moved @ (vectors * inverse(values)[:, None, :]))
             rights.append(vectors * (values > 0)[:, None, :])
-            sizes.append(values * factor)
+            sizes.append(values)
         left, right, size = torch.cat(lefts, dim=2), torch.cat(rights, dim=2), torch.cat(sizes, dim=1)
-        return left @ (_whitening(left) * size[:, None, :]) @ _whitening(right) @ right.mT
+        left, right = left @ _whitening(left), right @ _whitening(right)
+        for factors in scalings:
+            scale = size.new_tensor([factors[member] for member in members]).repeat_interleave(each)
+            used = scale.nonzero().squeeze(1)
+            yield (left[:, :, used] * (size * scale)[:, None, used]) @ right[:, :, used].mT
 
 
 def _whitening(columns: Tensor) -> Tensor:

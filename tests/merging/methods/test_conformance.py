@@ -153,6 +153,26 @@ def test_repeats_itself_to_the_bit_and_leaves_its_input_alone(name, parameters, 
 
 
 @pytest.mark.parametrize(("name", "parameters"), CASES)
+def test_a_candidate_has_the_same_bits_whatever_was_merged_before_it(name, parameters, make_pool, complete):
+    weights = make_pool(8)
+    every = factors(name)
+    scalings = [every, dict.fromkeys(every, 0.6), dict.fromkeys(list(every)[:2], 1.0), dict.fromkeys(every, 0.3)]
+
+    def prepare():
+        return METHODS[name].prepare(weights, Context())
+
+    def merged(prepared, scaling):
+        out = {w.name: torch.empty(w.base.shape) for w in weights}
+        prepared.merge(scaling, complete(name, scaling, parameters), out)
+        return torch.cat([value.reshape(-1) for value in out.values()])
+
+    alone = [merged(prepare(), scaling) for scaling in scalings]
+    prepared = prepare()
+    for turn in (0, 1, 2, 0, 3, 2, 2, 1):
+        assert torch.equal(merged(prepared, scalings[turn]), alone[turn]), scalings[turn]
+
+
+@pytest.mark.parametrize(("name", "parameters"), CASES)
 def test_writes_into_live_parameters_of_any_layout(name, parameters, make_pool, complete):
     weights = [w for w in make_pool(4) if w.base.dim() == 2]
     prepared = METHODS[name].prepare(weights, Context())

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from merging.methods import Weight
@@ -24,3 +25,11 @@ def test_directions_that_are_only_rounding_are_not_made_strong(merge):
 def test_members_that_did_not_move_leave_the_base(merge):
     base = torch.randn(6, 4, generator=torch.Generator().manual_seed(2))
     assert torch.equal(merge("iso_c", [Weight("w", base, {"a": base, "b": base})], {"a": 1.0, "b": 1.0})["w"], base)
+
+
+@pytest.mark.parametrize("factor", [0.7, -0.4])
+def test_a_shared_factor_agrees_with_the_float64_reference(factor, make_pool, merge, complete, reference, assert_close):
+    weights = make_pool(5)
+    scaling = dict.fromkeys(weights[0].members, factor)
+    expected = reference.iso_c(weights, scaling, complete("iso_c", scaling), {})
+    assert_close(merge("iso_c", weights, scaling), expected)

@@ -56,30 +56,79 @@ def test_rho_zero_weighs_inputs_by_their_power():
     torch.testing.assert_close(merged, expected)
 
 
-def test_contributions_at_one_are_the_plain_solve_and_are_linear_in_the_factors(make_pool, merge, assert_close):
+def test_equal_factors_agree_with_the_float64_reference(make_pool, merge, complete, reference, assert_close):
+    weights = make_pool(23)
+    for factors in ("contribution", "gram"):
+        scaling = dict.fromkeys(SCALING, 0.7)
+        parameters = complete("regmean", scaling, {"factors": factors})
+        expected = reference.regmean(weights, scaling, parameters, {})
+        assert_close(merge("regmean", weights, scaling, {"factors": factors}), expected)
+
+
+def test_contributions_of_all_members_add_up_to_what_all_move_by_together(make_pool, merge, assert_close):
     weights = make_pool()
-    plain = merge("regmean", weights, ONES, {"factors": "gram"})
-    assert_close(merge("regmean", weights, ONES, {"factors": "contribution"}), plain, 1e-6)
-    double = merge("regmean", weights, dict.fromkeys(SCALING, 2.0), {"factors": "contribution"})
-    assert_close(
-        {w.name: double[w.name] - w.base for w in weights},
-        {w.name: 2 * (plain[w.name] - w.base) for w in weights},
-    )
+    alone = [merge("regmean", weights, {m: float(m == member) for m in SCALING}) for member in SCALING]
+    added = {w.name: w.base + sum(merged[w.name] - w.base for merged in alone) for w in weights}
+    assert_close(merge("regmean", weights, ONES), added, 1e-6)
+    double = merge("regmean", weights, dict.fromkeys(SCALING, 2.0))
+    assert_close(double, {w.name: 2 * added[w.name] - w.base for w in weights}, 2e-6)
 
 
-def test_contributions_are_solved_again_for_other_members_or_another_rho(make_pool):
+@pytest.mark.parametrize("scaling", [ONES, SCALING])
+def test_condition_of_a_hundred_million_is_no_harm(scaling, merge, complete, reference, assert_close):
+    g = torch.Generator().manual_seed(24)
+    turn, _ = torch.linalg.qr(torch.randn(48, 48, generator=g, dtype=torch.float64))
+    power = torch.logspace(0, -8, 48, dtype=torch.float64)
+    spectra = {m: power * (0.5 + torch.rand(48, generator=g, dtype=torch.float64)) for m in SCALING}
+    weight = linear(25, {m: turn * spectrum @ turn.T for m, spectrum in spectra.items()}, 48, 32)
+    for factors in ("contribution", "gram"):
+        given = {"rho": 1.0, "factors": factors}
+        expected = reference.regmean([weight], scaling, complete("regmean", scaling, given), {})
+        assert_close(merge("regmean", [weight], scaling, given), expected)
+
+
+def test_a_recipe_gives_the_same_bits_whatever_was_merged_before_it(make_pool):
     weights = make_pool()
-    prepared = METHODS["regmean"].prepare(weights, Context())
+    some = {"nyt": 1.0, "movie": 1.0}
+    recipes = [
+        (scaling, {"rho": rho, "factors": factors})
+        for scaling in (ONES, SCALING, some, {"nyt": 0.5, "movie": 0.7})
+        for rho in (0.9, 0.5)
+        for factors in ("contribution", "gram")
+    ]
 
-    def merged(scaling, rho):
+    def merged(prepared, recipe):
         out = {w.name: torch.empty(w.base.shape) for w in weights}
-        prepared.merge(scaling, {"rho": rho, "factors": "contribution"}, out)
+        prepared.merge(*recipe, out)
         return torch.cat([value.reshape(-1) for value in out.values()])
 
-    first = merged(ONES, 0.9)
-    assert not torch.equal(merged(ONES, 0.5), first)
-    assert not torch.equal(merged({"nyt": 1.0, "movie": 1.0}, 0.9), first)
-    assert torch.equal(merged(ONES, 0.9), first)
+    alone = [merged(METHODS["regmean"].prepare(weights, Context()), recipe) for recipe in recipes]
+    assert len({tuple(value.tolist()) for value in alone}) >= 12  # gram is contribution where all is 1
+    prepared = METHODS["regmean"].prepare(weights, Context())
+    for number in (*range(16), *reversed(range(16)), *range(0, 16, 3)):
+        assert torch.equal(merged(prepared, recipes[number]), alone[number]), recipes[number]
+
+
+@pytest.mark.parametrize("scaling", [ONES, SCALING])
+def test_parts_merged_apart_are_the_whole_to_the_bit(scaling, make_pool, merge):
+    weights = make_pool(26, width=24)
+    whole = merge("regmean", weights, scaling)
+    for parts in (2, 5):
+        split = merge("regmean", weights, scaling, parts=parts)
+        assert all(torch.equal(split[name], value) for name, value in whole.items())
+
+
+def test_the_ridge_is_that_of_the_candidate_and_not_of_the_one_before():
+    weight = linear(27, {m: gram(28, rows=2) for m in ("a", "b")})
+    prepared = METHODS["regmean"].prepare([weight], Context())
+    ridges = []
+    for factor in (1.0, 0.5):
+        for rho in (1.0, 0.9):
+            for factors in ("contribution", "gram"):
+                out = {weight.name: torch.empty(weight.base.shape)}
+                prepared.merge({"a": 1.0, "b": factor}, {"rho": rho, "factors": factors}, out)
+                ridges.append(prepared.report()["ridge"] > 0)
+    assert ridges == [True, True, False, False] * 2
 
 
 def test_conv1d_is_the_transposed_linear_layer_also_where_it_is_square():

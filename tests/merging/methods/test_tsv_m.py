@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from merging.methods import Weight
@@ -33,3 +34,11 @@ def test_a_member_that_did_not_move_takes_no_direction(merge):
     merged = merge("tsv_m", [Weight("w", base, pool)], {"a": 1.0, "b": 1.0})["w"]
     u, s, vh = torch.linalg.svd(step, full_matrices=False)
     torch.testing.assert_close(merged - base, u[:, :3] @ torch.diag(s[:3]) @ vh[:3], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [0.7, -0.4])
+def test_a_shared_factor_agrees_with_the_float64_reference(factor, make_pool, merge, complete, reference, assert_close):
+    weights = make_pool(5)
+    scaling = dict.fromkeys(weights[0].members, factor)
+    expected = reference.tsv_m(weights, scaling, complete("tsv_m", scaling), {})
+    assert_close(merge("tsv_m", weights, scaling), expected)
