@@ -170,14 +170,14 @@ class _Merger:
         """
         with files.open(run[0].shard) as put:
             for part in run:
-                self._advise(part, mmap.MADV_WILLNEED)
+                self._announce(part)
                 self._merge(part, put)
                 self._advise(part, mmap.MADV_DONTNEED)
         return sum(part.entries for part in run)
 
     def _read(self, part: Part) -> Iterator[Weight]:
         """A part's weights, for one look at them."""
-        self._advise(part, mmap.MADV_WILLNEED)
+        self._announce(part)
         yield from self._weights(part, part.names)
         if not self._stays_mapped:  # the next look at it would fault its pages in again
             self._advise(part, mmap.MADV_DONTNEED)
@@ -228,6 +228,11 @@ class _Merger:
         room = self._own.scratch.take("out", sum(places.values()), device=torch.device("cpu"), dtype=torch.uint8)
         pieces = zip(needs.items(), room.split(list(places.values())), strict=True)
         return {name: piece[:need].view(self.dtype(name)).view(shapes[name]) for (name, need), piece in pieces}
+
+    def _announce(self, part: Part) -> None:
+        """Has the system start to read a part, unless an earlier look left it mapped."""
+        if not (self._stays_mapped and self._survey is not None):
+            self._advise(part, mmap.MADV_WILLNEED)
 
     def _advise(self, part: Part, advice: int) -> None:
         """Tells the system what base and members will be read, or will not be for now."""

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from merging.methods.loops import BRAIN, FULL, GROUP, HALF, STRIDE, machine
+from merging.methods.loops import BLOCK, BRAIN, FULL, GROUP, HALF, STRIDE, machine
 
 KINDS = {torch.float32: FULL, torch.bfloat16: BRAIN, torch.float16: HALF}
 """What a row is to the loops, by its dtype."""
@@ -160,31 +160,44 @@ def histogram(value: Tensor, base: Tensor, dropped: int) -> Tensor:
     return torch.from_numpy(counts)
 
 
-def within(value: Tensor, base: Tensor, band: tuple[int, int], room: Tensor) -> tuple[int, Patterns, Integers]:
-    """The entries of |θ_t − θ_0| whose bit patterns are in a band.
+def within(
+    values: Sequence[Tensor], base: Tensor, bands: Sequence[tuple[int, int]], room: Tensor
+) -> list[tuple[int, Patterns, Integers]]:
+    """The entries of every |θ_t − θ_0| whose bit patterns are in a band of its own, in one look at all.
 
     Args:
-        value: θ_t, flat and fitting.
+        values: θ_t, flat and fitting.
         base: θ_0.
-        band: Bit patterns, from the first up to and without the second, `WIDEST` at most.
-        room: Working memory, int32 [a place for each pattern].
+        bands: Bit patterns, from the first up to and without the second.
+        room: Working memory, int32 [a place for each pattern of all bands].
 
     Returns:
-        The number of entries above the band; the patterns that occur in it, ascending, and how often each does.
+        Of each the number of entries above its band; the patterns that occur in it, ascending, and how often each does.
     """
-    counts: Patterns = room.zero_().numpy()
-    above = machine.loop("counts.within")(*_row(base), *_row(value), 0, base.numel(), *band, _at(counts))
-    found = np.flatnonzero(counts)
-    return above, (found + band[0]).astype(np.int32), counts[found].astype(np.int64)
+    rows, kinds = _rows(values)
+    ends = np.cumsum([high - low for low, high in bands])
+    counts: list[Patterns] = np.split(room.zero_().numpy(), ends[:-1])
+    rooms, above = np.array([_at(part) for part in counts], np.int64), np.zeros(len(values), np.int64)
+    limits = np.array(bands, np.int64)
+    inputs = (_at(rows), _at(kinds), len(values), 0, base.numel(), _at(limits), _at(rooms), _at(above))
+    machine.loop("counts.within")(*_row(base), *inputs)
+    # numpy lists what is true at many times the speed of numbers
+    found = [np.flatnonzero(part != 0) for part in counts]
+    return [
+        (int(higher), (places + low).astype(np.int32), part[places].astype(np.int64))
+        for higher, (low, _), places, part in zip(above, bands, found, counts, strict=True)
+    ]
 
 
 def products(base: Tensor, values: Sequence[Tensor]) -> Tensor:
     """Inner products of task vectors and base, the last, of flat tensors that fit [T + 1, T + 1], float64."""
     count = len(values)
+    size = (count + BLOCK) // BLOCK * BLOCK
     rows, kinds = _rows(values)
-    sums, work = np.zeros((count + 1, count + 1)), np.zeros((count + 1 + GROUP, STRIDE), np.float32)
+    sums, work = np.zeros((size, size)), np.zeros((size, STRIDE), np.float32)
     machine.loop("sums.products")(*_row(base), _at(rows), _at(kinds), count, 0, base.numel(), _at(work), _at(sums))
-    return torch.from_numpy(sums)
+    upper = np.triu(sums)[: count + 1, : count + 1]
+    return torch.from_numpy(upper + np.triu(upper, 1).T)
 
 
 def _at(numbers: Numbers) -> int:

@@ -3,8 +3,9 @@
 A float32 magnitude's bits, read as an integer, are in the order of the magnitudes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +21,12 @@ FULL_BELOW = 1 << 14
 DROPPED = 15
 """Bits that the histograms of larger weights don't tell apart: bins 0.8 % wide or less, each with about a thousandth of a
 model's entries."""
-SAMPLED_DROPPED = 8
+SAMPLED_DROPPED = 12
 """The same of a sample's: bins fine enough for a narrow band, and no more of them however large the model."""
-STRIDE = 509
-"""One of so many entries is sampled; a prime, so that no matrix has all of its sample in a few columns."""
+RUN = 32
+"""Entries that are sampled side by side: a line of a cache, which costs no more to read than one of them."""
+PERIOD = 1 << 14
+"""Entries of which one run is sampled, at a place drawn by chance, so that no matrix has its sample in a few columns."""
 INFINITE = 0x7F800000
 """Bit pattern above every finite magnitude's."""
 
@@ -51,6 +54,25 @@ class Histogram:
         """Entries in a band that cuts no bin."""
         patterns = self.keys << self.dropped
         return int(self.counts[(patterns >= band[0]) & (patterns < band[1])].sum())
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The magnitudes of some of a member's entries, which were drawn in runs.
+
+    What lies side by side in a weight is often alike, so that a run says less than as many entries drawn one by one: how
+    much less, the squares tell.
+
+    Args:
+        keys: Bit patterns of |τ| (float32) without their last `SAMPLED_DROPPED` bits, ascending [n], int32.
+        counts: Entries of each [n], int64.
+        squares: By how much each adds to the sum over the runs of the squared number of entries so far, where entries come
+            in descending order [n], int64.
+    """
+
+    keys: Patterns
+    counts: Integers
+    squares: Integers
 
 
 @dataclass(frozen=True)
@@ -92,14 +114,55 @@ def histogram(weight: Weight, member: str, scratch: Scratch) -> Histogram:
     return Histogram(keys, dense[keys], DROPPED)
 
 
-def sampled_histograms(weight: Weight) -> dict[str, Histogram]:
-    """All members' magnitudes, of every `STRIDE`th entry."""
-    base = weight.base.reshape(-1)[::STRIDE].float()
-    found = {}
-    for member, value in weight.members.items():
-        deltas = value.reshape(-1)[::STRIDE].float() - base
-        found[member] = _counted(deltas.abs_().view(torch.int32) >> SAMPLED_DROPPED, SAMPLED_DROPPED)
-    return found
+def samples(weights: Iterable[Weight]) -> tuple[dict[str, Sample], int]:
+    """All members' magnitudes, of the same runs of entries; and the number of entries that these were drawn from."""
+    deltas: dict[str, list[Tensor]] = {}
+    size = 0
+    for weight in weights:
+        base = weight.base.reshape(-1)
+        size += base.numel()
+        here = _drawn(weight).to(base.device)
+        before = base.index_select(0, here).float()
+        for member, value in weight.members.items():
+            deltas.setdefault(member, []).append(value.reshape(-1).index_select(0, here).float().sub_(before))
+    return {member: _sample(torch.cat(found)) for member, found in deltas.items()}, size
+
+
+def _drawn(weight: Weight) -> Tensor:
+    """The places of a weight's entries that are sampled, run after run."""
+    chance = np.random.default_rng([crc32(weight.name.encode()), weight.start])
+    starts = np.arange(0, weight.base.numel(), PERIOD)
+    starts += chance.integers(PERIOD, size=len(starts))
+    whole = starts[starts + RUN <= weight.base.numel()]
+    return torch.from_numpy((whole[:, None] + np.arange(RUN)).reshape(-1))
+
+
+def _sample(deltas: Tensor) -> Sample:
+    """The magnitudes of whole runs."""
+    keys = (deltas.abs_().view(torch.int32) >> SAMPLED_DROPPED).view(-1, RUN).cpu().numpy()
+    # the j-th largest of a run, from 1, adds j² − (j − 1)² = 2j − 1: sorted by key and, within the keys, by j
+    coded = np.sort((np.sort(keys, axis=1) * RUN + np.arange(RUN, dtype=np.int32)).reshape(-1))
+    odd = 2 * (RUN - coded % RUN) - 1
+    return _grouped(coded // RUN, np.ones(len(coded), np.int64), odd.astype(np.int64))
+
+
+def pooled(first: Sample, second: Sample) -> Sample:
+    """Both samples as one."""
+    keys = np.concatenate([first.keys, second.keys])
+    order = np.argsort(keys, kind="stable")  # which merges what is sorted
+    counts, squares = (
+        np.concatenate([first.counts, second.counts]),
+        np.concatenate([first.squares, second.squares]),
+    )
+    return _grouped(keys[order], counts[order], squares[order])
+
+
+def _grouped(keys: Patterns, counts: Integers, squares: Integers) -> Sample:
+    """What equal keys, which follow each other, have together."""
+    if not len(keys):
+        return Sample(keys, counts, squares)
+    starts = np.concatenate([[0], np.flatnonzero(keys[1:] != keys[:-1]) + 1])
+    return Sample(keys[starts], np.add.reduceat(counts, starts), np.add.reduceat(squares, starts))
 
 
 def added(histograms: Sequence[Histogram]) -> Histogram:
@@ -116,14 +179,17 @@ def added(histograms: Sequence[Histogram]) -> Histogram:
 def tallies(weight: Weight, asked: Sequence[tuple[str, Band]], scratch: Scratch) -> list[Tally]:
     """For some members, each with a band, the entries in it."""
     base = weight.base.reshape(-1)
-    widest = max((band[1] - band[0] for _, band in asked), default=0)
-    if widest <= fused.WIDEST and fused.fits(base, *(weight.members[member].reshape(-1) for member, _ in asked)):
-        found = []
-        for member, band in asked:
-            room = scratch.take("patterns", band[1] - band[0], device=base.device, dtype=torch.int32)
-            higher, keys, counts = fused.within(weight.members[member].reshape(-1), base, band, room)
-            found.append(_tally(higher, keys, counts))
-        return found
+    if not asked:
+        return []
+    widths = [band[1] - band[0] for _, band in asked]
+    few = base.numel() <= FULL_BELOW  # fewer than there would be counters
+    if (
+        not few
+        and max(widths) <= fused.WIDEST
+        and fused.fits(base, *(weight.members[who].reshape(-1) for who, _ in asked))
+    ):
+        together = [asked] if sum(widths) <= fused.WIDEST else [[question] for question in asked]
+        return [_tally(*found) for some in together for found in _within(weight, some, scratch)]
     members = sorted({member for member, _ in asked})
     above = [0] * len(asked)
     within: list[list[Patterns]] = [[] for _ in asked]
@@ -135,6 +201,16 @@ def tallies(weight: Weight, asked: Sequence[tuple[str, Band]], scratch: Scratch)
                 within[number].append(patterns)
     sorted_out = [np.unique(np.concatenate([np.empty(0, np.int32), *found]), return_counts=True) for found in within]
     return [_tally(higher, *counted) for higher, counted in zip(above, sorted_out, strict=True)]
+
+
+def _within(
+    weight: Weight, asked: Sequence[tuple[str, Band]], scratch: Scratch
+) -> list[tuple[int, Patterns, Integers]]:
+    """The same by a compiled loop, with a counter for every pattern."""
+    values, bands = [weight.members[member].reshape(-1) for member, _ in asked], [band for _, band in asked]
+    size = sum(high - low for low, high in bands)
+    room = scratch.take("patterns", size, device=weight.base.device, dtype=torch.int32)
+    return fused.within(values, weight.base.reshape(-1), bands, room)
 
 
 def entries(weight: Weight, member: str, band: Band, scratch: Scratch) -> Integers:

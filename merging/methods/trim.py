@@ -23,23 +23,30 @@ from merging.methods.base import Weight
 from merging.methods.blocks import Scratch
 from merging.methods.magnitudes import (
     INFINITE,
+    RUN,
+    SAMPLED_DROPPED,
     Band,
     Histogram,
+    Sample,
     Tally,
     added,
     entries,
     histogram,
-    sampled_histograms,
+    pooled,
+    samples,
     tallies,
 )
 
-SPREAD = 5.0
+SPREAD = 4.0
 """Standard errors of a sample's share that its band reaches to either side."""
 
 Place = tuple[str, int]
 """A stretch of a weight that is looked at in one go: the weight's name, the flat index of the first entry."""
 Question = tuple[str, str, Band]
 """A band to be counted by all bits: the weight's name ("" for the whole model), the member, the band."""
+
+Missing = Mapping[str, Sequence[tuple[str, Band]]]
+"""What is to be counted of a group: members, each with a band."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +57,20 @@ class Survey:
         histograms: Weight → member → magnitudes.
         stretched: Weights that were surveyed in several stretches.
         tallies: Bands that were counted by all bits, stretch by stretch.
-        sampled: Member → magnitudes of a sample of the whole model's entries.
+        sampled: Member → magnitudes of a sample of the whole model's entries; the same entries of all.
         sampled_from: Number of entries that were sampled from.
     """
 
     histograms: Mapping[str, Mapping[str, Histogram]] = field(default_factory=dict)
     stretched: frozenset[str] = frozenset()
     tallies: Mapping[Question, Mapping[Place, Tally]] = field(default_factory=dict)
-    sampled: Mapping[str, Histogram] = field(default_factory=dict)
+    sampled: Mapping[str, Sample] = field(default_factory=dict)
     sampled_from: int = 0
     _ranked: dict[tuple[str, str], tuple[Histogram, Tensor]] = field(default_factory=dict, compare=False, repr=False)
     _settled: dict[Question, tuple[int, int, Place, int]] = field(default_factory=dict, compare=False, repr=False)
+    _missing: dict[tuple[tuple[float, ...], bool], Missing | None] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @property
     def members(self) -> list[str]:
@@ -74,8 +84,7 @@ class Survey:
     def ranked(self, group: str, member: str) -> tuple[Histogram, Tensor]:
         """The histogram over a group, and for each of its bins the number of entries in it and above it."""
         if (group, member) not in self._ranked:
-            every = [self.histograms[name][member] for name in self.names(group)] or [self.sampled[member]]
-            total = added(every)
+            total = added([self.histograms[name][member] for name in self.names(group)])
             self._ranked[group, member] = total, total.counts.flip(0).cumsum(0).flip(0)
         return self._ranked[group, member]
 
@@ -87,27 +96,44 @@ class Survey:
 
     def band(self, group: str, member: str, keep: int) -> Band:
         """The bin that holds the `keep`-th largest entry of a group; the band that does most likely, if from a sample."""
+        if not self.histograms:
+            return _likely(self.sampled[member], keep / self.sampled_from)
         found, reaching = self.ranked(group, member)
-        if self.histograms:
-            key = int(found.keys[int((reaching >= keep).sum()) - 1])
-            return key << found.dropped, (key + 1) << found.dropped
-        size, share = int(reaching[0]), keep / self.sampled_from
-        spread = SPREAD * (size * share * (1 - share)) ** 0.5 + 1
-        last = int((reaching >= share * size + spread).sum()) - 1
-        over = int((reaching >= share * size - spread).sum())
-        low = int(found.keys[last]) << found.dropped if last >= 0 else 0
-        return low, int(found.keys[over]) << found.dropped if over < len(reaching) else INFINITE
+        key = int(found.keys[int((reaching >= keep).sum()) - 1])
+        return key << found.dropped, (key + 1) << found.dropped
 
     def is_open(self, group: str, member: str) -> bool:
         """Whether a bin's count does not say which of its entries stay."""
         several = group in self.stretched if group else bool(self.stretched)
-        return several or bool(self.ranked(group, member)[0].dropped)
+        return not self.histograms or several or bool(self.ranked(group, member)[0].dropped)
 
     def misses(self, question: Question, keep: int) -> bool:
         """Whether a band was counted, and does not hold the `keep`-th largest entry."""
         found = self.tallies.get(question, {}).values()
         above = sum(tally.above for tally in found)
         return bool(found) and not above < keep <= above + sum(int(tally.reaching[0]) for tally in found)
+
+    def missing(self, densities: Sequence[float], whole: bool) -> Missing | None:
+        """What is still to be counted, so that these densities are settled; None where a band missed, and all is."""
+        key = (*densities,), whole
+        if key not in self._missing:
+            self._missing[key] = self._open_questions(densities, whole)
+        return self._missing[key]
+
+    def _open_questions(self, densities: Sequence[float], whole: bool) -> Missing | None:
+        asked: dict[str, list[tuple[str, Band]]] = {}
+        for group in [""] if whole else sorted(self.stretched):
+            for member in self.members:
+                for density in densities:
+                    keep = self.kept(group, member, density)
+                    if keep is None or not self.is_open(group, member):
+                        continue
+                    band = self.band(group, member, keep)
+                    if self.misses((group, member, band), keep):
+                        return None
+                    if (group, member, band) not in self.tallies and (member, band) not in asked.get(group, []):
+                        asked.setdefault(group, []).append((member, band))
+        return asked
 
     def settled(self, question: Question, keep: int) -> tuple[int, Place, int]:
         """The `keep`-th largest entry: its bit pattern, its stretch, and its rank (from 0) among its equals there."""
@@ -180,10 +206,8 @@ def survey(weights: Iterable[Weight]) -> Survey:
 
 def sample(weights: Iterable[Weight]) -> Survey:
     """Histograms of a sample of the task vectors' entries in some weights, or stretches of weights, taken together."""
-    found = Survey()
-    for weight in weights:
-        found = combine(found, Survey(sampled=sampled_histograms(weight), sampled_from=weight.base.numel()))
-    return found
+    drawn, size = samples(weights)
+    return Survey(sampled=drawn, sampled_from=size)
 
 
 def combine(first: Survey | None, second: Survey | None) -> Survey:
@@ -196,15 +220,12 @@ def combine(first: Survey | None, second: Survey | None) -> Survey:
     }
     questions = {*one.tallies, *other.tallies}
     found = {asked: {**one.tallies.get(asked, {}), **other.tallies.get(asked, {})} for asked in questions}
-    sampled = {
-        member: added([part.sampled[member] for part in (one, other) if member in part.sampled])
-        for member in {*one.sampled, *other.sampled}
-    }
+    drawn = {m: pooled(one.sampled[m], found) for m, found in other.sampled.items() if m in one.sampled}
     return Survey(
         {**one.histograms, **other.histograms, **joined},
         one.stretched | other.stretched | both,
         found,
-        sampled,
+        {**one.sampled, **other.sampled, **drawn},
         one.sampled_from + other.sampled_from,
     )
 
@@ -221,18 +242,9 @@ def refine(weights: Iterable[Weight], known: Survey, densities: Sequence[float],
     Returns:
         None where enough is known.
     """
-    asked: dict[str, list[tuple[str, Band]]] = {}
-    for group in [""] if whole else sorted(known.stretched):
-        for member in known.members:
-            for density in densities:
-                keep = known.kept(group, member, density)
-                if keep is None or not known.is_open(group, member):
-                    continue
-                band = known.band(group, member, keep)
-                if known.misses((group, member, band), keep):
-                    return survey(weights)
-                if (group, member, band) not in known.tallies and (member, band) not in asked.get(group, []):
-                    asked.setdefault(group, []).append((member, band))
+    asked = known.missing(densities, whole)
+    if asked is None:
+        return survey(weights)
     if not asked:
         return None
     scratch = Scratch()
@@ -293,6 +305,19 @@ class Trimmer:
         if any(name in self._survey.stretched or (name, 0) not in self._weights for name in names):
             return None
         return {(name, 0): tallies(self._weights[name, 0], [(member, band)], self._scratch)[0] for name in names}
+
+
+def _likely(sample: Sample, share: float) -> Band:
+    """The band that, but for bad luck, holds the entry above which there is this share of all."""
+    reaching, squares = (found[::-1].cumsum()[::-1] for found in (sample.counts, sample.squares))
+    if not len(reaching):
+        return 0, INFINITE
+    wanted, runs = share * reaching[0], reaching[0] / RUN
+    near = max(int((reaching >= wanted).sum()) - 1, 0)
+    spread = SPREAD * max(float(squares[near] - reaching[near] ** 2 / runs), 0.0) ** 0.5 + RUN
+    last, over = int((reaching >= wanted + spread).sum()) - 1, int((reaching >= wanted - spread).sum())
+    low = int(sample.keys[last]) << SAMPLED_DROPPED if last >= 0 else 0
+    return low, int(sample.keys[over]) << SAMPLED_DROPPED if over < len(reaching) else INFINITE
 
 
 def _settled(band: Band, found: Mapping[Place, Tally], keep: int) -> tuple[int, Place, int]:

@@ -10,6 +10,8 @@ FULL, BRAIN, HALF = 0, 1, 2
 """Kinds of rows: float32, bfloat16, float16."""
 GROUP = 4
 """Rows that are read side by side, for which a processor's prefetching is made, and added up in one go."""
+BLOCK = 3
+"""Rows whose inner products with as many others are added up in registers: nine sums, of sixteen that there are."""
 TILE = 512
 """Entries at a time: what the largest loop works on takes 27 KiB, and a first cache has 32."""
 STRIDE = TILE + 48

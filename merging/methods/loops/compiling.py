@@ -14,13 +14,15 @@ from numba import cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
 
+from merging.methods.loops import FULL, HALF
+
 SETTINGS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
 """Of the liberties that a compiler may take, only that of not rounding between a product and a sum."""
 FROM_OUTSIDE = frozenset({"memset", "memcpy", "memmove"})
 """What machine code may ask of the process that loads it."""
 ALIGNED = 64
 LANES = 32
-"""Entries that `lanes_within` looks at."""
+"""Entries that `lanes_beyond` looks at."""
 
 intrinsic: Callable[..., Callable[..., Any]] = _intrinsic
 """What the loops call is not what is decorated: the types of the arguments come first there."""
@@ -87,26 +89,57 @@ def to_float16(typing: Any, value: Any) -> Any:
     return types.uint16(types.float32), generate
 
 
+def lanes_beyond(kind: int) -> Any:
+    """What looks at LANES task-vector entries of one kind of row at once.
+
+    It takes a row, θ_0 in float32, the first of the entries, and bit patterns `least` and `most`. It gives 64 bits: one of
+    the lower half for every entry whose magnitude's bits are above `least`, of the upper half where above `most`.
+    """
+    full, singles = ir.VectorType(ir.IntType(32), LANES), ir.VectorType(ir.FloatType(), LANES)
+    sixteen, halves = ir.VectorType(ir.IntType(16), LANES), ir.VectorType(ir.HalfType(), LANES)
+
+    def everywhere(builder: Any, value: Any) -> Any:
+        one = builder.insert_element(ir.Constant(full, ir.Undefined), value, ir.IntType(32)(0))
+        return builder.shuffle_vector(one, one, ir.Constant(full, [0] * LANES))
+
+    @intrinsic
+    def beyond(typing: Any, row: Any, before: Any, first: Any, least: Any, most: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            def load(number: int, vector: Any, align: int) -> Any:
+                array = context.make_array(signature.args[number])(context, builder, arguments[number])
+                place = builder.bitcast(builder.gep(array.data, [arguments[2]]), vector.as_pointer())
+                values = builder.load(place)
+                values.align = align
+                return values
+
+            if kind == FULL:
+                wide = load(0, singles, 4)
+            elif kind == HALF:
+                wide = builder.fpext(load(0, halves, 2), singles)
+            else:
+                upper = builder.zext(load(0, sixteen, 2), full)
+                wide = builder.bitcast(builder.shl(upper, ir.Constant(full, [16] * LANES)), singles)
+            bits = builder.bitcast(builder.fsub(wide, load(1, singles, 4)), full)
+            bits = builder.and_(bits, ir.Constant(full, [0x7FFFFFFF] * LANES))
+            found = []
+            for limit in arguments[3:]:
+                above = builder.icmp_signed(">", bits, everywhere(builder, limit))
+                found.append(builder.zext(builder.bitcast(above, ir.IntType(LANES)), ir.IntType(64)))
+            return builder.or_(found[0], builder.shl(found[1], ir.IntType(64)(LANES)))
+
+        return types.int64(row, before, types.int64, types.int32, types.int32), generate
+
+    return beyond
+
+
 @intrinsic
-def lanes_within(typing: Any, row: Any, first: Any, least: Any, most: Any) -> Any:
-    """Of LANES entries of an int32 array, those above `least` and up to `most`, a bit each: all looked at at once."""
+def ones(typing: Any, bits: Any) -> Any:
+    """How many bits are set."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        vector = ir.VectorType(ir.IntType(32), LANES)
-        array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        place = builder.bitcast(builder.gep(array.data, [arguments[1]]), vector.as_pointer())
-        values = builder.load(place)
-        values.align = 4
+        return builder.ctpop(arguments[0])
 
-        def everywhere(value: Any) -> Any:
-            one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.IntType(32)(0))
-            return builder.shuffle_vector(one, one, ir.Constant(vector, [0] * LANES))
-
-        above = builder.icmp_signed(">", values, everywhere(arguments[2]))
-        inside = builder.and_(above, builder.icmp_signed("<=", values, everywhere(arguments[3])))
-        return builder.zext(builder.bitcast(inside, ir.IntType(LANES)), ir.IntType(64))
-
-    return types.int64(row, types.int64, types.int32, types.int32), generate
+    return types.int64(types.int64), generate
 
 
 @intrinsic

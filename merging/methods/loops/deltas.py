@@ -9,9 +9,9 @@ from collections.abc import Callable
 import numpy as np
 from numba import carray, types  # type: ignore[attr-defined]
 
-from merging.methods.loops import BRAIN, FULL, GROUP, STRIDE, TILE
+from merging.methods.loops import BRAIN, FULL, GROUP, HALF, STRIDE, TILE
 from merging.methods.loops.chance import draw
-from merging.methods.loops.compiling import inner, room_for
+from merging.methods.loops.compiling import from_float16, inner, room_for
 from merging.methods.loops.rows import (
     ZERO,
     Array,
@@ -29,14 +29,16 @@ ALL, SUM, MEAN = 0, 1, 2
 """What is added to the base: all that is kept, what has the elected sign, or its mean."""
 ABOVE, BETWEEN, DRAWN = 0, 1, 2
 """What is kept: entries above a magnitude, those not above another one besides, or those that chance leaves."""
-BASE, FIRST, SECOND, THIRD, FOURTH, END = (place * STRIDE for place in range(GROUP, GROUP + 6))
-"""Rows of the working memory behind those of a group's members, where these need converting first."""
+BASE, FIRST, SECOND, THIRD, FOURTH, END = (place * STRIDE for place in range(6))
+"""Rows of the working memory: the base and the sums."""
 PAIRS = TILE // 2 + 8
 """From one member's random numbers, two in each, to the next one's."""
 LARGEST = np.finfo(np.float32).max
 TINY, ONE = np.float32(np.finfo(np.float32).tiny), np.float32(1)
 
 _work, _numbers = room_for(types.float32, END), room_for(types.uint32, GROUP * PAIRS)
+_members = room_for(types.float32, GROUP * STRIDE)
+"""Of its own, so that a compiler sees that no sum is written over a member that was converted."""
 
 
 def _keeping(kept: int) -> Callable[[Scalar, Scalar, Scalar, Scalar], Scalar]:
@@ -86,10 +88,10 @@ def _adding(wide: Callable[[Scalar], Scalar], kept: int, entries: int) -> Callab
             if entries == ALL:
                 work[FIRST + i] += a + b + (c + d)
             else:
-                above = work[FIRST + i] + (ZERO if a <= ZERO else a) + (ZERO if b <= ZERO else b)
-                work[FIRST + i] = above + (ZERO if c <= ZERO else c) + (ZERO if d <= ZERO else d)
-                below = work[SECOND + i] + (ZERO if a >= ZERO else a) + (ZERO if b >= ZERO else b)
-                work[SECOND + i] = below + (ZERO if c >= ZERO else c) + (ZERO if d >= ZERO else d)
+                above = work[FIRST + i] + (ZERO if a < ZERO else a) + (ZERO if b < ZERO else b)
+                work[FIRST + i] = above + (ZERO if c < ZERO else c) + (ZERO if d < ZERO else d)
+                below = work[SECOND + i] + (ZERO if a > ZERO else a) + (ZERO if b > ZERO else b)
+                work[SECOND + i] = below + (ZERO if c > ZERO else c) + (ZERO if d > ZERO else d)
             if entries == MEAN:
                 more = work[THIRD + i] + (abs(f) if a > ZERO else ZERO) + (abs(g) if b > ZERO else ZERO)
                 work[THIRD + i] = more + (abs(h) if c > ZERO else ZERO) + (abs(j) if d > ZERO else ZERO)
@@ -139,6 +141,7 @@ def _bound(cuts: Array, places: Array, member: int, which: int, here: int) -> Sc
 def _merging(kept: int, entries: int) -> Callable[..., int]:
     """The loop of one kind of merge."""
     add_brains, add_singles = _adding(brain, kept, entries), _adding(same, kept, entries)
+    add_halves = _adding(from_float16, kept, entries)
 
     def merge(
         base: int,
@@ -180,6 +183,7 @@ def _merging(kept: int, entries: int) -> Callable[..., int]:
         p, k, c = integers(rows, 0, count), integers(kinds, 0, count), singles(factors, 0, count + 1)
         bounds, where, seeds = singles(cuts, 0, 4 * count), integers(places, 0, 2 * count), integers(keys, 0, 2 * count)
         work, numbers = carray(_work(), END), carray(_numbers(), GROUP * PAIRS)
+        converted = carray(_members(), GROUP * STRIDE)
         sixteen, least = numbers.view(np.uint16), np.int32(level)
         for start in range(first, last, TILE):
             n = min(TILE, last - start)
@@ -199,9 +203,10 @@ def _merging(kept: int, entries: int) -> Callable[..., int]:
                 f = c[a], c[b], c[d], c[e]
                 brains = k[a] == k[b] == k[d] == k[e] == BRAIN
                 full = k[a] == k[b] == k[d] == k[e] == FULL
-                if not brains and not full:
+                half = k[a] == k[b] == k[d] == k[e] == HALF
+                if not brains and not full and not half:
                     for m in range(GROUP):
-                        widen(work, m * STRIDE, p[one + m], k[one + m], start, n)
+                        widen(converted, m * STRIDE, p[one + m], k[one + m], start, n)
                 i = 0
                 while i < n:
                     here, stop = start + i, n
@@ -223,13 +228,17 @@ def _merging(kept: int, entries: int) -> Callable[..., int]:
                         x, y = halves(p[a], start, n), halves(p[b], start, n)
                         z, w = halves(p[d], start, n), halves(p[e], start, n)
                         add_brains(work, (x, y, z, w), (q, r, s, t), v, f, i, stop - i)
+                    elif half:
+                        x, y = halves(p[a], start, n), halves(p[b], start, n)
+                        z, w = halves(p[d], start, n), halves(p[e], start, n)
+                        add_halves(work, (x, y, z, w), (q, r, s, t), v, f, i, stop - i)
                     elif full:
                         x1, y1 = singles(p[a], start, n), singles(p[b], start, n)
                         z1, w1 = singles(p[d], start, n), singles(p[e], start, n)
                         add_singles(work, (x1, y1, z1, w1), (q, r, s, t), v, f, i, stop - i)
                     else:
-                        x1, y1 = work[:STRIDE], work[STRIDE : 2 * STRIDE]
-                        z1, w1 = work[2 * STRIDE : 3 * STRIDE], work[3 * STRIDE : 4 * STRIDE]
+                        x1, y1 = converted[:STRIDE], converted[STRIDE : 2 * STRIDE]
+                        z1, w1 = converted[2 * STRIDE : 3 * STRIDE], converted[3 * STRIDE : 4 * STRIDE]
                         add_singles(work, (x1, y1, z1, w1), (q, r, s, t), v, f, i, stop - i)
                     i = stop
             _settle(work, n, entries, c[count])

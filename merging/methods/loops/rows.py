@@ -65,6 +65,23 @@ def widen(work: Array, to: int, place: int, kind: int, start: int, count: int) -
 
 
 @inner
+def moved(row: Array, before: Array, place: int, kind: int, start: int, count: int) -> None:
+    """Writes what entries differ by from others in float32."""
+    if kind == BRAIN:
+        brains = halves(place, start, count)
+        for i in range(count):
+            row[i] = brain(brains[i]) - before[i]
+    elif kind == HALF:
+        bits = halves(place, start, count)
+        for i in range(count):
+            row[i] = from_float16(bits[i]) - before[i]
+    else:
+        values = singles(place, start, count)
+        for i in range(count):
+            row[i] = values[i] - before[i]
+
+
+@inner
 def store(work: Array, out: int, kind: int, start: int, count: int) -> None:
     """Writes float32 entries to a row, rounded to the nearest number of its kind, and the even one of two as near."""
     if kind == FULL:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from numba import carray, types  # type: ignore[attr-defined]
 
-from merging.methods.loops import BRAIN, FULL, GROUP, STRIDE, TILE
+from merging.methods.loops import BLOCK, BRAIN, FULL, GROUP, STRIDE, TILE
 from merging.methods.loops.compiling import from_float16, inner, inner_sums, room_for
 from merging.methods.loops.rows import (
     MAGNITUDE,
@@ -16,6 +16,7 @@ from merging.methods.loops.rows import (
     doubles,
     halves,
     integers,
+    moved,
     same,
     singles,
     store,
@@ -126,21 +127,34 @@ def largest(place: int, kind: int, first: int, last: int) -> int:
 
 
 @inner_sums
-def _dots(x: Array, a: Array, b: Array, c: Array, d: Array) -> tuple[Scalar, Scalar, Scalar, Scalar]:
-    """Inner products of one row with four."""
-    first, second, third, fourth = ZERO, ZERO, ZERO, ZERO
-    for n in range(len(x)):
-        first += x[n] * a[n]
-        second += x[n] * b[n]
-        third += x[n] * c[n]
-        fourth += x[n] * d[n]
-    return first, second, third, fourth
+def _dots(a: Array, b: Array, c: Array, x: Array, y: Array, z: Array, total: Array, place: int, width: int) -> None:
+    """Adds the inner products of three rows with three to a square of so many columns, from a place on."""
+    ax, ay, az, bx, by, bz, cx, cy, cz = ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO
+    for n in range(len(a)):
+        ax += a[n] * x[n]
+        ay += a[n] * y[n]
+        az += a[n] * z[n]
+        bx += b[n] * x[n]
+        by += b[n] * y[n]
+        bz += b[n] * z[n]
+        cx += c[n] * x[n]
+        cy += c[n] * y[n]
+        cz += c[n] * z[n]
+    total[place] += ax
+    total[place + 1] += ay
+    total[place + 2] += az
+    total[place + width] += bx
+    total[place + width + 1] += by
+    total[place + width + 2] += bz
+    total[place + 2 * width] += cx
+    total[place + 2 * width + 1] += cy
+    total[place + 2 * width + 2] += cz
 
 
 def products(
     base: int, base_kind: int, rows: int, kinds: int, count: int, first: int, last: int, work: int, sums: int
 ) -> int:
-    """Adds the inner products of task vectors and base, which is the last, to sums [T + 1, T + 1], float64.
+    """Adds the inner products of task vectors and base, which is the last, to the upper half of a square.
 
     A tile's are summed in float32, of many numbers side by side, and the tiles' in float64.
 
@@ -152,34 +166,22 @@ def products(
         count: T.
         first: Of the entries.
         last: Behind them.
-        work: Working memory, float32 [T + 1 + GROUP, STRIDE], 0.
-        sums: float64 [T + 1, T + 1].
+        work: Working memory, float32 [S, STRIDE], 0; S is T + 1 rounded up to a multiple of BLOCK.
+        sums: float64 [S, S].
     """
-    p, k, size = integers(rows, 0, count), integers(kinds, 0, count), count + 1
-    room, total = singles(work, 0, (size + GROUP) * STRIDE), doubles(sums, 0, size * size)
+    p, k, size = integers(rows, 0, count), integers(kinds, 0, count), (count + BLOCK) // BLOCK * BLOCK
+    room, total = singles(work, 0, size * STRIDE), doubles(sums, 0, size * size)
     before = room[count * STRIDE : count * STRIDE + TILE]
     for start in range(first, last, TILE):
         n = min(TILE, last - start)
         widen(before, 0, base, base_kind, start, n)
         for t in range(count):
-            delta = room[t * STRIDE : t * STRIDE + n]
-            widen(delta, 0, p[t], k[t], start, n)
-            for i in range(n):
-                delta[i] -= before[i]
-        for i in range(size):
-            for j in range(i, size, GROUP):
-                x, y = i * STRIDE, j * STRIDE
-                a, b = room[y : y + n], room[y + STRIDE : y + STRIDE + n]
-                c, d = room[y + 2 * STRIDE : y + 2 * STRIDE + n], room[y + 3 * STRIDE : y + 3 * STRIDE + n]
-                one, two, three, four = _dots(room[x : x + n], a, b, c, d)
-                total[i * size + j] += one
-                if j + 1 < size:
-                    total[i * size + j + 1] += two
-                if j + 2 < size:
-                    total[i * size + j + 2] += three
-                if j + 3 < size:
-                    total[i * size + j + 3] += four
-    for i in range(size):
-        for j in range(i):
-            total[i * size + j] = total[j * size + i]
+            moved(room[t * STRIDE : t * STRIDE + n], before, p[t], k[t], start, n)
+        for i in range(0, size, BLOCK):
+            a, b = room[i * STRIDE : i * STRIDE + n], room[(i + 1) * STRIDE : (i + 1) * STRIDE + n]
+            c = room[(i + 2) * STRIDE : (i + 2) * STRIDE + n]
+            for j in range(i, size, BLOCK):
+                x, y = room[j * STRIDE : j * STRIDE + n], room[(j + 1) * STRIDE : (j + 1) * STRIDE + n]
+                z = room[(j + 2) * STRIDE : (j + 2) * STRIDE + n]
+                _dots(a, b, c, x, y, z, total, i * size + j, size)
     return 0
