@@ -1,5 +1,6 @@
 """The command line. Nothing heavy is imported before a command needs it, so that `--help` answers at once."""
 
+import gc
 import os
 import signal
 import sys
@@ -196,8 +197,11 @@ def merge(
     quiet: Quiet = False,
 ) -> None:
     """Merges members by a recipe, without data and without a cluster, and writes a Hugging Face directory."""
+    gc.disable()  # the collector would look again and again at what imports make, all of which stays: a tenth of their time
     from flows.merge import merge_recipe
 
+    gc.freeze()
+    gc.enable()
     merge_recipe(recipe, out, dtype, memory, _display(quiet), mismatch, threads)
     typer.echo(out)
 
