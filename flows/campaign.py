@@ -69,7 +69,7 @@ def run(campaign: Campaign, display: Display) -> str:
         with display.phase("Pool"):
             opened, ledger = _opened(campaign, directory, display)
             _require_searchable(opened)
-        directory.claim(campaign, opened.fingerprints())
+        directory.claim(campaign, opened.fingerprints)
         keep(opened.pool, directory.path)
         try:
             with heartbeat(directory.path, display.pulse), connect() as cluster:
@@ -96,7 +96,7 @@ def check(campaign: Campaign, display: Display) -> None:
 def _opened(campaign: Campaign, directory: Directory, display: Display) -> tuple[Opened, Ledger]:
     """Pool and tasks of a campaign, and what its directory has of it, looked through for what would stop it later."""
     opened = open_campaign(campaign, display, directory.path)
-    directory.check_pool(opened.fingerprints())
+    directory.check_pool(opened.fingerprints)
     require_kernel(opened)
     return opened, Ledger(directory.ledger, campaign.name)
 
@@ -142,7 +142,7 @@ def run_selection(campaign: Campaign, display: Display) -> Selection:
     with directory.locked():
         with display.phase("Pool"):
             opened, ledger = _opened(campaign, directory, display)
-        directory.claim(campaign, opened.fingerprints())
+        directory.claim(campaign, opened.fingerprints)
         keep(opened.pool, directory.path)
         with connect() as cluster:
             with display.phase("Statistics"):
@@ -326,4 +326,4 @@ def _objective(opened: Opened, ledger: Ledger) -> Objective:
 
 
 def _provenance(opened: Opened) -> Provenance:
-    return Provenance(opened.campaign.name, code_version(), storage.fingerprint(opened.fingerprints()))
+    return Provenance(opened.campaign.name, code_version(), storage.fingerprint(opened.fingerprints))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from flows.config import Campaign
@@ -92,8 +93,9 @@ class Opened:
             facts=known(self.pool),
         )
 
+    @cached_property
     def fingerprints(self) -> dict[str, Any]:
-        """Content hashes of base, members and evaluation data: `pool.json`."""
+        """Content hashes of base, members and evaluation data: `pool.json`. Texts and tokenizers are hashed once."""
         data = {
             name: {split: task.data_fingerprint(split) for split in ("validation", "test") if task.size(split)}
             for name, task in self.tasks.items()

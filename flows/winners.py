@@ -40,7 +40,7 @@ def export_candidates(path: str, rows: Sequence[Row], display: Display) -> dict[
         return places
     with display.phase("Pool"):
         opened = open_campaign(campaign, display, directory.path)
-        directory.check_pool(opened.fingerprints())
+        directory.check_pool(opened.fingerprints)
     with display.phase("Statistics"):
         cache = cache_of(campaign)
         files: Files = member_statistics(opened, opened.kinds, cache, display)

@@ -135,7 +135,7 @@ def test_a_campaign_whose_members_or_data_were_replaced_is_not_gone_on_with(
     campaign = load_campaign(str(file))
     directory, display = Directory(str(tmp_path / "out")), Display(Console(quiet=True))
     opened = open_campaign(campaign, display)
-    directory.claim(campaign, opened.fingerprints())
+    directory.claim(campaign, opened.fingerprints)
     assert mergequest("campaign", "check", file)[1] == 0
     now = datetime.now(UTC)
     Ledger(directory.ledger, "tiny").append(

@@ -28,7 +28,7 @@ def campaign(campaign_file, monkeypatch, tmp_path):
     search = {"methods": ["average", "task_arithmetic"]}
     settings = load_campaign(str(campaign_file(directory="out", search=search, selection={"mode": "all"})))
     directory = Directory(str(tmp_path / "out"))
-    directory.claim(settings, open_campaign(settings, Display()).fingerprints())
+    directory.claim(settings, open_campaign(settings, Display()).fingerprints)
     rows = []
     for place, recipe in enumerate(
         [Recipe("average", {"one": 1.0, "two": 1.0}), Recipe("task_arithmetic", {"one": 0.3, "three": 0.6}, {})]
