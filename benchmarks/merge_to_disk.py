@@ -12,6 +12,7 @@ that this loop would have after our start-up.
 
 import argparse
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -188,32 +189,37 @@ def peer_command(directory: Path, programs: Path, name: str, paths: Sequence[Pat
 
 
 def machine_limit(paths: Sequence[Path], out: Path, threads: int) -> Cost:
-    """A plain loop that reads all files, adds up in float32 and writes one file of bfloat16, durably."""
+    """A plain loop that reads all files, adds up in float32 and writes one file of bfloat16, durably.
+
+    It maps the files, and writes around the page cache, which is what this machine does fastest.
+    """
     step = 1 << 19
-    files = [os.open(path / "model.safetensors", os.O_RDONLY) for path in paths]
-    size = os.fstat(files[0]).st_size // step * step
-    result = os.open(out, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    size = (paths[0] / "model.safetensors").stat().st_size // step * step
+    handles = [os.open(path / "model.safetensors", os.O_RDONLY) for path in paths]
+    maps = [mmap.mmap(handle, size, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE) for handle in handles]
+    for handle in handles:
+        os.close(handle)
+    result = os.open(out, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_DIRECT)
 
     def work(first: int) -> None:
-        raw = bytearray(step)
-        values = torch.frombuffer(raw, dtype=torch.bfloat16)
-        term, total, rounded = torch.empty(step // 2), torch.empty(step // 2), torch.empty(step // 2).bfloat16()
-        for place in range(first * step, size, threads * step):
+        room = mmap.mmap(-1, step)
+        rounded = torch.frombuffer(room, dtype=torch.bfloat16)
+        term, total = torch.empty(step // 2), torch.empty(step // 2)
+        for place in range(first * step, size, (threads + 1) * step):
             total.zero_()
-            for file in files:
-                os.preadv(file, [raw], place)
-                total.add_(term.copy_(values), alpha=0.1)
-            os.pwrite(result, memoryview(rounded.copy_(total).view(torch.uint8).numpy()), place)
+            for whole in maps:
+                total.add_(term.copy_(torch.frombuffer(whole, dtype=torch.bfloat16, count=step // 2, offset=place)), alpha=0.1)
+            rounded.copy_(total)
+            os.pwrite(result, room, place)
 
     before, start = time.process_time(), time.perf_counter()
     torch.set_num_threads(1)
     os.posix_fallocate(result, 0, size)
-    with ThreadPoolExecutor(threads) as executor:
-        list(executor.map(work, range(threads)))
+    with ThreadPoolExecutor(threads + 1, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+        list(executor.map(work, range(threads + 1)))  # one more: one of them waits for the disk
     os.fsync(result)
     cost = Cost(time.process_time() - before, time.perf_counter() - start, 0)
-    for file in (*files, result):
-        os.close(file)
+    os.close(result)
     out.unlink()
     return cost
 

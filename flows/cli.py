@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from flows.config import Campaign
     from flows.progress import Display
 
+# Numpy solves small systems here. Its threads would each spin for a tenth of a second when it is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 LOOK = 5.0
 """Seconds between two looks of `campaign status --watch`."""
 

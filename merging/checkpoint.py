@@ -3,6 +3,7 @@
 import hashlib
 import json
 import mmap
+import os
 import struct
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 MAX_HEADER = 100_000_000
+SAMPLED = 64
+"""Places of a file that tell whether all of it is in memory."""
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -142,6 +145,20 @@ class SafetensorsFile:
             infos = [self.tensors[name] for name in names]
             self._window.prefetch([(info.start, info.stop) for info in infos if info.nbytes])
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether the system seems to hold a local file in memory, by a look at some places."""
+        if self._here is None:
+            return False
+        with self._here.open("rb", buffering=0) as file:
+            last, byte = self._here.stat().st_size - 1, bytearray(1)
+            try:
+                return all(
+                    os.preadv(file.fileno(), [byte], last * n // SAMPLED, os.RWF_NOWAIT) for n in range(SAMPLED + 1)
+                )
+            except OSError:  # it would have to be read, or the file system cannot tell
+                return False
+
     def advise(self, name: str, advice: int, start: int = 0, stop: int | None = None) -> None:
         """Tells the system about the use of bytes [start, stop) of a local file's tensor, all by default.
 
@@ -254,6 +271,11 @@ class Checkpoint:
     def is_mapped(self) -> bool:
         """Whether `read` gives views of memory maps: reading a part of a tensor costs no more than the part."""
         return storage.is_local(self.path)
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether the system seems to hold all of it in memory already."""
+        return self.is_mapped and all(file.is_cached for file in self._files.values())
 
     def advise(self, name: str, advice: int, start: int = 0, stop: int | None = None) -> None:
         """Tells the system about the use of bytes of a tensor, where there is a memory map: see `SafetensorsFile`."""

@@ -21,14 +21,13 @@ from merging.methods import METHODS, Context, Method, Weight
 from merging.methods.blocks import Scratch, is_finite
 from merging.parts import Part, partition, runs, side_by_side
 from merging.recipe import Recipe
+from merging.unbuffered import BLOCK
 from merging.writing import SHARD_BYTES, Files, Write, lay_out, new_checkpoint
 
 MEMORY = 1_000_000_000
 """Working memory, in bytes, where a caller names none."""
 PART_ENTRIES = 1 << 22
 """Entries merged at a time where memory would allow more: few enough for what is merged to be written from the cache."""
-ALIGNED = 64
-"""Bytes to whose multiples buffers are cut."""
 
 
 def merge_to_disk(
@@ -71,7 +70,7 @@ def merge_to_disk(
     merger = _Merger(_narrowed(material, complete), complete, dtype)
     pool = merger.pool
     threads = threads or len(os.sched_getaffinity(0))
-    share = max(max_bytes // (threads * 4 * (len(pool.members) + 1)), 1)
+    share = max(max_bytes // ((threads + 1) * 4 * (len(pool.members) + 1)), 1)
     outlines = [(name, merger.dtype(name), info.shape) for name, info in pool.base.tensors.items()]
     shards = lay_out(outlines, max_shard_bytes)
     parts = partition(pool, shards, min(share, PART_ENTRIES), stretches=merger.can_stretch)
@@ -81,7 +80,8 @@ def merge_to_disk(
     if dtype is not None:
         small.setdefault(CONFIG, _config(pool.base, dtype))
     with new_checkpoint(path, shards, like=pool.base, extra=small) as files:
-        for entries in side_by_side(lambda run: merger.write(files, run), runs(parts, files), share, threads):
+        writing = threads + 1  # one waits for the disk
+        for entries in side_by_side(lambda run: merger.write(files, run), runs(parts, files), share, writing):
             done += entries
             progress(done, total)
     return merger.report
@@ -128,10 +128,9 @@ class _Merger:
         self._survey: Any = None
         self._own = threading.local()
         self._lock = threading.Lock()
-        stored = sum(
-            checkpoint.nbytes for checkpoint in (self.pool.base, *(m.checkpoint for m in self.pool.members.values()))
-        )
-        self._stays_mapped = stored < psutil.virtual_memory().available // 2
+        checkpoints = self.pool.base, *(member.checkpoint for member in self.pool.members.values())
+        self._stays_mapped = sum(c.nbytes for c in checkpoints) < psutil.virtual_memory().available // 2
+        self._is_cached = all(c.is_cached for c in checkpoints)
 
     @property
     def can_stretch(self) -> bool:
@@ -172,30 +171,32 @@ class _Merger:
             for part in run:
                 self._announce(part)
                 self._merge(part, put)
-                self._advise(part, mmap.MADV_DONTNEED)
+                self._leave(part)
         return sum(part.entries for part in run)
 
     def _read(self, part: Part) -> Iterator[Weight]:
         """A part's weights, for one look at them."""
         self._announce(part)
         yield from self._weights(part, part.names)
-        if not self._stays_mapped:  # the next look at it would fault its pages in again
-            self._advise(part, mmap.MADV_DONTNEED)
+        self._leave(part)
 
     def _merge(self, part: Part, put: Write) -> None:
         """Merges a part in this thread's buffer, and hands it over."""
-        out = self._room(part)
+        out, stretches = self._room(part)
         for names, scaling in split(out, self._recipe) if out else ():
             weights = list(self._weights(part, names))
             prepared = self.method.prepare(weights, Context(self.material.examples, self._survey))
             prepared.merge(scaling, self._recipe.parameters, out)
             with self._lock:
                 self.report = joined([self.report, prepared.report()])
-        for name in part.names:
-            if name in out and not is_finite(out[name]):
+        for name, value in out.items():
+            if not is_finite(value):
                 raise self._unusable(part, name)
-            value = out[name] if name in out else self.pool.base.read(name)
-            put(part.shard.tensors[name].start + part.start * value.dtype.itemsize, value)
+        for place, value in stretches:
+            put(place, value)
+        for name in part.names:
+            if name not in out:
+                put(part.shard.tensors[name].start, self.pool.base.read(name))
 
     def _weights(self, part: Part, names: Sequence[str]) -> Iterator[Weight]:
         """Those of a part's weights that are merged; of a stretch, views of base and members."""
@@ -216,23 +217,45 @@ class _Merger:
                 start=part.start,
             )
 
-    def _room(self, part: Part) -> dict[str, Tensor]:
-        """What a part's merged weights are written to: this thread's, until its next part."""
+    def _room(self, part: Part) -> tuple[dict[str, Tensor], list[tuple[int, Tensor]]]:
+        """What a part's merged weights are written to: this thread's, until its next part.
+
+        They lie in memory as in the file, at the same distance from a block's start, so that they are written from there.
+
+        Returns:
+            The weights by name; places in the file, and the bytes that follow each other there.
+        """
         if not hasattr(self._own, "scratch"):
             self._own.scratch = Scratch()
         shapes = {name: self.pool.weights[name].shape for name in part.names if name in self.pool.weights}
         if part.stop is not None:
             shapes = dict.fromkeys(shapes, (part.entries,))
-        needs = {name: torch.Size(shape).numel() * self.dtype(name).itemsize for name, shape in shapes.items()}
-        places = {name: -(-need // ALIGNED) * ALIGNED for name, need in needs.items()}
-        room = self._own.scratch.take("out", sum(places.values()), device=torch.device("cpu"), dtype=torch.uint8)
-        pieces = zip(needs.items(), room.split(list(places.values())), strict=True)
-        return {name: piece[:need].view(self.dtype(name)).view(shapes[name]) for (name, need), piece in pieces}
+        found: list[tuple[str, int, int]] = []
+        stretches: list[list[int]] = []
+        end = 0
+        for name, shape in shapes.items():
+            width = self.dtype(name).itemsize
+            place, need = part.shard.tensors[name].start + part.start * width, torch.Size(shape).numel() * width
+            if not stretches or place != sum(stretches[-1][::2]):
+                end += (place - end) % BLOCK
+                stretches.append([place, end, 0])
+            found.append((name, end, end + need))
+            stretches[-1][2] += need
+            end += need
+        room = self._own.scratch.take("out", end + BLOCK, device=torch.device("cpu"), dtype=torch.uint8)
+        room = room[-room.data_ptr() % BLOCK :]
+        out = {name: room[start:stop].view(self.dtype(name)).view(shapes[name]) for name, start, stop in found}
+        return out, [(place, room[start : start + need]) for place, start, need in stretches]
 
     def _announce(self, part: Part) -> None:
-        """Has the system start to read a part, unless an earlier look left it mapped."""
-        if not (self._stays_mapped and self._survey is not None):
+        """Has the system start to read a part, unless an earlier look left it mapped, or it is in memory anyway."""
+        if not self._is_cached and not (self._stays_mapped and self._survey is not None):
             self._advise(part, mmap.MADV_WILLNEED)
+
+    def _leave(self, part: Part) -> None:
+        """Lets the system have a part's memory, unless there is plenty: another look would fault its pages in again."""
+        if not self._stays_mapped:
+            self._advise(part, mmap.MADV_DONTNEED)
 
     def _advise(self, part: Part, advice: int) -> None:
         """Tells the system what base and members will be read, or will not be for now."""

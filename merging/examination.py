@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from math import isfinite
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from merging import memory, storage
 from merging.checkpoint import Digest
 from merging.errors import PoolError
+from merging.methods import fused
 from merging.methods.base import BASE
 from merging.methods.blocks import Scratch, difference, is_finite, spans
 
@@ -138,20 +140,20 @@ class _Reading:
 
     def weight(self, name: str) -> list[float]:
         """‖θ_0‖² of a weight, and each member's ‖θ_t − θ_0‖²; nothing of a vector."""
-        scratch = Scratch()
-        whole = self._pool.base_weight(name)
-        base = self._looked_at(whole)
-        zeros = torch.zeros((), dtype=base.dtype).expand(base.shape)
-        squares = []
+        parts = []
         for who in (BASE, *self._members):
-            value = whole if who == BASE else self._pool.member_weight(who, name)
+            own = name if who == BASE else self._pool.members[who].names[name]
+            value = self._pool.base_weight(name) if who == BASE else self._pool.member_weight(who, name)
             if who in self._digests:
-                self._digests[who].add(name if who == BASE else self._pool.members[who].names[name], value)
-            part = self._looked_at(value)
-            if not is_finite(part):
-                self.problems[who].append(f"{who}: '{name}' holds NaN or Inf")
-            squares.append(_square_distance(part, zeros if who == BASE else base, scratch))
-        return squares if len(self._pool.weights[name].shape) > 1 else [0.0] * len(squares)
+                self._digests[who].add(own, value)
+            parts.append(self._looked_at(value))
+        base, *members = parts
+        *moved, square = _squares(base, members)
+        if not isfinite(square + sum(moved)):
+            for who, part in zip((BASE, *self._members), parts, strict=True):
+                if not is_finite(part):
+                    self.problems[who].append(f"{who}: '{name}' holds NaN or Inf")
+        return [square, *moved] if len(self._pool.weights[name].shape) > 1 else [0.0] * len(parts)
 
     def rest(self, threads: ThreadPoolExecutor) -> None:
         """What is not merged, for the fingerprints."""
@@ -169,14 +171,19 @@ class _Reading:
         return weight.reshape(-1)[start : start + most]
 
 
-def _square_distance(value: Tensor, base: Tensor, scratch: Scratch) -> float:
-    """‖value − base‖² of two vectors, in memory for a block of them."""
-    total = 0.0
-    for start, stop in spans(value.numel(), value.device):
-        row = scratch.take("row", stop - start, device=value.device)
-        moved = difference(value[start:stop], base[start:stop], row)
-        total += float(torch.dot(moved, moved))
-    return total
+def _squares(base: Tensor, values: Sequence[Tensor]) -> list[float]:
+    """‖value − base‖² of every vector, and ‖base‖², in memory for a block of them."""
+    if fused.fits(base, *values):
+        return fused.squares(base, values)
+    scratch = Scratch()
+    totals = [0.0] * (len(values) + 1)
+    zeros = torch.zeros((), dtype=base.dtype).expand(base.shape)
+    for number, (value, origin) in enumerate([*((value, base) for value in values), (base, zeros)]):
+        for start, stop in spans(value.numel(), value.device):
+            row = scratch.take("row", stop - start, device=value.device)
+            moved = difference(value[start:stop], origin[start:stop], row)
+            totals[number] += float(torch.dot(moved, moved))
+    return totals
 
 
 def _from_json(fact: str) -> Finding:

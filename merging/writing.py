@@ -1,6 +1,5 @@
 """A model directory in the making: its layout is known before any weight is, so that all can be written at once."""
 
-import errno
 import json
 import os
 import struct
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from merging import storage
 from merging.checkpoint import CONFIG, DTYPES, INDEX, SINGLE, Checkpoint, TensorInfo
+from merging.unbuffered import BLOCK, UnbufferedFile
 
 SHARD_BYTES = 4 << 30
 """A file is closed before it exceeds this."""
@@ -96,7 +96,7 @@ def _shard(file: str, outlines: Sequence[Outline]) -> Shard:
         stops.append(start + _nbytes((name, dtype, shape)))
         entries[name] = {"dtype": words[dtype], "shape": list(shape), "data_offsets": [start, stops[-1]]}
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % BLOCK)  # tensors begin with a block, in the file and in whoever maps it
     header = struct.pack("<Q", len(text)) + text
     starts = [0, *stops[:-1]]
     return Shard(
@@ -139,29 +139,28 @@ class LocalFiles(Files):
 
     def __init__(self, shards: tuple[Shard, ...], directory: Path) -> None:
         super().__init__(shards)
-        self._handles: dict[str, int] = {}
+        self._files: dict[str, UnbufferedFile] = {}
         for shard in shards:
-            handle = os.open(directory / shard.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-            self._handles[shard.name] = handle
-            _reserve(handle, shard.size)
-            _write_at(handle, 0, memoryview(shard.header))
+            self._files[shard.name] = UnbufferedFile(directory / shard.name)
+            self._files[shard.name].reserve(shard.size)
+            self._files[shard.name].write(0, memoryview(shard.header))
 
     @contextmanager
     def open(self, shard: Shard) -> Iterator[Write]:
         """Any number of threads may write to a file."""
-        handle = self._handles[shard.name]
-        yield lambda place, value: _write_at(handle, place, _bytes(value))
+        file = self._files[shard.name]
+        yield lambda place, value: file.write(place, _bytes(value))
 
-    def close(self, *, sync: bool) -> None:
-        """Makes what was written durable, if asked to, and closes the files."""
+    def close(self, *, complete: bool) -> None:
+        """Makes what was written durable, if it is complete, and closes the files."""
         try:
-            if sync:
+            if complete:
                 with ThreadPoolExecutor(max_workers=8) as threads:
-                    list(threads.map(os.fsync, self._handles.values()))
+                    list(threads.map(UnbufferedFile.finish, self._files.values()))
         finally:
-            for handle in self._handles.values():
-                os.close(handle)
-            self._handles.clear()
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
 
 
 class RemoteFiles(Files):
@@ -228,7 +227,7 @@ def new_checkpoint(
             yield files
             complete = True
         finally:
-            files.close(sync=complete)
+            files.close(complete=complete)
         for name, content in small.items():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             (directory / name).write_bytes(content)
@@ -252,19 +251,3 @@ def _small_files(shards: Sequence[Shard], like: Checkpoint, extra: Mapping[str, 
 def _bytes(value: Tensor) -> memoryview:
     """A contiguous CPU tensor's bytes."""
     return value.reshape(-1).view(torch.uint8).numpy().data
-
-
-def _reserve(handle: int, size: int) -> None:
-    """Takes a file's space, where the file system can do so."""
-    try:
-        os.posix_fallocate(handle, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-
-
-def _write_at(handle: int, place: int, data: memoryview) -> None:
-    """All of `data`, however many calls it takes: one writes 2 GiB at most."""
-    while data:
-        written = os.pwrite(handle, data, place)
-        data, place = data[written:], place + written

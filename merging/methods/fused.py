@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from merging.methods.loops import BLOCK, BRAIN, FULL, GROUP, HALF, STRIDE, machine
+from merging.methods.loops import BLOCK, BRAIN, FULL, GROUP, HALF, STRIDE, TILE, machine
 
 KINDS = {torch.float32: FULL, torch.bfloat16: BRAIN, torch.float16: HALF}
 """What a row is to the loops, by its dtype."""
@@ -187,6 +187,15 @@ def within(
         (int(higher), (places + low).astype(np.int32), part[places].astype(np.int64))
         for higher, (low, _), places, part in zip(above, bands, found, counts, strict=True)
     ]
+
+
+def squares(base: Tensor, values: Sequence[Tensor]) -> list[float]:
+    """‖θ_t − θ_0‖² of every member, and ‖θ_0‖², of flat tensors that fit."""
+    rows, kinds = _rows(values)
+    sums, work = np.zeros(len(values) + 1), np.zeros(2 * TILE, np.float32)
+    run = machine.loop("sums.squares")
+    run(*_row(base), _at(rows), _at(kinds), len(values), 0, base.numel(), _at(work), _at(sums))
+    return [float(number) for number in sums]
 
 
 def products(base: Tensor, values: Sequence[Tensor]) -> Tensor:

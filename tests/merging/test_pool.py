@@ -113,9 +113,11 @@ def test_mixed_dtypes_are_a_note(tiny_pool, damaged):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_unusable_weights_are_named(tiny_pool, damaged, value):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_unusable_weights_are_named(tiny_pool, damaged, value, dtype):
     def edit(values):
         values["bert.embeddings.word_embeddings.weight"][3, 1] = value
+        return {name: tensor.to(dtype) for name, tensor in values.items()}
 
     pool = Pool.open(str(tiny_pool["base"]), damaged(edit))
     with pytest.raises(PoolError, match="two: 'embeddings.word_embeddings.weight' holds NaN or Inf"):
@@ -129,12 +131,14 @@ def test_members_of_another_base(tiny_pool, tmp_path, save_base):
         pool.check_weights()
 
 
-def test_distances_are_of_all_merged_matrices(tiny_pool):
-    pool = Pool.open(str(tiny_pool["base"]), members_of(tiny_pool))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_distances_are_of_all_merged_matrices(tiny_pool, damaged, dtype):
+    members = damaged(lambda values: {name: tensor.to(dtype) for name, tensor in values.items()})
+    pool = Pool.open(str(tiny_pool["base"]), members)
     matrices = [name for name, info in pool.weights.items() if len(info.shape) > 1]
     base = torch.cat([pool.base_weight(name).flatten() for name in matrices]).double()
-    one = torch.cat([pool.member_weight("one", name).flatten() for name in matrices]).double()
-    assert pool.check_weights()["one"] == pytest.approx(((one - base).norm() / base.norm()).item(), rel=1e-5)
+    two = torch.cat([pool.member_weight("two", name).flatten() for name in matrices]).double()
+    assert pool.check_weights()["two"] == pytest.approx(((two - base).norm() / base.norm()).item(), rel=1e-5)
 
 
 def test_a_look_at_some_entries_says_nearly_the_same(tiny_pool, tmp_path, save_base):

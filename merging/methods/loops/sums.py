@@ -1,4 +1,4 @@
-"""Weighted sums, extremes and inner products of rows."""
+"""Weighted sums, extremes, distances and inner products of rows."""
 
 from collections.abc import Callable
 
@@ -124,6 +124,44 @@ def largest(place: int, kind: int, first: int, last: int) -> int:
     for i in range(last - first):
         high = max(high, np.uint16(numbers[i] & np.uint16(0x7FFF)))
     return int(high)
+
+
+@inner_sums
+def _square(row: Array, total: Array, place: int) -> None:
+    """Adds a row's squares to a place."""
+    added = ZERO
+    for n in range(len(row)):
+        added += row[n] * row[n]
+    total[place] += added
+
+
+def squares(
+    base: int, base_kind: int, rows: int, kinds: int, count: int, first: int, last: int, work: int, sums: int
+) -> int:
+    """Adds ‖θ_t − θ_0‖² of every member to its place, and ‖θ_0‖² to the last; a tile's in float32, the tiles' in float64.
+
+    Args:
+        base: θ_0.
+        base_kind: Its kind.
+        rows: Where the addresses of θ_t are, int64 [T].
+        kinds: Their kinds, int64 [T].
+        count: T.
+        first: Of the entries.
+        last: Behind them.
+        work: Working memory, float32 [2 TILE].
+        sums: float64 [T + 1].
+    """
+    p, k, total = integers(rows, 0, count), integers(kinds, 0, count), doubles(sums, 0, count + 1)
+    room = singles(work, 0, 2 * TILE)
+    for start in range(first, last, TILE):
+        n = min(TILE, last - start)
+        before, row = room[:TILE], room[TILE : TILE + n]
+        widen(before, 0, base, base_kind, start, n)
+        _square(before[:n], total, count)
+        for t in range(count):
+            moved(row, before, p[t], k[t], start, n)
+            _square(row, total, t)
+    return 0
 
 
 @inner_sums

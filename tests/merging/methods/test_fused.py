@@ -159,6 +159,15 @@ def test_inner_products_are_those_of_float64(members):
     assert error.max() < 1e-6
 
 
+@pytest.mark.parametrize("kinds", [(FULL,), (HALF,), (SHORT,), (FULL, HALF, SHORT)])
+def test_distances_are_those_of_float64(kinds):
+    for weight in pool(kinds):
+        base = weight.base.double()
+        expected = [float((value.double() - base).square().sum()) for value in weight.members.values()]
+        found = fused.squares(weight.base, list(weight.members.values()))
+        assert found == pytest.approx([*expected, float(base.square().sum())], rel=1e-6)
+
+
 def test_random_numbers_of_the_loops_are_chance_s_also_beyond_32_bits():
     size, level = 2000, 20_000
     for offset in (0, 7, 2**33 - 1001):
