@@ -17,6 +17,7 @@ from merging.methods.loops.rows import (
     Array,
     Scalar,
     brain,
+    fetch_row,
     halves,
     integers,
     same,
@@ -34,24 +35,24 @@ BASE, FIRST, SECOND, THIRD, FOURTH, END = (place * STRIDE for place in range(6))
 PAIRS = TILE // 2 + 8
 """From one member's random numbers, two in each, to the next one's."""
 LARGEST = np.finfo(np.float32).max
-TINY, ONE = np.float32(np.finfo(np.float32).tiny), np.float32(1)
+TINY = np.float32(np.finfo(np.float32).tiny)
 
 _work, _numbers = room_for(types.float32, END), room_for(types.uint32, GROUP * PAIRS)
 _members = room_for(types.float32, GROUP * STRIDE)
 """Of its own, so that a compiler sees that no sum is written over a member that was converted."""
 
 
-def _keeping(kept: int) -> Callable[[Scalar, Scalar, Scalar, Scalar], Scalar]:
-    """What becomes of an entry."""
+def _keeping(kept: int) -> Callable[[Scalar, Scalar, Scalar, Scalar, Scalar], Scalar]:
+    """What becomes of an entry, times its member's factor."""
 
     @inner
-    def keep(delta: Scalar, low: Scalar, high: Scalar, chance: Scalar) -> Scalar:
+    def keep(delta: Scalar, factor: Scalar, low: Scalar, high: Scalar, chance: Scalar) -> Scalar:
         if kept == DRAWN:
-            return delta * (ONE if np.int32(chance) >= low else ZERO)
+            return delta * (factor if np.int32(chance) >= low else ZERO)
         size = abs(delta)
         if kept == ABOVE:
-            return ZERO if size <= low else delta
-        return ZERO if (size <= low) | ((size > high) & (size <= LARGEST)) else delta
+            return factor * (ZERO if size <= low else delta)
+        return factor * (ZERO if (size <= low) | ((size > high) & (size <= LARGEST)) else delta)
 
     return keep
 
@@ -81,10 +82,10 @@ def _adding(wide: Callable[[Scalar], Scalar], kept: int, entries: int) -> Callab
         low_a, low_b, low_c, low_d, high_a, high_b, high_c, high_d = bounds
         for i in range(count):
             before = work[BASE + i]
-            a = f * keep(wide(x[i]) - before, low_a, high_a, q[i])
-            b = g * keep(wide(y[i]) - before, low_b, high_b, r[i])
-            c = h * keep(wide(z[i]) - before, low_c, high_c, s[i])
-            d = j * keep(wide(w[i]) - before, low_d, high_d, t[i])
+            a = keep(wide(x[i]) - before, f, low_a, high_a, q[i])
+            b = keep(wide(y[i]) - before, g, low_b, high_b, r[i])
+            c = keep(wide(z[i]) - before, h, low_c, high_c, s[i])
+            d = keep(wide(w[i]) - before, j, low_d, high_d, t[i])
             if entries == ALL:
                 work[FIRST + i] += a + b + (c + d)
             else:
@@ -194,6 +195,8 @@ def _merging(kept: int, entries: int) -> Callable[..., int]:
             for one in range(0, count, GROUP):
                 a, b, d, e = one, one + 1, one + 2, one + 3
                 if kept == DRAWN:
+                    for m in range(GROUP):  # entries come while numbers are drawn
+                        fetch_row(p[one + m], k[one + m], start, n)
                     for m in range(GROUP):
                         key, other = np.uint32(seeds[2 * (one + m)]), np.uint32(seeds[2 * (one + m) + 1])
                         drawn = numbers[m * PAIRS : (m + 1) * PAIRS]

@@ -11,10 +11,12 @@ import numpy.typing as npt
 from numba import carray, types  # type: ignore[attr-defined]
 
 from merging.methods.loops import BRAIN, FULL, HALF
-from merging.methods.loops.compiling import from_float16, inner, pointer_to, to_float16
+from merging.methods.loops.compiling import fetch, from_float16, inner, pointer_to, to_float16
 
 ZERO, MAGNITUDE, INFINITE = np.float32(0), np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 
+LINE = 64
+"""Bytes that a cache takes at once."""
 Scalar: TypeAlias = Any
 """A number of a type that numba infers: float32, uint32, uint16 or Python's."""
 Array: TypeAlias = npt.NDArray[Any]
@@ -33,6 +35,14 @@ def _reader(element: Any, width: int) -> Callable[[int, int, int], Array]:
 
 singles, doubles = _reader(types.float32, 4), _reader(types.float64, 8)
 halves, patterns, integers = _reader(types.uint16, 2), _reader(types.int32, 4), _reader(types.int64, 8)
+
+
+@inner
+def fetch_row(place: int, kind: int, start: int, count: int) -> None:
+    """Has entries brought to the first cache."""
+    width = 4 if kind == FULL else 2
+    for at in range(place + width * start, place + width * (start + count), LINE):
+        fetch(at)
 
 
 @inner
