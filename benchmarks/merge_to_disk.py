@@ -208,7 +208,9 @@ def machine_limit(paths: Sequence[Path], out: Path, threads: int) -> Cost:
         for place in range(first * step, size, (threads + 1) * step):
             total.zero_()
             for whole in maps:
-                total.add_(term.copy_(torch.frombuffer(whole, dtype=torch.bfloat16, count=step // 2, offset=place)), alpha=0.1)
+                total.add_(
+                    term.copy_(torch.frombuffer(whole, dtype=torch.bfloat16, count=step // 2, offset=place)), alpha=0.1
+                )
             rounded.copy_(total)
             os.pwrite(result, room, place)
 

@@ -1,7 +1,6 @@
 """A model directory in the making: its layout is known before any weight is, so that all can be written at once."""
 
 import json
-import os
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence

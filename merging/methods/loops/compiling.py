@@ -21,8 +21,10 @@ SETTINGS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
 FROM_OUTSIDE = frozenset({"memset", "memcpy", "memmove"})
 """What machine code may ask of the process that loads it."""
 ALIGNED = 64
+PAST = 16
+"""Entries that `write_past` writes: what a cache takes at once."""
 LANES = 32
-"""Entries that `lanes_beyond` looks at."""
+"""Entries that are looked at or added up at once."""
 
 intrinsic: Callable[..., Callable[..., Any]] = _intrinsic
 """What the loops call is not what is decorated: the types of the arguments come first there."""
@@ -89,47 +91,96 @@ def to_float16(typing: Any, value: Any) -> Any:
     return types.uint16(types.float32), generate
 
 
+_FULL, _SINGLES = ir.VectorType(ir.IntType(32), LANES), ir.VectorType(ir.FloatType(), LANES)
+_SIXTEEN, _HALVES = ir.VectorType(ir.IntType(16), LANES), ir.VectorType(ir.HalfType(), LANES)
+
+
+def _everywhere(builder: Any, value: Any) -> Any:
+    """A number in every lane."""
+    lanes = ir.VectorType(value.type, LANES)
+    one = builder.insert_element(ir.Constant(lanes, ir.Undefined), value, ir.IntType(32)(0))
+    return builder.shuffle_vector(one, one, ir.Constant(_FULL, [0] * LANES))
+
+
+def _load(builder: Any, place: Any, vector: Any, align: int) -> Any:
+    """LANES numbers, of one of the types above, from a pointer."""
+    values = builder.load(builder.bitcast(place, vector.as_pointer()))
+    values.align = align
+    return values
+
+
+def _wide(builder: Any, place: Any, kind: int) -> Any:
+    """LANES entries of a kind of row, from a pointer to the first, in float32."""
+    if kind == FULL:
+        return _load(builder, place, _SINGLES, 4)
+    if kind == HALF:
+        return builder.fpext(_load(builder, place, _HALVES, 2), _SINGLES)
+    upper = builder.zext(_load(builder, place, _SIXTEEN, 2), _FULL)
+    return builder.bitcast(builder.shl(upper, ir.Constant(_FULL, [16] * LANES)), _SINGLES)
+
+
 def lanes_beyond(kind: int) -> Any:
     """What looks at LANES task-vector entries of one kind of row at once.
 
     It takes a row, θ_0 in float32, the first of the entries, and bit patterns `least` and `most`. It gives 64 bits: one of
     the lower half for every entry whose magnitude's bits are above `least`, of the upper half where above `most`.
     """
-    full, singles = ir.VectorType(ir.IntType(32), LANES), ir.VectorType(ir.FloatType(), LANES)
-    sixteen, halves = ir.VectorType(ir.IntType(16), LANES), ir.VectorType(ir.HalfType(), LANES)
-
-    def everywhere(builder: Any, value: Any) -> Any:
-        one = builder.insert_element(ir.Constant(full, ir.Undefined), value, ir.IntType(32)(0))
-        return builder.shuffle_vector(one, one, ir.Constant(full, [0] * LANES))
 
     @intrinsic
     def beyond(typing: Any, row: Any, before: Any, first: Any, least: Any, most: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            def load(number: int, vector: Any, align: int) -> Any:
-                array = context.make_array(signature.args[number])(context, builder, arguments[number])
-                place = builder.bitcast(builder.gep(array.data, [arguments[2]]), vector.as_pointer())
-                values = builder.load(place)
-                values.align = align
-                return values
-
-            if kind == FULL:
-                wide = load(0, singles, 4)
-            elif kind == HALF:
-                wide = builder.fpext(load(0, halves, 2), singles)
-            else:
-                upper = builder.zext(load(0, sixteen, 2), full)
-                wide = builder.bitcast(builder.shl(upper, ir.Constant(full, [16] * LANES)), singles)
-            bits = builder.bitcast(builder.fsub(wide, load(1, singles, 4)), full)
-            bits = builder.and_(bits, ir.Constant(full, [0x7FFFFFFF] * LANES))
+            at, base = (
+                builder.gep(context.make_array(signature.args[n])(context, builder, arguments[n]).data, [arguments[2]])
+                for n in range(2)
+            )
+            moved = builder.fsub(_wide(builder, at, kind), _load(builder, base, _SINGLES, 4))
+            bits = builder.and_(builder.bitcast(moved, _FULL), ir.Constant(_FULL, [0x7FFFFFFF] * LANES))
             found = []
             for limit in arguments[3:]:
-                above = builder.icmp_signed(">", bits, everywhere(builder, limit))
+                above = builder.icmp_signed(">", bits, _everywhere(builder, limit))
                 found.append(builder.zext(builder.bitcast(above, ir.IntType(LANES)), ir.IntType(64)))
             return builder.or_(found[0], builder.shl(found[1], ir.IntType(64)(LANES)))
 
         return types.int64(row, before, types.int64, types.int32, types.int32), generate
 
     return beyond
+
+
+def lanes_sum(kind: int) -> Any:
+    """What writes Σ c_i x_i of LANES entries of rows of one kind, from one pass over all rows.
+
+    It takes the rows' addresses, c, how many rows, the number of the first entry, and where to write in a float32 row. The
+    terms are added one after the other, product and sum with one rounding, as the compiled loops do it, too.
+    """
+    width = 4 if kind == FULL else 2
+
+    @intrinsic
+    def add(typing: Any, rows: Any, factors: Any, count: Any, start: Any, work: Any, to: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            addresses, c, room = (
+                context.make_array(signature.args[n])(context, builder, arguments[n]).data for n in (0, 1, 4)
+            )
+            _, _, number, start, _, to = arguments
+            kinds = ir.FunctionType(_SINGLES, [_SINGLES] * 3)
+            multiply_add = cgutils.get_or_insert_function(builder.module, kinds, f"llvm.fma.v{LANES}f32")  # type: ignore[no-untyped-call]
+            total = cgutils.alloca_once(builder, _SINGLES)  # type: ignore[no-untyped-call]
+            builder.store(ir.Constant(_SINGLES, [0.0] * LANES), total)
+            with cgutils.for_range(builder, number) as loop:
+                begin = builder.load(builder.gep(addresses, [loop.index]))
+                place = builder.inttoptr(
+                    builder.add(begin, builder.mul(start, start.type(width))), ir.IntType(8).as_pointer()
+                )
+                factor = _everywhere(builder, builder.load(builder.gep(c, [loop.index])))
+                builder.store(
+                    builder.call(multiply_add, [_wide(builder, place, kind), factor, builder.load(total)]), total
+                )
+            done = builder.store(builder.load(total), builder.bitcast(builder.gep(room, [to]), _SINGLES.as_pointer()))
+            done.align = 4
+            return context.get_dummy_value()
+
+        return types.void(rows, factors, types.int64, types.int64, work, types.int64), generate
+
+    return add
 
 
 @intrinsic
@@ -144,6 +195,37 @@ def fetch(typing: Any, address: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
+
+
+@intrinsic
+def write_past(typing: Any, address: Any, row: Any, first: Any) -> Any:
+    """Writes PAST float32 entries of a row, from `first` on, to an address of as many bytes' multiple, not by a cache.
+
+    The processor need not read there first what is overwritten, which a cache would.
+    """
+    lanes = ir.VectorType(ir.FloatType(), PAST)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[1])(context, builder, arguments[1])
+        values = builder.load(builder.bitcast(builder.gep(array.data, [arguments[2]]), lanes.as_pointer()))
+        values.align = 4
+        done = builder.store(values, builder.inttoptr(arguments[0], lanes.as_pointer()))
+        done.align = 4 * PAST
+        done.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, row, types.int64), generate
+
+
+@intrinsic
+def all_written(typing: Any) -> Any:
+    """Has whoever is told that a loop is done see all that `write_past` wrote."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 @intrinsic

@@ -6,7 +6,7 @@ import numpy as np
 from numba import carray, types  # type: ignore[attr-defined]
 
 from merging.methods.loops import BRAIN, FULL, STRIDE, TILE
-from merging.methods.loops.compiling import inner, room_for
+from merging.methods.loops.compiling import all_written, inner, room_for
 from merging.methods.loops.rows import (
     ZERO,
     Array,
@@ -110,4 +110,5 @@ def consensus(
             mask = ONE if work[MASKS + i] >= needed else ZERO
             work[WHOLE + i] = work[BASE + i] + mask * work[SCALED + i]
         store(work[WHOLE:SCALED], out, kind, start, n)
+    all_written()
     return 0

@@ -11,7 +11,7 @@ from numba import carray, types  # type: ignore[attr-defined]
 
 from merging.methods.loops import BRAIN, FULL, GROUP, HALF, STRIDE, TILE
 from merging.methods.loops.chance import draw
-from merging.methods.loops.compiling import from_float16, inner, room_for
+from merging.methods.loops.compiling import all_written, from_float16, inner, room_for
 from merging.methods.loops.rows import (
     ZERO,
     Array,
@@ -201,6 +201,10 @@ def _merging(kept: int, entries: int) -> Callable[..., int]:
                         key, other = np.uint32(seeds[2 * (one + m)]), np.uint32(seeds[2 * (one + m) + 1])
                         drawn = numbers[m * PAIRS : (m + 1) * PAIRS]
                         draw(drawn, (offset + start) >> 1, (n + odd + 1) >> 1, key, other)
+                else:
+                    after, there = (one + GROUP, start) if one + GROUP < count else (0, start + TILE)
+                    for m in range(GROUP):
+                        fetch_row(p[after + m], k[after + m], there, min(TILE, last - there))
                 q, r = sixteen[odd : odd + n], sixteen[2 * PAIRS + odd : 2 * PAIRS + odd + n]
                 s, t = sixteen[4 * PAIRS + odd : 4 * PAIRS + odd + n], sixteen[6 * PAIRS + odd : 6 * PAIRS + odd + n]
                 f = c[a], c[b], c[d], c[e]
@@ -246,6 +250,7 @@ def _merging(kept: int, entries: int) -> Callable[..., int]:
                     i = stop
             _settle(work, n, entries, c[count])
             store(work, out, kind, start, n)
+        all_written()
         return 0
 
     return merge

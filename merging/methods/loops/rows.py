@@ -11,7 +11,7 @@ import numpy.typing as npt
 from numba import carray, types  # type: ignore[attr-defined]
 
 from merging.methods.loops import BRAIN, FULL, HALF
-from merging.methods.loops.compiling import fetch, from_float16, inner, pointer_to, to_float16
+from merging.methods.loops.compiling import PAST, fetch, from_float16, inner, pointer_to, to_float16, write_past
 
 ZERO, MAGNITUDE, INFINITE = np.float32(0), np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 
@@ -96,7 +96,14 @@ def store(work: Array, out: int, kind: int, start: int, count: int) -> None:
     """Writes float32 entries to a row, rounded to the nearest number of its kind, and the even one of two as near."""
     if kind == FULL:
         values = singles(out, start, count)
-        for i in range(count):
+        to = out + 4 * start
+        lead = min((-to % (4 * PAST)) // 4, count)
+        for i in range(lead):
+            values[i] = work[i]
+        whole = lead + (count - lead) // PAST * PAST
+        for i in range(lead, whole, PAST):
+            write_past(to + 4 * i, work, i)
+        for i in range(whole, count):
             values[i] = work[i]
         return
     rounded = halves(out, start, count)

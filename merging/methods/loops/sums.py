@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 from numba import carray, types  # type: ignore[attr-defined]
 
-from merging.methods.loops import BLOCK, BRAIN, FULL, GROUP, STRIDE, TILE
-from merging.methods.loops.compiling import from_float16, inner, inner_sums, room_for
+from merging.methods.loops import BLOCK, BRAIN, FULL, HALF, STRIDE, TILE
+from merging.methods.loops.compiling import LANES, all_written, from_float16, inner, inner_sums, lanes_sum, room_for
 from merging.methods.loops.rows import (
     MAGNITUDE,
     ZERO,
@@ -26,21 +26,6 @@ from merging.methods.loops.rows import (
 _work = room_for(types.float32, TILE)
 
 
-def _adding(wide: Callable[[Scalar], Scalar]) -> Callable[..., None]:
-    """Adds four rows of one kind, which spares the working memory three reads and writes of four."""
-
-    @inner
-    def add(row: Array, a: Array, b: Array, c: Array, d: Array, f: Array, count: int) -> None:
-        one, two, three, four = f[0], f[1], f[2], f[3]
-        for i in range(count):
-            row[i] = row[i] + one * wide(a[i]) + two * wide(b[i]) + three * wide(c[i]) + four * wide(d[i])
-
-    return add
-
-
-_add_singles, _add_brains, _add_halves = _adding(same), _adding(brain), _adding(from_float16)
-
-
 def _adding_one(wide: Callable[[Scalar], Scalar]) -> Callable[..., None]:
     """Adds one row."""
 
@@ -52,7 +37,22 @@ def _adding_one(wide: Callable[[Scalar], Scalar]) -> Callable[..., None]:
     return add
 
 
+_sum_singles, _sum_brains, _sum_halves = lanes_sum(FULL), lanes_sum(BRAIN), lanes_sum(HALF)
 _add_single, _add_brain, _add_half = _adding_one(same), _adding_one(brain), _adding_one(from_float16)
+
+
+@inner
+def _sum_any(row: Array, p: Array, k: Array, c: Array, start: int, n: int) -> None:
+    """Adds up rows of whatever kinds, for a few entries."""
+    for i in range(n):
+        row[i] = ZERO
+    for one in range(len(p)):
+        if k[one] == FULL:
+            _add_single(row, singles(p[one], start, n), c[one], n)
+        elif k[one] == BRAIN:
+            _add_brain(row, halves(p[one], start, n), c[one], n)
+        else:
+            _add_half(row, halves(p[one], start, n), c[one], n)
 
 
 def weighted_sum(rows: int, kinds: int, count: int, factors: int, out: int, kind: int, first: int, last: int) -> int:
@@ -69,45 +69,25 @@ def weighted_sum(rows: int, kinds: int, count: int, factors: int, out: int, kind
         last: Behind them.
     """
     p, k, c = integers(rows, 0, count), integers(kinds, 0, count), singles(factors, 0, count)
-    row = carray(_work(), TILE)
+    row, alike = carray(_work(), TILE), True
+    for i in range(1, count):
+        alike &= k[i] == k[0]
     for start in range(first, last, TILE):
         n = min(TILE, last - start)
-        for i in range(n):
-            row[i] = ZERO
-        one = 0
-        while one < count:
-            which = k[one]
-            if one + GROUP <= count and which == k[one + 1] == k[one + 2] == k[one + 3]:
-                f = c[one : one + GROUP]
-                a, b, d, e = p[one], p[one + 1], p[one + 2], p[one + 3]
-                if which == FULL:
-                    _add_singles(
-                        row,
-                        singles(a, start, n),
-                        singles(b, start, n),
-                        singles(d, start, n),
-                        singles(e, start, n),
-                        f,
-                        n,
-                    )
-                elif which == BRAIN:
-                    _add_brains(
-                        row, halves(a, start, n), halves(b, start, n), halves(d, start, n), halves(e, start, n), f, n
-                    )
+        done = 0
+        if alike and count > 0:
+            done = n // LANES * LANES
+            for i in range(0, done, LANES):
+                if k[0] == FULL:
+                    _sum_singles(p, c, count, start + i, row, i)
+                elif k[0] == BRAIN:
+                    _sum_brains(p, c, count, start + i, row, i)
                 else:
-                    _add_halves(
-                        row, halves(a, start, n), halves(b, start, n), halves(d, start, n), halves(e, start, n), f, n
-                    )
-                one += GROUP
-                continue
-            if which == FULL:
-                _add_single(row, singles(p[one], start, n), c[one], n)
-            elif which == BRAIN:
-                _add_brain(row, halves(p[one], start, n), c[one], n)
-            else:
-                _add_half(row, halves(p[one], start, n), c[one], n)
-            one += 1
+                    _sum_halves(p, c, count, start + i, row, i)
+        if done < n:
+            _sum_any(row[done:n], p, k, c, start + done, n - done)
         store(row, out, kind, start, n)
+    all_written()
     return 0
 
 
