@@ -189,8 +189,17 @@ def _merging(kept: int, entries: int) -> Callable[..., int]:
         for start in range(first, last, TILE):
             n = min(TILE, last - start)
             widen(work, BASE, base, base_kind, start, n)
-            for i in range(FIRST, END):
+            fetch_row(base, base_kind, start + TILE, min(TILE, last - start - TILE))
+            for i in range(FIRST, FIRST + n):
                 work[i] = ZERO
+            if entries != ALL:
+                for i in range(SECOND, SECOND + n):
+                    work[i] = ZERO
+            if entries == MEAN:
+                for i in range(THIRD, THIRD + n):
+                    work[i] = ZERO
+                for i in range(FOURTH, FOURTH + n):
+                    work[i] = ZERO
             odd = (offset + start) & 1
             for one in range(0, count, GROUP):
                 a, b, d, e = one, one + 1, one + 2, one + 3
