@@ -1,12 +1,15 @@
 """Copies of remote files on this machine's disk, one for all its processes: read from the network once, then mapped."""
 
+import atexit
 import fcntl
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from merging import storage
 from merging.memory import cache_directory
@@ -16,8 +19,12 @@ SWITCH = "MERGEQUEST_COPIES"
 """The environment variable that allows none if it is 0."""
 FREE = 0.1
 """Share of the disk that stays free: where a copy would take of that, none is made."""
+OWN, LOCK = "mergequest-own-", ".lock"
+"""What the directories of single processes begin with, and the file in them that their owner keeps locked."""
 UNUSED = 7 * 86400.0
 """Seconds after which a copy that nobody opened is removed when another one is made."""
+
+_locks: list[IO[str]] = []
 
 
 def found(path: str) -> Path | None:
@@ -63,6 +70,22 @@ def made(path: str) -> Path | None:
             return copy
     except OSError:
         return None
+
+
+def own_directory() -> Path:
+    """A new directory that goes with this process; what a killed one left goes with the next that asks."""
+    shared = Path(tempfile.gettempdir())
+    for left in shared.glob(f"{OWN}*"):
+        with suppress(OSError), (left / LOCK).open() as lock:  # its owner lives, or removed it just now
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+    directory = Path(tempfile.mkdtemp(prefix=OWN))
+    lock = (directory / f"{LOCK}.new").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    (directory / f"{LOCK}.new").rename(directory / LOCK)
+    _locks.append(lock)
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
 
 
 def _directory() -> Path:

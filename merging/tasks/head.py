@@ -1,13 +1,10 @@
 """The checkpoint that brings a task's head: its classes, tokenizer and live model; no code, no pickle."""
 
-import atexit
 import json
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -179,15 +176,14 @@ def _download(head: str, with_weights: bool) -> str:
     weights: set[str] = set()
     if with_weights and not is_adapter(head):
         weights = {storage.base_name(info.file) for info in Checkpoint.open(head).tensors.values()}
-    copy = tempfile.TemporaryDirectory(prefix="mergequest-head-")
-    atexit.register(copy.cleanup)
+    directory = copies.own_directory()
     for name in storage.list_dir(head):
-        source, target = storage.join(head, name), Path(copy.name) / name
+        source, target = storage.join(head, name), directory / name
         if name in weights and (file := copies.made(source)) is not None:
             target.symlink_to(file)
         elif name in weights or name.endswith((".json", ".txt", ".model", ".jinja")):
             download(source, target)
-    return copy.name
+    return str(directory)
 
 
 def _assembled(checkpoint: Checkpoint, loader: Any, hollow: Collection[str]) -> tuple[nn.Module, dict[str, Any]]:

@@ -1,8 +1,13 @@
 """Copies of remote files: made once, read instead, and gone with what they are copies of."""
 
+import atexit
 import errno
 import os
+import subprocess
+import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,3 +100,28 @@ def test_what_nobody_opened_for_long_goes(one, tmp_path):
     assert copies.made(storage.join(one, "other")).read_bytes() == b"12345"
     assert copy.exists()
     assert not old.exists()
+
+
+def test_a_directory_of_one_s_own_goes_with_its_process_even_if_that_is_killed(tmp_path, monkeypatch):
+    code = "import sys; from merging import copies; print(copies.own_directory(), flush=True); sys.stdin.read()"
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
+    killed, ended, living = (Path(process.stdout.readline().strip()) for process in processes)
+    try:
+        assert {killed, ended, living} == set(tmp_path.iterdir())
+        processes[0].kill()
+        processes[0].wait()
+        processes[1].communicate()
+        assert {killed, living} == set(tmp_path.iterdir())
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        monkeypatch.setattr(atexit, "register", lambda *_, **__: None)  # pytest removes it
+        assert {living, copies.own_directory()} == set(tmp_path.iterdir())
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()

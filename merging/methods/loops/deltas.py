@@ -35,7 +35,7 @@ BASE, FIRST, SECOND, THIRD, FOURTH, END = (place * STRIDE for place in range(6))
 PAIRS = TILE // 2 + 8
 """From one member's random numbers, two in each, to the next one's."""
 LARGEST = np.finfo(np.float32).max
-TINY = np.float32(np.finfo(np.float32).tiny)
+TINY, ONE = np.float32(np.finfo(np.float32).tiny), np.float32(1)
 
 _work, _numbers = room_for(types.float32, END), room_for(types.uint32, GROUP * PAIRS)
 _members = room_for(types.float32, GROUP * STRIDE)
@@ -63,6 +63,66 @@ def _adding(wide: Callable[[Scalar], Scalar], kept: int, entries: int) -> Callab
     FIRST has their sum, or what is above 0, and SECOND what is below. THIRD and FOURTH count both. NaN is neither, and goes
     to both sums.
     """
+    return _electing(wide, kept, entries == MEAN) if kept != DRAWN and entries != ALL else _all(wide, kept, entries)
+
+
+def _electing(wide: Callable[[Scalar], Scalar], kept: int, counted: bool) -> Callable[..., None]:
+    """The same of what is kept by its magnitude, which one comparison on either side of 0 tells.
+
+    A task vector turns with the sign of its factor, so that what it adds is above 0 where it is.
+    """
+
+    @inner
+    def stays(value: Scalar, low: Scalar, high: Scalar) -> bool:
+        if kept == ABOVE:
+            return not value <= low
+        return (not value <= low) & ((not value > high) | (value > LARGEST))
+
+    @inner
+    def add(
+        work: Array,
+        rows: tuple[Array, ...],
+        chance: tuple[Array, ...],
+        bounds: tuple[Scalar, ...],
+        factors: tuple[Scalar, ...],
+        first: int,
+        count: int,
+    ) -> None:
+        work = work[first:]
+        x, y, z, w = rows[0][first:], rows[1][first:], rows[2][first:], rows[3][first:]
+        f, g, h, j = abs(factors[0]), abs(factors[1]), abs(factors[2]), abs(factors[3])
+        sign_f, sign_g = ONE if factors[0] >= ZERO else -ONE, ONE if factors[1] >= ZERO else -ONE
+        sign_h, sign_j = ONE if factors[2] >= ZERO else -ONE, ONE if factors[3] >= ZERO else -ONE
+        low_a, low_b, low_c, low_d = (
+            max(bounds[0], ZERO),
+            max(bounds[1], ZERO),
+            max(bounds[2], ZERO),
+            max(bounds[3], ZERO),
+        )
+        high_a, high_b, high_c, high_d = bounds[4], bounds[5], bounds[6], bounds[7]
+        for i in range(count):
+            before = work[BASE + i]
+            a, b = sign_f * (wide(x[i]) - before), sign_g * (wide(y[i]) - before)
+            c, d = sign_h * (wide(z[i]) - before), sign_j * (wide(w[i]) - before)
+            up_a, up_b = stays(a, low_a, high_a), stays(b, low_b, high_b)
+            up_c, up_d = stays(c, low_c, high_c), stays(d, low_d, high_d)
+            down_a, down_b = stays(-a, low_a, high_a), stays(-b, low_b, high_b)
+            down_c, down_d = stays(-c, low_c, high_c), stays(-d, low_d, high_d)
+            above = work[FIRST + i] + f * (a if up_a else ZERO) + g * (b if up_b else ZERO)
+            work[FIRST + i] = above + h * (c if up_c else ZERO) + j * (d if up_d else ZERO)
+            below = work[SECOND + i] + f * (a if down_a else ZERO) + g * (b if down_b else ZERO)
+            work[SECOND + i] = below + h * (c if down_c else ZERO) + j * (d if down_d else ZERO)
+            if counted:
+                more = work[THIRD + i] + (f if up_a else ZERO) + (g if up_b else ZERO)
+                work[THIRD + i] = more + (h if up_c else ZERO) + (j if up_d else ZERO)
+                fewer = work[FOURTH + i] + (f if down_a else ZERO) + (g if down_b else ZERO)
+                work[FOURTH + i] = fewer + (h if down_c else ZERO) + (j if down_d else ZERO)
+
+    return add
+
+
+def _all(wide: Callable[[Scalar], Scalar], kept: int, entries: int) -> Callable[..., None]:
+    """The same of whatever is kept."""
     keep = _keeping(kept)
 
     @inner
