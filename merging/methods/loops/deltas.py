@@ -73,7 +73,7 @@ def _electing(wide: Callable[[Scalar], Scalar], kept: int, counted: bool) -> Cal
     """
 
     @inner
-    def stays(value: Scalar, low: Scalar, high: Scalar) -> bool:
+    def stays(value: Scalar, low: Scalar, high: Scalar) -> Scalar:
         if kept == ABOVE:
             return not value <= low
         return (not value <= low) & ((not value > high) | (value > LARGEST))
