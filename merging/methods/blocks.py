@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from merging.errors import MethodError
-from merging.methods import fused
+from merging.methods import fused, kernels
 from merging.methods.base import Weight
 
 CPU_ROW = 1 << 18
@@ -93,9 +93,10 @@ def weighted_sum(terms: Sequence[tuple[Tensor, float]], out: Tensor, scratch: Sc
     used = [(value.reshape(-1), factor) for value, factor in terms if factor != 0]
     with flat(out) as destination:
         values = (destination, *(value for value, _ in used))
-        if fused.fits(*values):
-            fused.weighted_sum(used, destination)
-            return
+        for way in (fused, kernels):
+            if way.fits(*values):
+                way.weighted_sum(used, destination)
+                return
         for piece, *parts in cut(values, step_of(destination.device)):
             direct = piece.dtype == torch.float32
             row = piece if direct else scratch.take("sum", piece.numel(), device=piece.device)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from merging.methods import fused
+from merging.methods import fused, kernels
 from merging.methods.base import Prepared, Weight
 from merging.methods.blocks import Scratch, cut, difference, flat, step_of, target, widened
 from merging.methods.checks import check_weights, chosen
@@ -36,7 +36,7 @@ class Deltas(Prepared):
     def rule(
         self, weight: Weight, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]
     ) -> fused.Rule | fused.Masks | None:
-        """The same arithmetic on a whole weight, as the compiled loops have it; None where they have not."""
+        """The same arithmetic on a whole weight, as compiled loops and kernels have it; None where they have not."""
         return None
 
     @torch.no_grad()
@@ -49,10 +49,14 @@ class Deltas(Prepared):
             base = weight.base.reshape(-1)
             values = [weight.members[member].reshape(-1) for member in members]
             with flat(target(out, weight)) as destination:
-                if fused.fits(destination, base, *values):
+                loops = fused.fits(destination, base, *values)
+                if loops or kernels.fits(destination, base, *values):
                     rule = self.rule(weight, members, factors, parameters)
-                    if rule is not None:
+                    if rule is not None and loops:
                         fused.combine(base, values, destination, rule)
+                        continue
+                    if isinstance(rule, fused.Rule):
+                        kernels.combine(base, values, destination, rule)
                         continue
                 start = weight.start
                 step = step_of(base.device, rows=len(members))

@@ -75,6 +75,17 @@ class Rule:
     level: int = 0
     offset: int = 0
 
+    def normalised(self) -> tuple[list[float], float]:
+        """Factors by the largest of them, and the scale that makes up for it.
+
+        Equal factors are exactly 1 in an election then, so that opposite task vectors cancel to 0 and not to the sign of a
+        rounding error.
+        """
+        largest = max(map(abs, self.factors)) if self.entries != "all" else 1.0
+        largest = largest or 1.0
+        scale = self.scale if self.entries == "mean" else self.scale * largest
+        return [factor / largest for factor in self.factors], scale
+
 
 @dataclass(frozen=True)
 class Masks:
@@ -124,12 +135,8 @@ def combine(base: Tensor, values: Sequence[Tensor], out: Tensor, rule: Rule | Ma
         return
     spare = -len(values) % GROUP  # the base itself, whose task vector is 0
     rows, kinds = _rows([*values, *[base] * spare])
-    largest = max(map(abs, rule.factors)) if rule.entries != "all" else 1.0
-    largest = largest or 1.0
-    # Equal factors are exactly 1 in an election, so that opposite task vectors cancel to 0 and not to the sign of a
-    # rounding error.
-    scale = rule.scale if rule.entries == "mean" else rule.scale * largest
-    factors = np.array([*(factor / largest for factor in rule.factors), *[0.0] * spare, scale], np.float32)
+    scaled, scale = rule.normalised()
+    factors = np.array([*scaled, *[0.0] * spare, scale], np.float32)
     bounds = [*rule.bounds, *[Bounds((-1.0, -1.0))] * spare] if rule.bounds else []
     cuts = np.array([(bound.above, bound.most) for bound in bounds], np.float32)
     places = np.array([(bound.above_place, bound.most_place) for bound in bounds], np.int64)
