@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
+from operator import itemgetter
 from typing import Any
 
 import psutil
@@ -192,11 +193,11 @@ class _Merger:
         for name, value in out.items():
             if not is_finite(value):
                 raise self._unusable(part, name)
-        for place, value in stretches:
-            put(place, value)
-        for name in part.names:
-            if name not in out:
-                put(part.shard.tensors[name].start, self.pool.base.read(name))
+        pieces: list[tuple[int, int, Tensor | str]] = [(place, value.nbytes, value) for place, value in stretches]
+        kept = [part.shard.tensors[name] for name in part.names if name not in out]
+        pieces += [(info.start, info.nbytes, info.name) for info in kept]
+        for place, _, piece in sorted(pieces, key=itemgetter(0, 1)):  # some files are written in order
+            put(place, self.pool.base.read(piece) if isinstance(piece, str) else piece)
 
     def _weights(self, part: Part, names: Sequence[str]) -> Iterator[Weight]:
         """Those of a part's weights that are merged; of a stretch, views of base and members."""

@@ -64,7 +64,8 @@ def test_members_that_take_no_part_have_none(material, tiny_pool, tmp_path):
     assert (tmp_path / "0" / SINGLE).read_bytes() == (tmp_path / "1" / SINGLE).read_bytes()
 
 
-def test_buffers_are_the_bases(tiny_pool, tmp_path):
+@pytest.mark.parametrize("where", ["{tmp}/out", "memory://buffers{tmp}"])
+def test_buffers_are_the_bases(tiny_pool, tmp_path, where):
     """Integers and booleans are nothing to average, whatever a member holds in their place."""
     buffers = {
         "steps": torch.tensor([3, 5]),
@@ -76,12 +77,13 @@ def test_buffers_are_the_bases(tiny_pool, tmp_path):
         own = buffers if name == "base" else {key: torch.zeros_like(value) for key, value in buffers.items()}
         save_file(load_file(path / SINGLE) | own, tmp_path / name / SINGLE, metadata={"format": "pt"})
     material = Material(open_pool({name: tmp_path / name for name in tiny_pool}))
-    merge_to_disk(material, METHODS["average"].default_recipe(MEMBERS), str(tmp_path / "out"), dtype=torch.bfloat16)
-    written = load_file(tmp_path / "out" / SINGLE)
+    path = where.format(tmp=tmp_path)
+    merge_to_disk(material, METHODS["average"].default_recipe(MEMBERS), path, dtype=torch.bfloat16)
+    written = Checkpoint.open(path)
     for name, value in buffers.items():
         assert name not in material.pool.weights
-        assert written[name].dtype == value.dtype
-        assert torch.equal(written[name], value)
+        assert written.tensors[name].dtype == value.dtype
+        assert torch.equal(written.read(name), value)
 
 
 def test_disk_takes_a_dtype(material, tmp_path):
