@@ -16,16 +16,16 @@ import time
 from heapq import heappop, heappush
 from pathlib import Path
 
-from merging.tasks.base import Score
+from merging.tasks.task import Score
 from search.budget import Budget, Progress
 from search.candidate import Candidate, Measurement, Outcome, Provenance
-from search.driver import search
-from search.ledger import Ledger
-from search.method_space import MethodSpace
+from search.ledger.ledger import Ledger
+from search.ledger.row import Row
+from search.loop import search
 from search.objective import make_objective
-from search.samplers import make_sampler, memories
-from search.schema import Row
-from search.space import Space
+from search.samplers.make_sampler import make_sampler, memories
+from search.space.method_space import MethodSpace
+from search.space.search_space import Space
 from search.study import open_study
 
 MEMBERS = tuple("abcdefgh")

@@ -16,21 +16,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from flows.executor import RayExecutor
-from merging.live import Measurement
-from merging.tasks.base import Score
-from ray_tasks.cluster import connect
-from ray_tasks.crew import Crew
-from ray_tasks.evaluation import Assignment
-from ray_tasks.evaluators import EvaluatorPool, Finished
+from flows.campaign.executor import RayExecutor
+from merging.evaluation.live_models import Measurement
+from merging.tasks.task import Score
+from ray_tasks.connect import connect
+from ray_tasks.evaluators.evaluator import Assignment
+from ray_tasks.evaluators.evaluator_pool import EvaluatorPool, Finished
+from ray_tasks.evaluators.lifecycle import Crew
 from search.budget import Budget
 from search.candidate import Provenance
-from search.driver import search
-from search.ledger import Ledger
-from search.method_space import MethodSpace
+from search.ledger.ledger import Ledger
+from search.loop import search
 from search.objective import make_objective
-from search.samplers import make_sampler, memories
-from search.space import Space
+from search.samplers.make_sampler import make_sampler, memories
+from search.space.method_space import MethodSpace
+from search.space.search_space import Space
 from search.study import open_study
 
 MEMBERS = tuple("abcdefgh")

@@ -272,7 +272,7 @@ def main() -> None:
     for _ in range(arguments.repeats):
         limits.append(machine_limit(paths, pool / "limit", len(os.sched_getaffinity(0))))
         for name in ours:
-            command = our_command(pool, name, paths) if name else [sys.executable, "-c", "import flows.merge"]
+            command = our_command(pool, name, paths) if name else [sys.executable, "-c", "import flows.cli.merge"]
             ours[name].append(run(command))
             if isinstance(programs, Path):
                 idle = [str(programs / "python"), "-c", "import mergekit.scripts.run_yaml"]

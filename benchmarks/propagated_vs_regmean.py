@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from scipy.stats import binomtest
 
-from flows.config import CAMPAIGN_FILE, load_campaign
-from merging import storage
-from merging.live import best_device, share_weights
-from merging.merge import Material, ResidentMerger
+from flows.config.campaign_file import CAMPAIGN_FILE, load_campaign
+from merging.checkpoints.pool import Pool
+from merging.evaluation.live_models import best_device, share_weights
+from merging.io import storage
+from merging.mergers.material import Material
+from merging.mergers.resident import ResidentMerger
 from merging.methods import METHODS
-from merging.pool import Pool
 from merging.propagation import PropagationSettings, propagate
 from merging.statistics import STATISTICS, StatisticSettings, StatisticsFile, measure, save
 from merging.tasks import make_task

@@ -16,19 +16,19 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import binomtest, spearmanr
 
-from flows.config import load_campaign
-from merging.live import LiveModels, best_device
-from merging.merge import Material, open_statistics
-from merging.pool import Pool
+from flows.config.campaign_file import load_campaign
+from merging.checkpoints.pool import Pool
+from merging.evaluation.live_models import LiveModels, best_device
+from merging.evaluation.steps import Plan, Trace
+from merging.mergers.material import Material, open_statistics
 from merging.tasks import make_task
-from merging.tasks.base import Score
-from merging.trace import Plan, Trace
-from search.anchors import choose
-from search.halving import Behind, is_rung
-from search.ledger import Ledger
+from merging.tasks.task import Score
+from search.early_stopping.anchor_examples import choose
+from search.early_stopping.halving import Behind, is_rung
+from search.early_stopping.wilcoxon import WorseThan
+from search.ledger.ledger import Ledger
+from search.ledger.row import Row
 from search.objective import make_objective
-from search.pruning import WorseThan
-from search.schema import Row
 
 
 @dataclass(frozen=True)

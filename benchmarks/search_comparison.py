@@ -21,25 +21,25 @@ from scipy.stats import spearmanr
 from search_pools import Opened, quickstart_pool, unlike_pool
 from torch import Tensor
 
-from merging.basis import compute_basis
-from merging.descent import DescentSettings, descend
-from merging.gradients import Endless, GradientModels
-from merging.live import LiveModels
-from merging.merge import ResidentMerger
+from merging.evaluation.live_models import LiveModels
+from merging.mergers.linear_basis import compute_basis
+from merging.mergers.resident import ResidentMerger
 from merging.methods import METHODS
+from merging.optimization.descent import DescentSettings, descend
+from merging.optimization.losses import Endless, GradientModels
+from merging.optimization.quadratic_model import CURVATURES, Quadratic, minimiser, quadratics
 from merging.recipe import Recipe
-from merging.tasks.base import Score
-from merging.theory import CURVATURES, Quadratic, minimiser, quadratics
+from merging.tasks.task import Score
 from search.budget import Budget
 from search.candidate import Candidate, Measurement, Outcome, Provenance
-from search.driver import search
-from search.flight import measure
-from search.ledger import Ledger
-from search.method_space import MethodSpace
+from search.in_flight import measure
+from search.ledger.ledger import Ledger
+from search.ledger.row import Row
+from search.loop import search
 from search.objective import best, make_objective
-from search.samplers import make_sampler
-from search.schema import Row
-from search.space import Space
+from search.samplers.make_sampler import make_sampler
+from search.space.method_space import MethodSpace
+from search.space.search_space import Space
 from search.study import open_study
 
 ALL = ("average", "task_arithmetic", "ties", "fisher", "gradient_matching", "regmean", "regmean_propagated")

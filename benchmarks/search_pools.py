@@ -12,15 +12,15 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from flows.config import load_campaign
+from flows.config.campaign_file import load_campaign
 from flows.quickstart.training import TrainingSettings, train_member
-from merging import storage
-from merging.merge import Material, open_statistics, subset_fingerprint
-from merging.pool import Pool
+from merging.checkpoints.pool import Pool
+from merging.io import storage
+from merging.mergers.material import Material, open_statistics, subset_fingerprint
 from merging.propagation import PropagationSettings, propagate
 from merging.statistics import STATISTICS, Partial, measure, save, save_tensors
 from merging.tasks import make_task
-from merging.tasks.base import SPLITS, Task
+from merging.tasks.task import SPLITS, Task
 from merging.tasks.text_classification import TextClassificationSettings
 
 STATISTIC_EXAMPLES = {"fisher": 96, "gram": 128}

@@ -17,15 +17,15 @@ from pathlib import Path
 
 import numpy as np
 
-from flows.config import load_campaign
-from merging.live import LiveModels, best_device
-from merging.merge import Material, open_statistics
+from flows.config.campaign_file import load_campaign
+from merging.checkpoints.pool import Pool
+from merging.evaluation.live_models import LiveModels, best_device
+from merging.mergers.material import Material, open_statistics
 from merging.methods import METHODS
-from merging.pool import Pool
 from merging.tasks import make_task
-from search import dpp, kernel
-from search.greedy import greedy_forward, greedy_soup
-from search.selection import Selection
+from search.subsets import dpp, dpp_kernel
+from search.subsets.choose_subsets import Selection
+from search.subsets.greedy import greedy_forward, greedy_soup
 
 Subset = tuple[str, ...]
 Scores = Mapping[str, Mapping[Subset, Mapping[str, float]]]
@@ -72,7 +72,7 @@ def table(scores: Scores, selection: Selection, members: Sequence[str], value: C
         every = [score("test", Y) for Y in combinations(sorted(members), k)]
         chosen = {}
         for name, q in (("q", [selection.quality[m] for m in members]), ("equal", [1.0] * len(members))):
-            L = kernel.kernel(q, S)
+            L = dpp_kernel.kernel(q, S)
             picked = dpp.map_subset(L, k) if k <= dpp.rank(L) else ()
             chosen[name] = score("test", tuple(sorted(members[i] for i in picked))) if picked else float("nan")
         figures = [chosen["q"], chosen["equal"], score("test", path[k]), float(np.mean(every)), min(every), max(every)]

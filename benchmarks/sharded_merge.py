@@ -21,15 +21,16 @@ from statistics import median
 import torch
 from safetensors.torch import save_file
 
-from merging.merge import Material, ResidentMerger
+from merging.checkpoints.pool import Pool
+from merging.mergers.material import Material
+from merging.mergers.resident import ResidentMerger
 from merging.methods import METHODS
-from merging.pool import Pool
 from merging.recipe import Recipe
-from ray_tasks.cluster import connect
-from ray_tasks.delivery import Delivery
-from ray_tasks.direct import Trays
-from ray_tasks.sharding import nodes, plan, sharded
-from ray_tasks.shards import Inbox, Shards
+from ray_tasks.connect import connect
+from ray_tasks.evaluators.fed_evaluator import Delivery
+from ray_tasks.sharded.nixl_transfer import Trays
+from ray_tasks.sharded.placement import nodes, plan, sharded
+from ray_tasks.sharded.shards import Inbox, Shards
 
 LAYERS = 16
 

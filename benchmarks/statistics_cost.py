@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from merging.statistics import Fisher, Gram, LikelihoodSettings, StatisticSettings
-from merging.tasks.base import Batch, Score, Task, TaskSettings
+from merging.tasks.task import Batch, Score, Task, TaskSettings
 
 
 class RandomTask(Task):

@@ -4,13 +4,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from merging import storage
+from merging.io import storage
 
 Value = float | int | bool | str
 """What a method's parameter may be."""
 
 GROUP = "@"
 """Between a member and a group of weights in the key of a scaling factor."""
+
+BASE = "base"
+"""The base's key among statistics; no member may have this name."""
+REFERENCE_BASE = "base"
+REFERENCE_MEMBER = "member"
+REFERENCES = (REFERENCE_BASE, REFERENCE_MEMBER)
+"""Methods of the two recipes that merge nothing: the base as it is, one member as it is."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,7 @@ class Recipe:
     Args:
         method: The method's registered name.
         scaling: Scaling factors of the members that take part; members that are not named here do not. A key is a member
-            (its factor for all weights) or `member@group` (for a group of weights: see `merging.groups`).
+            (its factor for all weights) or `member@group` (for a group of weights: see `merging.mergers.weight_groups`).
         parameters: The method's parameters; those left out have the method's defaults.
     """
 
@@ -45,6 +52,16 @@ class Recipe:
     def identity(self) -> str:
         """Content hash: equal recipes have equal identities, whatever the order of their keys."""
         return storage.fingerprint(self.as_dict())
+
+
+def base_recipe() -> Recipe:
+    """The base as it is."""
+    return Recipe(REFERENCE_BASE, {})
+
+
+def member_recipe(member: str) -> Recipe:
+    """One member as it is."""
+    return Recipe(REFERENCE_MEMBER, {member: 1.0})
 
 
 def nested(scaling: Mapping[str, float]) -> dict[str, float | dict[str, float]]:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from search.ledger.row import Row
 from search.objective import best, breach, point
-from search.schema import Row
 
 Ending = Literal["candidates", "examples", "seconds", "plateau", "exhausted"]
 """Why a search ended: its candidates, examples or time are spent; its best has not got better for long; its

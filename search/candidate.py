@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal, Protocol
 
+from merging.evaluation.steps import Plan, Trace
 from merging.recipe import Recipe
-from merging.tasks.base import Score
-from merging.trace import Plan, Trace
+from merging.tasks.task import Score
 from search.budget import Progress
-from search.schema import Origin, Row
+from search.ledger.row import Origin, Row
 
 Policy = Literal["none", "wilcoxon", "halving"]
-"""What gives up candidates before they are measured on everything: see `search.pruning`."""
+"""What gives up candidates before they are measured on everything: see `search.early_stopping.wilcoxon`."""
 
 PARTIAL = "partial:objective"
 """The proxy of a pruned row: the objective over the examples that it was measured on."""

@@ -7,8 +7,8 @@ from typing import IO, Any
 
 from optuna.storages.journal import BaseJournalBackend
 
-from merging import storage
 from merging.errors import StorageError
+from merging.io import storage
 
 
 class Lines(BaseJournalBackend):

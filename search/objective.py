@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from merging.errors import SettingsError
 from merging.registry import did_you_mean
-from merging.tasks.base import Score
-from search.schema import Row
+from merging.tasks.task import Score
+from search.ledger.row import Row
 
 OBJECTIVES = ("mean", "worst", "normalized", "weighted")
 """What an objective may be called, besides a task's name."""

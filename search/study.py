@@ -21,14 +21,14 @@ from optuna import Study
 from optuna.storages import BaseStorage, JournalStorage, get_storage
 from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
 
-from merging import storage
 from merging.errors import LedgerError, MergequestError, MethodError, SettingsError, StorageError
+from merging.io import storage
 from search.candidate import PARTIAL
 from search.journal import Journal, Lines, appended, whole_lines
-from search.ledger import Ledger
+from search.ledger.ledger import Ledger
+from search.ledger.row import Row
 from search.objective import point
-from search.schema import Row
-from search.space import Space
+from search.space.search_space import Space
 
 JOURNAL = "journal.log"
 CANDIDATE, ORIGIN, DUPLICATE = "candidate", "origin", "duplicate"

@@ -153,7 +153,7 @@ def campaign_file(tiny_campaign, tmp_path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """One local Ray for all tests that need one; `connect()` joins it."""
-    from ray_tasks.cluster import connect
+    from ray_tasks.connect import connect
 
     with connect():
         yield
@@ -214,7 +214,7 @@ def s3_at(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, s3_server: ModuleType, s3_pointed: dict[str, str]
 ) -> Callable[..., str]:
     """Points this process to an endpoint and makes a bucket there: `s3_at(endpoint, secret=…)` gives its address."""
-    from merging.s3 import PatientS3
+    from merging.io.s3 import PatientS3
 
     def point(endpoint: str, secret: str = s3_server.SECRET, bucket: bool = True) -> str:
         settings = {
@@ -257,7 +257,7 @@ def unreliable(moto_proxy: Any) -> Any:
 @pytest.fixture(scope="session")
 def upload() -> Callable[[Path, str], None]:
     """Copies a directory to an address."""
-    from merging import storage
+    from merging.io import storage
 
     def copy_all(directory: Path, address: str) -> None:
         for file in sorted(directory.rglob("*")):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flows.cli import app
-from flows.methods_page import methods_page
-from flows.template import settings_reference
+from flows.cli.app import app
+from flows.cli.methods_page import methods_page
+from flows.cli.template import settings_reference
 from merging.methods import METHODS, Context, Weight
 from merging.recipe import Recipe
 
@@ -19,12 +19,12 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 def test_the_settings_page_is_the_model():
     written = (ROOT / "docs" / "campaign.md").read_text()
-    assert written == settings_reference(), "write it anew: python -m flows.template > docs/campaign.md"
+    assert written == settings_reference(), "write it anew: python -m flows.cli.template > docs/campaign.md"
 
 
 def test_the_methods_page_is_the_registry():
     written = (ROOT / "docs" / "methods.md").read_text()
-    assert written == methods_page(), "write it anew: python -m flows.methods_page > docs/methods.md"
+    assert written == methods_page(), "write it anew: python -m flows.cli.methods_page > docs/methods.md"
 
 
 def test_the_method_of_one_s_own_works_as_it_is_written(monkeypatch):

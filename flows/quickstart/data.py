@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from merging import storage
 from merging.errors import StorageError
-from merging.tasks.base import SPLITS, Split
+from merging.io import storage
+from merging.tasks.task import SPLITS, Split
 
 LABELS = ("negative", "neutral", "positive")
 DOMAINS: Mapping[str, str] = {

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from merging import storage
 from merging.errors import StorageError
+from merging.io import storage
 
 Progress = Callable[[str], None]
 """Called with a line that says what is going on."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from flows.quickstart.data import LABELS
-from merging import storage
-from merging.checkpoint import Checkpoint
+from merging.checkpoints.checkpoint import Checkpoint
+from merging.io import storage
 from merging.tasks.head import quiet
 
 RECORD = "training.json"

@@ -1,31 +1,15 @@
 """Merge methods: importing this package registers every one of them."""
 
-from merging.methods import (
-    average,
-    breadcrumbs,
-    consensus,
-    dare,
-    della,
-    distilled,
-    fisher,
-    gradient_matching,
-    iso_c,
-    linear,
-    lines,
-    mats,
-    model_stock,
-    multi_slerp,
-    regmean,
-    regmean_propagated,
-    slerp,
-    task_arithmetic,
-    ties,
-    tsv_m,
-)
-from merging.methods.base import BASE, METHODS, Context, Method, Parameter, Prepared, Weight
+from merging.methods import lines
+from merging.methods.averaging import average, linear, task_arithmetic
+from merging.methods.curvature import fisher_averaging, gradient_matching
+from merging.methods.least_squares import distilled, mats, regmean, regmean_propagated
+from merging.methods.method import METHODS, Context, Method, Parameter, Prepared, Weight
+from merging.methods.spectral import iso_c, tsv_m
+from merging.methods.spherical import model_stock, multi_slerp, slerp
+from merging.methods.task_vectors import breadcrumbs, consensus, dare, della, ties
 
 __all__ = [
-    "BASE",
     "METHODS",
     "Context",
     "Method",
@@ -38,7 +22,7 @@ __all__ = [
     "dare",
     "della",
     "distilled",
-    "fisher",
+    "fisher_averaging",
     "gradient_matching",
     "iso_c",
     "linear",

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from merging.errors import MethodError
-from merging.methods.base import BASE, Weight
+from merging.methods.method import Weight
+from merging.recipe import BASE
 from merging.registry import did_you_mean
 
 
@@ -92,3 +93,19 @@ def statistic(
             raise MethodError(f"{member}: {kind} of '{weight.name}' has negative entries ({low:g}). {remedy}")
         values[member] = value
     return values
+
+
+def target(out: Mapping[str, Tensor], weight: Weight) -> Tensor:
+    """The tensor to overwrite for a weight.
+
+    Raises:
+        MethodError: It is missing, or of another shape.
+    """
+    if weight.name not in out:
+        raise MethodError(f"there is no weight '{weight.name}' to write to: the model is not the pool's")
+    value = out[weight.name]
+    if value.shape != weight.base.shape:
+        raise MethodError(
+            f"'{weight.name}' to write to has shape {list(value.shape)}, the pool's has {list(weight.base.shape)}"
+        )
+    return value

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from merging.errors import MethodError
-from merging.methods.base import METHODS, Context, Method, Parameter, Prepared, Weight, modifier, register
-from merging.methods.blocks import Scratch, spans, target
-from merging.methods.task_arithmetic import TaskArithmetic
+from merging.kernels.blockwise import Scratch, spans
+from merging.methods.averaging.task_arithmetic import TaskArithmetic
+from merging.methods.checks import target
+from merging.methods.method import METHODS, Context, Method, Parameter, Prepared, Weight, modifier, register
 from merging.recipe import Recipe, Value
 
 

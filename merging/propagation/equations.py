@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from merging.methods.solve import factor, solve
+from merging.methods.least_squares.cholesky import factor, solve
 
 
 class Equations:

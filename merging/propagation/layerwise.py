@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from merging.checkpoints.pool import Pool
 from merging.errors import MethodError
-from merging.pool import Pool
-from merging.propagation.crew import Crew
 from merging.propagation.equations import Equations, Solution
 from merging.propagation.member import Plan
+from merging.propagation.member_group import Crew
 from merging.propagation.settings import PropagationSettings
 from merging.registry import did_you_mean
-from merging.tasks.base import Task
+from merging.tasks.task import Task
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from merging.checkpoints.pool import Pool
 from merging.errors import MethodError
-from merging.live import share_weights
-from merging.pool import Pool
+from merging.evaluation.live_models import share_weights
 from merging.propagation.equations import Equations
-from merging.propagation.layers import Layer, merged_layers
-from merging.propagation.plan import Call, trace
+from merging.propagation.execution_order import Call, trace
+from merging.propagation.merged_layers import Layer, merged_layers
+from merging.propagation.paused_forward import Place, Stop, Stream
 from merging.propagation.settings import PropagationSettings
-from merging.propagation.walk import Place, Stop, Stream
-from merging.statistics.layers import decoder_mask
-from merging.tasks.base import Task
+from merging.statistics.capture.layers import decoder_mask
+from merging.tasks.task import Task
 
 TRACED = 8
 """Examples on which a member is watched beforehand: enough to tell a rule from a chance."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from merging.propagation.walk import Place
+from merging.propagation.paused_forward import Place
 
 SAMPLES = 256
 """Entries of a tensor that stand for it."""

@@ -1,13 +1,13 @@
 """What methods need to know of a member on its data: computed in shards, kept in publishable files."""
 
-from merging.statistics.base import STATISTICS, Partial, Statistic, StatisticSettings
 from merging.statistics.compute import measure, measure_shard, number_of_examples
-from merging.statistics.file import StatisticsFile, save, save_tensors
 from merging.statistics.fisher import Fisher
 from merging.statistics.gram import Gram
 from merging.statistics.likelihood import LikelihoodSettings
 from merging.statistics.output_gram import OutputGram, OutputGramSettings
 from merging.statistics.representation import Representation, RepresentationSettings
+from merging.statistics.statistic import STATISTICS, Partial, Statistic, StatisticSettings
+from merging.statistics.statistics_file import StatisticsFile, save, save_tensors
 
 __all__ = [
     "STATISTICS",

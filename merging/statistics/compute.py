@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from merging.errors import StatisticsError
-from merging.statistics.base import Partial, Statistic
-from merging.tasks.base import Split, Task
+from merging.statistics.statistic import Partial, Statistic
+from merging.tasks.task import Split, Task
 
 
 def number_of_examples(task: Task, statistic: Statistic, split: Split = "train") -> int:

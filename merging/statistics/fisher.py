@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from merging.names import checkpoint_names
-from merging.statistics.base import Partial, Statistic, StatisticSettings, register
-from merging.statistics.layers import device_of, means, token_count
+from merging.checkpoints.parameter_names import checkpoint_names
+from merging.statistics.capture.layers import device_of, means, token_count
+from merging.statistics.capture.per_example import PerExample
 from merging.statistics.likelihood import LikelihoodSettings, objectives, settings_key
-from merging.statistics.per_example import PerExample
-from merging.tasks.base import Batch, Task
+from merging.statistics.statistic import Partial, Statistic, StatisticSettings, register
+from merging.tasks.task import Batch, Task
 
 
 @register

@@ -7,9 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from merging.errors import StatisticsError
-from merging.statistics.base import Partial, Statistic, register
-from merging.statistics.gram_sums import GramSums
-from merging.statistics.layers import (
+from merging.statistics.capture.layers import (
     decoder_layers,
     decoder_mask,
     device_of,
@@ -17,7 +15,9 @@ from merging.statistics.layers import (
     means,
     transposed_names,
 )
-from merging.tasks.base import Batch, Task
+from merging.statistics.gram_sums import GramSums
+from merging.statistics.statistic import Partial, Statistic, register
+from merging.tasks.task import Batch, Task
 
 
 @register

@@ -2,9 +2,9 @@
 
 from torch import Tensor, float32, promote_types
 
-from merging.statistics.base import Partial
-from merging.statistics.layers import real_rows, token_count
-from merging.tasks.base import Batch
+from merging.statistics.capture.layers import real_rows, token_count
+from merging.statistics.statistic import Partial
+from merging.tasks.task import Batch
 
 LEAST_BLOCK = {"cpu": 256}
 """Blocks on the diagonal that are no longer worth cutting; elsewhere `LEAST_BLOCK_ELSEWHERE`."""

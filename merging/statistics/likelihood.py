@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from merging.errors import StatisticsError
-from merging.statistics.base import StatisticSettings
-from merging.tasks.base import Batch
+from merging.statistics.statistic import StatisticSettings
+from merging.tasks.task import Batch
 
 IGNORED = -100
 """The label of a position where there is nothing to predict."""

@@ -9,9 +9,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from merging.statistics.base import Partial, Statistic, StatisticSettings, register
-from merging.statistics.gram_sums import GramSums
-from merging.statistics.layers import (
+from merging.statistics.capture.hooks import differentiable, tap
+from merging.statistics.capture.layers import (
     decoder_layers,
     decoder_mask,
     device_of,
@@ -19,9 +18,10 @@ from merging.statistics.layers import (
     means,
     transposed_names,
 )
+from merging.statistics.gram_sums import GramSums
 from merging.statistics.likelihood import LikelihoodSettings, objectives, settings_key
-from merging.statistics.recording import differentiable, tap
-from merging.tasks.base import Batch, Task
+from merging.statistics.statistic import Partial, Statistic, StatisticSettings, register
+from merging.tasks.task import Batch, Task
 
 
 class OutputGramSettings(LikelihoodSettings):

@@ -8,9 +8,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from merging.errors import StatisticsError
-from merging.statistics.base import Partial, Statistic, StatisticSettings, register
-from merging.statistics.layers import device_of, token_count
-from merging.tasks.base import Batch, Task
+from merging.statistics.capture.layers import device_of, token_count
+from merging.statistics.statistic import Partial, Statistic, StatisticSettings, register
+from merging.tasks.task import Batch, Task
 
 
 class RepresentationSettings(StatisticSettings):

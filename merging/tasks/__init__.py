@@ -4,9 +4,9 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from merging.tasks.base import SPLITS, TASKS, Batch, Score, Split, Task, TaskSettings
 from merging.tasks.custom import Custom, CustomSettings
-from merging.tasks.outcomes import Outcomes
+from merging.tasks.predictions import Outcomes
+from merging.tasks.task import SPLITS, TASKS, Batch, Score, Split, Task, TaskSettings
 from merging.tasks.text_classification import TextClassification, TextClassificationSettings
 
 __all__ = [

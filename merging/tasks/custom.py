@@ -13,11 +13,11 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from merging import storage
 from merging.errors import TaskError
+from merging.io import storage
 from merging.registry import did_you_mean
-from merging.tasks.base import Score, Split, Task, TaskSettings, register
 from merging.tasks.head import load_model
+from merging.tasks.task import Score, Split, Task, TaskSettings, register
 
 
 class CustomSettings(TaskSettings):

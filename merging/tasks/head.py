@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from merging import copies, storage
-from merging.adapter import ADAPTER_CONFIG, is_adapter, open_checkpoint
-from merging.checkpoint import CONFIG, Checkpoint, read_settings
+from merging.checkpoints.adapter import ADAPTER_CONFIG, is_adapter, open_checkpoint
+from merging.checkpoints.checkpoint import CONFIG, Checkpoint, read_settings
 from merging.errors import CheckpointError, StorageError, TaskError
-from merging.ranges import download
+from merging.io import local_copies, storage
+from merging.io.prefetch import download
 
 TOKENIZERS = ("*tokenizer*", "vocab*", "merges.txt", "*.spm", "spiece.model", "sentencepiece*.model")
 """Files that a tokenizer is made from."""
@@ -176,10 +176,10 @@ def _download(head: str, with_weights: bool) -> str:
     weights: set[str] = set()
     if with_weights and not is_adapter(head):
         weights = {storage.base_name(info.file) for info in Checkpoint.open(head).tensors.values()}
-    directory = copies.own_directory()
+    directory = local_copies.own_directory()
     for name in storage.list_dir(head):
         source, target = storage.join(head, name), directory / name
-        if name in weights and (file := copies.made(source)) is not None:
+        if name in weights and (file := local_copies.made(source)) is not None:
             target.symlink_to(file)
         elif name in weights or name.endswith((".json", ".txt", ".model", ".jinja")):
             download(source, target)

@@ -13,10 +13,9 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from merging import storage
-from merging.adapter import is_adapter
+from merging.checkpoints.adapter import is_adapter
 from merging.errors import TaskError
-from merging.tasks.base import SPLITS, Batch, Score, Split, Task, TaskSettings, register
+from merging.io import storage
 from merging.tasks.head import (
     check_head,
     class_names,
@@ -26,10 +25,11 @@ from merging.tasks.head import (
     tokenizer_identity,
 )
 from merging.tasks.metrics import METRICS
-from merging.tasks.outcomes import Outcomes
+from merging.tasks.predictions import Outcomes
+from merging.tasks.task import SPLITS, Batch, Score, Split, Task, TaskSettings, register
 
 if TYPE_CHECKING:
-    from merging.tasks.data import Examples
+    from merging.tasks.labelled_texts import Examples
 
 MODEL_CLASS = "AutoModelForSequenceClassification"
 
@@ -227,7 +227,7 @@ class TextClassification(Task):
             if split not in self.settings.data:
                 raise self._error(f"`data` names no {split} split: add one")
             paths = self.settings.data[split]
-            from merging.tasks.data import Columns, read_examples  # with pandas, which takes a second
+            from merging.tasks.labelled_texts import Columns, read_examples  # with pandas, which takes a second
 
             columns = Columns(self.settings.text, self.settings.text_pair, self.settings.label)
             classes = self._classes

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from merging.recipe import Recipe
-from search import kernel
-from search.schema import Row
-from search.selection import select
+from search.ledger.row import Row
+from search.subsets import dpp_kernel
+from search.subsets.choose_subsets import select
 
 TASKS = ("movie", "amazon", "nyt", "tweets")
 HEIGHT = {
@@ -117,7 +117,7 @@ class LedgerMaker:
         shared = np.random.default_rng(0).normal(size=(30, 8))
         rows = {task: shared + 0.8 * np.random.default_rng(i).normal(size=(30, 8)) for i, task in enumerate(TASKS)}
         q = {"movie": 0.42, "amazon": 0.31, "nyt": 0.24, "tweets": 0.55}
-        return select(TASKS, "dpp-map", quality=q, similarity=kernel.similarity_from_representations(rows))
+        return select(TASKS, "dpp-map", quality=q, similarity=dpp_kernel.similarity_from_representations(rows))
 
 
 @pytest.fixture(scope="session")

@@ -21,12 +21,12 @@ import pytest
 import torch
 import yaml
 
-from flows.config import load_campaign
-from flows.opening import open_campaign
-from flows.progress import Display
-from merging import storage
-from merging.live import LiveModels
-from search.ledger import from_table
+from flows.campaign.open_campaign import open_campaign
+from flows.config.campaign_file import load_campaign
+from flows.directory.progress import Display
+from merging.evaluation.live_models import LiveModels
+from merging.io import storage
+from search.ledger.ledger import from_table
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]

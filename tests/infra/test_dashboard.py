@@ -8,7 +8,7 @@ import pytest
 import yaml
 from ray.util.metrics import Counter, Histogram, Metric
 
-from ray_tasks.metrics import EvaluatorMetrics
+from ray_tasks.evaluators.prometheus import EvaluatorMetrics
 
 INFRA = Path(__file__).parents[2] / "infra"
 

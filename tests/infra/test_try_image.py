@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from search.ledger import Ledger
+from search.ledger.ledger import Ledger
 
 ROOT = Path(__file__).parents[2]
 

@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
-from merging.merge import Material
-from merging.pool import Pool
+from merging.checkpoints.pool import Pool
+from merging.mergers.material import Material
 from merging.statistics import STATISTICS, LikelihoodSettings, OutputGramSettings, StatisticSettings, measure, save
 from merging.tasks import TextClassificationSettings, make_task
 

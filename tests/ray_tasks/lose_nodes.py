@@ -19,9 +19,9 @@ import ray_tasks  # noqa: F401  settles the environment before Ray reads it
 # isort: split
 from ray.cluster_utils import Cluster as Nodes
 
-from ray_tasks import crew
-from ray_tasks.cluster import connect, room_for
-from ray_tasks.evaluators import EvaluatorPool
+from ray_tasks.connect import connect, room_for
+from ray_tasks.evaluators import lifecycle
+from ray_tasks.evaluators.evaluator_pool import EvaluatorPool
 
 
 class Sleeper:
@@ -37,7 +37,7 @@ class Sleeper:
 
 
 def main():
-    crew.SILENCE, crew.LOOK = 1.0, 0.3
+    lifecycle.SILENCE, lifecycle.LOOK = 1.0, 0.3
     nodes = Nodes(
         initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "temp_dir": sys.argv[1]}
     )
@@ -52,7 +52,7 @@ def main():
 
     with connect() as cluster:
         pool = EvaluatorPool(
-            crew.Crew(
+            lifecycle.Crew(
                 None, 1, threads=1, restarts=0, room=lambda: room_for(cluster.now(), 1, 0.0, 1), say=say, kind=Sleeper
             )
         )

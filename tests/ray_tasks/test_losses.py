@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import pytest
 
 from merging.errors import ClusterError
-from ray_tasks.calls import each
-from ray_tasks.crew import Crew
-from ray_tasks.evaluators import EvaluatorPool, ray
+from ray_tasks.evaluators.evaluator_pool import EvaluatorPool, ray
+from ray_tasks.evaluators.lifecycle import Crew
+from ray_tasks.jobs.parallel import each
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
@@ -105,8 +105,8 @@ def test_evaluators_without_room_are_not_counted_and_hold_nobody_up(make_pool):
 
 
 def test_no_room_at_all_is_an_error_after_a_while_and_is_said_before(make_pool, monkeypatch):
-    monkeypatch.setattr("ray_tasks.crew.SILENCE", 1.0)
-    monkeypatch.setattr("ray_tasks.crew.LOOK", 0.5)
+    monkeypatch.setattr("ray_tasks.evaluators.lifecycle.SILENCE", 1.0)
+    monkeypatch.setattr("ray_tasks.evaluators.lifecycle.LOOK", 0.5)
     said = []
     pool = make_pool(1, threads=1000, say=said.append)
     with pytest.raises(ClusterError, match="no evaluator could start within 3 s"):
@@ -115,7 +115,7 @@ def test_no_room_at_all_is_an_error_after_a_while_and_is_said_before(make_pool, 
 
 
 def test_a_cluster_that_grows_is_used(make_pool, monkeypatch):
-    monkeypatch.setattr("ray_tasks.crew.LOOK", 0.1)
+    monkeypatch.setattr("ray_tasks.evaluators.lifecycle.LOOK", 0.1)
     said, room = [], [1]
     pool = make_pool(1, room=lambda: room[0], say=said.append)
     assert pool.start() == 1
@@ -131,7 +131,7 @@ def test_a_cluster_that_grows_is_used(make_pool, monkeypatch):
 def test_one_that_cannot_be_built_is_an_error_only_where_none_could(make_pool, monkeypatch):
     with pytest.raises(BrokenError):
         make_pool(1, setup="broken").start()
-    monkeypatch.setattr("ray_tasks.crew.LOOK", 0.1)
+    monkeypatch.setattr("ray_tasks.evaluators.lifecycle.LOOK", 0.1)
     pool = make_pool(1, restarts=0)
     pool.start()
     pool.crew.setup, pool.crew.evaluators = "broken", 2

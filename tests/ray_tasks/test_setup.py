@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from merging import memory, storage
-from merging.pool import Pool
-from merging.statistics.base import Partial
-from merging.statistics.file import save_tensors
-from ray_tasks.evaluation import Setup
+from merging.checkpoints.pool import Pool
+from merging.io import fact_cache, storage
+from merging.statistics.statistic import Partial
+from merging.statistics.statistics_file import save_tensors
+from ray_tasks.evaluators.evaluator import Setup
 
 MEMBERS = ("one", "two")
 
@@ -26,8 +26,8 @@ def setup(tiny_pool, upload, unreliable, s3_at, monkeypatch, tmp_path):
     save_tensors(
         path, "fisher", {}, tensors, Partial({}, {"examples": 8}), checkpoint=one.checkpoint.fingerprint, data=""
     )
-    facts = memory.known([one.checkpoint.identity])
-    monkeypatch.setattr(memory, "_facts", {})
+    facts = fact_cache.known([one.checkpoint.identity])
+    monkeypatch.setattr(fact_cache, "_facts", {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
     unreliable.reset()
     return Setup(pool.base.path, members, (), {"one": (path,)}, {}, {}, {}, facts=facts)

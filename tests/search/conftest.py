@@ -4,9 +4,9 @@ from concurrent.futures import wait as wait_futures
 
 import pytest
 
-from merging.methods.base import METHODS, Method, Parameter
+from merging.methods.method import METHODS, Method, Parameter
 from merging.recipe import Recipe
-from merging.tasks.base import Score
+from merging.tasks.task import Score
 from search.candidate import Candidate, Measurement, Outcome
 
 

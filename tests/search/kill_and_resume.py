@@ -12,13 +12,13 @@ import sys
 import time
 from pathlib import Path
 
-from merging.tasks.base import Score
+from merging.tasks.task import Score
 from search.candidate import Measurement, Outcome, Provenance
-from search.driver import Budget, search
-from search.ledger import Ledger
+from search.ledger.ledger import Ledger
+from search.loop import Budget, search
 from search.objective import make_objective
-from search.samplers import make_sampler
-from search.space import MethodSpace, Space
+from search.samplers.make_sampler import make_sampler
+from search.space.search_space import MethodSpace, Space
 from search.study import open_study
 
 SPACE = Space(

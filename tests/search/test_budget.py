@@ -1,7 +1,7 @@
 import pytest
 
 from search.budget import Budget, Tally
-from search.schema import Row
+from search.ledger.row import Row
 
 
 def row(objective, examples=10, violations=None, **objectives):

@@ -4,9 +4,9 @@ from dataclasses import replace
 import pytest
 
 from merging.errors import SettingsError
-from merging.tasks.base import Score
+from merging.tasks.task import Score
+from search.ledger.row import Row
 from search.objective import EXPECTED, OBJECTIVES, best, make_objective, own_scores, pareto
-from search.schema import Row
 
 VALUES = {"x": 0.9, "y": 0.5, "z": 0.7}
 SCORES = {task: Score(value, 0.01, 100, "accuracy", 0.5, 0.8 - value / 2) for task, value in VALUES.items()}

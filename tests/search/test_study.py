@@ -5,15 +5,15 @@ import pytest
 from optuna.trial import TrialState
 
 from merging.errors import LedgerError, StorageError
-from merging.methods.base import METHODS
+from merging.methods.method import METHODS
 from merging.recipe import Recipe
 from search.candidate import Candidate, Provenance
-from search.driver import Budget, search
-from search.flight import measure
-from search.ledger import Ledger
+from search.in_flight import measure
+from search.ledger.ledger import Ledger
+from search.loop import Budget, search
 from search.objective import make_objective
-from search.samplers import make_sampler
-from search.space import MethodSpace, Space
+from search.samplers.make_sampler import make_sampler
+from search.space.search_space import MethodSpace, Space
 from search.study import CANDIDATE, open_study
 
 SPACE = Space({"task_arithmetic": MethodSpace(), "ties": MethodSpace()}, "ab", None, "per_member")

@@ -3,7 +3,7 @@ import pytest
 
 from flows.quickstart.data import Sentence, SplitSettings, parse, split, write_splits
 from merging.errors import StorageError
-from merging.tasks.base import SPLITS
+from merging.tasks.task import SPLITS
 
 
 def test_parse_movie(sample):

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from flows.quickstart.training import TrainingSettings, bucketed, train_member
-from merging.checkpoint import Checkpoint
+from merging.checkpoints.checkpoint import Checkpoint
+from merging.checkpoints.pool import Pool
 from merging.errors import CheckpointError
-from merging.pool import Pool
 from merging.tasks import TextClassificationSettings, make_task
 
 SETTINGS = TrainingSettings(epochs=12, batch_size=8, learning_rate=2e-3, max_length=16)

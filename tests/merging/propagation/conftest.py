@@ -30,8 +30,8 @@ from transformers import (
     ViTModel,
 )
 
-from merging.pool import Pool
-from merging.tasks.base import Batch, Score, Task, TaskSettings
+from merging.checkpoints.pool import Pool
+from merging.tasks.task import Batch, Score, Task, TaskSettings
 
 VOCABULARY = 40
 TEXT = {"vocab_size": VOCABULARY, "num_labels": 3, "pad_token_id": 0}

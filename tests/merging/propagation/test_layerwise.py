@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 from merging.errors import MethodError
-from merging.live import share_weights
+from merging.evaluation.live_models import share_weights
 from merging.propagation import PropagationSettings, propagate
-from merging.propagation.crew import Crew
 from merging.propagation.equations import Equations
 from merging.propagation.layerwise import plain_mean, shared_inputs, solved
-from merging.statistics.layers import real_rows
+from merging.propagation.member_group import Crew
+from merging.statistics.capture.layers import real_rows
 
 KINDS = ("bert", "llama", "gpt2", "vit", "t5")
 SMALL = PropagationSettings(examples=40, batch_size=14)

@@ -19,7 +19,7 @@ from transformers import (
 
 from merging.statistics import Partial, Statistic, measure_shard
 from merging.statistics.likelihood import IGNORED
-from merging.tasks.base import Batch, Score, Task, TaskSettings
+from merging.tasks.task import Batch, Score, Task, TaskSettings
 
 
 class TinyTask(Task):

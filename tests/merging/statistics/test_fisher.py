@@ -3,11 +3,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from merging.checkpoints.parameter_names import checkpoint_names
 from merging.errors import StatisticsError
-from merging.names import checkpoint_names
 from merging.statistics import Fisher, LikelihoodSettings, Partial, measure
 from merging.statistics.likelihood import IGNORED
-from merging.tasks.base import Batch, Task
+from merging.tasks.task import Batch, Task
 
 
 def fisher(estimator: str = "exact", batch_size: int = 3, **options: int) -> Fisher:

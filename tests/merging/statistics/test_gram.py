@@ -3,12 +3,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from merging.checkpoints.parameter_names import checkpoint_names
 from merging.errors import StatisticsError
-from merging.names import checkpoint_names
 from merging.statistics import Gram, Partial, StatisticSettings, measure
+from merging.statistics.capture.layers import decoder_mask
 from merging.statistics.gram_sums import LEAST_BLOCK, GramSums
-from merging.statistics.layers import decoder_mask
-from merging.tasks.base import Batch, Task
+from merging.tasks.task import Batch, Task
 
 TIED_OUTPUTS = {"transformer.wte.weight", "shared.weight"}
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from merging.statistics.likelihood import IGNORED, multinomial_factor, sampled_labels
-from merging.tasks.base import Batch
+from merging.tasks.task import Batch
 
 
 @pytest.mark.parametrize("classes", [2, 3, 7])

@@ -1,0 +1,1 @@
+"""A campaign from file to winner: every step of it a file."""

@@ -1,0 +1,56 @@
+"""As many evaluators as fit on the cluster, for as long as a block of a flow needs them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+
+from flows.campaign.distil import Files
+from flows.campaign.executor import RayExecutor
+from flows.campaign.open_campaign import Opened
+from flows.campaign.regime import is_sharded, shards_of
+from flows.directory.progress import Display
+from ray_tasks.connect import Cluster, evaluators_for, room_for
+from ray_tasks.evaluators.evaluator import Evaluator
+from ray_tasks.evaluators.evaluator_pool import EvaluatorPool
+from ray_tasks.evaluators.fed_evaluator import FedEvaluator
+from ray_tasks.evaluators.lifecycle import Crew
+from ray_tasks.evaluators.prometheus import EvaluatorMetrics
+
+
+@contextmanager
+def evaluators(opened: Opened, statistics: Files, cluster: Cluster, display: Display) -> Iterator[RayExecutor]:
+    """Evaluators for the block, as many as fit, with threads and memory said."""
+    resources, cluster = opened.campaign.resources, cluster.now()  # statistics may have made it grow
+    gpus = (1.0 if cluster.gpus else 0.0) if resources.gpus is None else resources.gpus
+    is_fed = is_sharded(opened, cluster, gpus)
+    memory = int((resources.memory or 0.0) * 1e9) or opened.evaluator_bytes(sharded=is_fed)
+    needs = (resources.threads, gpus, memory)
+    count = evaluators_for(cluster, resources.evaluators, *needs)
+    grows = resources.evaluators is None and cluster.may_grow
+    setup = opened.setup(statistics)
+    with shards_of(opened, setup, count, display) if is_fed else nullcontext() as shards:
+        crew = Crew(
+            replace(setup, parts=shards.parts) if shards else setup,
+            count,
+            resources.threads,
+            gpus,
+            resources.retries,
+            room=(lambda: room_for(cluster.now(), *needs)) if grows else None,
+            say=display.note,
+            kind=FedEvaluator if is_fed else Evaluator,
+            memory=int((resources.memory or 0.0) * 1e9),
+        )
+        pool = EvaluatorPool(
+            crew, opened.campaign.search.candidate_seconds, shards, EvaluatorMetrics(opened.campaign.name)
+        )
+        display.pulse.phase, display.pulse.evaluators = "Evaluators", lambda: (pool.there, pool.at_work)
+        try:
+            count = pool.start()
+            opened.pool.find_copies()  # selection and export read the pool once more, here
+            display.say(
+                f"  {count} evaluators of {resources.threads} thread{'s' * (resources.threads > 1)}"
+                f"{f' and {gpus:g} GPU' if gpus else ''}, about {memory / 1e9:.1f} GB each"
+            )
+            yield RayExecutor(pool, opened.campaign.search.examples)
+        finally:
+            pool.close()

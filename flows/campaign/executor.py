@@ -1,0 +1,90 @@
+"""Hands the search's candidates to Ray's evaluators, and their answers back."""
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+from merging.errors import MergequestError
+from merging.tasks.task import Split
+from ray_tasks.evaluators.evaluator import Assignment
+from ray_tasks.evaluators.evaluator_pool import EvaluatorPool, Finished
+from search.candidate import ANCHORS, Candidate, Measurement, Outcome, Planner
+
+
+class EvaluationError(MergequestError):
+    """What failed inside an evaluator, as it was told: `Type: message`."""
+
+
+class RayExecutor:
+    """The search's executor on a pool of evaluators.
+
+    More candidates may be submitted than there are evaluators; they wait in a queue, so that none of them idles.
+
+    Args:
+        evaluators: A started pool.
+        limit: Validation examples a task; None for all. The test split is always measured whole.
+    """
+
+    def __init__(self, evaluators: EvaluatorPool, limit: int | None) -> None:
+        self._evaluators = evaluators
+        self._limit = limit
+        self._planner: Planner | None = None
+        self._queue: deque[Candidate] = deque()
+        self._out: dict[str, Candidate] = {}
+        self._count = 0
+
+    @property
+    def capacity(self) -> int:
+        """How many candidates are worked on at once."""
+        return self._evaluators.capacity
+
+    @contextmanager
+    def planned(self, planner: Planner | None) -> Iterator[None]:
+        """Within the block, a planner says on which examples candidates are measured."""
+        before, self._planner = self._planner, planner
+        try:
+            yield
+        finally:
+            self._planner = before
+
+    def submit(self, candidate: Candidate) -> None:
+        """Takes a candidate and returns at once."""
+        self._queue.append(candidate)
+        self._hand_out()
+
+    def wait(self, timeout: float) -> list[Outcome]:
+        """The outcomes there are; waits up to `timeout` seconds for the first."""
+        outcomes = [self._outcome(done) for done in self._evaluators.wait(timeout)]
+        self._hand_out()
+        return outcomes
+
+    def _hand_out(self) -> None:
+        """Plans are made as late as this, so that they know all that was learnt."""
+        while self._queue and self._evaluators.free:
+            candidate = self._queue.popleft()
+            self._count += 1
+            ticket = str(self._count)
+            self._out[ticket] = candidate
+            plan = self._planner.plan(candidate) if self._planner else None
+            split = cast(Split, "validation" if candidate.split == ANCHORS else candidate.split)
+            limit = self._limit if split == "validation" else None
+            self._evaluators.submit(Assignment(ticket, candidate.recipe, split, limit, plan))
+
+    def _outcome(self, done: Finished) -> Outcome:
+        candidate = self._out.pop(done.ticket)
+        if done.measurement is None:
+            error = EvaluationError(done.error or "no answer")
+            return Outcome(candidate, error=error, lost=done.lost, started=done.started)
+        found = done.measurement
+        measured = Measurement(
+            scores=found.scores,
+            merge_seconds=found.merge_seconds,
+            evaluate_seconds=found.evaluate_seconds,
+            worker=done.worker,
+            report=found.report,
+            trace=found.trace,
+            pruned=found.stopped,
+        )
+        outcome = Outcome(candidate, measured, started=done.started)
+        return self._planner.learn(outcome) if self._planner else outcome

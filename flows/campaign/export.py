@@ -1,0 +1,121 @@
+"""The winner as a Hugging Face directory: weights, each task's head, a model card, and the recipe that repeats it."""
+
+import json
+import math
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from safetensors.torch import save
+
+from flows.campaign.open_campaign import Opened
+from flows.config.recipe_file import RECIPE, dump_recipe
+from flows.report.table import Cell, factor_of, text
+from merging.mergers.disk import merge_to_disk
+from merging.mergers.material import Material, head_tensors, open_statistics
+from merging.recipe import BASE, Recipe, nested
+from search.ledger.row import Row
+
+HEAD = "head.safetensors"
+
+
+def export(
+    opened: Opened,
+    statistics: Mapping[str, tuple[str, ...]],
+    recipe: Recipe,
+    path: str,
+    *,
+    table: str,
+    row: Row | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, float]:
+    """Writes a merged model that `from_pretrained` loads, whole or not at all.
+
+    Args:
+        opened: The campaign.
+        statistics: Member → statistics files.
+        recipe: What to merge.
+        path: The directory to write.
+        table: The results table in Markdown, for the card.
+        row: The candidate's row, for the card.
+        dtype: Of the weights; the base's by default.
+
+    Returns:
+        The method's figures on the merge.
+    """
+    used = dict(statistics)
+    material = Material(opened.pool, open_statistics(opened.pool, used), opened.examples())
+    members = {name: (m.checkpoint.path, tuple(used.get(name, ()))) for name, m in opened.pool.members.items()}
+    extra: dict[str, str | bytes] = {
+        "README.md": model_card(opened, recipe, table, row),
+        RECIPE: dump_recipe(
+            opened.pool.base.path,
+            members,
+            recipe,
+            used.get("+".join(recipe.members), ()),
+            base_statistics=used.get(BASE, ()),
+            examples=opened.examples(),
+            heads=opened.campaign.heads,
+        ),
+    }
+    for task, owner in opened.campaign.owners().items():
+        config = dict(opened.pool.members[owner].checkpoint.config)
+        extra[f"heads/{task}/config.json"] = json.dumps(config, indent=2) + "\n"
+        extra[f"heads/{task}/{HEAD}"] = save(head_tensors(opened.pool, owner), metadata={"format": "pt"})
+    return merge_to_disk(material, recipe, path, dtype=dtype, extra=extra)
+
+
+def model_card(opened: Opened, recipe: Recipe, table: str, row: Row | None) -> str:
+    """The card of a merged model: members, method, parameters, scores, versions, and how to load it."""
+    templates = Environment(
+        loader=PackageLoader("flows"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
+    )
+    return templates.get_template("model_card.md.j2").render(
+        campaign=opened.campaign,
+        recipe=recipe,
+        factors={member: in_words(factors) for member, factors in nested(recipe.scaling).items()},
+        table=table,
+        row=row,
+        cell=_score,
+        owners=opened.campaign.owners(),
+        fingerprints=opened.pool.fingerprints(),
+        architecture=opened.pool.base.architecture,
+        classes={
+            task: opened.pool.members[owner].checkpoint.architecture for task, owner in opened.campaign.owners().items()
+        },
+        versions=versions(),
+    )
+
+
+def _score(row: Row, task: str) -> str:
+    """A row's score on a task as it is read."""
+    return text(Cell(row.scores[task], row.standard_errors.get(task, math.nan)), factor_of(list(row.scores.values())))
+
+
+def in_words(factors: float | Mapping[str, float]) -> str:
+    """A member's scaling factor, or that of each of its groups of weights, for a cell of a Markdown table."""
+    if isinstance(factors, Mapping):
+        return ", ".join(f"{factor:.4g} (`{group}`)" for group, factor in factors.items())
+    return f"{factors:.4g}"
+
+
+def versions() -> dict[str, str]:
+    """What ran: mergequest, Python and the libraries that results depend on."""
+    found = {"mergequest": code_version(), "python": platform.python_version()}
+    for package in ("torch", "transformers", "optuna", "ray", "dppy", "safetensors"):
+        found[package] = version(package)
+    return found
+
+
+def code_version() -> str:
+    """Mergequest's version; of an uninstalled working directory, what is known of it."""
+    try:
+        return version("mergequest")
+    except PackageNotFoundError:
+        return "unknown"

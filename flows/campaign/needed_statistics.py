@@ -1,0 +1,256 @@
+"""Which statistics a campaign lacks, and where those are that it has: published, cached by content, or computed now."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from flows.campaign.open_campaign import Opened
+from flows.config.campaign_file import Campaign
+from flows.directory.progress import Display
+from merging.checkpoints.checkpoint import Checkpoint
+from merging.errors import StatisticsError, TaskError
+from merging.io import storage
+from merging.mergers.material import subset_fingerprint
+from merging.recipe import BASE
+from merging.statistics import STATISTICS, StatisticsFile, number_of_examples
+from ray_tasks.connect import connect
+from ray_tasks.jobs.propagation import PropagationJob, solve
+from ray_tasks.jobs.statistics import BoundTask, Job, compute
+
+
+def cache_of(campaign: Campaign) -> str:
+    """Directory of the statistics that a campaign computes."""
+    return campaign.statistics.cache or storage.join(campaign.directory or ".", "statistics")
+
+
+def member_statistics(opened: Opened, kinds: Sequence[str], cache: str, display: Display) -> dict[str, tuple[str, ...]]:
+    """Files of the given kinds for every member: published ones as they are, the rest computed where they are missing.
+
+    For the base, too, where a method asks for its own.
+
+    Args:
+        opened: The campaign.
+        kinds: Kinds of statistic.
+        cache: Directory of computed files.
+        display: Shows progress.
+
+    Returns:
+        Member → paths, one a kind.
+
+    Raises:
+        StatisticsError: A published file is unusable, or a member has neither file nor data.
+    """
+    published = published_statistics(opened)
+    own_kinds = [kind for kind in opened.base_kinds if kind in kinds]
+    jobs = _jobs(opened, published, kinds, own_kinds, cache)
+    run(jobs.values(), opened, display)
+    found = {
+        member: tuple(published[member].get(kind) or jobs[member, kind].path for kind in kinds)
+        for member in opened.pool.members
+    }
+    base = tuple(published[BASE].get(kind) or jobs[BASE, kind].path for kind in own_kinds)
+    return found | ({BASE: base} if base else {})
+
+
+def require_sources(opened: Opened) -> None:
+    """Looks whether all statistics that the campaign will ask for have a file or data; computes nothing.
+
+    Raises:
+        StatisticsError: As `member_statistics`, `solutions` and `representations` would, after the work before them.
+    """
+    cache = cache_of(opened.campaign)
+    _jobs(opened, published_statistics(opened), opened.kinds, opened.base_kinds, cache)
+    if any(method.solution_for(parameters) for method, parameters in opened.variants()):
+        for member in opened.pool.members:
+            _own_job(opened, member, "gram", cache)
+
+
+def solutions(opened: Opened, cache: str, display: Display) -> dict[str, tuple[str, ...]]:
+    """Files with the solutions that the campaign's methods ask for of all members together, computed where missing.
+
+    Returns:
+        Names of the members joined by + → paths; empty where no method asks.
+    """
+    campaign = opened.campaign
+    if not any(method.solution_for(parameters) for method, parameters in opened.variants()):
+        return {}
+    members = sorted(opened.pool.members)
+    bound, data = {}, {}
+    for member in members:
+        job = _own_job(opened, member, "gram", cache)  # the same data and the same complaints as any statistic
+        bound[member], data[member] = job.data, job.fingerprints["data"]
+    settings = campaign.statistics.propagated
+    key = {"statistic": "propagated", "version": 1, **settings.model_dump(mode="json", exclude={"batch_size"})}
+    checkpoint = subset_fingerprint(opened.pool, members)
+    fingerprint = storage.fingerprint([checkpoint, data, key])
+    path = storage.join(cache, f"pool.propagated.{fingerprint}.safetensors")
+    if not storage.exists(path):
+        paths = {name: member.checkpoint for name, member in campaign.members.items()}
+        digest = storage.fingerprint(data)
+        whole = PropagationJob(campaign.base, paths, campaign.heads, bound, settings, key, path, checkpoint, digest)
+        resources = campaign.resources
+        with connect(), display.bar("percent of the propagated solution", 100) as bar:
+            solve(
+                whole,
+                threads=resources.threads,
+                gpus=resources.gpus or 0.0,
+                retries=resources.retries,
+                progress=lambda share: bar.reach(int(100 * share)),
+            )
+    return {"+".join(members): (path,)}
+
+
+def representations(opened: Opened, cache: str, display: Display) -> dict[str, dict[str, str]]:
+    """Files with every member's representations of the same examples: some of each task's training split.
+
+    Returns:
+        Member → task → path.
+    """
+    jobs = {
+        (member, task): _representation_job(opened, member, task, cache)
+        for member in opened.pool.members
+        for task in opened.tasks
+        if opened.tasks[task].has_logits
+    }
+    run(jobs.values(), opened, display)
+    return {
+        member: {task: jobs[member, task].path for task in opened.tasks if (member, task) in jobs}
+        for member in opened.pool.members
+    }
+
+
+def require_representations(opened: Opened) -> None:
+    """Looks whether `representations` would find its examples and models; computes nothing.
+
+    Raises:
+        StatisticsError: A member has no task that loads its model, or a task no training split.
+    """
+    statistic = STATISTICS["representation"](opened.campaign.statistics.representation)
+    for task in opened.tasks.values():
+        if task.has_logits:
+            number_of_examples(task, statistic)
+            for member in opened.pool.members:
+                _require_own_task(opened, member)
+
+
+def run(jobs: Iterable[Job], opened: Opened, display: Display) -> None:
+    """Computes the jobs whose files are not there yet."""
+    resources, settings = opened.campaign.resources, opened.campaign.statistics
+    todo = [job for job in jobs if not storage.exists(job.path)]
+    if not todo:
+        return
+    with connect(), display.bar("examples", sum(job.examples for job in todo)) as bar:
+        compute(
+            todo,
+            shard=settings.shard,
+            threads=resources.threads,
+            gpus=resources.gpus or 0.0,
+            retries=resources.retries,
+            progress=lambda job, examples: bar.advance(examples, f"{job.member} {job.kind}"),
+        )
+
+
+def published_statistics(opened: Opened) -> Mapping[str, Mapping[str, str]]:
+    """Member → kind → path of the files that the campaign names, each checked against its checkpoint.
+
+    Raises:
+        StatisticsError: A file is damaged or belongs to another checkpoint.
+    """
+    found: dict[str, dict[str, str]] = {member: {} for member in (BASE, *opened.pool.members)}
+    named = {member: settings.statistics for member, settings in opened.campaign.members.items()}
+    for who, paths in (named | {BASE: opened.campaign.base_data.statistics}).items():
+        for path in paths:
+            file = StatisticsFile.open(path)
+            checkpoint = _checkpoint(opened, who)
+            file.check(checkpoint.fingerprint, checkpoint.tensors)
+            found[who][file.kind] = path
+    return found
+
+
+def published_files(opened: Opened) -> dict[str, tuple[str, ...]]:
+    """Member → paths of the files that the campaign names."""
+    return {member: tuple(found.values()) for member, found in published_statistics(opened).items() if found}
+
+
+def _jobs(
+    opened: Opened,
+    published: Mapping[str, Mapping[str, str]],
+    kinds: Sequence[str],
+    base_kinds: Sequence[str],
+    cache: str,
+) -> dict[tuple[str, str], Job]:
+    """What stands in for files that nobody published, of members and base."""
+    jobs = {
+        (member, kind): _own_job(opened, member, kind, cache)
+        for member in opened.pool.members
+        for kind in kinds
+        if kind not in published[member]
+    }
+    return jobs | {(BASE, kind): _base_job(opened, kind, cache) for kind in base_kinds if kind not in published[BASE]}
+
+
+def _own_job(opened: Opened, member: str, kind: str, cache: str) -> Job:
+    """A statistic of a member on its own task."""
+    task = opened.campaign.task_of(member)
+    if task is None or not opened.tasks[task].has_logits:
+        raise StatisticsError(
+            f"'{member}' has no task with data to compute its {kind} from: give it a `task`, name a published file "
+            f"under members.{member}.statistics, or leave the methods that need it out of search.methods"
+        )
+    checkpoint = opened.pool.members[member].checkpoint
+    bound = BoundTask(task, opened.campaign.tasks[task], checkpoint.path, opened.campaign.base)
+    return _job(opened, member, kind, bound, bound, storage.join(cache, f"{member}.{kind}"))
+
+
+def _base_job(opened: Opened, kind: str, cache: str) -> Job:
+    """A statistic of the base on its own data, with its own head."""
+    campaign = opened.campaign
+    task = campaign.base_data.task
+    if task is None or not opened.tasks[task].has_logits:
+        raise StatisticsError(
+            f"the base has no task with data to compute its {kind} from: set base_data.task, or name a published file under "
+            "base_data.statistics"
+        )
+    bound = BoundTask(task, campaign.tasks[task], campaign.base)
+    try:
+        return _job(opened, BASE, kind, bound, bound, storage.join(cache, f"{BASE}.{kind}"))
+    except TaskError as error:
+        raise StatisticsError(
+            f"base_data.task: the base has no head of its own for '{task}' ({error}). Name a task that it was trained on, or a "
+            "published file under base_data.statistics, or leave base_curvature at 'identity'"
+        ) from error
+
+
+def _checkpoint(opened: Opened, who: str) -> Checkpoint:
+    """A member's checkpoint, or the base."""
+    return opened.pool.base if who == BASE else opened.pool.members[who].checkpoint
+
+
+def _require_own_task(opened: Opened, member: str) -> str:
+    """The task whose head a member's model is loaded with."""
+    own = opened.campaign.task_of(member)
+    if own is None:
+        raise StatisticsError(
+            f"'{member}' has no task that loads its model for representations: give it a `task`, or set "
+            "selection.similarity to 'task-vector'"
+        )
+    return own
+
+
+def _representation_job(opened: Opened, member: str, task: str, cache: str) -> Job:
+    """A member's representations of any task's examples, as that task's own head prepares them."""
+    campaign = opened.campaign
+    own = _require_own_task(opened, member)
+    data = BoundTask(task, campaign.tasks[task], opened.tasks[task].head, campaign.base)
+    model = BoundTask(own, campaign.tasks[own], opened.pool.members[member].checkpoint.path, campaign.base)
+    return _job(opened, member, "representation", data, model, storage.join(cache, f"{member}.representation.{task}"))
+
+
+def _job(opened: Opened, member: str, kind: str, data: BoundTask, model: BoundTask, prefix: str) -> Job:
+    """The job whose file's name tells everything that its contents depend on."""
+    settings = getattr(opened.campaign.statistics, kind)
+    statistic = STATISTICS[kind](settings)
+    task = data.open() if data.head != opened.tasks[data.name].head else opened.tasks[data.name]
+    examples = number_of_examples(task, statistic)
+    checkpoint = _checkpoint(opened, member).fingerprint
+    fingerprints = {"checkpoint": checkpoint, "data": task.data_fingerprint("train")}
+    key = storage.fingerprint([fingerprints, statistic.key(), examples])
+    return Job(member, kind, settings, data, model, "train", examples, f"{prefix}.{key}.safetensors", fingerprints)

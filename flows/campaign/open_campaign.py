@@ -1,0 +1,189 @@
+"""From a campaign file to an opened pool and tasks: everything that can be wrong is found here, before any work."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from flows.campaign.weight_checks import examined, known
+from flows.config.campaign_file import Campaign
+from flows.config.sections import BaseData
+from flows.directory.progress import Display
+from merging.checkpoints.pool import Pool
+from merging.errors import SettingsError
+from merging.methods import METHODS, Method
+from merging.recipe import BASE, Recipe, Value
+from merging.tasks import make_task
+from merging.tasks.task import Task
+from ray_tasks.evaluators.evaluator import Setup
+from ray_tasks.sharded.nixl_transfer import TRAYS
+from search.space.method_space import weight_groups
+from search.space.search_space import Space
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A campaign's pool and tasks, checked.
+
+    Args:
+        campaign: The campaign.
+        pool: Base and members.
+        tasks: Task → task, bound to the head of its owner.
+        distances: Member → ‖θ_t − θ_0‖ / ‖θ_0‖.
+    """
+
+    campaign: Campaign
+    pool: Pool
+    tasks: Mapping[str, Task]
+    distances: Mapping[str, float]
+
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of statistic that the campaign's methods need."""
+        return sorted({kind for method, parameters in self.variants() for kind in method.needs(parameters)})
+
+    @property
+    def base_kinds(self) -> list[str]:
+        """Kinds of statistic of the base itself that the campaign's methods need."""
+        return sorted({kind for method, parameters in self.variants() for kind in method.base_needs(parameters)})
+
+    def variants(self) -> Iterator[tuple[Method, dict[str, Value]]]:
+        """The campaign's methods, each with every value that a parameter may take, one parameter at a time."""
+        for name, space in self.campaign.search.methods.items():
+            method = METHODS[name]
+            usual = {key: spec.default for key, spec in method.parameters.items()}
+            if not space.parameters:
+                yield method, usual
+            for key, domain in space.parameters.items():
+                for value in domain.values:
+                    yield method, {**usual, key: value}
+
+    def examples(self) -> dict[str, int]:
+        """Member, or `base` → number of training examples behind it, where that is known."""
+        found = {}
+        for member, settings in self.campaign.members.items():
+            task = self.campaign.task_of(member)
+            size = settings.examples or (self.tasks[task].size("train") if task else 0)
+            if size:
+                found[member] = size
+        own = self.campaign.base_data
+        if size := own.examples or (self.tasks[own.task].size("train") if own.task else 0):
+            found[BASE] = size
+        return found
+
+    def task_of(self, member: str) -> Task | None:
+        """A member's own task, bound to its own checkpoint; None where it has none here."""
+        name = self.campaign.task_of(member)
+        if name is None:
+            return None
+        return make_task(name, self.campaign.tasks[name], self.campaign.members[member].checkpoint, self.campaign.base)
+
+    def setup(self, statistics: Mapping[str, tuple[str, ...]]) -> Setup:
+        """What an evaluator builds itself from."""
+        campaign = self.campaign
+        return Setup(
+            base=campaign.base,
+            members={name: member.checkpoint for name, member in campaign.members.items()},
+            heads=campaign.heads,
+            statistics=statistics,
+            examples=self.examples(),
+            tasks=dict(campaign.tasks),
+            owners=campaign.owners(),
+            precision=campaign.resources.precision,
+            facts=known(self.pool),
+        )
+
+    @cached_property
+    def fingerprints(self) -> dict[str, Any]:
+        """Content hashes of base, members and evaluation data: `pool.json`. Texts and tokenizers are hashed once."""
+        data = {
+            name: {split: task.data_fingerprint(split) for split in ("validation", "test") if task.size(split)}
+            for name, task in self.tasks.items()
+        }
+        return {
+            "checkpoints": self.pool.fingerprints(),
+            "data": data,
+            "relative_distance": {name: round(value, 6) for name, value in self.distances.items()},
+            "merged": len(self.pool.weights),
+            "heads": {name: list(member.head) for name, member in self.pool.members.items()},
+        }
+
+    def space(self, subsets: Sequence[Sequence[str]] | None = None, starts: Sequence[Recipe] = ()) -> Space:
+        """What the campaign searches, over these subsets of members or over all members always, from these starts.
+
+        Raises:
+            MethodError: Groups of weights do not fit the pool.
+            SettingsError: The methods' ranges do not fit them, or the members.
+        """
+        search = self.campaign.search
+        groups = weight_groups(search.scaling, list(self.pool.weights), search.depth_groups, search.patterns)
+        return Space(search.methods, list(self.pool.members), subsets, search.scaling, groups, starts)
+
+    def evaluator_bytes(self, *, sharded: bool = False) -> int:
+        """Estimated memory of an evaluator: models, and for every method one float32 copy of each member's weights.
+
+        Args:
+            sharded: Of one that merges nothing itself, and holds models and the next candidate's weights; two candidates'
+                where shards write these into its memory.
+        """
+        weights = sum(info.nbytes for info in self.pool.weights.values())
+        copies = 0 if sharded else len(self.pool.members) * len(self.campaign.search.methods)
+        waiting = TRAYS if self.campaign.resources.transport == "nixl" else 1
+        return (1 << 30) + weights * (2 + (waiting if sharded else copies))
+
+
+def open_campaign(campaign: Campaign, display: Display, directory: str | None = None) -> Opened:
+    """Opens and checks pool and tasks.
+
+    Args:
+        campaign: The campaign.
+        display: Shows notes and progress.
+        directory: Where an earlier run may have kept what it knew of the pool's files.
+
+    Raises:
+        MergequestError: Something is unusable; the message names it.
+    """
+    pool = Pool.open(
+        campaign.base, {name: member.checkpoint for name, member in campaign.members.items()}, campaign.heads
+    )
+    for note in pool.notes:
+        display.note(note)
+    owners = campaign.owners()
+    tasks = {
+        name: make_task(name, settings, campaign.members[owners[name]].checkpoint, campaign.base)
+        for name, settings in campaign.tasks.items()
+    }
+    for task in tasks.values():
+        for note in task.check():
+            display.note(note)
+    distances = examined(campaign, pool, directory, display)
+    for note in _alike(pool, distances):
+        display.note(note)
+    size = sum(info.nbytes for info in pool.weights.values())
+    heads = {key for member in pool.members.values() for key in member.head}
+    display.say(
+        f"  {pool.base.architecture}: {len(pool.members)} members, {len(pool.weights)} merged weights "
+        f"({size / 1e6:.0f} MB), {len(heads)} tensors kept per task, {len(tasks)} tasks"
+    )
+    opened = Opened(campaign, pool, tasks, distances)
+    opened.space()  # for the errors that it raises
+    if opened.base_kinds and campaign.base_data == BaseData():
+        raise SettingsError(
+            f"search.methods: a method needs the {opened.base_kinds[0]} of the base on its own data. Set base_data.task (a "
+            "task for which the base has a head of its own) or base_data.statistics (a file), or leave base_curvature at "
+            "'identity'"
+        )
+    return opened
+
+
+def _alike(pool: Pool, distances: Mapping[str, float]) -> Iterator[str]:
+    """Members that are the base, or one another: no error, but seldom meant."""
+    twins: dict[str, list[str]] = {}
+    for name, member in pool.members.items():
+        if distances[name] == 0.0:
+            yield f"'{name}' has the base's own weights"
+        if member.checkpoint.is_recognised:
+            twins.setdefault(member.checkpoint.fingerprint, []).append(name)
+    for names in twins.values():
+        if len(names) > 1:
+            yield f"{', '.join(names)} are the same checkpoint, which counts {len(names)} times"

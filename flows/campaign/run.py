@@ -1,0 +1,329 @@
+"""A campaign from beginning to end: pool → statistics → references → selection → search → test → export → report."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from flows.campaign.distil import Files, distil
+from flows.campaign.evaluators import evaluators
+from flows.campaign.examples import choosing_anchors, confirm, make_planner, search_split
+from flows.campaign.executor import RayExecutor
+from flows.campaign.export import code_version, export
+from flows.campaign.needed_statistics import cache_of, member_statistics, require_sources, solutions
+from flows.campaign.open_campaign import Opened, open_campaign
+from flows.campaign.selection import prepare_selection, require_kernel, select_subsets
+from flows.campaign.starts import starts
+from flows.campaign.summary import summary, tables_as_markdown, write_report
+from flows.campaign.weight_checks import keep
+from flows.config.campaign_file import Campaign
+from flows.config.yaml_file import require_writable
+from flows.directory.campaign_directory import Directory
+from flows.directory.heartbeat import heartbeat
+from flows.directory.progress import Display
+from flows.directory.search_progress import Watch
+from flows.report.table import plain_average
+from flows.report.test_answers import KeptOutcomes
+from merging.errors import SearchError, SettingsError
+from merging.io import storage
+from merging.methods import METHODS
+from merging.recipe import base_recipe, member_recipe
+from merging.statistics import STATISTICS
+from ray_tasks.connect import Cluster, connect
+from search.budget import Budget, Ending
+from search.candidate import Candidate, Provenance
+from search.constraints import make_constraints
+from search.in_flight import measure
+from search.ledger.distinct import distinct
+from search.ledger.ledger import Ledger
+from search.ledger.row import Row
+from search.loop import search
+from search.objective import EXPECTED, Objective, best, make_objective, own_scores, split_name
+from search.samplers.make_sampler import make_sampler, memories
+from search.study import check_storage, open_study
+from search.subsets.choose_subsets import Selection, Subset
+
+ENDINGS: Mapping[Ending, str] = {
+    "candidates": "every candidate of the budget was measured",
+    "examples": "the search ended with its budget of examples",
+    "seconds": "the search ended with its budget of time",
+    "plateau": "the search ended on a plateau: the best candidate has not got better for long",
+    "exhausted": "the sampler has nothing new to propose: the search space is exhausted",
+}
+
+
+def run(campaign: Campaign, display: Display) -> str:
+    """Runs a campaign in its directory, or goes on with it; what is there already is not done again.
+
+    Returns:
+        The results table and the places of what was left, for the terminal.
+
+    Raises:
+        MergequestError: Something is wrong with the input, before any work; or the search cannot go on.
+    """
+    directory = Directory(campaign.directory or storage.absolute(storage.join("runs", campaign.name)))
+    directory.check(campaign)
+    with directory.locked():
+        display.timings = directory.read_timings()
+        if directory.is_finished(campaign):
+            display.say(f"{directory.path} is finished: nothing to do")
+            return summary(directory)
+        with display.phase("Pool"):
+            opened, ledger = _opened(campaign, directory, display)
+            _require_searchable(opened)
+        directory.claim(campaign, opened.fingerprints)
+        keep(opened.pool, directory.path)
+        try:
+            with heartbeat(directory.path, display.pulse), connect() as cluster:
+                display.say(f"  {cluster.describe()}")
+                _work(opened, directory, cluster, ledger, display)
+        finally:
+            directory.write_timings(display.timings)
+        directory.finish(campaign)
+    return summary(directory)
+
+
+def check(campaign: Campaign, display: Display) -> None:
+    """Opens and compares everything that a campaign names, and computes nothing.
+
+    Raises:
+        MergequestError: What `run` would stop at before or between its phases.
+    """
+    directory = Directory(campaign.directory or storage.absolute(storage.join("runs", campaign.name)))
+    directory.check(campaign)
+    opened, _ = _opened(campaign, directory, display)
+    _require_searchable(opened)
+
+
+def _opened(campaign: Campaign, directory: Directory, display: Display) -> tuple[Opened, Ledger]:
+    """Pool and tasks of a campaign, and what its directory has of it, looked through for what would stop it later."""
+    opened = open_campaign(campaign, display, directory.path)
+    directory.check_pool(opened.fingerprints)
+    require_kernel(opened)
+    return opened, Ledger(directory.ledger, campaign.name)
+
+
+def _require_searchable(opened: Opened) -> None:
+    require_sources(opened)
+    if (url := opened.campaign.search.storage) is not None:
+        check_storage(url)
+
+
+def compute_statistics(campaign: Campaign, kinds: Sequence[str] | None, out: str | None, display: Display) -> list[str]:
+    """Computes every member's statistics on its own task, unless they are there.
+
+    Args:
+        campaign: The campaign.
+        kinds: Kinds of statistic; by default what its methods need.
+        out: Directory for the files; by default the campaign's.
+        display: Shows progress.
+
+    Returns:
+        Paths of the files.
+
+    Raises:
+        MergequestError: A kind is unknown, something of the campaign is unusable, or there is no right to write.
+    """
+    for kind in kinds or ():
+        _ = STATISTICS[kind]
+    require_writable(storage.absolute(out) if out else cache_of(campaign))
+    with display.phase("Pool"):
+        opened = open_campaign(campaign, display, campaign.directory)
+    if campaign.directory and not out:
+        keep(opened.pool, campaign.directory)
+    cache = storage.absolute(out) if out else cache_of(opened.campaign)
+    with display.phase("Statistics"):
+        files = member_statistics(opened, kinds or opened.kinds, cache, display)
+    return [path for member in files for path in files[member]]
+
+
+def run_selection(campaign: Campaign, display: Display) -> Selection:
+    """Selects subsets of members as the campaign file says, and keeps them in the campaign's directory."""
+    directory = Directory(campaign.directory or "")
+    directory.check(campaign)
+    with directory.locked():
+        with display.phase("Pool"):
+            opened, ledger = _opened(campaign, directory, display)
+        directory.claim(campaign, opened.fingerprints)
+        keep(opened.pool, directory.path)
+        with connect() as cluster:
+            with display.phase("Statistics"):
+                prepare_selection(opened, cache_of(opened.campaign), display)
+                greedy = campaign.selection.mode.startswith("greedy")
+                cache = cache_of(campaign)
+                statistics = member_statistics(opened, opened.kinds, cache, display) if greedy else {}
+            with evaluators(opened, statistics, cluster, display) as executor:
+                references = _references(opened, directory, executor, ledger, display)
+                return _selection(opened, references, directory, executor, ledger, display)
+
+
+def _work(opened: Opened, directory: Directory, cluster: Cluster, ledger: Ledger, display: Display) -> None:
+    """Everything that needs a cluster."""
+    campaign = opened.campaign
+    with display.phase("Statistics"):
+        statistics: Files = member_statistics(opened, opened.kinds, cache_of(opened.campaign), display)
+        statistics = {**statistics, **solutions(opened, cache_of(opened.campaign), display)}
+        prepare_selection(opened, cache_of(opened.campaign), display)
+    with evaluators(opened, statistics, cluster, display) as executor:
+        references = _references(opened, directory, executor, ledger, display)
+        selection = _selection(opened, references, directory, executor, ledger, display)
+        _search(opened, statistics, selection, directory, executor, ledger, display)
+        if campaign.distil is None:
+            _test(opened, directory, executor, ledger, display)
+    if campaign.distil is not None:
+        with display.phase("Distillation"):
+            start = next(row for row in best(ledger.rows(), len(ledger.rows())) if row.method != "distilled")
+            made, statistics = distil(opened, statistics, start.recipe, cache_of(opened.campaign), display)
+        with evaluators(opened, statistics, cluster, display) as executor:
+            candidate = Candidate(made, "validation", "search")
+            measure([candidate], executor, ledger, _objective(opened, ledger), _provenance(opened))
+            _test(opened, directory, executor, ledger, display)
+    with display.phase("Export and report"):
+        winner = best(ledger.rows())[0]
+        card = tables_as_markdown(directory, campaign)
+        export(opened, statistics, winner.recipe, directory.best, table=card, row=winner)
+    directory.write_timings(display.timings)
+    write_report(directory.path)
+
+
+def _references(
+    opened: Opened, directory: Directory, executor: RayExecutor, ledger: Ledger, display: Display
+) -> list[Row]:
+    """The base and every member as they are, on validation."""
+    recipes = [base_recipe(), *(member_recipe(member) for member in opened.pool.members)]
+    candidates = [Candidate(recipe, "validation", "reference") for recipe in recipes]
+    with (
+        display.phase("References: base and members on validation"),
+        choosing_anchors(opened, directory, executor, candidates),
+    ):
+        return measure(candidates, executor, ledger, None, _provenance(opened), opened.campaign.resources.retries)
+
+
+def _selection(
+    opened: Opened,
+    references: Sequence[Row],
+    directory: Directory,
+    executor: RayExecutor,
+    ledger: Ledger,
+    display: Display,
+) -> Selection:
+    def scores(subsets: Sequence[Subset]) -> list[float | None]:
+        method = METHODS[opened.campaign.greedy_method()]
+        candidates = [Candidate(method.default_recipe(subset), "validation", "anchor") for subset in subsets]
+        retries = opened.campaign.resources.retries
+        rows = measure(candidates, executor, ledger, _objective(opened, ledger), _provenance(opened), retries)
+        return [row.objective for row in rows]
+
+    path = directory / "selection.json"
+    if storage.exists(path):
+        return Selection.from_dict(storage.read_json(path))
+    with display.phase("Selection"):
+        selection = select_subsets(opened, references, cache_of(opened.campaign), display, scores)
+        storage.write_json(path, selection.as_dict())
+        shown = ["+".join(subset) for subset in selection.subsets]
+        more = f" and {len(shown) - 16} more" if len(shown) > 16 else ""
+        display.say(f"  {selection.mode}: {', '.join(shown[:16])}{more}")
+    return selection
+
+
+def _search(
+    opened: Opened,
+    statistics: Files,
+    selection: Selection,
+    directory: Directory,
+    executor: RayExecutor,
+    ledger: Ledger,
+    display: Display,
+) -> None:
+    campaign, settings = opened.campaign, opened.campaign.search
+    with display.phase("Starts: what theory and gradients propose"):
+        begin, predict = starts(opened, statistics, opened.space(selection.subsets), directory, display)
+    space = opened.space(selection.subsets, [start.recipe for start in begin])
+    cost = {start.recipe.identity: {f"{start.stage}:examples": float(start.examples)} for start in begin}
+    budget = Budget(
+        settings.candidates,
+        seconds=settings.seconds,
+        examples=settings.budget_examples,
+        patience=settings.patience,
+        min_delta=settings.min_delta,
+        identical_errors=settings.identical_errors,
+        retries=campaign.resources.retries,
+    )
+    objective, split = _objective(opened, ledger), search_split(opened)
+    done = sum(row.split == split and row.origin in ("anchor", "search") for row in ledger.rows())
+    with (
+        display.phase(
+            f"Search: {settings.candidates} candidates, {done} of them done"
+            if done
+            else f"Search: {settings.candidates} candidates"
+        ),
+        open_study(
+            directory / "study",
+            campaign.name,
+            space,
+            ledger,
+            settings.storage,
+            objectives=len(objective.names),
+            split=split,
+        ) as study,
+        executor.planned(make_planner(opened, objective, directory, ledger)),
+        display.bar("candidates", max(settings.candidates, done)) as bar,
+    ):
+        ending = search(
+            study,
+            space,
+            lambda number: make_sampler(settings.sampler, campaign.seed, settings.sampler_arguments, number, selection),
+            ledger,
+            executor,
+            objective,
+            _provenance(opened),
+            budget,
+            Watch(bar, display.pulse),
+            history=memories(settings.sampler, settings.sampler_arguments, settings.history),
+            split=split,
+            describe=lambda recipe: {**predict(recipe), **cost.get(recipe.identity, {})},
+        )
+        if ending != "candidates":
+            display.note(ENDINGS[ending])
+        if not best(ledger.rows(), split=split):
+            raise SearchError("no candidate could be measured: see the `error` column of the ledger")
+    if split != "validation":
+        with display.phase("Confirmation: the best by estimate on the whole validation set"):
+            confirm(opened, executor, ledger, objective, _provenance(opened))
+
+
+def _test(opened: Opened, directory: Directory, executor: RayExecutor, ledger: Ledger, display: Display) -> None:
+    """What the table shows, once, on test: references, the plain average, each method's best, the best of all."""
+    if without := [name for name, task in opened.tasks.items() if not task.size("test")]:
+        display.note(f"no test split of {', '.join(without)}: the table stays with validation")
+        return
+    ranked = distinct(best(ledger.rows(), len(ledger.rows())))
+    chosen = [base_recipe(), *(member_recipe(member) for member in opened.pool.members)]
+    average = plain_average(ledger.rows())
+    chosen += [average.recipe] if average else []
+    chosen += [row.recipe for row in {row.method: row for row in reversed(ranked)}.values()]
+    chosen += [row.recipe for row in ranked[: opened.campaign.test.top]]
+    candidates = [Candidate(recipe, "test", "final") for recipe in chosen]
+    with (
+        display.phase(f"Test: {len({recipe.identity for recipe in chosen})} models, once"),
+        executor.planned(KeptOutcomes(directory.outcomes)),
+    ):
+        measure(candidates, executor, ledger, None, _provenance(opened), opened.campaign.resources.retries)
+
+
+def _objective(opened: Opened, ledger: Ledger) -> Objective:
+    tasks_of = {member: task for member in opened.pool.members if (task := opened.campaign.task_of(member))}
+    settings, tasks = opened.campaign.search, list(opened.tasks)
+    rows = ledger.rows()
+    own = own_scores(rows, tasks_of, "validation")
+    expected = own_scores(rows, tasks_of, "validation", expected=True)
+    if any(split_name(name, tasks)[1] for name in settings.objectives):
+        for row in (row for row in rows if row.origin == "reference" and row.status == "complete"):
+            if blind := [task for task, error in row.expected_errors.items() if math.isnan(error)]:
+                raise SettingsError(
+                    f"search.objective: task '{blind[0]}' gives no expected error, only its metric: leave out `{EXPECTED}`"
+                )
+    bounds = make_constraints(settings.constraints, tasks, own)
+    return make_objective(settings.objectives, tasks, own, expected, settings.weights, bounds)
+
+
+def _provenance(opened: Opened) -> Provenance:
+    return Provenance(opened.campaign.name, code_version(), storage.fingerprint(opened.fingerprints))

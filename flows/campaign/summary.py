@@ -1,0 +1,118 @@
+"""What a campaign comes to, from what lies in its directory, finished or not: report, tables, summary."""
+
+from datetime import UTC, datetime
+from io import StringIO
+
+import optuna
+from rich.console import Console
+from rich.table import Table as RichTable
+
+import search.study
+from flows.campaign.export import versions
+from flows.config.campaign_file import Campaign
+from flows.directory.campaign_directory import Directory
+from flows.report import significance, table
+from flows.report.page import Facts, render
+from flows.report.significance import Compared
+from flows.report.table import TableRow
+from flows.report.test_answers import KeptOutcomes
+from merging.io import storage
+from search.ledger.ledger import Ledger
+from search.subsets.choose_subsets import Selection
+
+NARROWEST = 100
+"""Characters of a line of the summary, where the terminal has fewer or is none."""
+
+
+def write_report(path: str) -> str:
+    """Writes a campaign's report anew.
+
+    Returns:
+        The report's path.
+
+    Raises:
+        SettingsError: There is no campaign at `path`.
+    """
+    directory = Directory(path)
+    campaign = directory.campaign()
+    ledger = Ledger(directory.ledger, campaign.name)
+    chosen = directory / "selection.json"
+    page = render(
+        ledger.rows(),
+        tasks=list(campaign.tasks),
+        selection=Selection.from_dict(storage.read_json(chosen)) if storage.exists(chosen) else None,
+        study=read_study(directory, campaign),
+        facts=facts(directory, campaign),
+        outcomes=KeptOutcomes(directory.outcomes).read,
+    )
+    storage.write_text(directory.report, page)
+    return directory.report
+
+
+def tables_as_markdown(directory: Directory, campaign: Campaign) -> str:
+    """The results and validation beside test, for the model card."""
+    lines, compared = _tables(directory, campaign)
+    parts = [table.as_markdown(lines), *([significance.as_markdown(compared)] if compared else [])]
+    return "\n".join(parts)
+
+
+def tables_as_rich(directory: Directory, campaign: Campaign, width: int) -> list[RichTable]:
+    """The results and validation beside test, for a terminal of so many characters a line."""
+    lines, compared = _tables(directory, campaign)
+    return [table.as_rich(lines, width), *([significance.as_rich(compared)] if compared else [])]
+
+
+def _tables(directory: Directory, campaign: Campaign) -> tuple[list[TableRow], list[Compared]]:
+    rows = Ledger(directory.ledger, campaign.name).rows()
+    lines = table.results_table(rows, list(campaign.tasks))
+    return lines, significance.compare(lines, KeptOutcomes(directory.outcomes).read)
+
+
+def summary(directory: Directory) -> str:
+    """The results table, validation beside test, and the places of what a campaign left."""
+    text = StringIO()
+    console = Console(file=text, width=max(Console().width, NARROWEST), force_terminal=Console().is_terminal)
+    for shown in tables_as_rich(directory, directory.campaign(), console.width):
+        console.print(shown)
+    places = {
+        "ledger": f"{directory.ledger}  (pandas.read_parquet)",
+        "winner": f"{directory.best}  (from_pretrained)",
+        "report": directory.report,
+        "campaign": directory / "campaign.yaml",
+    }
+    for name, place in places.items():
+        console.print(f"{name:9} {place}", highlight=False, soft_wrap=True)
+    return text.getvalue().rstrip()
+
+
+def read_study(directory: Directory, campaign: Campaign) -> optuna.Study | None:
+    """The campaign's study as it stands, to look at; None where there is none."""
+    url = campaign.search.storage
+    if url is None:
+        return search.study.read_study(directory / "study", campaign.name)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        return optuna.load_study(study_name=campaign.name, storage=url)
+    except (KeyError, ValueError):
+        return None
+
+
+def facts(directory: Directory, campaign: Campaign) -> Facts:
+    """What the ledger does not know of its campaign."""
+    return Facts(
+        name=campaign.name,
+        objective=", ".join(campaign.search.objectives),
+        base=campaign.base,
+        members={name: member.checkpoint for name, member in campaign.members.items()},
+        tasks={
+            name: ", ".join(task.model_dump(include={"kind", "metric"}).values()).replace("_", " ")
+            for name, task in campaign.tasks.items()
+        },
+        phases=directory.read_timings(),
+        commands=[
+            f"mergequest campaign run {directory / 'campaign.yaml'} --out NEW_DIRECTORY",
+            f"mergequest merge {storage.join(directory.best, 'recipe.yaml')} --out NEW_DIRECTORY",
+        ],
+        versions=versions(),
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )

@@ -1,0 +1,81 @@
+"""The look at every weight before a campaign begins: here or over the cluster, and once as long as no file changes."""
+
+import os
+from collections.abc import Iterator
+
+from flows.config.campaign_file import Campaign
+from flows.directory.campaign_directory import FACTS
+from flows.directory.progress import Display
+from merging.checkpoints import validation
+from merging.checkpoints.pool import Pool
+from merging.checkpoints.validation import Finding
+from merging.errors import StorageError
+from merging.io import fact_cache, storage
+
+LARGE = 4 << 30
+"""Bytes to read from which a cluster that is there is asked to help."""
+
+
+def examined(campaign: Campaign, pool: Pool, directory: str | None, display: Display) -> dict[str, float]:
+    """Each member's distance from the base, every weight having been looked at: now, or before and unchanged since.
+
+    Args:
+        campaign: The campaign.
+        pool: Its pool.
+        directory: Where an earlier run may have kept what it found.
+        display: Shows progress.
+
+    Raises:
+        PoolError: A weight or a member is unusable.
+    """
+    if directory is not None:
+        fact_cache.learn(_read(directory))
+    found = validation.recall(pool)
+    if missing := [member for member in pool.members if member not in found]:
+        if "RAY_ADDRESS" not in os.environ and campaign.resources.regime != "sharded":
+            pool.copy_here()  # evaluators run on this machine, and would each read it all from afar once more
+        size = sum(pool.members[member].checkpoint.nbytes for member in missing)
+        with display.bar(f"members read ({size / 1e9:.2g} GB)", len(missing)) as bar:
+            for part in _over_cluster(campaign, pool, missing) if _is_worth_it(pool, size) else _here(pool, missing):
+                validation.keep(pool, part)
+                found |= part
+                bar.advance(len(part))
+    return validation.distances(pool, found)
+
+
+def known(pool: Pool) -> dict[str, str]:
+    """All that a run has learnt of the pool's files: its fingerprints, and what was found in them."""
+    checkpoints = [pool.base, *(member.checkpoint for member in pool.members.values())]
+    keys = [validation.key(pool, member) for member in pool.members]
+    return fact_cache.known([*(checkpoint.identity for checkpoint in checkpoints), *keys])
+
+
+def keep(pool: Pool, directory: str) -> None:
+    """Keeps that for the next run, which may be on another machine."""
+    storage.write_json(storage.join(directory, FACTS), known(pool))
+
+
+def _read(directory: str) -> dict[str, str]:
+    try:
+        facts = dict(storage.read_json(storage.join(directory, FACTS)))
+    except (StorageError, ValueError, TypeError):
+        return {}
+    return {name: fact for name, fact in facts.items() if isinstance(fact, str)}
+
+
+def _is_worth_it(pool: Pool, size: int) -> bool:
+    """Whether it is much, comes over the network, and there are others to help."""
+    return size >= LARGE and not storage.is_local(pool.base.path) and "RAY_ADDRESS" in os.environ
+
+
+def _here(pool: Pool, members: list[str]) -> Iterator[dict[str, Finding]]:
+    return (validation.examine(pool, group) for group in validation.slices(members))
+
+
+def _over_cluster(campaign: Campaign, pool: Pool, members: list[str]) -> Iterator[dict[str, Finding]]:
+    from ray_tasks.connect import connect  # a second, with Ray
+    from ray_tasks.jobs.check_weights import Files, examine
+
+    paths = {name: member.checkpoint for name, member in campaign.members.items()}
+    with connect():
+        yield from examine(pool, Files(campaign.base, paths, campaign.heads), members)

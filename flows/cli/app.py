@@ -1,0 +1,348 @@
+"""The command line. Nothing heavy is imported before a command needs it, so that `--help` answers at once."""
+
+import gc
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from flows.config.campaign_file import Campaign
+    from flows.directory.progress import Display
+
+# Numpy solves small systems here. Its threads would each spin for a tenth of a second when it is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+LOOK = 5.0
+"""Seconds between two looks of `campaign status --watch`."""
+
+
+class Commands(TyperGroup):
+    """Ends every command alike: bad input is one message and exit code 2, an interruption 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command."""
+        from merging.errors import MergequestError
+
+        try:
+            return super().invoke(ctx)
+        except MergequestError as error:
+            if os.environ.get("MERGEQUEST_TRACEBACK"):
+                raise
+            typer.secho(f"error: {error}", fg="red", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.secho(
+                "stopped: what is finished is kept, and the same command goes on from there",
+                fg="yellow",
+                err=True,
+            )
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Search for the best merge of fine-tuned models.",
+    epilog="Start with `mergequest init my.yaml`, then `mergequest campaign run my.yaml`.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+campaign_app = typer.Typer(help="Run campaigns, look at them, and go on with them.", no_args_is_help=True)
+app.add_typer(campaign_app, name="campaign")
+
+File = Annotated[
+    str, typer.Argument(help="Campaign file (YAML); `mergequest init` writes one.", metavar="CAMPAIGN.yaml")
+]
+Where = Annotated[str, typer.Argument(help="A campaign's directory.", metavar="DIR")]
+Out = Annotated[str | None, typer.Option("--out", help="Directory to fill, instead of the file's `directory`.")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="Ray cluster to join (`auto`, or HOST:PORT); by default RAY_ADDRESS, else a local one for this run."
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors and results.")]
+
+
+@app.callback()
+def _options(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show Python's traceback of an error.")] = False,
+) -> None:
+    if traceback:
+        os.environ["MERGEQUEST_TRACEBACK"] = "1"
+
+
+@app.command()
+def init(
+    file: Annotated[str, typer.Argument(help="File to write.", metavar="CAMPAIGN.yaml")] = "campaign.yaml",
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> None:
+    """Writes a commented campaign file to start from, with every setting and its default."""
+    from flows.cli.template import campaign_template
+    from merging.errors import SettingsError
+    from merging.io import storage
+
+    if storage.exists(file) and not force:
+        raise SettingsError(f"{file} is there already: --force replaces it")
+    storage.write_text(file, campaign_template())
+    typer.echo(f"Wrote {file}. Name your base, members and tasks in it, then: mergequest campaign run {file}")
+
+
+@campaign_app.command("run")
+def campaign_run(
+    file: File,
+    out: Out = None,
+    candidates: Annotated[int | None, typer.Option(help="Candidates to evaluate, instead of the file's.")] = None,
+    address: Address = None,
+    quiet: Quiet = False,
+) -> None:
+    """Runs a campaign: statistics, selection, search, test, export, report. Run again, it does only what is missing."""
+    _join(address)
+    from flows.campaign.run import run
+
+    _finish(run(_load(file, out, candidates), _display(quiet)))
+
+
+@campaign_app.command("resume")
+def campaign_resume(
+    directory: Where,
+    candidates: Annotated[int | None, typer.Option(help="A new budget, to search on.")] = None,
+    address: Address = None,
+    quiet: Quiet = False,
+) -> None:
+    """Goes on with a campaign that was stopped or killed; no finished candidate is lost or repeated."""
+    _join(address)
+    from flows.campaign.run import run
+    from flows.directory.campaign_directory import Directory
+
+    campaign = Directory(directory).campaign()
+    _finish(run(_with(campaign, directory, candidates), _display(quiet)))
+
+
+@campaign_app.command("status")
+def campaign_status(
+    directory: Where,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a look.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Look every few seconds until the campaign ends.")] = False,
+) -> None:
+    """Says how far a campaign is and when its driver was last heard of, from any machine that can read its directory."""
+    from rich.console import Console
+
+    from flows.cli.status import read_status
+
+    while True:
+        status = read_status(directory)
+        if watch and not json and sys.stdout.isatty():
+            Console().clear()
+        typer.echo(status.as_json() if json else status.as_text())
+        if not watch or not status.may_change:
+            return
+        time.sleep(LOOK)
+
+
+@campaign_app.command("check")
+def campaign_check(file: File) -> None:
+    """Opens and compares everything that a campaign names, and computes nothing."""
+    from flows.campaign.run import check
+
+    check(_load(file, None, None), _display(False))
+    typer.echo("Nothing is wrong with it.")
+
+
+@app.command()
+def statistics(
+    file: File,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="Kinds (fisher, gram, …); by default what the methods need.")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", help="Directory for the files; by default the campaign's.")
+    ] = None,
+    address: Address = None,
+    quiet: Quiet = False,
+) -> None:
+    """Computes statistics of every member on its own task, as files that can be published."""
+    _join(address)
+    from flows.campaign.run import compute_statistics
+
+    for path in compute_statistics(_load(file, None, None), kind, out, _display(quiet)):
+        typer.echo(path)
+
+
+@app.command()
+def select(file: File, out: Out = None, address: Address = None, quiet: Quiet = False) -> None:
+    """Selects subsets of members by quality and diversity, and prints them."""
+    _join(address)
+    from flows.campaign.run import run_selection
+
+    selection = run_selection(_load(file, out, None), _display(quiet))
+    for subset, value in zip(selection.subsets, selection.log_dets, strict=True):
+        typer.echo(f"{len(subset)}  log det {value:8.3f}  {' '.join(subset)}")
+
+
+@app.command()
+def merge(
+    recipe: Annotated[str, typer.Argument(help="Recipe file (YAML).", metavar="RECIPE.yaml")],
+    out: Annotated[
+        str,
+        typer.Option("--out", help="Directory to write, whole or not at all; replaces nothing but an earlier merge."),
+    ],
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the base's.")] = None,
+    memory: Annotated[float, typer.Option(help="Gigabytes of working memory.", min=0.01)] = 1.0,
+    threads: Annotated[int | None, typer.Option(help="Threads; by default one a processor.", min=1)] = None,
+    mismatch: Annotated[bool, typer.Option(help="Show the gradient mismatch, from Fisher statistics.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merges members by a recipe, without data and without a cluster, and writes a Hugging Face directory."""
+    gc.disable()  # the collector would look again and again at what imports make, all of which stays: a tenth of their time
+    from flows.cli.merge import merge_recipe
+
+    gc.freeze()
+    gc.enable()
+    merge_recipe(recipe, out, dtype, memory, _display(quiet), mismatch, threads)
+    typer.echo(out)
+
+
+@app.command()
+def evaluate(
+    file: File,
+    what: Annotated[
+        list[str],
+        typer.Argument(help="Recipe files, merged checkpoints, members' names, or `base`.", metavar="WHAT…"),
+    ],
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "validation",
+    mismatch: Annotated[bool, typer.Option(help="Show the gradient mismatch, from unlabelled train examples.")] = False,
+    address: Address = None,
+    quiet: Quiet = False,
+) -> None:
+    """Scores recipes, checkpoints or members on a campaign's tasks."""
+    _join(address)
+    from flows.cli.evaluate import evaluate as score
+
+    score(_load(file, None, None), what, split, _display(quiet), mismatch)
+
+
+@app.command()
+def report(directory: Where) -> None:
+    """Writes a campaign's report anew from its ledger, finished or not."""
+    from flows.campaign.summary import write_report
+
+    typer.echo(write_report(directory))
+
+
+@app.command()
+def portfolio(
+    directory: Where,
+    count: Annotated[int, typer.Option("-k", "--count", help="How many.", min=1)] = 5,
+    tolerance: Annotated[float, typer.Option(help="How much of the objective diversity is worth.")] = 0.02,
+    json: Annotated[bool, typer.Option("--json", help="A JSON array.")] = False,
+    export: Annotated[
+        bool, typer.Option("--export", help="Write each as a checkpoint, in exports/CANDIDATE of the directory.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Chooses good and different candidates of a campaign, the winner first."""
+    from flows.cli.portfolio import as_json, as_text, read_portfolio
+
+    rows, places = read_portfolio(directory, count, tolerance), {}
+    if export:
+        from flows.cli.winners import export_candidates
+
+        places = export_candidates(directory, rows, _display(quiet))
+    typer.echo(as_json(rows, places) if json else "\n".join([as_text(rows), *places.values()]))
+
+
+@app.command()
+def methods() -> None:
+    """Lists the merge methods, what they need, and their parameters."""
+    from flows.cli.catalogue import print_methods
+
+    print_methods()
+
+
+@app.command()
+def submit(
+    file: File,
+    address: Annotated[
+        str, typer.Option(help="Dashboard of the cluster (http://HOST:8265).")
+    ] = "http://127.0.0.1:8265",
+    out: Out = None,
+    candidates: Annotated[int | None, typer.Option(help="Candidates to evaluate, instead of the file's.")] = None,
+    what: Annotated[str, typer.Option(help="campaign, statistics, or merge (FILE is a recipe then).")] = "campaign",
+    follow: Annotated[bool, typer.Option(help="Show the job's log until it ends, and exit as it does.")] = True,
+) -> None:
+    """Runs a campaign, its statistics or a merge as a job of a Ray cluster; Ctrl-C while following stops the job.
+
+    The program and the resolved file travel; checkpoints, data and the directory to fill stay where they are, and every
+    node must see them there (a shared file system, or s3:// addresses).
+    """
+    from flows.cli.submit import submit as send
+
+    raise typer.Exit(send(file, address, out, follow, candidates, what))
+
+
+@app.command()
+def quickstart(
+    directory: Annotated[str, typer.Option("--out", help="Directory to fill.")] = "runs/quickstart",
+    cache: Annotated[str, typer.Option(help="Where downloads are kept.")] = "cache",
+    candidates: Annotated[int | None, typer.Option(help="Candidates to evaluate.", min=1)] = None,
+    address: Address = None,
+    quiet: Quiet = False,
+) -> None:
+    """Builds a real pool (MiniLM on four sentiment domains) and runs a real campaign on it."""
+    _join(address)
+    from flows.quickstart.quickstart import run
+
+    _finish(run(directory, cache, candidates, _display(quiet)))
+
+
+def main() -> None:
+    """Entry point of `mergequest`."""
+    sys.path.insert(0, str(Path.cwd()))  # where a custom evaluator's module may lie; Ray's workers follow
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` ends it as Ctrl-C does
+    app()
+
+
+def _join(address: str | None) -> None:
+    """Ray reads its address from the environment when it is imported."""
+    if address:
+        os.environ["RAY_ADDRESS"] = address
+
+
+def _display(quiet: bool) -> "Display":
+    from rich.console import Console
+
+    from flows.directory.progress import Display
+
+    return Display(Console(stderr=True, quiet=quiet))
+
+
+def _load(file: str, out: str | None, candidates: int | None) -> "Campaign":
+    from flows.config.campaign_file import load_campaign
+
+    return _with(load_campaign(file), out, candidates)
+
+
+def _with(campaign: "Campaign", out: str | None, candidates: int | None) -> "Campaign":
+    """The campaign with what the command line says instead."""
+    from flows.config.campaign_file import Campaign
+    from flows.config.yaml_file import validate
+    from merging.io import storage
+
+    settings = campaign.model_dump(mode="json")
+    if out is not None:
+        settings["directory"] = storage.absolute(out)
+    if candidates is not None:
+        settings["search"]["candidates"] = candidates
+    return validate(Campaign, settings, "command line")
+
+
+def _finish(text: str) -> None:
+    """What a campaign ends with: the table and the places."""
+    typer.echo(text)

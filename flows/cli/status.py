@@ -1,0 +1,197 @@
+"""`mergequest campaign status`: how far a campaign is, from its directory alone, on any machine that can read it."""
+
+import json
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from math import isfinite
+from typing import Any
+
+from flows.directory.campaign_directory import Directory
+from flows.directory.heartbeat import BEAT, FILE
+from flows.report.table import objective_of
+from merging.errors import StorageError
+from merging.io import storage
+from search.candidate import ANCHORS
+from search.ledger.ledger import Ledger
+from search.objective import best
+
+RECENT = 50
+"""Rows that the rate is taken from, where no driver says it."""
+SILENCE = 6 * BEAT
+"""Seconds without a sign of life after which a driver no longer counts as running; clocks that differ count, too."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """A campaign's state.
+
+    Args:
+        name: The campaign.
+        state: `finished`; `running`; `silent` (its driver said no goodbye and is not heard of: killed, or cut off);
+            `unfinished` (it ended before its budget was spent).
+        phase: What the driver is doing, or was when it was last heard of; None before it ever was.
+        done: Candidates measured, failed and pruned ones included.
+        running: Candidates that evaluators are at work on.
+        failed: Those of `done` that failed.
+        pruned: Those of `done` whose measurement was ended early.
+        total: The budget.
+        per_minute: Recent rate; None before there are two rows.
+        minutes_left: At that rate, or until another budget is spent; None where unknown.
+        ends: When that would be.
+        best: Objective of the best so far; None before there is one.
+        best_error: Its standard error, where the objective is the mean over tasks; None where it is not known.
+        is_estimate: Whether it was estimated from anchor examples, and none is confirmed on all of them yet.
+        estimated: Candidates that were estimated from anchor examples; 0 in campaigns without them.
+        confirmed: Candidates that were measured on the whole validation set.
+        best_method: Its method.
+        best_members: Its members.
+        evaluators: Evaluators that are there.
+        busy: Those of them that are at work.
+        driver: Host and process of the driver; None before it was ever heard of.
+        heard: When it was last heard of, by its own clock.
+        seconds_silent: How long ago that is.
+        ended: How the driver's run ended: `finished`, `interrupted`, or an error; None while it runs.
+        last: When the last row was written.
+    """
+
+    name: str
+    state: str
+    phase: str | None
+    done: int
+    running: int
+    failed: int
+    pruned: int
+    total: int
+    per_minute: float | None
+    minutes_left: float | None
+    ends: str | None
+    best: float | None
+    best_error: float | None
+    is_estimate: bool
+    estimated: int
+    confirmed: int
+    best_method: str | None
+    best_members: list[str]
+    evaluators: int
+    busy: int
+    driver: str | None
+    heard: str | None
+    seconds_silent: float | None
+    ended: str | None
+    last: str | None
+
+    @property
+    def may_change(self) -> bool:
+        """Whether looking again may show something else."""
+        return self.state in ("running", "silent")
+
+    def as_json(self) -> str:
+        """One JSON object, on one line."""
+        return json.dumps(asdict(self))
+
+    def as_text(self) -> str:
+        """A few lines."""
+        counts = [f"{self.done} of {self.total} candidates", f"{self.running} running", f"{self.failed} failed"]
+        counts += [f"{self.pruned} pruned"] if self.pruned else []
+        lines = [f"{self.name}: {self.state}, {', '.join(counts)}"]
+        if self.state == "running":
+            lines.append(f"{self.phase or 'starting'}; {self.busy} of {self.evaluators} evaluators at work")
+        if self.best is not None:
+            error = f" ± {self.best_error:.4f}" if self.best_error is not None else ""
+            lines.append(f"best {self.best:.4f}{error}: {self.best_method} of {', '.join(self.best_members)}")
+        if self.estimated:
+            of = f"{self.estimated} candidates are estimates from anchor examples, {self.confirmed} of them confirmed on all"
+            lines.append(f"{of}; the best is {'an estimate' if self.is_estimate else 'confirmed'}")
+        if self.state == "running" and self.per_minute is not None:
+            left = f"; until about {self.ends} ({self.minutes_left:.0f} minutes)" if self.minutes_left else ""
+            lines.append(f"{self.per_minute:.1f} candidates a minute ({self.per_minute / 60:.2g} a second){left}")
+        if self.state != "finished" and self.driver is not None:
+            lines.append(f"driver {self.driver} last heard of {_ago(self.seconds_silent or 0.0)} ago, {self._what()}")
+        if self.last is not None:
+            lines.append(f"last row {self.last}")
+        return "\n".join(lines)
+
+    def _what(self) -> str:
+        if self.state == "running":
+            return "and at work"
+        if self.ended is not None:
+            return f"when it ended: {self.ended}"
+        return f"in '{self.phase}': killed or cut off? Once it is gone, `mergequest campaign resume` goes on"
+
+
+def read_status(path: str, now: datetime | None = None) -> Status:
+    """The state of the campaign in a directory.
+
+    Args:
+        path: The directory; a local path or an address.
+        now: The time; by default this machine's.
+
+    Raises:
+        SettingsError: There is no campaign there.
+    """
+    directory = Directory(path)
+    campaign = directory.campaign()
+    rows = Ledger(directory.ledger, campaign.name).rows()
+    split = ANCHORS if campaign.search.anchor_examples else "validation"
+    tried = [row for row in rows if row.split == split and row.origin in ("anchor", "search")]
+    confirmed, estimated = best(rows, len(rows)), best(rows, len(rows), ANCHORS)
+    top = confirmed or estimated
+    objective = objective_of(top[0]) if top else None
+    pulse = _pulse(directory)
+    heard = datetime.fromisoformat(pulse["heard"]) if pulse else None
+    now = now or datetime.now(UTC)
+    silent = max((now - heard).total_seconds(), 0.0) if heard else None
+    state = "finished" if directory.is_finished(campaign) else "unfinished"
+    if state == "unfinished" and pulse and pulse["ended"] is None:
+        state = "running" if silent is not None and silent < SILENCE else "silent"
+    rate, left = pulse.get("per_minute"), pulse.get("seconds_left")
+    if rate is None:
+        moments = sorted(row.finished for row in tried)[-RECENT:]
+        span = (moments[-1] - moments[0]).total_seconds() / 60 if len(moments) > 1 else 0.0
+        rate = (len(moments) - 1) / span if span > 0 else None
+    if left is None and rate and state != "finished":
+        left = 60 * max(campaign.search.candidates - len(tried), 0) / rate
+    ends = (heard or now) + timedelta(seconds=left) if left is not None and state == "running" else None
+    is_running = state == "running"
+    return Status(
+        name=campaign.name,
+        state=state,
+        phase=pulse.get("phase"),
+        done=len(tried),
+        running=pulse["busy"] if is_running else 0,
+        failed=sum(row.status == "failed" for row in tried),
+        pruned=sum(row.status == "pruned" for row in tried),
+        total=max(campaign.search.candidates, len(tried)),
+        per_minute=rate,
+        minutes_left=left / 60 if left is not None else None,
+        ends=ends.isoformat(timespec="seconds") if ends else None,
+        best=objective.value if objective else None,
+        best_error=objective.standard_error if objective and isfinite(objective.standard_error) else None,
+        is_estimate=bool(top) and not confirmed,
+        estimated=len(estimated),
+        confirmed=len(confirmed),
+        best_method=top[0].method if top else None,
+        best_members=list(top[0].members) if top else [],
+        evaluators=pulse["evaluators"] if is_running else 0,
+        busy=pulse["busy"] if is_running else 0,
+        driver=f"{pulse['host']}:{pulse['pid']}" if pulse else None,
+        heard=pulse.get("heard"),
+        seconds_silent=round(silent, 1) if silent is not None else None,
+        ended=pulse.get("ended"),
+        last=max(row.finished for row in rows).isoformat(timespec="seconds") if rows else None,
+    )
+
+
+def _pulse(directory: Directory) -> dict[str, Any]:
+    """What the driver said last; empty where it never said anything."""
+    try:
+        found = storage.read_json(directory / FILE)
+    except StorageError:
+        return {}
+    return dict(found)
+
+
+def _ago(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"

@@ -1,0 +1,179 @@
+"""`mergequest submit`: a campaign, its statistics or a merge as a job of a Ray cluster, by Ray's own job client."""
+
+import asyncio
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from flows.config.campaign_file import CAMPAIGN_FILE, Campaign, dump, load_campaign
+from flows.config.recipe_file import load_recipe
+from flows.config.yaml_file import validate
+from merging.errors import ClusterError, SettingsError
+from merging.io import storage
+from merging.registry import did_you_mean
+
+What = Literal["campaign", "statistics", "merge"]
+RECIPE_FILE = "recipe.yaml"
+
+AGENT_SECONDS = 60.0
+"""A head's dashboard answers some seconds before it takes jobs."""
+PACKAGES = ("flows", "merging", "ray_tasks", "search")
+
+
+def submit(
+    file: str, address: str, out: str | None, follow: bool, candidates: int | None = None, what: str = "campaign"
+) -> int:
+    """Sends work to a cluster.
+
+    The job's working directory holds the program and the resolved file, and nothing else: checkpoints, data and the
+    directory to fill stay where they are, and every node must be able to read them there.
+
+    Args:
+        file: The campaign file, or the recipe file of a merge.
+        address: The cluster's dashboard (`http://HOST:8265`).
+        out: The directory to fill, instead of the file's; a merge needs one.
+        follow: Print the job's log until it ends.
+        candidates: Candidates to evaluate, instead of the file's.
+        what: What to do with the file: `campaign`, `statistics` or `merge`.
+
+    Returns:
+        0 where the job succeeded (or was not followed), 1 where it failed, 130 where it was stopped.
+
+    Raises:
+        MergequestError: The file is wrong, or the cluster cannot be reached or refuses the token.
+    """
+    job_of = prepare(what, file, out, candidates)
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    try:
+        client = JobSubmissionClient(address)
+    except Exception as error:
+        raise ClusterError(
+            f"cannot reach the Ray cluster at {address}: {_first_line(error)}\nIs its dashboard there (--address "
+            "http://HOST:8265), and does RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH hold its token?"
+        ) from error
+    with tempfile.TemporaryDirectory(prefix="mergequest-") as place:
+        pack(job_of, Path(place))
+        job = _send(client, job_of, place)
+    print(f"job {job}: {job_of.says}", file=sys.stderr)  # noqa: T201
+    if not follow:
+        return 0
+    try:
+        asyncio.run(_follow(client, job))
+        status = client.get_job_status(job)
+    except KeyboardInterrupt:
+        client.stop_job(job)
+        return 130
+    except Exception as error:
+        raise ClusterError(
+            f"lost the cluster at {address} while following {job}: {_first_line(error)}\nThe job goes on if its head does: "
+            f"`ray job logs --follow {job}`. If not, give the same command again"
+        ) from error
+    if status == JobStatus.SUCCEEDED:
+        return 0
+    return 130 if status == JobStatus.STOPPED else 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is sent.
+
+    Args:
+        command: Of `mergequest`, with its arguments.
+        file: Name of the resolved file.
+        text: Its content.
+        cpus: CPUs that the command itself takes on its node; 0 for a driver that only hands out work.
+        says: What it is, for users.
+    """
+
+    command: tuple[str, ...]
+    file: str
+    text: str
+    cpus: int
+    says: str
+
+    @property
+    def entrypoint(self) -> str:
+        """The shell's line: the cluster's python runs the code that was sent, whatever version is installed there."""
+        return f"python -u -m flows.cli {shlex.join(self.command)}"
+
+
+def prepare(what: str, file: str, out: str | None, candidates: int | None = None) -> Job:
+    """The job that `submit` sends, with its file resolved.
+
+    Raises:
+        MergequestError: The file is wrong, or something is missing or makes no sense with this kind of work.
+    """
+    if what not in get_args(What):
+        raise SettingsError(f"--what: unknown '{what}'. {did_you_mean(what, list(get_args(What)))}")
+    if candidates is not None and what != "campaign":
+        raise SettingsError(f"--candidates goes with a campaign, not with --what {what}: leave it out")
+    if what == "merge":
+        if out is None:
+            raise SettingsError("a merge needs a directory to write: give one that all nodes see with --out")
+        recipe, place = load_recipe(file), storage.absolute(out)
+        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        # reads and merges on the node itself, which must not be a head that is kept free of work
+        return Job(("merge", RECIPE_FILE, "--out", place), RECIPE_FILE, text, 1, f"{recipe.method} into {place}")
+    settings = load_campaign(file).model_dump(mode="json")
+    if out is not None and what == "campaign":
+        settings["directory"] = storage.absolute(out)
+    if candidates is not None:
+        settings["search"]["candidates"] = candidates
+    campaign = validate(Campaign, settings, file)
+    if what == "campaign":
+        says = f"{campaign.name} into {campaign.directory}"
+        return Job(("campaign", "run", CAMPAIGN_FILE), CAMPAIGN_FILE, dump(campaign), 0, says)
+    there = () if out is None else ("--out", storage.absolute(out))
+    return Job(
+        ("statistics", CAMPAIGN_FILE, *there), CAMPAIGN_FILE, dump(campaign), 0, f"statistics of {campaign.name}"
+    )
+
+
+def _send(client: Any, job: Job, place: str) -> str:
+    """Submits, and waits for a cluster that is still starting."""
+    deadline = time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            return str(
+                client.submit_job(
+                    entrypoint=job.entrypoint,
+                    runtime_env={"working_dir": place},
+                    entrypoint_num_cpus=job.cpus or None,
+                )
+            )
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise ClusterError(f"the cluster refuses the job: {_first_line(error)}") from error
+            time.sleep(1.0)
+
+
+def pack(job: Job, place: Path) -> None:
+    """Writes what a job needs: the program's packages and the resolved file."""
+    for name in PACKAGES:
+        spec = find_spec(name)
+        assert spec is not None
+        assert spec.origin is not None
+        source = Path(spec.origin).parent
+        shutil.copytree(source, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (place / job.file).write_text(job.text)
+
+
+async def _follow(client: Any, job: str) -> None:
+    async for text in client.tail_job_logs(job):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

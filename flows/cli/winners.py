@@ -1,0 +1,58 @@
+"""Any candidates of a campaign as checkpoints, like its winner: whoever holds its directory needs no search for them."""
+
+from collections.abc import Sequence
+
+from flows.campaign.distil import Files, distil
+from flows.campaign.export import export
+from flows.campaign.needed_statistics import cache_of, member_statistics, solutions
+from flows.campaign.open_campaign import open_campaign
+from flows.campaign.summary import tables_as_markdown
+from flows.directory.campaign_directory import Directory
+from flows.directory.progress import Display
+from flows.report.table import in_words
+from merging.io import storage
+from search.ledger.ledger import Ledger
+from search.ledger.row import Row
+
+
+def export_candidates(path: str, rows: Sequence[Row], display: Display) -> dict[str, str]:
+    """Writes candidates as checkpoints like that of the winner, into `exports/<candidate>` of the campaign's directory.
+
+    Those that are there already are left as they are. Statistics come from the campaign; no cluster is started unless
+    some of them are gone.
+
+    Args:
+        path: The campaign's directory.
+        rows: The candidates.
+        display: Shows progress.
+
+    Returns:
+        Candidate → directory.
+
+    Raises:
+        MergequestError: The pool is no longer what it was, or something cannot be read or written.
+    """
+    directory = Directory(storage.absolute(path))
+    campaign = directory.campaign().model_copy(update={"directory": directory.path})
+    places = {row.candidate: directory.exported(row.candidate) for row in rows}
+    missing = [row for row in rows if not storage.exists(storage.join(places[row.candidate], "config.json"))]
+    if not missing:
+        return places
+    with display.phase("Pool"):
+        opened = open_campaign(campaign, display, directory.path)
+        directory.check_pool(opened.fingerprints)
+    with display.phase("Statistics"):
+        cache = cache_of(campaign)
+        files: Files = member_statistics(opened, opened.kinds, cache, display)
+        files = {**files, **solutions(opened, cache, display)}
+    card = tables_as_markdown(directory, campaign)
+    known = {row.candidate: row for row in Ledger(directory.ledger, campaign.name).rows()}
+    for row in missing:
+        with display.phase(f"Export: {row.candidate}, {in_words(row.method)}"):
+            recipe = row.recipe
+            used: Files = files
+            if row.method == "distilled":
+                start = known[str(row.parameters["start"])].recipe
+                recipe, used = distil(opened, files, start, cache, display)
+            export(opened, used, recipe, places[row.candidate], table=card, row=row)
+    return places

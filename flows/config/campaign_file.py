@@ -1,0 +1,225 @@
+"""The campaign file: one model that documents, checks and completes what a user asks for."""
+
+from typing import Any
+
+import yaml
+from pydantic import Field, model_validator
+
+from flows.config.search_settings import SearchSettings
+from flows.config.sections import (
+    BaseData,
+    DistilSettings,
+    ResourceSettings,
+    SelectionSettings,
+    StatisticsSettings,
+    TestSettings,
+)
+from flows.config.yaml_file import MemberSettings, Name, Settings, load_yaml, parent, resolve, validate
+from merging.errors import MergequestError, SettingsError
+from merging.io import storage
+from merging.methods import METHODS
+from merging.recipe import BASE, GROUP
+from merging.registry import did_you_mean
+from merging.tasks import TASKS, AnyTaskSettings
+from search.constraints import check as check_constraints
+from search.objective import EXPECTED, make_objective
+from search.samplers.make_sampler import QUALITY_DIVERSITY, SINGLE_OBJECTIVE, make_sampler
+from search.space.search_space import Space
+
+CAMPAIGN_FILE = "campaign.yaml"
+BUDGETS = (
+    "candidates",
+    "seconds",
+    "budget_examples",
+    "patience",
+    "min_delta",
+    "storage",
+    "identical_errors",
+    "candidate_seconds",
+    "confirm",
+)
+"""Settings of the search that may change while a campaign stays the same."""
+
+
+class Campaign(Settings):
+    """A campaign file."""
+
+    name: Name = Field(description="Names the campaign in the ledger and on a shared cluster.")
+    directory: str | None = Field(
+        None, description="What the campaign fills; by default `runs/<name>` beside this file."
+    )
+    base: str = Field(description="The checkpoint that all members were fine-tuned from.")
+    members: dict[Name, MemberSettings] = Field(
+        min_length=1, description="The pool: checkpoints by name (a path alone will do)."
+    )
+    base_data: BaseData = Field(default_factory=BaseData, description=BaseData.__doc__)
+    heads: tuple[str, ...] = Field(
+        (),
+        description="Patterns (classifier.*) of tensors to keep per task though base and members all have them.",
+    )
+    tasks: dict[Name, AnyTaskSettings] = Field(min_length=1, description="What a merge is judged by.")
+    task_heads: dict[str, str] = Field(
+        default_factory=dict,
+        description="Task → member whose head it uses, where no member names the task as its own.",
+    )
+    statistics: StatisticsSettings = Field(default_factory=StatisticsSettings, description=StatisticsSettings.__doc__)
+    selection: SelectionSettings = Field(default_factory=SelectionSettings, description=SelectionSettings.__doc__)
+    search: SearchSettings = Field(default_factory=SearchSettings, description=SearchSettings.__doc__)
+    distil: DistilSettings | None = Field(
+        None,
+        description="Distil the members' outputs on their train inputs into the winner, no labels; `{}` for its defaults. It "
+        "is measured and reported beside the merge that it started from.",
+    )
+    test: TestSettings = Field(default_factory=TestSettings, description=TestSettings.__doc__)
+    resources: ResourceSettings = Field(default_factory=ResourceSettings, description=ResourceSettings.__doc__)
+    seed: int = Field(0, ge=0, description="Of sampler, selection and sampled statistics.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _subsets_for_the_sampler(cls, value: Any) -> Any:
+        """The sampler that draws subsets has every one to draw from, unless the file says which."""
+        if not isinstance(value, dict):
+            return value
+        search, selection = value.get("search"), value.get("selection") or {}
+        draws = isinstance(search, dict) and search.get("sampler") == QUALITY_DIVERSITY
+        if not draws or not isinstance(selection, dict) or "mode" in selection:
+            return value
+        return value | {"selection": {**selection, "mode": "every"}}
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> "Campaign":
+        if BASE in self.members:
+            raise ValueError(f"no member may be called '{BASE}'")
+        for method in self.search.methods:
+            if method not in METHODS:
+                raise ValueError(f"search.methods: unknown method '{method}'. {did_you_mean(method, list(METHODS))}")
+            if method == "distilled":
+                raise ValueError("search.methods: 'distilled' comes after the search: set `distil: {}` instead")
+        for task, member in self.task_heads.items():
+            if task not in self.tasks:
+                raise ValueError(f"task_heads: unknown task '{task}'. {did_you_mean(task, list(self.tasks))}")
+            if member not in self.members:
+                raise ValueError(f"task_heads: unknown member '{member}'. {did_you_mean(member, list(self.members))}")
+        if self.base_data.task is not None and self.base_data.task not in self.tasks:
+            hint = did_you_mean(self.base_data.task, list(self.tasks))
+            raise ValueError(f"base_data.task: unknown task '{self.base_data.task}'. {hint}")
+        for name, member_settings in self.members.items():
+            if member_settings.task is not None and member_settings.task not in self.tasks:
+                hint = did_you_mean(member_settings.task, list(self.tasks))
+                raise ValueError(f"members.{name}.task: unknown task '{member_settings.task}'. {hint}")
+        for subset in self.selection.subsets:
+            if not subset or len(set(subset)) < len(subset):
+                raise ValueError(f"selection.subsets: {list(subset)} must name members, each once")
+            if strange := set(subset) - set(self.members):
+                raise ValueError(f"selection.subsets: '{min(strange)}' is no member")
+        if (gradient := self.search.gradient) is not None and gradient.start is not None:
+            for member in gradient.start.recipe().members:
+                if member not in self.members:
+                    hint = did_you_mean(member, list(self.members))
+                    raise ValueError(f"search.gradient.start: unknown member '{member}'. {hint}")
+        if self.selection.sizes is not None and not all(1 <= k <= len(self.members) for k in self.selection.sizes):
+            raise ValueError(f"selection.sizes: sizes lie between 1 and {len(self.members)}, the number of members")
+        self._examples_are_told_apart()
+        self._search_can_start()
+        greedy = self.greedy_method()
+        if self.selection.mode.startswith("greedy") and not (
+            greedy in self.search.methods and METHODS[greedy].most_members is None and METHODS[greedy].solution is None
+        ):
+            raise ValueError(
+                f"selection.method: '{greedy}' must be one of search.methods that merges any subset of members"
+            )
+        if headless := [task for task in self.tasks if task not in self.owners()]:
+            raise ValueError(
+                f"no member has the task '{headless[0]}': give a member `task: {headless[0]}`, or name the member whose head "
+                f"it uses under `task_heads`"
+            )
+        return self
+
+    def _examples_are_told_apart(self) -> None:
+        """Looks whether any task gives outcomes of single examples, where the search asks for some of them."""
+        asked = "anchor_examples" if self.search.anchor_examples else "pruning"
+        wanted = self.search.anchor_examples or self.search.pruning != "none"
+        if wanted and not any(TASKS[task.kind][0].has_outcomes for task in self.tasks.values()):
+            raise ValueError(f"search.{asked}: every task here is measured whole; leave it out")
+
+    def _search_can_start(self) -> None:
+        """Makes sampler and space once, for the errors that they raise."""
+        try:
+            make_sampler(self.search.sampler, self.seed, self.search.sampler_arguments)
+            own = {task for member in self.members if (task := self.task_of(member))}
+            check_constraints(self.search.constraints, list(self.tasks), own)
+            self._objectives_fit()
+            # which groups there are depends on the pool's weights: here those that are named will do
+            named = {key.partition(GROUP)[2] for spec in self.search.methods.values() for key in spec.scaling_of} - {""}
+            groups = sorted(named) if self.search.scaling not in ("shared", "per_member") else []
+            Space(self.search.methods, list(self.members), None, self.search.scaling, groups)
+        except MergequestError as error:
+            raise ValueError(str(error)) from error
+
+    def _objectives_fit(self) -> None:
+        settings, ones = self.search, dict.fromkeys(self.tasks, 1.0)
+        try:
+            names = make_objective(settings.objectives, list(self.tasks), ones, ones, settings.weights).names
+        except SettingsError as error:
+            raise SettingsError(f"search.objective: {error}") from error
+        if settings.weights and not {"weighted", f"{EXPECTED}weighted"} & set(names):
+            raise SettingsError("search.weights go with `objective: weighted`")
+        single = SINGLE_OBJECTIVE & {settings.sampler, settings.sampler_arguments.get("sampler")}
+        if len(names) > 1 and single:
+            raise SettingsError(
+                f"sampler '{min(single)}' maximises one objective, not {len(names)}: use 'tpe' or 'nsga2', or name one"
+            )
+
+    def greedy_method(self) -> str:
+        """The method that greedy selection merges with."""
+        return self.selection.method or next(iter(self.search.methods))
+
+    def task_of(self, member: str) -> str | None:
+        """The task that a member was fine-tuned on; None where it has none here."""
+        return self.members[member].task or (member if member in self.tasks else None)
+
+    def owners(self) -> dict[str, str]:
+        """Task → the member whose head it is evaluated with."""
+        found: dict[str, str] = {}
+        for member in self.members:
+            if (task := self.task_of(member)) is not None:
+                found.setdefault(task, member)
+        return {task: owner for task in self.tasks if (owner := self.task_heads.get(task, found.get(task, "")))}
+
+    def identity(self) -> str:
+        """Hash of what makes two runs the same campaign: everything but budget, resources and place."""
+        settings = self.model_dump(mode="json", exclude={"directory", "resources", "test"})
+        for budget in BUDGETS:
+            settings["search"].pop(budget)
+        settings["statistics"].pop("cache")
+        return storage.fingerprint(settings)
+
+
+def load_campaign(path: str) -> Campaign:
+    """A campaign file with its defaults filled in and its paths made absolute, relative to the file.
+
+    Raises:
+        SettingsError: It is missing, or something in it is wrong: every mistake is in the message.
+    """
+    root = parent(path)
+    campaign = validate(Campaign, load_yaml(path), path)
+    settings = campaign.model_dump(mode="json")
+    settings["directory"] = resolve(campaign.directory or storage.join("runs", campaign.name), root)
+    settings["base"] = resolve(campaign.base, root)
+    for member in settings["members"].values():
+        member["checkpoint"] = resolve(member["checkpoint"], root)
+        member["statistics"] = [resolve(file, root) for file in member["statistics"]]
+    settings["base_data"]["statistics"] = [resolve(file, root) for file in campaign.base_data.statistics]
+    if settings["statistics"]["cache"]:
+        settings["statistics"]["cache"] = resolve(settings["statistics"]["cache"], root)
+    for task in settings["tasks"].values():
+        for split, files in task.get("data", {}).items():
+            task["data"][split] = (
+                resolve(files, root) if isinstance(files, str) else [resolve(file, root) for file in files]
+            )
+    return validate(Campaign, settings, path)
+
+
+def dump(campaign: Campaign) -> str:
+    """A campaign as a YAML file, every default spelled out."""
+    return yaml.safe_dump(campaign.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)

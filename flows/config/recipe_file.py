@@ -1,0 +1,143 @@
+"""Recipe files: a merge that one person writes down and another repeats."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+from pydantic import Field, field_validator
+
+from flows.config.yaml_file import MemberSettings, Name, Settings, load_yaml, parent, resolve, validate
+from merging.checkpoints.pool import Pool
+from merging.checkpoints.validation import check_weights
+from merging.errors import MethodError
+from merging.mergers.material import Material, open_statistics
+from merging.methods import METHODS
+from merging.recipe import BASE, GROUP, Recipe, Value, flat, nested
+from merging.registry import did_you_mean
+
+RECIPE = "recipe.yaml"
+"""What a merged checkpoint's own recipe is called."""
+LOOKED_AT = 1 << 16
+"""Entries of a weight that show whether a member was fine-tuned from the base; merging looks at all for NaN and Inf."""
+
+
+class RecipeFile(Settings):
+    """What a merge takes."""
+
+    base: str = Field(description="The checkpoint that all members were fine-tuned from.")
+    members: dict[Name, MemberSettings] = Field(min_length=1, description="Checkpoints, with statistics files if any.")
+    statistics: tuple[str, ...] = Field(
+        (), description="Statistics files of these members as a whole (regmean_propagated's solution)."
+    )
+    base_statistics: tuple[str, ...] = Field((), description="Statistics files of the base (its Fisher).")
+    base_examples: int | None = Field(None, ge=1, description="Training examples behind the base.")
+    method: str = Field(description="Merge method.")
+    scaling: float | dict[str, float | dict[str, float]] | None = Field(
+        None,
+        description="One factor for all members, or one each, or one for each of a member's groups of weights "
+        "(`amazon: {layers:0-2: 0.5, '*': 1.0}`); by default the method's own default.",
+    )
+    parameters: dict[str, Value] = Field(default_factory=dict, description="The method's parameters.")
+    heads: tuple[str, ...] = Field((), description="Patterns of tensors that are not merged.")
+
+    @field_validator("members")
+    @classmethod
+    def _base_is_no_member(cls, members: dict[str, MemberSettings]) -> dict[str, MemberSettings]:
+        if BASE in members:
+            raise ValueError(f"no member may be called '{BASE}'")
+        return members
+
+    def recipe(self) -> Recipe:
+        """The recipe itself; members without a factor of their own take part with the method's default.
+
+        Raises:
+            MethodError: The method, a parameter or a value is unknown or out of bounds.
+        """
+        method = METHODS[self.method]
+        default = float(method.scaling.default)
+        if isinstance(self.scaling, float):
+            scaling = dict.fromkeys(self.members, self.scaling)
+        else:
+            scaling = flat(self.scaling or {})
+            named = {key.partition(GROUP)[0] for key in scaling}
+            if strangers := named - set(self.members):
+                hint = did_you_mean(min(strangers), list(self.members))
+                raise MethodError(f"scaling: '{min(strangers)}' is no member of this recipe. {hint}")
+            scaling |= {member: default for member in self.members if member not in named}
+        return method.complete(Recipe(self.method, scaling, self.parameters))
+
+    def material(self) -> Material:
+        """Opens and checks checkpoints and statistics files.
+
+        Raises:
+            MergequestError: One of them is unusable.
+        """
+        pool = Pool.open(self.base, {name: member.checkpoint for name, member in self.members.items()}, self.heads)
+        check_weights(pool, LOOKED_AT)
+        files = {name: member.statistics for name, member in self.members.items()}
+        together = {"+".join(sorted(self.members)): self.statistics, BASE: self.base_statistics}
+        statistics = open_statistics(pool, {**files, **together})
+        counts = {name: member.examples for name, member in self.members.items()} | {BASE: self.base_examples}
+        examples = {name: count for name, count in counts.items() if count}
+        return Material(pool, statistics, examples)
+
+
+def load_recipe(path: str) -> RecipeFile:
+    """A recipe file, its paths made absolute, relative to the file.
+
+    Raises:
+        SettingsError: It is missing, or something in it is wrong: every mistake is in the message.
+    """
+    root = parent(path)
+    given = validate(RecipeFile, load_yaml(path), path)
+    settings = given.model_dump(mode="json")
+    settings["base"] = resolve(given.base, root)
+    settings["statistics"] = [resolve(file, root) for file in given.statistics]
+    settings["base_statistics"] = [resolve(file, root) for file in given.base_statistics]
+    for member in settings["members"].values():
+        member["checkpoint"] = resolve(member["checkpoint"], root)
+        member["statistics"] = [resolve(file, root) for file in member["statistics"]]
+    return validate(RecipeFile, settings, path)
+
+
+def dump_recipe(
+    base: str,
+    members: Mapping[str, tuple[str, tuple[str, ...]]],
+    recipe: Recipe,
+    statistics: Sequence[str] = (),
+    *,
+    base_statistics: Sequence[str] = (),
+    examples: Mapping[str, int] | None = None,
+    heads: Sequence[str] = (),
+) -> str:
+    """A recipe file that repeats a candidate's merge.
+
+    Args:
+        base: The base's directory.
+        members: Member → its directory and its statistics files.
+        recipe: The candidate's recipe.
+        statistics: Statistics files of these members as a whole.
+        base_statistics: Statistics files of the base.
+        examples: Member, or `base` → number of training examples behind it, where that is known.
+        heads: Patterns of tensors that are not merged.
+    """
+    known = examples or {}
+    value: dict[str, Any] = {
+        "base": base,
+        "members": {
+            name: {"checkpoint": members[name][0]}
+            | ({"statistics": list(members[name][1])} if members[name][1] else {})
+            | ({"examples": known[name]} if name in known else {})
+            for name in recipe.members
+        },
+        "statistics": list(statistics),
+        "base_statistics": list(base_statistics),
+        "base_examples": known.get(BASE),
+        "heads": list(heads),
+        **recipe.as_dict(),
+        "scaling": nested(recipe.scaling),
+    }
+    always = ("method", "scaling", "parameters")
+    order = ("base", "members", "statistics", "base_statistics", "base_examples", "heads", *always)
+    shown = {key: value[key] for key in order if value[key] or key in always}
+    return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)

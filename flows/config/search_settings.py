@@ -1,0 +1,213 @@
+"""The campaign file's section on the search: what is tried, how it is judged, and when to stop."""
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from flows.config.yaml_file import Settings
+from merging.errors import MethodError
+from merging.io import storage
+from merging.mergers.linear_basis import is_linear
+from merging.methods import METHODS
+from merging.optimization.descent import DescentSettings
+from merging.recipe import Recipe, Value, flat
+from search.candidate import Policy
+from search.constraints import Constraint
+from search.samplers.make_sampler import SAMPLERS
+from search.space.method_space import Granularity, MethodSpace
+
+DEFAULT_METHODS = ("average", "task_arithmetic", "ties", "fisher", "gradient_matching", "regmean")
+
+
+class GradientStart(Settings):
+    """A recipe to follow the gradient from, in the words of its own file (`recipe.yaml`)."""
+
+    method: str = Field(description="One of the search's methods, linear in its scaling factors.")
+    scaling: dict[str, float | dict[str, float]] = Field(
+        description="Member → its factor, or one for each of its groups of weights; members that are not named take no part.",
+        min_length=1,
+    )
+    parameters: dict[str, Value] = Field(default_factory=dict, description="The method's parameters.")
+
+    def recipe(self) -> Recipe:
+        """The recipe itself.
+
+        Raises:
+            MethodError: Method, parameter or value is unknown or out of bounds, or the method is not linear.
+        """
+        found = METHODS[self.method].complete(Recipe(self.method, flat(self.scaling), self.parameters))
+        if not is_linear(found):
+            raise MethodError(
+                f"'{self.method}' is not linear in its scaling factors, so that there is no gradient to follow"
+            )
+        return found
+
+
+class GradientSettings(DescentSettings):
+    """Gradient descent on scaling factors, from the defaults of methods that are linear in them, or from any recipe."""
+
+    methods: tuple[str, ...] = Field(
+        (),
+        description="Which of the search's methods that are linear in their factors; by default the one that knows most of "
+        "the members (RegMean before task arithmetic).",
+    )
+
+    start: GradientStart | None = Field(
+        None, description="A recipe to start from instead, another campaign's winner for instance."
+    )
+
+    def descent(self) -> DescentSettings:
+        """What the descent itself is told."""
+        return DescentSettings(**self.model_dump(exclude={"methods", "start"}))
+
+
+class SearchSettings(Settings):
+    """What is tried, how it is judged, and when to stop."""
+
+    methods: dict[str, MethodSpace] = Field(
+        default_factory=lambda: {name: MethodSpace() for name in DEFAULT_METHODS},
+        description="Methods to search over, each with overrides of its ranges; a list of names will do.",
+        min_length=1,
+    )
+    candidates: int = Field(64, ge=1, description="Candidates to evaluate, the anchors among them.")
+    seconds: float | None = Field(None, gt=0, description="Stop asking for candidates after this wall time.")
+    budget_examples: int | None = Field(
+        None, ge=1, description="Stop asking for candidates after so many evaluated examples, all tasks together."
+    )
+    patience: int | None = Field(
+        None, ge=1, description="Stop after so many candidates in a row that did not improve the best one."
+    )
+    min_delta: float = Field(0.0, ge=0, description="An improvement is better by more than this (see patience).")
+    scaling: Granularity = Field(
+        "per_member",
+        description="What has a scaling factor of its own: shared (all members have one), per_member, or every member in "
+        "each group of weights: per_depth (groups of layers), per_layer, per_pattern (patterns of weights' names). Many free "
+        "factors overfit validation.",
+    )
+    depth_groups: int = Field(4, ge=1, description="Into how many groups per_depth divides the layers, first to last.")
+    patterns: tuple[str, ...] = Field(
+        (), description="The groups of per_pattern (`*attention*`), no weight in two; the rest is one group more."
+    )
+    constraints: tuple[Constraint, ...] = Field(
+        (),
+        description="Bounds on tasks' scores, each {task: NAME, drop: 0.05} (at most so far below its own member) or "
+        "{task: NAME, floor: 0.6}, without `task` for every task; candidates that keep them all come first.",
+    )
+    objective: str | tuple[str, ...] = Field(
+        "mean",
+        description="What is maximised over tasks: mean, worst, normalized (by each task's own member), weighted, or a "
+        "task's name; with `expected_` before it, of 1 − expected error, which is smooth where a metric is flat. A list "
+        "searches for the Pareto front; its first decides which candidate wins.",
+    )
+    weights: dict[str, float] = Field(
+        default_factory=dict, description="Task → weight in the objective weighted; those not named count nothing."
+    )
+    examples: int | None = Field(None, ge=1, description="Validation examples a task and candidate; by default all.")
+    pruning: Policy = Field(
+        "none",
+        description="Which candidates are given up before all examples are measured: none; wilcoxon (clearly worse than the "
+        "best so far, by a paired test); halving (not among the better half at 1, 2, 4, … steps). Anchors never are.",
+    )
+    examples_per_step: int | None = Field(
+        None,
+        ge=1,
+        description="Examples of each task between two decisions; by default an eighth of the largest task (wilcoxon) or a "
+        "quarter (halving).",
+    )
+    anchor_examples: int | None = Field(
+        None,
+        ge=2,
+        description="Measure candidates on so many examples of each task, chosen by what base and members say of all, and "
+        "estimate the rest; by default on all.",
+    )
+    confirm: int = Field(
+        5,
+        ge=1,
+        description="With anchor_examples: the best candidates that are then measured on everything, beside the best of each "
+        "method; the winner is one of them.",
+    )
+    candidate_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="Wall time of one candidate, its method's preparation included; beyond it the candidate has failed, and "
+        "its evaluator is replaced.",
+    )
+    theory: bool = Field(
+        True,
+        description="Where a method is linear in its factors, and members have Fisher or Gram statistics: keep in the ledger "
+        "what the quadratic model of the losses predicts (`proxies`).",
+    )
+    theory_starts: bool = Field(
+        False,
+        description="With theory: also begin with the factors that minimise its prediction. They lower the loss, and seldom "
+        "raise accuracy (docs/starts.md).",
+    )
+    gradient: GradientSettings | None = Field(
+        None, description="Begin with scaling factors found by gradient descent on validation; `{}` for its defaults."
+    )
+    sampler: str = Field(
+        "tpe", description="Optuna sampler: " + ", ".join(sorted(SAMPLERS)) + " (ours: subsets from a k-DPP)."
+    )
+    sampler_arguments: dict[str, Any] = Field(default_factory=dict, description="Its arguments, as Optuna names them.")
+    history: int | None = Field(
+        500,
+        ge=100,
+        description="How many finished candidates the samplers tpe, gp and quality_diversity see, the best and the latest: "
+        "their proposals take longer with each; null for all. The others see what they need: nsga2, nsga3 and cmaes their last "
+        "two generations, qmc one candidate with each parameter.",
+    )
+    storage: str | None = Field(
+        None,
+        description="Optuna storage URL, without a password (PostgreSQL reads `PGPASSWORD` or `~/.pgpass`); by default a "
+        "journal file in the directory.",
+    )
+    identical_errors: int = Field(5, ge=1, description="Stop after this many equal errors in a row.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_of_methods(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("methods"), list | tuple):
+            return value | {"methods": {name: {} for name in value["methods"]}}
+        if isinstance(value, dict) and isinstance(value.get("methods"), dict):
+            return value | {"methods": {name: spec or {} for name, spec in value["methods"].items()}}
+        return value
+
+    @model_validator(mode="after")
+    def _no_password(self) -> "SearchSettings":
+        if self.storage is not None and storage.holds_secret(self.storage):
+            raise ValueError(
+                "storage: the URL holds a password, which would be saved with the campaign: leave it out, and give it by "
+                "PGPASSWORD, ~/.pgpass or the database's own option file"
+            )
+        return self
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """What is maximised; the first decides which candidate wins."""
+        return (self.objective,) if isinstance(self.objective, str) else self.objective
+
+    @model_validator(mode="after")
+    def _one_way_to_save(self) -> "SearchSettings":
+        if self.pruning != "none" and self.anchor_examples is not None:
+            raise ValueError("`pruning` and `anchor_examples` do not go together: choose one")
+        if self.pruning != "none" and not isinstance(self.objective, str) and len(self.objective) > 1:
+            raise ValueError("`pruning` compares candidates by one objective, and there are several: set it to none")
+        return self
+
+    @model_validator(mode="after")
+    def _gradient_starts_in_the_search(self) -> "SearchSettings":
+        if self.gradient is None or self.gradient.start is None:
+            return self
+        if self.gradient.start.method not in self.methods:
+            raise ValueError(f"gradient.start: '{self.gradient.start.method}' is none of the search's methods")
+        try:
+            self.gradient.start.recipe()
+        except MethodError as error:
+            raise ValueError(f"gradient.start: {error}") from error
+        return self
+
+    @model_validator(mode="after")
+    def _patterns_go_with_per_pattern(self) -> "SearchSettings":
+        if (self.scaling == "per_pattern") != bool(self.patterns):
+            raise ValueError("`patterns` goes with `scaling: per_pattern`, which needs them")
+        return self

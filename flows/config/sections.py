@@ -1,0 +1,138 @@
+"""The sections of the campaign file but the search: data, statistics, selection, resources, and what comes at the end."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from flows.config.yaml_file import Settings
+from merging.optimization.distillation import DistillationSettings
+from merging.propagation import PropagationSettings
+from merging.statistics import (
+    LikelihoodSettings,
+    OutputGramSettings,
+    RepresentationSettings,
+    StatisticSettings,
+)
+from search.subsets.choose_subsets import Mode
+
+
+class BaseData(Settings):
+    """What the base itself learnt from: gradient_matching with `base_curvature: fisher` asks for the base's own Fisher."""
+
+    task: str | None = Field(
+        None,
+        description="Task whose training examples are the base's own data; the base must have its own head for it.",
+    )
+    statistics: tuple[str, ...] = Field(
+        (), description="Statistics files that somebody published for the base; used instead of data."
+    )
+    examples: int | None = Field(
+        None, ge=1, description="Training examples behind the base; by default the training split of `task`."
+    )
+
+
+class StatisticsSettings(Settings):
+    """How statistics are computed where no published file stands in for them."""
+
+    fisher: LikelihoodSettings = Field(default_factory=LikelihoodSettings, description="Diagonal Fisher information.")
+    gram: StatisticSettings = Field(
+        default_factory=StatisticSettings, description="Gram matrices of layer inputs (RegMean)."
+    )
+    output_gram: OutputGramSettings = Field(
+        default_factory=OutputGramSettings, description="Gram matrices of layer outputs' gradients (K-FAC)."
+    )
+    representation: RepresentationSettings = Field(
+        default_factory=RepresentationSettings,
+        description="Representations of examples, for the DPP's diversity.",
+    )
+    propagated: PropagationSettings = Field(
+        default_factory=PropagationSettings, description="The layer-by-layer solution of regmean_propagated."
+    )
+    cache: str | None = Field(
+        None,
+        description="Directory of computed statistics, shared between campaigns; by default the campaign's own.",
+    )
+    shard: int = Field(64, ge=1, description="Examples that one Ray task computes; a lost worker costs one shard.")
+
+
+class SelectionSettings(Settings):
+    """Which subsets of members the search may choose among."""
+
+    mode: Mode = Field(
+        "dpp-map",
+        description="dpp-map: the most diverse good subset of each size; dpp-sample: subsets drawn from a k-DPP; every: every "
+        "subset of these sizes, or 256 drawn from the k-DPP where there are more (the default with the sampler "
+        "quality_diversity); random: subsets drawn blindly; greedy-forward: the best member and those whose joining scores "
+        "most on validation, up to N (N + 1) / 2 candidates of the budget; greedy-soup: from the best member down, those that "
+        "do no harm, 2 N − 1 candidates; all: every member always; fixed: the subsets named here.",
+    )
+    sizes: tuple[int, ...] | None = Field(
+        None, min_length=1, description="Sizes of subsets; by default every size from 2 to 16."
+    )
+    draws: int = Field(4, ge=1, description="Subsets drawn for each size (dpp-sample, random).")
+    method: str | None = Field(
+        None, description="Method whose defaults the greedy modes merge with; by default the first of search.methods."
+    )
+    subsets: tuple[tuple[str, ...], ...] = Field((), description="The subsets (fixed).")
+    similarity: Literal["representation", "task-vector"] = Field(
+        "representation",
+        description="What S compares: representations of the same examples, or task vectors.",
+    )
+    centered: bool = Field(True, description="Centre representations, so that cosines tell members apart.")
+    quality: Literal["gain", "equal"] = Field(
+        "gain", description="q: relative gain over the base on the member's own task, or the same for all."
+    )
+
+    @model_validator(mode="after")
+    def _fixed_has_subsets(self) -> "SelectionSettings":
+        if (self.mode == "fixed") != bool(self.subsets):
+            raise ValueError("`subsets` goes with `mode: fixed`, and `mode: fixed` needs `subsets`")
+        return self
+
+
+class ResourceSettings(Settings):
+    """What the campaign takes of the machine or cluster; by default all of it, without crowding it."""
+
+    evaluators: int | None = Field(
+        None, ge=1, description="Evaluators at work at once; by default one a GPU, or a core."
+    )
+    threads: int = Field(1, ge=1, description="Torch threads of each process; more than one seldom pays on few cores.")
+    gpus: float | None = Field(
+        None, ge=0, description="GPUs of an evaluator (fractions share one); by default 1 if any."
+    )
+    memory: float | None = Field(
+        None,
+        gt=0,
+        description="GB that an evaluator asks its node for, so that no more of them start there than fit; by default nothing "
+        "is asked for.",
+    )
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="Of evaluation; bfloat16 is autocast.")
+    regime: Literal["auto", "resident", "sharded"] = Field(
+        "auto",
+        description="Where candidates are merged: resident (base and members lie in every evaluator), sharded (once in "
+        "the memory of the nodes, in shards, which send evaluators what they merged); auto is sharded where an evaluator has "
+        "no room for them.",
+    )
+    shards: int | None = Field(
+        None, ge=1, description="Shards of the sharded regime; by default one a node, or more where memory asks for it."
+    )
+    shard_memory: float | None = Field(
+        None, gt=0, description="Most memory of a shard in GB; by default four fifths of the smallest node's."
+    )
+    transport: Literal["store", "nixl"] = Field(
+        "store",
+        description="How merged weights come from shards to evaluators: through Ray's object store, or written straight into "
+        "the evaluators' memory through NIXL (by RDMA, shared memory or TCP; every node needs mergequest[nixl]).",
+    )
+    retries: int = Field(3, ge=0, description="How often work is tried again after a worker was lost.")
+
+
+class DistilSettings(DistillationSettings):
+    """A last step after the search, without labels: the members' outputs are distilled into all weights of the winner."""
+
+
+class TestSettings(Settings):
+    """The last measurement, read once."""
+
+    __test__ = False
+    top: int = Field(3, ge=1, description="Runners-up measured on test beside the winner, the winner included.")

@@ -1,0 +1,187 @@
+"""What the files that users write have in common: how they are read, checked, and their mistakes explained."""
+
+import os
+import re
+import uuid
+from collections.abc import Mapping
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from merging.errors import MergequestError, SettingsError
+from merging.io import storage
+from merging.registry import did_you_mean
+
+Model = TypeVar("Model", bound=BaseModel)
+MERGE_KEY = "tag:yaml.org,2002:merge"
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+Name = Annotated[str, Field(pattern=NAME, max_length=100)]
+"""What files and directories can be called by."""
+WORDS: Mapping[str, str] = {
+    "tuple_type": "expected a list",
+    "list_type": "expected a list",
+    "dict_type": "expected `key: value` entries",
+    "model_type": "expected `key: value` entries",
+    "too_short": "expected at least one",
+}
+"""What pydantic says in Python's words, in YAML's."""
+
+
+class Settings(BaseModel):
+    """A section of the campaign file: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MemberSettings(Settings):
+    """A checkpoint fine-tuned from the base."""
+
+    checkpoint: str = Field(
+        description="Hugging Face model directory (config.json + safetensors), or that of a PEFT LoRA adapter of the base."
+    )
+    statistics: tuple[str, ...] = Field(
+        (), description="Statistics files that somebody published for this checkpoint; used instead of data."
+    )
+    task: str | None = Field(None, description="The task it was fine-tuned on; by default the task of its own name.")
+    examples: int | None = Field(
+        None,
+        ge=1,
+        description="Training examples behind it (gradient matching); by default its task's training split.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"checkpoint": value}
+        if not isinstance(value, dict | MemberSettings):
+            raise ValueError("expected a checkpoint's directory, or `checkpoint:` and other settings")
+        return value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key may stand once: of two members of one name, the last would be taken without a word."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.tag != MERGE_KEY:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"'{key.value}' stands there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def load_yaml(path: str) -> dict[str, Any]:
+    """A YAML file's mapping.
+
+    Raises:
+        SettingsError: It is missing, no YAML, or no mapping.
+    """
+    try:
+        value = yaml.load(storage.read_text(path), _Loader)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path} is not valid YAML: {error}") from error
+    except MergequestError as error:
+        raise SettingsError(str(error)) from error
+    if not isinstance(value, dict):
+        raise SettingsError(
+            f"{path} holds no settings: expected `key: value` lines; `mergequest init` writes an example"
+        )
+    return value
+
+
+def parent(path: str) -> str:
+    """The directory of a local file or an address."""
+    return storage.absolute(path).rpartition("/")[0]
+
+
+def resolve(path: str, root: str) -> str:
+    """`path` as it is if absolute or an address, else below `root`."""
+    if not storage.is_local(path):
+        return path
+    place = storage.local_path(path).expanduser()
+    return os.path.normpath(place if place.is_absolute() else storage.join(root, str(place)))
+
+
+def require_writable(path: str) -> None:
+    """Looks whether a directory could be written, before the work that fills it.
+
+    Raises:
+        SettingsError: It cannot, or there is a file in its place.
+        StorageError: The same of a remote one, where a small object is written and removed again.
+    """
+    if not storage.is_local(path):
+        probe = storage.join(path, f".{uuid.uuid4().hex}.probe")
+        storage.write_bytes(probe, b"")
+        storage.remove(probe)
+        return
+    place = storage.local_path(path)
+    if place.exists() and not place.is_dir():
+        raise SettingsError(f"{path} is a file; name a directory")
+    parent = next(p for p in (place, *place.absolute().parents) if p.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise SettingsError(f"there is no right to write in {parent}: choose another place with --out")
+
+
+def validate(model: type[Model], value: Mapping[str, Any], where: str) -> Model:
+    """`value` as a settings model.
+
+    Raises:
+        SettingsError: One line for every mistake, with the place in the file and the nearest known key.
+    """
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        lines = [f"  - {_explain(model, entry)}" for entry in error.errors(include_url=False)]
+        raise SettingsError(f"{where}: {len(lines)} mistake{'s' * (len(lines) > 1)}:\n" + "\n".join(lines)) from error
+
+
+def _explain(model: type[BaseModel], entry: Any) -> str:
+    """One mistake that pydantic found, in a user's words."""
+    place = ".".join(str(part) for part in entry["loc"])
+    if entry["type"] == "extra_forbidden":
+        known = sorted(_fields_at(model, entry["loc"][:-1]))
+        return f"{place}: unknown key. {did_you_mean(str(entry['loc'][-1]), known)}"
+    if entry["type"] == "missing":
+        return f"{place}: missing"
+    if entry["type"] == "union_tag_invalid":
+        kinds = re.findall(r"'(\w+)'", entry["ctx"]["expected_tags"])
+        return f"{place}.kind: unknown kind '{entry['ctx']['tag']}'. {did_you_mean(str(entry['ctx']['tag']), kinds)}"
+    if entry["loc"][-1:] == ("[key]",) and not isinstance(entry["input"], str):
+        above = ".".join(str(part) for part in entry["loc"][:-2])
+        return f"{above}: a name is needed, and YAML reads one of them as {entry['input']!r}: write it in quotes"
+    place = place.removesuffix(".[key]")
+    if entry.get("ctx", {}).get("pattern") == NAME:
+        found = repr(entry["input"])
+        return f"{place}: a name has letters, digits and . _ - only, and begins with a letter or digit (found {found})"
+    message = WORDS.get(entry["type"], str(entry["msg"]).removeprefix("Value error, "))
+    shown = "" if isinstance(entry["input"], dict) else f" (found {entry['input']!r})"
+    return f"{place}: {message}{shown}" if place else message
+
+
+def _fields_at(annotation: Any, loc: tuple[Any, ...]) -> set[str]:
+    """The keys that are known at a place of the file."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if not loc:
+            return set(annotation.model_fields)
+        field = annotation.model_fields.get(str(loc[0]))
+        return _fields_at(field.annotation, loc[1:]) if field else set()
+    inner = get_args(annotation)
+    if get_origin(annotation) is dict:
+        return _fields_at(inner[-1], loc[1:])
+    if get_origin(annotation) is Annotated:
+        return _fields_at(inner[0], loc)
+    if get_origin(annotation) in (Union, UnionType) and loc:  # a union that is told apart by a tag has it in the place
+        inner = tuple(
+            m for m in inner if "kind" in getattr(m, "model_fields", {}) and m.model_fields["kind"].default == loc[0]
+        )
+        loc = loc[1:]
+    return set().union(*(_fields_at(argument, loc) for argument in inner))

@@ -1,0 +1,206 @@
+"""What a campaign leaves behind, and where; one campaign a directory, one driver at a time."""
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from shlex import quote
+from typing import Any
+
+import yaml
+
+from flows.config.campaign_file import CAMPAIGN_FILE, Campaign, dump, load_campaign
+from flows.config.yaml_file import require_writable
+from flows.directory.lock import lease
+from merging.errors import LedgerError, PoolError, SettingsError, StorageError, TaskError
+from merging.io import storage
+from search.ledger.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Directory:
+    """A campaign's directory.
+
+    Args:
+        path: Local, or an fsspec address.
+    """
+
+    path: str
+
+    def __truediv__(self, name: str) -> str:
+        return storage.join(self.path, name)
+
+    @property
+    def ledger(self) -> str:
+        """The Parquet dataset."""
+        return self / "ledger"
+
+    @property
+    def outcomes(self) -> str:
+        """What models said of single test examples."""
+        return self / "outcomes"
+
+    @property
+    def best(self) -> str:
+        """The exported winner."""
+        return self.exported("best")
+
+    def exported(self, name: str) -> str:
+        """An exported candidate."""
+        return storage.join(self.path, "exports", name)
+
+    @property
+    def report(self) -> str:
+        """The HTML report."""
+        return self / "report.html"
+
+    def campaign(self) -> Campaign:
+        """The campaign that this directory holds, as it was resolved.
+
+        Raises:
+            SettingsError: It holds none.
+        """
+        if not storage.exists(self / CAMPAIGN_FILE):
+            raise SettingsError(
+                f"{self.path} holds no campaign (no {CAMPAIGN_FILE}): start one with `mergequest campaign run`"
+            )
+        return load_campaign(self / CAMPAIGN_FILE)
+
+    def check(self, campaign: Campaign) -> None:
+        """Looks whether this can be the campaign's directory.
+
+        Raises:
+            LedgerError: It holds measurements of another campaign, or other things.
+            SettingsError: It cannot be written, or would vanish with the job that this process runs in.
+        """
+        if "/runtime_resources/" in self.path:
+            raise SettingsError(
+                f"{self.path} lies in the job's temporary working directory and would vanish with it: give an absolute path "
+                "that all nodes see, or an s3:// address, with --out or as the file's `directory`"
+            )
+        require_writable(self.path)
+        if storage.exists(self / CAMPAIGN_FILE):
+            there = self.campaign()
+            if there.identity() != campaign.identity() and not self._may_become(there, campaign):
+                changed = ", ".join(_differences(there, campaign))
+                raise LedgerError(
+                    f"{self.path} holds another campaign ('{there.name}'; it differs in {changed}). Choose another directory "
+                    f"with --out, or go on with that one: mergequest campaign resume {quote(self.path)}"
+                )
+        elif [name for name in storage.list_dir(self.path) if not name.startswith(".") and name not in KNOWN]:
+            raise LedgerError(f"{self.path} is not empty and holds no campaign: choose another directory with --out")
+
+    def _may_become(self, there: Campaign, campaign: Campaign) -> bool:
+        """Whether nothing was measured yet that a corrected file contradicts: base and members say nothing of a selection."""
+        if not storage.list_dir(self.ledger):
+            return True
+        rows = Ledger(self.ledger, there.name).rows()
+        return _differences(there, campaign) == ["selection"] and all(row.origin == "reference" for row in rows)
+
+    def check_pool(self, found: Mapping[str, Any]) -> None:
+        """Looks whether base, members and evaluation data are those that the ledger's scores were measured on.
+
+        Args:
+            found: `Opened.fingerprints` of what is there now.
+
+        Raises:
+            PoolError: A checkpoint has changed since.
+            TaskError: A task's data have.
+        """
+        if not storage.exists(self / POOL) or not storage.list_dir(self.ledger):
+            return
+        before = storage.read_json(self / POOL)
+        remedy = "Put back what was there, or run the campaign anew in another directory"
+        for name, checkpoint in found["checkpoints"].items():
+            if before["checkpoints"].get(name) != checkpoint:
+                raise PoolError(
+                    f"'{name}' is not the checkpoint that this campaign was run on: its scores say nothing of the one that is "
+                    f"there now. {remedy}"
+                )
+        for task, splits in found["data"].items():
+            for split, examples in splits.items():
+                if before["data"].get(task, {}).get(split) != examples:
+                    raise TaskError(
+                        f"task '{task}': the {split} examples are not those that this campaign was measured on, and scores on "
+                        f"both cannot be compared. {remedy}"
+                    )
+
+    def claim(self, campaign: Campaign, pool: Mapping[str, Any]) -> None:
+        """Keeps the resolved campaign file and the pool's fingerprints, which makes this the campaign's directory."""
+        storage.write_text(self / CAMPAIGN_FILE, dump(campaign))
+        storage.write_json(self / POOL, dict(pool))
+
+    def is_finished(self, campaign: Campaign) -> bool:
+        """Whether this very budget was spent here, and what it led to is still there."""
+        places = (self / DONE, self.report, storage.join(self.best, "config.json"))
+        return all(map(storage.exists, places)) and storage.read_json(self / DONE) == _budget(campaign)
+
+    def finish(self, campaign: Campaign) -> None:
+        """Notes that the campaign's budget is spent, and its winner exported."""
+        storage.write_json(self / DONE, _budget(campaign))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other drivers out of this directory for the block; the lock dies with its process.
+
+        Raises:
+            LedgerError: Another driver is at work here.
+            StorageError: There is no right to write here.
+        """
+        if not storage.is_local(self.path):
+            with lease(self / LEASE, f"this campaign ({self.path})"):
+                yield
+            return
+        storage.make_dir(self.path)
+        handle = os.open(storage.local_path(self / ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise LedgerError(
+                    f"another mergequest is running this campaign ({self.path}): wait for it, or stop it"
+                ) from error
+            yield
+        finally:
+            os.close(handle)
+
+    def read_timings(self) -> dict[str, float]:
+        """Phase → seconds over all runs so far."""
+        try:
+            return dict(storage.read_json(self / "timings.json"))
+        except StorageError:
+            return {}
+
+    def write_timings(self, timings: dict[str, float]) -> None:
+        """Keeps the seconds of each phase."""
+        storage.write_json(self / "timings.json", {name: round(value, 3) for name, value in timings.items()})
+
+
+DONE = "done.json"
+LEASE = ".lease.json"
+POOL = "pool.json"
+FACTS = "facts.json"
+"""What reading every weight of the pool told."""
+KNOWN = ("members", "data", "statistics", FACTS)
+"""What may lie in a directory before its campaign does: the quick start's pool, and statistics computed ahead."""
+
+
+def _budget(campaign: Campaign) -> list[object]:
+    """What a finished campaign has spent; with more of it, there is more to do."""
+    settings = campaign.search
+    return [
+        campaign.identity(),
+        settings.candidates,
+        settings.seconds,
+        campaign.test.top,
+        settings.budget_examples,
+        settings.patience,
+        settings.min_delta,
+    ]
+
+
+def _differences(one: Campaign, other: Campaign) -> list[str]:
+    """The top-level settings in which two campaigns differ."""
+    first, second = (yaml.safe_load(dump(campaign)) for campaign in (one, other))
+    return sorted(key for key in first if first[key] != second[key] and key not in ("directory", "resources", "test"))

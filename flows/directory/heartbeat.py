@@ -1,0 +1,86 @@
+"""A driver's signs of life: a small file in the campaign's directory, for whoever looks from another machine."""
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from merging.errors import MergequestError, StorageError
+from merging.io import storage
+
+if TYPE_CHECKING:
+    from search.budget import Progress
+
+FILE = "progress.json"
+BEAT = 5.0
+"""Seconds between two signs of life."""
+
+
+@dataclass
+class Pulse:
+    """What a driver is doing; whoever does it says so.
+
+    Args:
+        phase: What is under way.
+        evaluators: Says how many evaluators there are, and how many are at work.
+        progress: How the search gets on, once it does.
+    """
+
+    phase: str = ""
+    evaluators: Callable[[], tuple[int, int]] = lambda: (0, 0)
+    progress: "Progress | None" = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The file's content, but for who writes it."""
+        there, busy = self.evaluators()
+        progress = self.progress
+        return {
+            "heard": datetime.now(UTC).isoformat(timespec="seconds"),
+            "phase": self.phase,
+            "evaluators": there,
+            "busy": busy,
+            "per_minute": progress.per_minute if progress else None,
+            "seconds_left": progress.seconds_left if progress else None,
+        }
+
+
+@contextmanager
+def heartbeat(directory: str, pulse: Pulse, every: float = BEAT) -> Iterator[None]:
+    """Writes `progress.json` for the block, every few seconds, and at its end how that came.
+
+    A store that is away for a while stops nothing: the file is for looking at.
+
+    Args:
+        directory: The campaign's directory.
+        pulse: What to write.
+        every: Seconds between two writes.
+    """
+    path, who = storage.join(directory, FILE), {"host": socket.gethostname(), "pid": os.getpid()}
+
+    def write(ended: str | None) -> None:
+        with suppress(StorageError):
+            storage.write_json(path, {**pulse.as_dict(), **who, "ended": ended})
+
+    def beat() -> None:
+        while True:
+            write(None)
+            if done.wait(every):
+                return
+
+    done, ended = threading.Event(), "finished"
+    beats = threading.Thread(target=beat, name="mergequest-heartbeat", daemon=True)
+    beats.start()
+    try:
+        yield
+    except BaseException as error:
+        told = f": {error}" if isinstance(error, MergequestError) else ""  # what others say may hold anything
+        ended = "interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__ + told
+        raise
+    finally:
+        done.set()
+        beats.join()
+        write(ended)

@@ -1,0 +1,140 @@
+"""One driver at a time where no operating system keeps a lock: a small object, renewed while its holder lives."""
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import psutil
+
+from merging.errors import LedgerError, StorageError
+from merging.io import storage
+
+BEAT = 10.0
+"""Seconds between two signs of life."""
+SILENCE = 3 * BEAT
+"""A holder that gave none for so long is taken for dead."""
+SETTLE = 1.0
+"""Seconds after which of several that took a dead holder's place on a store without conditions, the last one stays."""
+TAKEN = signal.SIGUSR1
+"""Interrupts the main thread, also of a process that was started in the background, where SIGINT is ignored."""
+
+
+class _Taken(BaseException):
+    """Somebody else holds the lease now."""
+
+
+@contextmanager
+def lease(path: str, what: str) -> Iterator[None]:
+    """Holds the lease at `path` for the block; ends the block when somebody else took it meanwhile.
+
+    A holder that was killed is noticed at once on its own machine, and elsewhere by its silence: no clocks are
+    compared, the object is watched for `SILENCE` seconds.
+
+    Args:
+        path: Address of the object.
+        what: What is held, for messages.
+
+    Raises:
+        LedgerError: Somebody else holds it, or took it while this process did not run.
+        StorageError: There is no right to write there.
+    """
+    mine = {"owner": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
+    _take(path, mine, what)
+    done, lost = threading.Event(), threading.Event()
+    beats = threading.Thread(target=_beat, args=(path, mine, done, lost), name="mergequest-lease", daemon=True)
+    before = signal.signal(TAKEN, _stop)
+    beats.start()
+    try:
+        yield
+    except _Taken:
+        raise LedgerError(
+            f"another mergequest took over {what} while this one gave no sign of life: it goes on there"
+        ) from None
+    finally:
+        done.set()
+        beats.join()
+        signal.signal(TAKEN, before)
+        if not lost.is_set():
+            with suppress(StorageError):
+                storage.remove(path)
+
+
+def _stop(number: int, frame: object) -> None:
+    raise _Taken
+
+
+def _take(path: str, mine: dict[str, Any], what: str) -> None:
+    """Becomes the holder."""
+    if storage.create(path, _encoded(mine, 0)):
+        return
+    found = _read(path)
+    if found is not None and not _is_dead(found):
+        seen, until = found, time.monotonic() + SILENCE
+        while time.monotonic() < until:
+            time.sleep(min(BEAT / 10, 1.0))
+            found = _read(path)
+            if found is None:
+                break
+            if found != seen:
+                raise LedgerError(
+                    f"another mergequest is running {what}: process {found.get('pid')} on {found.get('host')}. Wait for it, "
+                    "or stop it there"
+                )
+    with suppress(StorageError):
+        storage.remove(path)
+    if not storage.create(path, _encoded(mine, 0)):
+        raise LedgerError(f"another mergequest has just started {what}: wait for it, or stop it")
+    time.sleep(SETTLE)
+    if (_read(path) or {}).get("owner") != mine["owner"]:
+        raise LedgerError(f"another mergequest has just started {what}: wait for it, or stop it")
+
+
+def _beat(path: str, mine: dict[str, Any], done: threading.Event, lost: threading.Event) -> None:
+    """Gives signs of life until `done`; interrupts the main thread when the lease is somebody else's."""
+    number = 0
+    while not done.wait(BEAT):
+        number += 1
+        try:
+            found = _read(path)
+            if found is not None and found.get("owner") != mine["owner"]:
+                lost.set()
+                signal.pthread_kill(threading.main_thread().ident or 0, TAKEN)
+                return
+            storage.write_bytes(path, _encoded(mine, number))
+        except StorageError:
+            continue  # the store is away: whoever comes back first finds out
+
+
+def _read(path: str) -> dict[str, Any] | None:
+    """What the lease says; None where there is none."""
+    try:
+        found = storage.read_json(path)
+    except StorageError:
+        if storage.exists(path):
+            raise
+        return None
+    return found if isinstance(found, dict) else {}
+
+
+def _is_dead(found: dict[str, Any]) -> bool:
+    """Whether the holder was a process of this machine that is no more."""
+    return found.get("host") == socket.gethostname() and _born(int(found.get("pid", 0))) != found.get("born")
+
+
+def _born(pid: int) -> float | None:
+    """When a process of this machine started, which tells it from another of its number."""
+    try:
+        return float(psutil.Process(pid).create_time())
+    except psutil.Error:
+        return None
+
+
+def _encoded(mine: dict[str, Any], beat: int) -> bytes:
+    return json.dumps(mine | {"beat": beat}).encode()

@@ -1,0 +1,1 @@
+"""A campaign's results for readers: table, page, figures, significance."""

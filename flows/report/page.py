@@ -1,0 +1,214 @@
+"""The report: one HTML file that needs nothing but itself, from the ledger of a campaign, finished or not."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from math import isfinite
+from typing import Any, TypedDict
+
+import optuna
+import plotly.io
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from flows.report import figures, significance, table
+from flows.report.figures.style import number, objective_axis
+from flows.report.table import TableRow
+from flows.report.test_answers import Values
+from search.candidate import ANCHORS, searched_split
+from search.ledger.distinct import distinct
+from search.ledger.row import Row
+from search.objective import best
+from search.subsets.choose_subsets import Selection
+
+TOP = 10
+"""Candidates that are shown one by one."""
+
+
+class Facts(TypedDict, total=False):
+    """What the ledger does not know of its campaign; whatever is missing is left out of the report.
+
+    Args:
+        name: The campaign's name.
+        objective: What was maximised, in words ("mean").
+        base: Path of the base checkpoint.
+        members: Member → path of its checkpoint.
+        tasks: Task → a few words on it (kind, metric, numbers of examples).
+        phases: Phase of the campaign → seconds of wall time.
+        commands: Command lines that reproduce the campaign.
+        versions: Package or part → version.
+        notes: What the user was told along the way.
+        written: When the report was written.
+    """
+
+    name: str
+    objective: str
+    base: str
+    members: Mapping[str, str]
+    tasks: Mapping[str, str]
+    phases: Mapping[str, float]
+    commands: Sequence[str]
+    versions: Mapping[str, str]
+    notes: Sequence[str]
+    written: str
+
+
+NO_FACTS: Facts = {
+    "name": "Campaign",
+    "objective": "",
+    "base": "",
+    "members": {},
+    "tasks": {},
+    "phases": {},
+    "commands": (),
+    "versions": {},
+    "notes": (),
+    "written": "",
+}
+
+
+def render(
+    rows: Sequence[Row],
+    *,
+    tasks: Sequence[str],
+    selection: Selection | None = None,
+    study: optuna.Study | None = None,
+    facts: Facts | None = None,
+    outcomes: Callable[[str], Values] = lambda _: {},
+) -> str:
+    """The report as one HTML page that needs no network.
+
+    Args:
+        rows: The ledger; may lack whatever a campaign has not come to yet.
+        tasks: The campaign's tasks, in its order.
+        selection: The subsets of members that the search chose among.
+        study: The Optuna study, for the importance of its parameters; without one, the ledger serves.
+        facts: What else to tell.
+        outcomes: Candidate → what was kept of single test examples, for paired differences.
+    """
+    given: Facts = {**NO_FACTS, **(facts or {})}
+    looks = figures.Looks(rows)
+    lines = table.results_table(rows, tasks)
+    compared = significance.compare(lines, outcomes)
+    ranked = distinct(best(rows, len(rows)))
+    estimated = {row.candidate: row for row in best(rows, len(rows), ANCHORS)}
+    plots = {
+        "beside": figures.beside(compared, looks),
+        "history": figures.history(rows, looks),
+        "front": figures.front(rows, looks),
+        "scaling": figures.scaling(rows, looks),
+        "importance": figures.importance(rows, study),
+        "share": figures.share(rows),
+        "similarity": figures.similarity(selection),
+        "profile": figures.profile(rows, tasks, TOP),
+        "seconds": figures.seconds(rows, looks),
+        "timeline": figures.timeline(rows, looks),
+    }
+    shown = {name: plot for name, plot in plots.items() if plot is not None}
+    page: str = _template().render(
+        facts=given,
+        tasks=tasks,
+        lines=lines,
+        columns=table.columns(lines),
+        caption=table.caption(lines),
+        times=table.factor(lines),
+        shown_times=objective_axis([*ranked, *estimated.values()])[0],
+        text=table.text,
+        in_words=table.in_words,
+        number=number,
+        headline=_headline(lines),
+        compared=significance.foremost(compared),
+        comparison_columns=significance.COLUMNS,
+        comparison_caption=significance.caption(compared),
+        comparison_cells=significance.cells,
+        lead=next((entry.behind for entry in compared if entry.line.kind == "average"), None),
+        counts=_counts(rows),
+        winner=ranked[0] if ranked else None,
+        recipe=_recipe(ranked[0], given) if ranked else "",
+        top=(ranked or distinct(estimated.values()))[:TOP],
+        estimated=estimated,
+        objective_of=table.objective_of,
+        line_of={line.row.candidate: line for line in lines},
+        selection=selection,
+        failures=_failures(rows),
+        plots=shown,
+        figures=Markup(_as_script({name: json.loads(plotly.io.to_json(plot)) for name, plot in shown.items()})),
+        plotly=Markup(get_plotlyjs()),
+    )
+    return page
+
+
+@cache
+def _template() -> Any:
+    environment = Environment(
+        loader=PackageLoader("flows", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["duration"] = _duration
+    return environment.get_template("report.html.j2")
+
+
+def _as_script(value: Any) -> str:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(value, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _headline(lines: Sequence[TableRow]) -> dict[str, TableRow]:
+    """The lines that a reader looks for first, by what they are: winner, average, member."""
+    found: dict[str, TableRow] = {line.kind: line for line in lines if line.kind in ("winner", "average")}
+    members = [line for line in lines if line.kind == "member" and line.validation is not None]
+    if members:  # chosen as the winner was: by validation
+        found["member"] = max(members, key=lambda line: line.validation.value if line.validation else 0.0)
+    return found
+
+
+def _counts(rows: Sequence[Row]) -> dict[str, float]:
+    """Candidates by what became of them, and seconds from the first to the last evaluation."""
+    split = searched_split(rows)
+    tried = [row for row in rows if row.origin in ("anchor", "search") and row.split == split]
+    counts: dict[str, float] = {
+        status: sum(row.status == status for row in tried) for status in ("complete", "failed", "pruned")
+    }
+    counts["seconds"] = (
+        (max(row.finished for row in rows) - min(row.started for row in rows)).total_seconds() if rows else 0.0
+    )
+    counts["confirmed"] = len(best(rows, len(rows)))
+    return counts
+
+
+def _failures(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Errors, the most frequent first, and the rows that failed by each."""
+    grouped: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.status == "failed":
+            grouped.setdefault(row.error or "no message", []).append(row)
+    return sorted(grouped.items(), key=lambda item: -len(item[1]))
+
+
+def _recipe(row: Row, facts: Facts) -> str:
+    """The recipe file of a candidate, with the checkpoints' paths where they are known."""
+    paths = facts["members"]
+    value: dict[str, Any] = {"base": facts["base"]}
+    value["members"] = {name: {"checkpoint": paths[name]} if name in paths else {} for name in row.members}
+    recipe = row.recipe.as_dict()
+    value |= {"method": recipe["method"], "scaling": recipe["scaling"]}
+    if recipe["parameters"]:
+        value["parameters"] = recipe["parameters"]
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if not isfinite(seconds):
+        return table.NOTHING
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

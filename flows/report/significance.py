@@ -1,0 +1,156 @@
+"""Validation beside test, and how far the winner is from the others on the same test examples: is it any better, really?"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import hypot, isfinite, sqrt
+
+import numpy as np
+from rich import box
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from flows.report.table import NOTHING, Cell, TableRow, factor, markdown_line, text
+from flows.report.test_answers import Values
+
+COLUMNS = ("validation", "test", "test − validation", "winner − this")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much the winner's mean over tasks is above another's on test.
+
+    Args:
+        value: The difference of the scores.
+        standard_error: Over the choice of test examples.
+        is_paired: Whether the examples were compared one by one, in every task. Where a metric is no mean over examples, or
+            single answers were not kept, the error is that of two independent samples, which is mostly too large.
+    """
+
+    value: float
+    standard_error: float
+    is_paired: bool
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A line of the comparison: mean scores over tasks.
+
+    Args:
+        line: The line of the results table.
+        validation: What the search saw.
+        test: What it did not see.
+        change: Test − validation, whose examples are independent of each other.
+        behind: Winner − this, on test; None for the winner itself.
+    """
+
+    line: TableRow
+    validation: Cell
+    test: Cell
+    change: Cell
+    behind: Difference | None
+
+
+def compare(lines: Sequence[TableRow], outcomes: Callable[[str], Values]) -> list[Compared]:
+    """The lines that were measured on both splits, the winner first, then those that were best on validation.
+
+    Args:
+        lines: The results table.
+        outcomes: Candidate → what was kept of single test examples.
+    """
+    winner = next((line for line in lines if line.kind == "winner" and line.mean is not None), None)
+    if winner is None:
+        return []
+    own, found = outcomes(winner.row.candidate), []
+    for line in lines:
+        validation, test = line.validation, line.mean
+        if validation is None or test is None or line.kind == "base":
+            continue
+        change = Cell(test.value - validation.value, hypot(validation.standard_error, test.standard_error))
+        behind = None if line is winner else difference(winner, line, own, outcomes(line.row.candidate))
+        found.append(Compared(line, validation, test, change, behind))
+    return sorted(found, key=lambda entry: (entry.line is not winner, -entry.validation.value))
+
+
+def foremost(compared: Sequence[Compared]) -> list[Compared]:
+    """The few to look at first: winner, runners-up, the best of another method, the plain average, the best member.
+
+    All are chosen by validation, as the winner was.
+    """
+    methods = [entry for entry in compared if entry.line.kind == "method"]
+    members = [entry for entry in compared if entry.line.kind == "member"]
+    best = [*sorted(methods, key=lambda entry: -(entry.line.row.objective or 0.0))[:1], *members[:1]]
+    return [entry for entry in compared if entry.line.kind in ("winner", "runner-up", "average") or entry in best]
+
+
+def difference(winner: TableRow, other: TableRow, own: Values, others: Values) -> Difference | None:
+    """Winner − other of the mean over tasks on test; None where a task was not measured.
+
+    The variance of a task's difference is that of the mean of the examples' differences, s²/N: what both get right or
+    wrong adds nothing to it. Tasks are independent of each other.
+    """
+    values, variances, is_paired = [], [], True
+    for task, cell in winner.scores.items():
+        against = other.scores[task]
+        if cell is None or against is None:
+            return None
+        values.append(cell.value - against.value)
+        if task in own and task in others and len(own[task]) == len(others[task]) > 1:
+            gaps = own[task].astype(np.float64) - others[task]
+            variances.append(float(gaps.var(ddof=1)) / len(gaps))
+        else:
+            is_paired = False
+            variances.append(cell.standard_error**2 + against.standard_error**2)
+    return Difference(sum(values) / len(values), sqrt(sum(variances)) / len(values), is_paired)
+
+
+def cells(entry: Compared, times: int) -> list[str]:
+    """A line's cells as they are read, in the order of `COLUMNS`."""
+    change = signed(entry.change.value, entry.change.standard_error, times)
+    return [text(entry.validation, times), text(entry.test, times), change, in_words(entry.behind, times)]
+
+
+def in_words(behind: Difference | None, times: int) -> str:
+    """A difference as it is read: `+1.2 ± 0.6`."""
+    if behind is None:
+        return NOTHING
+    return signed(behind.value, behind.standard_error, times) + ("" if behind.is_paired else " (unpaired)")
+
+
+def signed(value: float, error: float, times: int) -> str:
+    """A difference and its standard error as they are read."""
+    digits = 1 if times == 100 else 3
+    shown = f"{value * times:+.{digits}f}".replace("-", "−")
+    return f"{shown} ± {error * times:.{digits}f}" if isfinite(error) else shown
+
+
+def caption(compared: Sequence[Compared]) -> str:
+    """What the numbers are, and what they say."""
+    percent = " × 100" if factor([entry.line for entry in compared]) == 100 else ""
+    is_paired = all(entry.behind.is_paired for entry in compared if entry.behind is not None)
+    return (
+        f"Means over tasks{percent} ± standard error. The winner was chosen by validation: where it falls more from validation "
+        "to test than models that nothing chose (members, plain average), that much of its lead was luck. Winner − this "
+        "compares the answers to the same test examples."
+        + ("" if is_paired else " Unpaired: single answers were not kept, or the metric is no mean over examples.")
+    )
+
+
+def as_rich(compared: Sequence[Compared]) -> RichTable:
+    """The foremost lines for the terminal."""
+    times = factor([entry.line for entry in compared])
+    rich = RichTable(caption=caption(compared), caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    rich.add_column("validation beside test")
+    for name in COLUMNS:
+        rich.add_column(Text(name), justify="right", no_wrap=True)
+    for entry in foremost(compared):
+        style = "green" if entry.line.kind == "winner" else None
+        rich.add_row(Text(entry.line.label), *map(Text, cells(entry, times)), style=style)
+    return rich
+
+
+def as_markdown(compared: Sequence[Compared]) -> str:
+    """The foremost lines in GitHub's Markdown."""
+    times = factor([entry.line for entry in compared])
+    lines = [markdown_line(["model", *COLUMNS]), markdown_line([":--", *("--:" for _ in COLUMNS)])]
+    lines += [markdown_line([entry.line.label, *cells(entry, times)]) for entry in foremost(compared)]
+    return "\n".join([*lines, "", caption(compared), ""])

@@ -1,0 +1,275 @@
+"""The results table: what every reader asks first, for the terminal, the report and the model card alike."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import isclose, isfinite, sqrt
+from typing import Literal, TypeAlias
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from search.ledger.distinct import distinct, weights_of
+from search.ledger.row import Row
+from search.objective import best
+
+Kind: TypeAlias = Literal["base", "member", "average", "method", "runner-up", "winner"]
+MEAN = "mean"
+WORST = "worst task"
+VALIDATION = "validation mean"
+NOTHING = "–"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A score and its standard error, NaN where that is unknown."""
+
+    value: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A line of the results table.
+
+    Args:
+        label: What it is, in words.
+        kind: Why it is there.
+        row: The ledger's row that it stands for: on validation where there is one, else on test.
+        scores: Task → test score; None where it was not measured.
+        mean: Mean over tasks of the test scores.
+        worst: The least of the test scores.
+        worst_task: The task of the least.
+        validation: Mean over tasks of the validation scores.
+        best: Names of the columns in which no line is better: tasks, `MEAN`, `WORST`.
+    """
+
+    label: str
+    kind: Kind
+    row: Row
+    scores: dict[str, Cell | None]
+    mean: Cell | None = None
+    worst: Cell | None = None
+    worst_task: str | None = None
+    validation: Cell | None = None
+    best: frozenset[str] = frozenset()
+
+    def cell(self, column: str) -> Cell | None:
+        """The score in the column of a task, or in `MEAN`, `WORST` or `VALIDATION`."""
+        summary = {MEAN: self.mean, WORST: self.worst, VALIDATION: self.validation}
+        return summary[column] if column in summary else self.scores[column]
+
+
+def plain_average(rows: Sequence[Row], split: str = "validation") -> Row | None:
+    """The average of the most members with equal weights."""
+    anchors = [
+        row for row in best(rows, len(rows), split) if row.method == "average" and len(set(row.scaling.values())) == 1
+    ]
+    return max(anchors, key=lambda row: (len(row.members), row.origin == "anchor"), default=None)
+
+
+def objective_of(row: Row) -> Cell | None:
+    """A row's objective; its standard error is known where it is the mean over tasks."""
+    if row.objective is None:
+        return None
+    mean = _mean(_scores(row, list(row.scores)))
+    is_mean = mean is not None and isclose(mean.value, row.objective, rel_tol=1e-9)
+    return Cell(row.objective, mean.standard_error if mean is not None and is_mean else float("nan"))
+
+
+def in_words(method: str) -> str:
+    """A method's name as a reader wants it."""
+    return method.replace("_", " ")
+
+
+def results_table(rows: Sequence[Row], tasks: Sequence[str]) -> list[TableRow]:
+    """The table of base, members, plain average, best of each method, runners-up on test, and the winner.
+
+    A merge has one line, though it was found twice: the plain average that is the best of its method is only the plain
+    average, and the best of the winner's method is the winner, which comes last.
+
+    Args:
+        rows: The ledger, in order; complete rows are used.
+        tasks: The columns.
+    """
+    complete = [row for row in rows if row.status == "complete"]
+    lines: dict[object, tuple[str, Kind, Row]] = {}
+
+    def add(label: str, kind: Kind, row: Row | None) -> None:
+        if row is not None:
+            lines.setdefault(weights_of(row), (label, kind, row))
+
+    ranked = distinct(best(rows, len(rows)))
+    best_of = {row.method: row for row in reversed(ranked)}
+    measured = {row.candidate for row in complete if row.split == "test"}
+    winner = weights_of(ranked[0]) if ranked else None
+    references = [row for row in complete if row.origin == "reference"]
+    for row in sorted(references, key=lambda row: len(row.members)):
+        add(
+            "member " + ", ".join(row.members) if row.members else "base",
+            "member" if row.members else "base",
+            row,
+        )
+    if (average := plain_average(rows)) is not None and weights_of(average) != winner:
+        add("plain average", "average", average)
+    for row in sorted(best_of.values(), key=lambda row: row.objective or 0.0):
+        if weights_of(row) != winner:
+            add(f"best {in_words(row.method)}", "method", row)
+    for place, row in reversed(list(enumerate(ranked[1:], start=2))):
+        if row.candidate in measured:
+            add(f"runner-up {place}: {in_words(row.method)}", "runner-up", row)
+    if ranked:
+        is_average = average is not None and weights_of(average) == winner
+        add(f"winner: {'plain average' if is_average else in_words(ranked[0].method)}", "winner", ranked[0])
+    return _mark_best([_line(*line, complete, tasks) for line in lines.values()], [*tasks, MEAN, WORST])
+
+
+def _line(label: str, kind: Kind, row: Row, complete: Sequence[Row], tasks: Sequence[str]) -> TableRow:
+    splits = {other.split: other for other in complete if other.candidate == row.candidate}
+    scores = _scores(splits.get("test"), tasks)
+    known = {task: cell for task, cell in scores.items() if cell is not None}
+    worst = min(known, key=lambda task: known[task].value) if len(known) == len(tasks) and tasks else None
+    return TableRow(
+        label=label,
+        kind=kind,
+        row=row,
+        scores=scores,
+        mean=_mean(scores),
+        worst=known[worst] if worst is not None else None,
+        worst_task=worst,
+        validation=_mean(_scores(splits.get("validation"), tasks)),
+    )
+
+
+def _scores(row: Row | None, tasks: Sequence[str]) -> dict[str, Cell | None]:
+    if row is None:
+        return dict.fromkeys(tasks)
+    return {
+        task: Cell(row.scores[task], row.standard_errors.get(task, float("nan")))
+        if isfinite(row.scores.get(task, float("nan")))
+        else None
+        for task in tasks
+    }
+
+
+def _mean(scores: dict[str, Cell | None]) -> Cell | None:
+    """Mean over tasks, whose examples are independent of each other; None unless all were measured."""
+    cells = [cell for cell in scores.values() if cell is not None]
+    if not cells or len(cells) < len(scores):
+        return None
+    error = sqrt(sum(cell.standard_error**2 for cell in cells)) / len(cells)
+    return Cell(sum(cell.value for cell in cells) / len(cells), error)
+
+
+def _mark_best(table: list[TableRow], columns: Sequence[str]) -> list[TableRow]:
+    tops = {
+        column: max((cell.value for line in table if (cell := line.cell(column)) is not None), default=None)
+        for column in columns
+    }
+    return [
+        replace(
+            line,
+            best=frozenset(
+                column for column in columns if (cell := line.cell(column)) is not None and cell.value == tops[column]
+            ),
+        )
+        for line in table
+    ]
+
+
+def factor(table: Sequence[TableRow]) -> int:
+    """What scores are multiplied by to be read: 100 where all lie within ±1, else 1."""
+    cells = [cell for line in table for cell in (*line.scores.values(), line.validation) if cell is not None]
+    return factor_of([cell.value for cell in cells])
+
+
+def factor_of(scores: Sequence[float]) -> int:
+    """100 where all scores lie within ±1, else 1."""
+    return 100 if all(abs(score) <= 1 for score in scores) else 1
+
+
+def text(cell: Cell | None, times: int, *, exact: bool = True) -> str:
+    """A score as it is read: `72.8 ± 0.6`, or without its standard error."""
+    if cell is None:
+        return NOTHING
+    digits = 1 if times == 100 else 3
+    value = f"{cell.value * times:.{digits}f}"
+    is_known = exact and isfinite(cell.standard_error)
+    return f"{value} ± {cell.standard_error * times:.{digits}f}" if is_known else value
+
+
+def shown(line: TableRow, column: str, times: int, *, exact: bool = True) -> str:
+    """A line's cell as it is read; the worst task's with the task's name."""
+    name = f" ({line.worst_task})" if column == WORST and line.worst_task is not None else ""
+    return text(line.cell(column), times, exact=exact) + name
+
+
+def columns(table: Sequence[TableRow]) -> list[str]:
+    """Names of the table's columns after the label: tasks, mean, worst task, validation mean."""
+    return [*(table[0].scores if table else ()), MEAN, WORST, VALIDATION]
+
+
+def caption(table: Sequence[TableRow]) -> str:
+    """What the numbers are, in one sentence."""
+    percent = " × 100" if factor(table) == 100 else ""
+    if not any(cell for line in table for cell in line.scores.values()):
+        return f"Nothing has been measured on test yet; validation mean{percent} ± standard error."
+    return f"Test scores{percent} ± standard error; the winner was chosen on validation, then measured once."
+
+
+def as_rich(table: Sequence[TableRow], width: int | None = None) -> RichTable:
+    """The table for the terminal; the best of each column is bold, the winner's line green.
+
+    Args:
+        table: The lines.
+        width: Characters that there are; where they do not hold everything, tasks go without standard errors, then they
+            are left out.
+    """
+    whole, brief = columns(table), [MEAN, WORST, VALIDATION]
+    fullest = _as_rich(table, whole, exact=whole)
+    if width is None or _width(fullest) <= width:
+        return fullest
+    shorter = _as_rich(table, whole, exact=[MEAN, VALIDATION])
+    return shorter if _width(shorter) <= width else _as_rich(table, brief, exact=brief)
+
+
+def _as_rich(table: Sequence[TableRow], names: Sequence[str], exact: Sequence[str]) -> RichTable:
+    """These columns, those of `exact` with standard errors."""
+    times, left_out = factor(table), len(columns(table)) - len(names)
+    more = f" The {left_out} tasks are in the report." if left_out else ""
+    rich = RichTable(caption=caption(table) + more, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    rich.add_column("model")
+    for name in names:
+        rich.add_column(Text(name), justify="right")
+    for line in table:
+        cells = [
+            Text(shown(line, name, times, exact=name in exact), style="bold" if name in line.best else "")
+            for name in names
+        ]
+        rich.add_row(Text(line.label), *cells, style="green" if line.kind == "winner" else None)
+    return rich
+
+
+def _width(table: RichTable) -> int:
+    """Characters that a table takes without its caption, which wraps."""
+    console = Console(width=10_000)
+    return console.measure(table).maximum
+
+
+def as_markdown(table: Sequence[TableRow]) -> str:
+    """The table in GitHub's Markdown; the best of each column is bold."""
+    times = factor(table)
+    names = columns(table)
+    head = ["model", *names]
+    lines = [markdown_line(head), markdown_line([":--", *("--:" for _ in names)])]
+    for line in table:
+        cells = [shown(line, name, times) for name in names]
+        bold = [f"**{cell}**" if name in line.best else cell for name, cell in zip(names, cells, strict=True)]
+        lines.append(markdown_line([line.label, *bold]))
+    return "\n".join([*lines, "", caption(table), ""])
+
+
+def markdown_line(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"

@@ -1,0 +1,1 @@
+"""Model directories and pools of them: opened, checked, read tensor by tensor, written."""

@@ -1,0 +1,132 @@
+"""A PEFT LoRA directory as a checkpoint: its tensors are formed from the base's, one by one, as they are read."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from merging.checkpoints.checkpoint import CONFIG, Checkpoint, SafetensorsFile, read_settings
+from merging.checkpoints.lora import Adapted, adapted
+from merging.errors import CheckpointError
+from merging.io import storage
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class AdapterCheckpoint(Checkpoint):
+    """A LoRA adapter on its base, as the checkpoint that merging the two would give; nothing is written.
+
+    Args:
+        base: The base checkpoint.
+        adapted: What the adapter makes of it.
+    """
+
+    base: Checkpoint
+    adapted: Adapted
+
+    @classmethod
+    def on(cls, path: str, base: Checkpoint) -> "AdapterCheckpoint":
+        """Opens an adapter's directory: reads configuration and header, no weights.
+
+        Args:
+            path: The directory, with `adapter_config.json` and `adapter_model.safetensors`; a `config.json` and
+                a tokenizer beside them are used where they are there.
+            base: The checkpoint that it was trained on.
+
+        Raises:
+            CheckpointError: It is damaged, no LoRA, of a kind that is more than θ_0 + scaling · B @ A, or was
+                trained on another model.
+        """
+        listed = storage.list_dir(path)
+        settings = read_settings(storage.join(path, ADAPTER_CONFIG))
+        own = read_settings(storage.join(path, CONFIG)) if CONFIG in listed else None
+        if ADAPTER_WEIGHTS not in listed:
+            raise CheckpointError(
+                f"{path} has no {ADAPTER_WEIGHTS}: the download is incomplete, or it is a pickle; "
+                "`model.save_pretrained(DIR)` of peft writes safetensors"
+            )
+        file = SafetensorsFile.open(storage.join(path, ADAPTER_WEIGHTS))
+        found = adapted(path, settings, own, base, file)
+        return cls(path, found.config, found.tensors, {file.path: file}, base, found)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor on the CPU: θ_0 + scaling · B @ A, the adapter's own, or the base's.
+
+        Raises:
+            CheckpointError: There is no such tensor.
+        """
+        if name in self.adapted.whole:
+            return self._file.read(self.adapted.whole[name])
+        if name not in self.adapted.origins:
+            raise CheckpointError(f"{self.path} holds no tensor '{name}'")
+        value = self.base.read(self.adapted.origins[name])
+        return self.adapted.low_rank[name].added(value, self._file) if name in self.adapted.low_rank else value
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Says that these tensors are about to be read: what the adapter holds of them is sent for now, if it is remote."""
+        whole, low_rank = self.adapted.whole, self.adapted.low_rank
+        for name in names:
+            if name in whole:
+                self._file.prefetch([whole[name]])
+            elif name in low_rank:
+                self._file.prefetch([low_rank[name].down, low_rank[name].up])
+
+    @property
+    def is_mapped(self) -> bool:
+        """No: its tensors are formed when they are read."""
+        return False
+
+    @cached_property
+    def identity(self) -> tuple[str, ...]:
+        """The base's, and what tells the adapter's own files from others."""
+        settings = storage.checksum(storage.join(self.path, ADAPTER_CONFIG))
+        return (*self.base.identity, self.path, settings, storage.checksum(self._file.path))
+
+    @property
+    def hashes_tensors(self) -> bool:
+        """No: what its tensors are formed from."""
+        return False
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Content hash of base, adapter and scalings."""
+        scalings = {name: low.scaling for name, low in sorted(self.adapted.low_rank.items())}
+        return storage.fingerprint([self.base.fingerprint, storage.file_fingerprint(self._file.path), scalings])
+
+    @property
+    def _file(self) -> SafetensorsFile:
+        return next(iter(self._files.values()))
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a directory holds an adapter and no model."""
+    listed = storage.list_dir(path)
+    return ADAPTER_CONFIG in listed and not any(
+        name.endswith((".safetensors", ".safetensors.index.json")) and not name.startswith("adapter_")
+        for name in listed
+    )
+
+
+def open_checkpoint(path: str, base: str | Checkpoint | None = None) -> Checkpoint:
+    """A model directory, or an adapter's with its base.
+
+    Args:
+        path: The directory.
+        base: The adapter's base; by default what its `adapter_config.json` names, if that is a directory.
+
+    Raises:
+        CheckpointError: It is missing, damaged or unsafe, or an adapter whose base is not known.
+    """
+    if not is_adapter(path):
+        return Checkpoint.open(path)
+    if not base:
+        base = str(read_settings(storage.join(path, ADAPTER_CONFIG)).get("base_model_name_or_path") or "")
+        if not base or not storage.is_dir(base):
+            raise CheckpointError(
+                f"{path} is an adapter of '{base}', which is no directory here: download it, and name the directory as "
+                "the base"
+            )
+    return AdapterCheckpoint.on(path, base if isinstance(base, Checkpoint) else Checkpoint.open(base))

@@ -1,0 +1,395 @@
+"""A Hugging Face model directory: its configuration and its tensors, read one by one from safetensors files."""
+
+import hashlib
+import json
+import mmap
+import os
+import struct
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from merging.errors import CheckpointError, StorageError
+from merging.io import fact_cache, local_copies, storage
+from merging.io.prefetch import Window
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+MAX_HEADER = 100_000_000
+SAMPLED = 64
+"""Places of a file that tell whether all of it is in memory."""
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `file`, bytes [start, stop) in it, and what they are."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """A safetensors file's header: metadata and where each tensor lies.
+
+    Args:
+        path: The file's path or address.
+        metadata: The header's `__metadata__`.
+        tensors: Name to place, in file order.
+    """
+
+    path: str
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, TensorInfo]
+
+    @classmethod
+    def open(cls, path: str) -> "SafetensorsFile":
+        """Reads and checks a header.
+
+        Raises:
+            CheckpointError: The file is missing, truncated, or not safetensors.
+        """
+        try:
+            size = storage.size(path)
+            (length,) = struct.unpack("<Q", storage.read_bytes(path, 0, 8)) if size >= 8 else (size,)
+            if length > min(size - 8, MAX_HEADER):
+                raise CheckpointError(f"{path} is truncated or not a safetensors file: copy it again")
+            header: dict[str, Any] = json.loads(storage.read_bytes(path, 8, 8 + length))
+        except StorageError as error:
+            raise CheckpointError(str(error)) from error
+        except ValueError as error:
+            raise CheckpointError(f"{path} is not a safetensors file: its header is damaged ({error})") from error
+        tensors = {}
+        try:
+            metadata = header.pop("__metadata__", {})
+            for name, entry in header.items():
+                dtype = DTYPES[entry["dtype"]]
+                start, stop = (8 + length + int(offset) for offset in entry["data_offsets"])
+                shape = tuple(int(extent) for extent in entry["shape"])
+                if stop > size:
+                    raise CheckpointError(
+                        f"{path} is truncated: '{name}' ends at byte {stop:,} of {size:,}: copy the file again"
+                    )
+                if int(np.prod(shape, dtype=np.int64)) * dtype.itemsize != stop - start or start < 8 + length:
+                    raise CheckpointError(f"{path} is damaged: the header's entry of '{name}' contradicts itself")
+                tensors[name] = TensorInfo(name, dtype, shape, path, start, stop)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path} has a header that cannot be understood ({error!r})") from error
+        return cls(path, metadata, tensors)
+
+    @cached_property
+    def _map(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The bytes of the local file or copy, mapped copy-on-write, so that nothing can write through."""
+        assert self._here is not None
+        return np.memmap(self._here, dtype=np.uint8, mode="c")
+
+    @cached_property
+    def _here(self) -> Path | None:
+        """The file itself, or this machine's copy of a remote one, if there was one when it was last looked for."""
+        return storage.local_path(self.path) if storage.is_local(self.path) else local_copies.found(self.path)
+
+    def copy_here(self) -> None:
+        """Makes this machine's copy of a remote file, for all its processes, if there is room; then `read` maps it."""
+        self._use(local_copies.made)
+
+    def find_copy(self) -> None:
+        """Looks once more for a copy of a remote file, which another process may have made meanwhile."""
+        self._use(local_copies.found)
+
+    def _use(self, copy_of: Callable[[str], Path | None]) -> None:
+        if self._here is None and (copy := copy_of(self.path)) is not None:
+            self.__dict__["_here"] = copy
+
+    @cached_property
+    def _window(self) -> Window:
+        """What is on its way of a remote file."""
+        return Window(self.path)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Says that these tensors are about to be read, best in this order; of a remote file, they are sent for now."""
+        if self._here is None:
+            infos = [self.tensors[name] for name in names]
+            self._window.prefetch([(info.start, info.stop) for info in infos if info.nbytes])
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether the system seems to hold a local file in memory, by a look at some places."""
+        if self._here is None:
+            return False
+        with self._here.open("rb", buffering=0) as file:
+            last, byte = self._here.stat().st_size - 1, bytearray(1)
+            try:
+                return all(
+                    os.preadv(file.fileno(), [byte], last * n // SAMPLED, os.RWF_NOWAIT) for n in range(SAMPLED + 1)
+                )
+            except OSError:  # it would have to be read, or the file system cannot tell
+                return False
+
+    def advise(self, name: str, advice: int, start: int = 0, stop: int | None = None) -> None:
+        """Tells the system about the use of bytes [start, stop) of a local file's tensor, all by default.
+
+        Args:
+            name: The tensor.
+            advice: `mmap.MADV_WILLNEED` to start reading them, `mmap.MADV_DONTNEED` to give up their memory.
+            start: First byte of the tensor.
+            stop: End, in the tensor.
+        """
+        info = self.tensors[name]
+        first = (info.start + start) // mmap.PAGESIZE * mmap.PAGESIZE
+        last = info.stop if stop is None else info.start + stop
+        if last > first:
+            self._map._mmap.madvise(advice, first, last - first)  # type: ignore[attr-defined]
+
+    def read(self, name: str) -> Tensor:
+        """A tensor on the CPU; of a local file or copy, a view of a private memory map; else in memory of its own.
+
+        Raises:
+            CheckpointError: There is no such tensor.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path} holds no tensor '{name}'")
+        info = self.tensors[name]
+        if not info.nbytes:
+            return torch.empty(info.shape, dtype=info.dtype)
+        if self._here is not None:
+            raw = torch.from_numpy(self._map[info.start : info.stop])
+        else:
+            raw = torch.frombuffer(self._window.take(info.start, info.stop), dtype=torch.uint8)
+        return raw.view(info.dtype).reshape(info.shape)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face model directory, local or at an fsspec address.
+
+    Args:
+        path: The directory.
+        config: `config.json`.
+        tensors: Name to place, over all safetensors files.
+    """
+
+    path: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    _files: Mapping[str, SafetensorsFile] = field(repr=False)
+
+    @classmethod
+    def open(cls, path: str) -> "Checkpoint":
+        """Opens a model directory: reads its configuration and headers, no weights.
+
+        Raises:
+            CheckpointError: It is missing, incomplete, damaged, an adapter, a pickle, or names a file outside itself.
+        """
+        if not storage.is_dir(path):
+            raise CheckpointError(
+                f"there is no checkpoint directory at {path}. Models are read from Hugging Face directories "
+                "(config.json + safetensors); `hf download NAME --local-dir DIR` makes one"
+            )
+        listed = storage.list_dir(path)
+        if CONFIG not in listed:
+            adapter = " It is an adapter, which can be a member, not a base" if "adapter_config.json" in listed else ""
+            raise CheckpointError(f"{path} has no config.json, so it is not a Hugging Face model directory.{adapter}")
+        config = read_settings(storage.join(path, CONFIG))
+        files = [SafetensorsFile.open(storage.join(path, name)) for name in _weight_files(path, listed)]
+        tensors: dict[str, TensorInfo] = {}
+        for file in files:
+            if twice := tensors.keys() & file.tensors.keys():
+                raise CheckpointError(f"{path}: '{min(twice)}' stands in two of its files")
+            tensors.update(file.tensors)
+        return cls(path, config, tensors, {file.path: file for file in files})
+
+    @property
+    def architecture(self) -> str:
+        """The configuration's first architecture, or its model type."""
+        return str((self.config.get("architectures") or [self.config.get("model_type", "unknown")])[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read(self, name: str) -> Tensor:
+        """A tensor on the CPU, in its stored dtype.
+
+        Raises:
+            CheckpointError: There is no such tensor.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path} holds no tensor '{name}'")
+        return self._files[self.tensors[name].file].read(name)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Says that these tensors are about to be read, best in this order; of remote files, they are sent for now."""
+        for file, group in groupby(names, lambda name: self.tensors[name].file):
+            self._files[file].prefetch(group)
+
+    def copy_here(self) -> None:
+        """Copies what is remote to this machine, once for all its processes, if there is room; then `read` maps it."""
+        for file in self._files.values():
+            file.copy_here()
+
+    def find_copy(self) -> None:
+        """Looks once more for copies of what is remote: other processes may have made them since it was opened."""
+        for file in self._files.values():
+            file.find_copy()
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether `read` gives views of memory maps: reading a part of a tensor costs no more than the part."""
+        return storage.is_local(self.path)
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether the system seems to hold all of it in memory already."""
+        return self.is_mapped and all(file.is_cached for file in self._files.values())
+
+    def advise(self, name: str, advice: int, start: int = 0, stop: int | None = None) -> None:
+        """Tells the system about the use of bytes of a tensor, where there is a memory map: see `SafetensorsFile`."""
+        if self.is_mapped:
+            self._files[self.tensors[name].file].advise(name, advice, start, stop)
+
+    @cached_property
+    def identity(self) -> tuple[str, ...]:
+        """Where it lies, and what tells its files from others; with an empty string where nothing does for now."""
+        return (self.path, *map(storage.checksum, self._files))
+
+    @property
+    def hashes_tensors(self) -> bool:
+        """Whether the fingerprint is of the tensors that `read` gives."""
+        return True
+
+    @property
+    def is_recognised(self) -> bool:
+        """Whether the fingerprint is known without reading anything."""
+        return "fingerprint" in self.__dict__ or fact_cache.recalled(self.identity) is not None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Content hash of names, dtypes, shapes and bytes, whatever files they are cut into, and wherever they lie.
+
+        All bytes are read for it, once as long as the files' checksums, or sizes and times, stay what they were: this
+        process remembers, and of a remote checkpoint this user's cache directory.
+        """
+        return fact_cache.remembered(self.identity, self._content_hash, lasting=self._is_remote)
+
+    def recognise(self, fingerprint: str) -> None:
+        """Takes over what somebody found who read all bytes."""
+        self.__dict__["fingerprint"] = fingerprint
+        fact_cache.keep(self.identity, fingerprint, lasting=self._is_remote)
+
+    @property
+    def _is_remote(self) -> bool:
+        return not storage.is_local(self.path)
+
+    def _content_hash(self) -> str:
+        names = sorted(self.tensors, key=lambda name: (self.tensors[name].file, self.tensors[name].start))
+        self.prefetch(names)
+        digest = Digest(self)
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(lambda name: digest.add(name, self.read(name)), names))
+        return digest.fingerprint()
+
+
+class Digest:
+    """A checkpoint's fingerprint in the making, from tensors in any order and any thread.
+
+    Args:
+        checkpoint: Whose.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._found: dict[str, list[Any]] = {}
+
+    @property
+    def names(self) -> Collection[str]:
+        """What was added."""
+        return self._found.keys()
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Takes a tensor as it is stored."""
+        info = self.checkpoint.tensors[name]
+        data = value.reshape(-1).view(torch.uint8).numpy()
+        self._found[name] = [name, str(info.dtype), list(info.shape), hashlib.sha256(data.data).hexdigest()]
+
+    def fingerprint(self) -> str:
+        """The fingerprint, once all tensors were added."""
+        return storage.fingerprint(sorted(self._found.values()))
+
+
+def read_settings(path: str) -> dict[str, Any]:
+    """A checkpoint's `config.json`, or an adapter's.
+
+    Raises:
+        CheckpointError: It is missing, or no JSON object.
+    """
+    try:
+        value = storage.read_json(path)
+    except StorageError as error:
+        raise CheckpointError(str(error)) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no settings: copy it again")
+    return value
+
+
+def _weight_files(path: str, listed: list[str]) -> list[str]:
+    """The safetensors files of a model directory.
+
+    Raises:
+        CheckpointError: There are none, or the index names a file outside the directory or one that is missing.
+    """
+    if SINGLE in listed:
+        return [SINGLE]
+    if INDEX not in listed:
+        pickles = [name for name in listed if name.endswith(PICKLES)]
+        if pickles:
+            raise CheckpointError(
+                f"{path} holds its weights as a pickle ({pickles[0]}), which can run code when it is opened. Convert it "
+                "where you trust it: AutoModel.from_pretrained(DIR).save_pretrained(NEW) writes safetensors"
+            )
+        raise CheckpointError(f"{path} holds neither {SINGLE} nor {INDEX}: the download is incomplete")
+    try:
+        weight_map: dict[str, str] = storage.read_json(storage.join(path, INDEX))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (StorageError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{storage.join(path, INDEX)} is not an index of safetensors files ({error})") from error
+    for name in names:
+        if "/" in name or "\\" in name or name in (".", ".."):
+            raise CheckpointError(f"{storage.join(path, INDEX)} names a file outside its directory: '{name}'")
+        if name not in listed:
+            raise CheckpointError(f"{path} lacks {name}, which its index names: the download is incomplete")
+    return names

@@ -1,0 +1,280 @@
+"""A base checkpoint and the members fine-tuned from it, compared before anything runs."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from torch import Tensor
+
+from merging.checkpoints.adapter import open_checkpoint
+from merging.checkpoints.checkpoint import Checkpoint, TensorInfo
+from merging.errors import PoolError
+
+CONFIG_KEYS = (
+    "model_type",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "layer_norm_eps",
+    "rms_norm_eps",
+    "rope_theta",
+    "position_embedding_type",
+    "tie_word_embeddings",
+)
+"""Settings that change what the same weights compute, yet leave no trace in names and shapes."""
+MAX_REPORTED = 12
+OPENED_AT_ONCE = 16
+"""Members whose headers are read at the same time: from an object store, it is the number of answers that takes long."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A checkpoint fine-tuned from the pool's base.
+
+    Args:
+        name: Its name in the pool.
+        checkpoint: Its directory.
+        names: The base's name of every merged weight to this checkpoint's name of it.
+        head: This checkpoint's names of the tensors that are kept for its task and not merged.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    names: Mapping[str, str]
+    head: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Base and members with the same weights.
+
+    Args:
+        base: The base checkpoint.
+        members: The members, by name.
+        weights: The base's names and places of the weights that are merged: floating-point, in base and all members.
+        notes: What a user should know, though it is no error (mixed dtypes, tensors that only the base has).
+    """
+
+    base: Checkpoint
+    members: Mapping[str, Member]
+    weights: Mapping[str, TensorInfo]
+    notes: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def open(cls, base: str, members: Mapping[str, str], heads: Sequence[str] = ()) -> "Pool":
+        """Opens all checkpoints and compares names, shapes, dtypes, tied weights and architecture.
+
+        Args:
+            base: The base's directory.
+            members: Each member's directory, by name: a model's, or that of a PEFT LoRA adapter of this base.
+            heads: Patterns (`classifier.*`) of members' tensor names to keep per task though they could be merged.
+                Tensors that the base lacks are kept per task without being named here.
+
+        Raises:
+            CheckpointError: A directory is missing, damaged or unsafe.
+            PoolError: Base and members disagree; every disagreement is in the message.
+        """
+        if not members:
+            raise PoolError("a pool needs at least one member")
+        origin = Checkpoint.open(base)
+        with ThreadPoolExecutor(OPENED_AT_ONCE) as threads:
+            opened = dict(
+                zip(members, threads.map(lambda path: open_checkpoint(path, origin), members.values()), strict=True)
+            )
+        problems: list[str] = []
+        notes: list[str] = []
+        found = {}
+        for name, checkpoint in opened.items():
+            problems += _config_problems(origin, name, checkpoint)
+            found[name] = _match(origin, name, checkpoint, heads, problems)
+        merged = _merged_names(origin, found, notes)
+        problems += _absent(origin, found, merged)
+        for name, member in found.items():
+            dtypes = {str(member.checkpoint.tensors[member.names[key]].dtype) for key in merged if key in member.names}
+            dtypes |= {str(origin.tensors[key].dtype) for key in merged}
+            if len(dtypes) > 1:
+                notes.append(f"base and '{name}' mix dtypes ({', '.join(sorted(dtypes))})")
+        if problems:
+            shown = "\n".join(f"  - {problem}" for problem in problems[:MAX_REPORTED])
+            more = f"\n  … and {len(problems) - MAX_REPORTED} more" if len(problems) > MAX_REPORTED else ""
+            raise PoolError(
+                f"base and members do not fit together:\n{shown}{more}\n"
+                "Leave out the members named here, or name the base that they were fine-tuned from"
+            )
+        if not merged:
+            kept = f": `heads` ({', '.join(heads)}) keeps them all per task" if heads else ""
+            raise PoolError(f"base and members share no floating-point weights to merge{kept}")
+        for pattern in heads:
+            if not any(fnmatchcase(key, pattern) for member in opened.values() for key in member.tensors):
+                notes.append(f"`heads`: no member has a tensor '{pattern}'")
+        trimmed = {
+            name: Member(
+                name,
+                member.checkpoint,
+                {key: member.names[key] for key in merged},
+                tuple(key for key in member.checkpoint.tensors if key in set(member.head)),
+            )
+            for name, member in found.items()
+        }
+        return cls(origin, trimmed, {key: origin.tensors[key] for key in merged}, tuple(notes))
+
+    def base_weight(self, name: str) -> Tensor:
+        """θ_0's weight, as stored."""
+        return self.base.read(name)
+
+    def member_weight(self, member: str, name: str) -> Tensor:
+        """θ_t's weight, as stored; `name` is the base's."""
+        chosen = self.members[member]
+        return chosen.checkpoint.read(chosen.names[name])
+
+    def prefetch(self, names: Iterable[str], members: Iterable[str] | None = None) -> None:
+        """Says that weights are about to be read, best in this order.
+
+        Args:
+            names: The base's names.
+            members: Of these members, and not of the base; by default of the base and all members.
+        """
+        names = list(names)
+        if members is None:
+            self.base.prefetch(names)
+        for member in self.members if members is None else members:
+            own = self.members[member]
+            own.checkpoint.prefetch([own.names[name] for name in names])
+
+    def copy_here(self) -> None:
+        """Says that this machine will read weights again and again: remote files are copied here, if there is room."""
+        self.base.copy_here()
+        for member in self.members.values():
+            member.checkpoint.copy_here()
+
+    def find_copies(self) -> None:
+        """Looks once more for copies of remote files, which evaluators on this machine may have made meanwhile."""
+        self.base.find_copy()
+        for member in self.members.values():
+            member.checkpoint.find_copy()
+
+    def fingerprints(self) -> dict[str, str]:
+        """Content hashes of the base (under `base`) and of each member."""
+        return {"base": self.base.fingerprint} | {n: m.checkpoint.fingerprint for n, m in self.members.items()}
+
+
+@dataclass
+class _Matched:
+    """What a member's names were found to mean."""
+
+    checkpoint: Checkpoint
+    names: dict[str, str]
+    head: list[str]
+
+
+def _config_problems(base: Checkpoint, name: str, member: Checkpoint) -> list[str]:
+    """Settings in which a member's configuration contradicts the base's."""
+    return [
+        f"{name}: config.json has {key} = {member.config[key]!r}, the base has {base.config[key]!r}"
+        for key in CONFIG_KEYS
+        if key in base.config and key in member.config and base.config[key] != member.config[key]
+    ]
+
+
+def _prefixes(checkpoint: Checkpoint) -> list[str]:
+    """What may stand before a backbone's names: nothing, or the first component of some of them."""
+    return ["", *sorted({key.split(".", 1)[0] + "." for key in checkpoint.tensors if "." in key})]
+
+
+def _match(base: Checkpoint, name: str, member: Checkpoint, heads: Sequence[str], problems: list[str]) -> _Matched:
+    """Finds each base weight in a member; a bare backbone and one inside a task model (`bert.…`) are the same."""
+    own = member.tensors.keys()
+
+    def overlap(pair: tuple[str, str]) -> int:
+        ours, theirs = pair
+        return sum(theirs + key[len(ours) :] in own for key in base.tensors if key.startswith(ours))
+
+    pairs = [("", "")] + [("", p) for p in _prefixes(member)[1:]] + [(p, "") for p in _prefixes(base)[1:]]
+    ours, theirs = max(pairs, key=overlap)
+    if overlap((ours, theirs)) * 2 < len(base.tensors):
+        problems.append(
+            f"{name}: {member.architecture} shares {overlap((ours, theirs))} of the base's {len(base.tensors)} tensors "
+            f"({base.architecture}): it is another model"
+        )
+        return _Matched(member, {}, list(own))
+    names = {
+        key: theirs + key[len(ours) :]
+        for key in base.tensors
+        if key.startswith(ours) and theirs + key[len(ours) :] in own
+    }
+    names = {key: raw for key, raw in names.items() if not any(fnmatchcase(raw, pattern) for pattern in heads)}
+    modules = {".".join(parts[:depth]) for parts in map(_split, names.values()) for depth in range(len(parts))}
+    head = []
+    for raw in own - set(names.values()):
+        if _extends(raw, modules) and member.tensors[raw].dtype.is_floating_point and not _is_head(raw, heads):
+            problems.append(f"{name}: '{raw}' is not in the base, though the rest of its module is")
+        else:
+            head.append(raw)
+    small = _small_roots(member)
+    for key, raw in list(names.items()):
+        here, there = member.tensors[raw], base.tensors[key]
+        if here.shape != there.shape:
+            if raw.split(".", 1)[0] in small:
+                head.append(raw)
+                del names[key]
+            else:
+                problems.append(f"{name}: '{raw}' has shape {list(here.shape)}, the base has {list(there.shape)}")
+        elif here.dtype.is_floating_point != there.dtype.is_floating_point:
+            problems.append(f"{name}: '{raw}' is {here.dtype}, the base has {there.dtype}")
+    return _Matched(member, names, head)
+
+
+def _split(name: str) -> list[str]:
+    return name.split(".")
+
+
+def _extends(raw: str, modules: set[str]) -> bool:
+    """Whether a tensor adds a layer or a parameter to a module that is merged, and not a module of its own."""
+    parts = _split(raw)
+    depth = max((d for d in range(1, len(parts)) if ".".join(parts[:d]) in modules), default=0)
+    return depth > 0 and (parts[depth].isdigit() or depth == len(parts) - 1)
+
+
+def _is_head(raw: str, heads: Sequence[str]) -> bool:
+    return any(fnmatchcase(raw, pattern) for pattern in heads)
+
+
+def _small_roots(checkpoint: Checkpoint) -> set[str]:
+    """Top-level modules with under a twentieth of the bytes: where shapes differ in one of these, it is a task head."""
+    sizes: Counter[str] = Counter()
+    for key, info in checkpoint.tensors.items():
+        sizes[key.split(".", 1)[0]] += info.nbytes
+    return {root for root, nbytes in sizes.items() if nbytes * 20 < checkpoint.nbytes}
+
+
+def _merged_names(base: Checkpoint, found: Mapping[str, _Matched], notes: list[str]) -> list[str]:
+    """The floating-point names that base and members share; what some members keep as a head, all keep."""
+    kept: set[str] = set()
+    for member in found.values():
+        heads = set(member.head)
+        kept |= {key for key in base.tensors if key not in member.names and (key in heads)}
+    merged = []
+    for key, info in base.tensors.items():
+        if not info.dtype.is_floating_point or key in kept:
+            continue
+        if any(key in member.names for member in found.values()):
+            merged.append(key)
+        else:
+            notes.append(f"'{key}' is only in the base, and is left as it is")
+    for member in found.values():
+        member.head += [member.names[key] for key in kept if key in member.names]
+    return merged
+
+
+def _absent(base: Checkpoint, found: Mapping[str, _Matched], merged: Sequence[str]) -> list[str]:
+    """Weights that some members have and others lack."""
+    return [
+        f"{name}: has no '{key}' {list(base.tensors[key].shape)}, which base and other members have"
+        for name, member in found.items()
+        if member.names
+        for key in merged
+        if key not in member.names
+    ]

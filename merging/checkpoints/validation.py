@@ -1,0 +1,206 @@
+"""Every byte of a pool, read once: is it usable, how far are the members from the base, and what are its fingerprints."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from merging.checkpoints.checkpoint import Digest
+from merging.checkpoints.pool import MAX_REPORTED, Pool
+from merging.errors import PoolError
+from merging.io import fact_cache, storage
+from merging.kernels import cpu
+from merging.kernels.blockwise import Scratch, difference, is_finite, spans
+from merging.recipe import BASE
+
+FAR = 0.9
+"""‖θ_t − θ_0‖ / ‖θ_0‖ above which a member was hardly fine-tuned from the base: independent models lie near √2."""
+SLICE = 8
+"""Members that are read beside the base at once: what is on its way is bounded, and the base is read again for the next."""
+THREADS = 4
+"""Weights that are looked at at the same time."""
+ASKED_AT_ONCE = 16
+"""Members whose servers are asked at the same time whether their files are still the same."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one reading of a member tells.
+
+    Args:
+        square: ‖θ_t − θ_0‖² over matrices: the ones of normalisation layers would hide how far two models are apart.
+        base_square: ‖θ_0‖² over the same.
+        problems: Weights that no merge survives, of the member and of the base.
+    """
+
+    square: float
+    base_square: float
+    problems: tuple[str, ...] = ()
+
+
+def examine(pool: Pool, members: Sequence[str], most: int | None = None) -> dict[str, Finding]:
+    """Reads base and members once, side by side; fingerprints that come of it are kept in memory.
+
+    Args:
+        pool: The pool.
+        members: Which of its members.
+        most: Entries of a weight to look at, from its middle; by default all, and the tensors that are not merged too.
+
+    Returns:
+        Member → finding.
+    """
+    reading = _Reading(pool, members, most)
+    pool.base.prefetch(pool.weights)
+    pool.prefetch(pool.weights, members)
+    with ThreadPoolExecutor(THREADS) as threads:
+        rows = list(threads.map(reading.weight, pool.weights))
+        if most is None:
+            reading.rest(threads)
+    total, *moved = (sum(column) for column in zip(*rows, strict=True))
+    return {
+        member: Finding(square, total, tuple(sorted(reading.problems[BASE] + reading.problems[member])))
+        for member, square in zip(members, moved, strict=True)
+    }
+
+
+def slices(members: Sequence[str], parts: int = 1) -> Iterator[tuple[str, ...]]:
+    """Members in at least so many groups, if there are as many members, none of more than `SLICE`."""
+    count = max(1, min(parts, len(members)), -(-len(members) // SLICE))
+    bounds = [len(members) * number // count for number in range(count + 1)]
+    return (tuple(members[start:stop]) for start, stop in pairwise(bounds))
+
+
+def recall(pool: Pool) -> dict[str, Finding]:
+    """What is known of members since an earlier reading, if neither their files nor the base's have changed since."""
+    with ThreadPoolExecutor(ASKED_AT_ONCE) as threads:
+        told = dict(
+            zip(pool.members, threads.map(lambda who: fact_cache.recalled(key(pool, who)), pool.members), strict=True)
+        )
+    return {member: _from_json(fact) for member, fact in told.items() if fact is not None}
+
+
+def keep(pool: Pool, findings: Mapping[str, Finding]) -> None:
+    """Keeps what is good, for later readings; what is bad shall be looked at again."""
+    for member, finding in findings.items():
+        if not finding.problems:
+            lasting = not storage.is_local(pool.members[member].checkpoint.path)
+            fact_cache.keep(key(pool, member), json.dumps(asdict(finding)), lasting=lasting)
+
+
+def key(pool: Pool, member: str) -> tuple[str, ...]:
+    """What a member's finding depends on."""
+    names = storage.fingerprint(list(pool.weights))
+    return ("examined", "1", names, *pool.base.identity, *pool.members[member].checkpoint.identity)
+
+
+def distances(pool: Pool, findings: Mapping[str, Finding]) -> dict[str, float]:
+    """Each member's relative distance from the base, ‖θ_t − θ_0‖ / ‖θ_0‖ over matrices.
+
+    Raises:
+        PoolError: NaN or Inf, named by tensor and member; or a member that was not fine-tuned from this base.
+    """
+    if problems := sorted({problem for finding in findings.values() for problem in finding.problems}):
+        shown = "\n".join(f"  - {problem}" for problem in problems[:MAX_REPORTED])
+        raise PoolError(
+            f"unusable weights ({len(problems)} tensors):\n{shown}\nCopy the checkpoint again, or leave it out"
+        )
+    found = {
+        member: (findings[member].square / max(findings[member].base_square, 1e-30)) ** 0.5 for member in pool.members
+    }
+    far = [f"{name} ({distance:.2f})" for name, distance in found.items() if distance > FAR]
+    if far:
+        raise PoolError(
+            f"not fine-tuned from the base {pool.base.path}: {', '.join(far)}. The number is ‖θ_t − θ_0‖ / ‖θ_0‖, which "
+            f"stays far below {FAR} in fine-tuning. Name the base that these members were trained from"
+        )
+    return found
+
+
+def check_weights(pool: Pool, most: int | None = None) -> dict[str, float]:
+    """Reads every merged weight once, looking for what no merge survives.
+
+    Args:
+        pool: The pool.
+        most: Entries of a weight to look at, from its middle, where it is read by memory map; by default all.
+
+    Returns:
+        Each member's relative distance from the base.
+
+    Raises:
+        PoolError: NaN or Inf, named by tensor and member; or a member that was not fine-tuned from this base.
+    """
+    found: dict[str, Finding] = {}
+    for group in slices(list(pool.members)):
+        found |= examine(pool, group, most)
+    return distances(pool, found)
+
+
+class _Reading:
+    """One pass over base and members, a weight at a time, from several threads."""
+
+    def __init__(self, pool: Pool, members: Sequence[str], most: int | None) -> None:
+        self._pool, self._members, self._most = pool, members, most
+        self.problems: dict[str, list[str]] = {who: [] for who in (BASE, *members)}
+        checkpoints = {BASE: pool.base} | {member: pool.members[member].checkpoint for member in members}
+        self._digests: dict[str, Digest] = {
+            who: Digest(checkpoint)
+            for who, checkpoint in checkpoints.items()
+            if most is None and checkpoint.hashes_tensors and not checkpoint.is_recognised
+        }
+
+    def weight(self, name: str) -> list[float]:
+        """‖θ_0‖² of a weight, and each member's ‖θ_t − θ_0‖²; nothing of a vector."""
+        parts = []
+        for who in (BASE, *self._members):
+            own = name if who == BASE else self._pool.members[who].names[name]
+            value = self._pool.base_weight(name) if who == BASE else self._pool.member_weight(who, name)
+            if who in self._digests:
+                self._digests[who].add(own, value)
+            parts.append(self._looked_at(value))
+        base, *members = parts
+        *moved, square = _squares(base, members)
+        if not isfinite(square + sum(moved)):
+            for who, part in zip((BASE, *self._members), parts, strict=True):
+                if not is_finite(part):
+                    self.problems[who].append(f"{who}: '{name}' holds NaN or Inf")
+        return [square, *moved] if len(self._pool.weights[name].shape) > 1 else [0.0] * len(parts)
+
+    def rest(self, threads: ThreadPoolExecutor) -> None:
+        """What is not merged, for the fingerprints."""
+        for digest in self._digests.values():
+            checkpoint = digest.checkpoint
+            names = [name for name in checkpoint.tensors if name not in digest.names]
+            checkpoint.prefetch(names)
+            list(threads.map(lambda name, digest=digest: digest.add(name, digest.checkpoint.read(name)), names))
+            checkpoint.recognise(digest.fingerprint())
+
+    def _looked_at(self, weight: Tensor) -> Tensor:
+        size = weight.numel()
+        most = self._most or size
+        start = max((size - most) // 2, 0)
+        return weight.reshape(-1)[start : start + most]
+
+
+def _squares(base: Tensor, values: Sequence[Tensor]) -> list[float]:
+    """‖value − base‖² of every vector, and ‖base‖², in memory for a block of them."""
+    if cpu.fits(base, *values):
+        return cpu.squares(base, values)
+    scratch = Scratch()
+    totals = [0.0] * (len(values) + 1)
+    zeros = torch.zeros((), dtype=base.dtype).expand(base.shape)
+    for number, (value, origin) in enumerate([*((value, base) for value in values), (base, zeros)]):
+        for start, stop in spans(value.numel(), value.device):
+            row = scratch.take("row", stop - start, device=value.device)
+            moved = difference(value[start:stop], origin[start:stop], row)
+            totals[number] += float(torch.dot(moved, moved))
+    return totals
+
+
+def _from_json(fact: str) -> Finding:
+    values = json.loads(fact)
+    return Finding(values["square"], values["base_square"], tuple(values["problems"]))

@@ -1,0 +1,252 @@
+"""A model directory in the making: its layout is known before any weight is, so that all can be written at once."""
+
+import json
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from merging.checkpoints.checkpoint import CONFIG, DTYPES, INDEX, SINGLE, Checkpoint, TensorInfo
+from merging.io import storage
+from merging.io.direct_io import BLOCK, UnbufferedFile
+
+SHARD_BYTES = 4 << 30
+"""A file is closed before it exceeds this."""
+COMPANIONS = (
+    CONFIG,
+    "generation_config.json",
+    "*tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*processor_config.json",
+    "spiece.model",
+    "sentencepiece*.model",
+)
+"""The small files that make a model directory loadable: configuration, tokenizer, preprocessor."""
+
+Outline = tuple[str, torch.dtype, tuple[int, ...]]
+"""A tensor to be written: name, dtype, shape."""
+Write = Callable[[int, Tensor], None]
+"""(byte offset in the file, contiguous CPU tensor whose bytes are written there)"""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A safetensors file before it is written.
+
+    Args:
+        name: The file's name.
+        header: What stands before the tensors' bytes.
+        tensors: Where each tensor will lie, in file order.
+    """
+
+    name: str
+    header: bytes
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return max((info.stop for info in self.tensors.values()), default=len(self.header))
+
+
+def lay_out(outlines: Sequence[Outline], max_bytes: int = SHARD_BYTES) -> tuple[Shard, ...]:
+    """Consecutive tensors in files that stay below `max_bytes`, unless one tensor does not.
+
+    Within a file, tensors with wider entries come first, so that each is aligned to its own width.
+    """
+    groups: list[list[Outline]] = [[]]
+    filled = 0
+    for outline in outlines:
+        need = _nbytes(outline)
+        if groups[-1] and filled + need > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(outline)
+        filled += need
+    names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+    return tuple(
+        _shard(name, sorted(group, key=lambda outline: -outline[1].itemsize))
+        for name, group in zip(names if len(groups) > 1 else [SINGLE], groups, strict=True)
+    )
+
+
+def _nbytes(outline: Outline) -> int:
+    return torch.Size(outline[2]).numel() * outline[1].itemsize
+
+
+def _shard(file: str, outlines: Sequence[Outline]) -> Shard:
+    """The layout of one file (the safetensors format: length of the header, header as JSON, bytes of the tensors)."""
+    words = {dtype: word for word, dtype in DTYPES.items()}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    stops: list[int] = []
+    for name, dtype, shape in outlines:
+        start = stops[-1] if stops else 0
+        stops.append(start + _nbytes((name, dtype, shape)))
+        entries[name] = {"dtype": words[dtype], "shape": list(shape), "data_offsets": [start, stops[-1]]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % BLOCK)  # tensors begin with a block, in the file and in whoever maps it
+    header = struct.pack("<Q", len(text)) + text
+    starts = [0, *stops[:-1]]
+    return Shard(
+        file,
+        header,
+        {
+            name: TensorInfo(name, dtype, shape, file, len(header) + start, len(header) + stop)
+            for (name, dtype, shape), start, stop in zip(outlines, starts, stops, strict=True)
+        },
+    )
+
+
+class Files(ABC):
+    """The weight files of a checkpoint that is being written.
+
+    Args:
+        shards: Their layout.
+    """
+
+    in_order: bool
+    """Whether a file's bytes must be written from its first to its last."""
+
+    def __init__(self, shards: tuple[Shard, ...]) -> None:
+        self.shards = shards
+
+    @abstractmethod
+    def open(self, shard: Shard) -> AbstractContextManager[Write]:
+        """A context in which a file's tensors are written; it ends when all its bytes are."""
+
+
+class LocalFiles(Files):
+    """Files whose space is taken at once, so that threads write to any place, and a full disk is found at the start.
+
+    Args:
+        shards: Their layout.
+        directory: Where they lie.
+    """
+
+    in_order = False
+
+    def __init__(self, shards: tuple[Shard, ...], directory: Path) -> None:
+        super().__init__(shards)
+        self._files: dict[str, UnbufferedFile] = {}
+        for shard in shards:
+            self._files[shard.name] = UnbufferedFile(directory / shard.name)
+            self._files[shard.name].reserve(shard.size)
+            self._files[shard.name].write(0, memoryview(shard.header))
+
+    @contextmanager
+    def open(self, shard: Shard) -> Iterator[Write]:
+        """Any number of threads may write to a file."""
+        file = self._files[shard.name]
+        yield lambda place, value: file.write(place, _bytes(value))
+
+    def close(self, *, complete: bool) -> None:
+        """Makes what was written durable, if it is complete, and closes the files."""
+        try:
+            if complete:
+                with ThreadPoolExecutor(max_workers=8) as threads:
+                    list(threads.map(UnbufferedFile.finish, self._files.values()))
+        finally:
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
+
+
+class RemoteFiles(Files):
+    """Files that are uploaded while they are written, each as one stream.
+
+    Args:
+        shards: Their layout.
+        path: Address of the directory.
+    """
+
+    in_order = True
+
+    def __init__(self, shards: tuple[Shard, ...], path: str) -> None:
+        super().__init__(shards)
+        self._path = path
+
+    @contextmanager
+    def open(self, shard: Shard) -> Iterator[Write]:
+        """The file appears when the block ends well."""
+        with storage.open_new(storage.join(self._path, shard.name)) as stream:
+            stream.write(shard.header)
+            place = len(shard.header)
+
+            def write(offset: int, value: Tensor) -> None:
+                nonlocal place
+                if offset != place:
+                    raise ValueError(f"{shard.name} is at byte {place}, and cannot go on at {offset}")
+                place += stream.write(_bytes(value))
+
+            yield write
+
+
+@contextmanager
+def new_checkpoint(
+    path: str, shards: tuple[Shard, ...], *, like: Checkpoint, extra: Mapping[str, str | bytes] | None = None
+) -> Iterator[Files]:
+    """A model directory that is there when the block ends well, and not otherwise.
+
+    A local one is a neighbour under another name until then; what was at `path` is replaced. Elsewhere nothing can be
+    renamed: what makes a directory a checkpoint, `config.json`, goes first and comes last.
+
+    Args:
+        path: The directory.
+        shards: What will be in the block written, all of it.
+        like: The checkpoint whose configuration, tokenizer and other small files are copied.
+        extra: Further small files, by their path below the directory (a model card, a task's head).
+
+    Raises:
+        StorageError: There is no right or no space to write.
+    """
+    small = _small_files(shards, like, extra or {})
+    if not storage.is_local(path):
+        for name in storage.list_dir(path):
+            if name in (CONFIG, INDEX) or name.endswith(".safetensors"):
+                storage.remove(storage.join(path, name))
+        yield RemoteFiles(shards, path)
+        for name, content in small.items():
+            storage.write_bytes(storage.join(path, name), content)
+        return
+    with storage.new_dir(path) as directory:
+        files = LocalFiles(shards, directory)
+        complete = False
+        try:
+            yield files
+            complete = True
+        finally:
+            files.close(complete=complete)
+        for name, content in small.items():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory / name).write_bytes(content)
+
+
+def _small_files(shards: Sequence[Shard], like: Checkpoint, extra: Mapping[str, str | bytes]) -> dict[str, bytes]:
+    """All files of a model directory but its weights; `config.json` is the last."""
+    found: dict[str, bytes] = {}
+    if len(shards) > 1:
+        total = sum(info.nbytes for shard in shards for info in shard.tensors.values())
+        weight_map = {name: shard.name for shard in shards for name in shard.tensors}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        found[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
+    for name in storage.list_dir(like.path):
+        if any(fnmatchcase(name, pattern) for pattern in COMPANIONS):
+            found[name] = storage.read_bytes(storage.join(like.path, name))
+    found |= {name: content.encode() if isinstance(content, str) else content for name, content in extra.items()}
+    return {**{name: content for name, content in found.items() if name != CONFIG}, CONFIG: found[CONFIG]}
+
+
+def _bytes(value: Tensor) -> memoryview:
+    """A contiguous CPU tensor's bytes."""
+    return value.reshape(-1).view(torch.uint8).numpy().data

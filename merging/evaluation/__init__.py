@@ -1,0 +1,1 @@
+"""Measuring a candidate: live models on merged weights, step by step over the examples."""

@@ -1,0 +1,199 @@
+"""Live models, one a task, that all run on the same merged weights."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from merging.checkpoints.parameter_names import checkpoint_names
+from merging.checkpoints.pool import Member, Pool
+from merging.errors import PoolError
+from merging.evaluation.steps import Plan, Trace
+from merging.mergers.material import Material
+from merging.mergers.resident import ResidentMerger
+from merging.recipe import Recipe
+from merging.tasks.predictions import Outcomes
+from merging.tasks.task import Score, Split, Task
+
+
+def best_device() -> torch.device:
+    """The accelerator that this process may use, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("cpu")
+
+
+class WeightSource(Protocol):
+    """Where merged weights come from: this process, or shards that lie elsewhere."""
+
+    def merge(self, recipe: Recipe) -> dict[str, float]:
+        """Overwrites the weights that the source was made for, and gives the method's figures."""
+        ...
+
+
+MakeSource: TypeAlias = Callable[[Material, Mapping[str, Tensor]], WeightSource]
+"""From a pool's material and weights to overwrite to a source."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A recipe's scores.
+
+    Args:
+        scores: By task.
+        merge_seconds: Wall time of the merge, with the preparation of a method that is asked for first; where weights come
+            from elsewhere, of taking them over.
+        evaluate_seconds: Wall time of the evaluation of all tasks.
+        report: The method's figures on the merge.
+        trace: What every step showed, if it was measured in steps.
+        stopped: Whether the plan's gate ended it early: the scores are those of the examples so far.
+    """
+
+    scores: Mapping[str, Score]
+    merge_seconds: float
+    evaluate_seconds: float
+    report: Mapping[str, float]
+    trace: Trace | None = None
+    stopped: bool = False
+
+
+class LiveModels:
+    """Merges a recipe into live models and measures them; nothing is written to disk.
+
+    Args:
+        material: Pool and statistics.
+        tasks: The tasks to evaluate; each brings its head.
+        owners: Task → the member whose head it is evaluated with.
+        device: Where models and prepared state lie.
+        precision: `float32`, or `bfloat16` for autocast in evaluation.
+        source: Where merged weights come from; by default they are merged here, and the pool lies on the device.
+    """
+
+    def __init__(
+        self,
+        material: Material,
+        tasks: Sequence[Task],
+        owners: Mapping[str, str],
+        device: torch.device,
+        precision: str = "float32",
+        source: MakeSource = ResidentMerger,
+    ) -> None:
+        self._tasks = tasks
+        self._precision = precision
+        pool = material.pool
+        self._out = {
+            name: torch.empty(info.shape, dtype=torch.float32, device=device) for name, info in pool.weights.items()
+        }
+        self._models: dict[str, nn.Module] = {}
+        used: set[str] = set()
+        for task in tasks:
+            model, held = sharing_model(task, pool, pool.members[owners[task.name]], self._out)
+            used |= held
+            self._models[task.name] = model.to(device)
+        if not used:
+            raise PoolError("no task's model holds any of the merged weights: is its `head` a member of this pool?")
+        self._source = source(material, self._out)
+
+    def measure(self, recipe: Recipe, split: Split, limit: int | None = None, plan: Plan | None = None) -> Measurement:
+        """Merges, then evaluates every task.
+
+        Args:
+            recipe: What to merge.
+            split: Which examples.
+            limit: At most this many examples a task, the same ones at every call.
+            plan: Measures step by step and keeps a trace; None for every task at once, without one.
+
+        Raises:
+            MethodError: The recipe is wrong, or has no merge.
+            TaskError: An evaluator failed or gave no finite number.
+        """
+        start = time.perf_counter()
+        report = self._source.merge(recipe)
+        merged = time.perf_counter()
+        if plan is None:
+            scores = {task.name: self._whole(task, split, limit) for task in self._tasks}
+            return Measurement(scores, merged - start, time.perf_counter() - merged, report)
+        trace, stopped = self._in_steps(plan, split, limit)
+        return Measurement(trace.scores[-1], merged - start, time.perf_counter() - merged, report, trace, stopped)
+
+    def _whole(self, task: Task, split: Split, limit: int | None) -> Score:
+        return task.evaluate(self._models[task.name], split, limit=limit, precision=self._precision)
+
+    def _in_steps(self, plan: Plan, split: Split, limit: int | None) -> tuple[Trace, bool]:
+        """The trace of a measurement, and whether the plan's gate ended it early.
+
+        A task that gives no outcomes of single examples is measured whole, before the first step's end.
+        """
+        stepwise = {task.name: task for task in self._tasks if task.has_outcomes}
+        whole = {task.name: self._whole(task, split, limit) for task in self._tasks if not task.has_outcomes}
+        sizes = {name: min(task.size(split), limit or task.size(split)) for name, task in stepwise.items()}
+        steps = list(plan.steps(sizes))
+        seen: dict[str, Outcomes] = {}
+        trace = Trace([whole])
+        for number, step in enumerate(steps):
+            for name, positions in step.items():
+                found = stepwise[name].outcomes(self._models[name], split, positions, precision=self._precision)
+                seen[name] = Outcomes.join([seen[name], found]) if name in seen else found
+            scores = {name: stepwise[name].score(outcomes) for name, outcomes in seen.items()}
+            trace = Trace(
+                [*(trace.scores if number else []), whole | scores],
+                {name: stepwise[name].values(outcomes).astype("float32") for name, outcomes in seen.items()},
+                {name: outcomes.chosen.astype("float32") for name, outcomes in seen.items()},
+            )
+            if plan.gate is not None and number < len(steps) - 1 and plan.gate(trace):
+                return trace, True
+        return trace, False
+
+
+def sharing_model(task: Task, pool: Pool, member: Member, out: Mapping[str, Tensor]) -> tuple[nn.Module, set[str]]:
+    """A task's model on the weights of `out`, as `share_weights` makes it; of its checkpoint only the rest is read.
+
+    Where some weight of the model comes from merged ones in a way that cannot be shared, it is its checkpoint's own.
+
+    Returns:
+        The model, and the base's names of the weights that it holds.
+    """
+    for merged in (frozenset(member.names.values()), frozenset[str]()):
+        model = task.load_skeleton(merged).requires_grad_(False)
+        held = share_weights(model, pool, member, out)
+        shared = {value.data_ptr() for value in out.values()}
+        rest = [value for value in (*model.parameters(), *model.buffers()) if value.data_ptr() not in shared]
+        if not any(value.is_floating_point() and value.numel() and value[(0,) * value.ndim].isnan() for value in rest):
+            break
+    return model, held
+
+
+def share_weights(model: nn.Module, pool: Pool, member: Member, out: Mapping[str, Tensor]) -> set[str]:
+    """Replaces a model's parameters and buffers by the tensors of `out`, so that a merge changes the model itself.
+
+    A model may lack weights that the checkpoint has (a pooler that this task does not use), and name them with or without
+    the backbone's prefix.
+
+    Returns:
+        The base's names of the weights that the model holds.
+    """
+    saved = checkpoint_names(model)
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    names: dict[str, int] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for local, value in (*module._parameters.items(), *module._buffers.items()):
+            if value is not None:
+                places.setdefault(id(value), []).append((module, local))
+                names.setdefault(saved.get(id(value), f"{prefix}.{local}" if prefix else local), id(value))
+    held = set()
+    for name in pool.weights:
+        own = member.names[name]
+        spellings = (own, name, own.partition(".")[2], name.partition(".")[2])
+        found = next((names[spelling] for spelling in spellings if spelling in names), None)
+        if found is None:
+            continue
+        held.add(name)
+        module, local = places[found][0]
+        is_parameter = isinstance(getattr(module, local), nn.Parameter)
+        shared = nn.Parameter(out[name], requires_grad=False) if is_parameter else out[name]
+        for module, local in places[found]:
+            setattr(module, local, shared)
+    return held

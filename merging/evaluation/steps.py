@@ -1,0 +1,82 @@
+"""How a model is measured step by step over the examples, and what every step showed."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from merging.tasks.task import Score
+
+Floats: TypeAlias = npt.NDArray[np.float32]
+Positions: TypeAlias = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the steps of a measurement showed. The k-th steps of two candidates saw the same examples.
+
+    Args:
+        scores: After each step, task → score over all examples so far.
+        values: Task → one number an example [N], greater is better: what its metric averages, or p_y where that averages
+            nothing. Tasks that are measured whole have none.
+        chosen: Task → p_y of each example [N].
+    """
+
+    scores: Sequence[Mapping[str, Score]]
+    values: Mapping[str, Floats] = field(default_factory=dict)
+    chosen: Mapping[str, Floats] = field(default_factory=dict)
+
+    @property
+    def examples(self) -> int:
+        """Examples of the task that was measured on most of them."""
+        return max((score.examples for score in self.scores[-1].values()), default=0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-like values."""
+        return {
+            "scores": [{task: score.as_dict() for task, score in step.items()} for step in self.scores],
+            "values": {task: found.tolist() for task, found in self.values.items()},
+            "chosen": {task: found.tolist() for task, found in self.chosen.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> "Trace":
+        """The inverse of `as_dict`."""
+        return cls(
+            [{task: Score(**score) for task, score in step.items()} for step in found["scores"]],
+            {task: np.array(values, np.float32) for task, values in found["values"].items()},
+            {task: np.array(values, np.float32) for task, values in found["chosen"].items()},
+        )
+
+
+Gate: TypeAlias = Callable[[Trace], bool]
+"""Whether to stop measuring, asked after every step but the last."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which examples a candidate is measured on, and in which steps.
+
+    Args:
+        step: Examples of each task in a step; None for all in one.
+        gate: Whether to stop after a step; None to go on to the end.
+        positions: Task → places in its split's fixed order [N], where not all of them are wanted.
+    """
+
+    step: int | None = None
+    gate: Gate | None = None
+    positions: Mapping[str, Positions] = field(default_factory=dict)
+
+    def steps(self, sizes: Mapping[str, int]) -> Iterator[dict[str, Positions]]:
+        """Task → the places of each step; a task with fewer examples than another is through sooner.
+
+        Args:
+            sizes: Task → examples of the split to measure, where `positions` names none.
+        """
+        places = {task: self.positions.get(task, np.arange(size)) for task, size in sizes.items()}
+        most = max((len(found) for found in places.values()), default=0)
+        step = self.step or max(most, 1)
+        for first in range(0, most, step):
+            yield {task: found[first : first + step] for task, found in places.items() if first < len(found)}

@@ -1,0 +1,1 @@
+"""Running a method over a pool: in memory, to disk, in shards."""

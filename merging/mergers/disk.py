@@ -1,0 +1,287 @@
+"""From a pool and a recipe to a merged checkpoint on disk, by many threads in bounded memory."""
+
+import json
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
+from operator import itemgetter
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from merging.checkpoints.checkpoint import CONFIG, Checkpoint
+from merging.checkpoints.writer import SHARD_BYTES, Files, Write, lay_out, new_checkpoint
+from merging.errors import MethodError, PoolError
+from merging.io.direct_io import BLOCK
+from merging.kernels.blockwise import Scratch, is_finite
+from merging.mergers.material import Material
+from merging.mergers.partition import Part, partition, runs, side_by_side
+from merging.mergers.resident import joined
+from merging.mergers.weight_groups import split
+from merging.methods import METHODS, Context, Method, Weight
+from merging.recipe import Recipe
+
+MEMORY = 1_000_000_000
+"""Working memory, in bytes, where a caller names none."""
+PART_ENTRIES = 1 << 22
+"""Entries merged at a time where memory would allow more: few enough for what is merged to be written from the cache."""
+
+
+def merge_to_disk(
+    material: Material,
+    recipe: Recipe,
+    path: str,
+    *,
+    dtype: torch.dtype | None = None,
+    max_bytes: int = MEMORY,
+    max_shard_bytes: int = SHARD_BYTES,
+    threads: int | None = None,
+    extra: Mapping[str, str | bytes] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, float]:
+    """Writes the merged model as a Hugging Face directory like the base's, whole or not at all.
+
+    Local checkpoints are read by memory map, which is no memory of the process's own. A method that is elementwise, and
+    any other up to its largest tensor, stays within `max_bytes` whatever the size of the model.
+
+    Args:
+        material: Pool and statistics.
+        recipe: What to merge.
+        path: The directory to write, local or an address; replaced if it exists.
+        dtype: Of the merged weights; the base's by default.
+        max_bytes: Working memory of all threads together.
+        max_shard_bytes: An output file is closed before it exceeds this.
+        threads: Parts merged side by side; by default as many as there are processors to this process.
+        extra: Further small files, by their path below the directory.
+        progress: Told how many of how many entries are merged.
+
+    Returns:
+        The method's figures on this merge.
+
+    Raises:
+        MethodError: The recipe is wrong, or has no merge; nothing is written.
+        PoolError: A member holds NaN or Inf; nothing is written.
+        StorageError: There is no right or no space to write.
+    """
+    complete = material.check(recipe)
+    merger = _Merger(_narrowed(material, complete), complete, dtype)
+    pool = merger.pool
+    threads = threads or len(os.sched_getaffinity(0))
+    share = max(max_bytes // ((threads + 1) * 4 * (len(pool.members) + 1)), 1)
+    outlines = [(name, merger.dtype(name), info.shape) for name, info in pool.base.tensors.items()]
+    shards = lay_out(outlines, max_shard_bytes)
+    parts = partition(pool, shards, min(share, PART_ENTRIES), stretches=merger.can_stretch)
+    merger.survey(parts, share, threads)
+    done, total = 0, sum(part.entries for part in parts)
+    small = dict(extra or {})
+    if dtype is not None:
+        small.setdefault(CONFIG, _config(pool.base, dtype))
+    with new_checkpoint(path, shards, like=pool.base, extra=small) as files:
+        writing = threads + 1  # one waits for the disk
+        for entries in side_by_side(lambda run: merger.write(files, run), runs(parts, files), share, writing):
+            done += entries
+            progress(done, total)
+    return merger.report
+
+
+def _config(base: Checkpoint, dtype: torch.dtype) -> str:
+    """The base's `config.json` with the dtype of the merged weights, in which transformers then loads them."""
+    word = str(dtype).removeprefix("torch.")
+    old = {"torch_dtype": word} if "torch_dtype" in base.config else {}
+    return json.dumps({**base.config, **old, "dtype": word}, indent=2) + "\n"
+
+
+def _narrowed(material: Material, recipe: Recipe) -> Material:
+    """The material of the members that take part."""
+    pool = material.pool
+    members = {name: pool.members[name] for name in recipe.members}
+    statistics = {
+        kind: {who: file for who, file in found.items() if who in members or who not in pool.members}
+        for kind, found in material.statistics.items()
+    }
+    return replace(
+        material,
+        pool=replace(pool, members=members),
+        statistics={kind: found for kind, found in statistics.items() if found},
+    )
+
+
+class _Merger:
+    """One merge, part by part, in any thread.
+
+    Args:
+        material: Pool and statistics of the members that take part.
+        recipe: The recipe, complete.
+        dtype: Of the merged weights; the base's by default.
+    """
+
+    def __init__(self, material: Material, recipe: Recipe, dtype: torch.dtype | None) -> None:
+        self.material = material
+        self.pool = material.pool
+        self.method = METHODS[recipe.method]
+        self.report: dict[str, float] = {}
+        self._recipe = recipe
+        self._dtype = dtype
+        self._survey: Any = None
+        self._own = threading.local()
+        self._lock = threading.Lock()
+        checkpoints = self.pool.base, *(member.checkpoint for member in self.pool.members.values())
+        self._stays_mapped = sum(c.nbytes for c in checkpoints) < psutil.virtual_memory().available // 2
+        self._is_cached = all(c.is_cached for c in checkpoints)
+
+    @property
+    def can_stretch(self) -> bool:
+        """Whether a weight may be merged in stretches, and reading one costs no more than the stretch."""
+        members = self.pool.members.values()
+        return self.method.elementwise and all(c.is_mapped for c in (self.pool.base, *(m.checkpoint for m in members)))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor as it is written."""
+        stored = self.pool.base.tensors[name].dtype
+        return self._dtype or stored if name in self.pool.weights else stored
+
+    def survey(self, parts: Sequence[Part], share: int, threads: int) -> None:
+        """Learns what the method must know of all weights before any is merged."""
+        method, parameters = self.method, self._recipe.parameters
+        alone = [[part] for part in parts if any(name in self.pool.weights for name in part.names)]
+        if type(method).survey is not Method.survey:
+            found = side_by_side(lambda run: method.sample(self._read(run[0]), parameters), alone, share, threads)
+            self._survey = reduce(method.combine, found)
+        while type(method).refine is not Method.refine and (answers := self._refined(alone, share, threads)):
+            self._survey = reduce(method.combine, answers, self._survey)
+
+    def _refined(self, alone: Sequence[list[Part]], share: int, threads: int) -> list[Any]:
+        """What the method adds to its survey, part by part; nothing once it knows enough."""
+        survey, parameters = self._survey, self._recipe.parameters
+        more = side_by_side(
+            lambda run: self.method.refine(self._read(run[0]), survey, parameters), alone, share, threads
+        )
+        return [answer for answer in more if answer is not None]
+
+    def write(self, files: Files, run: Sequence[Part]) -> int:
+        """Merges and writes some parts of one file.
+
+        Returns:
+            Number of entries merged.
+        """
+        with files.open(run[0].shard) as put:
+            for part in run:
+                self._announce(part)
+                self._merge(part, put)
+                self._leave(part)
+        return sum(part.entries for part in run)
+
+    def _read(self, part: Part) -> Iterator[Weight]:
+        """A part's weights, for one look at them."""
+        self._announce(part)
+        yield from self._weights(part, part.names)
+        self._leave(part)
+
+    def _merge(self, part: Part, put: Write) -> None:
+        """Merges a part in this thread's buffer, and hands it over."""
+        out, stretches = self._room(part)
+        for names, scaling in split(out, self._recipe) if out else ():
+            weights = list(self._weights(part, names))
+            prepared = self.method.prepare(weights, Context(self.material.examples, self._survey))
+            prepared.merge(scaling, self._recipe.parameters, out)
+            with self._lock:
+                self.report = joined([self.report, prepared.report()])
+        for name, value in out.items():
+            if not is_finite(value):
+                raise self._unusable(part, name)
+        pieces: list[tuple[int, int, Tensor | str]] = [(place, value.nbytes, value) for place, value in stretches]
+        kept = [part.shard.tensors[name] for name in part.names if name not in out]
+        pieces += [(info.start, info.nbytes, info.name) for info in kept]
+        for place, _, piece in sorted(pieces, key=itemgetter(0, 1)):  # some files are written in order
+            put(place, self.pool.base.read(piece) if isinstance(piece, str) else piece)
+
+    def _weights(self, part: Part, names: Sequence[str]) -> Iterator[Weight]:
+        """Those of a part's weights that are merged; of a stretch, views of base and members."""
+        merged = [name for name in names if name in self.pool.weights]
+        for weight in self.material.weights(merged, self.method.kinds, torch.device("cpu")):
+            if part.stop is None:
+                yield weight
+                continue
+
+            def cut(value: Tensor) -> Tensor:
+                return value.reshape(-1)[part.start : part.stop]
+
+            yield replace(
+                weight,
+                base=cut(weight.base),
+                members={member: cut(value) for member, value in weight.members.items()},
+                statistics={k: {who: cut(v) for who, v in found.items()} for k, found in weight.statistics.items()},
+                start=part.start,
+            )
+
+    def _room(self, part: Part) -> tuple[dict[str, Tensor], list[tuple[int, Tensor]]]:
+        """What a part's merged weights are written to: this thread's, until its next part.
+
+        They lie in memory as in the file, at the same distance from a block's start, so that they are written from there.
+
+        Returns:
+            The weights by name; places in the file, and the bytes that follow each other there.
+        """
+        if not hasattr(self._own, "scratch"):
+            self._own.scratch = Scratch()
+        shapes = {name: self.pool.weights[name].shape for name in part.names if name in self.pool.weights}
+        if part.stop is not None:
+            shapes = dict.fromkeys(shapes, (part.entries,))
+        found: list[tuple[str, int, int]] = []
+        stretches: list[list[int]] = []
+        end = 0
+        for name, shape in shapes.items():
+            width = self.dtype(name).itemsize
+            place, need = part.shard.tensors[name].start + part.start * width, torch.Size(shape).numel() * width
+            if not stretches or place != sum(stretches[-1][::2]):
+                end += (place - end) % BLOCK
+                stretches.append([place, end, 0])
+            found.append((name, end, end + need))
+            stretches[-1][2] += need
+            end += need
+        room = self._own.scratch.take("out", end + BLOCK, device=torch.device("cpu"), dtype=torch.uint8)
+        room = room[-room.data_ptr() % BLOCK :]
+        out = {name: room[start:stop].view(self.dtype(name)).view(shapes[name]) for name, start, stop in found}
+        return out, [(place, room[start : start + need]) for place, start, need in stretches]
+
+    def _announce(self, part: Part) -> None:
+        """Has the system start to read a part, unless an earlier look left it mapped, or it is in memory anyway."""
+        if not self._is_cached and not (self._stays_mapped and self._survey is not None):
+            self._advise(part, mmap.MADV_WILLNEED)
+
+    def _leave(self, part: Part) -> None:
+        """Lets the system have a part's memory, unless there is plenty: another look would fault its pages in again."""
+        if not self._stays_mapped:
+            self._advise(part, mmap.MADV_DONTNEED)
+
+    def _advise(self, part: Part, advice: int) -> None:
+        """Tells the system what base and members will be read, or will not be for now."""
+        for name in part.names:
+            if name in self.pool.weights:
+                for _, checkpoint, own in self._sources(name):
+                    size = checkpoint.tensors[own].dtype.itemsize
+                    stop = None if part.stop is None else part.stop * size
+                    checkpoint.advise(own, advice, part.start * size, stop)
+
+    def _sources(self, name: str) -> Iterator[tuple[str, Checkpoint, str]]:
+        """Who has a weight, where, and by what name."""
+        yield "base", self.pool.base, name
+        for member in self.pool.members.values():
+            yield member.name, member.checkpoint, member.names[name]
+
+    def _unusable(self, part: Part, name: str) -> Exception:
+        """Why a merged weight is not finite."""
+        for who, checkpoint, own in self._sources(name):
+            if not is_finite(checkpoint.read(own).reshape(-1)[part.start : part.stop]):
+                return PoolError(
+                    f"unusable weights:\n  - {who}: '{name}' holds NaN or Inf\nCopy the checkpoint again, or leave it out"
+                )
+        return MethodError(
+            f"'{name}' merges to numbers beyond {self.dtype(name)}, though base and members are finite: use smaller scaling "
+            "factors, or another dtype"
+        )

@@ -1,0 +1,158 @@
+"""What recipes over one pool are merged from: base and members, statistics, numbers of examples."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merging.checkpoints.checkpoint import Checkpoint
+from merging.checkpoints.pool import Pool
+from merging.errors import MethodError
+from merging.io import storage
+from merging.mergers import weight_groups
+from merging.methods import METHODS, Context, Method, Prepared, Weight
+from merging.recipe import BASE, REFERENCES, Recipe
+from merging.statistics import StatisticsFile
+
+
+@dataclass(frozen=True)
+class Material:
+    """All that recipes over one pool are merged from.
+
+    Args:
+        pool: Base and members.
+        statistics: Kind → member (or `BASE`) → file.
+        examples: Number of training examples behind each member, where known.
+    """
+
+    pool: Pool
+    statistics: Mapping[str, Mapping[str, StatisticsFile]] = field(default_factory=dict)
+    examples: Mapping[str, int] = field(default_factory=dict)
+
+    def check(self, recipe: Recipe) -> Recipe:
+        """The recipe with every parameter spelled out.
+
+        Raises:
+            MethodError: An unknown method, parameter or member; groups that do not have every weight once; or a statistic that
+                the method needs is missing.
+        """
+        if unknown := set(recipe.members) - set(self.pool.members):
+            raise MethodError(f"'{min(unknown)}' is no member of the pool ({', '.join(sorted(self.pool.members))})")
+        if recipe.method in REFERENCES:
+            return recipe
+        method = METHODS[recipe.method]
+        complete = method.complete(recipe)
+        weight_groups.check(self.pool.weights, complete)
+        for kind in method.needs(complete.parameters):
+            missing = [member for member in complete.members if member not in self.statistics.get(kind, {})]
+            if missing:
+                raise MethodError(
+                    f"method '{method.name}' needs the statistic '{kind}' of {', '.join(missing)}: compute it with "
+                    f"`mergequest statistics`, or name its file under the member's `statistics:`"
+                )
+        for kind in method.base_needs(complete.parameters):
+            if BASE not in self.statistics.get(kind, {}):
+                raise MethodError(
+                    f"method '{method.name}' needs the statistic '{kind}' of the base for these parameters: a campaign "
+                    "computes it on `base_data`; a recipe names its file under `base_statistics:`"
+                )
+        if (solution := method.solution_for(complete.parameters)) is not None:
+            subset = "+".join(complete.members)
+            if subset not in self.statistics.get(solution, {}):
+                raise MethodError(
+                    f"method '{method.name}' needs the '{solution}' solution of {subset}: a campaign computes it of "
+                    f"all members; a recipe names its file under `statistics:`"
+                )
+        return complete
+
+    def weights(self, names: Iterable[str], kinds: Iterable[str], device: torch.device) -> Iterator[Weight]:
+        """The named weights as a method sees them, with these kinds of statistic where they are there."""
+        kinds = [kind for kind in kinds if kind in self.statistics]
+        moved: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def move(value: Tensor) -> Tensor:
+            """One copy on the device of what several weights share."""
+            return moved.setdefault(id(value), (value, value.to(device)))[1]
+
+        names = list(names)
+        self.pool.prefetch(names)
+        for kind in kinds:
+            for who, file in self.statistics[kind].items():
+                file.prefetch(self._own_name(who, name) for name in names)
+        for name in names:
+            statistics = {kind: self._statistic(kind, name) for kind in kinds}
+            yield Weight(
+                name,
+                self.pool.base_weight(name).to(device),
+                {member: self.pool.member_weight(member, name).to(device) for member in self.pool.members},
+                {kind: {who: move(v) for who, v in found.items()} for kind, found in statistics.items() if found},
+                transposed=self._transposed(name),
+            )
+
+    def survey(self, names: Iterable[str], method: Method, device: torch.device) -> Any:
+        """A method's facts about some of the weights, found on a device."""
+        return method.survey(self.weights(names, method.kinds, device))
+
+    def prepare(self, names: Sequence[str], method: Method, survey: Any, device: torch.device) -> Prepared:
+        """A method's state for some of the weights, given the survey of all."""
+        return method.prepare(list(self.weights(names, method.kinds, device)), Context(self.examples, survey))
+
+    def _transposed(self, name: str) -> bool:
+        """Whether any statistics file says that this weight is stored [in, out]."""
+        return any(
+            self.pool.members[who].names[name] in file.transposed
+            for found in self.statistics.values()
+            for who, file in found.items()
+            if who in self.pool.members
+        )
+
+    def _statistic(self, kind: str, name: str) -> dict[str, Tensor]:
+        """A weight's statistic of each member that has one, in the file's own tensor objects."""
+        found = {}
+        for who, file in self.statistics[kind].items():
+            own = self._own_name(who, name)
+            if own in file.names:
+                found[who] = file.read(own)
+        return found
+
+    def _own_name(self, who: str, name: str) -> str:
+        """A weight's name in the statistics of a member, or of somebody else."""
+        return self.pool.members[who].names[name] if who in self.pool.members else name
+
+
+def head_tensors(pool: Pool, member: str) -> dict[str, Tensor]:
+    """The tensors that a member keeps for its task, by its own names."""
+    chosen = pool.members[member]
+    chosen.checkpoint.prefetch(chosen.head)
+    return {name: chosen.checkpoint.read(name) for name in chosen.head}
+
+
+def open_statistics(pool: Pool, files: Mapping[str, Sequence[str]]) -> dict[str, dict[str, StatisticsFile]]:
+    """Statistics files sorted by kind, each checked against the checkpoint that it must belong to.
+
+    Args:
+        pool: The pool.
+        files: Member, `BASE`, or names of members joined by + → paths.
+
+    Raises:
+        StatisticsError: A file is damaged, or belongs to another checkpoint.
+    """
+    found: dict[str, dict[str, StatisticsFile]] = {}
+    for who, paths in files.items():
+        for path in paths:
+            file = StatisticsFile.open(path)
+            if who == BASE or who in pool.members:
+                checkpoint: Checkpoint = pool.base if who == BASE else pool.members[who].checkpoint
+                file.check(checkpoint.fingerprint, checkpoint.tensors)
+            else:
+                file.check(subset_fingerprint(pool, who.split("+")))
+            found.setdefault(file.kind, {})[who] = file
+    return found
+
+
+def subset_fingerprint(pool: Pool, members: Sequence[str]) -> str:
+    """Content hash of the base and some members, whatever their names and order."""
+    members_hashes = sorted(pool.members[member].checkpoint.fingerprint for member in members)
+    return storage.fingerprint([pool.base.fingerprint, members_hashes])

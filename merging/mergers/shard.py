@@ -1,0 +1,148 @@
+"""A part of a pool's weights: read once, kept, and merged as a merge of all of them would have it."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merging.checkpoints.pool import Pool
+from merging.mergers.material import Material
+from merging.mergers.resident import ResidentMerger
+from merging.methods import METHODS, Method
+from merging.recipe import REFERENCES, Recipe, Value
+
+
+def surveys(method: str) -> bool:
+    """Whether a recipe's method must have looked at all weights before any is merged."""
+    return method not in REFERENCES and type(METHODS[method]).survey is not Method.survey
+
+
+def refines(method: str) -> bool:
+    """Whether a method may ask more of all weights for a candidate."""
+    return method not in REFERENCES and type(METHODS[method]).refine is not Method.refine
+
+
+@dataclass(frozen=True)
+class KeptPool(Pool):
+    """A pool that reads a weight when it is first asked for, and keeps it."""
+
+    _read: dict[tuple[str | None, str], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def base_weight(self, name: str) -> Tensor:
+        """θ_0's weight, as stored."""
+        if (None, name) not in self._read:
+            self._read[None, name] = super().base_weight(name)
+        return self._read[None, name]
+
+    def member_weight(self, member: str, name: str) -> Tensor:
+        """θ_t's weight, as stored."""
+        if (member, name) not in self._read:
+            self._read[member, name] = super().member_weight(member, name)
+        return self._read[member, name]
+
+    def prefetch(self, names: Iterable[str], members: Iterable[str] | None = None) -> None:
+        """As a pool does, of what has not been read."""
+        names = list(names)
+        if members is None:
+            self.base.prefetch([name for name in names if (None, name) not in self._read])
+        for member in self.members if members is None else members:
+            if missing := [name for name in names if (member, name) not in self._read]:
+                super().prefetch(missing, [member])
+
+
+@dataclass(frozen=True)
+class KeptMaterial(Material):
+    """Material that reads every tensor once: what is kept of it does not depend on which methods hold on to what."""
+
+    _read: dict[tuple[str, str], dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, material: Material) -> "KeptMaterial":
+        """The same material, kept."""
+        pool = material.pool
+        return cls(KeptPool(pool.base, pool.members, pool.weights, pool.notes), material.statistics, material.examples)
+
+    def _statistic(self, kind: str, name: str) -> dict[str, Tensor]:
+        if (kind, name) not in self._read:
+            self._read[kind, name] = super()._statistic(kind, name)
+        return self._read[kind, name]
+
+
+class ShardMerger(ResidentMerger):
+    """Merges some of a pool's weights, bit for bit as all together are merged.
+
+    What a method must know of all weights is told: each shard surveys its own, everybody is told all surveys, and so with what
+    a candidate asks besides.
+
+    Args:
+        material: Pool and statistics; only what belongs to the named weights is read.
+        names: The base's names of the weights.
+    """
+
+    _is_part = True
+
+    def __init__(self, material: Material, names: Sequence[str]) -> None:
+        sizes = [torch.Size(material.pool.weights[name].shape) for name in names]
+        self.values = torch.empty(sum(size.numel() for size in sizes))
+        """All merged weights, one after another, float32; the next merge overwrites them."""
+        pieces = self.values.split([size.numel() for size in sizes])  # type: ignore[no-untyped-call]
+        out = {name: piece.view(size) for name, piece, size in zip(names, pieces, sizes, strict=True)}
+        super().__init__(KeptMaterial.of(material), out)
+        self._surveys: dict[str, Any] = {}
+        self._more: Any = None
+
+    def read(self) -> None:
+        """Reads base and members; statistics are read when a method asks for them."""
+        pool = self._material.pool
+        pool.prefetch(self._out)
+        for name in self._out:
+            pool.base_weight(name)
+            for member in pool.members:
+                pool.member_weight(member, name)
+
+    def survey(self, method: str) -> dict[str, Any]:
+        """A method's survey of every single weight: added up in one order, they give what all together give."""
+        chosen = METHODS[method]
+        weights = self._material.weights(self._out, chosen.kinds, self._device)
+        return {weight.name: chosen.survey([weight]) for weight in weights}
+
+    def knows(self, method: str) -> bool:
+        """Whether there is nothing that this merger must be told of a method."""
+        return not surveys(method) or method in self._surveys
+
+    def settle(self, method: str, found: Sequence[Mapping[str, Any]]) -> None:
+        """Tells what all shards' surveys are."""
+        every = {name: survey for part in found for name, survey in part.items()}
+        ordered = [every[name] for name in self._material.pool.weights]
+        self._surveys[method] = reduce(METHODS[method].combine, ordered)
+
+    def refine(self, recipe: Recipe) -> Any:
+        """What this shard's weights add to the survey for a recipe; None for nothing."""
+        complete = self._material.check(recipe)
+        return super()._refine(METHODS[recipe.method], self._surveys[recipe.method], complete.parameters)
+
+    def merge_part(self, recipe: Recipe, more: Sequence[Any] = ()) -> dict[str, float]:
+        """Overwrites this shard's weights with the recipe's.
+
+        Args:
+            recipe: What to merge.
+            more: What all shards' `refine` gave for it.
+
+        Returns:
+            The method's figures on this part of the merge.
+
+        Raises:
+            MethodError: The recipe is wrong, or has no merge.
+        """
+        told = [answer for answer in more if answer is not None]
+        self._more = reduce(METHODS[recipe.method].combine, told) if told else None
+        return self.merge(recipe)
+
+    def _survey(self, method: Method) -> Any:
+        return self._surveys.get(method.name)
+
+    def _refine(self, method: Method, survey: Any, parameters: Mapping[str, Value]) -> Any:
+        return self._more

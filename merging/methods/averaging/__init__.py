@@ -1,0 +1,1 @@
+"""One weighted sum of the members' weights or task vectors."""

@@ -1,0 +1,1 @@
+"""Merges under diagonal curvature: Fisher averaging and gradient matching."""

@@ -1,0 +1,124 @@
+"""Gradient matching: task vectors weighted by their curvature relative to the merged model's."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from merging.errors import MethodError
+from merging.methods.checks import chosen
+from merging.methods.curvature.diagonal import Curvature, Diagonal
+from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
+from merging.recipe import BASE, Recipe, Value
+
+DELTA_WITH_FISHER = 1e-12
+
+
+@register
+class GradientMatching(Method):
+    """θ = θ_0 + Σ α_t (H_0 + H_t) τ_t / (H_0 + Σ α_s H_s), elementwise (Daheim et al. 2024, equation 10).
+
+    H_t = s_t F_t with s_t the member's number of training examples, 1 where no member's is known. H_0 is
+    `delta`, plus s_0 F_0 of the base where `base_curvature` is `fisher`. Weights without Fisher information
+    have H_t = 0 and are merged by task arithmetic.
+    """
+
+    name = "gradient_matching"
+    summary = "task vectors weighted by curvature"
+    requires = ("fisher",)
+    elementwise = True
+    scaling = Parameter(1.0, "scale of the member's task; negative to remove it", low=0.0, high=1.5)
+    parameters: ClassVar[Mapping[str, Parameter]] = {
+        "base_curvature": Parameter(
+            "identity",
+            "the base's curvature H_0: delta, or delta plus its Fisher",
+            choices=("identity", "fisher"),
+            search=False,
+        ),
+        "delta": Parameter(
+            1.0,
+            "constant part of H_0 (1e-12 with the base's Fisher)",
+            low=1e-8,
+            high=10.0,
+            log=True,
+            minimum=0.0,
+        ),
+        "clamp": Parameter(
+            False,
+            "raise denominators to delta instead of refusing those not above 0",
+            choices=(False, True),
+            search=False,
+        ),
+    }
+
+    def base_needs(self, parameters: Mapping[str, Value]) -> tuple[str, ...]:
+        """The base's Fisher, where it is H_0."""
+        return ("fisher",) if parameters["base_curvature"] == "fisher" else ()
+
+    def complete(self, recipe: Recipe) -> Recipe:
+        """As for any method; `delta` is 1e-12 where the base's Fisher is used and nothing else is said."""
+        if recipe.parameters.get("base_curvature") == "fisher" and "delta" not in recipe.parameters:
+            recipe = replace(recipe, parameters={**recipe.parameters, "delta": DELTA_WITH_FISHER})
+        return super().complete(recipe)
+
+    def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
+        """Keeps references to base, members and statistics.
+
+        Raises:
+            MethodError: A Fisher is missing, negative, not finite, or of another shape; or only some members'
+                numbers of examples are known.
+        """
+        return PreparedGradientMatching(weights, context.examples)
+
+
+class PreparedGradientMatching(Prepared):
+    """Base, members and Fisher information, as they are stored.
+
+    Args:
+        weights: The weights to merge.
+        examples: Number of training examples by member, and the base's.
+    """
+
+    def __init__(self, weights: Sequence[Weight], examples: Mapping[str, int]) -> None:
+        self._diagonal = Diagonal(weights)
+        members = self._diagonal.members
+        unknown = [member for member in members if member not in examples]
+        if unknown and len(unknown) < len(members):
+            raise MethodError(
+                f"number of training examples unknown for {', '.join(unknown)}, though it is given for other "
+                "members: give all of them, or none"
+            )
+        self._examples = {member: float(examples.get(member, 1)) for member in members}
+        self._base_examples = float(examples.get(BASE, 1))
+
+    @torch.no_grad()
+    def merge(self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]) -> None:
+        """One pass over base, members and Fisher information.
+
+        Raises:
+            MethodError: Scaling factors that cancel, or no Fisher of the base though it is asked for.
+        """
+        members = chosen(scaling, self._diagonal.members)
+        with_fisher = parameters["base_curvature"] == "fisher"
+        if with_fisher:
+            self._require_base()
+        curvature = Curvature(
+            members,
+            [scaling[member] for member in members],
+            [self._examples[member] for member in members],
+            base_scale=self._base_examples if with_fisher else 0.0,
+            delta=float(parameters["delta"]),
+            clamp=bool(parameters["clamp"]),
+        )
+        self._diagonal.merge(curvature, out)
+
+    def _require_base(self) -> None:
+        for weight, fishers in zip(self._diagonal.weights, self._diagonal.fishers, strict=True):
+            if fishers and BASE not in fishers:
+                raise MethodError(
+                    "base_curvature = 'fisher' needs the base's Fisher, which has nothing for "
+                    f"'{weight.name}'. Compute the fisher statistic of the base, or use base_curvature = "
+                    "'identity'"
+                )

@@ -1,0 +1,1 @@
+"""Linear systems of every layer: RegMean, MaTS, and merges that were computed beforehand."""

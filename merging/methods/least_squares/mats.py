@@ -1,0 +1,186 @@
+"""MaTS: match the members in their task parameter subspaces, a linear system per weight solved by conjugate gradients."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from merging.errors import MethodError
+from merging.kernels.blockwise import Scratch, weighted_sum
+from merging.methods.checks import check_weights, chosen, target
+from merging.methods.least_squares.conjugate_gradients import solve
+from merging.methods.least_squares.subspaces import KINDS, Subspace, check_statistics, has_statistics
+from merging.methods.method import METHODS, Context, Method, Parameter, Prepared, Weight, register
+from merging.recipe import Value
+
+PROPAGATED = "regmean_propagated"
+BATCH_BYTES = 1 << 28
+"""Most that one float64 matrix stack of a batch takes, unless a single weight takes more."""
+
+
+@register
+class Mats(Method):
+    """(Σ α_t C_t) θ = Σ α_t C_t θ_t for every weight (Tam et al. 2024, equation 4).
+
+    C_t is a member's `subspace`: the identity, its diagonal Fisher, the Gram of a layer's inputs (V ↦ V A_t, RegMean with
+    ρ = 1), or K-FAC (V ↦ B_t V A_t). Conjugate gradients begin at the result of another method at its defaults and end
+    after `iterations`: on badly conditioned systems they go only part of the way, which is part of the method. Weights
+    without the statistic are the plain mean, or what RegMean propagated made of them where that is the start (its biases
+    belong to its weights). `report()` has the relative residual of every weight.
+    """
+
+    name = "mats"
+    summary = "match task parameter subspaces by conjugate gradients"
+    optional = ("fisher", "gram", "output_gram", "propagated")
+    scaling = Parameter(1.0, "the member's weight in the system", low=0.0, high=1.5)
+    scale_free = True
+    parameters: ClassVar[Mapping[str, Parameter]] = {
+        "subspace": Parameter("gram", "what C_t is", choices=tuple(KINDS), search=False),
+        "start": Parameter(
+            "average",
+            "method whose result, at its defaults, the iterations begin at",
+            choices=("average", "base", "task_arithmetic", "gradient_matching", "regmean", PROPAGATED),
+            search=False,
+        ),
+        "iterations": Parameter(100, "most steps of conjugate gradients", low=1, high=200, log=True, minimum=0),
+        "tolerance": Parameter(1e-5, "relative residual to stop at", minimum=0.0, maximum=1.0, search=False),
+        "preconditioner": Parameter(
+            "none", "scale the system by its diagonal", choices=("none", "jacobi"), search=False
+        ),
+    }
+
+    def needs(self, parameters: Mapping[str, Value]) -> tuple[str, ...]:
+        """What the subspace and the method of the start need."""
+        start = METHODS[str(parameters["start"])].requires if str(parameters["start"]) in METHODS else ()
+        return tuple(dict.fromkeys((*KINDS[str(parameters["subspace"])], *start)))
+
+    def solution_for(self, parameters: Mapping[str, Value]) -> str | None:
+        """What the method of the start asks for."""
+        return METHODS[PROPAGATED].solution if parameters["start"] == PROPAGATED else None
+
+    def survey(self, weights: Iterable[Weight]) -> frozenset[str]:
+        """The kinds of statistic that some weight has."""
+        return frozenset(kind for weight in weights for kind, found in weight.statistics.items() if found)
+
+    def combine(self, first: frozenset[str] | None, second: frozenset[str] | None) -> frozenset[str]:
+        """Kinds that either has."""
+        return (first or frozenset()) | (second or frozenset())
+
+    def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
+        """Checks statistics and keeps references to them.
+
+        Raises:
+            MethodError: A statistic is missing for a member, not finite, negative, or of another shape.
+        """
+        return PreparedMats(weights, context, self.survey(weights) if context.survey is None else context.survey)
+
+
+class PreparedMats(Prepared):
+    """Base, members and statistics, as they are stored.
+
+    Args:
+        weights: The weights to merge.
+        context: For the method whose result is the start.
+        kinds: Statistics that the model has.
+    """
+
+    def __init__(self, weights: Sequence[Weight], context: Context, kinds: frozenset[str]) -> None:
+        self._members = check_weights(weights)
+        for weight in weights:
+            check_statistics(weight)
+        self._weights = tuple(weights)
+        self._context = Context(examples=context.examples)
+        self._kinds = kinds
+        self._starts: dict[tuple[str, str], Prepared] = {}
+        self._scratch = Scratch()
+        self._report: dict[str, float] = {}
+
+    def report(self) -> dict[str, float]:
+        """`residual`, the largest relative residual that was left, and `residual.NAME` of every solved weight."""
+        return dict(self._report)
+
+    @torch.no_grad()
+    def merge(self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]) -> None:
+        """Solves all weights of one shape together; nothing is written before the systems are known to be sound.
+
+        Raises:
+            MethodError: The subspace's statistic is nowhere, or scaling factors make a system indefinite.
+        """
+        members = chosen(scaling, self._members)
+        factors = [scaling[member] for member in members]
+        if sum(factors) <= 0:
+            raise MethodError(f"the scaling factors sum to {sum(factors):g}: mats needs a positive sum")
+        subspace = str(parameters["subspace"])
+        if missing := [kind for kind in KINDS[subspace] if kind not in self._kinds]:
+            raise MethodError(
+                f"subspace '{subspace}' needs the {missing[0]} statistic, which no weight has. Compute it, or use another "
+                "subspace"
+            )
+        destinations = {weight.name: target(out, weight) for weight in self._weights}
+        solved = [weight for weight in self._weights if has_statistics(weight, subspace)]
+        whole = parameters["start"] == PROPAGATED
+        started = self._start(self._weights if whole else solved, scaling, parameters)
+        self._report = {"residual": 0.0}
+        moved: dict[str, Tensor] = {}
+        for batch in _batches(solved, subspace):
+            moved |= self._solve(Subspace(batch, subspace, members, factors), started, parameters)
+        for weight in self._weights:
+            terms = [(weight.members[member], 1.0 / len(members)) for member in members]
+            if whole:
+                terms = [(started[weight.name], 1.0)]
+            if weight.name in moved:
+                terms = [(weight.base, 1.0), (moved[weight.name], 1.0)]
+            weighted_sum(terms, destinations[weight.name], self._scratch)
+
+    def _start(
+        self, weights: Sequence[Weight], scaling: Mapping[str, float], parameters: Mapping[str, Value]
+    ) -> Mapping[str, Tensor]:
+        """Weights to begin at."""
+        if parameters["start"] == "base":
+            return {weight.name: weight.base for weight in weights}
+        if parameters["start"] == "average":
+            return {w.name: torch.stack([w.members[m].double() for m in sorted(scaling)]).mean(0) for w in weights}
+        method = METHODS[str(parameters["start"])]
+        key = (method.name, str(parameters["subspace"]))
+        if key not in self._starts:
+            self._starts[key] = method.prepare(weights, self._context)
+        recipe = method.default_recipe(sorted(scaling))
+        begun = {weight.name: torch.empty_like(weight.base, dtype=torch.float32) for weight in weights}
+        self._starts[key].merge(recipe.scaling, recipe.parameters, begun)
+        return begun
+
+    def _solve(
+        self, system: Subspace, started: Mapping[str, Tensor], parameters: Mapping[str, Value]
+    ) -> dict[str, Tensor]:
+        """θ − θ_0 of a batch's weights."""
+        diagonal = system.diagonal() if parameters["preconditioner"] == "jacobi" else None
+        solution, residuals, indefinite = solve(
+            system.apply,
+            system.right(),
+            system.stack([started[weight.name].double() - weight.base for weight in system.weights]),
+            int(parameters["iterations"]),
+            float(parameters["tolerance"]),
+            diagonal,
+        )
+        if min(system.factors) < 0 and indefinite.any():
+            name = system.weights[int(indefinite.nonzero()[0])].name
+            raise MethodError(f"negative scaling factors make the system of '{name}' indefinite: use factors ≥ 0")
+        for weight, residual in zip(system.weights, residuals.tolist(), strict=True):
+            self._report[f"residual.{weight.name}"] = residual
+            self._report["residual"] = max(self._report["residual"], residual)
+        return {weight.name: value for weight, value in zip(system.weights, system.unstack(solution), strict=True)}
+
+
+def _batches(weights: Sequence[Weight], subspace: str) -> list[list[Weight]]:
+    """Weights of one shape and orientation, as many together as memory should take."""
+    shaped: dict[tuple[bool, torch.Size], list[Weight]] = defaultdict(list)
+    for weight in weights:
+        shaped[weight.transposed, weight.base.shape].append(weight)
+    batches = []
+    for (_, shape), group in shaped.items():
+        entries = max(shape.numel(), max(shape, default=1) ** 2 if "gram" in KINDS[subspace] else 1)
+        size = max(1, BATCH_BYTES // (8 * entries))
+        batches += [group[start : start + size] for start in range(0, len(group), size)]
+    return batches

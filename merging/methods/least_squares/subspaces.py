@@ -1,0 +1,135 @@
+"""A member's task parameter subspace as a symmetric positive semi-definite operator on a weight, many weights at once."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from merging.errors import MethodError
+from merging.methods.checks import statistic
+from merging.methods.least_squares.gram_systems import matrix
+from merging.methods.method import Weight
+
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "identity": (),
+    "fisher": ("fisher",),
+    "gram": ("gram",),
+    "kfac": ("gram", "output_gram"),
+}
+"""Subspace → the statistics that define it."""
+
+
+def has_statistics(weight: Weight, subspace: str) -> bool:
+    """Whether a weight has what the subspace needs."""
+    return all(weight.statistics.get(kind) for kind in KINDS[subspace])
+
+
+def check_statistics(weight: Weight) -> None:
+    """Looks at every statistic that some subspace uses.
+
+    Raises:
+        MethodError: One is missing for a member, not finite, negative where it cannot be, or of another shape.
+    """
+    statistic(weight, "fisher", weight.base.shape, nonnegative=True)
+    sides = list(matrix(weight.base, weight.transposed).shape) if weight.base.dim() == 2 else []
+    for kind, side in (("gram", -1), ("output_gram", 0)):
+        if not weight.statistics.get(kind):
+            continue
+        if not sides:
+            raise MethodError(f"'{weight.name}' has shape {list(weight.base.shape)} and a {kind}: only matrices can")
+        for member, value in statistic(weight, kind, (sides[side], sides[side]), nonnegative=False).items():
+            if (low := value.diagonal().min().item()) < 0:
+                raise MethodError(
+                    f"{member}: {kind} of '{weight.name}' has a negative diagonal ({low:g}). Compute the {kind} statistic "
+                    "of this member again"
+                )
+
+
+class Subspace:
+    """Σ α_t C_t for weights of one shape.
+
+    Args:
+        weights: The weights, B of them.
+        subspace: One of `KINDS`.
+        members: Who takes part.
+        factors: α_t.
+    """
+
+    def __init__(
+        self, weights: Sequence[Weight], subspace: str, members: Sequence[str], factors: Sequence[float]
+    ) -> None:
+        self.weights = tuple(weights)
+        self.factors = tuple(factors)
+        self._subspace = subspace
+        self._members = tuple(members)
+        self._sum: Tensor | None = None
+        self._pairs: list[tuple[float, Tensor, Tensor]] = []
+        if subspace == "kfac":
+            self._pairs = [
+                (factor, self._statistic("output_gram", member), self._statistic("gram", member))
+                for member, factor in self._terms()
+            ]
+        elif subspace != "identity":
+            for member, factor in self._terms():
+                term = self._statistic(subspace, member).mul_(factor)
+                self._sum = term if self._sum is None else self._sum.add_(term)
+
+    def _terms(self) -> Iterable[tuple[str, float]]:
+        return zip(self._members, self.factors, strict=True)
+
+    def _statistic(self, kind: str, member: str) -> Tensor:
+        """One member's statistic of all weights, float64, a new tensor."""
+        found = [weight.statistics[kind][member] for weight in self.weights]
+        return self.stack([value.double() for value in found]) if kind == "fisher" else torch.stack(found).double()
+
+    def stack(self, values: Sequence[Tensor]) -> Tensor:
+        """Tensors in the shape of the weights as [B, out, in], or [B, 1, n] where they are no matrices."""
+        turned = [
+            matrix(value, weight.transposed) if value.dim() == 2 else value.reshape(1, -1)
+            for value, weight in zip(values, self.weights, strict=True)
+        ]
+        return torch.stack(turned)
+
+    def unstack(self, stacked: Tensor) -> list[Tensor]:
+        """What `stack` stacked."""
+        return [
+            matrix(value, weight.transposed) if weight.base.dim() == 2 else value.reshape(weight.base.shape)
+            for value, weight in zip(stacked, self.weights, strict=True)
+        ]
+
+    def apply(self, value: Tensor) -> Tensor:
+        """(Σ α_t C_t) V for V as `stack` gives it."""
+        if self._subspace == "kfac":
+            total = torch.zeros_like(value)
+            for factor, output, inputs in self._pairs:
+                total.add_(output @ value @ inputs, alpha=factor)
+            return total
+        if self._sum is None:
+            return value * sum(self.factors)
+        return value @ self._sum if self._subspace == "gram" else value * self._sum
+
+    def right(self) -> Tensor:
+        """Σ α_t C_t τ_t."""
+        total: Tensor | None = None
+        for index, (member, factor) in enumerate(self._terms()):
+            delta = self.stack([weight.members[member].double() - weight.base for weight in self.weights])
+            if self._subspace == "kfac":
+                _, output, inputs = self._pairs[index]
+                delta = output @ delta @ inputs
+            elif self._subspace == "gram":
+                delta = delta @ self._statistic("gram", member)
+            elif self._subspace == "fisher":
+                delta = delta.mul_(self._statistic("fisher", member))
+            total = delta.mul_(factor) if total is None else total.add_(delta, alpha=factor)
+        assert total is not None
+        return total
+
+    def diagonal(self) -> Tensor:
+        """The operator's diagonal, in a shape that broadcasts to [B, out, in]."""
+        if self._subspace == "kfac":
+            rows = [(f, b.diagonal(dim1=1, dim2=2), a.diagonal(dim1=1, dim2=2)) for f, b, a in self._pairs]
+            return torch.stack([factor * b[:, :, None] * a[:, None, :] for factor, b, a in rows]).sum(0)
+        if self._sum is None:
+            first = self.weights[0].base
+            return torch.full((1, 1, 1), sum(self.factors), dtype=torch.float64, device=first.device)
+        return self._sum.diagonal(dim1=1, dim2=2)[:, None, :] if self._subspace == "gram" else self._sum

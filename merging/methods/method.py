@@ -1,0 +1,282 @@
+"""What a merge method is: declared parameters, `prepare` once for a pool, `merge` again and again for candidates."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from merging.errors import MethodError
+from merging.recipe import Recipe, Value
+from merging.registry import Registry, did_you_mean
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A method's hyperparameter: what it is, its default, and the range that a search covers.
+
+    Args:
+        default: Value where a recipe names none.
+        help: One line for users.
+        low: Smallest value that a search tries.
+        high: Largest value that a search tries.
+        log: Search on a logarithmic scale.
+        choices: The allowed values, instead of a range.
+        minimum: Smallest allowed value; None for no bound.
+        maximum: Largest allowed value; None for no bound.
+        search: Whether a search varies it where the campaign does not say; False for what is a matter of principle.
+    """
+
+    default: Value
+    help: str
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    choices: tuple[Value, ...] | None = None
+    minimum: float | None = None
+    maximum: float | None = None
+    search: bool = True
+
+    def check(self, name: str, value: Value) -> Value:
+        """The value, in the parameter's type.
+
+        Raises:
+            MethodError: It is of another type, out of bounds, or not among the choices.
+        """
+        if self.choices is not None:
+            if value not in self.choices:
+                raise MethodError(f"{name} = {value!r} is not one of {', '.join(map(repr, self.choices))}")
+            return value
+        if isinstance(self.default, str):
+            if not isinstance(value, str):
+                raise MethodError(f"{name} = {value!r} is no text")
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+            raise MethodError(f"{name} = {value!r} is not a number")
+        if (self.minimum is not None and value < self.minimum) or (self.maximum is not None and value > self.maximum):
+            low = "−∞" if self.minimum is None else f"{self.minimum:g}"
+            high = "∞" if self.maximum is None else f"{self.maximum:g}"
+            raise MethodError(f"{name} = {value:g} is outside {low} … {high}")
+        return type(self.default)(value) if isinstance(self.default, int | float) else value
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of the pool, as a method sees it.
+
+    Args:
+        name: The base's name of it.
+        base: θ_0, any shape, stored dtype.
+        members: θ_t by member, same shape, any floating dtype.
+        statistics: Statistic kind (`fisher`, `gram`) → member (or `BASE`) → tensor. A kind that has nothing for this
+            weight (no Gram for a bias) is absent. Weights that read the same input may hold the same Gram tensors.
+        transposed: A matrix is stored [in, out] (GPT-2's `Conv1D`), not [out, in] (`torch.nn.Linear`).
+        start: Flat index of the first entry, where this is a stretch [n] of a larger weight and not the whole.
+    """
+
+    name: str
+    base: Tensor
+    members: Mapping[str, Tensor]
+    statistics: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    transposed: bool = False
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method may know of the pool besides its weights.
+
+    Args:
+        examples: Number of training examples behind each member (and `BASE`, where known).
+        survey: The combined `Method.survey` of all weights of the model, whatever part of them is being prepared.
+    """
+
+    examples: Mapping[str, int] = field(default_factory=dict)
+    survey: Any = None
+
+
+class Prepared(ABC):
+    """A method's state for some weights of a pool: all that depends on no candidate."""
+
+    @abstractmethod
+    def merge(self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]) -> None:
+        """Writes a candidate's merged weights.
+
+        Args:
+            scaling: Scaling factor of every member that takes part (a subset of the prepared members, in any order).
+            parameters: Every declared parameter of the method, checked.
+            out: The weights to overwrite, by the base's name, in the shape of the base and any floating dtype, on the
+                device of the prepared state. Rounded to that dtype once, at the end.
+
+        Raises:
+            MethodError: These scaling factors and parameters have no merge (a denominator that cancels).
+        """
+
+    def report(self) -> dict[str, float]:
+        """Figures on the last merge that a user should see (a ridge that was added), by name."""
+        return {}
+
+
+class Method(ABC):
+    """A way to merge: pure mathematics over weights, without files or cluster.
+
+    Class attributes declare what the rest of the program needs to know: `name`; `requires`, the kinds of statistic that
+    every member must bring; `optional`, kinds that are used where they are there; `scaling`, the scaling factor's default
+    and range; `parameters`; `scale_free`, whether a factor shared by all members cancels, so that no search need try any.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    requires: ClassVar[tuple[str, ...]] = ()
+    optional: ClassVar[tuple[str, ...]] = ()
+    solution: ClassVar[str | None] = None
+    """Kind of statistic that is one of a set of members as a whole; its key in `Weight.statistics` joins their names by +."""
+    scaling: ClassVar[Parameter]
+    parameters: ClassVar[Mapping[str, Parameter]] = {}
+    scale_free: ClassVar[bool] = False
+    most_members: ClassVar[int | None] = None
+    """Most members that a merge can take; None for any number."""
+    elementwise: ClassVar[bool] = False
+    """Whether, given the survey, an entry's merge needs no other entry, so that a weight may be merged in stretches.
+
+    `survey` and `combine` then take stretches, too: two of one weight add up."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """All kinds of statistic that a merge may look at."""
+        return (*self.requires, *self.optional, *([self.solution] if self.solution else []))
+
+    def needs(self, parameters: Mapping[str, Value]) -> tuple[str, ...]:
+        """Kinds of statistic that every member must bring for a merge with these parameters, all spelled out."""
+        return self.requires
+
+    def base_needs(self, parameters: Mapping[str, Value]) -> tuple[str, ...]:
+        """Kinds of statistic that the base must bring for a merge with these parameters."""
+        return ()
+
+    def solution_for(self, parameters: Mapping[str, Value]) -> str | None:
+        """Kind of statistic that a merge with these parameters asks for of its members as a whole."""
+        return self.solution
+
+    def is_linear(self, parameters: Mapping[str, Value]) -> bool:
+        """Whether a merge with these parameters is θ_0 + Σ α_t u_t, u_t independent of the scaling factors α."""
+        return False
+
+    def survey(self, weights: Iterable[Weight]) -> Any:
+        """Facts about all weights of the model that merging any of them needs (a norm, a histogram).
+
+        Surveys of parts are combined with `combine`, so that the parts may lie on different machines.
+        """
+        return None
+
+    def sample(self, weights: Iterable[Weight], parameters: Mapping[str, Value]) -> Any:
+        """The survey for one candidate alone, which may be an estimate that `refine` makes exact.
+
+        It is combined with `combine`; `refine` is asked with it until it gives None.
+        """
+        return self.survey(weights)
+
+    def combine(self, first: Any, second: Any) -> Any:
+        """The survey of two disjoint sets of weights, from the surveys of each; associative and commutative."""
+        return None
+
+    def refine(self, weights: Iterable[Weight], survey: Any, parameters: Mapping[str, Value]) -> Any:
+        """More of the survey: what one candidate's merge asks of all weights, and no survey can foresee.
+
+        It is asked for where the model is prepared in parts that are not at hand together. What all parts answer is
+        combined with the survey.
+
+        Args:
+            weights: Some of the pool's weights.
+            survey: The combined survey of all.
+            parameters: The candidate's.
+
+        Returns:
+            None where the survey says enough; then no weight has been looked at.
+        """
+        return None
+
+    @abstractmethod
+    def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
+        """All that can be computed before scaling factors and parameters are known.
+
+        Args:
+            weights: Some of the pool's weights, or all, on the device that will merge.
+            context: What is known of the whole pool; `context.survey` covers the whole model.
+
+        Raises:
+            MethodError: A statistic is missing or has another shape than its weight asks for.
+        """
+
+    def default_recipe(self, members: Sequence[str]) -> Recipe:
+        """The method at its defaults, all parameters spelled out."""
+        scaling = dict.fromkeys(members, float(self.scaling.default))
+        return Recipe(self.name, scaling, {name: spec.default for name, spec in self.parameters.items()})
+
+    def complete(self, recipe: Recipe) -> Recipe:
+        """The recipe with every parameter spelled out and checked.
+
+        Raises:
+            MethodError: An unknown parameter, a value out of bounds, no member, or a scaling factor that is no number.
+        """
+        for name in recipe.parameters:
+            if name not in self.parameters:
+                hint = did_you_mean(name, list(self.parameters)) if self.parameters else "It has none."
+                raise MethodError(f"method '{self.name}' has no parameter '{name}'. {hint}")
+        if not recipe.scaling:
+            raise MethodError(f"method '{self.name}' needs at least one member")
+        scaling = {
+            member: float(self.scaling.check(f"scaling factor of '{member}'", factor))
+            for member, factor in recipe.scaling.items()
+        }
+        parameters = {
+            name: spec.check(name, recipe.parameters.get(name, spec.default)) for name, spec in self.parameters.items()
+        }
+        return Recipe(self.name, scaling, parameters)
+
+
+class Methods(Registry[Method]):
+    """Methods by name, and modified ones by the modifier's name before the method's: `lines+ties`.
+
+    Those that exist only as a combination are made when they are first asked for, and not listed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("method", MethodError)
+        self.modifiers: dict[str, Callable[[Method], Method]] = {}
+        self._modified: dict[str, Method] = {}
+
+    def __getitem__(self, name: str) -> Method:
+        prefix, _, inner = name.partition("+")
+        if not inner or prefix not in self.modifiers:
+            return super().__getitem__(name)
+        if name not in self._modified:
+            self._modified[name] = self.modifiers[prefix](super().__getitem__(inner))
+        return self._modified[name]
+
+    def __contains__(self, name: str) -> bool:
+        try:
+            self[name]
+        except MethodError:
+            return False
+        return True
+
+
+METHODS = Methods()
+
+
+def register(method: type[Method]) -> type[Method]:
+    """Class decorator: makes a method known by its name."""
+    METHODS.register(method.name, method())
+    return method
+
+
+def modifier(name: str) -> Callable[[Callable[[Method], Method]], Callable[[Method], Method]]:
+    """Decorator of a function that makes a method from another: known by this name before the other's."""
+
+    def known(modify: Callable[[Method], Method]) -> Callable[[Method], Method]:
+        METHODS.modifiers[name] = modify
+        return modify
+
+    return known

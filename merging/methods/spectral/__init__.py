@@ -1,0 +1,1 @@
+"""Singular vectors and values of task vectors."""

@@ -1,0 +1,1 @@
+"""Lengths and angles of task vectors."""

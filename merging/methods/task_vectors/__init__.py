@@ -1,0 +1,1 @@
+"""Elementwise on task vectors: which of their entries are kept, and how these add up."""

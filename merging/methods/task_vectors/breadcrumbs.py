@@ -1,0 +1,98 @@
+"""Model breadcrumbs: task vectors without their largest entries, which are outliers, and their smallest, which are noise."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from merging.kernels import cpu
+from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
+from merging.methods.task_vectors import top_k
+from merging.methods.task_vectors.dare import AGREE, OF_AGREE
+from merging.methods.task_vectors.elementwise import Block, Deltas, combined
+from merging.recipe import Value
+
+
+@register
+class Breadcrumbs(Method):
+    """θ_0 + Σ α_t m_t ∘ τ_t, m_t without the largest γ and the smallest of each tensor (Davari and Belilovsky 2024)."""
+
+    name = "breadcrumbs"
+    summary = "task vectors without their largest and smallest entries"
+    elementwise = True
+    scaling = Parameter(0.3, "scale of the member's task vector", low=0.0, high=1.5)
+    parameters: ClassVar[Mapping[str, Parameter]] = {
+        "density": Parameter(
+            0.85, "share of entries that stay in every tensor", low=0.05, high=0.95, minimum=0.0, maximum=1.0
+        ),
+        "gamma": Parameter(
+            0.01, "share of entries, the largest, that are dropped", low=0.0, high=0.05, minimum=0.0, maximum=0.99
+        ),
+        "entries": AGREE,
+    }
+
+    def survey(self, weights: Iterable[Weight]) -> top_k.Survey:
+        """Histograms of the task vectors' magnitudes."""
+        return top_k.survey(weights)
+
+    def combine(self, first: top_k.Survey | None, second: top_k.Survey | None) -> top_k.Survey:
+        """Both weights' histograms."""
+        return top_k.combine(first, second)
+
+    def refine(
+        self, weights: Iterable[Weight], survey: top_k.Survey, parameters: Mapping[str, Value]
+    ) -> top_k.Survey | None:
+        """Exact counts around the thresholds."""
+        gamma = float(parameters["gamma"])
+        return top_k.refine(weights, survey, [_share(parameters), *([gamma] if gamma else [])], whole=False)
+
+    def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
+        """Keeps references to base and members, and the histograms; thresholds come with densities."""
+        survey = self.survey(weights) if context.survey is None else context.survey
+        return PreparedBreadcrumbs(weights, top_k.Trimmer(weights, survey))
+
+
+def _share(parameters: Mapping[str, Value]) -> float:
+    """Of a tensor's entries, those that stay or are outliers."""
+    return min(float(parameters["density"]) + float(parameters["gamma"]), 1.0)
+
+
+class PreparedBreadcrumbs(Deltas):
+    """Base, members and histograms.
+
+    Args:
+        weights: The weights to merge.
+        trimmer: Knows the weights' histograms.
+    """
+
+    def __init__(self, weights: Sequence[Weight], trimmer: top_k.Trimmer) -> None:
+        super().__init__(weights)
+        self._trimmer = trimmer
+
+    def plan(self, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]) -> Block:
+        """Trims in place to the largest density + γ, less the largest γ."""
+        gamma, share = float(parameters["gamma"]), _share(parameters)
+
+        def block(weight: Weight, start: int, deltas: Tensor) -> Tensor:
+            outliers = self.scratch.take("outliers", deltas.shape[1], device=deltas.device)
+            for row, member in zip(deltas, members, strict=True):
+                if self._trimmer.share(weight.name, member, gamma):
+                    cut = self._trimmer.cut(member, gamma, weight.name)
+                    cut.apply(outliers.copy_(row), weight.name, start)
+                    row.sub_(outliers)
+                self._trimmer.cut(member, share, weight.name).apply(row, weight.name, start)
+            return combined(deltas, factors, str(parameters["entries"]), self.scratch)
+
+        return block
+
+    def rule(
+        self, weight: Weight, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]
+    ) -> cpu.Rule:
+        """Trims on both sides, and adds up."""
+        gamma, share = float(parameters["gamma"]), _share(parameters)
+        bounds = []
+        for member in members:
+            some = self._trimmer.share(weight.name, member, gamma)
+            outliers = self._trimmer.cut(member, gamma, weight.name) if some else None
+            bounds.append(self._trimmer.cut(member, share, weight.name).bounds(weight, outliers))
+        return cpu.Rule(factors, OF_AGREE[str(parameters["entries"])], bounds=bounds)

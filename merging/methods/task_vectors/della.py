@@ -1,0 +1,84 @@
+"""DELLA: DARE with drop probabilities that fall with an entry's rank in its row."""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from merging.errors import MethodError
+from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
+from merging.methods.task_vectors.dare import AGREE, SEED
+from merging.methods.task_vectors.elementwise import Block, Deltas, combined
+from merging.methods.task_vectors.random_masks import LEVELS, Chance
+from merging.recipe import Value
+
+
+@register
+class Della(Method):
+    """θ_0 + Σ α_t m_t ∘ τ_t / q_t, m_t kept with probability q_t (Deep et al. 2024).
+
+    q rises evenly from density − ε for the smallest entry of a row (of the last dimension) to density + ε for the
+    largest; of equal entries the later is the larger.
+    """
+
+    name = "della"
+    summary = "random drop by magnitude rank, and rescale, of task vectors"
+    scaling = Parameter(0.3, "scale of the member's task vector", low=0.0, high=1.5)
+    parameters: ClassVar[Mapping[str, Parameter]] = {
+        "density": Parameter(0.5, "mean probability of keeping an entry", low=0.1, high=0.9, minimum=0.01, maximum=1.0),
+        "epsilon": Parameter(
+            0.1, "how far a row's ends lie from the mean probability", low=0.0, high=0.1, minimum=0.0, maximum=0.5
+        ),
+        "entries": AGREE,
+        "seed": SEED,
+    }
+
+    def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
+        """Keeps references to base and members; ranks and random numbers are computed when first asked for."""
+        return PreparedDella(weights)
+
+
+class PreparedDella(Deltas):
+    """Base and members as they are stored; two bytes of rank and two of randomness for each member's entry."""
+
+    def __init__(self, weights: Sequence[Weight]) -> None:
+        super().__init__(weights)
+        self._chance = Chance()
+        self._ranks: dict[tuple[str, str], Tensor] = {}
+
+    def plan(self, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]) -> Block:
+        """Masks and rescales in place.
+
+        Raises:
+            MethodError: Probabilities outside 0 … 1.
+        """
+        density, epsilon = float(parameters["density"]), float(parameters["epsilon"])
+        seed = int(parameters["seed"])
+        if density - epsilon <= 0 or density + epsilon > 1:
+            raise MethodError(f"density {density:g} ± epsilon {epsilon:g} leaves 0 … 1: use a smaller epsilon")
+
+        def block(weight: Weight, start: int, deltas: Tensor) -> Tensor:
+            first, stop = start - weight.start, start - weight.start + deltas.shape[1]
+            keep, chance = (self.scratch.take(name, stop - first, device=deltas.device) for name in ("keep", "chance"))
+            for row, member in zip(deltas, members, strict=True):
+                keep.copy_(self._rank(weight, member)[first:stop])
+                keep.mul_(2 * epsilon / (LEVELS - 1)).add_(density + epsilon / (LEVELS - 1))
+                chance.copy_(self._chance.numbers(seed, member, weight)[first:stop])
+                chance.add_(LEVELS // 2).mul_(1 / LEVELS)
+                row.div_(keep).mul_(torch.lt(chance, keep, out=keep))
+            return combined(deltas, factors, str(parameters["entries"]), self.scratch)
+
+        return block
+
+    def _rank(self, weight: Weight, member: str) -> Tensor:
+        """Rank of each entry's magnitude in its row, from −32768 for the smallest to 32767 for the largest."""
+        if (weight.name, member) not in self._ranks:
+            delta = (weight.members[member].float() - weight.base.float()).abs_()
+            rows = delta.reshape(-1, delta.shape[-1]) if delta.dim() else delta.reshape(1, 1)
+            size = rows.shape[1]
+            ranks = torch.linspace(-LEVELS // 2, LEVELS // 2 - 1, size, device=rows.device).round().to(torch.int16)
+            order = rows.argsort(dim=1, stable=True)
+            placed = torch.empty(rows.shape, dtype=torch.int16, device=rows.device)
+            self._ranks[weight.name, member] = placed.scatter_(1, order, ranks.expand_as(placed)).view(-1)
+        return self._ranks[weight.name, member]

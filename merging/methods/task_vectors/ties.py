@@ -1,0 +1,93 @@
+"""TIES: trim task vectors to their largest entries, elect a sign for every entry, merge those that agree."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from merging.kernels import cpu
+from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
+from merging.methods.task_vectors import top_k
+from merging.methods.task_vectors.elementwise import Block, Deltas, elected
+from merging.recipe import Value
+
+
+@register
+class Ties(Method):
+    """θ_0 + λ · merge of the trimmed task vectors that agree in sign (Yadav et al. 2023, algorithm 1)."""
+
+    name = "ties"
+    summary = "trim, elect sign, merge what agrees"
+    scale_free = True
+    elementwise = True
+    scaling = Parameter(1.0, "the member's weight in the election and in the mean", low=0.0, high=1.5)
+    parameters: ClassVar[Mapping[str, Parameter]] = {
+        "density": Parameter(
+            0.2, "share of entries that stay, the largest", low=0.05, high=1.0, minimum=0.0, maximum=1.0
+        ),
+        "lambda": Parameter(1.0, "scale of the merged task vector", low=0.1, high=1.5),
+        "trim": Parameter(
+            "global",
+            "share over the whole model, or in every tensor",
+            choices=("global", "tensor"),
+            search=False,
+        ),
+        "disjoint": Parameter("mean", "mean or sum of what agrees", choices=("mean", "sum"), search=False),
+    }
+
+    def survey(self, weights: Iterable[Weight]) -> top_k.Survey:
+        """Histograms of the task vectors' magnitudes."""
+        return top_k.survey(weights)
+
+    def sample(self, weights: Iterable[Weight], parameters: Mapping[str, Value]) -> top_k.Survey:
+        """For a trim over the whole model, histograms of a sample."""
+        return top_k.sample(weights) if parameters["trim"] == "global" else self.survey(weights)
+
+    def combine(self, first: top_k.Survey | None, second: top_k.Survey | None) -> top_k.Survey:
+        """Both weights' histograms."""
+        return top_k.combine(first, second)
+
+    def refine(
+        self, weights: Iterable[Weight], survey: top_k.Survey, parameters: Mapping[str, Value]
+    ) -> top_k.Survey | None:
+        """Exact counts around the thresholds."""
+        return top_k.refine(weights, survey, [float(parameters["density"])], whole=parameters["trim"] == "global")
+
+    def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
+        """Keeps references to base and members, and the histograms; thresholds come with densities."""
+        survey = self.survey(weights) if context.survey is None else context.survey
+        return PreparedTies(weights, top_k.Trimmer(weights, survey))
+
+
+class PreparedTies(Deltas):
+    """Base, members and histograms.
+
+    Args:
+        weights: The weights to merge.
+        trimmer: Knows the histograms of the whole model.
+    """
+
+    def __init__(self, weights: Sequence[Weight], trimmer: top_k.Trimmer) -> None:
+        super().__init__(weights)
+        self._trimmer = trimmer
+
+    def plan(self, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]) -> Block:
+        """Trims in place, then elects and merges."""
+        density, scale = float(parameters["density"]), float(parameters["lambda"])
+        disjoint, whole = str(parameters["disjoint"]), parameters["trim"] == "global"
+
+        def block(weight: Weight, start: int, deltas: Tensor) -> Tensor:
+            for row, member in zip(deltas, members, strict=True):
+                self._trimmer.cut(member, density, "" if whole else weight.name).apply(row, weight.name, start)
+            return elected(deltas, factors, disjoint, self.scratch).mul_(scale)
+
+        return block
+
+    def rule(
+        self, weight: Weight, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]
+    ) -> cpu.Rule:
+        """Trims, elects and merges."""
+        name = "" if parameters["trim"] == "global" else weight.name
+        cuts = [self._trimmer.cut(member, float(parameters["density"]), name) for member in members]
+        bounds = [cut.bounds(weight) for cut in cuts]
+        return cpu.Rule(factors, str(parameters["disjoint"]), float(parameters["lambda"]), bounds)

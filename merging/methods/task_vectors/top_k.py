@@ -1,0 +1,345 @@
+"""The k largest task-vector entries of a tensor or of a whole model, by counting bit patterns, not sorting.
+
+A histogram of magnitudes adds up over the weights of a model, wherever these lie, and says in which bin the k-th largest
+entry is. What is left to settle is which entries *of that bin* are kept: they are counted once more by all of their bits, by
+`refine` where the model is prepared in parts, else when a density is first asked for; of those that are equal, the first by
+weight name and flat index are kept, so that exactly k remain.
+
+One candidate alone needs no histogram of everything: a sample of the entries names a band that holds the k-th largest but
+for bad luck, `refine` counts the entries in it and above it, and, where luck was bad, all of them.
+"""
+
+import struct
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from merging.kernels import cpu
+from merging.kernels.blockwise import Scratch
+from merging.methods.method import Weight
+from merging.methods.task_vectors.magnitude_histogram import (
+    INFINITE,
+    RUN,
+    SAMPLED_DROPPED,
+    Band,
+    Histogram,
+    Sample,
+    Tally,
+    added,
+    entries,
+    histogram,
+    pooled,
+    samples,
+    tallies,
+)
+
+SPREAD = 4.0
+"""Standard errors of a sample's share that its band reaches to either side."""
+
+Place = tuple[str, int]
+"""A stretch of a weight that is looked at in one go: the weight's name, the flat index of the first entry."""
+Question = tuple[str, str, Band]
+"""A band to be counted by all bits: the weight's name ("" for the whole model), the member, the band."""
+
+Missing = Mapping[str, Sequence[tuple[str, Band]]]
+"""What is to be counted of a group: members, each with a band."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is known of the magnitudes of a model's task vectors, or of a part's.
+
+    Args:
+        histograms: Weight → member → magnitudes.
+        stretched: Weights that were surveyed in several stretches.
+        tallies: Bands that were counted by all bits, stretch by stretch.
+        sampled: Member → magnitudes of a sample of the whole model's entries; the same entries of all.
+        sampled_from: Number of entries that were sampled from.
+    """
+
+    histograms: Mapping[str, Mapping[str, Histogram]] = field(default_factory=dict)
+    stretched: frozenset[str] = frozenset()
+    tallies: Mapping[Question, Mapping[Place, Tally]] = field(default_factory=dict)
+    sampled: Mapping[str, Sample] = field(default_factory=dict)
+    sampled_from: int = 0
+    _ranked: dict[tuple[str, str], tuple[Histogram, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+    _settled: dict[Question, tuple[int, int, Place, int]] = field(default_factory=dict, compare=False, repr=False)
+    _missing: dict[tuple[tuple[float, ...], bool], Missing | None] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+
+    @property
+    def members(self) -> list[str]:
+        """All that were looked at."""
+        return sorted({*self.sampled, *(member for found in self.histograms.values() for member in found)})
+
+    def names(self, group: str) -> tuple[str, ...]:
+        """The weights of a group, in the order that settles between equal entries."""
+        return (group,) if group else tuple(sorted(self.histograms))
+
+    def ranked(self, group: str, member: str) -> tuple[Histogram, Tensor]:
+        """The histogram over a group, and for each of its bins the number of entries in it and above it."""
+        if (group, member) not in self._ranked:
+            total = added([self.histograms[name][member] for name in self.names(group)])
+            self._ranked[group, member] = total, total.counts.flip(0).cumsum(0).flip(0)
+        return self._ranked[group, member]
+
+    def kept(self, group: str, member: str, density: float) -> int | None:
+        """How many entries a share of a group is; None where it is all of them."""
+        total = int(self.ranked(group, member)[0].counts.sum()) if self.histograms else self.sampled_from
+        keep = min(max(round(density * total), 1), total)
+        return None if keep == total else keep
+
+    def band(self, group: str, member: str, keep: int) -> Band:
+        """The bin that holds the `keep`-th largest entry of a group; the band that does most likely, if from a sample."""
+        if not self.histograms:
+            return _likely(self.sampled[member], keep / self.sampled_from)
+        found, reaching = self.ranked(group, member)
+        key = int(found.keys[int((reaching >= keep).sum()) - 1])
+        return key << found.dropped, (key + 1) << found.dropped
+
+    def is_open(self, group: str, member: str) -> bool:
+        """Whether a bin's count does not say which of its entries stay."""
+        several = group in self.stretched if group else bool(self.stretched)
+        return not self.histograms or several or bool(self.ranked(group, member)[0].dropped)
+
+    def misses(self, question: Question, keep: int) -> bool:
+        """Whether a band was counted, and does not hold the `keep`-th largest entry."""
+        found = self.tallies.get(question, {}).values()
+        above = sum(tally.above for tally in found)
+        return bool(found) and not above < keep <= above + sum(int(tally.reaching[0]) for tally in found)
+
+    def missing(self, densities: Sequence[float], whole: bool) -> Missing | None:
+        """What is still to be counted, so that these densities are settled; None where a band missed, and all is."""
+        key = (*densities,), whole
+        if key not in self._missing:
+            self._missing[key] = self._open_questions(densities, whole)
+        return self._missing[key]
+
+    def _open_questions(self, densities: Sequence[float], whole: bool) -> Missing | None:
+        asked: dict[str, list[tuple[str, Band]]] = {}
+        for group in [""] if whole else sorted(self.stretched):
+            for member in self.members:
+                for density in densities:
+                    keep = self.kept(group, member, density)
+                    if keep is None or not self.is_open(group, member):
+                        continue
+                    band = self.band(group, member, keep)
+                    if self.misses((group, member, band), keep):
+                        return None
+                    if (group, member, band) not in self.tallies and (member, band) not in asked.get(group, []):
+                        asked.setdefault(group, []).append((member, band))
+        return asked
+
+    def settled(self, question: Question, keep: int) -> tuple[int, Place, int]:
+        """The `keep`-th largest entry: its bit pattern, its stretch, and its rank (from 0) among its equals there."""
+        if question not in self._settled or self._settled[question][0] != keep:
+            self._settled[question] = keep, *_settled(question[2], self.tallies[question], keep)
+        return self._settled[question][1:]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a task vector is trimmed: entries above a magnitude stay; it is lower before a place.
+
+    Args:
+        before: Entries up to the place stay where their magnitude is above this.
+        after: Entries behind it stay where their magnitude is above this.
+        weight: The weight that holds the place; names before it are before it.
+        index: Flat index in that weight of the last entry before the place.
+    """
+
+    before: float
+    after: float
+    weight: str = ""
+    index: int = -1
+
+    def apply(self, row: Tensor, weight: str, start: int) -> None:
+        """Sets the entries that do not stay to 0.
+
+        Args:
+            row: Entries [start, start + n) of a task vector, float32; overwritten.
+            weight: The name of the weight that they belong to.
+            start: Flat index of the first.
+        """
+        if self is KEEP_ALL:
+            return
+        place = self._place(weight, start, row.numel())
+        if place in (0, row.numel()):
+            torch.ops.aten.hardshrink.out(row, self.before if place else self.after, out=row)
+            return
+        for piece, above in ((row[:place], self.before), (row[place:], self.after)):
+            torch.ops.aten.hardshrink.out(piece, above, out=piece)
+
+    def bounds(self, weight: Weight, outliers: "Cut | None" = None) -> cpu.Bounds:
+        """The same for the compiled loops, of all entries of a weight; less those that another cut keeps."""
+        size = weight.base.numel()
+        above, place = (self.before, self.after), self._place(weight.name, weight.start, size)
+        if outliers is None:
+            return cpu.Bounds(above, place)
+        most = (outliers.before, outliers.after)
+        return cpu.Bounds(above, place, most, outliers._place(weight.name, weight.start, size))
+
+    def _place(self, weight: str, start: int, size: int) -> int:
+        """How many of `size` entries of a weight, from `start` on, are before the place."""
+        if weight != self.weight:
+            return size if weight < self.weight else 0
+        return min(max(self.index + 1 - start, 0), size)
+
+
+KEEP_ALL = Cut(0.0, 0.0)
+
+
+def survey(weights: Iterable[Weight]) -> Survey:
+    """Histograms of the task vectors of some weights, or stretches of weights."""
+    scratch = Scratch()
+    found = Survey()
+    for weight in weights:
+        histograms = {member: histogram(weight, member, scratch) for member in sorted(weight.members)}
+        found = combine(found, Survey({weight.name: histograms}))
+    return found
+
+
+def sample(weights: Iterable[Weight]) -> Survey:
+    """Histograms of a sample of the task vectors' entries in some weights, or stretches of weights, taken together."""
+    drawn, size = samples(weights)
+    return Survey(sampled=drawn, sampled_from=size)
+
+
+def combine(first: Survey | None, second: Survey | None) -> Survey:
+    """What is known of both; two stretches of one weight add up."""
+    one, other = first or Survey(), second or Survey()
+    both = one.histograms.keys() & other.histograms.keys()
+    joined = {
+        name: {member: added([one.histograms[name][member], found]) for member, found in other.histograms[name].items()}
+        for name in both
+    }
+    questions = {*one.tallies, *other.tallies}
+    found = {asked: {**one.tallies.get(asked, {}), **other.tallies.get(asked, {})} for asked in questions}
+    drawn = {m: pooled(one.sampled[m], found) for m, found in other.sampled.items() if m in one.sampled}
+    return Survey(
+        {**one.histograms, **other.histograms, **joined},
+        one.stretched | other.stretched | both,
+        found,
+        {**one.sampled, **other.sampled, **drawn},
+        one.sampled_from + other.sampled_from,
+    )
+
+
+def refine(weights: Iterable[Weight], known: Survey, densities: Sequence[float], *, whole: bool) -> Survey | None:
+    """The bands in which densities are reached, counted by all bits, in some weights.
+
+    Args:
+        weights: Some of the surveyed weights, or stretches.
+        known: Of all weights.
+        densities: Shares of entries that stay.
+        whole: Of the whole model, not of each weight. A weight that is looked at as a whole needs no refinement of its own.
+
+    Returns:
+        None where enough is known.
+    """
+    asked = known.missing(densities, whole)
+    if asked is None:
+        return survey(weights)
+    if not asked:
+        return None
+    scratch = Scratch()
+    found: dict[Question, dict[Place, Tally]] = {}
+    for weight in weights:
+        groups = [(group, question) for group in ("", weight.name) for question in asked.get(group, [])]
+        counted = tallies(weight, [question for _, question in groups], scratch)
+        for (group, (member, band)), tally in zip(groups, counted, strict=True):
+            found.setdefault((group, member, band), {})[weight.name, weight.start] = tally
+    return Survey(tallies=found)
+
+
+class Trimmer:
+    """Finds the cuts of the prepared members, whatever the density; those found are remembered.
+
+    Args:
+        weights: The weights at hand.
+        survey: Of the whole model; if of a sample, refined for the densities that will be asked for.
+    """
+
+    def __init__(self, weights: Sequence[Weight], survey: Survey) -> None:
+        self._weights = {(weight.name, weight.start): weight for weight in weights}
+        self._survey = survey
+        self._scratch = Scratch()
+        self.cut = lru_cache(maxsize=1 << 17)(self._cut)
+
+    def _cut(self, member: str, density: float, weight: str = "") -> Cut:
+        """The cut that keeps this share of a member's entries in a weight, or over the whole model."""
+        known = self._survey
+        keep = known.kept(weight, member, density)
+        if keep is None:
+            return KEEP_ALL
+        low, high = band = known.band(weight, member, keep)
+        if known.is_open(weight, member) and (found := self._tallies(weight, member, band)) is not None:
+            shared = (weight, member, band) in known.tallies
+            key, place, rank = known.settled((weight, member, band), keep) if shared else _settled(band, found, keep)
+            low, high = key, key + 1
+        else:  # the bin's entries count as equal
+            total, reaching = known.ranked(weight, member)
+            above = int(reaching[0]) - total.within((0, high))
+            shares = {(name, 0): known.histograms[name][member] for name in known.names(weight)}
+            place, rank = _nth({where: found.within(band) for where, found in shares.items()}, keep - above)
+        name, start = place
+        index = start - 1  # before a stretch that is not at hand there is all of the others' or nothing
+        if place in self._weights:
+            index = int(entries(self._weights[place], member, (low, high), self._scratch)[rank])
+        return Cut(_magnitude(low - 1), _magnitude(high - 1), name, index)
+
+    def share(self, weight: str, member: str, density: float) -> int:
+        """How many entries of a weight a share of it is."""
+        return round(density * int(self._survey.histograms[weight][member].counts.sum()))
+
+    def _tallies(self, group: str, member: str, band: Band) -> Mapping[Place, Tally] | None:
+        """A band's entries by all bits, stretch by stretch; None where not all are known."""
+        if (known := self._survey.tallies.get((group, member, band))) is not None:
+            return known
+        names = self._survey.names(group)
+        if any(name in self._survey.stretched or (name, 0) not in self._weights for name in names):
+            return None
+        return {(name, 0): tallies(self._weights[name, 0], [(member, band)], self._scratch)[0] for name in names}
+
+
+def _likely(sample: Sample, share: float) -> Band:
+    """The band that, but for bad luck, holds the entry above which there is this share of all."""
+    reaching, squares = (found[::-1].cumsum()[::-1] for found in (sample.counts, sample.squares))
+    if not len(reaching):
+        return 0, INFINITE
+    wanted, runs = share * reaching[0], reaching[0] / RUN
+    near = max(int((reaching >= wanted).sum()) - 1, 0)
+    spread = SPREAD * max(float(squares[near] - reaching[near] ** 2 / runs), 0.0) ** 0.5 + RUN
+    last, over = int((reaching >= wanted + spread).sum()) - 1, int((reaching >= wanted - spread).sum())
+    low = int(sample.keys[last]) << SAMPLED_DROPPED if last >= 0 else 0
+    return low, int(sample.keys[over]) << SAMPLED_DROPPED if over < len(reaching) else INFINITE
+
+
+def _settled(band: Band, found: Mapping[Place, Tally], keep: int) -> tuple[int, Place, int]:
+    """See `Survey.settled`."""
+    wanted = keep - sum(tally.above for tally in found.values())
+
+    def at_least(key: int) -> int:
+        return sum(tally.at_least(key) for tally in found.values())
+
+    key = band[0] + bisect_left(range(*band), True, key=lambda pattern: at_least(pattern) < wanted) - 1
+    shares = {place: tally.at_least(key) - tally.at_least(key + 1) for place, tally in found.items()}
+    return key, *_nth(shares, wanted - at_least(key + 1))
+
+
+def _nth(shares: Mapping[Place, int], number: int) -> tuple[Place, int]:
+    """The stretch that holds the number-th (from 1) of these entries, and its rank (from 0) there."""
+    for place, share in sorted(shares.items()):
+        if number <= share:
+            return place, number - 1
+        number -= share
+    raise AssertionError("more entries asked for than were counted")
+
+
+def _magnitude(bits: int) -> float:
+    return float(struct.unpack("<f", struct.pack("<I", max(bits, 0)))[0])

@@ -1,0 +1,1 @@
+"""Gradients of merged weights and of scaling factors, and what statistics predict of a merge."""

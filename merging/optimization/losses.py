@@ -1,0 +1,113 @@
+"""Losses of merged weights and their gradients in all of them, over several tasks at once."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+from merging.checkpoints.pool import Pool
+from merging.errors import TaskError
+from merging.evaluation.live_models import share_weights
+from merging.tasks.task import Batch, Split, Task
+
+Loss = Literal["expected_error", "cross_entropy", "distil"]
+"""1 − p of the label, a smooth stand-in for accuracy; − log p of the label; KL divergence from the task's own member, which
+needs no labels."""
+
+
+class Endless:
+    """A split's batches, again and again.
+
+    Args:
+        task: Gives batches.
+        split: Which examples.
+        size: Examples a batch.
+
+    Raises:
+        TaskError: The task has no batches of that split.
+    """
+
+    def __init__(self, task: Task, split: Split, size: int) -> None:
+        self._task, self._split, self._size = task, split, size
+        self._next, self._total = 0, task.size(split)
+        if not task.has_logits or not self._total:
+            raise TaskError(f"task '{task.name}' has no {split} batches to follow a gradient on: leave the stage out")
+
+    def __next__(self) -> Batch:
+        if self._next >= self._total:
+            self._next = 0
+        start, self._next = self._next, self._next + self._size
+        return next(self._task.batches(self._split, start, self._next, self._size))
+
+
+class GradientModels:
+    """Live models, one a task, on shared merged weights that take gradients.
+
+    Args:
+        pool: Base and members.
+        tasks: What losses are of.
+        owners: Task → the member whose head it has.
+        loss: What is minimised; `distil` keeps each owner's own model beside the merged one.
+        device: Where models run.
+    """
+
+    def __init__(
+        self, pool: Pool, tasks: Sequence[Task], owners: Mapping[str, str], loss: Loss, device: torch.device
+    ) -> None:
+        self.weights = {name: torch.empty(info.shape, device=device) for name, info in pool.weights.items()}
+        """The merged weights, to be overwritten by whoever merges, float32."""
+        self._tasks, self._loss, self._device = tasks, loss, device
+        self._models: list[nn.Module] = []
+        self._teachers: list[nn.Module] = []
+        names = {value.data_ptr(): name for name, value in self.weights.items() if value.numel()}
+        self._parameters: list[tuple[str, Tensor]] = []
+        for task in tasks:
+            model = task.load_model().requires_grad_(False)
+            share_weights(model, pool, pool.members[owners[task.name]], self.weights)
+            self._models.append(model.to(device))
+            for parameter in model.parameters():
+                if (name := names.get(parameter.data_ptr())) is not None:
+                    self._parameters.append((name, parameter.requires_grad_(True)))
+            if loss == "distil":
+                self._teachers.append(task.load_model().requires_grad_(False).to(device))
+
+    def gradients(self, batches: Sequence[Batch]) -> tuple[float, dict[str, Tensor]]:
+        """The mean loss over tasks, a batch each, and its gradient in the merged weights, float32.
+
+        Raises:
+            TaskError: The loss is not a number.
+        """
+        total = 0.0
+        for number, batch in enumerate(batches):
+            loss = self._task_loss(number, batch.to(self._device)) / len(batches)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        if total != total:
+            raise TaskError("the loss is NaN: the merged model's logits are not finite")
+        return total, self._take()
+
+    def _take(self) -> dict[str, Tensor]:
+        """The gradients of all models, summed by weight; they are cleared."""
+        found: dict[str, Tensor] = {}
+        for name, parameter in self._parameters:
+            if parameter.grad is not None:
+                found[name] = parameter.grad if name not in found else found[name] + parameter.grad
+                parameter.grad = None
+        return found
+
+    def _task_loss(self, number: int, batch: Batch) -> Tensor:
+        """A task's mean loss on a batch."""
+        task = self._tasks[number]
+        logits = task.logits(self._models[number], batch).flatten(0, -2)
+        if self._loss == "distil":
+            with torch.no_grad():
+                wanted = log_softmax(task.logits(self._teachers[number], batch).flatten(0, -2), dim=-1)
+            return kl_div(log_softmax(logits, dim=-1), wanted, reduction="batchmean", log_target=True)
+        labels = batch.labels.flatten()
+        if self._loss == "cross_entropy":
+            return cross_entropy(logits, labels)
+        known = labels >= 0
+        chance = log_softmax(logits[known], dim=-1).gather(1, labels[known, None])
+        return 1.0 - chance.exp().mean()

@@ -1,0 +1,1 @@
+"""What a running model shows of its layers: inputs, output gradients, gradients of single examples."""

@@ -1,0 +1,78 @@
+"""The short way from a layer's input and its output's gradient to single examples' gradients of its parameters."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from merging.checkpoints.parameter_names import conv1d
+from merging.statistics.capture.modules import Unit
+from merging.statistics.capture.per_sample_grads import Dense, Outer, Piece, Rows
+
+Rule = Callable[[Any, Tensor, Tensor], dict[str, Piece]]
+"""(module, its input, gradient of its output) → parameter's name within the module → its gradients."""
+
+
+def rule_for(unit: Unit) -> Rule | None:
+    """The short way for a unit's kind of layer; none for subclasses that compute something else."""
+    module = unit.module
+    if not unit.parameters.keys() <= {"weight", "bias"}:
+        return None
+    if isinstance(module, nn.Conv2d) and (
+        module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str)
+    ):
+        return None
+    rules = {**RULES, conv1d(): _conv1d}
+    return next((rule for kind, rule in rules.items() if type(module).forward is kind.forward), None)
+
+
+def _linear(module: nn.Linear, value: Tensor, gradient: Tensor) -> dict[str, Piece]:
+    value, gradient = _positions(value), _positions(gradient)
+    return {"weight": Outer(gradient, value), "bias": Dense(gradient.sum(1))}
+
+
+def _conv1d(module: nn.Module, value: Tensor, gradient: Tensor) -> dict[str, Piece]:
+    value, gradient = _positions(value), _positions(gradient)
+    return {"weight": Outer(value, gradient), "bias": Dense(gradient.sum(1))}
+
+
+def _embedding(module: nn.Embedding, ids: Tensor, gradient: Tensor) -> dict[str, Piece]:
+    values = _positions(gradient)
+    ids = ids.reshape(len(ids), -1)
+    if module.padding_idx is not None:
+        values = values.masked_fill((ids == module.padding_idx)[..., None], 0)
+    return {"weight": Rows(ids, values)}
+
+
+def _layer_norm(module: nn.LayerNorm, value: Tensor, gradient: Tensor) -> dict[str, Piece]:
+    normal = F.layer_norm(value, module.normalized_shape, eps=module.eps)
+    return {
+        "weight": Dense(_over_positions(normal * gradient, len(module.normalized_shape))),
+        "bias": Dense(_over_positions(gradient, len(module.normalized_shape))),
+    }
+
+
+def _conv2d(module: nn.Conv2d, value: Tensor, gradient: Tensor) -> dict[str, Piece]:
+    patches = F.unfold(value, module.kernel_size, module.dilation, cast(tuple[int, int], module.padding), module.stride)
+    by_position = gradient.flatten(2).transpose(1, 2)
+    return {"weight": Outer(by_position, patches.transpose(1, 2)), "bias": Dense(by_position.sum(1))}
+
+
+RULES: dict[type[nn.Module], Rule] = {
+    nn.Linear: _linear,
+    nn.Embedding: _embedding,
+    nn.LayerNorm: _layer_norm,
+    nn.Conv2d: _conv2d,
+}
+
+
+def _positions(value: Tensor) -> Tensor:
+    """[N, …, D] as [N, S, D]; [N, D] as [N, 1, D]."""
+    return value.reshape(len(value), -1, value.shape[-1])
+
+
+def _over_positions(value: Tensor, kept: int) -> Tensor:
+    """[N, …, *kept] summed to [N, *kept]."""
+    between = tuple(range(1, value.dim() - kept))
+    return value.sum(between) if between else value

@@ -1,0 +1,115 @@
+"""What a statistic is: sums over examples that can be taken in any order and on any machine."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from merging.errors import StatisticsError
+from merging.registry import Registry
+from merging.tasks.task import Batch, Task
+
+
+class StatisticSettings(BaseModel):
+    """What every kind of statistic is told in the campaign file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    examples: int = Field(256, ge=1, description="Examples of a member's training split to compute it from.")
+    batch_size: int = Field(16, ge=1, description="Examples a step; changes rounding only.")
+
+
+@dataclass
+class Partial:
+    """A statistic of some examples: sums that add up, with the counts that they are sums over.
+
+    Args:
+        sums: Parameter name (as in the member's checkpoint) to a float32 or float64 sum.
+        counts: What was summed over: `examples`, `tokens`.
+        rows: Example position → one row; for statistics that keep each example's own result.
+        shared: Parameter name → the name that holds the same tensor (q, k and v share one Gram).
+        transposed: Names of weights that are stored [in, out], not [out, in].
+    """
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    rows: dict[int, Tensor] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
+    transposed: tuple[str, ...] = ()
+
+    def combine(self, other: "Partial") -> "Partial":
+        """The statistic of both sets of examples, which must be disjoint; adds into this object.
+
+        Associative, and equal in any order up to rounding.
+
+        Raises:
+            StatisticsError: The two are of different models, or share examples.
+        """
+        if not self.counts:
+            return other
+        if not other.counts:
+            return self
+        if self.sums.keys() != other.sums.keys() or self.shared != other.shared:
+            raise StatisticsError("parts of a statistic were computed from different models")
+        if both := self.rows.keys() & other.rows.keys():
+            raise StatisticsError(f"parts of a statistic both hold example {min(both)}")
+        for name, value in other.sums.items():
+            self.sums[name] += value
+        for name, count in other.counts.items():
+            self.counts[name] = self.counts.get(name, 0) + count
+        self.rows.update(other.rows)
+        return self
+
+
+class Statistic(ABC):
+    """A kind of statistic.
+
+    Args:
+        settings: What the campaign file says of it.
+    """
+
+    kind: ClassVar[str]
+    version: ClassVar[int]
+    """Raised whenever the same settings give other numbers: part of the cache's key."""
+    settings_type: ClassVar[type[StatisticSettings]] = StatisticSettings
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    @abstractmethod
+    def measure(self, model: nn.Module, task: Task, batches: Iterable[Batch]) -> Partial:
+        """Accumulates over batches; one pass of the model over each.
+
+        Args:
+            model: The member's live model, in evaluation mode, on the device to use.
+            task: Gives logits and representations.
+            batches: On the CPU.
+
+        Returns:
+            Sums on the CPU.
+        """
+
+    @abstractmethod
+    def finalize(self, partial: Partial) -> dict[str, Tensor]:
+        """What is kept of a complete sum: means, float32, by parameter name.
+
+        Raises:
+            StatisticsError: It was computed over no examples, or holds NaN or Inf.
+        """
+
+    def key(self) -> dict[str, Any]:
+        """What, beside weights and data, the numbers depend on."""
+        settings: Mapping[str, Any] = self.settings.model_dump(mode="json", exclude={"batch_size"})
+        return {"statistic": self.kind, "version": self.version, **settings}
+
+
+STATISTICS: Registry[type[Statistic]] = Registry("statistic", StatisticsError)
+
+
+def register(statistic: type[Statistic]) -> type[Statistic]:
+    """Class decorator: makes a statistic known by its kind."""
+    STATISTICS.register(statistic.kind, statistic)
+    return statistic

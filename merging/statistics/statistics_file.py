@@ -1,0 +1,270 @@
+"""The published form of a statistic: a safetensors file with the member checkpoint's parameter names."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+from weakref import WeakValueDictionary
+
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from merging.checkpoints.checkpoint import SafetensorsFile, TensorInfo
+from merging.errors import CheckpointError, StatisticsError
+from merging.io import storage
+from merging.statistics.statistic import Partial, Statistic
+
+FORMAT = "mergequest.statistics"
+VERSION = 1
+SYMMETRY = 1e-4
+"""Largest |G − Gᵀ| relative to the largest |G| that rounding explains."""
+
+
+@dataclass(frozen=True)
+class StatisticsFile:
+    """A statistics file's header; tensors are read one by one.
+
+    Args:
+        path: Its path or address.
+        kind: `fisher`, `gram`, `output_gram`, `representation`.
+        settings: What it was computed with (`Statistic.key`): kind, version, estimator, ….
+        examples: Number of examples behind it.
+        tokens: Number of real tokens behind it.
+        checkpoint: Fingerprint of the checkpoint that it is a statistic of.
+        data: Fingerprint of the examples.
+        mergequest: Version of the program that wrote it.
+        shared: Name → the name under which the same tensor is stored.
+        transposed: Names of weights that are stored [in, out].
+    """
+
+    path: str
+    kind: str
+    settings: Mapping[str, Any]
+    examples: int
+    tokens: int
+    checkpoint: str
+    data: str
+    mergequest: str
+    shared: Mapping[str, str]
+    transposed: frozenset[str]
+    _file: SafetensorsFile = field(repr=False)
+    _alive: "WeakValueDictionary[str, Tensor]" = field(default_factory=WeakValueDictionary, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, path: str) -> "StatisticsFile":
+        """Reads and checks a header.
+
+        Raises:
+            StatisticsError: The file is missing, truncated, no statistics file, or of a newer format.
+        """
+        try:
+            file = SafetensorsFile.open(path)
+        except CheckpointError as error:
+            raise StatisticsError(f"{error}; or compute the statistic again") from error
+        about = file.metadata
+        if about.get("format") != FORMAT:
+            raise StatisticsError(
+                f"{path} is no statistics file, though it holds tensors: `mergequest statistics` writes one"
+            )
+        try:
+            if int(about["format_version"]) > VERSION:
+                raise StatisticsError(
+                    f"{path} has format {about['format_version']}, newer than this program's {VERSION}: "
+                    "update mergequest"
+                )
+            opened = cls(
+                path,
+                kind=about["kind"],
+                settings=dict(json.loads(about["settings"])),
+                examples=int(about["examples"]),
+                tokens=int(about["tokens"]),
+                checkpoint=about["checkpoint"],
+                data=about["data"],
+                mergequest=about["mergequest"],
+                shared=dict(json.loads(about["shared"])),
+                transposed=frozenset(json.loads(about["transposed"])),
+                _file=file,
+            )
+        except (KeyError, ValueError, TypeError) as error:
+            raise StatisticsError(
+                f"{path} has metadata that cannot be understood ({error!r}): compute it again"
+            ) from error
+        if lost := sorted(holder for holder in opened.shared.values() if holder not in file.tensors):
+            raise StatisticsError(
+                f"{path} says that weights share '{lost[0]}', which it does not hold: compute it again"
+            )
+        return opened
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies that travel to other processes open the file there."""
+        return StatisticsFile.open, (self.path,)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that `read` knows, those that share a tensor included, sorted."""
+        return tuple(sorted({*self._file.tensors, *self.shared}))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it.
+
+        Raises:
+            StatisticsError: The file has nothing for that name.
+        """
+        return self._info(name).shape
+
+    def copy_here(self) -> None:
+        """Copies a remote file to this machine, once for all its processes, if there is room; then `read` maps it."""
+        self._file.copy_here()
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Says that these are about to be read, best in this order; names that the file does not know are left out."""
+        stored = dict.fromkeys(self.shared.get(name, name) for name in names)
+        self._file.prefetch(name for name in stored if name in self._file.tensors and name not in self._alive)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor on the CPU, checked; names that share one get the same object for as long as it is in use.
+
+        Raises:
+            StatisticsError: The file has nothing for that name, or what it has is no such statistic: NaN,
+                Inf, a negative Fisher entry, a Gram that is not symmetric.
+        """
+        stored = self._info(name).name
+        value = self._alive.get(stored)
+        if value is None:
+            value = self._file.read(stored)
+            self._check_values(stored, value)
+            self._alive[stored] = value
+        return value
+
+    def check(self, checkpoint: str, tensors: Mapping[str, TensorInfo] | None = None) -> None:
+        """Whether these are the statistics of a given checkpoint; costs no reading.
+
+        Args:
+            checkpoint: The checkpoint's fingerprint.
+            tensors: The checkpoint's tensors, to compare shapes with.
+
+        Raises:
+            StatisticsError: They are of another checkpoint, or of other shapes.
+        """
+        if checkpoint != self.checkpoint:
+            raise StatisticsError(
+                f"{self.path} is the {self.kind} of another checkpoint (fingerprint {self.checkpoint}, "
+                f"the member has {checkpoint}). Name the file that belongs to the member, or compute it again "
+                "with `mergequest statistics`"
+            )
+        if tensors is None or self.kind == "representation":
+            return
+        for name in self.names:
+            if name not in tensors:
+                raise StatisticsError(
+                    f"{self.path} has a {self.kind} of '{name}', which the checkpoint lacks: compute it again"
+                )
+            found, expected = self.shape(name), self._expected(name, tensors[name].shape)
+            if found != expected:
+                raise StatisticsError(
+                    f"{self.path}: the {self.kind} of '{name}' has shape {list(found)}, its weight asks for "
+                    f"{list(expected)}: compute it again"
+                )
+
+    def _info(self, name: str) -> TensorInfo:
+        stored = self.shared.get(name, name)
+        if stored not in self._file.tensors:
+            raise StatisticsError(f"{self.path} has no {self.kind} for '{name}': compute it again")
+        return self._file.tensors[stored]
+
+    def _expected(self, name: str, weight: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that a weight's statistic must have."""
+        if self.kind == "fisher":
+            return weight
+        inputs, outputs = (0, -1) if name in self.transposed else (-1, 0)
+        extent = weight[inputs if self.kind == "gram" else outputs] if weight else 1
+        return (extent, extent)
+
+    def _check_values(self, name: str, value: Tensor) -> None:
+        problem = None
+        if value.is_floating_point() and not value.isfinite().all():
+            problem = "NaN or Inf"
+        elif self.kind == "fisher" and (value < 0).any():
+            problem = f"{int((value < 0).sum()):,} negative entries, which no Fisher has"
+        elif self.kind in ("gram", "output_gram"):
+            if value.dim() != 2 or value.shape[0] != value.shape[1]:
+                problem = f"shape {list(value.shape)}, which is not square"
+            elif value.numel() and (value - value.T).abs().max() > SYMMETRY * value.abs().max():
+                problem = "a matrix that is not symmetric"
+        if problem:
+            raise StatisticsError(f"{self.path}: '{name}' holds {problem}. The file is damaged: compute it again")
+
+
+def save(path: str, statistic: Statistic, partial: Partial, *, checkpoint: str, data: str) -> StatisticsFile:
+    """Finalizes a complete sum and writes it, whole or not at all.
+
+    Args:
+        path: Where to; a path or address.
+        statistic: What was measured.
+        partial: All shards, combined.
+        checkpoint: Fingerprint of the checkpoint that it was measured of.
+        data: Fingerprint of the examples that it was measured on.
+
+    Returns:
+        The file, opened.
+
+    Raises:
+        StatisticsError: The statistic is over no examples, or holds NaN or Inf.
+        StorageError: There is no right or no space to write.
+    """
+    return save_tensors(
+        path, statistic.kind, statistic.key(), statistic.finalize(partial), partial, checkpoint=checkpoint, data=data
+    )
+
+
+def save_tensors(
+    path: str,
+    kind: str,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    about: Partial,
+    *,
+    checkpoint: str,
+    data: str,
+) -> StatisticsFile:
+    """Writes tensors as a statistics file, whole or not at all.
+
+    Args:
+        path: Where to; a path or address.
+        kind: What they are.
+        settings: What they were computed with.
+        tensors: By name, on the CPU.
+        about: Gives counts, shared and transposed names.
+        checkpoint: Fingerprint of what they are a statistic of.
+        data: Fingerprint of the examples.
+
+    Returns:
+        The file, opened.
+
+    Raises:
+        StorageError: There is no right or no space to write.
+    """
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(VERSION),
+        "kind": kind,
+        "settings": json.dumps(settings, sort_keys=True),
+        "examples": str(about.counts.get("examples", 0)),
+        "tokens": str(about.counts.get("tokens", 0)),
+        "checkpoint": checkpoint,
+        "data": data,
+        "mergequest": _own_version(),
+        "shared": json.dumps(about.shared, sort_keys=True),
+        "transposed": json.dumps(sorted(about.transposed)),
+    }
+    storage.write_bytes(path, serialize({name: value.contiguous() for name, value in tensors.items()}, metadata))
+    return StatisticsFile.open(path)
+
+
+def _own_version() -> str:
+    try:
+        return version("mergequest")
+    except PackageNotFoundError:
+        # Shipped to a cluster as a working directory, not installed there.
+        return "unknown"

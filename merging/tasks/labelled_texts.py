@@ -1,0 +1,181 @@
+"""Labelled texts from Parquet, CSV and JSON lines: read, checked, and turned into class indices."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from merging.errors import StorageError, TaskError
+from merging.io import storage
+
+FORMATS = (".parquet", ".csv", ".jsonl", ".ndjson")
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns that a task reads."""
+
+    text: str
+    text_pair: str | None
+    label: str
+
+    @property
+    def texts(self) -> list[str]:
+        """Those that hold text."""
+        return [self.text] if self.text_pair is None else [self.text, self.text_pair]
+
+    @property
+    def all(self) -> list[str]:
+        """All of them."""
+        return [*self.texts, self.label]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A split's examples.
+
+    Args:
+        texts: One list for each text column, N strings each.
+        labels: Class indices [N].
+    """
+
+    texts: tuple[list[str], ...]
+    labels: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def read_examples(paths: Sequence[str], columns: Columns, classes: Sequence[str]) -> Examples:
+    """Reads a split from one or more files, in the order given.
+
+    Args:
+        paths: Files, local or at any fsspec address; the suffix names the format.
+        columns: Which columns to read.
+        classes: The head's classes, in order. String labels are looked up here; integer labels are positions.
+
+    Raises:
+        TaskError: A file, column, text or label is missing or unusable; all bad rows are told at once.
+    """
+    frame = pd.concat([_read_file(path, columns) for path in paths], ignore_index=True)
+    if frame.empty:
+        raise TaskError(f"{', '.join(paths)}: there are no rows")
+    problems = [problem for column in columns.texts for problem in _text_problems(frame[column], column)]
+    labels = _class_indices(frame[columns.label], columns.label, classes, problems)
+    if not problems and len(np.unique(labels)) < 2:
+        problems.append(f"all {len(labels)} examples have the label '{classes[labels[0]]}': nothing can be measured")
+    if problems:
+        raise TaskError("; ".join(f"{', '.join(paths)}: {problem}" for problem in problems))
+    return Examples(tuple(frame[column].tolist() for column in columns.texts), labels)
+
+
+def _read_file(path: str, columns: Columns) -> pd.DataFrame:
+    """The columns of one file, values as the file has them."""
+    suffix = next((suffix for suffix in FORMATS if path.lower().endswith(suffix)), None)
+    if suffix is None:
+        raise TaskError(f"{path}: the format is not known; name a file that ends in {', '.join(FORMATS)}")
+    try:
+        raw = storage.read_bytes(path)
+    except StorageError as error:
+        raise TaskError(str(error)) from error
+    try:
+        if suffix == ".parquet":
+            file = pq.ParquetFile(BytesIO(raw))
+            frame = file.read([name for name in columns.all if name in file.schema_arrow.names]).to_pandas()
+            names = file.schema_arrow.names
+        elif suffix == ".csv":
+            as_text: Any = dict.fromkeys(columns.texts, str)
+            # only an empty field is missing: "NA" and "null" are words that people write
+            frame = pd.read_csv(BytesIO(raw), dtype=as_text, keep_default_na=False, na_values=[""])
+            names = list(frame.columns)
+        else:
+            frame = _read_json_lines(raw.decode("utf-8-sig"))
+            names = list(frame.columns)
+    except (ValueError, pa.ArrowException) as error:
+        reason = (str(error).splitlines() or ["damaged"])[0]
+        raise TaskError(f"{path} cannot be read as {suffix[1:]}: {reason}") from error
+    if not names:
+        raise TaskError(f"{path}: there are no rows")
+    if missing := [name for name in columns.all if name not in names]:
+        raise TaskError(f"{path} has no column {_quoted(missing)}; it has {_quoted(names)}")
+    chosen: pd.DataFrame = frame[columns.all]
+    return chosen
+
+
+def _read_json_lines(text: str) -> pd.DataFrame:
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number} is not JSON ({error.msg})") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is not a JSON object")
+            rows.append(row)
+    return pd.DataFrame(rows, dtype=object)
+
+
+def _text_problems(values: "pd.Series[Any]", column: str) -> list[str]:
+    wrong = [row for row, value in enumerate(values) if not _is_text(value)]
+    if not wrong:
+        return []
+    return [
+        f"column '{column}' holds no text in {len(wrong)} of {len(values)} rows "
+        f"(first in row {wrong[0] + 1}: {values.iloc[wrong[0]]!r}); remove those rows or name another column"
+    ]
+
+
+def _is_text(value: object) -> bool:
+    """Whether a tokenizer can read it: JSON may also hold halves of characters."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _class_indices(
+    values: "pd.Series[Any]", column: str, classes: Sequence[str], problems: list[str]
+) -> npt.NDArray[np.int64]:
+    """Labels as positions in `classes`; those that are none are reported, with their counts."""
+    positions: dict[str | int, int] = {name: index for index, name in enumerate(classes)}
+    if not any(name.isdecimal() for name in classes):
+        positions |= {index: index for index in range(len(classes))}
+    else:  # numbers among the names: an integer that is read from a CSV is a name then
+        positions |= {int(name): index for name, index in positions.items() if str(name).isdecimal()}
+    raw = values.tolist()
+    labels = [_class_index(value, positions) for value in raw]
+    strange = Counter(repr(value) for value, label in zip(raw, labels, strict=True) if label is None)
+    if strange:
+        shown = ", ".join(f"{value} ({count:,} examples)" for value, count in strange.most_common(SHOWN))
+        more = f" and {len(strange) - SHOWN} more" if len(strange) > SHOWN else ""
+        problems.append(
+            f"column '{column}' holds labels outside the head's {len(classes)} classes: {shown}{more}. "
+            f"The classes are {_quoted(list(classes))}, or 0 … {len(classes) - 1}; "
+            "`labels` names them in the head's order"
+        )
+    return np.array([-1 if label is None else label for label in labels], dtype=np.int64)
+
+
+def _class_index(value: Any, positions: Mapping[str | int, int]) -> int | None:
+    """The class that a name, or an integer stored as any type of number, stands for."""
+    if isinstance(value, str):
+        return positions.get(value)
+    return positions.get(int(value)) if isinstance(value, int | float) and value == value // 1 else None
+
+
+def _quoted(names: Sequence[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:20])
+    return f"{shown}, … ({len(names)} in all)" if len(names) > 20 else shown

@@ -1,0 +1,194 @@
+"""What a task is: data in splits, a head, and a score. Only the files beside this one know what kind of task it is."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from merging.errors import TaskError
+from merging.registry import Registry
+from merging.tasks.predictions import Outcomes
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+class TaskSettings(BaseModel):
+    """What every kind of task is told in the campaign file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some examples, ready for the model.
+
+    Args:
+        inputs: Keyword arguments of the model's `forward`, without labels.
+        labels: Class indices [N] or [N, S]; −100 where there is nothing to predict.
+        indices: Positions of the examples in their split [N].
+        mask: Which positions are real tokens [N, S]; None where every position counts.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    indices: Tensor
+    mask: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on another device."""
+        return Batch(
+            {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()},
+            self.labels.to(device, non_blocking=True),
+            self.indices,
+            None if self.mask is None else self.mask.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True)
+class Score:
+    """What came of evaluating a model on a task.
+
+    Args:
+        value: The task's metric; greater is better.
+        standard_error: Of `value`, over the choice of examples; NaN where the evaluator gives none.
+        examples: How many examples it was measured on.
+        metric: The metric's name.
+        loss: Mean cross-entropy; NaN where the task has none.
+        expected_error: Mean of 1 − p_y, a smooth stand-in for the error rate; NaN where the task has none.
+        seconds: Wall time of the evaluation.
+        entropy: Mean entropy of the predictions, in nats; NaN where the task has none.
+    """
+
+    value: float
+    standard_error: float
+    examples: int
+    metric: str
+    loss: float = float("nan")
+    expected_error: float = float("nan")
+    seconds: float = 0.0
+    entropy: float = float("nan")
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-like values."""
+        return asdict(self)
+
+
+class Task(ABC):
+    """A task, bound to its data and to the checkpoint whose head it is evaluated with.
+
+    Args:
+        name: Its name in the campaign.
+        settings: What the campaign file says of it.
+        head: Path of the checkpoint that brings the task's head, configuration and preprocessor.
+    """
+
+    base: str = ""
+    """The base that `head` belongs to, where that is an adapter."""
+    kind: ClassVar[str]
+    has_logits: ClassVar[bool] = True
+    """Whether `logits` and `batches` work: what Fisher, Gram and representations are computed from."""
+    has_outcomes: ClassVar[bool] = False
+    """Whether `outcomes`, `score` and `values` work: what measures a candidate step by step."""
+
+    def __init__(self, name: str, settings: Any, head: str) -> None:
+        self.name = name
+        self.settings = settings
+        self.head = head
+
+    @abstractmethod
+    def check(self) -> list[str]:
+        """Opens the data and the head's configuration, and looks for what would fail later.
+
+        Returns:
+            Notes for the user that are no errors.
+
+        Raises:
+            TaskError: Data, columns, labels or splits are missing or unusable.
+        """
+
+    @abstractmethod
+    def load_model(self) -> nn.Module:
+        """The head's checkpoint as a live model in evaluation mode, float32, on the CPU."""
+
+    def load_skeleton(self, merged: Collection[str]) -> nn.Module:
+        """`load_model` for a caller who overwrites most of it, so that only the rest need be read.
+
+        Args:
+            merged: Names of the checkpoint's tensors whose values do not matter; they may hold NaN.
+        """
+        return self.load_model()
+
+    @abstractmethod
+    def size(self, split: Split) -> int:
+        """Number of examples in a split; 0 where the task has none."""
+
+    @abstractmethod
+    def data_fingerprint(self, split: Split) -> str:
+        """Content hash of a split's examples and of how they are prepared for the model."""
+
+    @abstractmethod
+    def evaluate(
+        self, model: nn.Module, split: Split, *, limit: int | None = None, precision: str = "float32"
+    ) -> Score:
+        """Measures a model on a split.
+
+        Args:
+            model: A model as `load_model` gives it, its weights perhaps replaced, on any device.
+            split: Which examples.
+            limit: At most this many examples, the same ones at every call.
+            precision: `float32`, or `bfloat16` for autocast.
+
+        Raises:
+            TaskError: The evaluator failed or gave no finite number.
+        """
+
+    def outcomes(
+        self, model: nn.Module, split: Split, positions: npt.NDArray[np.int64], *, precision: str = "float32"
+    ) -> Outcomes:
+        """What a model says of single examples.
+
+        Args:
+            model: As for `evaluate`.
+            split: Which examples.
+            positions: Their places in the split's fixed shuffled order [N], the one that `limit` counts in.
+            precision: As for `evaluate`.
+
+        Raises:
+            TaskError: This kind of task is measured whole, or the model gave no finite number.
+        """
+        raise TaskError(f"task '{self.name}' ({self.kind}) gives no outcomes of single examples: it is measured whole")
+
+    def score(self, outcomes: Outcomes) -> Score:
+        """The score over these examples."""
+        raise TaskError(f"task '{self.name}' ({self.kind}) gives no outcomes of single examples: it is measured whole")
+
+    def values(self, outcomes: Outcomes) -> npt.NDArray[np.float64]:
+        """One number an example [N], greater is better: what the metric averages, or p_y where it averages nothing."""
+        raise TaskError(f"task '{self.name}' ({self.kind}) gives no outcomes of single examples: it is measured whole")
+
+    def batches(self, split: Split, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
+        """Examples [start, stop) of a split's fixed shuffled order, in batches on the CPU."""
+        raise TaskError(f"task '{self.name}' ({self.kind}) has no batches to compute statistics from")
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Unnormalised log-probabilities [N, C] or [N, S, C], matching `batch.labels`."""
+        raise TaskError(f"task '{self.name}' ({self.kind}) has no logits to compute statistics from")
+
+    def representation(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Last hidden states [N, S, D] of the backbone, before any head."""
+        raise TaskError(f"task '{self.name}' ({self.kind}) has no representations")
+
+
+TASKS: Registry[tuple[type[Task], type[TaskSettings]]] = Registry("kind of task", TaskError)
+
+
+def register(task: type[Task], settings: type[TaskSettings]) -> None:
+    """Makes a kind of task known by its name, with the model of its settings."""
+    TASKS.register(task.kind, (task, settings))

@@ -1,0 +1,151 @@
+"""Evaluators: actors that keep the pool and one live model a task resident, and measure recipe after recipe."""
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from merging.checkpoints.pool import Pool
+from merging.evaluation.live_models import LiveModels, MakeSource, Measurement, best_device
+from merging.evaluation.steps import Plan
+from merging.io import fact_cache
+from merging.mergers.material import Material, open_statistics
+from merging.mergers.resident import ResidentMerger
+from merging.recipe import Recipe
+from merging.tasks import make_task
+from merging.tasks.task import Split
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an evaluator needs to build itself on any node: paths and settings, no tensors.
+
+    Args:
+        base: The base's directory.
+        members: Member → directory.
+        heads: Patterns of tensors that are kept per task.
+        statistics: Member (or `base`) → statistics files.
+        examples: Member → number of training examples.
+        tasks: Task → its settings.
+        owners: Task → the member whose head it is evaluated with.
+        precision: Of evaluation.
+        facts: What is known of the files, so that nobody reads them whole to recognise them (`merging.io.fact_cache`).
+        parts: Entries of each shard's part of the weights, where shards write these into the evaluator's memory.
+    """
+
+    base: str
+    members: Mapping[str, str]
+    heads: tuple[str, ...]
+    statistics: Mapping[str, tuple[str, ...]]
+    examples: Mapping[str, int]
+    tasks: Mapping[str, Any]
+    owners: Mapping[str, str]
+    precision: str = "float32"
+    facts: Mapping[str, str] = field(default_factory=dict)
+    parts: tuple[int, ...] = ()
+
+    def material(self, *, resident: bool = False) -> Material:
+        """Opens pool and statistics.
+
+        Args:
+            resident: Whether this machine is going to read all of the pool, and more than once.
+        """
+        fact_cache.learn(self.facts)
+        pool = Pool.open(self.base, self.members, self.heads)
+        statistics = open_statistics(pool, self.statistics)
+        if resident:
+            pool.copy_here()
+            for file in (file for files in statistics.values() for file in files.values()):
+                file.copy_here()
+        return Material(pool, statistics, self.examples)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A recipe to measure.
+
+    Args:
+        ticket: The caller's name for it.
+        recipe: What to merge.
+        split: Where to measure it.
+        limit: At most this many examples a task.
+        plan: Steps, and when to stop; None for all at once.
+    """
+
+    ticket: str
+    recipe: Recipe
+    split: Split
+    limit: int | None = None
+    plan: Plan | None = None
+
+
+@dataclass
+class Answer:
+    """What an evaluator returns: failures are values, so that they are not mistaken for a dead worker.
+
+    Args:
+        measurement: The scores; None if it failed.
+        error: Type and message of the failure.
+        worker: Who did it.
+        started: When work on it began.
+        lost: Whether trying again may help.
+        unreachable: Whether the evaluator is cut off from the shards, and of no more use.
+    """
+
+    measurement: Measurement | None
+    error: str | None
+    worker: str
+    started: datetime
+    lost: bool = False
+    unreachable: bool = False
+
+
+class Evaluator:
+    """The actor's inside: one process, one device.
+
+    Args:
+        setup: What to build.
+        threads: Torch threads.
+    """
+
+    def __init__(self, setup: Setup, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._setup = setup
+        self._device = best_device()
+        self._worker = f"{socket.gethostname()}:{os.getpid()}:{self._device}"
+        self._source: MakeSource = ResidentMerger
+        self._models: LiveModels | None = None
+
+    def build(self) -> str:
+        """Opens the pool and loads the models, unless that is done.
+
+        Returns:
+            Who this is.
+
+        Raises:
+            MergequestError: Pool, statistics or tasks are unusable.
+        """
+        if self._models is None:
+            setup = self._setup
+            tasks = [
+                make_task(name, settings, setup.members[setup.owners[name]], setup.base)
+                for name, settings in setup.tasks.items()
+            ]
+            material = setup.material(resident=self._source is ResidentMerger)
+            self._models = LiveModels(material, tasks, setup.owners, self._device, setup.precision, self._source)
+        return self._worker
+
+    def measure(self, assignment: Assignment) -> Answer:
+        """Merges and evaluates; whatever goes wrong is part of the answer."""
+        started = datetime.now(UTC)
+        try:
+            self.build()
+            assert self._models is not None
+            measurement = self._models.measure(assignment.recipe, assignment.split, assignment.limit, assignment.plan)
+        except Exception as error:
+            return Answer(None, f"{type(error).__name__}: {error}", self._worker, started)
+        return Answer(measurement, None, self._worker, started)

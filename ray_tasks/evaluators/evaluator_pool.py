@@ -1,0 +1,330 @@
+"""Work for a crew of evaluators: handed to whoever is free, and tried again where it is lost with one."""
+
+import math
+import time
+from collections import Counter, deque
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import ray
+
+from merging.errors import ClusterError
+from merging.evaluation.live_models import Measurement
+from ray_tasks.cluster_errors import reason
+from ray_tasks.evaluators.evaluator import Answer, Assignment
+from ray_tasks.evaluators.lifecycle import Crew
+from ray_tasks.evaluators.prometheus import EvaluatorMetrics
+from ray_tasks.sharded.shards import Inbox, Shards
+
+GRACE = 20.0
+"""Seconds that evaluators have to follow the first one, before work begins without them."""
+REST = 5.0
+"""Seconds that pass at most between two looks where there is nobody to wait for."""
+DISPLACED = 10
+"""How often an assignment may lose its node before it counts as lost: it may be what ends the nodes."""
+AHEAD = 1
+"""Assignments that wait at each of several evaluators, so that it goes on while the driver has its hands full."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What came of an assignment.
+
+    Args:
+        ticket: The caller's name for it.
+        started: When work on it began, or when it was handed out if its worker died.
+        measurement: The scores; None if it failed.
+        error: Type and message of the failure.
+        lost: Whether its worker died, so that trying again may help.
+        worker: Who did it.
+    """
+
+    ticket: str
+    started: datetime
+    measurement: Measurement | None = None
+    error: str | None = None
+    lost: bool = False
+    worker: str | None = None
+
+
+@dataclass
+class _Work:
+    """An assignment at an evaluator.
+
+    Args:
+        actor: The evaluator.
+        node: Where that is.
+        assignment: What it measures, or will.
+        started: When it was handed out; once its clock runs, since when.
+        deadline: When it has taken too long; inf until its clock runs: it waits for its turn, or for its weights.
+        awaits: The delivery of its weights.
+        recalled: Whether it was handed to another evaluator too: this one leaves it out when its turn comes.
+    """
+
+    actor: Any
+    node: str
+    assignment: Assignment
+    started: datetime
+    deadline: float = math.inf
+    awaits: Any = None
+    recalled: bool = False
+
+
+@dataclass
+class EvaluatorPool:
+    """Evaluators that take assignments as they become free.
+
+    A dead evaluator is replaced and its assignment reported as lost; if its whole node died, nobody is to blame, and the
+    assignment goes to another evaluator without a word. One that exceeds the time limit is ended and replaced, its
+    assignment reported as failed.
+
+    Of several evaluators, and wherever shards merge, each has two assignments: the one that it measures, and one that
+    waits for its turn, its weights merged and sent meanwhile. That one's clock does not run yet; if its evaluator is
+    lost or ended, or another one has nothing to do, it goes elsewhere: at worst, if its turn comes at that very moment,
+    it is measured twice, and counts once. A single evaluator has one assignment: what a search learns from it decides
+    how the next is measured.
+
+    Args:
+        crew: The evaluators.
+        seconds: Wall time of one assignment; None for no limit.
+        shards: Who merges, where evaluators do not; the crew's `kind` has a `load(identity, *pieces)` then.
+        metrics: Counts what they do.
+    """
+
+    crew: Crew
+    seconds: float | None = None
+    shards: Shards | None = None
+    metrics: EvaluatorMetrics | None = None
+    _queues: dict[Any, deque[Any]] = field(default_factory=dict, init=False)
+    _works: dict[Any, _Work] = field(default_factory=dict, init=False)
+    _again: deque[Assignment] = field(default_factory=deque, init=False)
+    _open: set[str] = field(default_factory=set, init=False)
+    _displaced: Counter[str] = field(default_factory=Counter, init=False)
+    _inboxes: dict[Any, Inbox] = field(default_factory=dict, init=False)
+
+    def start(self, timeout: float = 1800.0, grace: float = GRACE) -> int:
+        """Starts the evaluators; returns when all are built, or those that are `grace` seconds after the first.
+
+        Returns:
+            How many are built.
+
+        Raises:
+            MergequestError: Building the first one failed: the evaluator's own error.
+            ClusterError: They die, or the cluster has no room for a single one within `timeout` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while self.there < self.crew.evaluators and time.monotonic() < deadline:
+            self.crew.tend()
+            pause = max(0.0, min(1.0, deadline - time.monotonic()))
+            if not self.crew.building:
+                time.sleep(pause)
+            for reference in _ready(list(self.crew.building), pause):
+                self._welcome(reference)
+                if self.there:
+                    deadline = min(deadline, time.monotonic() + grace)
+        if not self.there:
+            raise ClusterError(f"no evaluator could start within {timeout:.0f} s: the cluster has no room for one now")
+        return self.there
+
+    @property
+    def capacity(self) -> int:
+        """How many assignments the evaluators that are there take at once."""
+        return self.there * self._depth
+
+    @property
+    def free(self) -> int:
+        """How many assignments could be handed out now."""
+        return sum(self._depth - min(self._depth, len(queue)) for queue in self._queues.values())
+
+    @property
+    def there(self) -> int:
+        """How many evaluators are built."""
+        return self.crew.there
+
+    @property
+    def at_work(self) -> int:
+        """How many of them have something to do."""
+        return sum(bool(queue) for queue in list(self._queues.values()))
+
+    def submit(self, assignment: Assignment) -> None:
+        """Hands an assignment to the evaluator that has least to do.
+
+        Raises:
+            ClusterError: All have as much as they take.
+        """
+        actor = min(self._queues, key=lambda actor: len(self._queues[actor]), default=None)
+        if actor is None or len(self._queues[actor]) >= self._depth:
+            raise ClusterError("every evaluator is busy")
+        work = _Work(actor, self.crew.node(actor), assignment, datetime.now(UTC))
+        if self.shards is not None:
+            pieces = self.shards.merge(assignment.recipe, self._inboxes.get(actor))
+            work.awaits = actor.load.remote(assignment.recipe.identity, *pieces)
+        reference = actor.measure.remote(assignment)
+        self._works[reference] = work
+        self._open.add(assignment.ticket)
+        self._queues[actor].append(reference)
+        self._start_clock(actor)
+
+    def wait(self, timeout: float) -> list[Finished]:
+        """Assignments that finished within `timeout` seconds; returns at the first, or when an evaluator has joined.
+
+        Raises:
+            ClusterError: Evaluators die as fast as they are replaced, and none is left.
+        """
+        self.crew.tend()
+        self._recall()
+        self._look()
+        finished = []
+        if not self.there and not self.crew.building:
+            time.sleep(min(timeout, REST))
+        for reference in _ready([*self._works, *self.crew.building], timeout):
+            if reference in self.crew.building:
+                self._welcome(reference)
+            elif reference in self._works:  # not withdrawn meanwhile, with an evaluator that was lost
+                finished += self._collect(reference)
+        for actor in list(self._queues):
+            finished += self._watch_clock(actor)
+        while self._again and self.free:
+            if (assignment := self._again.popleft()).ticket in self._open:
+                self.submit(assignment)
+        self._look()
+        for done in finished:
+            if self.metrics and not done.lost:
+                self.metrics.answered(done.measurement)
+        return finished
+
+    def close(self) -> None:
+        """Ends the evaluators."""
+        self.crew.close()
+        for held in (self._queues, self._works, self._again, self._open, self._inboxes):
+            held.clear()
+        self._look()
+
+    @property
+    def _depth(self) -> int:
+        """How many assignments each evaluator has at most."""
+        return 1 + (AHEAD if self.crew.evaluators > 1 or self.shards is not None else 0)
+
+    def _look(self) -> None:
+        if self.metrics:
+            self.metrics.look(self.there, self.at_work)
+
+    def _welcome(self, reference: Any) -> None:
+        if (actor := self.crew.welcome(reference)) is not None:
+            self._queues[actor] = deque()
+            if self.shards is not None and self.shards.parts:
+                self._inboxes[actor] = Inbox(actor.address.remote())
+
+    def _start_clock(self, actor: Any) -> None:
+        """Starts the clock of the assignment whose turn it is, if it has what it waits for."""
+        work = self._works[self._queues[actor][0]] if self._queues[actor] else None
+        if work is None or self.seconds is None or work.deadline < math.inf:
+            return
+        if work.awaits is None or ray.wait([work.awaits], timeout=0)[0]:
+            work.started, work.deadline = datetime.now(UTC), time.monotonic() + self.seconds
+
+    def _watch_clock(self, actor: Any) -> list[Finished]:
+        """Ends an evaluator that takes too long; that it died is no reason to give up its place."""
+        work = self._works[self._queues[actor][0]] if self._queues[actor] else None
+        if work is None or time.monotonic() < work.deadline:
+            self._start_clock(actor)
+            return []
+        self._dismiss(actor, but=work)
+        error = f"TimeoutError: not measured within {self.seconds:g} s (search.candidate_seconds)"
+        return self._finished(work.assignment.ticket, work.started, None, error)
+
+    def _recall(self) -> None:
+        """Hands what waits at one evaluator to another that has nothing to do."""
+        if self.shards is not None:  # its weights are on their way
+            return
+        idle = sum(not queue for queue in self._queues.values())
+        waiting = [self._works[queue[-1]] for queue in self._queues.values() if len(queue) > 1]
+        for work in [work for work in waiting if not work.recalled][:idle]:
+            work.recalled = True
+            ray.cancel(self._queues[work.actor][-1])
+            self.submit(work.assignment)
+
+    def _collect(self, reference: Any) -> list[Finished]:
+        """What came of an assignment, if it was its turn."""
+        work = self._works[reference]
+        queue, ticket = self._queues[work.actor], work.assignment.ticket
+        if queue[0] != reference:
+            return []  # what was before it is not heard of yet: that is told what went wrong
+        if work.awaits is not None:
+            with suppress(ray.exceptions.RayError):
+                ray.get(work.awaits)  # the answer says what became of it
+        answer: Answer | None = None
+        try:
+            answer = ray.get(reference)
+        except ray.exceptions.TaskCancelledError:
+            pass
+        except ray.exceptions.RayError as error:
+            return self._lose(work, error)
+        queue.popleft()
+        del self._works[reference]
+        self._start_clock(work.actor)
+        if answer is None:
+            return []
+        if self.shards is not None and answer.unreachable:
+            self._dismiss(work.actor)
+            self.crew.count_death(str(answer.error))
+        else:
+            self.crew.count_answer()
+        self._displaced.pop(ticket, None)
+        if answer.lost and self.shards is not None:
+            self.shards.forget()
+        return self._finished(ticket, answer.started, answer.measurement, answer.error, answer.lost, answer.worker)
+
+    def _lose(self, work: _Work, error: ray.exceptions.RayError) -> list[Finished]:
+        """Replaces an evaluator that is gone."""
+        why = f"{type(error).__name__}: {reason(error)}"
+        ticket = work.assignment.ticket
+        displaced = getattr(error, "preempted", False) or work.node not in alive_nodes()
+        unreachable = isinstance(error, ray.exceptions.ActorUnavailableError)
+        self._dismiss(work.actor, but=work)
+        if self.metrics:
+            self.metrics.lost()
+        if displaced:
+            idle = [actor for actor, queue in self._queues.items() if not queue]
+            for actor in [actor for actor in idle if self.crew.node(actor) == work.node]:
+                self._dismiss(actor)
+        if displaced and self._displaced[ticket] < DISPLACED:
+            self.crew.count_lost_node()
+            self._displaced[ticket] += 1
+            self._again.append(work.assignment)
+            return []
+        if not displaced and not unreachable:
+            self.crew.count_death(why)
+        self._displaced.pop(ticket, None)
+        return self._finished(ticket, work.started, None, why, lost=True)
+
+    def _dismiss(self, actor: Any, but: _Work | None = None) -> None:
+        """Ends an evaluator, if it is not dead, and has it replaced at once; what waited there goes elsewhere."""
+        self.crew.dismiss(actor)
+        self._inboxes.pop(actor, None)
+        works = [self._works.pop(reference) for reference in self._queues.pop(actor)]
+        self._again.extend(work.assignment for work in works if work is not but and not work.recalled)
+
+    def _finished(self, ticket: str, *what: Any, **more: Any) -> list[Finished]:
+        """What came of an assignment; nothing where it was recalled too late, and had come back already."""
+        if ticket not in self._open:
+            return []
+        self._open.remove(ticket)
+        return [Finished(ticket, *what, **more)]
+
+
+def alive_nodes() -> set[str]:
+    """The nodes that the cluster has now."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def _ready(references: list[Any], timeout: float) -> list[Any]:
+    """What is done, waiting up to `timeout` seconds for the first."""
+    if not references:
+        return []
+    ready, _ = ray.wait(references, num_returns=1, timeout=timeout)
+    if ready:  # whatever else is done already comes along
+        ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
+    return list(ready)

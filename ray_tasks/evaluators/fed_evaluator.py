@@ -1,0 +1,113 @@
+"""Evaluators that merge nothing themselves: shards send them the weights of every candidate."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merging.mergers.material import Material
+from merging.mergers.resident import joined
+from merging.recipe import Recipe
+from ray_tasks.evaluators.evaluator import Answer, Assignment, Evaluator
+from ray_tasks.sharded.nixl_transfer import Address, Trays
+from ray_tasks.sharded.shards import Piece
+
+
+class Delivery:
+    """A source of weights that were merged elsewhere.
+
+    Args:
+        material: For the weights' shapes; none is read.
+        out: The weights to overwrite, on the evaluator's device.
+        trays: Where shards write what they merged, if they do.
+    """
+
+    def __init__(self, material: Material, out: Mapping[str, Tensor], trays: Trays | None = None) -> None:
+        self._out = out
+        self._trays = trays
+        self._sizes = {name: value.numel() for name, value in out.items()}
+        self._pieces: Sequence[Piece] = ()
+
+    def take(self, pieces: Sequence[Piece]) -> None:
+        """Keeps what is to be copied."""
+        self._pieces = pieces
+
+    def merge(self, recipe: Recipe) -> dict[str, float]:
+        """Copies the pieces that were taken, which are the recipe's, and lets go of them.
+
+        Returns:
+            The method's figures on the merge.
+        """
+        pieces, self._pieces = self._pieces, ()
+        for number, piece in enumerate(pieces):
+            values = self._values(number, piece)
+            parts = values.split([self._sizes[name] for name in piece.names])  # type: ignore[no-untyped-call]
+            for name, part in zip(piece.names, parts, strict=True):
+                self._out[name].copy_(part.view(self._out[name].shape))
+        return joined(piece.report for piece in pieces)
+
+    def _values(self, number: int, piece: Piece) -> Tensor:
+        if piece.turn is not None:
+            assert self._trays is not None
+            return self._trays.part(number, piece.turn)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the store's memory is read-only; it is only read
+            return torch.from_numpy(piece.values)
+
+
+class FedEvaluator(Evaluator):
+    """An evaluator that is fed by shards: `load` brings the weights that the next `measure` is about.
+
+    What was loaded is let go of when it is measured, so that no more than one candidate's weights wait beside those in the
+    models.
+    """
+
+    def __init__(self, setup: Any, threads: int) -> None:
+        super().__init__(setup, threads)
+        self._delivery: Delivery | None = None
+        self._loaded: tuple[str, Sequence[Piece]] | None = None
+        self._trays: Trays | None = None
+        self._source = self._deliver
+
+    def build(self) -> str:
+        """As every evaluator; also makes room for what shards write.
+
+        Raises:
+            ClusterError: Nothing can be written here.
+        """
+        if self._setup.parts and self._trays is None:
+            self._trays = Trays(self._setup.parts)
+        return super().build()
+
+    def address(self) -> Address:
+        """Where shards write to, once this is built."""
+        assert self._trays is not None
+        return self._trays.address
+
+    def load(self, identity: str, *pieces: Piece) -> None:
+        """Takes the pieces of the recipe that is measured next."""
+        self._loaded = identity, pieces
+
+    def measure(self, assignment: Assignment) -> Answer:
+        """Copies the pieces and evaluates; pieces that did not come are a loss, for which nobody here is to blame."""
+        loaded, self._loaded = self._loaded, None
+        now = datetime.now(UTC)
+        if loaded is None or loaded[0] != assignment.recipe.identity:
+            return Answer(None, "a shard was lost before its part of the merge arrived", self._worker, now, lost=True)
+        if wrong := sorted((piece for piece in loaded[1] if piece.error), key=lambda piece: piece.lost):
+            unreachable = any(piece.unreachable for piece in wrong)
+            return Answer(None, wrong[0].error, self._worker, now, wrong[0].lost or unreachable, unreachable)
+        try:
+            self.build()
+        except Exception as error:
+            return Answer(None, f"{type(error).__name__}: {error}", self._worker, now)
+        assert self._delivery is not None
+        self._delivery.take(loaded[1])
+        return super().measure(assignment)
+
+    def _deliver(self, material: Material, out: Mapping[str, Tensor]) -> Delivery:
+        self._delivery = Delivery(material, out, self._trays)
+        return self._delivery

@@ -1,0 +1,1 @@
+"""Plain functions of `merging` as tasks of the cluster."""

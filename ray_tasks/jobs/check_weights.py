@@ -1,0 +1,68 @@
+"""A pool too large to be read by one process: every byte of it once, some members and the base in each task."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from merging.checkpoints import validation
+from merging.checkpoints.pool import Pool
+from merging.checkpoints.validation import Finding
+from merging.io import fact_cache
+from ray_tasks.jobs.parallel import each
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where a pool lies.
+
+    Args:
+        base: The base's directory.
+        members: Member → directory.
+        heads: Patterns of tensors that are kept per task.
+    """
+
+    base: str
+    members: Mapping[str, str]
+    heads: Sequence[str]
+
+
+def examine(
+    pool: Pool, files: Files, members: Sequence[str], progress: Callable[[float], None] = lambda share: None
+) -> Iterator[dict[str, Finding]]:
+    """Reads members and base once over all nodes, and recognises them here.
+
+    Args:
+        pool: The pool, opened.
+        files: Where it lies.
+        members: Which of its members.
+        progress: Told the share that is done.
+
+    Yields:
+        Member → finding, as tasks finish.
+
+    Raises:
+        MergequestError: A checkpoint cannot be read.
+        ClusterError: A task's workers died more often than they may.
+    """
+    names = tuple(pool.weights)
+    alive = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
+    calls: dict[str, tuple[Any, ...]] = {
+        group[0]: (Files(files.base, {member: files.members[member] for member in group}, files.heads), names)
+        for group in validation.slices(members, alive)
+    }
+    for _, (found, facts) in each(_examine, calls, progress=progress):
+        fact_cache.learn(facts)
+        yield found
+
+
+def _examine(
+    files: Files, names: Sequence[str], report: Callable[[float], None]
+) -> tuple[dict[str, Finding], dict[str, str]]:
+    """Findings, and facts for the driver; nothing but the pool's common weights is compared."""
+    whole = Pool.open(files.base, files.members, files.heads)
+    pool = Pool(whole.base, whole.members, {name: whole.weights[name] for name in names}, whole.notes)
+    found = validation.examine(pool, list(files.members))
+    checkpoints = [pool.base, *(member.checkpoint for member in pool.members.values())]
+    return found, fact_cache.known(checkpoint.identity for checkpoint in checkpoints)

@@ -1,0 +1,1 @@
+"""Which candidates to give up before all examples are measured."""

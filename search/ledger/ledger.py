@@ -1,0 +1,157 @@
+"""The record of every candidate: a directory of Parquet files, each written whole, each row in one of them."""
+
+import io
+import json
+import uuid
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from merging.errors import LedgerError
+from merging.io import storage
+from search.ledger.row import SCHEMA, VERSION, Row
+
+VERSION_KEY = b"mergequest.ledger"
+READERS = 16
+ROWS_PER_FILE = 512
+"""A file is full with so many rows: what an append rewrites is bounded, and so is the number of files."""
+MAPS = tuple(field.name for field in SCHEMA if pa.types.is_map(field.type))
+TIMES = tuple(field.name for field in SCHEMA if pa.types.is_timestamp(field.type))
+
+
+class Ledger:
+    """The rows of a campaign, on disk and in memory. One process appends; any number may read the directory.
+
+    An append replaces the newest file by one with the new rows too, in one rename (or one put), until that file
+    is full and the next one begins. Small files thus grow into large ones without a moment at which a row is in
+    two files or in none, and no file that a reader has listed is ever taken away: `pandas.read_parquet(path)`
+    finds every finished row once, at any moment. A process begins a file of its own and never touches what
+    another one wrote. Temporary files begin with a dot, which Arrow's dataset readers skip.
+
+    Args:
+        path: The directory, local or at any fsspec address; it need not exist yet.
+        campaign: The campaign that it must belong to; None to read whatever is there.
+
+    Raises:
+        LedgerError: A file is unreadable or of another schema version, or rows belong to another campaign.
+    """
+
+    def __init__(self, path: str, campaign: str | None = None) -> None:
+        self.path = path
+        self._campaign = campaign
+        self._rows: dict[tuple[str, str], Row] = {}
+        self._files, self._newest = 0, SCHEMA.empty_table()
+        self._mine = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
+        names = [
+            name for name in storage.list_dir(path) if name.endswith(".parquet") and not name.startswith((".", "_"))
+        ]
+        with ThreadPoolExecutor(READERS) as readers:
+            tables = list(readers.map(self._read, names))
+        found = from_table(pa.concat_tables(tables)) if tables else []
+        for row in sorted(found, key=lambda row: (row.finished, row.trial or 0)):
+            self._check(row)
+            self._rows.setdefault((row.candidate, row.split), row)
+
+    def append(self, row: Row) -> bool:
+        """Makes a row durable before returning, as `extend` does.
+
+        Returns:
+            Whether the row is new.
+        """
+        return bool(self.extend([row]))
+
+    def extend(self, rows: Iterable[Row]) -> list[Row]:
+        """Makes rows durable in one write; a (candidate, split) that is there already is left as it is.
+
+        Returns:
+            Those that are new.
+
+        Raises:
+            LedgerError: One belongs to another campaign; none is written.
+            StorageError: There is no right or no space to write.
+        """
+        new: dict[tuple[str, str], Row] = {}
+        for row in rows:
+            self._check(row)
+            if (key := (row.candidate, row.split)) not in self._rows:
+                new.setdefault(key, row)
+        if not new:
+            return []
+        whole = pa.concat_tables([self._newest, to_table(new.values())]).combine_chunks()
+        sink = io.BytesIO()
+        pq.write_table(whole, sink, compression="zstd", write_statistics=False)
+        storage.write_bytes(storage.join(self.path, f"{self._mine}-{self._files:06d}.parquet"), sink.getvalue())
+        self._newest = whole
+        if len(whole) >= ROWS_PER_FILE:
+            self._files, self._newest = self._files + 1, SCHEMA.empty_table()
+        self._rows |= new
+        return list(new.values())
+
+    def get(self, candidate: str, split: str) -> Row | None:
+        """The row of a candidate on a split, if there is one."""
+        return self._rows.get((candidate, split))
+
+    def has(self, candidate: str, split: str) -> bool:
+        """Whether there is a row of a candidate on a split, whatever became of it."""
+        return (candidate, split) in self._rows
+
+    def rows(self) -> list[Row]:
+        """All rows, each (candidate, split) once: those found at opening by time, then those appended."""
+        return list(self._rows.values())
+
+    def table(self) -> pa.Table:
+        """`rows()` as an Arrow table of the ledger's schema."""
+        return to_table(self._rows.values())
+
+    def _check(self, row: Row) -> None:
+        self._campaign = self._campaign or row.campaign
+        if row.campaign != self._campaign:
+            raise LedgerError(
+                f"{self.path} holds the ledger of campaign '{row.campaign}', not of '{self._campaign}': "
+                f"name another directory, or resume '{row.campaign}' there"
+            )
+
+    def _read(self, name: str) -> pa.Table:
+        path = storage.join(self.path, name)
+        try:
+            table = pq.ParquetFile(io.BytesIO(storage.read_bytes(path))).read(use_threads=False)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise LedgerError(
+                f"{path} is not a readable Parquet file ({error}); move it away to go on without its rows"
+            ) from error
+        found = (table.schema.metadata or {}).get(VERSION_KEY, b"").decode()
+        if found != str(VERSION):
+            kind = f"a ledger of version {found}" if found else "not a ledger's file"
+            raise LedgerError(
+                f"{path} is {kind}, and this mergequest writes version {VERSION}: read it with pandas, "
+                f"and give a new campaign another directory"
+            )
+        return table
+
+
+def to_table(rows: Iterable[Row]) -> pa.Table:
+    """Rows as an Arrow table of the ledger's schema."""
+    records = []
+    for row in rows:
+        record: dict[str, Any] = {field.name: getattr(row, field.name) for field in fields(row)}
+        record["members"] = list(row.members)
+        record["parameters"] = json.dumps(dict(row.parameters), sort_keys=True)
+        records.append(record | {name: list(record[name].items()) for name in MAPS})
+    return pa.Table.from_pylist(records, schema=SCHEMA)
+
+
+def from_table(table: pa.Table) -> list[Row]:
+    """The rows of a table that `to_table` made."""
+    rows = []
+    for record in table.to_pylist():
+        record |= {name: dict(record.get(name) or {}) for name in MAPS}
+        record |= {name: record[name].astimezone(UTC) for name in TIMES}
+        record["members"] = tuple(record["members"])
+        record["parameters"] = json.loads(record["parameters"])
+        rows.append(Row(**record))
+    return rows

@@ -1,0 +1,244 @@
+"""The search itself: ask the sampler, keep every evaluator busy, write the rows, tell the study."""
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import cast
+
+from optuna import Study, Trial
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.trial import TrialState
+
+from merging.errors import MergequestError, SearchError, SettingsError
+from merging.recipe import Recipe
+from search.budget import Budget, Ending, Tally
+from search.candidate import PARTIAL, Candidate, Executor, Observer, Outcome, Provenance
+from search.in_flight import Flight, judge
+from search.ledger.ledger import Ledger
+from search.ledger.row import Origin, Row
+from search.objective import Objective
+from search.samplers.history_window import Memory
+from search.samplers.windowed_study import Asking
+from search.space.search_space import Space
+from search.study import CANDIDATE, DUPLICATE, ORIGIN
+
+
+def search(
+    study: Study,
+    space: Space,
+    sampler: Callable[[int], BaseSampler],
+    ledger: Ledger,
+    executor: Executor,
+    objective: Objective,
+    provenance: Provenance,
+    budget: Budget,
+    observer: Observer | None = None,
+    *,
+    history: Sequence[Memory] | None = None,
+    split: str = "validation",
+    describe: Callable[[Recipe], Mapping[str, float]] = lambda recipe: {},
+) -> Ending:
+    """Measures the anchors, then what the sampler proposes, until a budget is spent.
+
+    One candidate more than the executor takes is always asked ahead, while the evaluators are at work, so that none
+    of them waits for the sampler. It can be killed at any moment: a row is durable before the study is told of it,
+    and `open_study` finds out the rest. With an executor of capacity 1, a search that was killed and resumed leaves
+    the rows of an unbroken one.
+
+    Args:
+        study: As `open_study` yields it.
+        space: What may be proposed.
+        sampler: Makes the sampler for the trial of this number.
+        ledger: Where rows go; candidates that are in it are not measured again.
+        executor: Measures candidates.
+        objective: What to maximise.
+        provenance: What every row says of the campaign.
+        budget: When to end.
+        observer: Is told of every row.
+        history: What the sampler sees of finished trials, see `search.samplers.memories`; None for all.
+        split: What candidates are measured on.
+        describe: Further `proxies` of a recipe's row, known without measuring it.
+
+    Raises:
+        SearchError: Every anchor failed, or candidate after candidate with the same error.
+        SettingsError: The sampler cannot propose anything from this space.
+        StorageError: A row cannot be written.
+    """
+    asking = Asking(study, history)
+    run = _Search(asking, space, sampler, ledger, executor, objective, provenance, budget, observer, split, describe)
+    return run.run(_trailing_duplicates(study))
+
+
+class _Search:
+    """The state of one run."""
+
+    def __init__(
+        self,
+        study: Asking,
+        space: Space,
+        sampler: Callable[[int], BaseSampler],
+        ledger: Ledger,
+        executor: Executor,
+        objective: Objective,
+        provenance: Provenance,
+        budget: Budget,
+        observer: Observer | None,
+        split: str,
+        describe: Callable[[Recipe], Mapping[str, float]],
+    ) -> None:
+        self._describe = describe
+        self._study, self._space, self._sampler, self._ledger = study, space, sampler, ledger
+        self._objective, self._provenance, self._split = objective, provenance, split
+        self._budget, self._observer = budget, observer
+        self._flight = Flight(executor, budget.retries)
+        self._ahead: Candidate | None = None
+        self._trials: dict[int, Trial] = {}
+        anchors = space.anchors()
+        self._anchors = [recipe.identity for recipe in anchors]
+        # Anchors outside the space go by the sampler; those inside already wait in the study.
+        outside = [recipe for recipe in anchors if recipe not in space]
+        self._unheard = deque(r for r in outside if not ledger.has(r.identity, split))
+        counted = [row for row in ledger.rows() if row.split == split and row.origin in ("anchor", "search")]
+        self._tally = Tally(budget, counted, max(budget.candidates, len(anchors)), split)
+        self._known = 0
+        self._error: tuple[str, int] = ("", 0)
+        self._exhausted = not space.searchable
+        self._ending: Ending | None = None
+        self._plain = RandomSampler(0)
+
+    def run(self, known: int) -> Ending:
+        self._known = known
+        if self._observer:
+            self._observer.on_start(self._tally.progress())
+        while True:
+            self._submit(self._next)
+            self._ahead = self._ahead or self._next()
+            if not len(self._flight):
+                return self._ending or "candidates"
+            outcomes = self._flight.wait()
+            try:
+                self._submit(lambda: None)  # what was asked ahead goes out before anything is written
+            finally:
+                self._settle(outcomes)
+
+    def _submit(self, more: Callable[[], Candidate | None]) -> None:
+        """Keeps evaluators busy: with the candidate that was asked ahead, then with `more` of them."""
+        while self._flight.has_room and (candidate := self._ahead or more()) is not None:
+            self._ahead = None
+            self._flight.submit(candidate)
+
+    def _next(self) -> Candidate | None:
+        """The next candidate to measure; None where there is none for now."""
+        if self._unheard:
+            return Candidate(self._unheard.popleft(), self._split, "anchor")
+        spent = self._tally.spent(len(self._flight) + (self._ahead is not None))
+        if not self._study.has_waiting:
+            # Decided anew once nothing is under way: the last rows may hold an improvement.
+            self._ending = "exhausted" if self._exhausted else spent
+            return None if self._ending else self._ask()
+        return None if spent == "candidates" else self._ask()
+
+    def _ask(self) -> Candidate | None:
+        """The next recipe that is not in the ledger and not under way."""
+        while self._known < self._budget.duplicates:
+            trial, recipe = self._propose()
+            if recipe is None:
+                continue
+            origin = cast(Origin, trial.user_attrs.get(ORIGIN, "search"))
+            held = self._flight.holds(recipe, self._split)
+            if not held and not self._ledger.has(recipe.identity, self._split):
+                self._known = 0
+                if CANDIDATE not in trial.user_attrs:
+                    trial.set_user_attr(CANDIDATE, recipe.identity)
+                self._study.under_way(trial)
+                self._trials[trial.number] = trial
+                return Candidate(recipe, self._split, origin, trial.number)
+            # A score told twice would count twice in the sampler's model, and draw it back to where it was.
+            self._known += 1
+            trial.set_user_attr(DUPLICATE, True)
+            self._tell(trial)
+        self._exhausted, self._ending = True, "exhausted"
+        return None
+
+    def _propose(self) -> tuple[Trial, Recipe | None]:
+        """A trial and its recipe; without one if there is none of these parameters."""
+        self._study.sampler = self._sampler(self._study.next_number)
+        trial = None
+        try:
+            trial = self._study.ask()
+            return trial, self._space.suggest(trial)
+        except ValueError as error:
+            raise SettingsError(
+                f"the sampler cannot propose from this search space: {error}. Use 'tpe', or give ranges a `step`"
+            ) from error
+        except MergequestError as error:
+            if trial is None:
+                raise
+            self._tell(trial)
+            if self._repeats(f"{type(error).__name__}: {error}"):
+                raise SearchError(f"{self._error[1]} proposals in a row are no recipes: {error}") from error
+            return trial, None
+
+    def _settle(self, outcomes: Sequence[Outcome]) -> None:
+        """Writes the rows, and only then tells the study."""
+        rows = [judge(outcome, self._objective, self._provenance) for outcome in outcomes]
+        rows = [replace(row, proxies={**row.proxies, **self._describe(row.recipe)}) for row in rows]
+        self._ledger.extend(rows)
+        for row in rows:
+            if row.trial is not None:
+                self._tell(self._trials.pop(row.trial), row)
+            self._tally.add(row)
+        for row, outcome in zip(rows, outcomes, strict=True):
+            if self._observer:
+                self._observer.on_row(row, self._tally.progress())
+            if row.status == "failed":
+                self._count_failure(row, outcome)
+            else:
+                self._error = ("", 0)
+
+    def _tell(self, trial: Trial, row: Row | None = None) -> None:
+        """Ends a trial as its row did; without one it failed."""
+        # Some samplers call Study.stop after a trial, which Optuna allows only inside optimize().
+        self._study.sampler = self._plain
+        for name, value in (row.violations if row else {}).items():
+            trial.set_constraint(name, value)
+        if row is not None and row.status == "complete":
+            self._study.tell(trial, list(row.objectives.values()))
+        elif row is not None and row.status == "pruned":
+            if PARTIAL in row.proxies and len(self._objective.names) == 1:
+                trial.report(row.proxies[PARTIAL], sum(row.examples.values()))
+            self._study.tell(trial, state=TrialState.PRUNED)
+        else:
+            self._study.tell(trial, state=TrialState.FAIL)
+        self._study.finished(trial)
+
+    def _repeats(self, error: str) -> bool:
+        """Counts an error; whether it has come so often in a row that it is no accident."""
+        self._error = (error, self._error[1] + 1 if error == self._error[0] else 1)
+        return self._error[1] >= self._budget.identical_errors
+
+    def _count_failure(self, row: Row, outcome: Outcome) -> None:
+        text = row.error or ""
+        if self._repeats(text):
+            raise SearchError(
+                f"{self._error[1]} candidates in a row failed with the same error, the last one {row.method} "
+                f"of {', '.join(row.members)}: {text}\n"
+                f"The ledger keeps what was measured before: mend the cause and resume"
+            ) from outcome.error
+        found = [self._ledger.get(identity, self._split) for identity in self._anchors]
+        failed = all(anchor is not None and anchor.status == "failed" for anchor in found)
+        if row.origin == "anchor" and failed:
+            raise SearchError(
+                f"every anchor failed, the plain average too; the last one ({row.method}): {text}\n"
+                f"Mend the cause and begin anew in another directory: this one keeps its failed rows"
+            ) from outcome.error
+
+
+def _trailing_duplicates(study: Study) -> int:
+    """How many known recipes were proposed last, before this run."""
+    count = 0
+    for trial in reversed(study.get_trials(deepcopy=False)):
+        if DUPLICATE not in trial.user_attrs:
+            break
+        count += 1
+    return count

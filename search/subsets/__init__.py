@@ -1,0 +1,1 @@
+"""Which members to merge: determinantal point processes, greedy selection, portfolios."""

@@ -1,0 +1,80 @@
+import pytest
+import torch
+import yaml
+
+from flows.campaign.needed_statistics import member_statistics
+from flows.campaign.open_campaign import open_campaign
+from flows.campaign.run import run
+from flows.cli.merge import merge_recipe
+from flows.config.campaign_file import load_campaign
+from flows.directory.progress import Display
+from merging.checkpoints.checkpoint import Checkpoint
+from merging.errors import SettingsError, StatisticsError
+from merging.recipe import BASE
+from merging.statistics import STATISTICS, LikelihoodSettings, StatisticsFile, measure
+from merging.tasks import TextClassificationSettings, make_task
+
+CURVED = {"gradient_matching": {"parameters": {"base_curvature": "fisher", "delta": 1e-8}}}
+
+
+@pytest.fixture
+def with_base_data(campaign_file, tiny_campaign, tiny_pool, save_member, tmp_path):
+    """A campaign whose base `two` has a head of its own, with these settings of its data: `with_base_data(task="base")`."""
+    paths = {name: str(save_member(tmp_path / name, tiny_pool["two"], seed, 3)) for seed, name in enumerate(("x", "y"))}
+
+    def write(base=str(tiny_pool["two"]), **base_data):
+        path = campaign_file(
+            base=base,
+            search={"candidates": 2, "methods": CURVED},
+            selection={"mode": "all", "quality": "equal"},
+            directory=str(tmp_path / "out"),
+            base_data=base_data,
+            resources={"evaluators": 1},
+        )
+        settings = yaml.safe_load(path.read_text())
+        settings["members"] = paths
+        settings["tasks"] = {
+            "x": tiny_campaign["tasks"]["two"],
+            "y": tiny_campaign["tasks"]["two"],
+            "own": tiny_campaign["tasks"]["three"],
+        }
+        settings["task_heads"] = {"own": "x"}
+        path.write_text(yaml.safe_dump(settings))
+        return load_campaign(str(path))
+
+    return write
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_the_base_s_fisher_is_computed_used_and_repeated(with_base_data, tiny_pool, tiny_campaign, tmp_path):
+    campaign = with_base_data(task="own", examples=77)
+    run(campaign, Display())
+    (path,) = (tmp_path / "out" / "statistics").glob("base.fisher.*")
+    file = StatisticsFile.open(str(path))
+    file.check(Checkpoint.open(str(tiny_pool["two"])).fingerprint)
+    task = make_task("own", TextClassificationSettings(**tiny_campaign["tasks"]["three"]), str(tiny_pool["two"]))
+    statistic = STATISTICS["fisher"](LikelihoodSettings(examples=16))
+    expected = statistic.finalize(measure(task, statistic))
+    bound = 1e-6 * max(float(value.max()) for value in expected.values())
+    for name, value in expected.items():
+        torch.testing.assert_close(file.read(name), value, rtol=1e-4, atol=bound)
+    best = tmp_path / "out" / "exports" / "best"
+    recipe = yaml.safe_load((best / "recipe.yaml").read_text())
+    assert (recipe["base_statistics"], recipe["base_examples"]) == ([str(path)], 77)
+    assert {member["examples"] for member in recipe["members"].values()} == {24}
+    merge_recipe(str(best / "recipe.yaml"), str(tmp_path / "again"), None, 1.0, Display())
+    assert Checkpoint.open(str(tmp_path / "again")).fingerprint == Checkpoint.open(str(best)).fingerprint
+
+
+def test_the_base_s_fisher_without_its_data_is_refused(with_base_data, tiny_pool):
+    with pytest.raises(
+        SettingsError, match=r"needs the fisher of the base.*Set base_data.task .* or base_data.statistics"
+    ):
+        open_campaign(with_base_data(), Display())
+    with pytest.raises(SettingsError, match="base_data.task: unknown task 'owm'. Did you mean 'own'"):
+        with_base_data(task="owm")
+    bare = open_campaign(with_base_data(base=str(tiny_pool["base"]), task="own"), Display())
+    assert bare.examples()[BASE] == 24
+    with pytest.raises(StatisticsError, match="the base has no head of its own for 'own'"):
+        member_statistics(bare, bare.kinds, "nowhere", Display())

@@ -1,0 +1,46 @@
+"""The sharded regime, from the campaign file to the ledger."""
+
+import pytest
+
+from flows.campaign.run import run
+from flows.config.campaign_file import load_campaign
+from flows.directory.progress import Display
+from merging.errors import ClusterError
+from search.ledger.ledger import Ledger
+
+SEARCH = {"methods": ["average", "ties", "fisher"], "candidates": 6, "sampler": "random", "theory": False}
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+
+
+def rows(path, tmp_path, name, display=None, **resources):
+    campaign = load_campaign(
+        str(
+            path(
+                directory=str(tmp_path / name),
+                search=SEARCH,
+                selection={"mode": "all"},
+                statistics={"cache": str(tmp_path / "statistics")},
+                resources={"evaluators": 1, **resources},
+            )
+        )
+    )
+    run(campaign, display or Display())
+    return {
+        (row.candidate, row.split): (row.origin, row.status, row.scores, row.losses, row.objective, row.report)
+        for row in Ledger(str(tmp_path / name / "ledger")).rows()
+    }
+
+
+def test_a_sharded_campaign_fills_the_same_ledger(campaign_file, tmp_path, capsys):
+    sharded = rows(campaign_file, tmp_path, "sharded", regime="sharded", shards=2)
+    said = capsys.readouterr().err
+    assert "sharded: 2 shards on 1 node read" in said
+    assert "a candidate: about" in said
+    assert sharded == rows(campaign_file, tmp_path, "resident", regime="resident")
+    assert "sharded" not in capsys.readouterr().err
+
+
+def test_a_plan_that_does_not_fit_is_refused_before_any_candidate(campaign_file, tmp_path):
+    with pytest.raises(ClusterError, match=r"a shard takes .* resources.shard_memory allows 0.001 GB"):
+        rows(campaign_file, tmp_path, "small", regime="sharded", shard_memory=0.001)
+    assert not list((tmp_path / "small").rglob("*.parquet"))

@@ -1,0 +1,88 @@
+import json
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from flows.campaign.run import run
+from flows.cli.app import app
+from flows.cli.portfolio import as_json, as_text
+from flows.config.campaign_file import dump, load_campaign
+from flows.directory.progress import Display
+from merging.errors import SettingsError
+from search.ledger.ledger import Ledger
+from search.subsets.candidate_portfolio import portfolio
+
+
+def test_the_sampler_of_subsets_has_every_one_to_draw_from(campaign_file, tmp_path):
+    campaign = load_campaign(str(campaign_file(search={"sampler": "quality_diversity"})))
+    assert campaign.selection.mode == "every"
+    again = tmp_path / "again.yaml"
+    again.write_text(dump(campaign))
+    assert load_campaign(str(again)) == campaign
+    settings = {"search": {"sampler": "quality_diversity"}, "selection": {"mode": "dpp-map"}}
+    assert load_campaign(str(campaign_file(**settings))).selection.mode == "dpp-map"
+    assert load_campaign(str(campaign_file())).selection.mode == "dpp-map"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"selection": {"mode": "greedy-forward", "method": "slerp"}}, "'slerp' must be one of search.methods"),
+        ({"selection": {"mode": "greedy-soup", "method": "tie"}}, "'tie' must be one of search.methods"),
+        ({"selection": {"mode": "greedy"}}, "selection.mode"),
+        ({"search": {"sampler": "quality_diversity", "sampler_arguments": {"strenght": 1}}}, "Did you mean 'strength'"),
+        ({"search": {"sampler": "quality_diversity", "sampler_arguments": {"sampler": "tp"}}}, "Did you mean 'tpe'"),
+    ],
+)
+def test_mistakes_are_found_before_work_starts(campaign_file, changes, words):
+    with pytest.raises(SettingsError, match=words):
+        load_campaign(str(campaign_file(**changes)))
+
+
+def test_a_portfolio_is_told_as_a_table_and_as_json(make):
+    rows = portfolio(make.full(), 4)
+    lines = as_text(rows).splitlines()
+    assert len(lines) == 5
+    assert all(row.candidate in line for row, line in zip(rows, lines[1:], strict=True))
+    assert lines[0].split()[:4] == ["candidate", "method", "objective", "amazon"]
+    found = json.loads(as_json(rows))
+    assert [entry["candidate"] for entry in found] == [row.candidate for row in rows]
+    assert found[0]["similarity"] == 0.0
+    assert found[1]["recipe"] == rows[1].recipe.as_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_a_campaign_that_finds_its_subsets_by_measuring_and_draws_among_them(campaign_file, tmp_path):
+    path = campaign_file(
+        directory="out",
+        selection={"mode": "greedy-forward", "sizes": [1, 2], "method": "task_arithmetic"},
+        search={
+            "methods": ["average", "task_arithmetic"],
+            "candidates": 10,
+            "sampler": "quality_diversity",
+            "sampler_arguments": {"sampler": "random", "strength": 3.0},
+        },
+        resources={"evaluators": 1},
+    )
+    run(load_campaign(str(path)), Display())
+    directory = tmp_path / "out"
+    selection = json.loads((directory / "selection.json").read_text())
+    assert selection["mode"] == "greedy-forward"
+    assert [len(subset) for subset in selection["subsets"]] == [1, 2, 3]
+    assert set(selection["subsets"][0]) < set(selection["subsets"][1])
+    assert selection["similarity"] is not None
+    rows = Ledger(str(directory / "ledger")).rows()
+    measured = [row for row in rows if row.origin == "anchor" and len(row.members) < 3]
+    assert sorted(len(row.members) for row in measured) == [1, 1, 1, 2, 2]
+    alone = {row.members: row.objective for row in measured if len(row.members) == 1}
+    assert alone[tuple(selection["subsets"][0])] == max(alone.values())
+    drawn = {row.members for row in rows if row.origin == "search"}
+    assert drawn
+    assert drawn <= {tuple(subset) for subset in selection["subsets"]}
+    assert sum(row.origin in ("anchor", "search") for row in rows) == 10
+    told = CliRunner().invoke(app, ["portfolio", str(directory), "-k", "2", "--json"])
+    assert told.exit_code == 0, told.output
+    assert 1 <= len(json.loads(told.output)) <= 2
+    assert yaml.safe_load((directory / "campaign.yaml").read_text())["selection"]["sizes"] == [1, 2]

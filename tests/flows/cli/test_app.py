@@ -1,0 +1,336 @@
+"""The command line as a user runs it: in processes of their own."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from flows.campaign.open_campaign import open_campaign
+from flows.cli.app import app
+from flows.config.campaign_file import load_campaign
+from flows.directory.campaign_directory import Directory
+from flows.directory.progress import Display
+from search.ledger.ledger import Ledger
+from search.ledger.row import Row
+
+COMMAND = [sys.executable, "-m", "flows.cli"]
+
+
+def mergequest(*arguments, **options):
+    """Runs a command in this process; returns what it printed and its exit code."""
+    found = CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
+    return found.output, found.exit_code
+
+
+def test_help_answers_without_the_heavy_packages():
+    heavy = {"torch", "numba", "ray", "transformers", "optuna", "pandas"}
+    code = f"import sys, flows.cli.app; sys.exit(bool({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    output, status = mergequest("--help")
+    assert status == 0
+    assert "mergequest campaign run my.yaml" in output
+
+
+def test_init_writes_a_file_that_loads(tmp_path):
+    file = tmp_path / "my.yaml"
+    output, status = mergequest("init", file)
+    assert status == 0
+    assert f"campaign run {file}" in output.replace("\n", "")
+    assert yaml.safe_load(file.read_text())["search"]["candidates"] == 64
+    before = file.read_text()
+    output, status = mergequest("init", file)
+    assert (status, file.read_text()) == (2, before)
+    assert "--force" in output
+
+
+def test_bad_input_is_one_message_and_exit_code_2(tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_text("base: x\nmembres: {}\n")
+    done = subprocess.run([*COMMAND, "campaign", "run", str(file)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "membres: unknown key. Did you mean 'members'?" in done.stderr
+    assert "Traceback" not in done.stderr
+    asked = subprocess.run(
+        [*COMMAND, "--traceback", "campaign", "run", str(file)], capture_output=True, text=True, check=False
+    )
+    assert asked.returncode != 0
+    assert "Traceback" in asked.stderr
+
+
+def test_methods_lists_what_there_is():
+    output, status = mergequest("methods")
+    assert status == 0
+    assert all(name in output for name in ("regmean", "ties", "gram", "density"))
+
+
+def test_check_computes_nothing(campaign_file, tmp_path):
+    output, status = mergequest("campaign", "check", campaign_file(directory="out"))
+    assert status == 0, output
+    assert "Nothing is wrong" in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_check_finds_what_a_run_would_stop_at_later(campaign_file, tiny_campaign, tmp_path):
+    """Without it, these come after minutes: a missing split when statistics begin, a full place when they end."""
+    (tmp_path / "file").write_text("")
+    output, status = mergequest("campaign", "check", campaign_file(directory="file"))
+    assert (status, "file is a file; name a directory" in output.replace("\n", "")) == (2, True)
+    one = tiny_campaign["tasks"]["one"]
+    bare = one | {"data": {split: file for split, file in one["data"].items() if split != "train"}}
+    for changes in (
+        {"search": {"methods": ["fisher"]}, "selection": {"mode": "all"}},
+        {"search": {"methods": ["average"]}},
+    ):
+        output, status = mergequest("campaign", "check", campaign_file(tasks={"one": bare}, directory="out", **changes))
+        assert (status, "task 'one' has no train examples" in output.replace("\n", " ")) == (2, True), output
+    elsewhere = {**tiny_campaign["search"], "storage": f"sqlite:///{tmp_path}/nowhere/study.db"}
+    output, status = mergequest("campaign", "check", campaign_file(search=elsewhere, directory="out"))
+    assert (status, "the study's storage cannot be opened" in output.replace("\n", " ")) == (2, True), output
+
+
+def test_members_that_are_the_base_or_one_another_are_told(campaign_file, tiny_campaign, tmp_path):
+    members = tiny_campaign["members"] | {"twin": tiny_campaign["members"]["two"] | {"task": "two"}}
+    shutil.copytree(tiny_campaign["base"], tmp_path / "same")
+    members |= {"same": {"checkpoint": str(tmp_path / "same")}}
+    output, status = mergequest(
+        "campaign", "check", campaign_file(members=members, selection={"mode": "all"}, search={"methods": ["average"]})
+    )
+    shown = " ".join(output.split())
+    assert status == 0, output
+    assert "twin, two are the same checkpoint, which counts 2 times" in shown
+    assert "'same' has the base's own weights" in shown
+
+
+def test_an_unknown_kind_of_statistic_is_told_before_anything_is_opened(campaign_file, tmp_path):
+    output, status = mergequest("statistics", campaign_file(base=str(tmp_path / "nowhere")), "--kind", "fischer")
+    assert (status, "Did you mean 'fisher'?" in output.replace("\n", " ")) == (2, True)
+
+
+@pytest.mark.parametrize("place", ["checkpoint", "data"])
+def test_a_campaign_whose_members_or_data_were_replaced_is_not_gone_on_with(
+    campaign_file, tiny_campaign, tmp_path, place
+):
+    """Its ledger would hold scores of both, beside one another, and a winner between them."""
+    task = tiny_campaign["tasks"]["one"] | {"data": {"validation": str(tmp_path / "validation.parquet")}}
+    shutil.copytree(tiny_campaign["members"]["one"]["checkpoint"], tmp_path / "one")
+    shutil.copy(tiny_campaign["tasks"]["one"]["data"]["validation"], tmp_path)
+    members = {"one": {"checkpoint": str(tmp_path / "one")}}
+    file = campaign_file(directory="out", search={"methods": ["average"]})
+    settings = yaml.safe_load(file.read_text()) | {"members": members, "tasks": {"one": task}}
+    file.write_text(yaml.safe_dump(settings))
+    campaign = load_campaign(str(file))
+    directory, display = Directory(str(tmp_path / "out")), Display(Console(quiet=True))
+    opened = open_campaign(campaign, display)
+    directory.claim(campaign, opened.fingerprints)
+    assert mergequest("campaign", "check", file)[1] == 0
+    now = datetime.now(UTC)
+    Ledger(directory.ledger, "tiny").append(
+        Row("tiny", "a", "validation", "reference", "complete", "base", (), {}, {}, started=now, finished=now)
+    )
+    assert mergequest("campaign", "check", file)[1] == 0
+    if place == "checkpoint":
+        weights = load_file(tmp_path / "one" / "model.safetensors")
+        weights["bert.pooler.dense.bias"] += 1e-3
+        save_file(weights, tmp_path / "one" / "model.safetensors", {"format": "pt"})
+    else:
+        frame = pd.read_parquet(tmp_path / "validation.parquet")
+        frame[1:].to_parquet(tmp_path / "validation.parquet")
+    output, status = mergequest("campaign", "check", file)
+    said = {
+        "checkpoint": "'one' is not the checkpoint that",
+        "data": "task 'one': the validation examples are not those",
+    }
+    assert (status, said[place] in output.replace("\n", " ")) == (2, True), output
+
+
+def test_status_of_nothing(tmp_path):
+    output, status = mergequest("campaign", "status", tmp_path)
+    assert status == 2
+    assert "holds no campaign" in output.replace("\n", " ")
+
+
+@pytest.fixture
+def recipe(tiny_campaign, tmp_path):
+    """A recipe file that a test may change."""
+
+    def write(**changes):
+        settings = {
+            "base": tiny_campaign["base"],
+            "members": {name: tiny_campaign["members"][name]["checkpoint"] for name in ("one", "two")},
+            "method": "task_arithmetic",
+            "scaling": {"one": 0.2, "two": 0.6},
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(settings | changes))
+        return path
+
+    return write
+
+
+def test_merge_by_a_recipe(recipe, tmp_path, tiny_campaign):
+    from safetensors.torch import load_file
+    from transformers import AutoModel
+
+    output, status = mergequest("merge", recipe(), "--out", tmp_path / "merged")
+    assert status == 0, output
+    base, one, two = (
+        load_file(Path(path) / "model.safetensors")
+        for path in (tiny_campaign["base"], *(tiny_campaign["members"][m]["checkpoint"] for m in ("one", "two")))
+    )
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    name = "encoder.layer.1.intermediate.dense.weight"
+    expected = base[name] + 0.2 * (one[f"bert.{name}"] - base[name]) + 0.6 * (two[f"bert.{name}"] - base[name])
+    assert (merged[name] - expected).abs().max() < 1e-6
+    AutoModel.from_pretrained(tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "regmean"}, "needs the statistic 'gram' of one, two"),
+        ({"method": "regmeen"}, "Did you mean 'regmean'?"),
+        ({"scaling": {"one": 1.0, "four": 1.0}}, "'four' is no member"),
+        ({"parameters": {"density": 0.2}}, "has no parameter 'density'"),
+        ({"colour": "red"}, "colour: unknown key"),
+    ],
+)
+def test_wrong_recipes_write_nothing(recipe, tmp_path, changes, message):
+    output, status = mergequest("merge", recipe(**changes), "--out", tmp_path / "merged")
+    assert status == 2
+    assert message in output
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.slow
+def test_statistics_then_a_recipe_with_published_files(campaign_file, recipe, tmp_path, tiny_campaign):
+    done = subprocess.run(
+        [*COMMAND, "statistics", str(campaign_file()), "--kind", "gram", "--out", str(tmp_path / "published")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    paths = dict(zip(("one", "three", "two"), sorted(done.stdout.split()), strict=True))
+    members = {
+        name: {"checkpoint": tiny_campaign["members"][name]["checkpoint"], "statistics": [paths[name]]}
+        for name in ("one", "two")
+    }
+    regmean = {"method": "regmean", "members": members, "scaling": 1.0, "parameters": {"rho": 0.9}}
+    output, status = mergequest("merge", recipe(**regmean), "--out", tmp_path / "merged")
+    assert status == 0, output
+    members["one"]["statistics"], members["two"]["statistics"] = [paths["two"]], [paths["one"]]
+    output, status = mergequest("merge", recipe(**regmean), "--out", tmp_path / "swapped")
+    assert status == 2
+    assert "of another checkpoint" in output
+    assert not (tmp_path / "swapped").exists()
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def rows_of(ledger):
+    return {(row.candidate, row.split): row for row in Ledger(str(ledger)).rows()}
+
+
+def wait_for_rows(ledger, count, process, seconds=240):
+    deadline = time.monotonic() + seconds
+    while len(rows_of(ledger)) < count and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def offspring(process):
+    try:
+        return psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def computes(process):
+    """Whether this is Ray's raylet, its control store, or one of its workers and actors, and not an agent of its own."""
+    try:
+        name = process.name()
+    except psutil.NoSuchProcess:
+        return False
+    return name in ("raylet", "gcs_server") or (name.startswith("ray::") and not name.endswith("Agent"))
+
+
+def identity(row):
+    return row.candidate, row.split, row.origin, row.trial, row.objective, tuple(sorted(row.losses.items()))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_killed_and_resumed_equals_unbroken(campaign_file, tmp_path):
+    """One worker: `kill -9` at moments of a fixed seed loses no finished candidate, repeats none, changes nothing."""
+    search = {"candidates": 9, "methods": ["average", "ties", "fisher"]}
+    settings = {"selection": {"mode": "all"}, "test": {"top": 1}, "resources": {"evaluators": 1}}
+    file = str(campaign_file(search=search, **settings))
+    unbroken = start("campaign", "run", file, "--out", str(tmp_path / "unbroken"))
+    wait_for_rows(tmp_path / "unbroken" / "ledger", 1, unbroken)  # it ends beside the others
+    moments = random.Random(0)
+    ledger = tmp_path / "broken" / "ledger"
+    for _ in range(2):
+        seen = len(rows_of(ledger))
+        broken = start("campaign", "run", file, "--out", str(tmp_path / "broken"))
+        wait_for_rows(ledger, seen + 1 + moments.randrange(4), broken)
+        time.sleep(moments.random() / 5)
+        finished = rows_of(ledger)
+        family = offspring(broken)
+        os.kill(broken.pid, signal.SIGKILL)
+        broken.communicate()
+        # Ray's agents and its log monitor take a minute longer to notice; what computes and what holds memory ends at once
+        _, alive = psutil.wait_procs([process for process in family if computes(process)], timeout=60)
+        assert not alive
+        after = rows_of(ledger)
+        assert all(identity(after[key]) == identity(row) for key, row in finished.items())
+    resumed = start("campaign", "resume", str(tmp_path / "broken"))
+    for process in (resumed, unbroken):
+        output, _ = process.communicate(timeout=400)
+        assert process.returncode == 0, output
+    first, second = (
+        sorted(map(identity, Ledger(str(tmp_path / name / "ledger")).rows()), key=str)
+        for name in ("unbroken", "broken")
+    )
+    assert first == second
+    assert json.loads(mergequest("campaign", "status", tmp_path / "broken", "--json")[0])["state"] == "finished"
+
+
+@pytest.mark.slow
+def test_an_interruption_leaves_a_campaign_that_resumes(campaign_file, tmp_path):
+    search = {"candidates": 400, "methods": ["average", "ties"]}
+    file = str(campaign_file(search=search, selection={"mode": "all"}, test={"top": 1}))
+    process = start("campaign", "run", file, "--out", str(tmp_path / "out"))
+    wait_for_rows(tmp_path / "out" / "ledger", 8, process)
+    family = offspring(process)
+    os.kill(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "the same command goes on from there" in output.replace("\n", " ")
+    assert "Traceback" not in output
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    rows = len(Ledger(str(tmp_path / "out" / "ledger")).rows())
+    output, status = mergequest("campaign", "status", tmp_path / "out")
+    assert status == 0
+    assert "unfinished" in output
+    again = start("campaign", "resume", str(tmp_path / "out"), "--candidates", "12")
+    output, _ = again.communicate(timeout=400)
+    assert again.returncode == 0, output
+    assert len(Ledger(str(tmp_path / "out" / "ledger")).rows()) > rows

@@ -1,0 +1,298 @@
+"""Campaigns as jobs of a running Ray head that asks for a token."""
+
+import contextlib
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+import yaml
+
+from flows.cli.status import read_status
+from flows.cli.submit import prepare
+from merging.errors import SettingsError
+from search.ledger.ledger import Ledger
+from search.objective import best
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+RAY = str(Path(sys.executable).parent / "ray")
+ROOT = Path(__file__).parents[3]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def answers(url, token):
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+    with contextlib.suppress(urllib.error.URLError, ConnectionError):
+        return urllib.request.urlopen(request, timeout=2).status == 200
+    return False
+
+
+@pytest.fixture(scope="module")
+def metrics_url():
+    """Where the head shows its metrics."""
+    return f"http://127.0.0.1:{free_port()}/metrics"
+
+
+@pytest.fixture(scope="module")
+def head(metrics_url):
+    """A head of its own on this machine; yields its dashboard and the environment that knows its token."""
+    token, dashboard = secrets.token_hex(32), free_port()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_USAGE_STATS_ENABLED": "0"}
+    environment["RAY_metrics_report_interval_ms"] = "500"  # by default ten seconds, more than a tiny campaign takes
+    # jobs run the `python` that the head's shell finds, as in an activated environment
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    options = ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    # ports that are fixed by default, and taken where another Ray runs on this machine
+    options += [f"--{port}={free_port()}" for port in ("port", "dashboard-agent-listen-port", "ray-client-server-port")]
+    options += ["--num-cpus=2", "--disable-usage-stats", f"--metrics-export-port={urlsplit(metrics_url).port}"]
+    process = subprocess.Popen(
+        [RAY, "start", "--head", "--block", *options],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    url = f"http://127.0.0.1:{dashboard}"
+    deadline = time.monotonic() + 120
+    while not answers(f"{url}/api/version", token) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert process.poll() is None, "the head did not start"
+    ready = [RAY, "job", "submit", "--address", url, "--", "true"]
+    while run(ready, environment, ROOT).returncode and time.monotonic() < deadline:
+        time.sleep(1.0)
+    yield url, environment
+    os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def run(command, environment, cwd):
+    return subprocess.run(
+        command,
+        env=environment,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def submission(file, url, *arguments):
+    return [sys.executable, "-m", "flows.cli", "submit", str(file), "--address", url, *arguments]
+
+
+def submit(file, url, environment, cwd, *arguments):
+    return run(submission(file, url, *arguments), environment | {"PYTHONPATH": str(ROOT)}, cwd)
+
+
+def counters(metrics_url):
+    """Campaign and status → candidates, as Prometheus would read them now."""
+    with contextlib.suppress(urllib.error.URLError, ConnectionError):
+        text = urllib.request.urlopen(metrics_url, timeout=5).read().decode()
+        lines = re.findall(r"^ray_mergequest_candidates_total\{(.*)\} (\S+)$", text, re.MULTILINE)
+        labels = [(dict(re.findall(r'(\w+)="([^"]*)"', found)), float(value)) for found, value in lines]
+        return {(found["campaign"], found["status"]): value for found, value in labels}
+    return {}
+
+
+def test_two_campaigns_at_once_and_what_is_seen_of_them(head, metrics_url, campaign_file, tmp_path):
+    url, environment = head
+    jobs, seen = [], {}
+    for name, seed in (("first", 1), ("second", 2)):
+        settings = {"seed": seed, "directory": str(tmp_path / name), "resources": {"evaluators": 1}}
+        search = {"candidates": 10, "methods": {"task_arithmetic": {}}}
+        file = campaign_file(name=name, search=search, selection={"mode": "all"}, **settings)
+        file = file.rename(tmp_path / f"{name}.yaml")
+        jobs.append(
+            subprocess.Popen(
+                submission(file, url),
+                env=environment | {"PYTHONPATH": str(ROOT)},
+                cwd=tmp_path,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    deadline = time.monotonic() + 600
+    while any(job.poll() is None for job in jobs) and time.monotonic() < deadline:
+        seen |= counters(metrics_url)
+        time.sleep(0.5)
+    for job in jobs:
+        output, _ = job.communicate(timeout=60)
+        assert job.returncode == 0, output
+    for name in ("first", "second"):
+        rows = Ledger(str(tmp_path / name / "ledger")).rows()
+        assert {row.campaign for row in rows} == {name}
+        assert len([row for row in rows if row.origin in ("anchor", "search")]) == 10
+        status = read_status(str(tmp_path / name))
+        assert (status.state, status.done, status.ended) == ("finished", 10, "finished")
+    # what was counted in the last seconds is not read any more
+    assert {campaign for campaign, _ in seen} == {"first", "second"}
+    assert all(0 < value <= 30 for (_, status), value in seen.items() if status == "complete")
+
+
+def test_a_merge_and_statistics_as_jobs(head, campaign_file, tiny_campaign, tmp_path):
+    url, environment = head
+    recipe = {key: tiny_campaign[key] for key in ("base", "members")} | {"method": "task_arithmetic", "scaling": 0.3}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    merged = tmp_path / "merged"
+    done = submit(tmp_path / "recipe.yaml", url, environment, tmp_path, "--what", "merge", "--out", str(merged))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (merged / "config.json").exists()
+    options = ["--what", "statistics", "--out", str(tmp_path / "statistics")]
+    done = submit(campaign_file(search={"methods": {"regmean": {}}}), url, environment, tmp_path, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((tmp_path / "statistics").rglob("*.safetensors"))) >= 3
+
+
+def test_submit_runs_the_campaign_on_the_cluster(head, campaign_file, tmp_path):
+    url, environment = head
+    done = submit(campaign_file(search={"candidates": 12}, directory="out"), url, environment, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "winner" in done.stdout
+    assert re.search(r"Ray \S+:\d+: 1 node, 2 CPUs", done.stdout), f"the job joins no cluster: {done.stdout}"
+    rows = Ledger(str(tmp_path / "out" / "ledger")).rows()
+    assert len([row for row in rows if row.origin in ("anchor", "search")]) == 12
+    assert best(rows)
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_plain_ray_job_submit_with_the_working_directory(head, campaign_file, tmp_path):
+    url, environment = head
+    working = tmp_path / "working"
+    working.mkdir()
+    for name in ("flows", "merging", "ray_tasks", "search"):
+        (working / name).symlink_to(ROOT / name)
+    settings = yaml.safe_load(campaign_file(search={"candidates": 6}).read_text())
+    (working / "my.yaml").write_text(yaml.safe_dump(settings))
+    command = [RAY, "job", "submit", "--address", url, "--working-dir", ".", "--"]
+    command += ["python", "-m", "flows.cli", "campaign", "run", "my.yaml"]
+    refused = run(command, environment, working)
+    assert refused.returncode == 1
+    assert "temporary working directory" in refused.stdout
+    done = run([*command, "--out", str(tmp_path / "out")], environment, working)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(Ledger(str(tmp_path / "out" / "ledger")).rows()) > 6
+
+
+def test_a_failing_job_is_an_exit_code(head, campaign_file, tmp_path):
+    url, environment = head
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("x")
+    done = submit(campaign_file(), url, environment, tmp_path, "--out", str(tmp_path / "thesis"))
+    assert done.returncode == 1
+    assert "is not empty and holds no campaign" in done.stdout
+
+
+def test_a_stopped_job_ends_within_seconds_and_goes_on_where_it_was(head, campaign_file, tmp_path):
+    url, environment = head
+    file = campaign_file(
+        name="stopped",
+        directory=str(tmp_path / "out"),
+        search={"candidates": 5000, "sampler": "random", "methods": {"task_arithmetic": {}}},
+        selection={"mode": "all"},
+        resources={"evaluators": 1},
+    )
+    sent = submit(file, url, environment, tmp_path, "--no-follow")
+    job = re.search(r"job (\S+):", sent.stderr)[1]
+    deadline = time.monotonic() + 400
+    while len(rows := Ledger(str(tmp_path / "out" / "ledger")).rows()) < 12 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert 12 <= len(rows) < 5000
+    working = workers_of(environment)
+    assert any("Evaluator" in name for name in working.values())
+
+    started = time.monotonic()
+    stopped = run([RAY, "job", "stop", "--address", url, job], environment, tmp_path)
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    while "Evaluator" in str(workers_of(environment)) and time.monotonic() < started + 60:
+        time.sleep(0.2)
+    assert time.monotonic() - started < 30  # a second or two of it the command's own start
+    assert not [pid for pid, name in workers_of(environment).items() if pid in working and "Evaluator" in name]
+    assert not [path for path in (tmp_path / "out").rglob("*") if ".tmp" in path.name or ".old" in path.name]
+    before = {(row.candidate, row.split): row.finished for row in Ledger(str(tmp_path / "out" / "ledger")).rows()}
+    assert read_status(str(tmp_path / "out")).ended in ("interrupted", None)
+
+    measured = len(before) - 4  # but for references: the base and three members
+    done = submit(file, url, environment, tmp_path, "--candidates", str(measured + 3))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = Ledger(str(tmp_path / "out" / "ledger")).rows()
+    assert before.items() <= {(row.candidate, row.split): row.finished for row in rows}.items()
+    assert len({(row.candidate, row.split) for row in rows}) == len(rows)
+    assert sum(row.origin in ("anchor", "search") for row in rows) == measured + 3
+
+
+def workers_of(environment):
+    """The head's processes → what Ray calls them."""
+    found = {}
+    for process in psutil.process_iter(["cmdline"]):
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("RAY_AUTH_TOKEN") == environment["RAY_AUTH_TOKEN"]:
+                found[process.pid] = " ".join(process.info["cmdline"] or ())[:80]
+    return found
+
+
+def test_without_the_token_nothing_is_submitted(head, campaign_file, tmp_path):
+    url, environment = head
+    for wrong in ({"RAY_AUTH_TOKEN": secrets.token_hex(32)}, {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": ""}):
+        done = submit(campaign_file(), url, environment | wrong, tmp_path)
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert "cannot reach the Ray cluster" in done.stderr
+        assert "RAY_AUTH_TOKEN" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_no_cluster_there(campaign_file, tmp_path):
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+    done = submit(campaign_file(), f"http://127.0.0.1:{free_port()}", environment, tmp_path)
+    assert done.returncode == 2
+    assert "cannot reach the Ray cluster" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("merges",), "unknown 'merges'. Did you mean 'merge'"),
+        (("merge",), "needs a directory to write"),
+        (("statistics", "out", 5), "--candidates goes with a campaign"),
+    ],
+)
+def test_what_makes_no_sense_is_not_sent(campaign_file, arguments, message):
+    what, *others = arguments
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        prepare(what, str(campaign_file()), *(others or [None]))
+
+
+def test_a_merge_travels_with_absolute_paths_and_asks_for_a_processor(tiny_campaign, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    members = {name: os.path.relpath(member["checkpoint"]) for name, member in tiny_campaign["members"].items()}
+    recipe = {"base": os.path.relpath(tiny_campaign["base"]), "members": members, "method": "average"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    job = prepare("merge", "recipe.yaml", "merged")
+    sent = yaml.safe_load(job.text)
+    assert sent["base"] == tiny_campaign["base"]
+    assert {name: member["checkpoint"] for name, member in sent["members"].items()} == {
+        name: member["checkpoint"] for name, member in tiny_campaign["members"].items()
+    }
+    assert job.cpus == 1
+    assert job.entrypoint == f"python -u -m flows.cli merge recipe.yaml --out {tmp_path}/merged"

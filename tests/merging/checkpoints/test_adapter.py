@@ -1,0 +1,252 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTModel,
+)
+
+from merging.checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterCheckpoint, open_checkpoint
+from merging.checkpoints.checkpoint import SINGLE, Checkpoint
+from merging.checkpoints.pool import Pool
+from merging.checkpoints.validation import check_weights
+from merging.errors import CheckpointError, PoolError
+from merging.evaluation.live_models import LiveModels
+from merging.mergers.disk import merge_to_disk
+from merging.mergers.material import Material, head_tensors
+from merging.recipe import Recipe, member_recipe
+from merging.statistics import STATISTICS, StatisticSettings, measure
+from merging.tasks import TextClassificationSettings, make_task
+
+SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+def adapt(base, loader, path, dtype=torch.float32, labels=None, **settings):
+    """Saves a random adapter in `path`, and what peft merges it to in `path`-merged, whose directory it returns."""
+    torch.manual_seed(5)
+    model = loader.from_pretrained(base, dtype=dtype, **({"num_labels": labels} if labels else {}))
+    adapted = get_peft_model(model, LoraConfig(**({"r": 2, "init_lora_weights": False} | settings)))
+    with torch.no_grad():
+        for name, value in adapted.named_parameters():
+            if value.requires_grad:
+                value.add_(0.05 * torch.randn_like(value))
+            assert "lora_" not in name or value.abs().max() > 0
+    adapted.save_pretrained(path)
+    adapted.merge_and_unload().save_pretrained(f"{path}-merged")
+    return f"{path}-merged"
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory, tiny_pool):
+    root = tmp_path_factory.mktemp("bases")
+    torch.manual_seed(0)
+    models = {
+        "gpt2": GPT2Model(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, pad_token_id=0)),
+        "llama": LlamaForCausalLM(LlamaConfig(vocab_size=40, num_key_value_heads=1, tie_word_embeddings=False, **SIZE)),
+        "vit": ViTModel(ViTConfig(image_size=8, patch_size=4, **SIZE)),
+    }
+    for name, model in models.items():
+        model.save_pretrained(root / name)
+    return {name: root / name for name in models} | {"bert": tiny_pool["base"]}
+
+
+CASES = {
+    "classifier": (
+        "bert",
+        AutoModelForSequenceClassification,
+        {"task_type": "SEQ_CLS", "target_modules": ["query"]},
+        3,
+    ),
+    "patterns": (
+        "bert",
+        AutoModelForSequenceClassification,
+        {
+            "task_type": "SEQ_CLS",
+            "target_modules": ["query", "value", "word_embeddings", "intermediate.dense"],
+            "use_rslora": True,
+            "rank_pattern": {"layer.1.attention.self.value": 3},
+            "alpha_pattern": {"query": 5, "^bert.encoder.layer.0.intermediate.dense": 7},
+            "bias": "lora_only",
+        },
+        4,
+    ),
+    "conv1d": (
+        "gpt2",
+        AutoModelForSequenceClassification,
+        {"task_type": "SEQ_CLS", "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
+        5,
+    ),
+    "decoder": (
+        "llama",
+        AutoModelForCausalLM,
+        {"task_type": "CAUSAL_LM", "target_modules": "all-linear", "modules_to_save": ["lm_head"]},
+        None,
+    ),
+    "vision": (
+        "vit",
+        AutoModelForImageClassification,
+        {"target_modules": r".*(q_proj|query|projection)", "modules_to_save": ["classifier"]},
+        3,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_is_what_peft_merges(bases, tmp_path, name):
+    base, loader, settings, labels = CASES[name]
+    merged = load_file(f"{adapt(bases[base], loader, str(tmp_path / 'a'), labels=labels, **settings)}/{SINGLE}")
+    opened = open_checkpoint(str(tmp_path / "a"), str(bases[base]))
+    assert isinstance(opened, AdapterCheckpoint)
+    assert set(opened.tensors) == set(merged)
+    assert opened.adapted.low_rank
+    assert labels in (None, len(opened.config.get("id2label", ())))
+    for key, value in merged.items():
+        found = opened.read(key)
+        assert (found.dtype, tuple(found.shape)) == (opened.tensors[key].dtype, opened.tensors[key].shape)
+        torch.testing.assert_close(found, value, rtol=1e-6, atol=1e-6)
+
+
+def test_bfloat16_is_rounded_once(bases, tmp_path):
+    LlamaForCausalLM.from_pretrained(bases["llama"]).bfloat16().save_pretrained(tmp_path / "base")
+    settings = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "down_proj"]}
+    merged = adapt(tmp_path / "base", AutoModelForCausalLM, str(tmp_path / "a"), torch.bfloat16, **settings)
+    path = tmp_path / "a" / ADAPTER_WEIGHTS
+    exact = {key: value.float() for key, value in load_file(path).items()}
+    wide = open_checkpoint(str(tmp_path / "a"), str(tmp_path / "base"))
+    assert {wide.read(name).dtype for name in wide.adapted.low_rank} == {torch.float32}, (
+        "the task vector is not rounded away"
+    )
+    save_file({key: value.bfloat16() for key, value in exact.items()}, path)
+    opened = open_checkpoint(str(tmp_path / "a"), str(tmp_path / "base"))
+    theirs, base = load_file(f"{merged}/{SINGLE}"), load_file(tmp_path / "base" / SINGLE)
+    for name in opened.adapted.low_rank:
+        down, up = (load_file(path)[getattr(opened.adapted.low_rank[name], part)].double() for part in ("down", "up"))
+        expected = base[name].double() + 4.0 * up @ down
+        assert opened.read(name).dtype == torch.bfloat16
+        assert ((opened.read(name).double() - expected).abs() <= expected.abs() * 2**-8 + 1e-6).all()
+        torch.testing.assert_close(theirs[name].double(), expected, rtol=2**-6, atol=2**-6)
+
+
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory, tiny_pool, write_texts):
+    """The tiny pool with an adapter `lora` as a member, the same member merged by peft, and a task for both."""
+    root = tmp_path_factory.mktemp("mixed")
+    settings = {"task_type": "SEQ_CLS", "target_modules": ["query", "value", "dense"], "lora_alpha": 0.1}
+    merged = adapt(tiny_pool["base"], AutoModelForSequenceClassification, str(root / "lora"), labels=3, **settings)
+    for file in tiny_pool["base"].glob("*token*"):
+        shutil.copy(file, merged)
+    data = {split: str(write_texts(root / f"{split}.parquet", 20, 3)) for split in ("train", "validation")}
+    return {"lora": str(root / "lora"), "merged": merged, "task": TextClassificationSettings(data=data, max_length=16)}
+
+
+def test_an_adapter_is_a_member_like_any_other(tiny_pool, mixed, tmp_path):
+    base = str(tiny_pool["base"])
+    pools = {kind: Pool.open(base, {"two": str(tiny_pool["two"]), "x": mixed[kind]}) for kind in ("lora", "merged")}
+    assert set(pools["lora"].weights) == set(pools["merged"].weights)
+    assert set(pools["lora"].members["x"].head) == {"classifier.bias", "classifier.weight"}
+    for name, value in head_tensors(pools["lora"], "x").items():
+        torch.testing.assert_close(value, head_tensors(pools["merged"], "x")[name])
+    assert 0 < check_weights(pools["lora"])["x"] < 0.9
+    written, scores, grams = {}, {}, {}
+    for kind, pool in pools.items():
+        recipe = Recipe("average", {"two": 1.0, "x": 1.0})
+        merge_to_disk(Material(pool), recipe, str(tmp_path / kind))
+        written[kind] = Checkpoint.open(str(tmp_path / kind))
+        task = make_task("x", mixed["task"], mixed[kind], base)
+        assert any("has no test split" in note for note in task.check())
+        live = LiveModels(Material(pool), [task], {"x": "x"}, torch.device("cpu"))
+        scores[kind] = [live.measure(r, "validation").scores["x"].loss for r in (member_recipe("x"), recipe)]
+        statistic = STATISTICS["gram"](StatisticSettings(examples=8))
+        grams[kind] = statistic.finalize(measure(task, statistic))
+    assert scores["lora"] == pytest.approx(scores["merged"], rel=1e-5)
+    assert grams["lora"].keys() == grams["merged"].keys()
+    assert set(grams["lora"]) <= set(pools["lora"].members["x"].checkpoint.tensors)
+    for name in pools["lora"].weights:
+        torch.testing.assert_close(written["lora"].read(name), written["merged"].read(name), rtol=1e-5, atol=1e-6)
+
+
+def test_adapters_are_opened_together_by_a_process_that_has_not_imported_transformers(tiny_pool, mixed):
+    opening = f"""
+from merging.checkpoints.pool import Pool
+pool = Pool.open({str(tiny_pool["base"])!r}, {{f"m{{i}}": {mixed["lora"]!r} for i in range(8)}})
+print(len(pool.members))
+"""
+    done = subprocess.run([sys.executable, "-c", opening], capture_output=True, text=True, check=False)
+    assert done.stdout == "8\n", done.stderr
+
+
+def test_the_fingerprint_follows_base_and_adapter(tiny_pool, mixed, tmp_path, save_base):
+    def fingerprint(base):
+        return open_checkpoint(str(tmp_path / "a"), base).fingerprint
+
+    shutil.copytree(mixed["lora"], tmp_path / "a")
+    base = str(tiny_pool["base"])
+    first = fingerprint(base)
+    assert fingerprint(base) == first
+    assert fingerprint(str(save_base(tmp_path / "other", seed=3))) != first
+    settings = json.loads((tmp_path / "a" / ADAPTER_CONFIG).read_text())
+    (tmp_path / "a" / ADAPTER_CONFIG).write_text(json.dumps(settings | {"lora_alpha": 9}))
+    assert fingerprint(base) != first
+
+
+def test_the_base_may_be_the_one_that_the_adapter_names(mixed, tiny_pool, tmp_path):
+    assert open_checkpoint(mixed["lora"]).base.path == str(tiny_pool["base"])
+    path = shutil.copytree(mixed["lora"], tmp_path / "a")
+    settings = json.loads((path / ADAPTER_CONFIG).read_text())
+    (path / ADAPTER_CONFIG).write_text(json.dumps(settings | {"base_model_name_or_path": "someone/model"}))
+    with pytest.raises(CheckpointError, match="adapter of 'someone/model', which is no directory"):
+        open_checkpoint(str(path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "LOHA"}, "is a LOHA adapter, and only LoRA"),
+        ({"use_dora": True}, "use_dora = True.*merge_and_unload"),
+        ({"init_lora_weights": "pissa_niter_4"}, "initialised by 'pissa_niter_4'"),
+        ({"bias": "all"}, "bias = 'all', but holds no bias"),
+        ({"task_type": "CAUSAL_LM"}, "holds 'base_model.model.bert.+', of which BertLMHeadModel knows nothing"),
+    ],
+)
+def test_what_is_no_plain_lora_is_refused(mixed, tiny_pool, tmp_path, changes, message):
+    path = shutil.copytree(mixed["lora"], tmp_path / "a")
+    settings = json.loads((path / ADAPTER_CONFIG).read_text())
+    (path / ADAPTER_CONFIG).write_text(json.dumps(settings | changes))
+    if changes.get("bias"):
+        values = load_file(path / ADAPTER_WEIGHTS)
+        save_file({k: v for k, v in values.items() if not k.endswith("bias")}, path / ADAPTER_WEIGHTS)
+    with pytest.raises(CheckpointError, match=message):
+        Pool.open(str(tiny_pool["base"]), {"a": str(path)})
+
+
+def test_damaged_adapters_are_refused(mixed, tiny_pool, tmp_path):
+    path = shutil.copytree(mixed["lora"], tmp_path / "a")
+    values = load_file(path / ADAPTER_WEIGHTS)
+    half = next(key for key in values if "lora_A" in key)
+
+    def opened(changed):
+        save_file(changed, path / ADAPTER_WEIGHTS)
+        return Pool.open(str(tiny_pool["base"]), {"a": str(path)})
+
+    with pytest.raises(CheckpointError, match="only one of the two factors"):
+        opened({key: value for key, value in values.items() if key != half})
+    with pytest.raises(CheckpointError, match="it belongs to another base"):
+        opened(values | {half: values[half][:, :-1].contiguous()})
+    with pytest.raises(PoolError, match="NaN or Inf"):
+        check_weights(opened(values | {half: values[half] * float("nan")}))
+    (path / ADAPTER_WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match="has no adapter_model.safetensors"):
+        Pool.open(str(tiny_pool["base"]), {"a": str(path)})

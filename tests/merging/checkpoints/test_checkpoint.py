@@ -1,0 +1,141 @@
+import json
+import shutil
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from merging.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint, SafetensorsFile
+from merging.errors import CheckpointError
+
+
+@pytest.fixture
+def copied(tiny_pool, tmp_path):
+    """A member's directory that a test may damage."""
+    return shutil.copytree(tiny_pool["one"], tmp_path / "one")
+
+
+def test_reads_what_safetensors_reads(tiny_pool):
+    checkpoint = Checkpoint.open(str(tiny_pool["one"]))
+    expected = load_file(tiny_pool["one"] / SINGLE)
+    assert set(checkpoint.tensors) == set(expected)
+    assert all(torch.equal(checkpoint.read(name), value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.uint8])
+def test_every_dtype_and_shape_round_trips(tmp_path, dtype):
+    values = {
+        "matrix": torch.randn(3, 5).to(dtype),
+        "scalar": torch.ones(()).to(dtype),
+        "empty": torch.zeros(0, 4).to(dtype),
+    }
+    save_file(values, tmp_path / "x.safetensors")
+    file = SafetensorsFile.open(str(tmp_path / "x.safetensors"))
+    for name, value in values.items():
+        assert file.read(name).dtype == dtype
+        assert torch.equal(file.read(name), value)
+
+
+def test_reading_never_writes_through(copied):
+    before = (copied / SINGLE).read_bytes()
+    checkpoint = Checkpoint.open(str(copied))
+    checkpoint.read("classifier.weight").zero_()
+    assert (copied / SINGLE).read_bytes() == before
+
+
+def test_fingerprint_follows_a_single_bit(copied):
+    before = Checkpoint.open(str(copied)).fingerprint
+    values = load_file(copied / SINGLE)
+    values["classifier.bias"][0] = torch.nextafter(values["classifier.bias"][0], torch.tensor(9.0))
+    save_file(values, copied / SINGLE)
+    assert Checkpoint.open(str(copied)).fingerprint != before
+
+
+def test_missing_directory(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no checkpoint directory at .*nowhere.*hf download"):
+        Checkpoint.open(str(tmp_path / "nowhere"))
+
+
+def test_missing_config(copied):
+    (copied / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="has no config.json"):
+        Checkpoint.open(str(copied))
+
+
+def test_a_config_that_is_no_object(copied):
+    (copied / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"config\.json holds no settings"):
+        Checkpoint.open(str(copied))
+
+
+def test_adapter_is_named(copied):
+    (copied / "config.json").rename(copied / "adapter_config.json")
+    with pytest.raises(CheckpointError, match="It is an adapter"):
+        Checkpoint.open(str(copied))
+
+
+def test_missing_weights(copied):
+    (copied / SINGLE).unlink()
+    with pytest.raises(CheckpointError, match="the download is incomplete"):
+        Checkpoint.open(str(copied))
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, 5000])
+def test_truncated_file(copied, kept):
+    data = (copied / SINGLE).read_bytes()
+    (copied / SINGLE).write_bytes(data[:kept])
+    with pytest.raises(CheckpointError, match="truncated"):
+        Checkpoint.open(str(copied))
+
+
+def test_last_tensor_cut_off_is_named(copied):
+    data = (copied / SINGLE).read_bytes()
+    (copied / SINGLE).write_bytes(data[:-4])
+    with pytest.raises(CheckpointError, match="truncated: '.+' ends at byte"):
+        Checkpoint.open(str(copied))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{not json",
+        b'{"a": {"dtype": "F32"}}',
+        b'{"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}',
+        b"[1, 2]",
+    ],
+)
+def test_damaged_header(copied, header):
+    (copied / SINGLE).write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 8)
+    with pytest.raises(CheckpointError, match="model.safetensors"):
+        Checkpoint.open(str(copied))
+
+
+def test_pickle_is_refused(copied):
+    (copied / SINGLE).rename(copied / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"as a pickle \(pytorch_model.bin\).*save_pretrained"):
+        Checkpoint.open(str(copied))
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/model.safetensors", "a/b.safetensors", ".."])
+def test_index_must_stay_inside(copied, file):
+    (copied / SINGLE).unlink()
+    (copied / INDEX).write_text(json.dumps({"weight_map": {"a": file}}))
+    with pytest.raises(CheckpointError, match="names a file outside its directory"):
+        Checkpoint.open(str(copied))
+
+
+def test_index_names_a_missing_file(copied):
+    (copied / SINGLE).unlink()
+    (copied / INDEX).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    with pytest.raises(CheckpointError, match="lacks model-00001-of-00002.safetensors"):
+        Checkpoint.open(str(copied))
+
+
+def test_unreadable_index(copied):
+    (copied / SINGLE).unlink()
+    (copied / INDEX).write_text("{}")
+    with pytest.raises(CheckpointError, match="is not an index"):
+        Checkpoint.open(str(copied))

@@ -1,0 +1,157 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertForMaskedLM
+
+from merging.checkpoints.checkpoint import SINGLE
+from merging.checkpoints.pool import Pool
+from merging.checkpoints.validation import check_weights
+from merging.errors import PoolError
+
+
+def members_of(tiny_pool):
+    return {name: str(path) for name, path in tiny_pool.items() if name != "base"}
+
+
+@pytest.fixture
+def damaged(tiny_pool, tmp_path):
+    """A copy of member `two` whose tensors a test may change: `damaged(change)` returns the members with it."""
+
+    def change(edit):
+        path = tmp_path / "two"
+        shutil.copytree(tiny_pool["two"], path)
+        values = load_file(path / SINGLE)
+        save_file(edit(values) or values, path / SINGLE)
+        return members_of(tiny_pool) | {"two": str(path)}
+
+    return change
+
+
+def test_bare_base_and_task_models_meet(tiny_pool):
+    pool = Pool.open(str(tiny_pool["base"]), members_of(tiny_pool))
+    base = load_file(tiny_pool["base"] / SINGLE)
+    assert set(pool.weights) == set(base)
+    assert (
+        pool.members["one"].names["encoder.layer.0.output.dense.weight"] == "bert.encoder.layer.0.output.dense.weight"
+    )
+    assert set(pool.members["one"].head) == {"classifier.weight", "classifier.bias"}
+    two = load_file(tiny_pool["two"] / SINGLE)
+    for name in pool.weights:
+        assert torch.equal(pool.base_weight(name), base[name])
+        assert torch.equal(pool.member_weight("two", name), two["bert." + name])
+
+
+def test_a_base_with_a_head_of_its_own(tiny_pool, tmp_path):
+    model = BertForMaskedLM.from_pretrained(tiny_pool["base"])
+    model.save_pretrained(tmp_path / "mlm")
+    pool = Pool.open(str(tmp_path / "mlm"), members_of(tiny_pool))
+    assert "bert.encoder.layer.1.output.dense.bias" in pool.weights
+    assert not any(name.startswith("cls.") for name in pool.weights)
+    assert any("cls." in note for note in pool.notes)
+    assert "bert.pooler.dense.weight" in pool.members["one"].head, "the base has no pooler: each task keeps its own"
+
+
+def test_heads_that_all_share_are_merged_unless_named(tiny_pool):
+    base, members = str(tiny_pool["two"]), {"three": str(tiny_pool["three"])}
+    assert "classifier.weight" in Pool.open(base, members).weights
+    kept = Pool.open(base, members, heads=["classifier.*"])
+    assert "classifier.weight" not in kept.weights
+    assert set(kept.members["three"].head) == {"classifier.weight", "classifier.bias"}
+
+
+def test_heads_that_leave_nothing_or_match_nothing_are_told(tiny_pool):
+    base, members = str(tiny_pool["base"]), members_of(tiny_pool)
+    with pytest.raises(PoolError, match=r"share no floating-point weights to merge: `heads` \(\*\) keeps them all"):
+        Pool.open(base, members, heads=["*"])
+    assert "`heads`: no member has a tensor 'clasifier.*'" in Pool.open(base, members, heads=["clasifier.*"]).notes
+
+
+def test_heads_of_different_size_are_kept(tiny_pool):
+    pool = Pool.open(str(tiny_pool["two"]), {"one": str(tiny_pool["one"]), "three": str(tiny_pool["three"])})
+    assert not any(name.startswith("classifier") for name in pool.weights)
+    for member in pool.members.values():
+        assert set(member.head) == {"classifier.weight", "classifier.bias"}
+
+
+def test_every_disagreement_at_once(tiny_pool, damaged):
+    def edit(values):
+        name = "bert.encoder.layer.0.output.dense.weight"
+        values[name] = values[name][:, :-1].contiguous()
+        del values["bert.encoder.layer.1.output.dense.bias"]
+        values["bert.encoder.layer.2.output.dense.bias"] = torch.zeros(32)
+
+    with pytest.raises(PoolError) as caught:
+        Pool.open(str(tiny_pool["base"]), damaged(edit))
+    message = str(caught.value)
+    assert "two: 'bert.encoder.layer.0.output.dense.weight' has shape [32, 47], the base has [32, 48]" in message
+    assert "two: has no 'encoder.layer.1.output.dense.bias'" in message
+    assert "two: 'bert.encoder.layer.2.output.dense.bias' is not in the base" in message
+
+
+def test_another_architecture(tiny_pool, tmp_path, save_base):
+    other = save_base(tmp_path / "other", num_hidden_layers=2)
+    values = {f"strange.{name}": value for name, value in load_file(other / SINGLE).items()}
+    save_file({name.replace("encoder", "stack"): value for name, value in values.items()}, other / SINGLE)
+    with pytest.raises(PoolError, match="other: .* it is another model"):
+        Pool.open(str(tiny_pool["base"]), {"other": str(other)})
+
+
+def test_settings_that_leave_no_trace_in_shapes(tiny_pool, tmp_path):
+    path = shutil.copytree(tiny_pool["two"], tmp_path / "two")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 2, "tie_word_embeddings": False}))
+    with pytest.raises(PoolError, match=r"(?s)two: config.json has num_attention_heads = 2, the base has 4.*tie_word"):
+        Pool.open(str(tiny_pool["base"]), {"two": str(path)})
+
+
+def test_mixed_dtypes_are_a_note(tiny_pool, damaged):
+    pool = Pool.open(str(tiny_pool["base"]), damaged(lambda v: {n: t.bfloat16() for n, t in v.items()}))
+    assert any("'two' mix dtypes" in note for note in pool.notes)
+    assert max(check_weights(pool).values()) < 0.5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_unusable_weights_are_named(tiny_pool, damaged, value, dtype):
+    def edit(values):
+        values["bert.embeddings.word_embeddings.weight"][3, 1] = value
+        return {name: tensor.to(dtype) for name, tensor in values.items()}
+
+    pool = Pool.open(str(tiny_pool["base"]), damaged(edit))
+    with pytest.raises(PoolError, match="two: 'embeddings.word_embeddings.weight' holds NaN or Inf"):
+        check_weights(pool)
+
+
+def test_members_of_another_base(tiny_pool, tmp_path, save_base):
+    other = save_base(tmp_path / "other", seed=7)
+    pool = Pool.open(str(other), {"one": str(tiny_pool["one"])})
+    with pytest.raises(PoolError, match=r"not fine-tuned from the base .*one \(1\.\d\d\)"):
+        check_weights(pool)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_distances_are_of_all_merged_matrices(tiny_pool, damaged, dtype):
+    members = damaged(lambda values: {name: tensor.to(dtype) for name, tensor in values.items()})
+    pool = Pool.open(str(tiny_pool["base"]), members)
+    matrices = [name for name, info in pool.weights.items() if len(info.shape) > 1]
+    base = torch.cat([pool.base_weight(name).flatten() for name in matrices]).double()
+    two = torch.cat([pool.member_weight("two", name).flatten() for name in matrices]).double()
+    assert check_weights(pool)["two"] == pytest.approx(((two - base).norm() / base.norm()).item(), rel=1e-5)
+
+
+def test_a_look_at_some_entries_says_nearly_the_same(tiny_pool, tmp_path, save_base):
+    pool = Pool.open(str(tiny_pool["base"]), members_of(tiny_pool))
+    whole, some = check_weights(pool), check_weights(pool, most=200)
+    assert all(some[name] == pytest.approx(whole[name], rel=0.1) for name in whole)
+    assert some != whole
+    other = save_base(tmp_path / "other", seed=7)
+    with pytest.raises(PoolError, match=r"not fine-tuned from the base .*one \(1\.\d\d\)"):
+        check_weights(Pool.open(str(other), {"one": str(tiny_pool["one"])}), most=200)
+
+
+def test_an_empty_pool(tiny_pool):
+    with pytest.raises(PoolError, match="at least one member"):
+        Pool.open(str(tiny_pool["base"]), {})

@@ -1,0 +1,26 @@
+import pytest
+
+from merging.errors import ClusterError
+from ray_tasks.connect import Cluster, evaluators_for, room_for
+
+
+@pytest.mark.parametrize(
+    ("memory", "gpus", "room"),
+    [
+        (40_000, 0.0, 4),  # as many as have memory
+        (400_000, 0.0, 16),  # as have a core
+        (1_000, 0.0, 1),  # one is always tried
+        (0, 0.0, 16),  # nothing is known of memory
+        (40_000, 0.5, 8),  # a GPU's evaluators are counted by GPUs
+    ],
+)
+def test_a_cluster_of_several_nodes_has_room_for_what_its_memory_holds(memory, gpus, room):
+    cluster = Cluster("127.0.0.1:6379", nodes=2, cpus=16, gpus=4.0, memory=memory)
+    assert room_for(cluster, threads=1, gpus=gpus, bytes_each=10_000) == room
+
+
+def test_a_cluster_that_starts_empty_is_asked_for_what_is_said():
+    head = Cluster("127.0.0.1:6379", nodes=1, cpus=0, gpus=0.0)
+    assert evaluators_for(head, asked=8, threads=1, gpus=1.0, bytes_each=10_000) == 8
+    with pytest.raises(ClusterError, match=r"resources\.evaluators, and for which GPUs with resources\.gpus"):
+        evaluators_for(head, asked=None, threads=1, gpus=0.0, bytes_each=10_000)

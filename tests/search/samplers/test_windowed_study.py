@@ -1,0 +1,39 @@
+import optuna
+import pytest
+from optuna.trial import TrialState, create_trial
+
+from search.samplers.history_window import Recent
+from search.samplers.windowed_study import Asking
+
+
+@pytest.fixture
+def study():
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(direction="maximize")
+    for number in range(30):
+        study.add_trial(create_trial(value=-float(number)))
+    study.enqueue_trial({"x": 0.25})
+    study.enqueue_trial({"x": 0.5})
+    return study
+
+
+@pytest.mark.parametrize("limit", [None, 8])
+def test_waiting_trials_come_first_and_in_order(study, limit):
+    asking = Asking(study, None if limit is None else [Recent(limit)])
+    found = []
+    for _ in range(3):
+        found.append((asking.next_number, asking.has_waiting))
+        asked = asking.ask()
+        assert asked.number == found[-1][0]
+        found[-1] += (asked.suggest_float("x", 0, 1),)
+        asking.under_way(asked)
+    assert found[:2] == [(30, True, 0.25), (31, True, 0.5)]
+    assert found[2][:2] == (32, False)
+    running = asking.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    assert [t.params["x"] for t in running] == [x for *_, x in found]
+    asking.tell(asked, 99.0)
+    asking.finished(asked)
+    seen = asking.get_trials(states=(TrialState.COMPLETE,))
+    assert len(seen) == (31 if limit is None else 7)  # 99 is among the best and the latest
+    assert seen[-1].values == [99.0]
+    assert len(study.trials) == 33
