@@ -73,7 +73,7 @@ def test_a_campaign_prunes_its_proposals(campaign_file):
     [
         ({"pruning": "wilcoxon", "anchor_examples": 20}, "`pruning` and `anchor_examples` do not go together"),
         ({"pruning": "halving", "objective": ["mean", "worst"]}, "`pruning` compares candidates by one objective"),
-        ({"pruning": "median"}, "search.early_stopping.wilcoxon: Input should be 'none', 'wilcoxon' or 'halving'"),
+        ({"pruning": "median"}, "search.pruning: Input should be 'none', 'wilcoxon' or 'halving'"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(campaign_file, search, message):

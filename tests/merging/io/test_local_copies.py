@@ -103,7 +103,7 @@ def test_what_nobody_opened_for_long_goes(one, tmp_path):
 
 
 def test_a_directory_of_one_s_own_goes_with_its_process_even_if_that_is_killed(tmp_path, monkeypatch):
-    code = "import sys; from merging import copies; print(copies.own_directory(), flush=True); sys.stdin.read()"
+    code = "import sys; from merging.io import local_copies; print(local_copies.own_directory(), flush=True); sys.stdin.read()"
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     processes = [
         subprocess.Popen(

@@ -63,7 +63,7 @@ def test_scores_that_are_not_there_stay_nan(tmp_path):
 
 
 def test_pandas_reads_the_directory_at_any_moment(tmp_path, monkeypatch):
-    monkeypatch.setattr("search.ledger.ROWS_PER_FILE", 7)
+    monkeypatch.setattr("search.ledger.ledger.ROWS_PER_FILE", 7)
     path = tmp_path / "ledger"
     ledger = Ledger(str(path), "demo")
     ledger.append(BARE)
