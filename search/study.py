@@ -10,6 +10,7 @@ import fcntl
 import io
 import os
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -18,6 +19,7 @@ from typing import Any
 
 import optuna
 from optuna import Study
+from optuna.exceptions import DuplicatedStudyError
 from optuna.storages import BaseStorage, JournalStorage, get_storage
 from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
 
@@ -36,6 +38,10 @@ CANDIDATE, ORIGIN, DUPLICATE = "candidate", "origin", "duplicate"
 sampler did not propose it; that its recipe was known already."""
 SPACE = "space"
 """User attribute of the study: the fingerprint of the space that its trials agree with."""
+OWNER = "mergequest.owner"
+"""User attribute of a study in a shared storage: the token of the campaign directory that it belongs to."""
+TOKEN = "owner"
+"""File of that token, beside the journal's place."""
 
 
 @contextmanager
@@ -69,12 +75,12 @@ def open_study(
 
     Raises:
         LedgerError: Another process is running this campaign.
-        StorageError: The storage cannot be opened.
+        StorageError: The storage cannot be opened, or holds a study of this name that is not this campaign's.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # progress is told by the search's observer
     rows = {row.candidate: row for row in ledger.rows() if row.split == split and _is_heard(row, space)}
     if url is not None:
-        yield _fill(_open_url(url), name, rows, space, objectives)
+        yield _fill(_open_url(url), name, _owner(directory), rows, space, objectives)
     elif not storage.is_local(directory):
         kept = storage.join(directory, JOURNAL)
         with tempfile.TemporaryDirectory(prefix="mergequest-study-") as scratch:
@@ -97,13 +103,35 @@ def open_study(
             yield study
 
 
-def check_storage(url: str) -> None:
-    """Looks whether an Optuna storage can be opened; a database that is not there yet is made.
+def check_storage(url: str, name: str, directory: str) -> None:
+    """Checks that an Optuna storage can be opened, and that a study of this name in it is this campaign's.
+
+    A database that does not exist yet is created.
+
+    Args:
+        url: The storage.
+        name: The campaign's.
+        directory: The study's directory, as for `open_study`.
 
     Raises:
-        StorageError: It cannot.
+        StorageError: It cannot, or the study is another's.
     """
-    _open_url(url)
+    _own_study(_open_url(url), name, _token(directory))
+
+
+def read_shared_study(url: str, name: str, directory: str) -> Study | None:
+    """The campaign's study in a shared storage, to look at; None where there is none that is its own.
+
+    Args:
+        url: The storage.
+        name: The campaign's.
+        directory: The study's directory, as for `open_study`.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        return _own_study(_open_url(url), name, _token(directory))
+    except StorageError:
+        return None
 
 
 def read_study(directory: str, name: str) -> Study | None:
@@ -244,23 +272,76 @@ def _waiting(
     )
 
 
-def _fill(backend: BaseStorage, name: str, rows: Mapping[str, Row], space: Space, objectives: int) -> Study:
-    """The study in a storage, made anew there if it is not as planned."""
-    try:
-        study = optuna.load_study(study_name=name, storage=backend)
-    except KeyError:
-        return _written(backend, name, plan([], rows, space, objectives), space, objectives)
+def _fill(backend: BaseStorage, name: str, owner: str, rows: Mapping[str, Row], space: Space, objectives: int) -> Study:
+    """The study in a shared storage, rewritten there if it is not as planned, and never if it is another's."""
+    study = _own_study(backend, name, owner)
+    if study is None:
+        return _written(backend, name, plan([], rows, space, objectives), space, objectives, owner)
     fits = len(study.directions) == objectives
     trials = study.get_trials(deepcopy=False) if fits else []
     planned = plan(trials, rows, space, objectives, same_space=_is_of(study, space))
     if fits and _same(planned, trials):
         return study if _is_of(study, space) else _marked(study, space)
     optuna.delete_study(study_name=name, storage=backend)
-    return _written(backend, name, planned, space, objectives)
+    return _written(backend, name, planned, space, objectives, owner)
 
 
-def _written(backend: BaseStorage, name: str, trials: Iterable[FrozenTrial], space: Space, objectives: int) -> Study:
-    study = optuna.create_study(study_name=name, storage=backend, directions=["maximize"] * objectives)
+def _own_study(backend: BaseStorage, name: str, owner: str | None) -> Study | None:
+    """The study of that name, if there is one.
+
+    Raises:
+        StorageError: There is one, and another campaign or program made it; or the storage does not answer.
+    """
+    try:
+        study = optuna.load_study(study_name=name, storage=backend)
+        holder = study.user_attrs.get(OWNER)
+    except KeyError:
+        return None
+    except Exception as error:  # whatever the database's driver raises
+        raise StorageError(
+            f"the study's storage does not answer ({type(error).__name__}): see search.storage"
+        ) from None
+    if owner is None or holder != owner:
+        raise _not_ours(name)
+    return study
+
+
+def _not_ours(name: str) -> StorageError:
+    return StorageError(
+        f"search.storage holds a study '{name}' that is not this campaign's, and it is left as it is: give the campaign "
+        "another `name`, or another search.storage (the ledger has all that was measured, so nothing is lost)"
+    )
+
+
+def _token(directory: str) -> str | None:
+    """The token by which a campaign knows its own study in a shared storage; None before it has one."""
+    path = storage.join(directory, TOKEN)
+    return storage.read_bytes(path).decode(errors="replace").strip() if storage.exists(path) else None
+
+
+def _owner(directory: str) -> str:
+    """The campaign's token, made where there is none."""
+    if (known := _token(directory)) is not None:
+        return known
+    token = uuid.uuid4().hex
+    storage.write_bytes(storage.join(directory, TOKEN), token.encode())
+    return token
+
+
+def _written(
+    backend: BaseStorage,
+    name: str,
+    trials: Iterable[FrozenTrial],
+    space: Space,
+    objectives: int,
+    owner: str | None = None,
+) -> Study:
+    try:
+        study = optuna.create_study(study_name=name, storage=backend, directions=["maximize"] * objectives)
+    except DuplicatedStudyError:
+        raise _not_ours(name) from None
+    if owner is not None:
+        study.set_user_attr(OWNER, owner)
     study.add_trials(trials)
     return _marked(study, space)
 

@@ -68,7 +68,7 @@ def run(campaign: Campaign, display: Display) -> str:
             return summary(directory)
         with display.phase("Pool"):
             opened, ledger = _opened(campaign, directory, display)
-            _require_searchable(opened)
+            _require_searchable(opened, directory)
         directory.claim(campaign, opened.fingerprints)
         keep(opened.pool, directory.path)
         try:
@@ -90,7 +90,7 @@ def check(campaign: Campaign, display: Display) -> None:
     directory = Directory(campaign.directory or storage.absolute(storage.join("runs", campaign.name)))
     directory.check(campaign)
     opened, _ = _opened(campaign, directory, display)
-    _require_searchable(opened)
+    _require_searchable(opened, directory)
 
 
 def _opened(campaign: Campaign, directory: Directory, display: Display) -> tuple[Opened, Ledger]:
@@ -101,10 +101,10 @@ def _opened(campaign: Campaign, directory: Directory, display: Display) -> tuple
     return opened, Ledger(directory.ledger, campaign.name)
 
 
-def _require_searchable(opened: Opened) -> None:
+def _require_searchable(opened: Opened, directory: Directory) -> None:
     require_sources(opened)
     if (url := opened.campaign.search.storage) is not None:
-        check_storage(url)
+        check_storage(url, opened.campaign.name, directory / "study")
 
 
 def compute_statistics(campaign: Campaign, kinds: Sequence[str] | None, out: str | None, display: Display) -> list[str]:

@@ -87,14 +87,10 @@ def summary(directory: Directory) -> str:
 
 def read_study(directory: Directory, campaign: Campaign) -> optuna.Study | None:
     """The campaign's study as it stands, to look at; None where there is none."""
-    url = campaign.search.storage
+    url, place = campaign.search.storage, directory / "study"
     if url is None:
-        return search.study.read_study(directory / "study", campaign.name)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        return optuna.load_study(study_name=campaign.name, storage=url)
-    except (KeyError, ValueError):
-        return None
+        return search.study.read_study(place, campaign.name)
+    return search.study.read_shared_study(url, campaign.name, place)
 
 
 def facts(directory: Directory, campaign: Campaign) -> Facts:

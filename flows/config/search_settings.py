@@ -159,7 +159,8 @@ class SearchSettings(Settings):
     storage: str | None = Field(
         None,
         description="Optuna storage URL, without a password (PostgreSQL reads `PGPASSWORD` or `~/.pgpass`); by default a "
-        "journal file in the directory.",
+        "journal file in the directory. A study of the campaign's name that another campaign or program made there is never "
+        "touched: the campaign is refused.",
     )
     identical_errors: int = Field(5, ge=1, description="Stop after this many equal errors in a row.")
 

@@ -14,7 +14,7 @@ from search.loop import Budget, search
 from search.objective import make_objective
 from search.samplers.make_sampler import make_sampler
 from search.space.search_space import MethodSpace, Space
-from search.study import CANDIDATE, open_study
+from search.study import CANDIDATE, check_storage, open_study, read_shared_study
 
 SPACE = Space({"task_arithmetic": MethodSpace(), "ties": MethodSpace()}, "ab", None, "per_member")
 
@@ -217,6 +217,31 @@ def test_a_study_in_a_database(quest, tmp_path):
     assert quest("database", 6, url=url) == unbroken
     assert len(optuna.load_study(study_name="demo", storage=url).trials) == 5  # the average is no trial
     assert not journal(tmp_path, "database").exists()
+
+
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_a_study_of_the_same_name_that_is_anothers_is_refused_and_left_as_it_is(quest, tmp_path, direction):
+    url = f"sqlite:///{tmp_path}/study.db"
+    theirs = optuna.create_study(study_name="demo", storage=url, direction=direction)
+    theirs.optimize(lambda trial: trial.suggest_float("lr", 0, 1), n_trials=3)
+    before = [(trial.number, trial.params, trial.values) for trial in theirs.trials]
+    with pytest.raises(StorageError, match="'demo' that is not this campaign's"):
+        quest("mine", 6, url=url)
+    with pytest.raises(StorageError, match="another `name`"):
+        check_storage(url, "demo", str(tmp_path / "mine" / "study"))
+    assert read_shared_study(url, "demo", str(tmp_path / "mine" / "study")) is None
+    again = optuna.load_study(study_name="demo", storage=url)
+    assert [(trial.number, trial.params, trial.values) for trial in again.trials] == before
+    theirs.tell(theirs.ask(), 0.1)
+
+
+def test_two_campaigns_of_one_name_do_not_share_a_database(quest, tmp_path):
+    url = f"sqlite:///{tmp_path}/study.db"
+    quest("first", 4, url=url)
+    with pytest.raises(StorageError, match="not this campaign's"):
+        quest("second", 4, url=url)
+    assert len(quest("first", 6, url=url)) == 6
+    assert read_shared_study(url, "demo", str(tmp_path / "first" / "study")).study_name == "demo"
 
 
 def test_a_storage_that_does_not_open_keeps_its_password(tmp_path):
