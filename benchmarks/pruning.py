@@ -66,7 +66,7 @@ def outcomes(directory: str, rows: Sequence[Row]) -> dict[str, Trace]:
 def in_steps(whole: Trace, order: Mapping[str, np.ndarray], steps: int) -> Trace:
     """The trace that measuring in an order and in so many steps would have left."""
     values = {task: whole.values[task][order[task]] for task in whole.values}
-    chosen = {task: whole.chosen[task][order[task]] for task in whole.chosen}
+    chosen = {task: whole.surrogates[task][order[task]] for task in whole.surrogates}
     scores = []
     for number in range(1, steps + 1):
         part = {task: len(found) * number // steps for task, found in values.items()}
@@ -78,6 +78,7 @@ def in_steps(whole: Trace, order: Mapping[str, np.ndarray], steps: int) -> Trace
                     count,
                     whole.scores[-1][task].metric,
                     expected_error=1 - float(chosen[task][:count].mean()),
+                    is_mean=True,
                 )
                 for task, count in part.items()
             }
@@ -92,7 +93,7 @@ def cut(trace: Trace, steps: int) -> Trace:
     return Trace(
         scores,
         {task: found[: counts[task]] for task, found in trace.values.items()},
-        {task: found[: counts[task]] for task, found in trace.chosen.items()},
+        {task: found[: counts[task]] for task, found in trace.surrogates.items()},
     )
 
 
@@ -131,7 +132,7 @@ def anchored(
     estimates = np.zeros(len(traces))
     truth = np.zeros(len(traces))
     for number, task in enumerate(names):
-        features = np.stack([trace.chosen[task].astype(float) for trace in references], axis=1)
+        features = np.stack([trace.surrogates[task].astype(float) for trace in references], axis=1)
         anchors = choose(features, count, seed * len(names) + number)
         for place, trace in enumerate(traces):
             values = trace.values[task].astype(float)

@@ -136,10 +136,10 @@ class Campaign(Settings):
         return self
 
     def _examples_are_told_apart(self) -> None:
-        """Looks whether any task gives outcomes of single examples, where the search asks for some of them."""
+        """Looks whether any task gives predictions of single examples, where the search asks for some of them."""
         asked = "anchor_examples" if self.search.anchor_examples else "pruning"
         wanted = self.search.anchor_examples or self.search.pruning != "none"
-        if wanted and not any(TASKS[task.kind][0].has_outcomes for task in self.tasks.values()):
+        if wanted and not any(TASKS[task.kind][0].has_predictions for task in self.tasks.values()):
             raise ValueError(f"search.{asked}: every task here is measured whole; leave it out")
 
     def _search_can_start(self) -> None:

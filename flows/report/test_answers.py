@@ -10,7 +10,6 @@ from safetensors.numpy import load, save
 from merging.evaluation.steps import Plan
 from merging.io import storage
 from search.candidate import Candidate, Outcome
-from search.early_stopping.anchor_examples import is_mean
 
 Values: TypeAlias = Mapping[str, npt.NDArray[np.float32]]
 """Task → one number an example [N], whose mean is the score; tasks whose metric is no such mean are not there."""
@@ -39,7 +38,7 @@ class KeptOutcomes:
             values = {
                 task: np.ascontiguousarray(own, np.float32)
                 for task, own in found.trace.values.items()
-                if is_mean(found.scores[task])
+                if found.scores[task].is_mean
             }
             storage.write_bytes(self._file(outcome.candidate.recipe.identity), save(values))
         return outcome

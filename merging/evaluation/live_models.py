@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ from merging.evaluation.steps import Plan, Trace
 from merging.mergers.material import Material
 from merging.mergers.resident import ResidentMerger
 from merging.recipe import Recipe
-from merging.tasks.predictions import Outcomes
+from merging.tasks.predictions import Predictions
 from merging.tasks.task import Score, Split, Task
 
 
@@ -114,38 +116,49 @@ class LiveModels:
         report = self._source.merge(recipe)
         merged = time.perf_counter()
         if plan is None:
-            scores = {task.name: self._whole(task, split, limit) for task in self._tasks}
+            scores = {task.name: self._whole(task, split, limit)[0] for task in self._tasks}
             return Measurement(scores, merged - start, time.perf_counter() - merged, report)
         trace, stopped = self._in_steps(plan, split, limit)
         return Measurement(trace.scores[-1], merged - start, time.perf_counter() - merged, report, trace, stopped)
 
-    def _whole(self, task: Task, split: Split, limit: int | None) -> Score:
-        return task.evaluate(self._models[task.name], split, limit=limit, precision=self._precision)
+    def _whole(self, task: Task, split: Split, limit: int | None) -> tuple[Score, Predictions | None]:
+        return task.measure(self._models[task.name], split, limit=limit, precision=self._precision)
 
     def _in_steps(self, plan: Plan, split: Split, limit: int | None) -> tuple[Trace, bool]:
         """The trace of a measurement, and whether the plan's gate ended it early.
 
-        A task that gives no outcomes of single examples is measured whole, before the first step's end.
+        A task that gives no predictions of chosen examples is measured whole, before the first step's end.
         """
-        stepwise = {task.name: task for task in self._tasks if task.has_outcomes}
-        whole = {task.name: self._whole(task, split, limit) for task in self._tasks if not task.has_outcomes}
+        stepwise = {task.name: task for task in self._tasks if task.has_predictions}
+        whole: dict[str, Score] = {}
+        seen: dict[str, Predictions] = {}
+        for task in self._tasks:
+            if task.name not in stepwise:
+                whole[task.name], predictions = self._whole(task, split, limit)
+                if predictions is not None:
+                    seen[task.name] = predictions
         sizes = {name: min(task.size(split), limit or task.size(split)) for name, task in stepwise.items()}
         steps = list(plan.steps(sizes))
-        seen: dict[str, Outcomes] = {}
-        trace = Trace([whole])
+        trace = _trace([whole], seen)
         for number, step in enumerate(steps):
             for name, positions in step.items():
-                found = stepwise[name].outcomes(self._models[name], split, positions, precision=self._precision)
-                seen[name] = Outcomes.join([seen[name], found]) if name in seen else found
-            scores = {name: stepwise[name].score(outcomes) for name, outcomes in seen.items()}
-            trace = Trace(
-                [*(trace.scores if number else []), whole | scores],
-                {name: stepwise[name].values(outcomes).astype("float32") for name, outcomes in seen.items()},
-                {name: outcomes.chosen.astype("float32") for name, outcomes in seen.items()},
-            )
+                part = stepwise[name].predict(self._models[name], split, positions, precision=self._precision)
+                seen[name] = Predictions.join([seen[name], part]) if name in seen else part
+            scores = whole | {name: task.score(seen[name]) for name, task in stepwise.items() if name in seen}
+            trace = _trace([*(trace.scores if number else []), scores], seen)
             if plan.gate is not None and number < len(steps) - 1 and plan.gate(trace):
                 return trace, True
         return trace, False
+
+
+def _trace(scores: Sequence[Mapping[str, Score]], predictions: Mapping[str, Predictions]) -> Trace:
+    """The trace after these steps' scores."""
+
+    def each(name: str) -> dict[str, npt.NDArray[np.float32]]:
+        arrays = {task: getattr(found, name) for task, found in predictions.items()}
+        return {task: array.astype(np.float32) for task, array in arrays.items() if array is not None}
+
+    return Trace(scores, each("values"), each("surrogates"), each("losses"))
 
 
 def sharing_model(task: Task, pool: Pool, member: Member, out: Mapping[str, Tensor]) -> tuple[nn.Module, set[str]]:

@@ -19,14 +19,15 @@ class Trace:
 
     Args:
         scores: After each step, task → score over all examples so far.
-        values: Task → one number an example [N], greater is better: what its metric averages, or p_y where that averages
-            nothing. Tasks that are measured whole have none.
-        chosen: Task → p_y of each example [N].
+        values: Task → `Predictions.values` [N]. Tasks that give no predictions have none.
+        surrogates: Task → `Predictions.surrogates` [N], where it has them.
+        losses: Task → `Predictions.losses` [N], where it has them.
     """
 
     scores: Sequence[Mapping[str, Score]]
     values: Mapping[str, Floats] = field(default_factory=dict)
-    chosen: Mapping[str, Floats] = field(default_factory=dict)
+    surrogates: Mapping[str, Floats] = field(default_factory=dict)
+    losses: Mapping[str, Floats] = field(default_factory=dict)
 
     @property
     def examples(self) -> int:
@@ -37,8 +38,9 @@ class Trace:
         """JSON-like values."""
         return {
             "scores": [{task: score.as_dict() for task, score in step.items()} for step in self.scores],
-            "values": {task: found.tolist() for task, found in self.values.items()},
-            "chosen": {task: found.tolist() for task, found in self.chosen.items()},
+            "values": _lists(self.values),
+            "surrogates": _lists(self.surrogates),
+            "losses": _lists(self.losses),
         }
 
     @classmethod
@@ -46,9 +48,18 @@ class Trace:
         """The inverse of `as_dict`."""
         return cls(
             [{task: Score(**score) for task, score in step.items()} for step in found["scores"]],
-            {task: np.array(values, np.float32) for task, values in found["values"].items()},
-            {task: np.array(values, np.float32) for task, values in found["chosen"].items()},
+            _arrays(found["values"]),
+            _arrays(found["surrogates"]),
+            _arrays(found["losses"]),
         )
+
+
+def _lists(arrays: Mapping[str, Floats]) -> dict[str, list[float]]:
+    return {task: array.tolist() for task, array in arrays.items()}
+
+
+def _arrays(lists: Mapping[str, Sequence[float]]) -> dict[str, Floats]:
+    return {task: np.array(values, np.float32) for task, values in lists.items()}
 
 
 Gate: TypeAlias = Callable[[Trace], bool]

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from merging.tasks.custom import Custom, CustomSettings
-from merging.tasks.predictions import Outcomes
+from merging.tasks.predictions import Predictions
 from merging.tasks.task import SPLITS, TASKS, Batch, Score, Split, Task, TaskSettings
 from merging.tasks.text_classification import TextClassification, TextClassificationSettings
 
@@ -16,7 +16,7 @@ __all__ = [
     "Batch",
     "Custom",
     "CustomSettings",
-    "Outcomes",
+    "Predictions",
     "Score",
     "Split",
     "Task",

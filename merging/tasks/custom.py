@@ -9,6 +9,8 @@ from functools import cached_property
 from numbers import Real
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import Field
 from torch import nn
@@ -17,7 +19,8 @@ from merging.errors import TaskError
 from merging.io import storage
 from merging.registry import did_you_mean
 from merging.tasks.head import load_model
-from merging.tasks.task import Score, Split, Task, TaskSettings, register
+from merging.tasks.predictions import Predictions
+from merging.tasks.task import Score, Split, Task, TaskSettings, register, score_of
 
 
 class CustomSettings(TaskSettings):
@@ -25,7 +28,8 @@ class CustomSettings(TaskSettings):
 
     It gets the live model, the path of the head's checkpoint (for its tokenizer), the split's name, and the
     number of examples to stop at (or None). It returns a number, greater is better, or a mapping with `value`
-    and, where known, `standard_error` and `examples`.
+    and, where known, `standard_error` and `examples`; or with `values`, one number per example in an order that is the
+    same at every call, whose mean is the score: models are then compared example by example.
     """
 
     kind: Literal["custom"] = Field("custom", description="custom: any model and any data that your function reads.")
@@ -87,10 +91,10 @@ class Custom(Task):
         code = storage.file_fingerprint(source) if source else ""
         return storage.fingerprint([code, self.settings.model_dump(mode="json"), split])
 
-    def evaluate(
+    def measure(
         self, model: nn.Module, split: Split, *, limit: int | None = None, precision: str = "float32"
-    ) -> Score:
-        """Calls the function; see `Task.evaluate`."""
+    ) -> tuple[Score, Predictions | None]:
+        """Calls the function; see `Task.measure`."""
         function = self._function
         started = time.perf_counter()
         device = next(model.parameters()).device
@@ -100,22 +104,28 @@ class Custom(Task):
         except Exception as error:  # the user's code may raise anything
             raise self._error(f"{self.settings.evaluator} failed: {type(error).__name__}: {error}") from error
         fields = result if isinstance(result, dict) else {"value": result}
-        if unknown := fields.keys() - {"value", "standard_error", "examples"}:
+        if unknown := fields.keys() - {"value", "standard_error", "examples", "values"}:
             raise self._error(
                 f"{self.settings.evaluator} returned {sorted(map(str, unknown))}: it may return a number, "
-                "or a mapping with value, standard_error and examples"
+                "or a mapping with value, standard_error and examples, or with values"
             )
+        if "values" in fields:
+            if len(fields) > 1:
+                raise self._error(f"{self.settings.evaluator} returned `values` and more: their mean is the score")
+            predictions = Predictions(self._values(fields["values"], split), seconds=time.perf_counter() - started)
+            return score_of(predictions, self.settings.metric), predictions
         size = self.size(split)
         value = self._number(fields.get("value"), "value")
         if not math.isfinite(value):
             raise self._error(f"{self.settings.evaluator} gave {value} on {split}: a score must be finite")
-        return Score(
+        score = Score(
             value=value,
             standard_error=self._number(fields.get("standard_error", math.nan), "standard_error"),
             examples=int(self._number(fields.get("examples", min(limit, size) if limit else size), "examples")),
             metric=self.settings.metric,
             seconds=time.perf_counter() - started,
         )
+        return score, None
 
     @cached_property
     def _function(self) -> Callable[..., Any]:
@@ -133,6 +143,18 @@ class Custom(Task):
             raise self._error(f"{self.settings.evaluator} is no function but {type(function).__name__}")
         called: Callable[..., Any] = function
         return called
+
+    def _values(self, values: Any, split: Split) -> npt.NDArray[np.float64]:
+        """One finite number per example, out of what the function returned."""
+        try:
+            array = np.asarray(values.tolist() if isinstance(values, torch.Tensor) else values, np.float64)
+        except (TypeError, ValueError) as error:
+            raise self._error(f"{self.settings.evaluator} returned `values` that are no numbers: {error}") from error
+        if array.ndim != 1 or not len(array):
+            raise self._error(f"{self.settings.evaluator} returned `values` of shape {array.shape}: one per example")
+        if not np.isfinite(array).all():
+            raise self._error(f"{self.settings.evaluator} gave NaN or Inf among its values on {split}")
+        return array
 
     def _number(self, value: Any, what: str) -> float:
         """A number out of what the function returned, also out of a NumPy or torch scalar."""

@@ -182,3 +182,12 @@ def each(name: str, labels: Labels, probabilities: Floats) -> Floats | None:
     """
     metric = METRICS[name]
     return metric.values(labels, probabilities) if isinstance(metric, OfEachExample) else None
+
+
+def is_mean(name: str) -> bool:
+    """Whether a metric is the mean of one number per example.
+
+    Raises:
+        TaskError: There is no such metric.
+    """
+    return isinstance(METRICS[name], OfEachExample)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from merging.errors import TaskError
 from merging.registry import Registry
-from merging.tasks.predictions import Outcomes
+from merging.tasks.predictions import Floats, Predictions
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -60,10 +60,11 @@ class Score:
         standard_error: Of `value`, over the choice of examples; NaN where the evaluator gives none.
         examples: How many examples it was measured on.
         metric: The metric's name.
-        loss: Mean cross-entropy; NaN where the task has none.
-        expected_error: Mean of 1 − p_y, a smooth stand-in for the error rate; NaN where the task has none.
+        loss: Mean loss; NaN where the task has none.
+        expected_error: 1 − the mean surrogate, a smooth stand-in for the error rate; NaN where the task has none.
         seconds: Wall time of the evaluation.
         entropy: Mean entropy of the predictions, in nats; NaN where the task has none.
+        is_mean: Whether `value` is the mean of one number per example, which paired tests and estimates build on.
     """
 
     value: float
@@ -74,6 +75,7 @@ class Score:
     expected_error: float = float("nan")
     seconds: float = 0.0
     entropy: float = float("nan")
+    is_mean: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-like values."""
@@ -94,8 +96,8 @@ class Task(ABC):
     kind: ClassVar[str]
     has_logits: ClassVar[bool] = True
     """Whether `logits` and `batches` work: what Fisher, Gram and representations are computed from."""
-    has_outcomes: ClassVar[bool] = False
-    """Whether `outcomes`, `score` and `values` work: what measures a candidate step by step."""
+    has_predictions: ClassVar[bool] = False
+    """Whether `predict` and `score` work: what measures a candidate step by step."""
 
     def __init__(self, name: str, settings: Any, head: str) -> None:
         self.name = name
@@ -133,10 +135,9 @@ class Task(ABC):
     def data_fingerprint(self, split: Split) -> str:
         """Content hash of a split's examples and of how they are prepared for the model."""
 
-    @abstractmethod
-    def evaluate(
+    def measure(
         self, model: nn.Module, split: Split, *, limit: int | None = None, precision: str = "float32"
-    ) -> Score:
+    ) -> tuple[Score, Predictions | None]:
         """Measures a model on a split.
 
         Args:
@@ -145,33 +146,44 @@ class Task(ABC):
             limit: At most this many examples, the same ones at every call.
             precision: `float32`, or `bfloat16` for autocast.
 
+        Returns:
+            The score, and the predictions that it was made from where the kind gives any.
+
         Raises:
             TaskError: The evaluator failed or gave no finite number.
         """
+        predictions = self.predict(model, split, np.arange(self.size(split))[:limit], precision=precision)
+        return self.score(predictions), predictions
 
-    def outcomes(
+    def evaluate(
+        self, model: nn.Module, split: Split, *, limit: int | None = None, precision: str = "float32"
+    ) -> Score:
+        """The score alone; see `measure`."""
+        return self.measure(model, split, limit=limit, precision=precision)[0]
+
+    def predict(
         self, model: nn.Module, split: Split, positions: npt.NDArray[np.int64], *, precision: str = "float32"
-    ) -> Outcomes:
+    ) -> Predictions:
         """What a model says of single examples.
 
         Args:
-            model: As for `evaluate`.
+            model: As for `measure`.
             split: Which examples.
             positions: Their places in the split's fixed shuffled order [N], the one that `limit` counts in.
-            precision: As for `evaluate`.
+            precision: As for `measure`.
 
         Raises:
             TaskError: This kind of task is measured whole, or the model gave no finite number.
         """
-        raise TaskError(f"task '{self.name}' ({self.kind}) gives no outcomes of single examples: it is measured whole")
+        raise TaskError(
+            f"task '{self.name}' ({self.kind}) gives no predictions of single examples: it is measured whole"
+        )
 
-    def score(self, outcomes: Outcomes) -> Score:
+    def score(self, predictions: Predictions) -> Score:
         """The score over these examples."""
-        raise TaskError(f"task '{self.name}' ({self.kind}) gives no outcomes of single examples: it is measured whole")
-
-    def values(self, outcomes: Outcomes) -> npt.NDArray[np.float64]:
-        """One number an example [N], greater is better: what the metric averages, or p_y where it averages nothing."""
-        raise TaskError(f"task '{self.name}' ({self.kind}) gives no outcomes of single examples: it is measured whole")
+        raise TaskError(
+            f"task '{self.name}' ({self.kind}) gives no predictions of single examples: it is measured whole"
+        )
 
     def batches(self, split: Split, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
         """Examples [start, stop) of a split's fixed shuffled order, in batches on the CPU."""
@@ -184,6 +196,33 @@ class Task(ABC):
     def representation(self, model: nn.Module, batch: Batch) -> Tensor:
         """Last hidden states [N, S, D] of the backbone, before any head."""
         raise TaskError(f"task '{self.name}' ({self.kind}) has no representations")
+
+
+def score_of(predictions: Predictions, metric: str, *, measured: tuple[float, float] | None = None) -> Score:
+    """The score of predictions: the mean of their values, or what a metric of all of them together gives.
+
+    Args:
+        predictions: At least one.
+        metric: The metric's name.
+        measured: Value and standard error of a metric that is no mean over examples.
+    """
+    values = predictions.values
+    value, error = measured or (float(values.mean()), float(values.std() / np.sqrt(len(values))))
+    return Score(
+        value=value,
+        standard_error=error,
+        examples=len(predictions),
+        metric=metric,
+        loss=_mean(predictions.losses),
+        expected_error=1.0 - _mean(predictions.surrogates),
+        seconds=predictions.seconds,
+        entropy=_mean(predictions.entropies),
+        is_mean=measured is None,
+    )
+
+
+def _mean(values: Floats | None) -> float:
+    return float("nan") if values is None else float(values.mean())
 
 
 TASKS: Registry[tuple[type[Task], type[TaskSettings]]] = Registry("kind of task", TaskError)

@@ -16,6 +16,7 @@ from torch.nn.functional import log_softmax
 from merging.checkpoints.adapter import is_adapter
 from merging.errors import TaskError
 from merging.io import storage
+from merging.tasks.classification import classified, measured
 from merging.tasks.head import (
     check_head,
     class_names,
@@ -24,9 +25,9 @@ from merging.tasks.head import (
     load_tokenizer,
     tokenizer_identity,
 )
-from merging.tasks.metrics import METRICS
-from merging.tasks.predictions import Outcomes
-from merging.tasks.task import SPLITS, Batch, Score, Split, Task, TaskSettings, register
+from merging.tasks.metrics import METRICS, is_mean
+from merging.tasks.predictions import Predictions
+from merging.tasks.task import SPLITS, Batch, Score, Split, Task, TaskSettings, register, score_of
 
 if TYPE_CHECKING:
     from merging.tasks.labelled_texts import Examples
@@ -85,7 +86,7 @@ class TextClassification(Task):
     """A text classification task; see `Task`."""
 
     kind: ClassVar[str] = "text_classification"
-    has_outcomes: ClassVar[bool] = True
+    has_predictions: ClassVar[bool] = True
 
     def __init__(self, name: str, settings: TextClassificationSettings, head: str) -> None:
         super().__init__(name, settings, head)
@@ -139,16 +140,10 @@ class TextClassification(Task):
         ]
         return storage.fingerprint(prepared)
 
-    def evaluate(
-        self, model: nn.Module, split: Split, *, limit: int | None = None, precision: str = "float32"
-    ) -> Score:
-        """See `Task.evaluate`. Loss and metric are computed in float64 from the model's logits."""
-        return self.score(self.outcomes(model, split, np.arange(len(self._split(split)))[:limit], precision=precision))
-
-    def outcomes(
+    def predict(
         self, model: nn.Module, split: Split, positions: npt.NDArray[np.int64], *, precision: str = "float32"
-    ) -> Outcomes:
-        """See `Task.outcomes`."""
+    ) -> Predictions:
+        """See `Task.predict`. Loss and metric are computed in float64 from the model's logits."""
         started = time.perf_counter()
         device = next(model.parameters()).device
         parts, batches = [], self._evaluation_batches(split, positions)
@@ -162,29 +157,14 @@ class TextClassification(Task):
         if wrong := int((~logits.isfinite().all(dim=1)).sum()):
             raise self._error(f"the model gave NaN or Inf for {wrong} of {len(logits)} {split} examples")
         back = np.argsort(np.concatenate([places for _, places in batches]))
-        return Outcomes(
-            self._split(split).labels[self._order(split)[positions]],
-            log_softmax(logits, dim=1).numpy()[back],
-            time.perf_counter() - started,
-        )
+        labels = self._split(split).labels[self._order(split)[positions]]
+        log_probabilities = log_softmax(logits, dim=1).numpy()[back]
+        return classified(self.settings.metric, labels, log_probabilities, time.perf_counter() - started)
 
-    def score(self, outcomes: Outcomes) -> Score:
+    def score(self, predictions: Predictions) -> Score:
         """See `Task.score`."""
-        value, error = outcomes.measure(self.settings.metric)
-        return Score(
-            value=value,
-            standard_error=error,
-            examples=len(outcomes),
-            metric=self.settings.metric,
-            loss=-float(outcomes.log_chosen.mean()),
-            expected_error=1.0 - float(outcomes.chosen.mean()),
-            seconds=outcomes.seconds,
-            entropy=outcomes.entropy,
-        )
-
-    def values(self, outcomes: Outcomes) -> npt.NDArray[np.float64]:
-        """See `Task.values`."""
-        return outcomes.values(self.settings.metric)
+        metric = self.settings.metric
+        return score_of(predictions, metric, measured=None if is_mean(metric) else measured(metric, predictions))
 
     def batches(self, split: Split, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
         """See `Task.batches`."""

@@ -2,13 +2,14 @@
 
 The references (base and members) are measured on everything before the search, so that for every example it is known how
 likely each of them finds it right. Examples on which they disagree, or of which they are unsure, tell merges apart: they are
-drawn with a probability in proportion to that, over the whole range of difficulty. A candidate's outcomes on them are
+drawn with a probability in proportion to that, over the whole range of difficulty. A candidate's predictions on them are
 regressed on the references' and so predict those on all other examples; what the regression leaves on the anchors, each
 counted by the inverse of its chance to be drawn, corrects the mean of the predictions. That is survey sampling's generalised
 regression estimator (Särndal, Swensson and Wretman 1992, ch. 6): right on average whatever the regression is worth, and with
 a standard error of its own. Item response models (tinyBenchmarks, MERGE³) need more models than a pool has members.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -19,7 +20,6 @@ from safetensors.numpy import load, save
 
 from merging.evaluation.steps import Plan, Positions, Trace
 from merging.io import storage
-from merging.tasks.metrics import METRICS, OfEachExample
 from merging.tasks.task import Score
 from search.candidate import ANCHORS, Candidate, Outcome
 
@@ -37,7 +37,7 @@ class TaskAnchors:
     Args:
         positions: Their places in the validation split's fixed order [n], sorted.
         chances: The chance that each had to be drawn [n].
-        features: p_y of each example under each reference, of all examples [N, R].
+        features: The surrogate of each example under each reference, of all examples [N, R].
     """
 
     positions: Positions
@@ -65,7 +65,7 @@ def choose(features: Floats, count: int, seed: int, *, equal: bool = False) -> T
     """Draws a task's anchor examples.
 
     Args:
-        features: p_y of each example under each reference [N, R].
+        features: The surrogate of each example (its value, where there is none) under each reference [N, R].
         count: How many to draw; all, where there are no more.
         seed: Of the draw.
         equal: Whether every example has the same chance, for metrics that no mean of examples gives.
@@ -74,7 +74,7 @@ def choose(features: Floats, count: int, seed: int, *, equal: bool = False) -> T
     if count >= size:
         return TaskAnchors(np.arange(size), np.ones(size), features)
     difficulty = features.mean(axis=1)
-    doubt = np.ones(size) if equal else np.sqrt(difficulty * (1 - difficulty) + features.var(axis=1))
+    doubt = np.ones(size) if equal else np.sqrt(_own_variance(difficulty) + features.var(axis=1))
     chances = _chances(np.maximum(doubt, FLOOR * doubt.mean()), count)
     # Systematic sampling along the difficulty: every stretch of it has its share of the draw.
     order = np.argsort(difficulty, kind="stable")
@@ -83,6 +83,13 @@ def choose(features: Floats, count: int, seed: int, *, equal: bool = False) -> T
     marks = np.arange(count) + np.random.default_rng(seed).random()
     positions = np.sort(order[np.searchsorted(ends, marks, side="right").clip(max=size - 1)])
     return TaskAnchors(positions, chances[positions], features)
+
+
+def _own_variance(difficulty: Floats) -> Floats:
+    """How uncertain an example of this difficulty is in itself [N]: p(1 − p) of probabilities, else the same for all."""
+    if ((difficulty >= 0) & (difficulty <= 1)).all():
+        return difficulty * (1 - difficulty)
+    return np.full(len(difficulty), difficulty.var())
 
 
 def _chances(sizes: Floats, count: int) -> Floats:
@@ -100,7 +107,7 @@ class Anchors:
     """A planner that measures candidates of the split `anchors` on anchor examples, and estimates their scores.
 
     Args:
-        tasks: Task → its anchor examples. Tasks that give no outcomes of single examples have none: they are measured whole.
+        tasks: Task → its anchor examples. Tasks that give no predictions of single examples have none: they are measured whole.
     """
 
     def __init__(self, tasks: Mapping[str, TaskAnchors]) -> None:
@@ -123,15 +130,19 @@ class Anchors:
     def _estimate(self, task: str, score: Score, trace: Trace) -> Score:
         if task not in self.tasks:
             return score
-        anchors, chosen = self.tasks[task], trace.chosen[task].astype(np.float64)
-        score = replace(
-            score,
-            expected_error=1 - anchors.estimate(chosen)[0],
-            loss=anchors.estimate(-np.log(np.maximum(chosen, np.finfo(np.float32).tiny)))[0],
-        )
-        if not is_mean(score):
+        anchors = self.tasks[task]
+        if len(trace.values[task]) == len(anchors.features):  # measured whole
             return score
-        value, error = anchors.estimate(trace.values[task].astype(np.float64))
+
+        def estimate(examples: Mapping[str, npt.NDArray[np.float32]]) -> tuple[float, float]:
+            if task not in examples:
+                return math.nan, math.nan
+            return anchors.estimate(examples[task].astype(np.float64))
+
+        score = replace(score, expected_error=1 - estimate(trace.surrogates)[0], loss=estimate(trace.losses)[0])
+        if not score.is_mean:
+            return score
+        value, error = estimate(trace.values)
         return replace(score, value=value, standard_error=error)
 
     def write(self, path: str) -> None:
@@ -160,15 +171,11 @@ def make_anchors(references: Sequence[Trace], count: int, seed: int) -> Anchors:
         seed: Of the draw.
     """
     tasks = {}
-    for task in references[0].chosen:
-        features = np.stack([trace.chosen[task].astype(np.float64) for trace in references], axis=1)
-        tasks[task] = choose(features, count, seed, equal=not is_mean(references[0].scores[-1][task]))
+    for task in references[0].values:
+        traced = [trace.surrogates.get(task, trace.values[task]) for trace in references]
+        features = np.stack([array.astype(np.float64) for array in traced], axis=1)
+        tasks[task] = choose(features, count, seed, equal=not references[0].scores[-1][task].is_mean)
     return Anchors(tasks)
-
-
-def is_mean(score: Score) -> bool:
-    """Whether the metric of a score is the mean of one number an example."""
-    return isinstance(METRICS[score.metric], OfEachExample)
 
 
 class Traces:

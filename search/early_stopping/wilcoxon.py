@@ -96,7 +96,7 @@ class WorseThan:
     """A gate that stops a candidate whose examples say that it is worse than another.
 
     The paired differences of single examples, each weighted as the objective weights its task, go through a one-sided
-    Wilcoxon signed-rank test. Right and wrong answers are compared by p_y, the probability of the true class: most answers of
+    Wilcoxon signed-rank test. Right and wrong answers are compared by their surrogate (p_y of a classifier): most answers of
     two merges agree, and a test on those that differ (McNemar's) sees too little. But p_y may fall where accuracy does not,
     so a candidate whose objective over these examples is no lower than the other's goes on whatever the test says.
 
@@ -123,19 +123,20 @@ def paired_differences(trace: Trace, bar: Trace, value: Part) -> npt.NDArray[np.
 
     How much a task's score counts is the objective's slope at the trace's scores: one over the number of tasks for a mean,
     1 for the worst task and 0 for all others. A metric that grades single examples is compared by its own numbers, one that
-    calls them right or wrong, or is of all predictions together, by p_y.
+    calls them right or wrong, or is of all predictions together, by the surrogate where there is one.
     """
     scores = trace.scores[-1]
     parts = [np.zeros(0)]
     for task, values in trace.values.items():
         count = min(len(values), len(bar.values[task]))
+        smooth = trace.surrogates.get(task, values), bar.surrogates.get(task, bar.values[task])
         graded = not np.isin(values, (0, 1)).all()
         for slope, own, other in (
             (_slope(value, scores, task, metric=True), trace.values[task], bar.values[task]),
-            (_slope(value, scores, task, metric=False), trace.chosen[task], bar.chosen[task]),
+            (_slope(value, scores, task, metric=False), *smooth),
         ):
             if slope and own is values and not graded:
-                own, other = trace.chosen[task], bar.chosen[task]
+                own, other = smooth
             if slope:
                 parts.append(slope * (own[:count].astype(np.float64) - other[:count]) / count)
     return np.concatenate(parts)

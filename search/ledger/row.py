@@ -72,8 +72,8 @@ class Row:
         violations: Name of a constraint → by how much it is broken; 0 or less where it holds.
         scores: Task → the task's metric.
         standard_errors: Task → standard error of the score.
-        losses: Task → mean cross-entropy.
-        expected_errors: Task → mean of 1 − p_y.
+        losses: Task → mean loss over the examples (cross-entropy of a classifier).
+        expected_errors: Task → 1 − the mean surrogate (of a classifier, the mean of 1 − p_y).
         examples: Task → number of examples evaluated.
         proxies: Name → a figure that needs no labels or no forward pass (a predicted loss, an entropy).
         report: Name → the method's own figure on the merge (a ridge that was added).

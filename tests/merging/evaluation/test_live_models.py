@@ -103,7 +103,7 @@ def test_steps_end_where_the_whole_ends(live):
         assert found.scores[task].value == whole.scores[task].value
         assert found.scores[task].loss == pytest.approx(whole.scores[task].loss, abs=1e-6)
         assert found.trace.values[task].mean() == pytest.approx(whole.scores[task].value)
-        assert 1 - found.trace.chosen[task].mean() == pytest.approx(whole.scores[task].expected_error, abs=1e-6)
+        assert 1 - found.trace.surrogates[task].mean() == pytest.approx(whole.scores[task].expected_error, abs=1e-6)
 
 
 def test_a_gate_stops_and_the_scores_are_those_so_far(live):

@@ -30,4 +30,4 @@ def test_a_trace_survives_json():
         score.as_dict() | {"standard_error": 0, "entropy": 0}
     )
     assert again.values["x"].tolist() == trace.values["x"].tolist()
-    assert again.chosen["x"].dtype == np.float32
+    assert again.surrogates["x"].dtype == np.float32

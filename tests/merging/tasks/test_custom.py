@@ -140,3 +140,27 @@ def test_evaluator_is_module_and_function():
         CustomSettings(evaluator="os.system")
     with pytest.raises(ValidationError):
         CustomSettings(evaluator="os:system; rm")
+
+
+def test_values_of_single_examples_make_a_score_that_pairs(custom):
+    task = custom("my_scores:given", arguments={"result": {"values": [1.0, 0.0, 0.5]}})
+    score, predictions = task.measure(task.load_model(), "validation")
+    assert (score.value, score.examples, score.is_mean) == (0.5, 3, True)
+    assert predictions.values.tolist() == [1.0, 0.0, 0.5]
+    assert predictions.losses is None
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ({"values": [1.0], "value": 1.0}, "their mean is the score"),
+        ({"values": []}, "one per example"),
+        ({"values": [[1.0]]}, "one per example"),
+        ({"values": ["x"]}, "are no numbers"),
+        ({"values": [1.0, math.inf]}, "NaN or Inf"),
+    ],
+)
+def test_values_that_make_no_score_are_refused(custom, result, message):
+    task = custom("my_scores:given", arguments={"result": result})
+    with pytest.raises(TaskError, match=message):
+        task.measure(task.load_model(), "validation")

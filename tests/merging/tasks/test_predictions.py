@@ -1,61 +1,77 @@
-import math
-
 import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
 from merging.errors import TaskError
 from merging.tasks import CustomSettings, make_task
-from merging.tasks.predictions import Outcomes
+from merging.tasks.classification import classified, measured
+from merging.tasks.predictions import Predictions
+from merging.tasks.task import score_of
+
+LABELS = np.array([0, 1, 1])
+PROBABILITIES = np.array([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [0.5, 0.5, 0.0]])
 
 
-@pytest.fixture
-def outcomes():
-    probabilities = np.array([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [0.5, 0.5, 0.0]])
+def predictions(metric="accuracy"):
     with np.errstate(divide="ignore"):
-        return Outcomes(np.array([0, 1, 1]), np.log(probabilities), 0.5)
+        return classified(metric, LABELS, np.log(PROBABILITIES), 0.5)
 
 
-def test_one_number_an_example(outcomes):
-    assert outcomes.values("accuracy").tolist() == [1.0, 0.0, 0.0]
-    assert outcomes.values("neg_log_loss") == pytest.approx(np.log([0.7, 0.1, 0.5]))
-    assert outcomes.chosen == pytest.approx([0.7, 0.1, 0.5])
-    assert outcomes.values("macro_f1") == pytest.approx(outcomes.chosen)
+def test_one_number_per_example():
+    assert predictions("accuracy").values.tolist() == [1.0, 0.0, 0.0]
+    assert predictions("neg_log_loss").values == pytest.approx(np.log([0.7, 0.1, 0.5]))
+    assert predictions().surrogates == pytest.approx([0.7, 0.1, 0.5])
+    assert predictions().losses == pytest.approx(-np.log([0.7, 0.1, 0.5]))
+    assert predictions("macro_f1").values == pytest.approx(predictions().surrogates)
 
 
-def test_the_entropy_counts_an_impossible_class_as_nothing(outcomes):
-    each = [-sum(p * math.log(p) for p in row if p) for row in ([0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [0.5, 0.5])]
-    assert outcomes.entropy == pytest.approx(sum(each) / 3)
+def test_the_entropy_counts_an_impossible_class_as_nothing():
+    each = [-sum(p * np.log(p) for p in row if p) for row in PROBABILITIES]
+    assert predictions().entropies == pytest.approx(each)
 
 
-def test_parts_joined_are_the_whole(outcomes):
-    joined = Outcomes.join([outcomes.take(np.array([0])), outcomes.take(np.array([1, 2]))])
-    assert (joined.labels == outcomes.labels).all()
-    assert (joined.log_probabilities == outcomes.log_probabilities).all()
-    assert Outcomes.join([outcomes, outcomes]).seconds == 1.0
+def test_parts_joined_are_the_whole():
+    whole = predictions()
+    joined = Predictions.join([whole.take(np.array([0])), whole.take(np.array([1, 2]))])
+    for name in ("values", "surrogates", "losses", "entropies"):
+        assert (getattr(joined, name) == getattr(whole, name)).all()
+    assert measured("macro_f1", joined) == measured("macro_f1", whole)
+    assert Predictions.join([whole, whole]).seconds == 1.0
+    assert Predictions.join([whole, Predictions(np.zeros(2))]).losses is None
+
+
+def test_a_score_is_the_mean_unless_a_metric_of_all_predictions_says_otherwise():
+    score = score_of(predictions(), "accuracy")
+    assert (score.value, score.examples, score.is_mean) == (pytest.approx(1 / 3), 3, True)
+    assert score.standard_error == pytest.approx(np.sqrt(2 / 9 / 3))
+    assert score.expected_error == pytest.approx(1 - (0.7 + 0.1 + 0.5) / 3)
+    other = score_of(Predictions(np.array([1.0, 2.0])), "length", measured=(7.0, 0.5))
+    assert (other.value, other.standard_error, other.is_mean) == (7.0, 0.5, False)
+    assert np.isnan([other.loss, other.expected_error, other.entropy]).all()
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "macro_f1"])
 def test_steps_add_up_to_the_evaluation(make_text_task, frames, metric):
     task = make_text_task(frames, metric=metric)
     model = task.load_model()
-    parts = [task.outcomes(model, "validation", np.arange(first, min(first + 16, 50))) for first in range(0, 50, 16)]
-    stepwise, whole = task.score(Outcomes.join(parts)), task.evaluate(model, "validation")
+    parts = [task.predict(model, "validation", np.arange(first, min(first + 16, 50))) for first in range(0, 50, 16)]
+    stepwise, whole = task.score(Predictions.join(parts)), task.evaluate(model, "validation")
     assert (stepwise.value, stepwise.examples) == (whole.value, 50)
     assert (stepwise.loss, stepwise.entropy) == pytest.approx((whole.loss, whole.entropy), abs=1e-6)
     # any subset by position in the fixed order, in the order asked for
-    chosen = np.array([40, 3, 17, 5])
-    some = task.outcomes(model, "validation", chosen)
-    everything = Outcomes.join(parts).take(chosen)
-    assert (some.labels == everything.labels).all()
-    assert some.log_probabilities == pytest.approx(everything.log_probabilities, abs=1e-5)
+    places = np.array([40, 3, 17, 5])
+    some = task.predict(model, "validation", places)
+    everything = Predictions.join(parts).take(places)
+    assert some.values == pytest.approx(everything.values, abs=1e-5)
+    assert some.losses == pytest.approx(everything.losses, abs=1e-5)
     if metric == "macro_f1":
-        expected = f1_score(some.labels, some.log_probabilities.argmax(1), average="macro", zero_division=0.0)
+        labels, answers = some.payload["labels"], some.payload["log_probabilities"].argmax(1)
+        expected = f1_score(labels, answers, average="macro", zero_division=0.0)
         assert task.score(some).value == pytest.approx(expected)
 
 
 def test_a_custom_task_is_measured_whole(head):
     task = make_task("own", CustomSettings(evaluator="math:sqrt"), head)
-    assert not task.has_outcomes
-    with pytest.raises(TaskError, match="'own' .custom. gives no outcomes of single examples"):
-        task.outcomes(None, "validation", np.arange(3))
+    assert not task.has_predictions
+    with pytest.raises(TaskError, match="'own' .custom. gives no predictions of single examples"):
+        task.predict(None, "validation", np.arange(3))

@@ -71,7 +71,7 @@ def test_differences_count_as_the_objective_weighs_their_tasks(name, weights):
     own, bar = trace_of({"x": answers(0.4)["x"], "y": answers(0.1)["y"]}), trace_of(answers(0.3, 1))
     found = paired_differences(own, bar, value)
     parts = [
-        weight * (own.chosen[task].astype(float) - bar.chosen[task]) / SIZE
+        weight * (own.surrogates[task].astype(float) - bar.surrogates[task]) / SIZE
         for task, weight in zip(TASKS, weights, strict=True)
         if weight
     ]
@@ -80,7 +80,7 @@ def test_differences_count_as_the_objective_weighs_their_tasks(name, weights):
 
 def test_a_metric_that_grades_examples_is_compared_by_its_own_numbers():
     own, bar = (
-        replace(trace, values={task: np.log(chosen) for task, chosen in trace.chosen.items()})
+        replace(trace, values={task: np.log(chosen) for task, chosen in trace.surrogates.items()})
         for trace in (trace_of(answers(0.2)), trace_of(answers(0.3, 1)))
     )
     found = paired_differences(own, bar, MEAN.parts["mean"])
