@@ -223,14 +223,15 @@ class _Search:
             raise SearchError(
                 f"{self._error[1]} candidates in a row failed with the same error, the last one {row.method} "
                 f"of {', '.join(row.members)}: {text}\n"
-                f"The ledger keeps what was measured before: mend the cause and resume"
+                f"The ledger keeps what was measured before: mend the cause and resume, with --retry-failed to measure "
+                f"these again"
             ) from outcome.error
         found = [self._ledger.get(identity, self._split) for identity in self._anchors]
         failed = all(anchor is not None and anchor.status == "failed" for anchor in found)
         if row.origin == "anchor" and failed:
             raise SearchError(
                 f"every anchor failed, the plain average too; the last one ({row.method}): {text}\n"
-                f"Mend the cause and begin anew in another directory: this one keeps its failed rows"
+                f"Mend the cause and resume with --retry-failed"
             ) from outcome.error
 
 

@@ -13,6 +13,7 @@ import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
 
 from merging.errors import LedgerError, MergequestError, MethodError, SettingsError, StorageError
 from merging.io import storage
+from merging.recipe import Recipe
 from search.candidate import PARTIAL
 from search.journal import Journal, Lines, appended, whole_lines
 from search.ledger.ledger import Ledger
@@ -42,6 +44,23 @@ OWNER = "mergequest.owner"
 """User attribute of a study in a shared storage: the token of the campaign directory that it belongs to."""
 TOKEN = "owner"
 """File of that token, beside the journal's place."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a study has to agree with.
+
+    Args:
+        rows: What the ledger has for the sampler, by candidate; rows without a number were measured before the search.
+        space: What is searched, now.
+        objectives: How many numbers are maximised.
+        again: Recipes that failed and are to be measured again.
+    """
+
+    rows: Mapping[str, Row]
+    space: Space
+    objectives: int = 1
+    again: Sequence[Recipe] = ()
 
 
 @contextmanager
@@ -79,8 +98,10 @@ def open_study(
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # progress is told by the search's observer
     rows = {row.candidate: row for row in ledger.rows() if row.split == split and _is_heard(row, space)}
+    again = [row.recipe for row in ledger.retried if row.split == split and row.recipe in space]
+    wanted = Wanted(rows, space, objectives, again)
     if url is not None:
-        yield _fill(_open_url(url), name, _owner(directory), rows, space, objectives)
+        yield _fill(_open_url(url), name, _owner(directory), wanted)
     elif not storage.is_local(directory):
         kept = storage.join(directory, JOURNAL)
         with tempfile.TemporaryDirectory(prefix="mergequest-study-") as scratch:
@@ -88,7 +109,7 @@ def open_study(
             if storage.exists(kept):
                 storage.write_bytes(path, storage.read_bytes(kept))
             try:
-                with _open_journal(path, name, rows, space, objectives) as study:
+                with _open_journal(path, name, wanted) as study:
                     yield study
             finally:
                 with suppress(StorageError):  # the ledger has everything that matters
@@ -98,7 +119,7 @@ def open_study(
         storage.make_dir(directory)
         with (
             _alone(str(place / "driver.lock")),
-            _open_journal(str(place / JOURNAL), name, rows, space, objectives) as study,
+            _open_journal(str(place / JOURNAL), name, wanted) as study,
         ):
             yield study
 
@@ -152,23 +173,15 @@ def read_study(directory: str, name: str) -> Study | None:
         return None
 
 
-def plan(
-    trials: Sequence[FrozenTrial],
-    rows: Mapping[str, Row],
-    space: Space,
-    objectives: int = 1,
-    *,
-    same_space: bool = False,
-) -> list[FrozenTrial]:
+def plan(trials: Sequence[FrozenTrial], wanted: Wanted, *, same_space: bool = False) -> list[FrozenTrial]:
     """The trials that a study should have, numbered by their place.
 
     Args:
         trials: Those that it has.
-        rows: What the ledger has for the sampler, by candidate; rows without a number were measured before the search.
-        space: What is searched, now.
-        objectives: How many numbers are maximised.
+        wanted: What they have to agree with.
         same_space: Whether finished trials are known to be of this very space: looking at each takes a millisecond.
     """
+    rows, space, objectives = wanted.rows, wanted.space, wanted.objectives
     agreed = trials if all(_agrees(trial, rows, space, same_space) for trial in trials) else ()
     planned = [_settled(trial, rows, space, objectives) for trial in agreed]
     if planned and planned[-1] is None:
@@ -183,6 +196,11 @@ def plan(
         # Numbers without a row keep their place: the next proposal has the number that it would have had.
         found += [create_trial(state=TrialState.FAIL) for _ in range(number - len(found))]
         found.append(_from_row(row, space, objectives))
+    anchors = {recipe.identity for recipe in space.anchors()}
+    waiting = {trial.user_attrs.get(CANDIDATE) for trial in found if trial.state == TrialState.WAITING}
+    for recipe in (recipe for recipe in wanted.again if recipe.identity not in waiting):
+        origin = "anchor" if recipe.identity in anchors else "search"
+        found.append(_waiting(space.params(recipe), {CANDIDATE: recipe.identity, ORIGIN: origin}))
     there = {trial.user_attrs.get(CANDIDATE) for trial in found}
     for recipe in space.anchors():
         if recipe in space and recipe.identity not in there:
@@ -272,18 +290,18 @@ def _waiting(
     )
 
 
-def _fill(backend: BaseStorage, name: str, owner: str, rows: Mapping[str, Row], space: Space, objectives: int) -> Study:
+def _fill(backend: BaseStorage, name: str, owner: str, wanted: Wanted) -> Study:
     """The study in a shared storage, rewritten there if it is not as planned, and never if it is another's."""
     study = _own_study(backend, name, owner)
     if study is None:
-        return _written(backend, name, plan([], rows, space, objectives), space, objectives, owner)
-    fits = len(study.directions) == objectives
+        return _written(backend, name, plan([], wanted), wanted, owner)
+    fits = len(study.directions) == wanted.objectives
     trials = study.get_trials(deepcopy=False) if fits else []
-    planned = plan(trials, rows, space, objectives, same_space=_is_of(study, space))
+    planned = plan(trials, wanted, same_space=_is_of(study, wanted.space))
     if fits and _same(planned, trials):
-        return study if _is_of(study, space) else _marked(study, space)
+        return study if _is_of(study, wanted.space) else _marked(study, wanted.space)
     optuna.delete_study(study_name=name, storage=backend)
-    return _written(backend, name, planned, space, objectives, owner)
+    return _written(backend, name, planned, wanted, owner)
 
 
 def _own_study(backend: BaseStorage, name: str, owner: str | None) -> Study | None:
@@ -329,21 +347,16 @@ def _owner(directory: str) -> str:
 
 
 def _written(
-    backend: BaseStorage,
-    name: str,
-    trials: Iterable[FrozenTrial],
-    space: Space,
-    objectives: int,
-    owner: str | None = None,
+    backend: BaseStorage, name: str, trials: Iterable[FrozenTrial], wanted: Wanted, owner: str | None = None
 ) -> Study:
     try:
-        study = optuna.create_study(study_name=name, storage=backend, directions=["maximize"] * objectives)
+        study = optuna.create_study(study_name=name, storage=backend, directions=["maximize"] * wanted.objectives)
     except DuplicatedStudyError:
         raise _not_ours(name) from None
     if owner is not None:
         study.set_user_attr(OWNER, owner)
     study.add_trials(trials)
-    return _marked(study, space)
+    return _marked(study, wanted.space)
 
 
 def _marked(study: Study, space: Space) -> Study:
@@ -360,20 +373,20 @@ def _same(planned: Sequence[FrozenTrial], trials: Sequence[FrozenTrial]) -> bool
 
 
 @contextmanager
-def _open_journal(path: str, name: str, rows: Mapping[str, Row], space: Space, objectives: int) -> Iterator[Study]:
+def _open_journal(path: str, name: str, wanted: Wanted) -> Iterator[Study]:
     """The study in a journal file, which is replaced in one rename if it is not as planned."""
     with suppress(FileNotFoundError):
         Path(f"{path}.lock").unlink()  # of a killed driver; Optuna would wait half a minute for it
     journal = Journal(io.BytesIO(), whole_lines(path))
-    study = _readable(journal, name, objectives)
+    study = _readable(journal, name, wanted.objectives)
     trials = study.get_trials(deepcopy=False) if study else []
-    planned = plan(trials, rows, space, objectives, same_space=study is not None and _is_of(study, space))
+    planned = plan(trials, wanted, same_space=study is not None and _is_of(study, wanted.space))
     if study is None or not trials or not _same(planned, trials):
         journal = Journal(made := io.BytesIO())
-        study = _written(JournalStorage(journal), name, planned, space, objectives)
+        study = _written(JournalStorage(journal), name, planned, wanted)
         storage.write_bytes(path, made.getvalue())
     with appended(path) as journal.file:
-        yield study if _is_of(study, space) else _marked(study, space)
+        yield study if _is_of(study, wanted.space) else _marked(study, wanted.space)
 
 
 def _readable(journal: Journal, name: str, objectives: int) -> Study | None:

@@ -50,8 +50,13 @@ ENDINGS: Mapping[Ending, str] = {
 }
 
 
-def run(campaign: Campaign, display: Display) -> str:
+def run(campaign: Campaign, display: Display, *, retry_failed: bool = False) -> str:
     """Runs a campaign in its directory, or goes on with it; what is there already is not done again.
+
+    Args:
+        campaign: The campaign.
+        display: Shows progress.
+        retry_failed: Whether candidates that failed are measured again.
 
     Returns:
         The results table and the places of what was left, for the terminal.
@@ -63,12 +68,14 @@ def run(campaign: Campaign, display: Display) -> str:
     directory.check(campaign)
     with directory.locked():
         display.timings = directory.read_timings()
-        if directory.is_finished(campaign):
+        if directory.is_finished(campaign) and not retry_failed:
             display.say(f"{directory.path} is finished: nothing to do")
             return summary(directory)
         with display.phase("Pool"):
-            opened, ledger = _opened(campaign, directory, display)
+            opened, ledger = _opened(campaign, directory, display, retry_failed)
             _require_searchable(opened, directory)
+            if ledger.retried:
+                display.say(f"  {len(ledger.retried)} failed measurements are tried again")
         directory.claim(campaign, opened.fingerprints)
         keep(opened.pool, directory.path)
         try:
@@ -93,12 +100,14 @@ def check(campaign: Campaign, display: Display) -> None:
     _require_searchable(opened, directory)
 
 
-def _opened(campaign: Campaign, directory: Directory, display: Display) -> tuple[Opened, Ledger]:
+def _opened(
+    campaign: Campaign, directory: Directory, display: Display, retry_failed: bool = False
+) -> tuple[Opened, Ledger]:
     """Pool and tasks of a campaign, and what its directory has of it, looked through for what would stop it later."""
     opened = open_campaign(campaign, display, directory.path)
     directory.check_pool(opened.fingerprints)
     require_kernel(opened)
-    return opened, Ledger(directory.ledger, campaign.name)
+    return opened, Ledger(directory.ledger, campaign.name, retry_failed=retry_failed)
 
 
 def _require_searchable(opened: Opened, directory: Directory) -> None:

@@ -113,6 +113,9 @@ def campaign_run(
 def campaign_resume(
     directory: Where,
     candidates: Annotated[int | None, typer.Option(help="A new budget, to search on.")] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Measure candidates that failed again, when the cause is mended.")
+    ] = False,
     address: Address = None,
     quiet: Quiet = False,
 ) -> None:
@@ -122,7 +125,7 @@ def campaign_resume(
     from flows.directory.campaign_directory import Directory
 
     campaign = Directory(directory).campaign()
-    _finish(run(_with(campaign, directory, candidates), _display(quiet)))
+    _finish(run(_with(campaign, directory, candidates), _display(quiet), retry_failed=retry_failed))
 
 
 @campaign_app.command("status")

@@ -31,17 +31,18 @@ class Ledger:
     is full and the next one begins. Small files thus grow into large ones without a moment at which a row is in
     two files or in none, and no file that a reader has listed is ever taken away: `pandas.read_parquet(path)`
     finds every finished row once, at any moment. A process begins a file of its own and never touches what
-    another one wrote. Temporary files begin with a dot, which Arrow's dataset readers skip.
+    another one wrote. A candidate that failed and was measured again has a row of each; the latest counts. Temporary files begin with a dot, which Arrow's dataset readers skip.
 
     Args:
         path: The directory, local or at any fsspec address; it need not exist yet.
         campaign: The campaign that it must belong to; None to read whatever is there.
+        retry_failed: Whether failed rows count as not there, so that their candidates are measured again.
 
     Raises:
         LedgerError: A file is unreadable or of another schema version, or rows belong to another campaign.
     """
 
-    def __init__(self, path: str, campaign: str | None = None) -> None:
+    def __init__(self, path: str, campaign: str | None = None, *, retry_failed: bool = False) -> None:
         self.path = path
         self._campaign = campaign
         self._rows: dict[tuple[str, str], Row] = {}
@@ -55,7 +56,17 @@ class Ledger:
         found = from_table(pa.concat_tables(tables)) if tables else []
         for row in sorted(found, key=lambda row: (row.finished, row.trial or 0)):
             self._check(row)
-            self._rows.setdefault((row.candidate, row.split), row)
+            earlier = self._rows.get(key := (row.candidate, row.split))
+            if earlier is None or earlier.status == "failed":
+                self._rows.pop(key, None)  # to its place in time
+                self._rows[key] = row
+        failed = [key for key, row in self._rows.items() if row.status == "failed"] if retry_failed else []
+        self._retried = {key: self._rows.pop(key) for key in failed}
+
+    @property
+    def retried(self) -> list[Row]:
+        """The failed rows that count as not there, until their candidates have new ones."""
+        return list(self._retried.values())
 
     def append(self, row: Row) -> bool:
         """Makes a row durable before returning, as `extend` does.
@@ -66,7 +77,7 @@ class Ledger:
         return bool(self.extend([row]))
 
     def extend(self, rows: Iterable[Row]) -> list[Row]:
-        """Makes rows durable in one write; a (candidate, split) that is there already is left as it is.
+        """Makes rows durable in one write; a (candidate, split) that is there already, and counts, is left as it is.
 
         Returns:
             Those that are new.
@@ -90,6 +101,8 @@ class Ledger:
         if len(whole) >= ROWS_PER_FILE:
             self._files, self._newest = self._files + 1, SCHEMA.empty_table()
         self._rows |= new
+        for key in new:
+            self._retried.pop(key, None)
         return list(new.values())
 
     def get(self, candidate: str, split: str) -> Row | None:

@@ -197,6 +197,49 @@ def test_what_was_measured_before_is_heard_by_the_study_where_it_lies_in_its_spa
     assert quest("broken", 14) == unbroken
 
 
+def test_failed_candidates_are_measured_again_where_that_is_asked_for(tmp_path, threads):
+    sick = {"task_arithmetic"}
+
+    def measure_or_fail(recipe):
+        if recipe.method in sick:
+            raise RuntimeError(f"CUDA error at {recipe.identity}")
+        return scores(recipe)
+
+    def run(*, retry_failed=False, journal=True):
+        ledger = Ledger(str(tmp_path / "ledger"), "demo", retry_failed=retry_failed)
+        if not journal:
+            (tmp_path / "study" / "journal.log").unlink()
+        executor = threads(measure_or_fail)
+        with open_study(str(tmp_path / "study"), "demo", SPACE, ledger) as study:
+            search(
+                study,
+                SPACE,
+                lambda number: make_sampler("random", 1, None, number),
+                ledger,
+                executor,
+                make_objective("mean", ["x"]),
+                Provenance("demo"),
+                Budget(12),
+            )
+        return executor.submitted, ledger.rows()
+
+    _, rows = run()
+    failed = {row.candidate for row in rows if row.status == "failed"}
+    assert 2 <= len(failed) < 12
+    sick.clear()
+    assert run()[0] == []
+    again, rows = run(retry_failed=True, journal=False)
+    assert {candidate.recipe.identity for candidate in again} == failed
+    assert len(again) == len(failed)
+    assert {row.status for row in rows} == {"complete"}
+    assert len(rows) == 12
+    assert sum(row.origin == "anchor" for row in rows) == 3
+    _, rows = run()
+    assert {row.status for row in rows} == {"complete"}
+    assert len(rows) == 12
+    assert run(retry_failed=True)[0] == []
+
+
 def test_a_space_that_is_the_same_is_not_looked_through_again(quest, monkeypatch):
     quest("same", 12)
     looked = []

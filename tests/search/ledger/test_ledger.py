@@ -1,7 +1,7 @@
 import math
 import threading
 from dataclasses import fields, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pandas as pd
 import pyarrow as pa
@@ -168,3 +168,21 @@ def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "validation-000001-x.parquet").write_bytes(b"PAR1 and then nothing")
     with pytest.raises(LedgerError, match=r"validation-000001-x\.parquet is not a readable"):
         Ledger(str(tmp_path))
+
+
+def test_a_failed_row_may_be_followed_by_another_and_the_latest_counts(tmp_path):
+    first = Ledger(str(tmp_path))
+    first.extend([FULL, replace(FULL, candidate="other")])
+    assert not first.append(replace(FULL, status="complete", error=None))
+    again = Ledger(str(tmp_path), retry_failed=True)
+    assert again.rows() == []
+    assert [row.candidate for row in again.retried] == [FULL.candidate, "other"]
+    later = replace(FULL, status="complete", error=None, finished=FULL.finished + timedelta(seconds=1))
+    assert again.append(later)
+    assert [row.candidate for row in again.retried] == ["other"]
+    assert not again.append(replace(later, objective=0.1))
+    assert {row.candidate: row.status for row in Ledger(str(tmp_path)).rows()} == {
+        "other": "failed",
+        FULL.candidate: "complete",
+    }
+    assert len(pd.read_parquet(tmp_path)) == 3
