@@ -31,7 +31,8 @@ class Ledger:
     is full and the next one begins. Small files thus grow into large ones without a moment at which a row is in
     two files or in none, and no file that a reader has listed is ever taken away: `pandas.read_parquet(path)`
     finds every finished row once, at any moment. A process begins a file of its own and never touches what
-    another one wrote. A candidate that failed and was measured again has a row of each; the latest counts. Temporary files begin with a dot, which Arrow's dataset readers skip.
+    another one wrote. A candidate that failed and was measured again has a row of each attempt; the latest
+    counts. Temporary files begin with a dot, which Arrow's dataset readers skip.
 
     Args:
         path: The directory, local or at any fsspec address; it need not exist yet.
