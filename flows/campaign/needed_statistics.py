@@ -98,6 +98,11 @@ def solutions(opened: Opened, cache: str, display: Display) -> dict[str, tuple[s
     return {"+".join(members): (path,)}
 
 
+def joined(first: Mapping[str, tuple[str, ...]], second: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Both files of everybody: a pool of one member has its own statistics and its solutions under one name."""
+    return {who: (*first.get(who, ()), *second.get(who, ())) for who in {**first, **second}}
+
+
 def representations(opened: Opened, cache: str, display: Display) -> dict[str, dict[str, str]]:
     """Files with every member's representations of the same examples: some of each task's training split.
 
@@ -152,7 +157,7 @@ def published_statistics(opened: Opened) -> Mapping[str, Mapping[str, str]]:
     """Member → kind → path of the files that the campaign names, each checked against its checkpoint.
 
     Raises:
-        StatisticsError: A file is damaged or belongs to another checkpoint.
+        StatisticsError: A file is damaged, belongs to another checkpoint, or is the second one of its kind.
     """
     found: dict[str, dict[str, str]] = {member: {} for member in (BASE, *opened.pool.members)}
     named = {member: settings.statistics for member, settings in opened.campaign.members.items()}
@@ -161,7 +166,11 @@ def published_statistics(opened: Opened) -> Mapping[str, Mapping[str, str]]:
             file = StatisticsFile.open(path)
             checkpoint = _checkpoint(opened, who)
             file.check(checkpoint.fingerprint, checkpoint.tensors)
-            found[who][file.kind] = path
+            one = found[who].setdefault(file.kind, path)
+            if one != path:
+                raise StatisticsError(
+                    f"{who} has two files with the statistic '{file.kind}', {one} and {path}: name one of them"
+                )
     return found
 
 

@@ -8,7 +8,7 @@ from flows.campaign.evaluators import evaluators
 from flows.campaign.examples import choosing_anchors, confirm, make_planner, search_split
 from flows.campaign.executor import RayExecutor
 from flows.campaign.export import code_version, export
-from flows.campaign.needed_statistics import cache_of, member_statistics, require_sources, solutions
+from flows.campaign.needed_statistics import cache_of, joined, member_statistics, require_sources, solutions
 from flows.campaign.open_campaign import Opened, open_campaign
 from flows.campaign.selection import prepare_selection, require_kernel, select_subsets
 from flows.campaign.starts import starts
@@ -169,7 +169,7 @@ def _work(opened: Opened, directory: Directory, cluster: Cluster, ledger: Ledger
     campaign = opened.campaign
     with display.phase("Statistics"):
         statistics: Files = member_statistics(opened, opened.kinds, cache_of(opened.campaign), display)
-        statistics = {**statistics, **solutions(opened, cache_of(opened.campaign), display)}
+        statistics = joined(statistics, solutions(opened, cache_of(opened.campaign), display))
         prepare_selection(opened, cache_of(opened.campaign), display)
     with evaluators(opened, statistics, cluster, display) as executor:
         references = _references(opened, directory, executor, ledger, display)

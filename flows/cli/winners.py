@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from flows.campaign.distil import Files, distil
 from flows.campaign.export import export
-from flows.campaign.needed_statistics import cache_of, member_statistics, solutions
+from flows.campaign.needed_statistics import cache_of, joined, member_statistics, solutions
 from flows.campaign.open_campaign import open_campaign
 from flows.campaign.summary import tables_as_markdown
 from flows.directory.campaign_directory import Directory
@@ -44,7 +44,7 @@ def export_candidates(path: str, rows: Sequence[Row], display: Display) -> dict[
     with display.phase("Statistics"):
         cache = cache_of(campaign)
         files: Files = member_statistics(opened, opened.kinds, cache, display)
-        files = {**files, **solutions(opened, cache, display)}
+        files = joined(files, solutions(opened, cache, display))
     card = tables_as_markdown(directory, campaign)
     known = {row.candidate: row for row in Ledger(directory.ledger, campaign.name).rows()}
     for row in missing:

@@ -54,7 +54,7 @@ class RecipeFile(Settings):
             MethodError: The method, a parameter or a value is unknown or out of bounds.
         """
         method = METHODS[self.method]
-        default = float(method.scaling.default)
+        default = method.default_recipe(list(self.members)).scaling
         if isinstance(self.scaling, float):
             scaling = dict.fromkeys(self.members, self.scaling)
         else:
@@ -63,7 +63,7 @@ class RecipeFile(Settings):
             if strangers := named - set(self.members):
                 hint = did_you_mean(min(strangers), list(self.members))
                 raise MethodError(f"scaling: '{min(strangers)}' is no member of this recipe. {hint}")
-            scaling |= {member: default for member in self.members if member not in named}
+            scaling |= {member: default[member] for member in self.members if member not in named}
         return method.complete(Recipe(self.method, scaling, self.parameters))
 
     def material(self) -> Material:
@@ -74,9 +74,10 @@ class RecipeFile(Settings):
         """
         pool = Pool.open(self.base, {name: member.checkpoint for name, member in self.members.items()}, self.heads)
         check_weights(pool, LOOKED_AT)
-        files = {name: member.statistics for name, member in self.members.items()}
-        together = {"+".join(sorted(self.members)): self.statistics, BASE: self.base_statistics}
-        statistics = open_statistics(pool, {**files, **together})
+        files = {name: member.statistics for name, member in self.members.items()} | {BASE: self.base_statistics}
+        together = "+".join(sorted(self.members))  # of one member, its own name
+        files[together] = (*files.get(together, ()), *self.statistics)
+        statistics = open_statistics(pool, files)
         counts = {name: member.examples for name, member in self.members.items()} | {BASE: self.base_examples}
         examples = {name: count for name, count in counts.items() if count}
         return Material(pool, statistics, examples)

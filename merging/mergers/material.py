@@ -9,7 +9,7 @@ from torch import Tensor
 
 from merging.checkpoints.checkpoint import Checkpoint
 from merging.checkpoints.pool import Pool
-from merging.errors import MethodError
+from merging.errors import MethodError, StatisticsError
 from merging.io import storage
 from merging.mergers import weight_groups
 from merging.methods import METHODS, Context, Method, Prepared, Weight
@@ -137,18 +137,23 @@ def open_statistics(pool: Pool, files: Mapping[str, Sequence[str]]) -> dict[str,
         files: Member, `BASE`, or names of members joined by + → paths.
 
     Raises:
-        StatisticsError: A file is damaged, or belongs to another checkpoint.
+        StatisticsError: A file is damaged, belongs to another checkpoint, or is the second one of its kind.
     """
     found: dict[str, dict[str, StatisticsFile]] = {}
+    solutions = {METHODS[name].solution for name in METHODS}
     for who, paths in files.items():
         for path in paths:
             file = StatisticsFile.open(path)
-            if who == BASE or who in pool.members:
+            if file.kind not in solutions and (who == BASE or who in pool.members):
                 checkpoint: Checkpoint = pool.base if who == BASE else pool.members[who].checkpoint
                 file.check(checkpoint.fingerprint, checkpoint.tensors)
             else:
                 file.check(subset_fingerprint(pool, who.split("+")))
-            found.setdefault(file.kind, {})[who] = file
+            one = found.setdefault(file.kind, {}).setdefault(who, file)
+            if one.path != path:
+                raise StatisticsError(
+                    f"{who} has two files with the statistic '{file.kind}', {one.path} and {path}: name one of them"
+                )
     return found
 
 

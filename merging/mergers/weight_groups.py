@@ -19,6 +19,7 @@ from functools import lru_cache, partial
 from math import inf
 
 from merging.errors import MethodError
+from merging.methods.depth import depth
 from merging.recipe import GROUP, Recipe, flat, nested
 
 REST = "*"
@@ -81,7 +82,7 @@ def depth_groups(names: Iterable[str], count: int | None = None) -> tuple[str, .
     Raises:
         MethodError: No weight's name has a layer's number.
     """
-    numbered = [depth for depth in map(_depth, names) if depth < inf]
+    numbered = [number for number in map(depth, names) if number < inf]
     layers = int(max(numbered, default=0)) + 1
     if layers == 1:
         raise MethodError(
@@ -178,16 +179,8 @@ def _matcher(group: str) -> Callable[[str], bool]:
     last = first if found and not found[2] else float(found[3] or inf) if found else -1
     if last < first:
         raise MethodError(f"'{group}' names no layers: write 'layers:3', 'layers:0-2', or 'layers:9-' to the end")
-    return lambda name: first <= _depth(name) <= last
+    return lambda name: first <= depth(name) <= last
 
 
 def _fits(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern)
-
-
-@lru_cache(maxsize=1 << 16)
-def _depth(name: str) -> float:
-    """A weight's layer; 0 for embeddings, ∞ for what else is in no layer."""
-    if number := re.search(r"(?:^|\.)(\d+)(?:\.|$)", name):
-        return int(number[1])
-    return 0 if re.search(r"embed|(?:^|\.)(?:wte|wpe|shared)\.", name) else inf

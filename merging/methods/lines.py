@@ -1,8 +1,8 @@
 """LiNeS: any method, with what it adds to the base scaled linearly from the first layer to the last."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import inf
 from typing import Any, ClassVar
 
 import torch
@@ -12,14 +12,9 @@ from merging.errors import MethodError
 from merging.kernels.blockwise import Scratch, spans
 from merging.methods.averaging.task_arithmetic import TaskArithmetic
 from merging.methods.checks import target
+from merging.methods.depth import depth
 from merging.methods.method import METHODS, Context, Method, Parameter, Prepared, Weight, modifier, register
 from merging.recipe import Recipe, Value
-
-
-def layer(name: str) -> int | None:
-    """The first number that is a whole component of a weight's name: `encoder.layer.3.output…` is of layer 3."""
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-    return int(found[1]) if found else None
 
 
 @register
@@ -44,6 +39,16 @@ class Lines(Method):
         """What the method that is scaled needs."""
         return self.inner.needs(parameters)
 
+    def base_needs(self, parameters: Mapping[str, Value]) -> tuple[str, ...]:
+        """What the method that is scaled needs of the base."""
+        return self.inner.base_needs(parameters)
+
+    def complete(self, recipe: Recipe) -> Recipe:
+        """As for any method, with the other parameters as the method that is scaled completes them."""
+        given = {name: value for name, value in recipe.parameters.items() if name in self.inner.parameters}
+        inner = self.inner.complete(Recipe(self.inner.name, recipe.scaling, given))
+        return super().complete(replace(recipe, parameters={**recipe.parameters, **inner.parameters}))
+
     def solution_for(self, parameters: Mapping[str, Value]) -> str | None:
         """What the method that is scaled asks for."""
         return self.inner.solution_for(parameters)
@@ -66,7 +71,8 @@ class Lines(Method):
         def counted() -> Iterator[Weight]:
             nonlocal layers
             for weight in weights:
-                layers = max(layers, (layer(weight.name) or 0) + 1)
+                number = depth(weight.name)
+                layers = max(layers, int(number) + 1 if number < inf else 1)
                 yield weight
 
         rest = counted()
@@ -162,10 +168,7 @@ class PreparedLines(Prepared):
 
     def _depth(self, weight: Weight) -> float:
         """Where the weight is: l / (L − 1), from 0 to 1."""
-        number = layer(weight.name)
-        if number is None:
-            return 0.0 if "embed" in weight.name else 1.0
-        return number / max(self._layers - 1, 1)
+        return min(depth(weight.name) / max(self._layers - 1, 1), 1.0)
 
 
 def _scale_step(base: Tensor, merged: Tensor, scale: float, scratch: Scratch) -> None:

@@ -1,5 +1,6 @@
 """What a merge method is: declared parameters, `prepare` once for a pool, `merge` again and again for candidates."""
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,9 @@ from torch import Tensor
 from merging.errors import MethodError
 from merging.recipe import Recipe, Value
 from merging.registry import Registry, did_you_mean
+
+LARGEST = sys.float_info.max
+"""The largest finite number."""
 
 
 @dataclass(frozen=True)
@@ -42,23 +46,30 @@ class Parameter:
         """The value, in the parameter's type.
 
         Raises:
-            MethodError: It is of another type, out of bounds, or not among the choices.
+            MethodError: It is of another type, not finite, no whole number where one is needed, out of bounds, or not among
+                the choices.
         """
         if self.choices is not None:
-            if value not in self.choices:
-                raise MethodError(f"{name} = {value!r} is not one of {', '.join(map(repr, self.choices))}")
-            return value
+            for choice in self.choices:
+                # as the choice is written, so that 2.0 and 2 are one merge; True is no number
+                if value == choice and not (isinstance(value, bool) and not isinstance(choice, bool)):
+                    return choice
+            raise MethodError(f"{name} = {value!r} is not one of {', '.join(map(repr, self.choices))}")
         if isinstance(self.default, str):
             if not isinstance(value, str):
                 raise MethodError(f"{name} = {value!r} is no text")
             return value
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-            raise MethodError(f"{name} = {value!r} is not a number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
+            raise MethodError(f"{name} = {value!r} is not a finite number")
         if (self.minimum is not None and value < self.minimum) or (self.maximum is not None and value > self.maximum):
             low = "−∞" if self.minimum is None else f"{self.minimum:g}"
             high = "∞" if self.maximum is None else f"{self.maximum:g}"
             raise MethodError(f"{name} = {value:g} is outside {low} … {high}")
-        return type(self.default)(value) if isinstance(self.default, int | float) else value
+        if isinstance(self.default, int):
+            if value != int(value):
+                raise MethodError(f"{name} = {value:g} is not a whole number")
+            return int(value)
+        return float(value) + 0.0  # −0 is 0
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from merging.checkpoints.pool import Pool
 from merging.errors import TaskError
 from merging.evaluation.live_models import share_weights
+from merging.statistics.likelihood import IGNORED
 from merging.tasks.task import Batch, Split, Task
 
 Loss = Literal["expected_error", "cross_entropy", "distil"]
@@ -101,11 +102,15 @@ class GradientModels:
         """A task's mean loss on a batch."""
         task = self._tasks[number]
         logits = task.logits(self._models[number], batch).flatten(0, -2)
+        labels = batch.labels.flatten()
         if self._loss == "distil":
             with torch.no_grad():
-                wanted = log_softmax(task.logits(self._teachers[number], batch).flatten(0, -2), dim=-1)
-            return kl_div(log_softmax(logits, dim=-1), wanted, reduction="batchmean", log_target=True)
-        labels = batch.labels.flatten()
+                wanted = task.logits(self._teachers[number], batch).flatten(0, -2)
+            if batch.labels.dim() > 1:  # of sequences, target positions alone: what is said of padding means nothing
+                targets = labels != IGNORED
+                logits, wanted = logits[targets], wanted[targets]
+            difference = kl_div(log_softmax(logits, -1), log_softmax(wanted, -1), reduction="sum", log_target=True)
+            return difference / max(len(logits), 1)
         if self._loss == "cross_entropy":
             return cross_entropy(logits, labels)
         known = labels >= 0

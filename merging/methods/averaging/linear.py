@@ -16,7 +16,7 @@ class Linear(Method):
     name = "linear"
     summary = "weighted sum of the members"
     elementwise = True
-    scaling = Parameter(1.0, "weight of the member (1 / members in the default recipe)", low=0.0, high=1.0)
+    scaling = Parameter(1.0, "weight of the member (1 / members where nothing is said)", low=0.0, high=1.0)
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "normalize": Parameter(False, "divide the weights by their sum", choices=(False, True), search=False),
     }

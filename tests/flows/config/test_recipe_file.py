@@ -1,10 +1,15 @@
 import pytest
+import torch
 import yaml
 
 from flows.campaign.export import in_words
 from flows.config.recipe_file import dump_recipe, load_recipe
-from merging.errors import MethodError, SettingsError
+from merging.checkpoints.pool import Pool
+from merging.errors import MethodError, SettingsError, StatisticsError
+from merging.mergers.material import subset_fingerprint
 from merging.recipe import Recipe
+from merging.statistics.statistic import Partial
+from merging.statistics.statistics_file import save_tensors
 
 
 @pytest.fixture
@@ -34,6 +39,61 @@ def load(tmp_path):
 )
 def test_scaling_factors_of_members_and_of_their_groups(load, text, scaling):
     assert load(text).recipe().scaling == scaling
+
+
+@pytest.mark.parametrize(("text", "scaling"), [("", 0.5), ("scaling: {nyt: 0.5}", 0.5), ("scaling: 1", 1.0)])
+def test_a_linear_merge_is_the_mean_where_nothing_is_said(load, text, scaling, tmp_path):
+    path = tmp_path / "linear.yaml"
+    path.write_text(f"base: base\nmembers: {{amazon: amazon, nyt: nyt}}\nmethod: linear\n{text}\n")
+    assert load_recipe(str(path)).recipe().scaling == {"amazon": scaling, "nyt": scaling}
+
+
+@pytest.fixture
+def small(tiny_pool, tmp_path):
+    """Writes statistics files of a member, or of members as a whole."""
+    pool = Pool.open(str(tiny_pool["base"]), {"one": str(tiny_pool["one"])})
+
+    def save(name, kind):
+        tensors = {own: torch.rand(tuple(pool.weights[w].shape)) for w, own in pool.members["one"].names.items()}
+        alone = kind == "fisher"
+        checkpoint = pool.members["one"].checkpoint.fingerprint if alone else subset_fingerprint(pool, ["one"])
+        if not alone:
+            tensors = {w: tensors[own] for w, own in pool.members["one"].names.items()}
+        path = str(tmp_path / name)
+        save_tensors(path, kind, {}, tensors, Partial(counts={"examples": 1}), checkpoint=checkpoint, data="d")
+        return path
+
+    return save
+
+
+def test_one_member_keeps_its_statistics_and_its_solution(small, tiny_pool, tmp_path):
+    fisher, solution = small("fisher.safetensors", "fisher"), small("propagated.safetensors", "propagated")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"base: {tiny_pool['base']}\nmembers:\n  one: {{checkpoint: {tiny_pool['one']}, statistics: [{fisher}]}}\n"
+        f"statistics: [{solution}]\nmethod: fisher\n"
+    )
+    file = load_recipe(str(recipe))
+    material = file.material()
+    assert {kind: set(found) for kind, found in material.statistics.items()} == {
+        "fisher": {"one"},
+        "propagated": {"one"},
+    }
+    material.check(file.recipe())
+    material.check(Recipe("regmean_propagated", {"one": 1.0}))
+
+
+def test_a_second_file_of_one_kind_is_refused(small, tiny_pool, tmp_path):
+    files = [small(f"{number}.safetensors", "fisher") for number in range(2)]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"base: {tiny_pool['base']}\nmembers:\n  one: {{checkpoint: {tiny_pool['one']}, statistics: [{', '.join(files)}]}}\n"
+        "method: fisher\n"
+    )
+    with pytest.raises(
+        StatisticsError, match=r"one has two files with the statistic 'fisher', .*0.safetensors and .*1"
+    ):
+        load_recipe(str(recipe)).material()
 
 
 def test_groups_survive_a_round_trip(load, tmp_path):

@@ -164,7 +164,9 @@ def test_groups_prepare_once(complete_material, monkeypatch):
         ({"one@layers:0-": 1.0, "one@*bias": 0.5, "two": 1.0}, "two scaling factors of 'one'"),
         ({"four@*": 1.0, "two": 1.0}, "'four' is no member"),
         ({"one@*atention*": 1.0, "one@*": 1.0}, "none of the merged weights"),
-        ({"one@*bias": float("inf"), "one@*": float("nan")}, r"scaling factor of 'one@\*'"),
+        ({"one@*bias": 1.0, "one@*": float("nan")}, r"scaling factor of 'one@\*'"),
+        ({"one": float("inf"), "two": 1.0}, "scaling factor of 'one' = inf is not a finite number"),
+        ({"one": float("-inf"), "two": 1.0}, "scaling factor of 'one' = -inf is not a finite number"),
     ],
 )
 def test_wrong_groups_are_named(material, scaling, message):

@@ -1,8 +1,14 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from merging.errors import MethodError
+from merging.mergers.weight_groups import split
 from merging.methods import METHODS, Context, Weight
+from merging.recipe import Recipe
+
+EXAMPLES = {"amazon": 300, "movie": 120, "nyt": 50, "tweets": 700, "base": 1000}
 
 
 @pytest.mark.parametrize(
@@ -20,6 +26,57 @@ def test_the_scale_grows_from_the_first_layer_to_the_last(name, scale, merge):
     weights = [Weight(each, torch.zeros(2), {"a": torch.ones(2)}) for each in names]
     merged = merge("lines", weights, {"a": 1.0}, {"a": 0.5, "b": 0.5})
     torch.testing.assert_close(merged[name], torch.full((2,), scale))
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [
+        ("wte.weight", 0.5),
+        ("transformer.wpe.weight", 0.5),
+        ("shared.weight", 0.5),
+        ("model.embed_tokens.weight", 0.5),
+        ("vision_model.embeddings.class_embedding", 0.5),
+        ("h.1.mlp.c_fc.weight", 1.0),
+        ("ln_f.weight", 1.0),
+        ("embed_out.weight", 1.0),
+        ("h.0.mlp.shared_expert.weight", 0.5),
+    ],
+)
+def test_embeddings_of_any_architecture_belong_to_the_first_layer_as_for_groups(name, scale, merge):
+    names = ["h.0.attn.c_attn.weight", "h.1.attn.c_attn.weight", *([] if name.startswith("h.0") else ["h.0.x"]), name]
+    weights = [Weight(each, torch.zeros(2), {"a": torch.ones(2)}) for each in names]
+    merged = merge("lines", weights, {"a": 1.0}, {"a": 0.5, "b": 0.5})
+    torch.testing.assert_close(merged[name], torch.full((2,), scale))
+    (group,) = split([name], Recipe("lines", {"a@layers:0": 0.5, "a@layers:1-": 1.0}))
+    assert group[1]["a"] == scale
+
+
+def test_gradient_matching_keeps_the_base_s_fisher_and_its_delta():
+    method, inner = METHODS["lines+gradient_matching"], METHODS["gradient_matching"]
+    recipe = Recipe(method.name, {"a": 1.0}, {"base_curvature": "fisher", "a": 0.3})
+    complete = method.complete(recipe)
+    assert complete.parameters["delta"] == 1e-12
+    assert (complete.parameters["a"], complete.parameters["b"]) == (0.3, 0.5)
+    assert method.base_needs(complete.parameters) == inner.base_needs(complete.parameters) == ("fisher",)
+    assert method.complete(replace(recipe, parameters={})).parameters["delta"] == 1.0
+    with pytest.raises(MethodError, match="has no parameter 'detla'"):
+        method.complete(replace(recipe, parameters={"detla": 1.0}))
+
+
+@pytest.mark.parametrize("curvature", ["identity", "fisher"])
+def test_gradient_matching_grows_with_depth_as_its_formula_says(
+    curvature, make_pool, merge, complete, reference, assert_close
+):
+    weights = make_pool(2)
+    parameters = {"base_curvature": curvature, "a": 0.25, "b": 0.5}
+    merged = merge("lines+gradient_matching", weights, SCALING, parameters)
+    spelled = complete("gradient_matching", SCALING, {"base_curvature": curvature})
+    plain = reference.gradient_matching(weights, SCALING, spelled, EXAMPLES)
+    expected = {}
+    for w in weights:
+        scale = 0.25 if w.name.startswith(("embeddings", "layer.0")) else 0.75
+        expected[w.name] = w.base.double() + scale * (plain[w.name] - w.base.double())
+    assert_close(merged, expected)
 
 
 DEPTHS = {"a": 0.25, "b": 0.5}

@@ -1,0 +1,57 @@
+import pytest
+
+from merging.errors import MethodError
+from merging.methods import METHODS
+from merging.recipe import Recipe
+
+
+@pytest.mark.parametrize(
+    ("method", "parameter", "values"),
+    [
+        ("consensus", "k", (2, 2.0)),
+        ("linear", "normalize", (True, 1, 1.0)),
+        ("linear", "normalize", (False, 0, 0.0)),
+        ("dare", "seed", (3, 3.0)),
+        ("dare", "drop", (0, 0.0, -0.0)),
+        ("mats", "iterations", (10, 10.0)),
+    ],
+)
+def test_one_value_has_one_identity_however_it_is_written(method, parameter, values):
+    recipes = [METHODS[method].complete(Recipe(method, {"a": 1.0}, {parameter: value})) for value in values]
+    assert len({recipe.identity for recipe in recipes}) == 1
+    assert len({type(recipe.parameters[parameter]) for recipe in recipes}) == 1
+
+
+def test_scaling_factors_of_one_value_have_one_identity():
+    identities = {METHODS["average"].complete(Recipe("average", {"a": 1, "b": b})).identity for b in (0, 0.0, -0.0)}
+    assert len(identities) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "parameter", "value"),
+    [
+        ("mats", "iterations", 0.9),
+        ("dare", "seed", 1.7),
+        ("dare", "seed", True),
+        ("consensus", "k", True),
+        ("consensus", "k", 2.5),
+        ("ties", "lambda", float("inf")),
+        ("ties", "lambda", float("-inf")),
+        ("ties", "lambda", float("nan")),
+        ("gradient_matching", "delta", float("inf")),
+        ("dare", "seed", 10**400),
+        ("dare", "seed", float("inf")),
+        ("ties", "disjoint", 1),
+        ("ties", "density", "0.2"),
+    ],
+)
+def test_what_is_no_such_number_is_refused(method, parameter, value):
+    with pytest.raises(MethodError, match=f"^{parameter} = "):
+        METHODS[method].complete(Recipe(method, {"a": 1.0}, {parameter: value}))
+
+
+@pytest.mark.parametrize("factor", [float("inf"), float("-inf"), float("nan"), True, "1", 10**400])
+@pytest.mark.parametrize("method", ["task_arithmetic", "lines+ties", "average"])
+def test_scaling_factors_are_finite_numbers(method, factor):
+    with pytest.raises(MethodError, match="scaling factor of 'a' = .* is not a finite number"):
+        METHODS[method].complete(Recipe(method, {"a": factor, "b": 1.0}))
