@@ -7,10 +7,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import ray
+from ray.job_config import JobConfig
 
+import merging
 from merging.errors import ClusterError
 
 WORKER_ENVIRONMENT = {
@@ -20,6 +23,9 @@ WORKER_ENVIRONMENT = {
 }
 """Workers read local files only, and leave the cores to the threads that they are given."""
 
+
+PROGRAM = Path(merging.__file__).resolve().parents[1]
+"""Where the program's packages lie: a checkout, or among what is installed."""
 
 LOCAL = "local"
 """The address of a cluster that this process started for itself."""
@@ -58,6 +64,17 @@ class Cluster:
         return f"Ray {self.address}: {self.nodes} node{'s' * (self.nodes > 1)}, {self.cpus} CPUs{gpus}"
 
 
+class Job(JobConfig):  # type: ignore[misc]  # Ray's class has no type
+    """A job whose workers search the same modules as any Python on their node.
+
+    Ray puts the driver's working directory first on its workers' path, so that a `search/` or `yaml.py` in it would be
+    imported instead of ours. It does not where a job brings a directory of its own, and asks for that here.
+    """
+
+    def _runtime_env_has_working_dir(self) -> bool:
+        return Path.cwd() != PROGRAM or bool(super()._runtime_env_has_working_dir())
+
+
 @contextmanager
 def connect() -> Iterator[Cluster]:
     """Joins the cluster that `RAY_ADDRESS` names, or starts a local one for the block.
@@ -76,10 +93,17 @@ def connect() -> Iterator[Cluster]:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if chosen:
-            ray.init(address=chosen, runtime_env=environment, logging_level=logging.ERROR, log_to_driver=False)
+            ray.init(
+                address=chosen,
+                job_config=Job(),
+                runtime_env=environment,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
         else:
             ray.init(
                 address=LOCAL,
+                job_config=Job(),
                 runtime_env=environment,
                 include_dashboard=False,
                 logging_level=logging.ERROR,

@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -307,7 +306,6 @@ def quickstart(
 
 def main() -> None:
     """Entry point of `mergequest`."""
-    sys.path.insert(0, str(Path.cwd()))  # where a custom evaluator's module may lie; Ray's workers follow
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` ends it as Ctrl-C does
     app()
 

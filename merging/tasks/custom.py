@@ -3,16 +3,22 @@
 import importlib
 import inspect
 import math
+import os
+import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from numbers import Real
+from types import ModuleType
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 from torch import nn
 
 from merging.errors import TaskError
@@ -35,7 +41,7 @@ class CustomSettings(TaskSettings):
     kind: Literal["custom"] = Field("custom", description="custom: any model and any data that your function reads.")
     evaluator: str = Field(
         pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
-        description="The function, as `module:function` on Python's path.",
+        description="The function, as `module:function` on Python's path or in the working directory.",
     )
     arguments: dict[str, Any] = Field(default_factory=dict, description="Further keyword arguments of the function.")
     metric: str = Field("score", min_length=1, description="What the function's number is called in tables.")
@@ -44,6 +50,26 @@ class CustomSettings(TaskSettings):
         default_factory=dict,
         description="Split → number of examples, where it matters to pruning; 0 if not given.",
     )
+    _directory: str = PrivateAttr(default_factory=os.getcwd)  # travels to the workers, which may have another
+
+
+@dataclass(frozen=True)
+class LastDirectory(MetaPathFinder):
+    """Finds modules in a directory that nothing else finds.
+
+    At the end of `sys.path`, its modules would still come before the namespace packages of other entries.
+
+    Args:
+        directory: Where to look.
+    """
+
+    directory: str
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """See `MetaPathFinder`; what lies inside a package is found by the package's own path."""
+        return PathFinder.find_spec(fullname, [self.directory], target) if path is None else None
 
 
 class Custom(Task):
@@ -130,15 +156,23 @@ class Custom(Task):
     @cached_property
     def _function(self) -> Callable[..., Any]:
         module, name = self.settings.evaluator.split(":")
+        last = LastDirectory(self.settings._directory)
+        if last not in sys.meta_path:
+            sys.meta_path.append(last)
         try:
-            function = getattr(importlib.import_module(module), name)
-        except AttributeError as error:
-            raise self._error(f"module '{module}' has no function '{name}'") from error
+            imported = importlib.import_module(module)
         except Exception as error:  # the user's module may raise anything
             raise self._error(
-                f"cannot import '{module}' ({type(error).__name__}: {error}): put its directory on "
-                "PYTHONPATH, and what it needs into this environment"
+                f"cannot import '{module}' ({type(error).__name__}: {error}): put it into the working directory or its "
+                "directory on PYTHONPATH, and what it needs into this environment. An installed module of that name comes first"
             ) from error
+        if not hasattr(imported, name):
+            file = getattr(imported, "__file__", None) or "built in"
+            raise self._error(
+                f"module '{module}' has no function '{name}': it is {file}. If you mean another, rename that: an installed "
+                "module comes before one in the working directory"
+            )
+        function = getattr(imported, name)
         if not callable(function):
             raise self._error(f"{self.settings.evaluator} is no function but {type(function).__name__}")
         called: Callable[..., Any] = function

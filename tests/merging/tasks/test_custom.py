@@ -95,6 +95,20 @@ def test_check_finds(custom, evaluator, settings, message):
         custom(evaluator, **settings).check()
 
 
+def test_the_working_directory_is_searched_after_all_else(custom, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    (here / "my_namespace").mkdir(parents=True)
+    (tmp_path / "my_namespace").mkdir()  # as there are among installed packages
+    for name in ("my_own", "my_scores", "yaml", "my_namespace/__init__"):
+        (here / f"{name}.py").write_text("def own():\n    return 1.0\n")
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    assert custom("my_own:own").data_fingerprint("test")
+    for name in ("my_scores", "yaml", "my_namespace"):
+        with pytest.raises(TaskError, match=rf"module '{name}' has no function 'own': it is .*rename"):
+            custom(f"{name}:own").check()
+
+
 def test_check_notes(custom):
     (note,) = custom("my_scores:norm").check()
     assert "no statistics" in note
