@@ -58,6 +58,7 @@ def export(
             base_statistics=used.get(BASE, ()),
             examples=opened.examples(),
             heads=opened.campaign.heads,
+            max_distance=opened.campaign.max_distance,
         ),
     }
     for task, owner in opened.campaign.owners().items():

@@ -40,7 +40,7 @@ def examined(campaign: Campaign, pool: Pool, directory: str | None, display: Dis
                 validation.keep(pool, part)
                 found |= part
                 bar.advance(len(part))
-    return validation.distances(pool, found)
+    return validation.distances(pool, found, campaign.max_distance)
 
 
 def known(pool: Pool) -> dict[str, str]:

@@ -212,6 +212,21 @@ def merge(
 
 
 @app.command()
+def convert(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Directory whose weights are a pickle (pytorch_model.bin, …).", metavar="CHECKPOINT")
+    ],
+    out: Annotated[str, typer.Option("--out", help="Directory to write, new or empty.")],
+    quiet: Quiet = False,
+) -> None:
+    """Writes a pickled checkpoint's tensors as safetensors, all of them, and every other file; runs nothing of the pickle."""
+    from flows.cli.convert import convert_checkpoint
+
+    convert_checkpoint(checkpoint, out, _display(quiet))
+    typer.echo(out)
+
+
+@app.command()
 def evaluate(
     file: File,
     what: Annotated[

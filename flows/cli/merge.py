@@ -70,6 +70,7 @@ def merge_recipe(
                         base_statistics=file.base_statistics,
                         examples=material.examples,
                         heads=file.heads,
+                        max_distance=file.max_distance,
                     )
                 },
                 progress=lambda done, total: bar.reach(-(-done // MILLION)),

@@ -15,6 +15,7 @@ from flows.config.sections import (
     TestSettings,
 )
 from flows.config.yaml_file import MemberSettings, Name, Settings, load_yaml, parent, resolve, validate
+from merging.checkpoints.validation import MAX_DISTANCE
 from merging.errors import MergequestError, SettingsError
 from merging.io import storage
 from merging.methods import METHODS
@@ -56,6 +57,12 @@ class Campaign(Settings):
     heads: tuple[str, ...] = Field(
         (),
         description="Patterns (classifier.*) of tensors to keep per task though base and members all have them.",
+    )
+    max_distance: float | None = Field(
+        MAX_DISTANCE,
+        gt=0,
+        description="Largest ‖θ_t − θ_0‖ / ‖θ_0‖ of a member: one beyond it was hardly fine-tuned from the base; null for no "
+        "bound.",
     )
     tasks: dict[Name, AnyTaskSettings] = Field(min_length=1, description="What a merge is judged by.")
     task_heads: dict[str, str] = Field(

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from flows.config.yaml_file import MemberSettings, Name, Settings, load_yaml, parent, resolve, validate
 from merging.checkpoints.pool import Pool
-from merging.checkpoints.validation import check_weights
+from merging.checkpoints.validation import MAX_DISTANCE, check_weights
 from merging.errors import MethodError
 from merging.mergers.material import Material, open_statistics
 from merging.methods import METHODS
@@ -39,6 +39,12 @@ class RecipeFile(Settings):
     )
     parameters: dict[str, Value] = Field(default_factory=dict, description="The method's parameters.")
     heads: tuple[str, ...] = Field((), description="Patterns of tensors that are not merged.")
+    max_distance: float | None = Field(
+        MAX_DISTANCE,
+        gt=0,
+        description="Largest ‖θ_t − θ_0‖ / ‖θ_0‖ of a member: one beyond it was hardly fine-tuned from the base; null for no "
+        "bound.",
+    )
 
     @field_validator("members")
     @classmethod
@@ -73,7 +79,7 @@ class RecipeFile(Settings):
             MergequestError: One of them is unusable.
         """
         pool = Pool.open(self.base, {name: member.checkpoint for name, member in self.members.items()}, self.heads)
-        check_weights(pool, LOOKED_AT)
+        check_weights(pool, LOOKED_AT, self.max_distance)
         files = {name: member.statistics for name, member in self.members.items()} | {BASE: self.base_statistics}
         together = "+".join(sorted(self.members))  # of one member, its own name
         files[together] = (*files.get(together, ()), *self.statistics)
@@ -110,6 +116,7 @@ def dump_recipe(
     base_statistics: Sequence[str] = (),
     examples: Mapping[str, int] | None = None,
     heads: Sequence[str] = (),
+    max_distance: float | None = MAX_DISTANCE,
 ) -> str:
     """A recipe file that repeats a candidate's merge.
 
@@ -121,6 +128,7 @@ def dump_recipe(
         base_statistics: Statistics files of the base.
         examples: Member, or `base` → number of training examples behind it, where that is known.
         heads: Patterns of tensors that are not merged.
+        max_distance: Largest distance of a member from the base; None for no bound.
     """
     known = examples or {}
     value: dict[str, Any] = {
@@ -135,10 +143,13 @@ def dump_recipe(
         "base_statistics": list(base_statistics),
         "base_examples": known.get(BASE),
         "heads": list(heads),
+        "max_distance": max_distance,
         **recipe.as_dict(),
         "scaling": nested(recipe.scaling),
     }
-    always = ("method", "scaling", "parameters")
+    always: tuple[str, ...] = ("method", "scaling", "parameters")
+    if max_distance != MAX_DISTANCE:
+        always = ("max_distance", *always)
     order = ("base", "members", "statistics", "base_statistics", "base_examples", "heads", *always)
     shown = {key: value[key] for key in order if value[key] or key in always}
     return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)

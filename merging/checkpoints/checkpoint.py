@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from merging.checkpoints.quantised import refuse_quantised
 from merging.errors import CheckpointError, StorageError
 from merging.io import fact_cache, local_copies, storage
 from merging.io.prefetch import Window
@@ -97,7 +98,7 @@ class SafetensorsFile:
         try:
             metadata = header.pop("__metadata__", {})
             for name, entry in header.items():
-                dtype = DTYPES[entry["dtype"]]
+                dtype = _dtype(path, name, entry["dtype"])
                 start, stop = (8 + length + int(offset) for offset in entry["data_offsets"])
                 shape = tuple(int(extent) for extent in entry["shape"])
                 if stop > size:
@@ -212,7 +213,8 @@ class Checkpoint:
         """Opens a model directory: reads its configuration and headers, no weights.
 
         Raises:
-            CheckpointError: It is missing, incomplete, damaged, an adapter, a pickle, or names a file outside itself.
+            CheckpointError: It is missing, incomplete, damaged, quantised, an adapter, a pickle, or names a file outside
+                itself.
         """
         if not storage.is_dir(path):
             raise CheckpointError(
@@ -230,6 +232,7 @@ class Checkpoint:
             if twice := tensors.keys() & file.tensors.keys():
                 raise CheckpointError(f"{path}: '{min(twice)}' stands in two of its files")
             tensors.update(file.tensors)
+        refuse_quantised(path, config, ((info.name, info.dtype, info.shape) for info in tensors.values()))
         return cls(path, config, tensors, {file.path: file for file in files})
 
     @property
@@ -351,6 +354,21 @@ class Digest:
         return storage.fingerprint(sorted(self._found.values()))
 
 
+def _dtype(path: str, name: str, word: object) -> torch.dtype:
+    """A tensor's dtype, by its word in a header.
+
+    Raises:
+        CheckpointError: It is none that weights are merged in.
+    """
+    dtype = DTYPES.get(word) if isinstance(word, str) else None
+    if dtype is None:
+        raise CheckpointError(
+            f"{path}: '{name}' has dtype {word!r}, which is not read. Where it belongs to quantised weights (F8_E8M0, F4, U32, "
+            "…), dequantise them first, or take the checkpoint that they were quantised from"
+        )
+    return dtype
+
+
 def read_settings(path: str) -> dict[str, Any]:
     """A checkpoint's `config.json`, or an adapter's.
 
@@ -378,8 +396,8 @@ def _weight_files(path: str, listed: list[str]) -> list[str]:
         pickles = [name for name in listed if name.endswith(PICKLES)]
         if pickles:
             raise CheckpointError(
-                f"{path} holds its weights as a pickle ({pickles[0]}), which can run code when it is opened. Convert it "
-                "where you trust it: AutoModel.from_pretrained(DIR).save_pretrained(NEW) writes safetensors"
+                f"{path} holds its weights as a pickle ({pickles[0]}), and only safetensors are read. "
+                f"`mergequest convert {path} --out NEW` writes them, every tensor, without running what is in a pickle"
             )
         raise CheckpointError(f"{path} holds neither {SINGLE} nor {INDEX}: the download is incomplete")
     try:

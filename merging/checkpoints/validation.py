@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from math import isfinite
+from math import inf, isfinite
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from merging.kernels import cpu
 from merging.kernels.blockwise import Scratch, difference, is_finite, spans
 from merging.recipe import BASE
 
-FAR = 0.9
+MAX_DISTANCE = 0.9
 """‖θ_t − θ_0‖ / ‖θ_0‖ above which a member was hardly fine-tuned from the base: independent models lie near √2."""
 SLICE = 8
 """Members that are read beside the base at once: what is on its way is bounded, and the base is read again for the next."""
@@ -98,8 +98,15 @@ def key(pool: Pool, member: str) -> tuple[str, ...]:
     return ("examined", "1", names, *pool.base.identity, *pool.members[member].checkpoint.identity)
 
 
-def distances(pool: Pool, findings: Mapping[str, Finding]) -> dict[str, float]:
+def distances(
+    pool: Pool, findings: Mapping[str, Finding], max_distance: float | None = MAX_DISTANCE
+) -> dict[str, float]:
     """Each member's relative distance from the base, ‖θ_t − θ_0‖ / ‖θ_0‖ over matrices.
+
+    Args:
+        pool: The pool.
+        findings: Member → finding.
+        max_distance: The largest distance of a member; None for no bound.
 
     Raises:
         PoolError: NaN or Inf, named by tensor and member; or a member that was not fine-tuned from this base.
@@ -112,21 +119,24 @@ def distances(pool: Pool, findings: Mapping[str, Finding]) -> dict[str, float]:
     found = {
         member: (findings[member].square / max(findings[member].base_square, 1e-30)) ** 0.5 for member in pool.members
     }
-    far = [f"{name} ({distance:.2f})" for name, distance in found.items() if distance > FAR]
+    bound = inf if max_distance is None else max_distance
+    far = [f"{name} ({distance:.2f})" for name, distance in found.items() if distance > bound]
     if far:
         raise PoolError(
             f"not fine-tuned from the base {pool.base.path}: {', '.join(far)}. The number is ‖θ_t − θ_0‖ / ‖θ_0‖, which "
-            f"stays far below {FAR} in fine-tuning. Name the base that these members were trained from"
+            f"stays far below {MAX_DISTANCE} in fine-tuning. Name the base that these members were trained from; or, if "
+            f"members so far from it are meant, set `max_distance` (now {bound:g}; null for no bound)"
         )
     return found
 
 
-def check_weights(pool: Pool, most: int | None = None) -> dict[str, float]:
+def check_weights(pool: Pool, most: int | None = None, max_distance: float | None = MAX_DISTANCE) -> dict[str, float]:
     """Reads every merged weight once, looking for what no merge survives.
 
     Args:
         pool: The pool.
         most: Entries of a weight to look at, from its middle, where it is read by memory map; by default all.
+        max_distance: The largest distance of a member; None for no bound.
 
     Returns:
         Each member's relative distance from the base.
@@ -137,7 +147,7 @@ def check_weights(pool: Pool, most: int | None = None) -> dict[str, float]:
     found: dict[str, Finding] = {}
     for group in slices(list(pool.members)):
         found |= examine(pool, group, most)
-    return distances(pool, found)
+    return distances(pool, found, max_distance)
 
 
 class _Reading:

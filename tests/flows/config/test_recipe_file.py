@@ -121,3 +121,13 @@ def test_no_member_is_called_base(tmp_path):
 def test_the_card_tells_groups():
     assert in_words(0.5) == "0.5"
     assert in_words({"layers:0-2": 0.51234, "*": 1.0}) == "0.5123 (`layers:0-2`), 1 (`*`)"
+
+
+@pytest.mark.parametrize(("text", "bound"), [("", 0.9), ("max_distance: null", None), ("max_distance: 2", 2.0)])
+def test_the_largest_distance_survives_a_round_trip(load, text, bound, tmp_path):
+    file = load(text)
+    assert file.max_distance == bound
+    members = {"nyt": ("nyt", ()), "amazon": ("amazon", ())}
+    written = dump_recipe("base", members, file.recipe(), max_distance=file.max_distance)
+    (tmp_path / "again.yaml").write_text(written)
+    assert load_recipe(str(tmp_path / "again.yaml")).max_distance == bound

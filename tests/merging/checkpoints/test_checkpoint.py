@@ -115,7 +115,7 @@ def test_damaged_header(copied, header):
 
 def test_pickle_is_refused(copied):
     (copied / SINGLE).rename(copied / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"as a pickle \(pytorch_model.bin\).*save_pretrained"):
+    with pytest.raises(CheckpointError, match=r"as a pickle \(pytorch_model.bin\).*mergequest convert"):
         Checkpoint.open(str(copied))
 
 

@@ -155,3 +155,11 @@ def test_a_look_at_some_entries_says_nearly_the_same(tiny_pool, tmp_path, save_b
 def test_an_empty_pool(tiny_pool):
     with pytest.raises(PoolError, match="at least one member"):
         Pool.open(str(tiny_pool["base"]), {})
+
+
+def test_how_far_a_member_may_be_is_a_setting(tiny_pool, tmp_path, save_base):
+    pool = Pool.open(str(save_base(tmp_path / "other", seed=7)), {"one": str(tiny_pool["one"])})
+    with pytest.raises(PoolError, match=r"set `max_distance` \(now 0.9; null for no bound\)"):
+        check_weights(pool)
+    assert 1.0 < check_weights(pool, max_distance=None)["one"] < 1.6
+    assert check_weights(pool, max_distance=1.6) == check_weights(pool, max_distance=None)
