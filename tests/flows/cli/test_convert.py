@@ -49,7 +49,8 @@ def test_a_head_and_every_other_file_stay(pickled, tmp_path):
         assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert (tmp_path / "out" / "1_Pooling" / "config.json").read_text() == "{}"
     assert (tmp_path / "out" / "spm.model").read_bytes() == b"pieces"
-    assert not list((tmp_path / "out").glob("*.bin")) and not (tmp_path / "out" / "optimizer.pt").exists()
+    assert not list((tmp_path / "out").glob("*.bin"))
+    assert not (tmp_path / "out" / "optimizer.pt").exists()
 
 
 def test_shards_tied_and_transposed_tensors(pickled, tmp_path):
@@ -96,7 +97,8 @@ def test_nothing_of_a_pickle_runs(pickled, tmp_path, monkeypatch):
     torch.save({"model.norm.weight": Runs()}, path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="more than tensors"):
         convert(path, tmp_path / "out")
-    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_refused(pickled, tmp_path):
