@@ -3,9 +3,10 @@
 import torch
 
 from flows.config.recipe_file import RECIPE, RecipeFile, dump_recipe, load_recipe
-from flows.config.yaml_file import require_writable
+from flows.config.yaml_file import parent, require_writable
 from flows.directory.progress import Display
-from merging.checkpoints.checkpoint import CONFIG, Checkpoint
+from merging.checkpoints.checkpoint import Checkpoint
+from merging.checkpoints.manifest import require_replaceable
 from merging.errors import SettingsError
 from merging.io import storage
 from merging.mergers.disk import merge_to_disk
@@ -43,8 +44,8 @@ def merge_recipe(
         raise SettingsError(f"unknown dtype '{dtype}'. {did_you_mean(dtype, list(DTYPES))}")
     file = load_recipe(path)
     recipe = file.recipe()
+    _require_free(out, path, file)
     require_writable(out)
-    _require_free(out, file)
     with display.phase(f"Merging {len(file.members)} members by {recipe.method}"):
         material = file.material()
         if mismatch:
@@ -84,20 +85,22 @@ def merge_recipe(
             display.note(f"gradient mismatch, as Fisher information predicts it: {found.total:.3g} ({terms})")
 
 
-def _require_free(out: str, file: RecipeFile) -> None:
+def _require_free(out: str, recipe: str, file: RecipeFile) -> None:
     """Looks whether something would be lost if the directory were replaced.
 
     Raises:
-        SettingsError: It is a checkpoint that is merged, holds one, or holds anything but an earlier merge.
+        SettingsError: It is or holds what is merged, the recipe, or the working directory.
+        StorageError: It holds anything but an earlier merge.
     """
-    for checkpoint in (file.base, *(member.checkpoint for member in file.members.values())):
-        if storage.is_local(out) and storage.is_local(checkpoint):
-            place, used = (storage.local_path(path).expanduser().resolve() for path in (out, checkpoint))
-            if used.is_relative_to(place):
-                raise SettingsError(f"{out} would replace {checkpoint}, which is merged: name another directory")
-    there = storage.list_dir(out)
-    # of a remote directory, only a checkpoint's own files are replaced
-    if there and RECIPE not in there and (storage.is_local(out) or CONFIG in there):
-        raise SettingsError(
-            f"{out} is not empty and holds no earlier merge (no {RECIPE}): name another directory, or remove it"
-        )
+    used = {"the base": [file.base], "the recipe": [parent(recipe)], "a file of statistics": [*file.statistics]}
+    used["a file of statistics"] += file.base_statistics
+    for name, member in file.members.items():
+        used[f"member '{name}'"] = [member.checkpoint]
+        used["a file of statistics"] += member.statistics
+    for what, places in used.items():
+        for place in places:
+            if storage.contains(out, place):
+                raise SettingsError(f"{out} would replace {place}, where {what} is: name another directory")
+    if storage.contains(out, "."):
+        raise SettingsError(f"{out} would replace the directory that this command runs in: name another one")
+    require_replaceable(out)

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from flows.config.yaml_file import Settings
 from merging.errors import MethodError
-from merging.io import storage
+from merging.io.secrets import holds_secret
 from merging.mergers.linear_basis import is_linear
 from merging.methods import METHODS
 from merging.optimization.descent import DescentSettings
@@ -175,7 +175,7 @@ class SearchSettings(Settings):
 
     @model_validator(mode="after")
     def _no_password(self) -> "SearchSettings":
-        if self.storage is not None and storage.holds_secret(self.storage):
+        if self.storage is not None and holds_secret(self.storage):
             raise ValueError(
                 "storage: the URL holds a password, which would be saved with the campaign: leave it out, and give it by "
                 "PGPASSWORD, ~/.pgpass or the database's own option file"

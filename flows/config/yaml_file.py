@@ -3,7 +3,7 @@
 import os
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from merging.errors import MergequestError, SettingsError
 from merging.io import storage
+from merging.io.secrets import holds_secret, redacted
 from merging.registry import did_you_mean
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -88,14 +89,33 @@ def load_yaml(path: str) -> dict[str, Any]:
     try:
         value = yaml.load(storage.read_text(path), _Loader)
     except yaml.YAMLError as error:
-        raise SettingsError(f"{path} is not valid YAML: {error}") from error
+        raise SettingsError(f"{path} is not valid YAML: {redacted(str(error))}") from error
     except MergequestError as error:
         raise SettingsError(str(error)) from error
     if not isinstance(value, dict):
         raise SettingsError(
             f"{path} holds no settings: expected `key: value` lines; `mergequest init` writes an example"
         )
+    if places := list(_secrets(value, "")):
+        raise SettingsError(
+            f"{path}: {', '.join(places)}: the address holds a password, token or signature, which would be saved with the "
+            "results: leave it out, and give credentials by the environment or the protocol's own configuration file"
+        )
     return value
+
+
+def _secrets(value: Any, place: str) -> Iterator[str]:
+    """The places of addresses that hold a secret; a study's database has its own remedy."""
+    if isinstance(value, dict):
+        for key, below in value.items():
+            if holds_secret(str(key)):
+                yield f"a key of {place.lstrip('.') or 'the file'}"
+            yield from _secrets(below, f"{place}.{key}")
+    elif isinstance(value, list | tuple):
+        for number, below in enumerate(value):
+            yield from _secrets(below, f"{place}.{number}")
+    elif isinstance(value, str) and place != ".search.storage" and holds_secret(value):
+        yield place.lstrip(".")
 
 
 def parent(path: str) -> str:
@@ -140,7 +160,7 @@ def validate(model: type[Model], value: Mapping[str, Any], where: str) -> Model:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        lines = [f"  - {_explain(model, entry)}" for entry in error.errors(include_url=False)]
+        lines = [f"  - {redacted(_explain(model, entry))}" for entry in error.errors(include_url=False)]
         raise SettingsError(f"{where}: {len(lines)} mistake{'s' * (len(lines) > 1)}:\n" + "\n".join(lines)) from error
 
 

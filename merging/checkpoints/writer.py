@@ -7,33 +7,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from merging.checkpoints.checkpoint import CONFIG, DTYPES, INDEX, SINGLE, Checkpoint, TensorInfo
+from merging.checkpoints.companions import companions
+from merging.checkpoints.manifest import MANIFEST, manifest, require_replaceable, written
 from merging.io import storage
 from merging.io.direct_io import BLOCK, UnbufferedFile
 
 SHARD_BYTES = 4 << 30
 """A file is closed before it exceeds this."""
-COMPANIONS = (
-    CONFIG,
-    "generation_config.json",
-    "*tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "*processor_config.json",
-    "spiece.model",
-    "sentencepiece*.model",
-)
-"""The small files that make a model directory loadable: configuration, tokenizer, preprocessor."""
-
 Outline = tuple[str, torch.dtype, tuple[int, ...]]
 """A tensor to be written: name, dtype, shape."""
 Write = Callable[[int, Tensor], None]
@@ -139,10 +125,14 @@ class LocalFiles(Files):
     def __init__(self, shards: tuple[Shard, ...], directory: Path) -> None:
         super().__init__(shards)
         self._files: dict[str, UnbufferedFile] = {}
-        for shard in shards:
-            self._files[shard.name] = UnbufferedFile(directory / shard.name)
-            self._files[shard.name].reserve(shard.size)
-            self._files[shard.name].write(0, memoryview(shard.header))
+        try:
+            for shard in shards:
+                self._files[shard.name] = UnbufferedFile(directory / shard.name)
+                self._files[shard.name].reserve(shard.size)
+                self._files[shard.name].write(0, memoryview(shard.header))
+        except BaseException:
+            self.close(complete=False)
+            raise
 
     @contextmanager
     def open(self, shard: Shard) -> Iterator[Write]:
@@ -198,23 +188,27 @@ def new_checkpoint(
 ) -> Iterator[Files]:
     """A model directory that is there when the block ends well, and not otherwise.
 
-    A local one is a neighbour under another name until then; what was at `path` is replaced. Elsewhere nothing can be
-    renamed: what makes a directory a checkpoint, `config.json`, goes first and comes last.
+    A local one is a neighbour under another name until then; an earlier merge at `path` is replaced. Elsewhere nothing
+    can be renamed: what makes a directory a checkpoint, `config.json`, goes first and comes last.
 
     Args:
         path: The directory.
         shards: What will be in the block written, all of it.
-        like: The checkpoint whose configuration, tokenizer and other small files are copied.
+        like: The checkpoint whose configuration, tokenizer and other companion files are copied.
         extra: Further small files, by their path below the directory (a model card, a task's head).
 
     Raises:
-        StorageError: There is no right or no space to write.
+        StorageError: There is no right or no space to write, or something else than an earlier merge is there.
     """
+    require_replaceable(path)
     small = _small_files(shards, like, extra or {})
+    small = {MANIFEST: manifest({shard.name: shard.size for shard in shards}, small), **small}
     if not storage.is_local(path):
-        for name in storage.list_dir(path):
-            if name in (CONFIG, INDEX) or name.endswith(".safetensors"):
-                storage.remove(storage.join(path, name))
+        for name in sorted(written(path), key=lambda name: name != CONFIG):
+            storage.remove(storage.join(path, name))
+        storage.write_bytes(
+            storage.join(path, MANIFEST), small.pop(MANIFEST)
+        )  # first: what a killed merge leaves is known
         yield RemoteFiles(shards, path)
         for name, content in small.items():
             storage.write_bytes(storage.join(path, name), content)
@@ -240,10 +234,11 @@ def _small_files(shards: Sequence[Shard], like: Checkpoint, extra: Mapping[str, 
         weight_map = {name: shard.name for shard in shards for name in shard.tensors}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         found[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
-    for name in storage.list_dir(like.path):
-        if any(fnmatchcase(name, pattern) for pattern in COMPANIONS):
+    given = {name: content.encode() if isinstance(content, str) else content for name, content in extra.items()}
+    for name in companions(like.path)[0]:
+        if name not in given:
             found[name] = storage.read_bytes(storage.join(like.path, name))
-    found |= {name: content.encode() if isinstance(content, str) else content for name, content in extra.items()}
+    found |= given
     return {**{name: content for name, content in found.items() if name != CONFIG}, CONFIG: found[CONFIG]}
 
 

@@ -1,6 +1,7 @@
 """Files, local or at any fsspec address (`s3://…`): what is read whole, and what is written at once or not at all."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -11,20 +12,17 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import fsspec
 from fsspec.core import url_to_fs
 
-from merging.errors import StorageError
+from merging.errors import MergequestError, StorageError
+from merging.io.secrets import holds_secret, redacted
 
 S3 = ("s3", "s3a")
-SECRET = re.compile(
-    r"^[^/@]*:[^/@]*@|[?&](X-Amz-Signature|X-Amz-Credential|sig|signature|token|secret)=", re.IGNORECASE
-)
-"""What an address must not hold: `user:password@`, or a signature in its query."""
 SETTLED = 2.0
 """Seconds after which a change of a local file shows in its times: file systems keep them no finer than that."""
 
@@ -54,9 +52,24 @@ def base_name(path: str) -> str:
     return posixpath.basename(path.rstrip("/"))
 
 
-def holds_secret(address: str) -> bool:
-    """Whether an address holds a password or a signature, which must not be shown or saved."""
-    return SECRET.search(address.partition("://")[2]) is not None
+def contains(directory: str, path: str) -> bool:
+    """Whether `path` is `directory` or lies below it, whatever links and detours they are written with."""
+    if is_local(directory) and is_local(path):
+        outer, inner = (local_path(place).expanduser().resolve() for place in (directory, path))
+        if outer.exists() and any(entry.exists() and outer.samefile(entry) for entry in (inner, *inner.parents)):
+            return True
+        return inner.is_relative_to(outer)
+    if is_local(directory) or is_local(path):
+        return False
+    outer_key, inner_key = _key(directory), _key(path)
+    return inner_key == outer_key or inner_key.startswith(outer_key.rstrip("/") + "/")
+
+
+def _key(address: str) -> str:
+    """An address in one of the ways in which it can be written."""
+    protocol, _, rest = address.partition("://")
+    protocol = {"s3a": "s3", "gcs": "gs"}.get(protocol.lower(), protocol.lower())
+    return f"{protocol}://{posixpath.normpath('/' + rest).lstrip('/')}"
 
 
 def file_system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -78,19 +91,41 @@ def file_system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         system, inner = url_to_fs(path)
     except (ImportError, ValueError) as error:
-        raise StorageError(f"cannot open {path}: {error}. Is the package of that protocol installed?") from error
+        told = redacted(str(error))
+        raise StorageError(f"cannot open {path}: {told}. Is the package of that protocol installed?") from error
+    except Exception as error:  # what a store's own client raises: no credentials, no account, …
+        raise StorageError(f"cannot open {path}: {_in_words(error)}") from error
     return system, inner
 
 
 @contextmanager
-def _named(path: str, doing: str) -> Iterator[None]:
-    """Turns an operating system's or a server's error into one that names the path."""
+def _named(path: str, doing: str, *, client: bool = True) -> Iterator[None]:
+    """Turns an operating system's or a server's error into one that names the path.
+
+    Args:
+        path: The file's path or address.
+        doing: What is tried, for the message.
+        client: Whether nothing but a store's client runs in the block. Clients raise errors of their own that are no
+            `OSError` (gcsfs, adlfs, google-auth, aiohttp).
+    """
     try:
         yield
+    except MergequestError:
+        raise
     except FileNotFoundError as error:
         raise StorageError(f"cannot {doing} {path}: it does not exist") from error
     except OSError as error:
-        raise StorageError(f"cannot {doing} {path}: {error.strerror or error}") from error
+        raise StorageError(f"cannot {doing} {path}: {redacted(str(error.strerror or error))}") from error
+    except Exception as error:
+        if is_local(path) or not client:
+            raise
+        raise StorageError(f"cannot {doing} {path}: {_in_words(error)}") from error
+
+
+def _in_words(error: Exception) -> str:
+    """The type and the first line of a foreign error."""
+    first = redacted((str(error).strip().splitlines() or [""])[0])
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def exists(path: str) -> bool:
@@ -124,6 +159,30 @@ def list_dir(path: str) -> list[str]:
         except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted({base_name(entry) for entry in found} - {base_name(inner), ""})
+
+
+def list_files(path: str) -> dict[str, int]:
+    """Every regular file below `path`, by its path relative to it, sorted, with its size in bytes.
+
+    Links to files are files; links to directories are not followed, so that nothing is listed twice or for ever.
+    """
+    if is_local(path):
+        root = local_path(path)
+        with _named(path, "list"):
+            below = [Path(where) / name for where, _, names in os.walk(root) for name in names]
+            return {str(file.relative_to(root)): file.stat().st_size for file in sorted(below) if file.is_file()}
+    system, inner = file_system(path)
+    with _named(path, "list"):
+        system.invalidate_cache(inner)
+        try:
+            found = system.find(inner, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        root_name = inner.strip("/") + "/"
+        below_root = {
+            name.lstrip("/").removeprefix(root_name): int(info.get("size") or 0) for name, info in found.items()
+        }
+        return dict(sorted((name, size) for name, size in below_root.items() if name and not name.endswith("/")))
 
 
 def make_dir(path: str) -> None:
@@ -205,7 +264,7 @@ def open_new(path: str) -> Iterator[BinaryIO]:
     Raises:
         StorageError: There is no right or no space to write.
     """
-    with _named(path, "write"):
+    with _named(path, "write", client=False):
         if is_local(path):
             with _new_neighbour(local_path(path)) as temporary, temporary.open("wb") as file:
                 yield file
@@ -228,7 +287,8 @@ def open_new(path: str) -> Iterator[BinaryIO]:
         with tempfile.NamedTemporaryFile() as spool:
             yield cast(BinaryIO, spool)
             spool.flush()
-            system.put_file(spool.name, inner)
+            with _named(path, "write"):
+                system.put_file(spool.name, inner)
 
 
 def write_bytes(path: str, data: bytes) -> None:
@@ -301,7 +361,7 @@ def _new_neighbour(target: Path) -> Iterator[Path]:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_dir(target.parent)
+    _sync(target.parent)
 
 
 def write_text(path: str, text: str) -> None:
@@ -330,19 +390,22 @@ def read_json(path: str) -> Any:
 def new_dir(path: str) -> Iterator[Path]:
     """A local directory that appears at `path` only when the block ends well; what was there is replaced.
 
+    It is durable then, with all that lies in it. What processes that were killed left of the same directory goes.
+
     Yields:
         A temporary neighbour to write into.
 
     Raises:
         StorageError: There is no right or no space to write.
     """
-    target = local_path(path)
-    with _named(path, "write"):
+    target = local_path(path).expanduser().resolve()
+    with _named(path, "write", client=False):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-        temporary.mkdir()
+        _clean_up(target)
+        temporary, handle = _claimed(target)
         try:
             yield temporary
+            _sync_tree(temporary)
             if target.exists():
                 retired = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
                 target.rename(retired)
@@ -350,10 +413,53 @@ def new_dir(path: str) -> Iterator[Path]:
                 shutil.rmtree(retired)
             else:
                 temporary.rename(target)
-            _sync_dir(target.parent)
+            _sync(target.parent)
         finally:
+            os.close(handle)
             if temporary.exists():
                 shutil.rmtree(temporary)
+
+
+def _claimed(target: Path) -> tuple[Path, int]:
+    """A new directory beside `target`, and an open handle whose lock says that its process lives."""
+    while True:
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+        temporary.mkdir()
+        try:
+            handle = os.open(temporary, os.O_RDONLY)
+        except FileNotFoundError:  # taken for a dead process's before it was locked
+            continue
+        with suppress(OSError):  # a file system without locks: then nobody cleans up, either
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        if temporary.exists():
+            return temporary, handle
+        os.close(handle)
+
+
+def _clean_up(target: Path) -> None:
+    """Removes what killed processes left of a directory; one that was about to be replaced comes back."""
+    leftover = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{8}\.(tmp|old)")
+    left = [entry for entry in target.parent.iterdir() if leftover.fullmatch(entry.name) and entry.is_dir()]
+    for entry in left:
+        if entry.suffix == ".old" and not target.exists():
+            entry.rename(target)
+        elif not entry.is_symlink() and _is_abandoned(entry):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _is_abandoned(directory: Path) -> bool:
+    """Whether no living process holds its lock; False where nobody can tell."""
+    try:
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True
 
 
 def remove(path: str) -> None:
@@ -387,9 +493,17 @@ def file_fingerprint(path: str) -> str:
         return digest.hexdigest()[:16]
 
 
-def _sync_dir(directory: Path) -> None:
-    """Makes a rename in `directory` durable."""
-    handle = os.open(directory, os.O_RDONLY)
+def _sync_tree(directory: Path) -> None:
+    """Makes every file below a directory durable, and the directories themselves."""
+    for where, _, names in os.walk(directory):
+        for name in names:
+            _sync(Path(where) / name)
+        _sync(Path(where))
+
+
+def _sync(path: Path) -> None:
+    """Makes a rename in a directory durable, or the content of a file."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -12,7 +12,8 @@ from flows.cli.merge import merge_recipe
 from flows.config.recipe_file import load_recipe
 from flows.directory.progress import Display
 from merging.checkpoints.checkpoint import Checkpoint
-from merging.errors import MethodError, SettingsError
+from merging.errors import MethodError, SettingsError, StorageError
+from merging.io import storage
 from merging.optimization.gradient_mismatch import quadratic_mismatch
 from merging.statistics import STATISTICS, LikelihoodSettings, measure, save
 from merging.tasks import TextClassificationSettings, make_task
@@ -71,18 +72,75 @@ def test_nothing_but_an_earlier_merge_is_replaced(write_recipe, tiny_pool, tmp_p
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("years of work")
     for out, message in (
-        (own / "base", "would replace .*base, which is merged"),
-        (own, "would replace .*base, which is merged"),
+        (own / "base", "would replace .*base, where the base is"),
+        (own, "would replace .*base, where the base is"),
         (tiny_pool["three"], "holds no earlier merge"),
         (tmp_path / "notes", "is not empty and holds no earlier merge"),
     ):
         before = sorted(out.rglob("*"))
-        with pytest.raises(SettingsError, match=message):
+        with pytest.raises((SettingsError, StorageError), match=message):
             merge_recipe(str(recipe), str(out), None, 1.0, Display())
         assert sorted(out.rglob("*")) == before
     for dtype in ("float32", "float16"):
         merge_recipe(str(recipe), str(tmp_path / "out"), dtype, 1.0, Display())
     assert Checkpoint.open(str(tmp_path / "out")).read("pooler.dense.weight").dtype == torch.float16
+
+
+def test_a_file_called_recipe_makes_no_directory_an_earlier_merge(write_recipe, tmp_path, monkeypatch):
+    recipe = Path(write_recipe())
+    for out, message in (
+        (tmp_path, "would replace .*where the recipe is"),
+        (tmp_path / "link", "would replace .*where the recipe is"),
+        (tmp_path / "cwd", "would replace the directory that this command runs in"),
+        (tmp_path / "other", r"holds no earlier merge alone \(recipe.yaml, thesis.txt would be lost\)"),
+    ):
+        (tmp_path / "link").exists() or (tmp_path / "link").symlink_to(tmp_path)
+        (tmp_path / "cwd" / "below").mkdir(parents=True, exist_ok=True)
+        monkeypatch.chdir(tmp_path / "cwd" / "below")
+        (tmp_path / "other").mkdir(exist_ok=True)
+        shutil.copy(recipe, tmp_path / "other")
+        (tmp_path / "other" / "thesis.txt").write_text("years of work")
+        with pytest.raises((SettingsError, StorageError), match=message):
+            merge_recipe(str(recipe), str(out), None, 1.0, Display())
+    assert (tmp_path / "other" / "thesis.txt").exists()
+    assert recipe.exists()
+
+
+@pytest.mark.parametrize("change", ["added", "edited", "weights"])
+@pytest.mark.parametrize("where", ["{tmp}/out", "memory://merges{tmp}"])
+def test_what_a_user_changed_in_an_earlier_merge_stays(write_recipe, tmp_path, where, change):
+    recipe, out = write_recipe(), where.format(tmp=tmp_path)
+    merge_recipe(recipe, out, None, 1.0, Display())
+    before = storage.list_files(out)
+    merge_recipe(recipe, out, None, 1.0, Display())
+    assert storage.list_files(out) == before
+    name = {"added": "notes/thesis.txt", "edited": "tokenizer_config.json", "weights": "model.safetensors"}[change]
+    storage.write_bytes(storage.join(out, name), b"years of work" * (200_000 if change == "weights" else 1))
+    with pytest.raises(StorageError, match=f"{name} would be lost"):
+        merge_recipe(recipe, out, None, 1.0, Display())
+    assert storage.exists(storage.join(out, name))
+
+
+def test_a_remote_member_that_is_an_earlier_merge_is_not_replaced(write_recipe, tmp_path):
+    recipe, first = write_recipe(), f"memory://first{tmp_path}"
+    merge_recipe(recipe, first, None, 1.0, Display())
+    settings = yaml.safe_load(Path(recipe).read_text())
+    settings["members"]["one"]["checkpoint"] = first
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(settings))
+    before = storage.list_files(first)
+    for out in (first, first + "/", f"memory:///first/.{tmp_path}", first.rpartition("/")[0]):
+        with pytest.raises(SettingsError, match="would replace .*where member 'one' is"):
+            merge_recipe(str(tmp_path / "again.yaml"), out, None, 1.0, Display())
+    assert storage.list_files(first) == before
+
+
+def test_a_recipe_with_a_secret_is_refused_without_repeating_it(write_recipe, tmp_path, capsys):
+    settings = yaml.safe_load(Path(write_recipe()).read_text())
+    settings["members"]["one"]["checkpoint"] = "zip://x::https://user:hunter2@host/x.zip"
+    (tmp_path / "secret.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(SettingsError, match="members.one.checkpoint: the address holds a password") as told:
+        merge_recipe(str(tmp_path / "secret.yaml"), str(tmp_path / "out"), None, 1.0, Display())
+    assert "hunter2" not in str(told.value) + "".join(capsys.readouterr())
 
 
 def test_a_merge_in_another_dtype_is_loaded_in_it(write_recipe, tmp_path):

@@ -1,13 +1,22 @@
 import json
+import os
 import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from merging.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
+from merging.checkpoints.companions import companions
+from merging.checkpoints.manifest import MANIFEST
 from merging.checkpoints.writer import lay_out, new_checkpoint
 from merging.errors import CheckpointError, StorageError
+from merging.io import storage
 
 MIXED = {
     "flags": torch.tensor([True, False, True]),
@@ -111,3 +120,182 @@ def test_an_index_names_every_tensor(tiny_pool, tmp_path):
     index = json.loads((tmp_path / "out" / INDEX).read_text())
     assert set(index["weight_map"]) == set(MIXED)
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in MIXED.values())
+
+
+KEPT = (
+    "1_Pooling/config.json",
+    "2_Dense/config.json",
+    "2_Dense/model.safetensors",
+    "LICENSE",
+    "USE_POLICY.md",
+    "additional_chat_templates/tool_use.jinja",
+    "assets/voices/one.json",
+    "bpe.codes",
+    "chat_template.jinja",
+    "config.json",
+    "entity_vocab.json",
+    "modeling_x.py",
+    "modules.json",
+    "normalizer.json",
+    "params.json",
+    "spm.model",
+    "tekken.json",
+    "tokenizer.model.v3",
+    "video_preprocessor_config.json",
+)
+LEFT = (
+    ".cache/huggingface/x.json",
+    ".gitattributes",
+    "README.md",
+    "adapter_config.json",
+    "checkpoint-500/config.json",
+    "checkpoint-500/model.safetensors",
+    "consolidated.00.pth",
+    "flax_model.msgpack",
+    "gguf/model.gguf",
+    "heads/a/config.json",
+    "model-00001-of-00002.safetensors",
+    "model.safetensors.index.json",
+    "onnx/config.json",
+    "onnx/model.onnx",
+    "original/params.json",
+    "pytorch_model.bin",
+    "recipe.yaml",
+    "tf_model.h5",
+    "training_args.bin",
+)
+
+
+@pytest.mark.parametrize("where", ["{tmp}/base", "memory://companions/{tmp}"])
+def test_all_but_weights_goes_into_the_merge_with_its_folders(tmp_path, where):
+    path = where.format(tmp=tmp_path)
+    for name in (*KEPT, *LEFT):
+        storage.write_text(storage.join(path, name), f"of {name}")
+    modules = [
+        {"path": "", "type": "sentence_transformers.models.Transformer"},
+        {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        {"path": "2_Dense", "type": "sentence_transformers.models.Dense"},
+    ]
+    storage.write_json(storage.join(path, "modules.json"), modules)
+    assert companions(path) == (sorted(KEPT), [])
+    like = Checkpoint(path, {}, {}, {})
+    out = path.replace("base", "") + "out"
+    with new_checkpoint(out, lay_out(outlines(MIXED)), like=like) as files:
+        fill(files, MIXED, backwards=not files.in_order)
+    assert sorted(storage.list_files(out)) == sorted({*KEPT, SINGLE, MANIFEST})
+    for name in KEPT:
+        assert storage.read_bytes(storage.join(out, name)) == storage.read_bytes(storage.join(path, name))
+
+
+def test_links_to_files_are_followed_and_others_are_not(tmp_path):
+    """As in a hub's cache, where all files are links; a folder that links to its parent has no end."""
+    (tmp_path / "blob").write_text("x")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "LICENSE").symlink_to(tmp_path / "blob")
+    (tmp_path / "base" / "again").symlink_to(tmp_path / "base")
+    (tmp_path / "base" / "nowhere").symlink_to(tmp_path / "gone")
+    os.mkfifo(tmp_path / "base" / "pipe")
+    assert companions(str(tmp_path / "base")) == (["LICENSE"], [])
+
+
+def test_everything_is_durable_before_the_directory_gets_its_name(tiny_pool, tmp_path, monkeypatch):
+    like = Checkpoint.open(str(tiny_pool["base"]))
+    synced, missing = set(), []
+    fsync, rename = os.fsync, os.rename
+
+    def watch(handle):
+        synced.add(str(Path(f"/proc/self/fd/{handle}").readlink()))
+        fsync(handle)
+
+    def renamed(self, target):
+        missing.extend(str(path) for path in [self, *self.rglob("*")] if str(path) not in synced)
+        rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    monkeypatch.setattr("pathlib.Path.rename", renamed)
+    with new_checkpoint(str(tmp_path / "out"), lay_out(outlines(MIXED)), like=like, extra={"a/b": "c"}) as files:
+        fill(files, MIXED)
+    assert missing == []
+    assert str(tmp_path) in synced
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from merging.io import storage
+with storage.new_dir(sys.argv[1]) as directory:
+    (directory / "model.safetensors").write_bytes(bytes(1000))
+    print(directory, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_merge_left_goes_with_the_next_and_what_a_living_one_writes_stays(tmp_path):
+    out = str(tmp_path / "out")
+    other = tmp_path / ".out.notes.tmp"
+    other.mkdir()
+    writers = [
+        subprocess.Popen([sys.executable, "-c", KILLED, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    dead, living = (writer.stdout.readline().strip() for writer in writers)
+    writers[0].send_signal(signal.SIGKILL)
+    writers[0].wait()
+    with storage.new_dir(out) as directory:
+        assert not Path(dead).exists()
+        assert Path(living).exists()
+        (directory / "x").write_text("x")
+    writers[1].communicate("")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([other.name, "out"])
+
+
+def test_files_are_closed_where_the_disk_is_full(tiny_pool, tmp_path, monkeypatch):
+    like = Checkpoint.open(str(tiny_pool["base"]))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(3):
+        with (
+            pytest.raises(StorageError, match="No space left"),
+            new_checkpoint(str(tmp_path / "out"), lay_out(outlines(MIXED), 30), like=like),
+        ):
+            pytest.fail("there is no room for it")
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+class OwnError(Exception):
+    """What a store's client raises, which is no OSError."""
+
+
+@pytest.mark.parametrize(
+    "do",
+    [
+        storage.exists,
+        storage.is_dir,
+        storage.list_dir,
+        storage.list_files,
+        storage.read_bytes,
+        storage.size,
+        storage.checksum,
+        storage.remove,
+        storage.file_fingerprint,
+        lambda path: storage.write_bytes(path, b"x"),
+        lambda path: storage.create(path, b"x"),
+    ],
+)
+def test_a_client_s_own_errors_name_the_address(do, monkeypatch):
+    class Broken(fsspec.AbstractFileSystem):
+        protocol = "broken"
+        cachable = False
+
+        def __getattribute__(self, name):
+            if name in ("exists", "isdir", "ls", "find", "cat_file", "size", "info", "open", "pipe_file", "rm_file"):
+                raise OwnError("HttpError 403 for https://x/y?sig=hunter2")
+            return super().__getattribute__(name)
+
+    fsspec.register_implementation("broken", Broken, clobber=True)
+    with pytest.raises(StorageError, match=r"broken://a/b: OwnError: HttpError 403.*sig=\*\*\*"):
+        do("broken://a/b")

@@ -1,0 +1,85 @@
+"""What must not be shown or saved: passwords, tokens and signatures in addresses and in what programs say of them."""
+
+import re
+from urllib.parse import unquote
+
+WITH_USER = (
+    "abfs",
+    "abfss",
+    "wasb",
+    "wasbs",
+    "adl",
+    "hdfs",
+    "webhdfs",
+    "ssh",
+    "sftp",
+    "ftp",
+    "smb",
+    "git",
+    "postgresql",
+    "postgres",
+    "mysql",
+    "mariadb",
+    "oracle",
+    "mssql",
+)
+"""Protocols whose addresses may begin with `name@`: a container of Azure's, or a user without a password."""
+_WORD = (
+    r"[\w.%-]*(?:token(?!s|_id|_ind|_len|_count|iz)|secret|signature|passw|passphrase|pwd|credential|api-?_?key|access-?_?key"
+    r"|private-?_?key|authori[sz]ation|session-?_?id|accessid|bearer|jwt|x-amz-|x-goog-)[\w.%-]*"
+)
+_VALUE = r"(\s*=\s*)([^&#;\s'\"<>)\]}]+)"
+_QUERY = re.compile(rf"(?<![\w.%/-])({_WORD}|(?<=[?&#;])(?:sig|auth|key|pass|sas)){_VALUE}", re.IGNORECASE)
+_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(:/{1,2})([^/\s@'\"<>?#]*(?::[^\s@'\"<>/?#]*)?)@")
+_PASSWORD = re.compile(r"(//)([^/\s@:'\"<>\[]*):(?!\d+/)([^\s'\"<>]*)@(?=[\w.\[-]+(?:[:/?#]|$))")
+_BEARER = re.compile(r"\b(bearer|basic)(\s+)([A-Za-z0-9._~+/=-]{8,})", re.IGNORECASE)
+_KNOWN = re.compile(
+    r"\b(hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|glpat-[\w-]{16,}|xox[abp]-[\w-]{10,})"
+)
+HIDDEN = "***"
+
+
+def holds_secret(address: str) -> bool:
+    """Whether an address holds a password, a token or a signature, at any level of nesting (`zip://…::https://…`).
+
+    Paths of the local file system hold none: they are names.
+    """
+    if "://" not in address or (address.startswith("file://") and "::" not in address):
+        return False
+    return any(_secret_in(form) for form in _decoded(address))
+
+
+def _decoded(address: str) -> set[str]:
+    """An address as it stands, and with its percent signs resolved, once and twice."""
+    once = unquote(address)
+    return {address, once, unquote(once)}
+
+
+def _secret_in(address: str) -> bool:
+    if _PASSWORD.search(address):
+        return True
+    for protocol, _, user in _USER.findall(address):
+        if ":" in user or (user and not _may_name_a_user(protocol)):
+            return True
+    start = re.search(r"[?#;]", address)
+    return start is not None and _QUERY.search(address, start.start()) is not None
+
+
+def _may_name_a_user(protocol: str) -> bool:
+    return protocol.lower().partition("+")[0] in WITH_USER
+
+
+def redacted(text: str) -> str:
+    """A text in which passwords, tokens and signatures are replaced by asterisks."""
+    if "@" in text:
+        text = _PASSWORD.sub(rf"\1{HIDDEN}@", text)
+        text = _USER.sub(_without_user, text)
+    if "=" in text:
+        text = _QUERY.sub(rf"\1\2{HIDDEN}", text)
+    return _KNOWN.sub(HIDDEN, _BEARER.sub(rf"\1\2{HIDDEN}", text))
+
+
+def _without_user(match: re.Match[str]) -> str:
+    protocol, slashes, user = match.groups()
+    keep = not user or (":" not in user and _may_name_a_user(protocol))
+    return match[0] if keep else f"{protocol}{slashes}{HIDDEN}@"
