@@ -3,21 +3,24 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test test-fast test-endurance lint format clean
+.PHONY: help quickstart test test-fast test-slow test-endurance lint format clean
 
 help:
 	@echo "make quickstart  build a real pool of models and search for its best merge (about 11 minutes on 2 cores)"
 	@echo "make test        lint, types, import floors, and all tests"
 	@echo "make test-fast   the fast tests only"
+	@echo "make test-slow   the slow ones only: campaigns, Ray, what waits"
 	@echo "make test-endurance  killed nodes and drivers, a faulty S3: minutes each, not part of make test"
 	@echo "make format      format and fix what can be fixed"
 	@echo "make clean       remove the environment, caches and runs"
 
 quickstart: $(VENV)/installed
-	$(BIN)/mergequest quickstart
+	$(BIN)/mergequest quickstart $(if $(CANDIDATES),--candidates $(CANDIDATES))
 
-test: lint test-fast
-	$(BIN)/pytest -m "slow and not endurance"
+test: lint test-fast test-slow
+
+test-slow: $(VENV)/installed-dev  # two at a time however many cores: they wait more than they compute, each file with a Ray
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow and not endurance" -n 2 --dist loadfile
 
 test-endurance: $(VENV)/installed-dev
 	$(BIN)/pytest -m endurance

@@ -18,7 +18,7 @@ def main(root: Path) -> None:
     """
     ledger = pd.read_parquet(root / "ledger")
     tried = ledger[(ledger.split == "validation") & ledger.origin.isin(["anchor", "search"])]
-    assert len(tried) >= 30, f"only {len(tried)} candidates"
+    assert len(tried) >= 10, f"only {len(tried)} candidates"
     assert (tried.status == "complete").mean() > 0.9, tried.error.dropna().tolist()
     assert not ledger.duplicated(["candidate", "split"]).any()
     winner = tried.loc[tried.objective.idxmax()]
