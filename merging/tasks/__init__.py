@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from merging.tasks.causal_lm import CausalLM, CausalLMSettings
 from merging.tasks.custom import Custom, CustomSettings
 from merging.tasks.predictions import Predictions
 from merging.tasks.task import SPLITS, TASKS, Batch, Score, Split, Task, TaskSettings
@@ -14,6 +15,8 @@ __all__ = [
     "TASKS",
     "AnyTaskSettings",
     "Batch",
+    "CausalLM",
+    "CausalLMSettings",
     "Custom",
     "CustomSettings",
     "Predictions",
@@ -33,7 +36,9 @@ def _of_a_kind(value: Any) -> Any:
 
 
 AnyTaskSettings = Annotated[
-    TextClassificationSettings | CustomSettings, Field(discriminator="kind"), BeforeValidator(_of_a_kind)
+    TextClassificationSettings | CausalLMSettings | CustomSettings,
+    Field(discriminator="kind"),
+    BeforeValidator(_of_a_kind),
 ]
 """What a campaign file may say of a task; its `kind` decides which fields it has."""
 

@@ -76,8 +76,12 @@ def check_head(head: str, model_class: str, base: str = "") -> None:
             model: Any = getattr(transformers, model_class).from_config(config)
     except Exception as error:  # transformers raises all kinds
         raise TaskError(f"{head} cannot be loaded as {model_class}: {_first_line(error)}") from error
+    backbone = {id(value) for value in model.base_model.parameters()}
     for name, part in model.named_children():
-        wanted = name != model.base_model_prefix and any(True for _ in part.parameters())
+        own = any(
+            id(value) not in backbone for value in part.parameters()
+        )  # a tied output layer has nothing of its own
+        wanted = name != model.base_model_prefix and own
         if wanted and not any(key.startswith(f"{name}.") for key in checkpoint.tensors):
             raise TaskError(
                 f"{head} lacks the weights of '{name}', the head of {type(model).__name__}: name a checkpoint that was "

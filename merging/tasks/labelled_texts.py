@@ -66,10 +66,8 @@ def read_examples(paths: Sequence[str], columns: Columns, classes: Sequence[str]
     Raises:
         TaskError: A file, column, text or label is missing or unusable; all bad rows are told at once.
     """
-    frame = pd.concat([_read_file(path, columns) for path in paths], ignore_index=True)
-    if frame.empty:
-        raise TaskError(f"{', '.join(paths)}: there are no rows")
-    problems = [problem for column in columns.texts for problem in _text_problems(frame[column], column)]
+    frame = read_table(paths, columns.all, columns.texts)
+    problems = [problem for column in columns.texts for problem in text_problems(frame[column], column)]
     labels = _class_indices(frame[columns.label], columns.label, classes, problems)
     if not problems and len(np.unique(labels)) < 2:
         problems.append(f"all {len(labels)} examples have the label '{classes[labels[0]]}': nothing can be measured")
@@ -78,7 +76,24 @@ def read_examples(paths: Sequence[str], columns: Columns, classes: Sequence[str]
     return Examples(tuple(frame[column].tolist() for column in columns.texts), labels)
 
 
-def _read_file(path: str, columns: Columns) -> pd.DataFrame:
+def read_table(paths: Sequence[str], columns: Sequence[str], texts: Sequence[str] = ()) -> pd.DataFrame:
+    """Columns of one or more files, in the order given.
+
+    Args:
+        paths: Files, local or at any fsspec address; the suffix names the format.
+        columns: Which columns to read.
+        texts: Those of them that hold text, whatever it looks like.
+
+    Raises:
+        TaskError: A file or column is missing or unusable, or there are no rows.
+    """
+    frame = pd.concat([_read_file(path, columns, texts) for path in paths], ignore_index=True)
+    if frame.empty:
+        raise TaskError(f"{', '.join(paths)}: there are no rows")
+    return frame
+
+
+def _read_file(path: str, columns: Sequence[str], texts: Sequence[str]) -> pd.DataFrame:
     """The columns of one file, values as the file has them."""
     suffix = next((suffix for suffix in FORMATS if path.lower().endswith(suffix)), None)
     if suffix is None:
@@ -90,10 +105,10 @@ def _read_file(path: str, columns: Columns) -> pd.DataFrame:
     try:
         if suffix == ".parquet":
             file = pq.ParquetFile(BytesIO(raw))
-            frame = file.read([name for name in columns.all if name in file.schema_arrow.names]).to_pandas()
+            frame = file.read([name for name in columns if name in file.schema_arrow.names]).to_pandas()
             names = file.schema_arrow.names
         elif suffix == ".csv":
-            as_text: Any = dict.fromkeys(columns.texts, str)
+            as_text: Any = dict.fromkeys(texts, str)
             # only an empty field is missing: "NA" and "null" are words that people write
             frame = pd.read_csv(BytesIO(raw), dtype=as_text, keep_default_na=False, na_values=[""])
             names = list(frame.columns)
@@ -105,9 +120,9 @@ def _read_file(path: str, columns: Columns) -> pd.DataFrame:
         raise TaskError(f"{path} cannot be read as {suffix[1:]}: {reason}") from error
     if not names:
         raise TaskError(f"{path}: there are no rows")
-    if missing := [name for name in columns.all if name not in names]:
+    if missing := [name for name in columns if name not in names]:
         raise TaskError(f"{path} has no column {_quoted(missing)}; it has {_quoted(names)}")
-    chosen: pd.DataFrame = frame[columns.all]
+    chosen: pd.DataFrame = frame[list(columns)]
     return chosen
 
 
@@ -125,7 +140,8 @@ def _read_json_lines(text: str) -> pd.DataFrame:
     return pd.DataFrame(rows, dtype=object)
 
 
-def _text_problems(values: "pd.Series[Any]", column: str) -> list[str]:
+def text_problems(values: "pd.Series[Any]", column: str) -> list[str]:
+    """What is wrong with a column of texts, the first bad row named."""
     wrong = [row for row, value in enumerate(values) if not _is_text(value)]
     if not wrong:
         return []

@@ -1,0 +1,257 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from merging.errors import TaskError
+from merging.statistics import STATISTICS, LikelihoodSettings, StatisticSettings, measure
+from merging.tasks import CausalLMSettings, make_task
+
+WORDS = "the cat dog sat ran on a mat hill big small red and then home 1 2 3 4 :".split()  # noqa: SIM905
+CHAT = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+
+
+@pytest.fixture(scope="module")
+def words():
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "<user>": 4, "<assistant>": 5}
+    vocabulary |= {word: len(vocabulary) + place for place, word in enumerate(WORDS)}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", chat_template=CHAT
+    )
+
+
+@pytest.fixture(scope="module")
+def heads(words, tmp_path_factory):
+    size = len(words.get_vocab())
+    configs = {
+        "llama": LlamaConfig(
+            vocab_size=size,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        ),
+        "gpt2": GPT2Config(
+            vocab_size=size, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=2, eos_token_id=2
+        ),
+    }
+    found = {}
+    for name, config in configs.items():
+        torch.manual_seed(3)
+        model = (LlamaForCausalLM if name == "llama" else GPT2LMHeadModel)(config)
+        for value in model.parameters():
+            value.data += 0.3 * torch.randn_like(value)
+        found[name] = str(tmp_path_factory.mktemp(name))
+        model.save_pretrained(found[name])
+        words.save_pretrained(found[name])
+    return found
+
+
+@pytest.fixture
+def make(tmp_path, heads):
+    def run(rows, head="llama", splits=("validation",), **settings):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+        return make_task("lm", CausalLMSettings(data=dict.fromkeys(splits, str(path)), **settings), heads[head])
+
+    return run
+
+
+def random_rows(count=7, seed=0):
+    g = np.random.default_rng(seed)
+    text = lambda low, high: " ".join(g.choice(WORDS, g.integers(low, high)))  # noqa: E731
+    return [{"prompt": text(1, 9), "completion": text(1, 5)} for _ in range(count)]
+
+
+def brute(model, words, prompt, completion):
+    """Log-probabilities of a completion's tokens, one example at a time, without padding."""
+    before, after = words(prompt)["input_ids"], words(completion)["input_ids"]
+    with torch.no_grad():
+        log_p = model(torch.tensor([before + after])).logits[0].double().log_softmax(-1)
+    return [float(log_p[len(before) + place - 1, token]) for place, token in enumerate(after)]
+
+
+@pytest.mark.parametrize("head", ["llama", "gpt2"])
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_likelihoods_are_those_of_single_examples_without_padding(make, words, head, batch_size):
+    rows = random_rows()
+    task = make(rows, head, batch_size=batch_size)
+    assert task.check()
+    model = task.load_model()
+    predictions = task.predict(model, "validation", np.arange(len(rows)))
+    order = np.random.default_rng(0).permutation(len(rows))
+    expected = [np.mean(brute(model, words, rows[i]["prompt"], rows[i]["completion"])) for i in order]
+    assert predictions.values == pytest.approx(expected, abs=1e-5)
+    assert predictions.losses == pytest.approx([-value for value in expected], abs=1e-5)
+    assert predictions.surrogates == pytest.approx(np.exp(expected), abs=1e-5)
+    some = task.predict(model, "validation", np.array([4, 1]))
+    assert some.values == pytest.approx(predictions.values[[4, 1]], abs=1e-6)
+    assert task.score(predictions).is_mean
+
+
+def test_perplexity_is_of_all_tokens_together(make, words):
+    rows = random_rows()
+    task = make(rows, metric="neg_perplexity")
+    model = task.load_model()
+    each = [brute(model, words, row["prompt"], row["completion"]) for row in rows]
+    score = task.evaluate(model, "validation")
+    assert -score.value == pytest.approx(np.exp(-np.mean(np.concatenate(each))), rel=1e-5)
+    assert score.standard_error > 0
+    assert not score.is_mean
+
+
+def test_a_plain_text_is_predicted_whole_from_the_end_of_text_token(make, words):
+    task = make([{"text": "the cat sat"}, {"text": "a red dog ran home"}], text="text")
+    model = task.load_model()
+    predictions = task.predict(model, "validation", np.arange(2))
+    order = np.random.default_rng(0).permutation(2)
+    texts = ["the cat sat", "a red dog ran home"]
+    expected = [np.mean(brute(model, words, "</s>", texts[i])) for i in order]
+    assert predictions.values == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "accuracy_norm", "accuracy_unconditional"])
+@pytest.mark.parametrize("by_text", [False, True])
+def test_the_likeliest_choice_is_the_answer(make, words, metric, by_text):
+    g = np.random.default_rng(5)
+    rows = []
+    for _ in range(9):
+        choices = [" ".join(g.choice(WORDS, g.integers(1, 4), replace=False)) for _ in range(3)]
+        label = int(g.integers(3))
+        rows.append({"prompt": "the cat", "options": choices, "label": choices[label] if by_text else label})
+    task = make(rows, choices="options", metric=metric)
+    model = task.load_model()
+    predictions = task.predict(model, "validation", np.arange(9))
+    for value, surrogate, row in zip(
+        predictions.values,
+        predictions.surrogates,
+        [rows[i] for i in np.random.default_rng(0).permutation(9)],
+        strict=True,
+    ):
+        sums = np.array([sum(brute(model, words, row["prompt"], choice)) for choice in row["options"]])
+        if metric == "accuracy_norm":
+            sums = sums / [len(choice) for choice in row["options"]]
+        if metric == "accuracy_unconditional":
+            sums = sums - [sum(brute(model, words, "</s>", choice)) for choice in row["options"]]
+        right = row["options"].index(row["label"]) if by_text else row["label"]
+        chances = np.exp(sums - sums.max()) / np.exp(sums - sums.max()).sum()
+        assert value == float(sums.argmax() == right)
+        assert surrogate == pytest.approx(chances[right], abs=1e-4)
+
+
+def test_generation_is_greedy_and_graded(make, words):
+    rows = random_rows()
+    task = make(rows, metric="exact_match", max_new_tokens=3, batch_size=3)
+    model = task.load_model()
+    assert task.evaluate(model, "validation").value < 0.5
+    own = []
+    for row in rows:
+        ids = words(row["prompt"], return_tensors="pt")["input_ids"]
+        for _ in range(3):
+            with torch.no_grad():
+                token = model(ids).logits[0, -1].argmax()
+            ids = torch.cat([ids, token[None, None]], 1)
+            if token == words.eos_token_id:
+                break
+        own.append(words.decode(ids[0, words(row["prompt"], return_tensors="pt")["input_ids"].shape[1] :], True))
+    told = [{**row, "completion": answer or "home"} for row, answer in zip(rows, own, strict=True)]
+    assert make(told, metric="exact_match", max_new_tokens=3, batch_size=3).evaluate(model, "validation").value > 0.8
+    assert make(told, metric="contains", max_new_tokens=3).evaluate(model, "validation").value > 0.8
+
+
+def test_statistics_see_completions_only(make, heads, words):
+    """The empirical Fisher is the mean of squared gradients of single examples' summed log-likelihood."""
+    rows = random_rows(5)
+    task = make(rows, splits=("train",))
+    statistic = STATISTICS["fisher"](LikelihoodSettings(estimator="empirical", examples=5, batch_size=2))
+    fisher = statistic.finalize(measure(task, statistic, "train"))
+    model = task.load_model().double()
+    expected = {}
+    for row in rows:
+        model.zero_grad()
+        before, after = words(row["prompt"])["input_ids"], words(row["completion"])["input_ids"]
+        log_p = model(torch.tensor([before + after])).logits[0].log_softmax(-1)
+        sum(log_p[len(before) + place - 1, token] for place, token in enumerate(after)).backward()
+        for name, value in model.named_parameters():
+            expected[name] = expected.get(name, 0) + value.grad**2 / len(rows)
+    assert fisher.keys() <= expected.keys()
+    assert "model.layers.1.mlp.down_proj.weight" in fisher
+    for name, value in fisher.items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-3, atol=1e-7)
+    gram = STATISTICS["gram"](StatisticSettings(examples=5, batch_size=2))
+    one = gram.finalize(measure(task, gram, "train"))
+    other = STATISTICS["gram"](StatisticSettings(examples=5, batch_size=5))
+    two = other.finalize(measure(task, other, "train"))
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=1e-4, atol=1e-6)
+
+
+def test_members_complete_prompts_themselves(make, words):
+    rows = [{"prompt": row["prompt"]} for row in random_rows(4)]
+    task = make(rows, splits=("train",), completion=None, max_new_tokens=4)
+    (batch,) = task.batches("train", 0, 4, 4)
+    assert batch.labels.shape[0] == 4
+    assert (batch.labels != -100).any(1).all()
+    with pytest.raises(ValueError, match="nothing is judged without completions"):
+        make(rows, completion=None)
+
+
+def test_a_chat_template_is_put_around_both(make, words):
+    task = make(random_rows(2), chat=True)
+    (batch,) = task.batches("validation", 0, 1, 1)
+    ids = batch.inputs["input_ids"][0].tolist()
+    assert ids[0] == words.convert_tokens_to_ids("<user>")
+    assert words.convert_tokens_to_ids("<assistant>") in ids
+
+
+def test_templates_see_columns(make, words):
+    rows = [{"a": "cat", "b": "dog", "completion": "sat"}]
+    task = make(rows, template="the {{ a }} and {{ b }}")
+    (batch,) = task.batches("validation", 0, 1, 1)
+    assert words.decode(batch.inputs["input_ids"][0]) == "the cat and dog"
+    assert words.decode(batch.labels[0]) == "sat"
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        ([{"prompt": "a", "completion": ""}], {}, "row 1: the completion '' has no token"),
+        ([{"prompt": "a", "completion": 3}], {}, "column 'completion' holds no text in 1 of 1 rows"),
+        ([{"prompt": "a"}], {}, "has no column 'completion'"),
+        ([{"prompt": "a", "completion": "the " * 9}], {"max_length": 4}, "`max_length` is 4: raise it"),
+        ([{"prompt": "a", "c": ["x"], "label": 0}], {"choices": "c"}, "row 1: column 'c' holds .* at least two"),
+        ([{"prompt": "a", "c": ["x", "y"], "label": 2}], {"choices": "c"}, "a position from 0 to 1"),
+        ([{"prompt": "a", "c": ["x", "y"], "label": "z"}], {"choices": "c"}, "none of the choices"),
+        ([{"prompt": "a", "completion": "b"}], {"template": "{{ nothing }}"}, "has no column 'nothing'"),
+        ([{"prompt": "a", "completion": "b"}], {"template": "{{ prompt"}, "`template`"),
+    ],
+)
+def test_bad_data_is_refused_by_row(make, rows, settings, message):
+    with pytest.raises(TaskError, match=message):
+        make(rows, **settings).check()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"metric": "accuracy"}, "needs `choices`"),
+        ({"choices": "c", "metric": "exact_match"}, "does not go with `choices`"),
+        ({"text": "t", "metric": "contains"}, "no reference"),
+        ({"extract": "(", "metric": "contains"}, "no regular expression"),
+        ({"extract": "x"}, "`extract` goes with"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CausalLMSettings(data={"validation": "x.jsonl"}, **settings)
