@@ -39,7 +39,8 @@ class TextClassificationSettings(TaskSettings):
     """Texts, or pairs of texts, in classes."""
 
     kind: Literal["text_classification"] = Field(
-        "text_classification", description="text_classification, also where no kind is named; or causal_lm, custom (below)."
+        "text_classification",
+        description="text_classification, also where no kind is named; or causal_lm, custom (below).",
     )
     data: dict[Split, str | Annotated[list[str], Field(min_length=1)]] = Field(
         min_length=1,
