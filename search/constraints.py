@@ -11,7 +11,7 @@ from merging.registry import did_you_mean
 class Constraint(BaseModel):
     """A bound on the score of a task, or of every task: `{task: amazon, drop: 0.05}`, `{floor: 0.6}`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     task: str | None = Field(None, description="The task; by default every task has this bound.")
     drop: float | None = Field(

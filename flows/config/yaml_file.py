@@ -7,16 +7,14 @@ from collections.abc import Iterator, Mapping
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from merging.errors import MergequestError, SettingsError
+from merging.errors import SettingsError, StorageError
 from merging.io import storage
 from merging.io.secrets import holds_secret, redacted
 from merging.registry import did_you_mean
 
 Model = TypeVar("Model", bound=BaseModel)
-MERGE_KEY = "tag:yaml.org,2002:merge"
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Name = Annotated[str, Field(pattern=NAME, max_length=100)]
 """What files and directories can be called by."""
@@ -33,7 +31,7 @@ WORDS: Mapping[str, str] = {
 class Settings(BaseModel):
     """A section of the campaign file: unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class MemberSettings(Settings):
@@ -62,24 +60,6 @@ class MemberSettings(Settings):
         return value
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key may stand once: of two members of one name, the last would be taken without a word."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[str] = set()
-    for key, _ in node.value:
-        if isinstance(key, yaml.ScalarNode) and key.tag != MERGE_KEY:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"'{key.value}' stands there twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-    loader.flatten_mapping(node)
-    return loader.construct_mapping(node)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
 def load_yaml(path: str) -> dict[str, Any]:
     """A YAML file's mapping.
 
@@ -87,11 +67,9 @@ def load_yaml(path: str) -> dict[str, Any]:
         SettingsError: It is missing, no YAML, or no mapping.
     """
     try:
-        value = yaml.load(storage.read_text(path), _Loader)
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{path} is not valid YAML: {redacted(str(error))}") from error
-    except MergequestError as error:
-        raise SettingsError(str(error)) from error
+        value = storage.read_yaml(path)
+    except StorageError as error:
+        raise SettingsError(redacted(str(error))) from error
     if not isinstance(value, dict):
         raise SettingsError(
             f"{path} holds no settings: expected `key: value` lines; `mergequest init` writes an example"
@@ -127,7 +105,7 @@ def resolve(path: str, root: str) -> str:
     """`path` as it is if absolute or an address, else below `root`."""
     if not storage.is_local(path):
         return path
-    place = storage.local_path(path).expanduser()
+    place = storage.expanded(path)
     return os.path.normpath(place if place.is_absolute() else storage.join(root, str(place)))
 
 

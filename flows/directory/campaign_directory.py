@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from shlex import quote
 from typing import Any
 
-import yaml
-
 from flows.config.campaign_file import CAMPAIGN_FILE, Campaign, dump, load_campaign
 from flows.config.yaml_file import require_writable
 from flows.directory.lock import lease
@@ -202,5 +200,5 @@ def _budget(campaign: Campaign) -> list[object]:
 
 def _differences(one: Campaign, other: Campaign) -> list[str]:
     """The top-level settings in which two campaigns differ."""
-    first, second = (yaml.safe_load(dump(campaign)) for campaign in (one, other))
+    first, second = (campaign.model_dump(mode="json") for campaign in (one, other))
     return sorted(key for key in first if first[key] != second[key] and key not in ("directory", "resources", "test"))

@@ -7,8 +7,9 @@ from functools import cached_property
 from torch import Tensor
 
 from merging.checkpoints.checkpoint import CONFIG, Checkpoint, SafetensorsFile, read_settings
+from merging.checkpoints.config_checks import check_config
 from merging.checkpoints.lora import Adapted, adapted
-from merging.errors import CheckpointError
+from merging.errors import CheckpointError, StorageError
 from merging.io import storage
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -41,6 +42,10 @@ class AdapterCheckpoint(Checkpoint):
                 trained on another model.
         """
         listed = storage.list_dir(path)
+        try:
+            storage.require_files(path)
+        except StorageError as error:
+            raise CheckpointError(str(error)) from error
         settings = read_settings(storage.join(path, ADAPTER_CONFIG))
         own = read_settings(storage.join(path, CONFIG)) if CONFIG in listed else None
         if ADAPTER_WEIGHTS not in listed:
@@ -49,6 +54,8 @@ class AdapterCheckpoint(Checkpoint):
                 "`model.save_pretrained(DIR)` of peft writes safetensors"
             )
         file = SafetensorsFile.open(storage.join(path, ADAPTER_WEIGHTS))
+        if own is not None:
+            check_config(own, len(base.tensors) + len(file.tensors), storage.join(path, CONFIG))
         found = adapted(path, settings, own, base, file)
         return cls(path, found.config, found.tensors, {file.path: file}, base, found)
 

@@ -1,7 +1,6 @@
 """A Hugging Face model directory: its configuration and its tensors, read one by one from safetensors files."""
 
 import hashlib
-import json
 import mmap
 import os
 import struct
@@ -17,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from merging.checkpoints.config_checks import check_config
 from merging.checkpoints.quantised import refuse_quantised
+from merging.checkpoints.safetensors_header import MAX_HEADER, parse_header
 from merging.errors import CheckpointError, StorageError
 from merging.io import fact_cache, local_copies, storage
 from merging.io.prefetch import Window
@@ -26,24 +27,8 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-MAX_HEADER = 100_000_000
 SAMPLED = 64
 """Places of a file that tell whether all of it is in memory."""
-
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 @dataclass(frozen=True)
@@ -89,27 +74,15 @@ class SafetensorsFile:
             (length,) = struct.unpack("<Q", storage.read_bytes(path, 0, 8)) if size >= 8 else (size,)
             if length > min(size - 8, MAX_HEADER):
                 raise CheckpointError(f"{path} is truncated or not a safetensors file: copy it again")
-            header: dict[str, Any] = json.loads(storage.read_bytes(path, 8, 8 + length))
-        except StorageError as error:
+            raw = storage.read_bytes(path, 8, 8 + length)
+        except (StorageError, struct.error) as error:
             raise CheckpointError(str(error)) from error
-        except ValueError as error:
-            raise CheckpointError(f"{path} is not a safetensors file: its header is damaged ({error})") from error
-        tensors = {}
-        try:
-            metadata = header.pop("__metadata__", {})
-            for name, entry in header.items():
-                dtype = _dtype(path, name, entry["dtype"])
-                start, stop = (8 + length + int(offset) for offset in entry["data_offsets"])
-                shape = tuple(int(extent) for extent in entry["shape"])
-                if stop > size:
-                    raise CheckpointError(
-                        f"{path} is truncated: '{name}' ends at byte {stop:,} of {size:,}: copy the file again"
-                    )
-                if int(np.prod(shape, dtype=np.int64)) * dtype.itemsize != stop - start or start < 8 + length:
-                    raise CheckpointError(f"{path} is damaged: the header's entry of '{name}' contradicts itself")
-                tensors[name] = TensorInfo(name, dtype, shape, path, start, stop)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path} has a header that cannot be understood ({error!r})") from error
+        data = 8 + length
+        metadata, entries = parse_header(raw, size - data, path)
+        tensors = {
+            name: TensorInfo(name, entry.dtype, entry.shape, path, data + entry.start, data + entry.stop)
+            for name, entry in entries.items()
+        }
         return cls(path, metadata, tensors)
 
     @cached_property
@@ -216,7 +189,11 @@ class Checkpoint:
             CheckpointError: It is missing, incomplete, damaged, quantised, an adapter, a pickle, or names a file outside
                 itself.
         """
-        if not storage.is_dir(path):
+        try:
+            there = storage.is_dir(path)
+        except StorageError as error:
+            raise CheckpointError(str(error)) from error
+        if not there:
             raise CheckpointError(
                 f"there is no checkpoint directory at {path}. Models are read from Hugging Face directories "
                 "(config.json + safetensors); `hf download NAME --local-dir DIR` makes one"
@@ -225,6 +202,10 @@ class Checkpoint:
         if CONFIG not in listed:
             adapter = " It is an adapter, which can be a member, not a base" if "adapter_config.json" in listed else ""
             raise CheckpointError(f"{path} has no config.json, so it is not a Hugging Face model directory.{adapter}")
+        try:
+            storage.require_files(path)
+        except StorageError as error:
+            raise CheckpointError(str(error)) from error
         config = read_settings(storage.join(path, CONFIG))
         files = [SafetensorsFile.open(storage.join(path, name)) for name in _weight_files(path, listed)]
         tensors: dict[str, TensorInfo] = {}
@@ -232,6 +213,7 @@ class Checkpoint:
             if twice := tensors.keys() & file.tensors.keys():
                 raise CheckpointError(f"{path}: '{min(twice)}' stands in two of its files")
             tensors.update(file.tensors)
+        check_config(config, len(tensors), storage.join(path, CONFIG))
         refuse_quantised(path, config, ((info.name, info.dtype, info.shape) for info in tensors.values()))
         return cls(path, config, tensors, {file.path: file for file in files})
 
@@ -354,21 +336,6 @@ class Digest:
         return storage.fingerprint(sorted(self._found.values()))
 
 
-def _dtype(path: str, name: str, word: object) -> torch.dtype:
-    """A tensor's dtype, by its word in a header.
-
-    Raises:
-        CheckpointError: It is none that weights are merged in.
-    """
-    dtype = DTYPES.get(word) if isinstance(word, str) else None
-    if dtype is None:
-        raise CheckpointError(
-            f"{path}: '{name}' has dtype {word!r}, which is not read. Where it belongs to quantised weights (F8_E8M0, F4, U32, "
-            "…), dequantise them first, or take the checkpoint that they were quantised from"
-        )
-    return dtype
-
-
 def read_settings(path: str) -> dict[str, Any]:
     """A checkpoint's `config.json`, or an adapter's.
 
@@ -376,12 +343,9 @@ def read_settings(path: str) -> dict[str, Any]:
         CheckpointError: It is missing, or no JSON object.
     """
     try:
-        value = storage.read_json(path)
+        return storage.read_object(path)
     except StorageError as error:
         raise CheckpointError(str(error)) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no settings: copy it again")
-    return value
 
 
 def _weight_files(path: str, listed: list[str]) -> list[str]:
@@ -400,14 +364,16 @@ def _weight_files(path: str, listed: list[str]) -> list[str]:
                 f"`mergequest convert {path} --out NEW` writes them, every tensor, without running what is in a pickle"
             )
         raise CheckpointError(f"{path} holds neither {SINGLE} nor {INDEX}: the download is incomplete")
-    try:
-        weight_map: dict[str, str] = storage.read_json(storage.join(path, INDEX))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (StorageError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{storage.join(path, INDEX)} is not an index of safetensors files ({error})") from error
+    index = storage.join(path, INDEX)
+    weight_map = read_settings(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} is not an index of safetensors files: `weight_map` is not file names by tensor")
+    if not weight_map:
+        raise CheckpointError(f"{index} names no file: copy it again")
+    names = sorted(set(weight_map.values()))
     for name in names:
-        if "/" in name or "\\" in name or name in (".", ".."):
-            raise CheckpointError(f"{storage.join(path, INDEX)} names a file outside its directory: '{name}'")
+        if "/" in name or "\\" in name or "\0" in name or name in ("", ".", ".."):
+            raise CheckpointError(f"{index} names a file outside its directory: {name[:200]!r}")
         if name not in listed:
             raise CheckpointError(f"{path} lacks {name}, which its index names: the download is incomplete")
     return names

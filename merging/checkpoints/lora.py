@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from merging.checkpoints.checkpoint import Checkpoint, SafetensorsFile, TensorInfo
 from merging.checkpoints.parameter_names import checkpoint_names, conv1d
+from merging.checkpoints.patterns import matches
 from merging.errors import CheckpointError
 
 PREFIX = "base_model.model."
@@ -269,6 +270,6 @@ class _Names:
 def _pattern(patterns: Mapping[str, float] | None, path: str, default: float) -> float:
     """A module's entry in `alpha_pattern`, whose keys are regular expressions of the ends of paths."""
     for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
+        if matches(rf"(.*\.)?({key})$", path):
             return float(value)
     return float(default)

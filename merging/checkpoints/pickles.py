@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merging.checkpoints.checkpoint import DTYPES, INDEX, PICKLES, SINGLE
+from merging.checkpoints.checkpoint import INDEX, PICKLES, SINGLE
+from merging.checkpoints.safetensors_header import DTYPES
 from merging.errors import CheckpointError, StorageError
 from merging.io import storage
 

@@ -112,10 +112,7 @@ class Pool:
                 notes.append(f"`heads`: no member has a tensor '{pattern}'")
         trimmed = {
             name: Member(
-                name,
-                member.checkpoint,
-                {key: member.names[key] for key in merged},
-                tuple(key for key in member.checkpoint.tensors if key in set(member.head)),
+                name, member.checkpoint, {key: member.names[key] for key in merged}, member.head_in_file_order()
             )
             for name, member in found.items()
         }
@@ -168,6 +165,11 @@ class _Matched:
     checkpoint: Checkpoint
     names: dict[str, str]
     head: list[str]
+
+    def head_in_file_order(self) -> tuple[str, ...]:
+        """`head`, as the checkpoint has it."""
+        kept = set(self.head)
+        return tuple(key for key in self.checkpoint.tensors if key in kept)
 
 
 def _config_problems(base: Checkpoint, name: str, member: Checkpoint) -> list[str]:

@@ -8,6 +8,7 @@ import os
 import posixpath
 import re
 import shutil
+import stat
 import tempfile
 import time
 import uuid
@@ -20,6 +21,7 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from merging.errors import MergequestError, StorageError
+from merging.io.documents import MAX_BYTES, MAX_YAML_BYTES, as_object, parse_json, parse_yaml
 from merging.io.secrets import holds_secret, redacted
 
 S3 = ("s3", "s3a")
@@ -33,13 +35,38 @@ def is_local(path: str) -> bool:
 
 
 def local_path(path: str) -> Path:
-    """The local path that `path` names."""
+    """The local path that `path` names.
+
+    Raises:
+        StorageError: It is no path: it holds a NUL, or half of a character.
+    """
+    try:
+        if b"\0" in os.fsencode(path):
+            raise StorageError(f"{path!r} is no path: it holds a NUL character")
+    except UnicodeEncodeError as error:
+        raise StorageError(f"{path!r} is no path: it holds half of a character") from error
     return Path(path.removeprefix("file://"))
 
 
+def expanded(path: str) -> Path:
+    """The local path that `path` names, a `~` before it replaced by the home directory.
+
+    Raises:
+        StorageError: It is no path, or there is no such user.
+    """
+    try:
+        return local_path(path).expanduser()
+    except RuntimeError as error:
+        raise StorageError(f"cannot find {path}: there is no such user's home directory on this machine") from error
+
+
 def absolute(path: str) -> str:
-    """`path` made independent of the working directory; addresses stay as they are."""
-    return str(local_path(path).expanduser().absolute()) if is_local(path) else path
+    """`path` made independent of the working directory; addresses stay as they are.
+
+    Raises:
+        StorageError: It is no path, or there is no such user.
+    """
+    return str(expanded(path).absolute()) if is_local(path) else path
 
 
 def join(path: str, *names: str) -> str:
@@ -89,7 +116,7 @@ def file_system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
         return PatientS3(), rest
     try:
-        system, inner = url_to_fs(path)
+        system, inner = url_to_fs(str(local_path(path)) if is_local(path) else path)
     except (ImportError, ValueError) as error:
         told = redacted(str(error))
         raise StorageError(f"cannot open {path}: {told}. Is the package of that protocol installed?") from error
@@ -128,10 +155,60 @@ def _in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
+@contextmanager
+def _opened(path: str) -> Iterator[BinaryIO]:
+    """A local file to read, which is one: of a pipe or a device nobody knows when reading ends.
+
+    Raises:
+        StorageError: It is something else.
+        OSError: It is missing or unreadable.
+    """
+    handle = os.open(local_path(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(handle, "rb", buffering=0) as file:
+        _require_regular(path, os.fstat(handle).st_mode)
+        yield cast(BinaryIO, file)
+
+
+def _require_regular(path: str, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        what = "a directory" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+        raise StorageError(f"cannot read {path}: it is {what}, not a file")
+
+
+def require_files(path: str) -> None:
+    """Looks whether all that a local directory holds, and the directories in it, can be read to an end.
+
+    Libraries open files of a checkpoint by themselves, and would wait at a pipe for ever.
+
+    Raises:
+        StorageError: There is a pipe, socket or device.
+    """
+    if not is_local(path):
+        return
+    with _named(path, "list"):
+        for entry in _entries(local_path(path)):
+            mode = entry.stat().st_mode if entry.exists() else stat.S_IFREG
+            if not stat.S_ISDIR(mode):
+                _require_regular(str(entry), mode)
+
+
+def _entries(directory: Path) -> Iterator[Path]:
+    """What lies in a directory, and in those that lie in it."""
+    for entry in directory.iterdir():
+        yield entry
+        if entry.is_dir():
+            yield from entry.iterdir()
+
+
 def exists(path: str) -> bool:
-    """Whether there is a file or directory at `path`."""
+    """Whether there is a file or directory at `path`.
+
+    Raises:
+        StorageError: It is no path, its name is too long, or the server does not say.
+    """
     if is_local(path):
-        return local_path(path).exists()
+        with _named(path, "look for"):
+            return local_path(path).exists()
     system, inner = file_system(path)
     with _named(path, "look for"):
         return bool(system.exists(inner))
@@ -140,7 +217,8 @@ def exists(path: str) -> bool:
 def is_dir(path: str) -> bool:
     """Whether there is a directory at `path`."""
     if is_local(path):
-        return local_path(path).is_dir()
+        with _named(path, "look for"):
+            return local_path(path).is_dir()
     system, inner = file_system(path)
     with _named(path, "look for"):
         return bool(system.isdir(inner))
@@ -149,8 +227,9 @@ def is_dir(path: str) -> bool:
 def list_dir(path: str) -> list[str]:
     """Sorted base names of what lies directly in `path`; empty where there is nothing."""
     if is_local(path):
-        directory = local_path(path)
-        return sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
+        with _named(path, "list"):
+            directory = local_path(path)
+            return sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
     system, inner = file_system(path)
     with _named(path, "list"):
         system.invalidate_cache(inner)
@@ -200,11 +279,26 @@ def read_bytes(path: str, start: int | None = None, stop: int | None = None) -> 
     """The bytes [start, stop) of a file, or all of it.
 
     Raises:
-        StorageError: The file is missing or unreadable.
+        StorageError: The file is missing or unreadable, or no file.
     """
+    if is_local(path):
+        with _named(path, "read"), _opened(path) as file:
+            file.seek(start or 0)
+            return _read_up_to(file, None if stop is None else max(stop - (start or 0), 0))
     system, inner = file_system(path)
     with _named(path, "read"):
         return bytes(system.cat_file(inner, start=start, end=stop))
+
+
+def _read_up_to(file: BinaryIO, count: int | None) -> bytes:
+    """So many bytes, or all: one call of the system reads 2 GiB at most."""
+    if count is None:
+        return file.read()
+    parts = []
+    while count and (part := file.read(count)):
+        parts.append(part)
+        count -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def read_text(path: str) -> str:
@@ -223,8 +317,13 @@ def size(path: str) -> int:
     """A file's size in bytes.
 
     Raises:
-        StorageError: The file is missing.
+        StorageError: The file is missing, or no file.
     """
+    if is_local(path):
+        with _named(path, "read"):
+            found = local_path(path).stat()
+            _require_regular(path, found.st_mode)
+            return found.st_size
     system, inner = file_system(path)
     with _named(path, "read"):
         return int(system.size(inner))
@@ -378,12 +477,35 @@ def read_json(path: str) -> Any:
     """A JSON file's value.
 
     Raises:
-        StorageError: The file is missing or not JSON.
+        StorageError: The file is missing or not JSON, or beyond the bounds of `merging.io.documents`.
+    """
+    return parse_json(_read_bounded(path, MAX_BYTES), path)
+
+
+def read_object(path: str) -> dict[str, Any]:
+    """A JSON file's object.
+
+    Raises:
+        StorageError: As `read_json`; or it holds something else.
+    """
+    return as_object(read_json(path), path)
+
+
+def read_yaml(path: str) -> Any:
+    """A YAML file's value.
+
+    Raises:
+        StorageError: The file is missing or not YAML, or beyond the bounds of `merging.io.documents`.
     """
     try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise StorageError(f"{path} is not valid JSON: {error}") from error
+        return parse_yaml(_read_bounded(path, MAX_YAML_BYTES).decode(), path)
+    except UnicodeDecodeError as error:
+        raise StorageError(f"{path} is not a UTF-8 text file") from error
+
+
+def _read_bounded(path: str, most: int) -> bytes:
+    """A file's bytes, or so many of them that its size is seen to be too large."""
+    return read_bytes(path, 0, min(size(path), most + 1) if is_local(path) else most + 1)
 
 
 @contextmanager
@@ -485,12 +607,23 @@ def file_fingerprint(path: str) -> str:
     Raises:
         StorageError: The file is missing or unreadable.
     """
-    system, inner = file_system(path)
-    with _named(path, "read"), system.open(inner, "rb") as file:
+    with _named(path, "read"), _open_any(path) as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 22):
             digest.update(block)
         return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _open_any(path: str) -> Iterator[BinaryIO]:
+    """A file to read, wherever it lies."""
+    if is_local(path):
+        with _opened(path) as file:
+            yield file
+        return
+    system, inner = file_system(path)
+    with system.open(inner, "rb") as file:
+        yield file
 
 
 def _sync_tree(directory: Path) -> None:

@@ -23,7 +23,7 @@ from merging.tasks.task import Task
 class DescentSettings(BaseModel):
     """How scaling factors are found by gradient descent."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     loss: Loss = Field(
         "expected_error",

@@ -16,7 +16,7 @@ from merging.tasks.task import Task
 class DistillationSettings(BaseModel):
     """How members' outputs are distilled into a merged model."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     steps: int = Field(60, ge=1, description="Steps of Adam on all merged weights.")
     batch: int = Field(16, ge=1, description="Unlabelled train examples a task and step.")

@@ -10,7 +10,7 @@ Update = Literal["propagated", "regmean++", "regmean"]
 class PropagationSettings(BaseModel):
     """Settings of RegMean propagated and of its kin."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     examples: int = Field(256, ge=1, description="Unlabelled examples of each member's training split.")
     batch_size: int = Field(

@@ -16,7 +16,7 @@ from merging.tasks.task import Batch, Task
 class StatisticSettings(BaseModel):
     """What every kind of statistic is told in the campaign file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     examples: int = Field(256, ge=1, description="Examples of a member's training split to compute it from.")
     batch_size: int = Field(16, ge=1, description="Examples a step; changes rounding only.")

@@ -20,7 +20,7 @@ Granularity = Literal["shared", "per_member", "per_depth", "per_layer", "per_pat
 class MethodSpace(BaseModel):
     """What to try of one method, where it differs from what the method itself declares."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     scaling: Domain | None = Field(None, description="Scaling factors: a value, choices, or a range.")
     scaling_of: dict[str, Domain] = Field(

@@ -13,7 +13,7 @@ from merging.recipe import Value
 class Domain(BaseModel):
     """One value (`0.9`), a list of choices (`[exact, sampled]`), or a range (`{low: 0.1, high: 1.0}`)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     value: Value | None = Field(None, description="The only value; in short, the value itself.")
     choices: tuple[Value, ...] | None = Field(None, description="Values to choose among; in short, a list.")

@@ -65,7 +65,7 @@ def test_missing_config(copied):
 
 def test_a_config_that_is_no_object(copied):
     (copied / "config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"config\.json holds no settings"):
+    with pytest.raises(CheckpointError, match=r"config\.json holds a list"):
         Checkpoint.open(str(copied))
 
 

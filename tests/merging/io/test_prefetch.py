@@ -87,7 +87,7 @@ def test_a_remote_pool_is_the_local_one(tiny_pool, upload, unreliable, s3_at):
     there = Pool.open(storage.join(root, "base"), {name: storage.join(root, name) for name in members})
     assert check_weights(there) == check_weights(here)
     reads = [path for method, path, span in unreliable.requests if method == "GET" and span and "-" in span]
-    assert len(reads) <= 4 * 4  # of each of four files: header's length, header, and the weights in one or two
+    assert len(reads) <= 5 * 4  # of each of four: configuration, header's length, header, and the weights in one or two
     assert there.fingerprints() == here.fingerprints()
     for name in here.weights:
         assert torch.equal(there.member_weight("two", name), here.member_weight("two", name))
