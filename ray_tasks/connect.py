@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import ray
 from ray.job_config import JobConfig
 
 import merging
 from merging.errors import ClusterError
+from merging.io.memory import available_memory
 
 WORKER_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -41,6 +41,7 @@ class Cluster:
         cpus: CPUs of all nodes.
         gpus: GPUs of all nodes.
         memory: Bytes of all nodes that tasks and actors may ask for; 0 where that is not known.
+        sizes: CPUs and GPUs of each node; one node of everything where that is not known.
     """
 
     address: str
@@ -48,6 +49,12 @@ class Cluster:
     cpus: int
     gpus: float
     memory: int = 0
+    sizes: tuple[tuple[float, float], ...] = ()
+
+    def places(self, threads: int, gpus: float) -> int:
+        """How many processes of so many CPUs and GPUs the nodes hold: none lies across two nodes, no share across two GPUs."""
+        sizes = self.sizes or ((float(self.cpus), self.gpus),)
+        return sum(_places(there, devices, threads, gpus) for there, devices in sizes)
 
     @property
     def may_grow(self) -> bool:
@@ -56,7 +63,7 @@ class Cluster:
 
     def now(self) -> "Cluster":
         """What there is by now."""
-        return _describe(self.address)
+        return describe_cluster(self.address)
 
     def describe(self) -> str:
         """One line for users."""
@@ -86,7 +93,7 @@ def connect() -> Iterator[Cluster]:
         ClusterError: The cluster cannot be reached or refuses the token.
     """
     if ray.is_initialized():
-        yield _describe(ray.get_runtime_context().gcs_address)
+        yield describe_cluster(ray.get_runtime_context().gcs_address)
         return
     chosen = os.environ.get("RAY_ADDRESS")
     environment = {"env_vars": WORKER_ENVIRONMENT}
@@ -119,7 +126,7 @@ def connect() -> Iterator[Cluster]:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in its place, which exits without a word
     try:
-        yield _describe(ray.get_runtime_context().gcs_address if chosen else LOCAL)
+        yield describe_cluster(ray.get_runtime_context().gcs_address if chosen else LOCAL)
     finally:
         ray.shutdown()
 
@@ -139,7 +146,7 @@ def evaluators_for(cluster: Cluster, asked: int | None, threads: int, gpus: floa
     """
     if asked and cluster.may_grow:
         return asked
-    limit = int(cluster.gpus / gpus) if gpus else cluster.cpus // threads
+    limit = cluster.places(threads, gpus or 0.0)
     if limit < 1 and cluster.may_grow:
         raise ClusterError(
             f"no evaluator fits {cluster.describe()}: where nodes come as they are asked for, say how many evaluators are to "
@@ -147,7 +154,7 @@ def evaluators_for(cluster: Cluster, asked: int | None, threads: int, gpus: floa
             "or resources.gpus"
         )
     if limit < 1 or (asked or 0) > limit:
-        what = f"{gpus:g} GPUs" if gpus else f"{threads} CPUs"
+        what = f"{gpus:g} GPUs and {threads} CPUs" if gpus else f"{threads} CPUs"
         raise ClusterError(
             f"{asked or 1} evaluators of {what} do not fit {cluster.describe()}: lower resources.evaluators, "
             "resources.threads or resources.gpus"
@@ -155,18 +162,39 @@ def evaluators_for(cluster: Cluster, asked: int | None, threads: int, gpus: floa
     return asked or room_for(cluster, threads, gpus or 0.0, bytes_each)
 
 
+def gpus_each(asked: float | None) -> float:
+    """GPUs of a process: what a user set, else one where the cluster has any."""
+    return asked if asked is not None else float(bool(ray.cluster_resources().get("GPU")))
+
+
 def room_for(cluster: Cluster, threads: int, gpus: float, bytes_each: int) -> int:
     """How many evaluators the cluster holds at once: as many as its GPUs, or cores and memory, allow."""
-    room = int(cluster.gpus / gpus) if gpus else cluster.cpus // threads
+    room = cluster.places(threads, gpus)
     if not gpus and cluster.nodes == 1:
-        room = min(room, int(psutil.virtual_memory().available * 0.7 / max(bytes_each, 1)))
+        room = min(room, int(available_memory() * 0.7 / max(bytes_each, 1)))
     elif not gpus and cluster.memory:
         room = min(room, cluster.memory // max(bytes_each, 1))
     return max(1, room)
 
 
-def _describe(address: str) -> Cluster:
+def describe_cluster(address: str = LOCAL) -> Cluster:
+    """What the cluster that this process has joined has now.
+
+    Args:
+        address: Where it was joined, or `LOCAL`.
+    """
     resources = ray.cluster_resources()
     alive = [node for node in ray.nodes() if node["Alive"]]
     cpus, gpus, memory = (resources.get(name, 0.0) for name in ("CPU", "GPU", "memory"))
-    return Cluster(address, len(alive), int(cpus), float(gpus), int(memory))
+    found = [node["Resources"] for node in alive]
+    sizes = tuple((node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in found)
+    return Cluster(address, len(alive), int(cpus), float(gpus), int(memory), sizes)
+
+
+def _places(cpus: float, gpus: float, threads: int, share: float) -> int:
+    """How many processes a node holds."""
+    by_cpu = int(cpus // threads)
+    if not share:
+        return by_cpu
+    by_gpu = int(gpus / share + 1e-9) if share >= 1 else int(gpus) * int(1 / share + 1e-9)
+    return min(by_cpu, by_gpu)

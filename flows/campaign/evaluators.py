@@ -9,7 +9,7 @@ from flows.campaign.executor import RayExecutor
 from flows.campaign.open_campaign import Opened
 from flows.campaign.regime import is_sharded, shards_of
 from flows.directory.progress import Display
-from ray_tasks.connect import Cluster, evaluators_for, room_for
+from ray_tasks.connect import Cluster, evaluators_for, gpus_each, room_for
 from ray_tasks.evaluators.evaluator import Evaluator
 from ray_tasks.evaluators.evaluator_pool import EvaluatorPool
 from ray_tasks.evaluators.fed_evaluator import FedEvaluator
@@ -21,7 +21,7 @@ from ray_tasks.evaluators.prometheus import EvaluatorMetrics
 def evaluators(opened: Opened, statistics: Files, cluster: Cluster, display: Display) -> Iterator[RayExecutor]:
     """Evaluators for the block, as many as fit, with threads and memory said."""
     resources, cluster = opened.campaign.resources, cluster.now()  # statistics may have made it grow
-    gpus = (1.0 if cluster.gpus else 0.0) if resources.gpus is None else resources.gpus
+    gpus = gpus_each(resources.gpus)
     is_fed = is_sharded(opened, cluster, gpus)
     memory = int((resources.memory or 0.0) * 1e9) or opened.evaluator_bytes(sharded=is_fed)
     needs = (resources.threads, gpus, memory)

@@ -11,7 +11,7 @@ from merging.io import storage
 from merging.mergers.material import subset_fingerprint
 from merging.recipe import BASE
 from merging.statistics import STATISTICS, StatisticsFile, number_of_examples
-from ray_tasks.connect import connect
+from ray_tasks.connect import connect, gpus_each
 from ray_tasks.jobs.propagation import PropagationJob, solve
 from ray_tasks.jobs.statistics import BoundTask, Job, compute
 
@@ -91,7 +91,7 @@ def solutions(opened: Opened, cache: str, display: Display) -> dict[str, tuple[s
             solve(
                 whole,
                 threads=resources.threads,
-                gpus=resources.gpus or 0.0,
+                gpus=gpus_each(resources.gpus),
                 retries=resources.retries,
                 progress=lambda share: bar.reach(int(100 * share)),
             )
@@ -147,7 +147,7 @@ def run(jobs: Iterable[Job], opened: Opened, display: Display) -> None:
             todo,
             shard=settings.shard,
             threads=resources.threads,
-            gpus=resources.gpus or 0.0,
+            gpus=gpus_each(resources.gpus),
             retries=resources.retries,
             progress=lambda job, examples: bar.advance(examples, f"{job.member} {job.kind}"),
         )

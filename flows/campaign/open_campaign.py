@@ -1,5 +1,6 @@
 """From a campaign file to an opened pool and tasks: everything that can be wrong is found here, before any work."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -126,7 +127,8 @@ class Opened:
             sharded: Of one that merges nothing itself, and holds models and the next candidate's weights; two candidates'
                 where shards write these into its memory.
         """
-        weights = sum(info.nbytes for info in self.pool.weights.values())
+        # whatever a pool is stored in, models and what methods make of it are float32
+        weights = sum(4 * math.prod(info.shape) for info in self.pool.weights.values())
         copies = 0 if sharded else len(self.pool.members) * len(self.campaign.search.methods)
         waiting = TRAYS if self.campaign.resources.transport == "nixl" else 1
         return (1 << 30) + weights * (2 + (waiting if sharded else copies))

@@ -112,7 +112,7 @@ def _theory(
     parts = weight_groups.split_keys(opened.pool.weights, _spread(space, linear[0]))
     calls = {_key(recipe): (opened.setup(statistics), recipe, [names for names, _ in parts], kind) for recipe in linear}
     with display.bar("percent of the quadratic models", 100) as bar:
-        forms = dict(each(gradients.predict, calls, progress=lambda share: bar.reach(int(100 * share))))
+        forms = dict(each(gradients.predict, calls, gpus=0.0, progress=lambda share: bar.reach(int(100 * share))))
     found = []
     for recipe in linear if opened.campaign.search.theory_starts else ():
         models = list(forms[_key(recipe)].values())
@@ -162,6 +162,7 @@ def _gradient(
                 gradients.descend,
                 calls,
                 cpus=opened.campaign.resources.threads,
+                gpus=0.0,
                 retries=opened.campaign.resources.retries,
                 progress=lambda share: bar.reach(int(100 * share)),
             )

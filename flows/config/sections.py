@@ -126,6 +126,12 @@ class ResourceSettings(Settings):
     )
     retries: int = Field(3, ge=0, description="How often work is tried again after a worker was lost.")
 
+    @model_validator(mode="after")
+    def _shares_of_one_gpu(self) -> "ResourceSettings":
+        if self.gpus is not None and self.gpus > 1 and not self.gpus.is_integer():
+            raise ValueError("gpus: a share of one GPU (below 1), or whole GPUs")
+        return self
+
 
 class DistilSettings(DistillationSettings):
     """A last step after the search, without labels: the members' outputs are distilled into all weights of the winner."""

@@ -10,7 +10,6 @@ from functools import reduce
 from operator import itemgetter
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from merging.checkpoints.checkpoint import CONFIG, Checkpoint
 from merging.checkpoints.writer import SHARD_BYTES, Files, Write, lay_out, new_checkpoint
 from merging.errors import MethodError, PoolError
 from merging.io.direct_io import BLOCK
+from merging.io.memory import available_memory
 from merging.kernels.blockwise import Scratch, is_finite
 from merging.mergers.material import Material
 from merging.mergers.partition import Part, partition, runs, side_by_side
@@ -131,7 +131,7 @@ class _Merger:
         self._own = threading.local()
         self._lock = threading.Lock()
         checkpoints = self.pool.base, *(member.checkpoint for member in self.pool.members.values())
-        self._stays_mapped = sum(c.nbytes for c in checkpoints) < psutil.virtual_memory().available // 2
+        self._stays_mapped = sum(c.nbytes for c in checkpoints) < available_memory() // 2
         self._is_cached = all(c.is_cached for c in checkpoints)
 
     @property

@@ -18,6 +18,7 @@ from merging.mergers.resident import ResidentMerger
 from merging.recipe import Recipe
 from merging.tasks import make_task
 from merging.tasks.task import Split
+from ray_tasks.evaluators.faults import is_fault
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class Answer:
         started: When work on it began.
         lost: Whether trying again may help.
         unreachable: Whether the evaluator is cut off from the shards, and of no more use.
+        fault: Whether the error is about the machine, and says nothing of the recipe.
     """
 
     measurement: Measurement | None
@@ -102,6 +104,7 @@ class Answer:
     started: datetime
     lost: bool = False
     unreachable: bool = False
+    fault: bool = False
 
 
 class Evaluator:
@@ -147,5 +150,5 @@ class Evaluator:
             assert self._models is not None
             measurement = self._models.measure(assignment.recipe, assignment.split, assignment.limit, assignment.plan)
         except Exception as error:
-            return Answer(None, f"{type(error).__name__}: {error}", self._worker, started)
+            return Answer(None, f"{type(error).__name__}: {error}", self._worker, started, fault=is_fault(error))
         return Answer(measurement, None, self._worker, started)

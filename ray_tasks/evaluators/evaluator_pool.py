@@ -3,6 +3,7 @@
 import math
 import time
 from collections import Counter, deque
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from merging.errors import ClusterError
 from merging.evaluation.live_models import Measurement
 from ray_tasks.cluster_errors import reason
 from ray_tasks.evaluators.evaluator import Answer, Assignment
+from ray_tasks.evaluators.faults import tells_of_device
 from ray_tasks.evaluators.lifecycle import Crew
 from ray_tasks.evaluators.prometheus import EvaluatorMetrics
 from ray_tasks.sharded.shards import Inbox, Shards
@@ -24,6 +26,10 @@ REST = 5.0
 """Seconds that pass at most between two looks where there is nobody to wait for."""
 DISPLACED = 10
 """How often an assignment may lose its node before it counts as lost: it may be what ends the nodes."""
+FAULTS = 2
+"""After so many errors about machines, on different evaluators, a candidate has failed with the last of them."""
+UNEXPLAINED = 3
+"""So many candidates in a row that failed like that, with no sound answer in between, tell of all machines."""
 AHEAD = 1
 """Assignments that wait at each of several evaluators, so that it goes on while the driver has its hands full."""
 
@@ -80,6 +86,10 @@ class EvaluatorPool:
     assignment goes to another evaluator without a word. One that exceeds the time limit is ended and replaced, its
     assignment reported as failed.
 
+    An error that is about the machine (a device, memory, files, what is installed) has its evaluator replaced and the
+    assignment tried on another one, if there is one that has answered before; what keeps failing elsewhere counts as
+    failed, and a node whose failures go well elsewhere is avoided.
+
     Of several evaluators, and wherever shards merge, each has two assignments: the one that it measures, and one that
     waits for its turn, its weights merged and sent meanwhile. That one's clock does not run yet; if its evaluator is
     lost or ended, or another one has nothing to do, it goes elsewhere: at worst, if its turn comes at that very moment,
@@ -103,6 +113,10 @@ class EvaluatorPool:
     _open: set[str] = field(default_factory=set, init=False)
     _displaced: Counter[str] = field(default_factory=Counter, init=False)
     _inboxes: dict[Any, Inbox] = field(default_factory=dict, init=False)
+    _faults: dict[str, list[str]] = field(default_factory=dict, init=False)
+    _proven: set[Any] = field(default_factory=set, init=False)
+    _unexplained: int = field(default=0, init=False)
+    _fault_text: str = field(default="", init=False)
 
     def start(self, timeout: float = 1800.0, grace: float = GRACE) -> int:
         """Starts the evaluators; returns when all are built, or those that are `grace` seconds after the first.
@@ -154,9 +168,25 @@ class EvaluatorPool:
         Raises:
             ClusterError: All have as much as they take.
         """
-        actor = min(self._queues, key=lambda actor: len(self._queues[actor]), default=None)
-        if actor is None or len(self._queues[actor]) >= self._depth:
+        if (actor := self._free_actor()) is None:
             raise ClusterError("every evaluator is busy")
+        self._hand(assignment, actor)
+
+    def _free_actor(self, after: Sequence[str] | None = None) -> Any:
+        """The evaluator that has least to do; None where all have as much as they take.
+
+        Args:
+            after: Nodes where the assignment met an error of the machine: evaluators that have answered before are asked,
+                where there are any, those of other nodes first.
+        """
+        there = self._queues.keys() & self._proven if after is not None else set()
+        order = [actor for actor in self._queues if not there or actor in there]
+        free = [actor for actor in order if len(self._queues[actor]) < self._depth]
+        return min(
+            free, key=lambda actor: (self.crew.node(actor) in (after or ()), len(self._queues[actor])), default=None
+        )
+
+    def _hand(self, assignment: Assignment, actor: Any) -> None:
         work = _Work(actor, self.crew.node(actor), assignment, datetime.now(UTC))
         if self.shards is not None:
             pieces = self.shards.merge(assignment.recipe, self._inboxes.get(actor))
@@ -186,9 +216,14 @@ class EvaluatorPool:
                 finished += self._collect(reference)
         for actor in list(self._queues):
             finished += self._watch_clock(actor)
-        while self._again and self.free:
-            if (assignment := self._again.popleft()).ticket in self._open:
-                self.submit(assignment)
+        for assignment in [self._again.popleft() for _ in range(len(self._again))]:
+            if assignment.ticket not in self._open:
+                continue
+            actor = self._free_actor(self._faults.get(assignment.ticket))
+            if actor is None:
+                self._again.append(assignment)
+            else:
+                self._hand(assignment, actor)
         self._look()
         for done in finished:
             if self.metrics and not done.lost:
@@ -198,7 +233,7 @@ class EvaluatorPool:
     def close(self) -> None:
         """Ends the evaluators."""
         self.crew.close()
-        for held in (self._queues, self._works, self._again, self._open, self._inboxes):
+        for held in (self._queues, self._works, self._again, self._open, self._inboxes, self._faults, self._proven):
             held.clear()
         self._look()
 
@@ -270,12 +305,48 @@ class EvaluatorPool:
         if self.shards is not None and answer.unreachable:
             self._dismiss(work.actor)
             self.crew.count_death(str(answer.error))
+        elif not answer.lost and (answer.fault or tells_of_device(answer.error or "")):
+            return self._fault(work, answer)
         else:
             self.crew.count_answer()
+            self._explain(work)
         self._displaced.pop(ticket, None)
         if answer.lost and self.shards is not None:
             self.shards.forget()
         return self._finished(ticket, answer.started, answer.measurement, answer.error, answer.lost, answer.worker)
+
+    def _fault(self, work: _Work, answer: Answer) -> list[Finished]:
+        """Replaces an evaluator that met an error of its machine; another one tries the assignment.
+
+        Raises:
+            ClusterError: Candidate after candidate fails like that.
+        """
+        ticket = work.assignment.ticket
+        self._dismiss(work.actor)
+        if ticket not in self._open:
+            return []
+        nodes = self._faults.setdefault(ticket, [])
+        nodes.append(work.node)
+        self._fault_text = (answer.error or "").partition("\n")[0]
+        if len(nodes) < FAULTS:
+            if self.metrics:
+                self.metrics.lost()
+            self._again.append(work.assignment)
+            return []
+        self._unexplained += 1
+        if self._unexplained >= UNEXPLAINED:
+            raise ClusterError(
+                f"{self._unexplained} candidates in a row failed with errors of the machine, each on {FAULTS} evaluators, the "
+                f"last one with {answer.error}\nMend the cause and resume with --retry-failed: what was measured is kept"
+            )
+        return self._finished(ticket, answer.started, None, answer.error, False, answer.worker)
+
+    def _explain(self, work: _Work) -> None:
+        """Learns from an answer that is no error of the machine: who is sound, and who failed at this before."""
+        self._proven.add(work.actor)
+        self._unexplained = 0
+        for node in set(self._faults.pop(work.assignment.ticket, ())):
+            self.crew.blame(node, self._fault_text)
 
     def _lose(self, work: _Work, error: ray.exceptions.RayError) -> list[Finished]:
         """Replaces an evaluator that is gone."""
@@ -304,6 +375,7 @@ class EvaluatorPool:
         """Ends an evaluator, if it is not dead, and has it replaced at once; what waited there goes elsewhere."""
         self.crew.dismiss(actor)
         self._inboxes.pop(actor, None)
+        self._proven.discard(actor)
         works = [self._works.pop(reference) for reference in self._queues.pop(actor)]
         self._again.extend(work.assignment for work in works if work is not but and not work.recalled)
 
@@ -312,6 +384,7 @@ class EvaluatorPool:
         if ticket not in self._open:
             return []
         self._open.remove(ticket)
+        self._faults.pop(ticket, None)
         return [Finished(ticket, *what, **more)]
 
 

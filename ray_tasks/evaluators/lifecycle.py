@@ -2,18 +2,25 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
 
 from merging.errors import ClusterError
 from ray_tasks.cluster_errors import surfaced
 from ray_tasks.evaluators.evaluator import Evaluator
+from ray_tasks.evaluators.faults import is_fault, tells_of_device
 
 LOOK = 5.0
 """Seconds between two looks at how many evaluators there are and could be."""
+NODE_LABEL = "ray.io/node-id"
+"""Ray's own label of every node."""
+BLAMED = 2
+"""Candidates that failed on a node and were measured elsewhere, after which no evaluator is started there."""
 SILENCE = 30.0
 """Seconds without any evaluator after which that is said, and again after four times as long."""
 
@@ -48,6 +55,8 @@ class Crew:
     memory: int = 0
     _building: dict[Any, Any] = field(default_factory=dict, init=False)
     _nodes: dict[Any, str] = field(default_factory=dict, init=False)
+    _blamed: Counter[str] = field(default_factory=Counter, init=False)
+    _avoided: set[str] = field(default_factory=set, init=False)
     _ever: bool = field(default=False, init=False)
     _deaths: int = field(default=0, init=False)
     _last: str = field(default="", init=False)
@@ -113,7 +122,9 @@ class Crew:
                 self._nodes[actor] = ray.get(reference)
         except Exception as error:
             ray.kill(actor)
-            if not self._ever and not isinstance(error, ClusterError):
+            sick = is_fault(error) or tells_of_device(str(error))
+            others = self._nodes or self._building  # one sound device is enough to begin with
+            if not self._ever and not isinstance(error, ClusterError) and not (sick and others):
                 raise
             self.count_death(f"{type(error).__name__}: {error}")
             return None
@@ -135,6 +146,31 @@ class Crew:
         """A node was lost, which is nobody's fault."""
         self._last = "A node was lost."
 
+    def blame(self, node: str, why: str) -> None:
+        """A candidate failed on a node, and not because of its recipe: it was measured elsewhere since.
+
+        After the second one nothing is started on that node any more, where there is another to start it on; else there
+        is one evaluator less.
+        """
+        self._blamed[node] += 1
+        if self._blamed[node] < BLAMED:
+            return
+        del self._blamed[node]
+        alive = {entry["NodeID"]: entry for entry in ray.nodes() if entry["Alive"]}
+        name = alive.get(node, {}).get("NodeManagerHostname", node[:8])
+        reason = f"{BLAMED} candidates failed there that were measured elsewhere, the last with {why}"
+        if any(self._fits(entry) for key, entry in alive.items() if key not in {*self._avoided, node}):
+            self._avoided.add(node)
+            self.say(f"no more evaluators are started on node {name}: {reason}")
+        elif self.evaluators > 1:
+            self.evaluators -= 1
+            self.say(f"one evaluator less on node {name}, {self.evaluators} now: {reason}")
+
+    def _fits(self, node: Any) -> bool:
+        """Whether a node is large enough for an evaluator."""
+        there = node["Resources"]
+        return bool(there.get("CPU", 0) >= self.threads and there.get("GPU", 0) >= self.gpus)
+
     def count_answer(self) -> None:
         """One of them answered: they are no crash loop."""
         self._deaths = 0
@@ -147,7 +183,10 @@ class Crew:
         self._building.clear()
 
     def _spawn(self) -> None:
-        options = {"num_cpus": self.threads, "num_gpus": self.gpus, "max_restarts": 0, "max_task_retries": 0}
+        options: dict[str, Any] = {"num_cpus": self.threads, "num_gpus": self.gpus}
+        options |= {"max_restarts": 0, "max_task_retries": 0}
+        if self._avoided:
+            options["scheduling_strategy"] = NodeLabelSchedulingStrategy({NODE_LABEL: NotIn(*sorted(self._avoided))})
         options |= {"memory": self.memory} if self.memory else {}
         actor = ray.remote(**options)(self.kind).remote(self.setup, self.threads)
 

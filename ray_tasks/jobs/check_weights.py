@@ -52,7 +52,7 @@ def examine(
         group[0]: (Files(files.base, {member: files.members[member] for member in group}, files.heads), names)
         for group in validation.slices(members, alive)
     }
-    for _, (found, facts) in each(_examine, calls, progress=progress):
+    for _, (found, facts) in each(_examine, calls, gpus=0.0, progress=progress):
         fact_cache.learn(facts)
         yield found
 

@@ -9,6 +9,7 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_tasks.cluster_errors import surfaced
+from ray_tasks.connect import gpus_each
 
 POLL_SECONDS = 1.0
 
@@ -31,6 +32,7 @@ def each(
     calls: Mapping[str, tuple[Any, ...]],
     *,
     cpus: int = 1,
+    gpus: float | None = None,
     retries: int = 3,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Iterator[tuple[str, Any]]:
@@ -40,6 +42,8 @@ def each(
         function: Takes the call's arguments and `report(share)`, to be told the share of its work that is done.
         calls: Name → arguments.
         cpus: CPUs and torch threads of a call.
+        gpus: GPUs of a call; by default one where the cluster has any. With 0 a call asks for none, so that it need not wait
+            for those that idle evaluators hold, and works beside one of them: calls take turns over a node's GPUs.
         retries: How often a call is made again after its worker died.
         progress: Told the share of all work that is done.
 
@@ -52,14 +56,16 @@ def each(
     steady = {"max_restarts": -1, "max_task_retries": -1}
     watch = ray.remote(num_cpus=0, scheduling_strategy=here, **steady)(_Watch).remote()
     # Idle evaluators hold the CPUs that these calls use: what Ray does not count is bounded here.
-    task = ray.remote(num_cpus=0, max_retries=retries, scheduling_strategy="SPREAD")(_call)
+    options = {"num_cpus": 0, "num_gpus": gpus_each(gpus), "max_retries": retries, "scheduling_strategy": "SPREAD"}
+    task = ray.remote(**options)(_call)
+    numbers = {name: number for number, name in enumerate(calls)}
     room = max(1, int(ray.cluster_resources().get("CPU", 1)) // cpus)
     queue, waiting = deque(calls.items()), dict[Any, str]()
     try:
         while queue or waiting:
             while queue and len(waiting) < room:
                 name, arguments = queue.popleft()
-                waiting[task.remote(function, name, arguments, cpus, watch)] = name
+                waiting[task.remote(function, name, numbers[name], arguments, cpus, watch)] = name
             with surfaced(f"running {', '.join(waiting.values())}"):
                 ready, _ = ray.wait(list(waiting), num_returns=1, timeout=POLL_SECONDS)
                 shares: dict[str, float] = ray.get(watch.read.remote())
@@ -72,8 +78,12 @@ def each(
         ray.kill(watch)
 
 
-def _call(function: Callable[..., Any], name: str, arguments: tuple[Any, ...], cpus: int, watch: Any) -> Any:
+def _call(
+    function: Callable[..., Any], name: str, number: int, arguments: tuple[Any, ...], cpus: int, watch: Any
+) -> Any:
     torch.set_num_threads(cpus)
+    if not ray.get_gpu_ids() and (devices := torch.cuda.device_count()) > 1:
+        torch.cuda.set_device(number % devices)
     result = function(*arguments, lambda share: watch.note.remote(name, share))
     watch.note.remote(name, 1.0)
     return result

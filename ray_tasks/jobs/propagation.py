@@ -18,6 +18,7 @@ from merging.propagation.member import Plan
 from merging.propagation.member_group import Crew
 from merging.statistics import Partial, save_tensors
 from ray_tasks.cluster_errors import surfaced
+from ray_tasks.connect import describe_cluster
 from ray_tasks.jobs.statistics import BoundTask
 
 
@@ -81,7 +82,7 @@ def solve(
     """
     for attempt in range(retries + 1):
         try:
-            return _attempt(job, crews or _room(threads, gpus), threads, gpus, progress)
+            return _attempt(job, crews or describe_cluster().places(threads, gpus), threads, gpus, progress)
         except ClusterError:
             if attempt == retries:
                 raise
@@ -110,12 +111,6 @@ def _attempt(
     finally:
         for actor in actors:
             ray.kill(actor)
-
-
-def _room(threads: int, gpus: float) -> int:
-    """How many actors the cluster holds at once."""
-    resources = ray.cluster_resources()
-    return int(resources.get("GPU", 0.0) / gpus if gpus else resources.get("CPU", 1.0) / threads)
 
 
 def _parted(members: Sequence[str], parts: int) -> list[list[str]]:

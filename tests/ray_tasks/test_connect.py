@@ -24,3 +24,23 @@ def test_a_cluster_that_starts_empty_is_asked_for_what_is_said():
     assert evaluators_for(head, asked=8, threads=1, gpus=1.0, bytes_each=10_000) == 8
     with pytest.raises(ClusterError, match=r"resources\.evaluators, and for which GPUs with resources\.gpus"):
         evaluators_for(head, asked=None, threads=1, gpus=0.0, bytes_each=10_000)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "threads", "gpus", "places"),
+    [
+        ([(6, 2)], 1, 0.4, 4),  # two a GPU: the fifth would lie across both
+        ([(6, 2)], 1, 0.5, 4),
+        ([(6, 2)], 1, 1 / 3, 6),
+        ([(3, 2)], 1, 0.4, 3),  # each asks for a CPU, too
+        ([(8, 3), (8, 3)], 1, 2.0, 2),  # three GPUs hold one of two, and no process has GPUs of two nodes
+        ([(16, 0), (4, 1)], 1, 1.0, 1),  # a head without GPUs
+        ([(3, 0), (3, 0)], 2, 0.0, 2),
+        ([(64, 8)], 1, 0.1, 64),
+    ],
+)
+def test_processes_lie_on_one_node_and_shares_on_one_gpu(sizes, threads, gpus, places):
+    cpus, devices = (sum(column) for column in zip(*sizes, strict=True))
+    cluster = Cluster("127.0.0.1:6379", len(sizes), cpus, float(devices), sizes=tuple(sizes))
+    assert cluster.places(threads, gpus) == places
+    assert evaluators_for(cluster, None, threads, gpus, 0) == places

@@ -1,0 +1,124 @@
+import os
+import time
+from collections import Counter
+from datetime import UTC, datetime
+
+import pytest
+import torch
+
+from merging.errors import ClusterError, MethodError, TaskError
+from merging.evaluation.live_models import Measurement
+from merging.recipe import base_recipe
+from ray_tasks.evaluators.evaluator import Answer, Assignment
+from ray_tasks.evaluators.evaluator_pool import EvaluatorPool
+from ray_tasks.evaluators.faults import is_fault
+from ray_tasks.evaluators.lifecycle import Crew
+
+CUDA = "CUDA error: an illegal memory access was encountered"
+
+
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "fault"),
+    [
+        (RuntimeError(CUDA), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+        (MemoryError(), True),
+        (ModuleNotFoundError("No module named 'judge'"), True),
+        (ConnectionResetError("judge.example"), True),
+        (caused(TaskError("task 'x': judge:score failed: RuntimeError"), RuntimeError(CUDA)), True),
+        (MethodError("α cancel the denominator"), False),
+        (caused(TaskError("task 'x': judge:score failed: ValueError"), ValueError("empty")), False),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
+        (torch.linalg.LinAlgError("linalg.cholesky: the input is not positive-definite"), False),
+    ],
+)
+def test_an_error_is_about_the_machine_or_about_the_recipe(error, fault):
+    assert is_fault(error) is fault
+
+
+def evaluator_of(sick):
+    """A class of actors that answer at once with an error where `sick(setup, answers, assignment)`, else slowly."""
+
+    class Fake:
+        def __init__(self, setup, threads):
+            self.setup, self.answers = setup, 0
+            try:
+                os.close(os.open(setup, os.O_CREAT | os.O_EXCL))
+                self.first = True
+            except FileExistsError:
+                self.first = False
+
+        def build(self):
+            return "built"
+
+        def measure(self, assignment):
+            who, now = f"{os.getpid()}", datetime.now(UTC)
+            self.answers += 1
+            if sick(self, assignment):
+                return Answer(None, f"AcceleratorError: {CUDA}", who, now)
+            time.sleep(0.1)
+            return Answer(Measurement({}, 0.0, 0.1, {}), None, who, now)
+
+    return Fake
+
+
+def measure(pool, count):
+    done = []
+    waiting = [Assignment(f"{number}", base_recipe(), "validation") for number in range(count)]
+    deadline = time.monotonic() + 120
+    try:
+        pool.start()
+        while len(done) < count and time.monotonic() < deadline:
+            while waiting and pool.free:
+                pool.submit(waiting.pop(0))
+            done += pool.wait(1.0)
+    finally:
+        pool.close()
+    return done
+
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_an_evaluator_with_a_broken_gpu_takes_no_candidate_with_it(tmp_path):
+    kind = evaluator_of(lambda self, assignment: self.first and self.answers > 1)
+    done = measure(EvaluatorPool(Crew(str(tmp_path / "flag"), 2, kind=kind)), 40)
+    assert Counter(answer.error for answer in done) == {None: 40}
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_candidate_that_breaks_every_evaluator_is_a_failed_row_and_the_others_go_on(tmp_path):
+    said = []
+    kind = evaluator_of(lambda self, assignment: assignment.ticket == "3")
+    done = measure(EvaluatorPool(Crew(str(tmp_path / "flag"), 1, kind=kind, say=said.append)), 8)
+    assert {answer.ticket for answer in done if answer.error} == {"3"}
+    assert len(done) == 8
+    assert said == []
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_where_all_evaluators_are_broken_the_work_stops_before_the_budget_is_spent(tmp_path):
+    kind = evaluator_of(lambda self, assignment: True)
+    with pytest.raises(ClusterError, match=r"3 candidates in a row .* illegal memory access[^$]*--retry-failed"):
+        measure(EvaluatorPool(Crew(str(tmp_path / "flag"), 2, kind=kind)), 40)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_place_that_fails_twice_where_others_do_not_is_given_up(tmp_path):
+    """Whoever is not the first evaluator is sick, as where one of two GPUs is broken."""
+    said = []
+    kind = evaluator_of(lambda self, assignment: not self.first)
+    pool = EvaluatorPool(Crew(str(tmp_path / "flag"), 2, kind=kind, say=said.append))
+    done = measure(pool, 30)
+    assert Counter(answer.error for answer in done) == {None: 30}
+    assert pool.crew.evaluators == 1
+    assert len(said) == 1
+    assert "one evaluator less" in said[0]
+    assert CUDA in said[0]
