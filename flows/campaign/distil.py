@@ -33,7 +33,10 @@ def distil(opened: Opened, statistics: Files, start: Recipe, cache: str, display
     data = {name: task.data_fingerprint("train") for name, task in opened.tasks.items() if task.size("train")}
     key = {"statistic": "distilled", "version": 2, "start": start.as_dict(), **settings.model_dump(mode="json")}
     checkpoint = subset_fingerprint(opened.pool, start.members)
-    path = storage.join(cache, f"pool.distilled.{storage.fingerprint([checkpoint, data, key])}.safetensors")
+    path = storage.join(
+        cache,
+        f"pool.distilled.{storage.fingerprint([checkpoint, opened.pool.configurations(), data, key])}.safetensors",
+    )
     if not storage.exists(path):
         call = (opened.setup(statistics), start, settings, key, path, checkpoint, storage.fingerprint(data))
         with connect(), display.bar("percent of the distillation", 100) as bar:

@@ -80,7 +80,7 @@ def solutions(opened: Opened, cache: str, display: Display) -> dict[str, tuple[s
     settings = campaign.statistics.propagated
     key = {"statistic": "propagated", "version": 1, **settings.model_dump(mode="json", exclude={"batch_size"})}
     checkpoint = subset_fingerprint(opened.pool, members)
-    fingerprint = storage.fingerprint([checkpoint, data, key])
+    fingerprint = storage.fingerprint([checkpoint, opened.pool.configurations(), data, key])
     path = storage.join(cache, f"pool.propagated.{fingerprint}.safetensors")
     if not storage.exists(path):
         paths = {name: member.checkpoint for name, member in campaign.members.items()}
@@ -259,7 +259,7 @@ def _job(opened: Opened, member: str, kind: str, data: BoundTask, model: BoundTa
     statistic = STATISTICS[kind](settings)
     task = data.open() if data.head != opened.tasks[data.name].head else opened.tasks[data.name]
     examples = number_of_examples(task, statistic)
-    checkpoint = _checkpoint(opened, member).fingerprint
-    fingerprints = {"checkpoint": checkpoint, "data": task.data_fingerprint("train")}
-    key = storage.fingerprint([fingerprints, statistic.key(), examples])
+    checkpoint = _checkpoint(opened, member)
+    fingerprints = {"checkpoint": checkpoint.fingerprint, "data": task.data_fingerprint("train")}
+    key = storage.fingerprint([fingerprints, checkpoint.config_fingerprint, statistic.key(), examples])
     return Job(member, kind, settings, data, model, "train", examples, f"{prefix}.{key}.safetensors", fingerprints)

@@ -103,6 +103,7 @@ class Opened:
         }
         return {
             "checkpoints": self.pool.fingerprints(),
+            "configurations": self.pool.configurations(),
             "data": data,
             "relative_distance": {name: round(value, 6) for name, value in self.distances.items()},
             "merged": len(self.pool.weights),

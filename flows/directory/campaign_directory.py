@@ -11,6 +11,7 @@ from typing import Any
 from flows.config.campaign_file import CAMPAIGN_FILE, Campaign, dump, load_campaign
 from flows.config.yaml_file import require_writable
 from flows.directory.lock import lease
+from merging.checkpoints.configuration import differences
 from merging.errors import LedgerError, PoolError, SettingsError, StorageError, TaskError
 from merging.io import storage
 from search.ledger.ledger import Ledger
@@ -115,6 +116,13 @@ class Directory:
                 raise PoolError(
                     f"'{name}' is not the checkpoint that this campaign was run on: its scores say nothing of the one that is "
                     f"there now. {remedy}"
+                )
+        for name, config in found["configurations"].items():
+            known = before.get("configurations", {}).get(name)
+            for field, one, other in differences(known, config) if known is not None else ():
+                raise PoolError(
+                    f"'{name}': config.json has {field} = {other!r}, and had {one!r} when this campaign was run: its scores "
+                    f"say nothing of the model that is there now. {remedy}"
                 )
         for task, splits in found["data"].items():
             for split, examples in splits.items():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from merging.checkpoints.config_checks import check_config
+from merging.checkpoints.configuration import function_of
 from merging.checkpoints.quantised import refuse_quantised
 from merging.checkpoints.safetensors_header import MAX_HEADER, parse_header
 from merging.errors import CheckpointError, StorageError
@@ -290,6 +291,11 @@ class Checkpoint:
         process remembers, and of a remote checkpoint this user's cache directory.
         """
         return fact_cache.remembered(self.identity, self._content_hash, lasting=self._is_remote)
+
+    @property
+    def config_fingerprint(self) -> str:
+        """Hash of what of its `config.json` may change the function that it computes."""
+        return storage.fingerprint(function_of(self.config))
 
     def recognise(self, fingerprint: str) -> None:
         """Takes over what somebody found who read all bytes."""

@@ -5,26 +5,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor
 
 from merging.checkpoints.adapter import open_checkpoint
 from merging.checkpoints.checkpoint import Checkpoint, TensorInfo
+from merging.checkpoints.configuration import differences, function_of
 from merging.errors import PoolError
 
-CONFIG_KEYS = (
-    "model_type",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "layer_norm_eps",
-    "rms_norm_eps",
-    "rope_theta",
-    "position_embedding_type",
-    "tie_word_embeddings",
-)
-"""Settings that change what the same weights compute, yet leave no trace in names and shapes."""
 MAX_REPORTED = 12
 OPENED_AT_ONCE = 16
 """Members whose headers are read at the same time: from an object store, it is the number of answers that takes long."""
@@ -157,6 +146,12 @@ class Pool:
         """Content hashes of the base (under `base`) and of each member."""
         return {"base": self.base.fingerprint} | {n: m.checkpoint.fingerprint for n, m in self.members.items()}
 
+    def configurations(self) -> dict[str, dict[str, Any]]:
+        """What of their `config.json` may change the function that base and members compute."""
+        return {"base": function_of(self.base.config)} | {
+            name: function_of(member.checkpoint.config) for name, member in self.members.items()
+        }
+
 
 @dataclass
 class _Matched:
@@ -173,11 +168,10 @@ class _Matched:
 
 
 def _config_problems(base: Checkpoint, name: str, member: Checkpoint) -> list[str]:
-    """Settings in which a member's configuration contradicts the base's."""
+    """Fields in which a member's configuration makes another function of the same weights than the base's."""
     return [
-        f"{name}: config.json has {key} = {member.config[key]!r}, the base has {base.config[key]!r}"
-        for key in CONFIG_KEYS
-        if key in base.config and key in member.config and base.config[key] != member.config[key]
+        f"{name}: config.json has {field} = {theirs!r}, the base has {ours!r}"
+        for field, ours, theirs in differences(base.config, member.config)
     ]
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from flows.config.campaign_file import load_campaign
 from flows.directory.campaign_directory import Directory
-from merging.errors import LedgerError
+from merging.errors import LedgerError, PoolError
 from search.ledger.ledger import Ledger
 
 
@@ -30,3 +30,22 @@ def test_a_selection_that_failed_may_be_corrected_in_place(campaign_file, make, 
     ledger.append(replace(make.candidates(1)[0], campaign="tiny"))
     with pytest.raises(LedgerError, match="holds another campaign .*differs in selection"):
         directory.check(corrected)
+
+
+def test_a_changed_configuration_is_noticed_and_other_words_for_the_same_are_not(campaign_file, make, tmp_path):
+    """The weights' fingerprints are the same, and they compute something else."""
+    directory = Directory(str(tmp_path / "out"))
+    config = {
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "transformers_version": "4",
+    }
+    pool = {"checkpoints": {"one": "a"}, "data": {}, "configurations": {"one": config}}
+    directory.claim(load_campaign(str(campaign_file())), pool)
+    Ledger(directory.ledger, "tiny").append(replace(make.references()[0], campaign="tiny"))
+    same = {"model_type": "gpt2", "activation_function": "gelu_new", "n_inner": None, "use_cache": False}
+    directory.check_pool(pool | {"configurations": {"one": same}})
+    for change in ({"activation_function": "relu"}, {"layer_norm_epsilon": 1e-3}, {"n_head": 6}):
+        with pytest.raises(PoolError, match=f"'one': config.json has {next(iter(change))} = "):
+            directory.check_pool(pool | {"configurations": {"one": config | change}})
