@@ -48,6 +48,10 @@ class AdapterCheckpoint(Checkpoint):
             raise CheckpointError(str(error)) from error
         settings = read_settings(storage.join(path, ADAPTER_CONFIG))
         own = read_settings(storage.join(path, CONFIG)) if CONFIG in listed else None
+        if own is not None:
+            own.pop(
+                "quantization_config", None
+            )  # of the base that it was trained on; here it is added to plain weights
         if ADAPTER_WEIGHTS not in listed:
             raise CheckpointError(
                 f"{path} has no {ADAPTER_WEIGHTS}: the download is incomplete, or it is a pickle; "
@@ -60,16 +64,15 @@ class AdapterCheckpoint(Checkpoint):
         return cls(path, found.config, found.tensors, {file.path: file}, base, found)
 
     def read(self, name: str) -> Tensor:
-        """A tensor on the CPU: θ_0 + scaling · B @ A, the adapter's own, or the base's.
+        """A tensor on the CPU: the base's or the adapter's own, with scaling · B @ A added where the adapter has factors.
 
         Raises:
             CheckpointError: There is no such tensor.
         """
-        if name in self.adapted.whole:
-            return self._file.read(self.adapted.whole[name])
-        if name not in self.adapted.origins:
+        if name not in self.tensors:
             raise CheckpointError(f"{self.path} holds no tensor '{name}'")
-        value = self.base.read(self.adapted.origins[name])
+        whole = self.adapted.whole.get(name)
+        value = self._file.read(whole) if whole is not None else self.base.read(self.adapted.origins[name])
         return self.adapted.low_rank[name].added(value, self._file) if name in self.adapted.low_rank else value
 
     def prefetch(self, names: Iterable[str]) -> None:
@@ -78,7 +81,7 @@ class AdapterCheckpoint(Checkpoint):
         for name in names:
             if name in whole:
                 self._file.prefetch([whole[name]])
-            elif name in low_rank:
+            if name in low_rank:
                 self._file.prefetch([low_rank[name].down, low_rank[name].up])
 
     @property

@@ -4,20 +4,19 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from threading import Lock
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from merging.checkpoints import skeleton
 from merging.checkpoints.checkpoint import Checkpoint, SafetensorsFile, TensorInfo
-from merging.checkpoints.parameter_names import checkpoint_names, conv1d
+from merging.checkpoints.parameter_names import conv1d
 from merging.checkpoints.patterns import matches
 from merging.errors import CheckpointError
 
 PREFIX = "base_model.model."
-_IMPORTING = Lock()
-"""Transformers replaces its module while it is imported: a thread that waits for another's import gets the replaced one."""
 LOADERS = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -81,8 +80,8 @@ class Adapted:
         config: Its configuration.
         tensors: Name to place, as the merged model would be saved; what is formed from two files lies in none.
         origins: Name → the base's name, for all that the base holds of it.
-        whole: Name → name in the adapter's file, of tensors that it holds in full (`modules_to_save`).
-        low_rank: Name → what is added to the base's tensor.
+        whole: Name → name in the adapter's file, of tensors that it holds in full (`modules_to_save`, saved embeddings).
+        low_rank: Name → what is added to that tensor, or to the base's.
     """
 
     config: Mapping[str, Any]
@@ -108,8 +107,7 @@ def adapted(
         CheckpointError: It is no LoRA, more than θ_0 + scaling · B @ A, or was trained on another model.
     """
     _refuse_unknown(path, settings)
-    model, config = _skeleton(path, settings, own, base, file)
-    return _Names(path, base, file, settings, model).adapted(config)
+    return _choose(path, settings, own, base, file).adapted()
 
 
 def _refuse_unknown(path: str, settings: Mapping[str, Any]) -> None:
@@ -122,47 +120,77 @@ def _refuse_unknown(path: str, settings: Mapping[str, Any]) -> None:
     start = settings.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(MOVES_BASE):
         raise CheckpointError(f"{path} was initialised by '{start}', which changes the base's weights too. {REMEDY}")
+    _check_numbers(path, settings)
+
+
+def _check_numbers(path: str, settings: Mapping[str, Any]) -> None:
+    """Looks whether ranks and scaling factors are what PEFT could have trained with."""
+    for key, default in (("r", 8), ("lora_alpha", 8)):
+        _check_number(path, key, settings.get(key, default), whole=key == "r")
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = settings.get(key) or {}
+        if not isinstance(patterns, Mapping):
+            raise CheckpointError(f"{path}: {key} in its adapter_config.json is no mapping, but {patterns!r}")
+        for pattern, value in patterns.items():
+            _check_number(path, f"{key}['{pattern}']", value, whole=key == "rank_pattern")
+            try:
+                matches(pattern, "a" * 64)
+            except CheckpointError as error:
+                raise CheckpointError(f"{path}: {key} in its adapter_config.json: {error}") from error
+
+
+def _check_number(path: str, name: str, value: object, *, whole: bool) -> None:
+    """Looks whether a value is a positive number."""
+    is_number = isinstance(value, int) or (isinstance(value, float) and not whole and isfinite(value))
+    if isinstance(value, bool) or not is_number or value <= 0:  # type: ignore[operator]
+        kind = "whole number" if whole else "number"
+        raise CheckpointError(f"{path}: {name} = {value!r} in its adapter_config.json is no positive {kind}")
+
+
+def _choose(
+    path: str, settings: Mapping[str, Any], own: dict[str, Any] | None, base: Checkpoint, file: SafetensorsFile
+) -> "_Names":
+    """The names in an adapter's file as those of the first class that knows them all."""
+    config = {**base.config, **(own or {})}
+    mapped = (settings.get("auto_mapping") or {}).get("base_model_class")
+    loader = LOADERS.get(str(settings.get("task_type")))
+    architecture = str(((own or {}).get("architectures") or [base.architecture])[0])
+    candidates: list[tuple[str, str | None]] = [(loader or "", loader)] if loader else []
+    candidates += [(str(name), None) for name in dict.fromkeys((mapped, architecture, base.architecture)) if name]
+    errors = []
+    for name, auto in candidates:
+        try:
+            model, complete = _skeleton(path, config, name, auto, file)
+            return _Names(path, base, file, settings, model, complete)
+        except CheckpointError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def _skeleton(
-    path: str, settings: Mapping[str, Any], own: dict[str, Any] | None, base: Checkpoint, file: SafetensorsFile
+    path: str, config: dict[str, Any], architecture: str, loader: str | None, file: SafetensorsFile
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The model that the adapter was trained in, without weights, and its configuration."""
-    config = {**base.config, **(own or {})}
-    mapped = (settings.get("auto_mapping") or {}).get("base_model_class")
-    architecture = mapped or ((own or {}).get("architectures") or [base.architecture])[0]
-    loader = LOADERS.get(str(settings.get("task_type")))
-    model = _build(path, config, loader, architecture)
-    classes = _outputs(model, file)
-    if classes:
-        config |= {
+    """The model that an adapter was trained in, without weights, and its configuration."""
+    model = _build(path, config, architecture, loader)
+    if classes := _outputs(model, file):
+        config = config | {
             "id2label": {str(n): f"LABEL_{n}" for n in range(classes)},
             "label2id": {f"LABEL_{n}": n for n in range(classes)},
         }
         config.pop("num_labels", None)
-        model = _build(path, config, loader, architecture)
+        model = _build(path, config, architecture, loader)
+    if rows := _rows(model, file):
+        text = config.get("text_config")
+        config = config | ({"text_config": {**text, "vocab_size": rows}} if text else {"vocab_size": rows})
+        model = _build(path, config, architecture, loader)
     return model, {**config, "architectures": [type(model).__name__]}
 
 
-def _build(path: str, config: Mapping[str, Any], loader: str | None, architecture: str) -> nn.Module:
-    """A model of a configuration on no device."""
-    with _IMPORTING:
-        import transformers
-
+def _build(path: str, config: Mapping[str, Any], architecture: str, loader: str | None) -> nn.Module:
     try:
-        parsed = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-        with torch.device("meta"):
-            model: nn.Module = (
-                getattr(transformers, loader).from_config(parsed)
-                if loader
-                else getattr(transformers, architecture)(parsed)
-            )
-    except Exception as error:  # transformers raises all kinds
-        raise CheckpointError(
-            f"{path}: transformers cannot build the {loader or architecture} that this adapter belongs to "
-            f"({type(error).__name__}: {error}). {REMEDY}"
-        ) from error
-    return model
+        return skeleton.build(path, config, architecture, loader)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}: the model that this adapter belongs to. {REMEDY}") from error
 
 
 def _outputs(model: nn.Module, file: SafetensorsFile) -> int:
@@ -175,66 +203,149 @@ def _outputs(model: nn.Module, file: SafetensorsFile) -> int:
     return 0
 
 
+def _rows(model: nn.Module, file: SafetensorsFile) -> int:
+    """Number of rows of the embeddings that the adapter holds in full, where it is another than the model's."""
+    inputs: Any = getattr(model, "get_input_embeddings", None)
+    embeddings = inputs() if inputs is not None else None
+    for path, module in model.named_modules():
+        if module is embeddings and isinstance(module, nn.Embedding):
+            for name in (f"{path}.weight", f"{path}.base_layer.weight"):
+                there = file.tensors.get(PREFIX + name)
+                if there and len(there.shape) == 2 and there.shape[0] != module.weight.shape[0]:
+                    return there.shape[0]
+    return 0
+
+
 class _Names:
-    """Finds what the names in an adapter's file mean."""
+    """Finds what the names in an adapter's file mean.
+
+    Args:
+        path: The adapter's directory, for messages.
+        base: The checkpoint that it was trained on.
+        file: Its tensors.
+        settings: `adapter_config.json`.
+        model: The model that it was trained in, without weights.
+        config: That model's configuration.
+
+    Raises:
+        CheckpointError: There are names that the model does not know.
+    """
 
     def __init__(
-        self, path: str, base: Checkpoint, file: SafetensorsFile, settings: Mapping[str, Any], model: nn.Module
+        self,
+        path: str,
+        base: Checkpoint,
+        file: SafetensorsFile,
+        settings: Mapping[str, Any],
+        model: nn.Module,
+        config: Mapping[str, Any],
     ) -> None:
-        self._path, self._base, self._file, self._settings, self._model = path, base, file, settings, model
-        names = checkpoint_names(model)
-        self._saved = {live: names[id(value)] for live, value in model.named_parameters(remove_duplicate=False)}
-        self._modules = dict(model.named_modules())
-        self._live = {saved: live for live, saved in reversed(self._saved.items())}
+        self._path, self._base, self._file, self._settings = path, base, file, settings
+        self._model, self._config = model, config
+        self._saved = skeleton.saved_names(model)
+        self._by_saved = {saved: live for live, saved in reversed(self._saved.items())}
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._stored: dict[str, list[str]] = {}
+        for name, live in skeleton.live_names(model, base.tensors).items():
+            self._stored.setdefault(live, []).append(name)
+        self._whole: dict[str, str] = {}
+        self._shared: dict[str, str] = {}
+        self._parts: dict[str, dict[str, str]] = {}
+        self._sort()
 
-    def adapted(self, config: Mapping[str, Any]) -> Adapted:
+    def adapted(self) -> Adapted:
         """What the adapter makes of its base."""
-        origins = {saved: there for saved in self._live if (there := self._origin(saved)) is not None}
-        whole, parts = self._sorted()
-        if self._settings.get("bias", "none") != "none" and not any(name.endswith(".bias") for name in whole):
+        if self._settings.get("bias", "none") != "none" and not any(name.endswith(".bias") for name in self._whole):
             raise self._error(f"was trained with bias = {self._settings['bias']!r}, but holds no bias")
-        low_rank = {}
-        for target, keys in parts.items():
-            low_rank[target] = self._low_rank(target, keys)
-            if target not in origins:
-                raise self._error(f"adapts '{target}', which the base {self._base.path} lacks: name its own base")
-        tensors = {}
-        for saved in self._live:
-            if saved in whole:
-                tensors[saved] = replace(self._file.tensors[whole[saved]], name=saved)
-            elif saved in origins:
-                tensors[saved] = self._formed(saved, self._base.tensors[origins[saved]], low_rank.get(saved))
-        return Adapted(config, tensors, origins, whole, low_rank)
-
-    def _origin(self, saved: str) -> str | None:
-        """The base's name: the same, or without or with the backbone's prefix."""
-        prefix = f"{getattr(self._model, 'base_model_prefix', '')}."
-        return next((n for n in (saved, saved.removeprefix(prefix), prefix + saved) if n in self._base.tensors), None)
-
-    def _sorted(self) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-        """Name → key of tensors held in full; name of a weight → `A` and `B` → key."""
+        groups, split = self._groups()
+        tensors: dict[str, TensorInfo] = {}
+        origins: dict[str, str] = {}
         whole: dict[str, str] = {}
-        parts: dict[str, dict[str, str]] = {}
+        low_rank: dict[str, LowRank] = {}
+        for live, sharing in groups.items():
+            stored = next((there for name in (live, *sharing) for there in self._stored.get(name, ())), None)
+            saved = self._spelled(live)
+            if live in self._parts:
+                low_rank[saved] = self._low_rank(live, self._parts[live])
+            key = self._whole.get(live) or next((self._shared[n] for n in sharing if n in self._shared), None)
+            if key is not None:
+                whole[saved] = key
+                there = self._file.tensors[key]
+            elif stored is not None and len(self._stored.get(live, ())) < 2:
+                origins[saved] = stored
+                there = self._base.tensors[stored]
+            elif live in self._parts:
+                raise self._error(f"adapts '{saved}', which the base {self._base.path} lacks: name its own base")
+            else:
+                continue
+            tensors[saved] = self._formed(saved, there, low_rank.get(saved))
+        taken = set(origins.values())
+        for live, names in self._stored.items():
+            rest = [name for name in names if name not in taken and (len(names) > 1 or live not in self._saved)]
+            for name in rest:  # weights that the model joins, and buffers: no adapter changes them
+                origins[name], tensors[name] = name, self._base.tensors[name]
+        return Adapted(skeleton.untied(self._config) if split else self._config, tensors, origins, whole, low_rank)
+
+    def _groups(self) -> tuple[dict[str, tuple[str, ...]], bool]:
+        """Name in the model of every tensor → all names that share its weight in the base; whether the adapter parts any."""
+        tied = {name: names for names in skeleton.tied_names(self._model) for name in names}
+        for name in (*self._parts, *self._whole):
+            if name in tied and self._settings.get("ensure_weight_tying"):
+                raise self._error(f"trains '{name}' with ensure_weight_tying, tied to '{tied[name][0]}'. {REMEDY}")
+        found: dict[str, tuple[str, ...]] = {}
+        split = False
+        for live in self._saved:
+            sharing = tied.get(live, (live,))
+            own = [name for name in sharing if name in self._parts or name in self._whole]
+            if len(sharing) == 1 or own:
+                found[live] = sharing
+                split = split or len(sharing) > 1
+            elif live == next((name for name in sharing if name in self._stored), sharing[0]):
+                found[live] = sharing
+        return found, split
+
+    def _spelled(self, live: str) -> str:
+        """What a tensor is called in the merged checkpoint: as the base has it, but for the backbone's prefix."""
+        saved, stored = self._saved[live], self._stored.get(live, [])
+        prefix = f"{getattr(self._model, 'base_model_prefix', '')}."
+        if len(stored) != 1 or stored[0] in (saved, saved.removeprefix(prefix)) or prefix + saved == stored[0]:
+            return saved
+        return stored[0]
+
+    def _sort(self) -> None:
+        """Sorts the file's names: modules of the adapter's own, weights that are the base's own, and factors."""
         for key in self._file.tensors:
             inner = key.removeprefix(PREFIX)
-            if found := re.fullmatch(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?", inner):
-                parts.setdefault(self._name(f"{found[1]}.weight", key), {})[found[2]] = key
-            else:
-                whole[self._name(inner.replace(".base_layer.", ".").replace(".modules_to_save.", "."), key)] = key
-        if halves := [name for name, keys in parts.items() if len(keys) < 2]:
+            if parts := re.fullmatch(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?", inner):
+                self._parts.setdefault(self._name(f"{parts[1]}.weight", key), {})[parts[2]] = key
+                continue
+            live = self._name(inner.replace(".base_layer.", ".").replace(".modules_to_save.", "."), key)
+            is_copy = ".base_layer." not in inner and self._is_saved_module(live)
+            (self._whole if is_copy or not self._is_tied(live) else self._shared)[live] = key
+        if halves := [name for name, keys in self._parts.items() if len(keys) < 2]:
             raise self._error(f"holds only one of the two factors of '{halves[0]}': copy it again")
-        return whole, parts
+
+    def _is_saved_module(self, live: str) -> bool:
+        """Whether a tensor belongs to one of `modules_to_save`, of which the adapter has a copy."""
+        paths = [live.rpartition(".")[0]]
+        while "." in paths[-1]:
+            paths.append(paths[-1].rpartition(".")[0])
+        return any(path.endswith(str(name)) for name in self._settings.get("modules_to_save") or () for path in paths)
+
+    def _is_tied(self, live: str) -> bool:
+        """Whether a tensor is tied to another: saved beside an adapter, and no copy, it is the base's for both."""
+        return any(live in names for names in skeleton.tied_names(self._model))
 
     def _name(self, name: str, key: str) -> str:
-        """The name in a saved checkpoint, of a name in the model or, where an older transformers wrote it, as it is."""
+        """The name in the model, of a name in the model or, where an older transformers wrote it, in a checkpoint."""
         if name in self._saved:
-            return self._saved[name]
-        if name in self._live:
             return name
+        if name in self._by_saved:
+            return self._by_saved[name]
         raise self._error(f"holds '{key}', of which {type(self._model).__name__} knows nothing. {REMEDY}")
 
-    def _low_rank(self, target: str, keys: Mapping[str, str]) -> LowRank:
-        path = self._live[target].rpartition(".")[0]
+    def _low_rank(self, live: str, keys: Mapping[str, str]) -> LowRank:
+        path = live.rpartition(".")[0]
         module = self._modules[path]
         down, up = self._file.tensors[keys["A"]].shape, self._file.tensors[keys["B"]].shape
         transposed = isinstance(module, conv1d() | nn.Embedding)
@@ -243,12 +354,17 @@ class _Names:
         known = isinstance(module, nn.Linear | conv1d() | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d)
         if not known or getattr(module, "groups", 1) != 1:
             raise self._error(f"adapts '{path}', a {type(module).__name__}. {REMEDY}")
-        if down[0] != up[1] or extents != (shape[0], shape[1:].numel()):
+        if len(down) < 2 or len(up) < 2 or down[0] != up[1] or extents != (shape[0], shape[1:].numel()):
             raise self._error(
-                f"has factors {list(up)} and {list(down)} for '{target}' {list(shape)}: it belongs to another base"
+                f"has factors {list(up)} and {list(down)} for '{live}' {list(shape)}: it belongs to another base"
+            )
+        rank = down[0]
+        declared = _pattern(self._settings.get("rank_pattern"), path, self._settings.get("r", 8))
+        if rank != declared:
+            raise self._error(
+                f"has rank {rank} for '{live}', its adapter_config.json says {declared:g}: copy both again"
             )
         alpha = _pattern(self._settings.get("alpha_pattern"), path, self._settings.get("lora_alpha", 8))
-        rank = down[0]
         return LowRank(
             keys["A"],
             keys["B"],
@@ -257,7 +373,7 @@ class _Names:
         )
 
     def _formed(self, name: str, there: TensorInfo, low: LowRank | None) -> TensorInfo:
-        """Where a tensor of the base lies; one that is formed from it lies in no file."""
+        """Where a tensor of the base or the adapter lies; one that is formed from it lies in no file."""
         if low is None:
             return replace(there, name=name)
         dtype = torch.promote_types(there.dtype, self._file.tensors[low.down].dtype)

@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 import subprocess
@@ -5,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -30,6 +32,7 @@ from merging.mergers.material import Material, head_tensors
 from merging.recipe import Recipe, member_recipe
 from merging.statistics import STATISTICS, StatisticSettings, measure
 from merging.tasks import TextClassificationSettings, make_task
+from merging.tasks.head import load_model
 
 SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
@@ -250,3 +253,134 @@ def test_damaged_adapters_are_refused(mixed, tiny_pool, tmp_path):
     (path / ADAPTER_WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match="has no adapter_model.safetensors"):
         Pool.open(str(tiny_pool["base"]), {"a": str(path)})
+
+
+def tiny(kind, **changes):
+    """A tiny model whose weights are large enough for its logits to differ clearly."""
+    sizes = SIZE | {"vocab_size": 40, "num_key_value_heads": 1, "max_position_embeddings": 32, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    return getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes | changes)).eval()
+
+
+def trained(model, path, **settings):
+    """Saves an adapter of a model after its weights moved; returns the live model."""
+    torch.manual_seed(3)
+    live = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM", **({"r": 4} | settings))).eval()
+    with torch.no_grad():
+        for value in live.parameters():
+            if value.requires_grad:
+                value.add_(0.05 * torch.randn_like(value))
+    live.save_pretrained(path)
+    return live
+
+
+TIED = {
+    "lora on the head": {"target_modules": ["q_proj", "lm_head"]},
+    "lora on the embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "lora on both": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "the head saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "the embedding saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "both saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "neither": {"target_modules": ["q_proj"]},
+}
+IDS = torch.arange(3, 15)[None]
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("name", TIED)
+def test_embeddings_and_head_are_the_live_models(tmp_path, name, tie):
+    base = tiny("Qwen2", tie_word_embeddings=tie)
+    base.save_pretrained(tmp_path / "base")
+    live = trained(base, tmp_path / "a", **TIED[name])
+    found = load_model(str(tmp_path / "a"), "AutoModelForCausalLM", complete=True, base=str(tmp_path / "base"))
+    with torch.no_grad():
+        torch.testing.assert_close(found(IDS).logits, live(IDS).logits, rtol=1e-5, atol=1e-5)
+        assert (live(IDS).logits - base(IDS).logits).abs().max() > 0.1
+    opened = open_checkpoint(str(tmp_path / "a"), str(tmp_path / "base"))
+    assert ("lm_head.weight" in opened.tensors) == (not tie or name != "neither")
+    assert opened.config["tie_word_embeddings"] is (tie and name == "neither")
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("tie", [True, False])
+def test_saved_embeddings_of_a_grown_vocabulary(tmp_path, tie, targets):
+    base = tiny("Llama", tie_word_embeddings=tie)
+    base.save_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(42)
+    live = trained(base, tmp_path / "a", target_modules=targets)
+    live.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    found = load_model(str(tmp_path / "a"), "AutoModelForCausalLM", complete=True, base=str(tmp_path / "base"))
+    with torch.no_grad():
+        torch.testing.assert_close(found(IDS).logits, live(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("Mixtral", {"num_local_experts": 4}),
+        ("Qwen3Moe", {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "head_dim": 8}),
+    ],
+)
+def test_attention_of_a_mixture_of_experts(tmp_path, kind, changes):
+    base = tiny(kind, tie_word_embeddings=False, **changes)
+    base.save_pretrained(tmp_path / "base")
+    live = trained(base, tmp_path / "a", target_modules=["q_proj", "v_proj"])
+    pool = Pool.open(str(tmp_path / "base"), {"a": str(tmp_path / "a")})
+    merge_to_disk(Material(pool), Recipe("linear", {"a": 1.0}), str(tmp_path / "out"))
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(found(IDS).logits, live(IDS).logits, rtol=1e-5, atol=1e-5)
+        assert (live(IDS).logits - base(IDS).logits).abs().max() > 0.05
+
+
+def test_a_vision_language_model(tmp_path):
+    text = {"vocab_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2, **SIZE}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2, "patch_size": 8}
+    torch.manual_seed(0)
+    base = transformers.Qwen2VLForConditionalGeneration(
+        transformers.Qwen2VLConfig(
+            text_config={**text, "rope_parameters": rope},
+            vision_config={**vision, "spatial_merge_size": 2, "temporal_patch_size": 2},
+            image_token_id=60,
+            video_token_id=61,
+            vision_start_token_id=62,
+            vision_end_token_id=63,
+        )
+    ).eval()
+    base.save_pretrained(tmp_path / "base")
+    live = trained(base, tmp_path / "a", target_modules=r".*language_model.*\.(q_proj|v_proj)")
+    pool = Pool.open(str(tmp_path / "base"), {"a": str(tmp_path / "a")})
+    merge_to_disk(Material(pool), Recipe("linear", {"a": 1.0}), str(tmp_path / "out"))
+    found = type(base).from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(found(input_ids=IDS).logits, live(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"r": 0},
+        {"r": -2},
+        {"r": "two"},
+        {"r": 3},
+        {"lora_alpha": -1},
+        {"lora_alpha": None},
+        {"lora_alpha": float("nan")},
+        {"rank_pattern": {"q_proj": 0}},
+        {"rank_pattern": {"(q_proj": 2}},
+        {"alpha_pattern": {"q_proj": "four"}},
+        {"alpha_pattern": ["q_proj"]},
+        {"alpha_pattern": {"(a+)+b": 2}},
+        {"ensure_weight_tying": True, "modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)
+def test_configurations_that_peft_could_not_have_trained_with(tmp_path, changed):
+    base = tiny("Qwen2", tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    trained(base, tmp_path / "a", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    file = tmp_path / "a" / ADAPTER_CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(CheckpointError, match=rf"{next(iter(changed))}|has rank 2"):
+        open_checkpoint(str(tmp_path / "a"), str(tmp_path / "base"))

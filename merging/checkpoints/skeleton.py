@@ -1,0 +1,113 @@
+"""Models without weights: what transformers makes of a configuration, and which of its parameters a stored name is.
+
+`transformers` takes seconds to import, and most merges of files need none of it: it is imported where a model is built.
+"""
+
+from collections.abc import Iterable, Mapping
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import nn
+
+from merging.errors import CheckpointError
+
+_IMPORTING = Lock()
+"""Transformers replaces its module while it is imported: a thread that waits for another's import gets the replaced one."""
+
+
+def build(path: str, config: Mapping[str, Any], architecture: str, loader: str | None = None) -> nn.Module:
+    """A model on no device.
+
+    Args:
+        path: The checkpoint, for messages.
+        config: Its `config.json`.
+        architecture: Name of the class in `transformers`.
+        loader: An `Auto…` class that knows which class it is, in place of `architecture`.
+
+    Raises:
+        CheckpointError: Transformers cannot build it.
+    """
+    with _IMPORTING:
+        import transformers
+
+    try:
+        kind = getattr(transformers, loader or architecture)
+        parsed = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+        with torch.device("meta"):
+            model: nn.Module = kind.from_config(parsed) if loader else kind(parsed)
+            model.tie_weights()  # type: ignore[operator]
+    except Exception as error:  # transformers raises all kinds
+        raise CheckpointError(
+            f"{path}: transformers cannot build its {loader or architecture} ({type(error).__name__}: {error})"
+        ) from error
+    return model
+
+
+def live_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Name in a checkpoint → name in the model that transformers loads it into, of all that the model knows.
+
+    Where transformers joins several weights into one (experts), all of them have its name.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    known: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    known |= dict(model.named_buffers(remove_duplicate=False))
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    prefix = str(getattr(model, "base_model_prefix", "")) or None
+    found = {}
+    for name in names:
+        live, _ = rename_source_key(name, renamings, converters, prefix, known)
+        if live not in known:
+            live, _ = rename_source_key(name, [], [], prefix, known)
+        if live in known:
+            found[name] = live
+    return found
+
+
+def saved_names(model: nn.Module) -> dict[str, str]:
+    """Name in the model → name under which `save_pretrained` writes it, tied or not; one that is joined keeps its own."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    marks = {
+        name: torch.empty_like(value, device="meta") for name, value in model.named_parameters(remove_duplicate=False)
+    }
+    saved = {id(mark): name for name, mark in revert_weight_conversion(model, dict(marks)).items()}
+    return {name: saved.get(id(mark), name) for name, mark in marks.items()}
+
+
+def tied_names(model: nn.Module) -> list[tuple[str, ...]]:
+    """Names in the model of the parameters that several modules share, each set in the model's order."""
+    groups: dict[int, list[str]] = {}
+    for name, value in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(value), []).append(name)
+    return [tuple(names) for names in groups.values() if len(names) > 1]
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration whose embeddings are not tied, where that changes nothing else.
+
+    Where it would (T5 scales what goes into a tied head), it stays as it is: transformers does not tie weights that a
+    checkpoint holds under both names with different values.
+    """
+    import transformers
+
+    changed = {
+        key: {**value, "tie_word_embeddings": False}
+        if isinstance(value, Mapping) and "tie_word_embeddings" in value
+        else value
+        for key, value in config.items()
+    } | {"tie_word_embeddings": False}
+    kind = transformers.CONFIG_MAPPING[config["model_type"]]
+    before, after = (_plain(kind.from_dict(dict(value)).to_dict()) for value in (config, changed))
+    return changed if before == after else dict(config)
+
+
+def _plain(value: Any) -> Any:
+    """A configuration without what says whether embeddings are tied."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _plain(inner) for key, inner in value.items() if key != "tie_word_embeddings"}
