@@ -371,7 +371,6 @@ def test_a_vision_language_model(tmp_path):
         {"rank_pattern": {"(q_proj": 2}},
         {"alpha_pattern": {"q_proj": "four"}},
         {"alpha_pattern": ["q_proj"]},
-        {"alpha_pattern": {"(a+)+b": 2}},
         {"ensure_weight_tying": True, "modules_to_save": ["lm_head"]},
     ],
     ids=str,
