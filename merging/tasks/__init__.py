@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field
 
 from merging.tasks.causal_lm import CausalLM, CausalLMSettings
 from merging.tasks.custom import Custom, CustomSettings
+from merging.tasks.image_classification import ImageClassification, ImageClassificationSettings
 from merging.tasks.predictions import Predictions
 from merging.tasks.task import SPLITS, TASKS, Batch, Score, Split, Task, TaskSettings
 from merging.tasks.text_classification import TextClassification, TextClassificationSettings
@@ -19,6 +20,8 @@ __all__ = [
     "CausalLMSettings",
     "Custom",
     "CustomSettings",
+    "ImageClassification",
+    "ImageClassificationSettings",
     "Predictions",
     "Score",
     "Split",
@@ -36,7 +39,7 @@ def _of_a_kind(value: Any) -> Any:
 
 
 AnyTaskSettings = Annotated[
-    TextClassificationSettings | CausalLMSettings | CustomSettings,
+    TextClassificationSettings | CausalLMSettings | ImageClassificationSettings | CustomSettings,
     Field(discriminator="kind"),
     BeforeValidator(_of_a_kind),
 ]

@@ -16,17 +16,21 @@ from merging.errors import CheckpointError, StorageError, TaskError
 from merging.io import local_copies, storage
 from merging.io.prefetch import download
 
+IMAGE_PROCESSOR = "preprocessor_config.json"
 TOKENIZERS = ("*tokenizer*", "vocab*", "merges.txt", "*.spm", "spiece.model", "sentencepiece*.model")
 """Files that a tokenizer is made from."""
 
 
-def class_names(head: str, labels: Sequence[str] | None, base: str = "") -> Sequence[str]:
+def class_names(
+    head: str, labels: Sequence[str] | None, base: str = "", *, suffix: str = "ForSequenceClassification"
+) -> Sequence[str]:
     """Names of a classification head's outputs, in order.
 
     Args:
         head: The checkpoint's directory or address.
         labels: Names to take in place of the configuration's `id2label`.
         base: The base that the head belongs to, if it is an adapter.
+        suffix: What the architecture's name ends in, which says what it classifies.
 
     Raises:
         TaskError: There is no configuration or no head, or another number of `labels` than outputs.
@@ -37,10 +41,10 @@ def class_names(head: str, labels: Sequence[str] | None, base: str = "") -> Sequ
     except (CheckpointError, StorageError) as error:
         raise TaskError(f"the head has no configuration: {error}") from error
     architecture = str((config.get("architectures") or ["model of unknown architecture"])[0])
-    if not architecture.endswith("ForSequenceClassification"):
+    if not architecture.endswith(suffix):
         raise TaskError(
             f"{head} is a {architecture}, without a classification head: "
-            "name a checkpoint that was fine-tuned with AutoModelForSequenceClassification"
+            f"name a checkpoint that was fine-tuned with AutoModel{suffix}"
         )
     # transformers leaves out what is its default
     found: Mapping[str, str] = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
@@ -115,6 +119,29 @@ def load_tokenizer(head: str, base: str = "") -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_image_processor(head: str, base: str = "") -> Any:
+    """A checkpoint's image processor, or its base's where it was saved without one; needs no torchvision.
+
+    Raises:
+        TaskError: It is missing or damaged.
+    """
+    import transformers
+
+    place = head
+    if not storage.exists(storage.join(head, IMAGE_PROCESSOR)):
+        place = base or head
+    try:
+        with quiet():
+            return transformers.AutoImageProcessor.from_pretrained(
+                local_directory(place, weights=False), local_files_only=True, trust_remote_code=False, backend="pil"
+            )
+    except Exception as error:  # transformers raises all kinds
+        raise TaskError(
+            f"the image processor of {head} cannot be loaded ({_first_line(error)}): save the base model's "
+            f"{IMAGE_PROCESSOR} there"
+        ) from error
 
 
 def tokenizer_identity(tokenizer: Any) -> Any:

@@ -68,7 +68,7 @@ def read_examples(paths: Sequence[str], columns: Columns, classes: Sequence[str]
     """
     frame = read_table(paths, columns.all, columns.texts)
     problems = [problem for column in columns.texts for problem in text_problems(frame[column], column)]
-    labels = _class_indices(frame[columns.label], columns.label, classes, problems)
+    labels = class_indices(frame[columns.label], columns.label, classes, problems)
     if not problems and len(np.unique(labels)) < 2:
         problems.append(f"all {len(labels)} examples have the label '{classes[labels[0]]}': nothing can be measured")
     if problems:
@@ -162,10 +162,10 @@ def _is_text(value: object) -> bool:
     return True
 
 
-def _class_indices(
+def class_indices(
     values: "pd.Series[Any]", column: str, classes: Sequence[str], problems: list[str]
 ) -> npt.NDArray[np.int64]:
-    """Labels as positions in `classes`; those that are none are reported, with their counts."""
+    """Labels as positions in `classes`; those that are none are added to the problems, with their counts."""
     positions: dict[str | int, int] = {name: index for index, name in enumerate(classes)}
     if not any(name.isdecimal() for name in classes):
         positions |= {index: index for index in range(len(classes))}

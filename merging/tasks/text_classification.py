@@ -40,7 +40,7 @@ class TextClassificationSettings(TaskSettings):
 
     kind: Literal["text_classification"] = Field(
         "text_classification",
-        description="text_classification, also where no kind is named; or causal_lm, custom (below).",
+        description="text_classification, also where no kind is named; or another of those below.",
     )
     data: dict[Split, str | Annotated[list[str], Field(min_length=1)]] = Field(
         min_length=1,
