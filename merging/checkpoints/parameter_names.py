@@ -25,6 +25,17 @@ def checkpoint_names(model: nn.Module) -> dict[int, str]:
     return {id(parameter): saved.get(id(marks[name]), name) for name, parameter in names.items()}
 
 
+def saved_names(model: nn.Module, name: str) -> tuple[str, ...]:
+    """The names under which `save_pretrained` writes one parameter: several where it joins weights (experts)."""
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if not isinstance(model, PreTrainedModel):
+        return (name,)
+    mark = torch.empty_like(model.get_parameter(name), device="meta")
+    return tuple(revert_weight_conversion(model, {name: mark}))
+
+
 def conv1d() -> type[nn.Module]:
     """GPT-2's linear layer, whose weight is stored [in, out]."""
     from transformers.pytorch_utils import Conv1D

@@ -16,24 +16,28 @@ from merging.tasks.task import Batch, Task
 
 @register
 class Fisher(Statistic):
-    """F = (1/N) Σ_x Σ_c p(c|x) (∇ log p(c|x))², for every parameter of the task's model, its head included.
+    """F = (1/N) Σ_x E_y (∇ log p(y|x))², y from the model's p(y|x), for every parameter of the task's model, head included.
 
     An example's gradient is squared by itself: squaring a batch's would keep cross terms between examples.
     A parameter that the output does not depend on has zeros.
     """
 
     kind: ClassVar[str] = "fisher"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     settings_type: ClassVar[type[StatisticSettings]] = LikelihoodSettings
     settings: LikelihoodSettings
 
     def measure(self, model: nn.Module, task: Task, batches: Iterable[Batch]) -> Partial:
         """One forward pass a batch, and a backward pass for every class but one (`exact`), or one.
 
+        The first batch runs once more, forward and backward, to see that its single examples' gradients add up to torch's
+        own, and two of its examples once more together and alone. Where something is amiss, every example runs alone.
+
         Raises:
-            StatisticsError: The estimator does not fit the task, or a layer hides which example is which.
+            StatisticsError: The estimator does not fit the task.
         """
         device = device_of(model)
+        likelihood = task.likelihood(model)
         names = checkpoint_names(model)
         sums = {
             names[id(parameter)]: torch.zeros(
@@ -45,7 +49,7 @@ class Fisher(Statistic):
         with PerExample(model, task.logits) as passes:
             for batch in batches:
                 batch = batch.to(device)
-                todo = objectives(passes.forward(batch), batch, self.settings)
+                todo = objectives(passes.forward(batch), batch, self.settings, likelihood)
                 for number, objective in enumerate(todo, start=1):
                     passes.add_squares(objective, sums, last=number == len(todo))
                 counts["examples"] += len(batch.indices)

@@ -1,5 +1,6 @@
 """Gram matrices of linear layers' inputs (RegMean's G_t, MaTS' and K-FAC's A_t)."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -9,12 +10,14 @@ from torch import Tensor, nn
 from merging.errors import StatisticsError
 from merging.statistics.capture.layers import (
     decoder_layers,
-    decoder_mask,
     device_of,
     layer_names,
     means,
     transposed_names,
+    uncovered,
 )
+from merging.statistics.capture.linear_calls import LinearCalls, UnaccountableRowsError, given, inspect_calls, real_mask
+from merging.statistics.capture.single_examples import single_examples
 from merging.statistics.gram_sums import GramSums
 from merging.statistics.statistic import Partial, Statistic, register
 from merging.tasks.task import Batch, Task
@@ -24,18 +27,28 @@ from merging.tasks.task import Batch, Task
 class Gram(Statistic):
     """G = (1/tokens) Xᵀ X [in, in] for every linear layer's weight, X its inputs at real tokens.
 
-    Layers that are given the same tensor (query, key and value) have one Gram, under the name of the first.
+    Layers that are given the same tensors (query, key and value) have one Gram, under the name of the first. A weight
+    that is also read outside of its layer has none.
     """
 
     kind: ClassVar[str] = "gram"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def measure(self, model: nn.Module, task: Task, batches: Iterable[Batch]) -> Partial:
-        """One forward pass a batch.
+        """One forward pass a batch, or an example where single examples' rows cannot be told in a batch.
+
+        Of the first batch two examples run twice more, and once backward, to find that out.
 
         Raises:
             StatisticsError: Layers share an input in one pass and not in another.
         """
+        read = list(batches)
+        try:
+            return self._measure(model, task, read, alone=False)
+        except UnaccountableRowsError:
+            return self._measure(model, task, read, alone=True)
+
+    def _measure(self, model: nn.Module, task: Task, batches: Iterable[Batch], *, alone: bool) -> Partial:
         layers = layer_names(model)
         recorder: _Recorder | None = None
         with torch.no_grad():
@@ -43,13 +56,16 @@ class Gram(Statistic):
                 for batch in batches:
                     batch = batch.to(device_of(model))
                     if recorder is None:
-                        recorder = _Recorder(layers, decoder_layers(model, task.logits, layers, batch))
-                    recorder.start(batch)
-                    task.logits(model, batch)
+                        decoding = decoder_layers(model, task.logits, layers, batch)
+                        calls = inspect_calls(model, task.logits, layers, decoding, batch)
+                        recorder = _Recorder(layers, decoding, calls)
+                    for part in single_examples(batch, unpadded=True) if alone or calls.alone else (batch,):
+                        recorder.start(part)
+                        task.logits(model, part)
             finally:
                 if recorder is not None:
                     recorder.close()
-        return Partial() if recorder is None else recorder.partial()
+        return Partial() if recorder is None else recorder.partial(model)
 
     def finalize(self, partial: Partial) -> dict[str, Tensor]:
         """Means over real tokens, float32 [in, in], by the weight's name, without those of `shared` names.
@@ -61,42 +77,61 @@ class Gram(Statistic):
 
 
 class _Recorder:
-    """Sees what goes into each layer, and who is given the same tensor."""
+    """Sees what goes into each layer."""
 
-    def __init__(self, layers: dict[nn.Module, str], decoding: set[nn.Module]) -> None:
-        self._layers = layers
+    def __init__(self, layers: dict[nn.Module, str], decoding: set[nn.Module], calls: LinearCalls) -> None:
+        self._layers = {layer: name for layer, name in layers.items() if name not in calls.incomplete}
         self._decoding = decoding
+        self._holders = {name: holder for name, holder in calls.holders.items() if name not in calls.incomplete}
+        self._holding = set(self._holders.values())
         self._sums = GramSums()
+        self._batch: Batch | None = None
+        self._inputs: dict[str, list[Tensor]] = defaultdict(list)
         self._shared: dict[str, str] = {}
-        self._holders: dict[int, tuple[Tensor, str]] = {}
-        self._masks: dict[bool, Tensor | None] = {}
-        self._handles = [layer.register_forward_pre_hook(self._see) for layer in layers]
+        self._handles = [layer.register_forward_pre_hook(self._see, with_kwargs=True) for layer in self._layers]
 
     def start(self, batch: Batch) -> None:
         """Begins a pass."""
-        self._holders.clear()
-        self._masks = {False: batch.mask, True: decoder_mask(batch)}
+        self._end()
+        self._batch = batch
         self._sums.count(batch)
 
     def close(self) -> None:
         """Stops recording."""
-        self._holders.clear()
+        self._inputs.clear()
         for handle in self._handles:
             handle.remove()
 
-    def partial(self) -> Partial:
+    def partial(self, model: nn.Module) -> Partial:
         """What was seen."""
-        shared = {name: holder for name, holder in self._shared.items() if name != holder}
-        return self._sums.partial(shared, transposed_names(self._layers))
+        found = self._sums.partial(self._shared, transposed_names(self._layers))
+        found.uncovered = uncovered(model, {*found.sums, *found.shared})
+        return found
 
-    def _see(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        value, name = args[0], self._layers[layer]
-        # The tensor is kept beside its holder's name, so that its id is not given to another within the pass.
-        _, holder = self._holders.setdefault(id(value), (value, name))
-        if self._shared.setdefault(name, holder) != holder:
-            raise StatisticsError(
-                f"'{name}' shares its input with '{holder}' in one pass and with '{self._shared[name]}' in "
-                "another, so it has no Gram of its own: leave this model's Gram out"
-            )
-        if holder == name:
-            self._sums.add(name, value, self._masks[layer in self._decoding])
+    def _see(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert self._batch is not None
+        value, name = given(args, kwargs), self._layers[layer]
+        holder = self._holders.get(name, name)
+        if name in self._holders or name in self._holding:
+            # The tensors themselves are kept, so that their ids are not given to others within the pass.
+            self._inputs[name].append(value)
+        if name == holder:
+            self._sums.add(name, value, real_mask(name, value, self._batch, layer in self._decoding))
+            return
+        self._shared[name] = holder
+        place = len(self._inputs[name]) - 1
+        if len(self._inputs[holder]) <= place or self._inputs[holder][place] is not value:
+            raise self._fickle(name, holder)
+
+    def _end(self) -> None:
+        """Looks whether those that share an input have shared all of them."""
+        for name, holder in self._holders.items():
+            if len(self._inputs[name]) != len(self._inputs[holder]):
+                raise self._fickle(name, holder)
+        self._inputs.clear()
+
+    def _fickle(self, name: str, holder: str) -> StatisticsError:
+        return StatisticsError(
+            f"'{name}' shares its input with '{holder}' in one pass and not in another, so it has no Gram of its own: "
+            "leave this model's Gram out"
+        )

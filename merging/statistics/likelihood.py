@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from merging.errors import StatisticsError
 from merging.statistics.statistic import StatisticSettings
-from merging.tasks.task import Batch
+from merging.tasks.task import Batch, Likelihood
 
 IGNORED = -100
 """The label of a position where there is nothing to predict."""
@@ -33,20 +33,27 @@ def settings_key(settings: LikelihoodSettings) -> dict[str, Any]:
     return settings.model_dump(mode="json", exclude=left_out)
 
 
-def objectives(logits: Tensor, batch: Batch, settings: LikelihoodSettings) -> list[Tensor]:
+def objectives(
+    logits: Tensor, batch: Batch, settings: LikelihoodSettings, likelihood: Likelihood = "categorical"
+) -> list[Tensor]:
     """Scalars, each a sum with one term an example, whose squared per-example gradients add up to the Fisher.
 
     Args:
         logits: [N, C], or [N, S, C] with labels [N, S]: an example's log-likelihood sums over its targets.
         batch: Where they come from.
         settings: Which estimator.
+        likelihood: What the logits are parameters of: one class; several labels, each yes or no; or numbers, the means
+            of normal distributions of unit variance.
 
     Returns:
-        One scalar for `sampled` and `empirical`, C − 1 for `exact` (see `multinomial_factor`).
+        One scalar for `sampled` and `empirical`; for `exact` C − 1 (see `multinomial_factor`), or C of several labels
+        or numbers, which are independent.
 
     Raises:
         StatisticsError: `exact` with a label at every position; `empirical` without labels; one class.
     """
+    if likelihood != "categorical":
+        return _independent(logits, batch, settings, likelihood)
     if logits.shape[:-1] != batch.labels.shape:
         raise StatisticsError(
             f"the task gives logits {list(logits.shape)} for labels {list(batch.labels.shape)}: they must "
@@ -70,6 +77,59 @@ def objectives(logits: Tensor, batch: Batch, settings: LikelihoodSettings) -> li
         )
     loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return [-loss]
+
+
+def _independent(logits: Tensor, batch: Batch, settings: LikelihoodSettings, likelihood: Likelihood) -> list[Tensor]:
+    """`objectives` of outputs that are independent given the example: F = Σ_c v_c (∇z_c)², v_c = σ(1 − σ), or 1."""
+    if logits.dim() != 2:
+        raise StatisticsError(
+            f"these logits are {list(logits.shape)}: of several labels or of numbers there is one row an example, [N, C]"
+        )
+    values = logits.detach().double()
+    chance = values.sigmoid()
+    if settings.estimator == "exact":
+        # σ(z) σ(−z): 1 − σ(z) would be 0 for a label that is nearly certain
+        deviation = (chance * (-values).sigmoid()).sqrt() if likelihood == "bernoulli" else torch.ones_like(values)
+        return [(deviation[:, c].to(logits.dtype) * logits[:, c]).sum() for c in range(logits.shape[1])]
+    if settings.estimator == "sampled":
+        generators = [np.random.default_rng((settings.seed, position)) for position in batch.indices.tolist()]
+        width = logits.shape[1]
+        if likelihood == "bernoulli":
+            drawn = torch.from_numpy(np.stack([generator.random(width) for generator in generators])).to(values)
+            labels = (drawn < chance).double()
+        else:
+            drawn = torch.from_numpy(np.stack([generator.standard_normal(width) for generator in generators]))
+            labels = values + drawn.to(values)
+    else:
+        labels = _observed(logits, batch, likelihood)
+    residual = labels - (chance if likelihood == "bernoulli" else values)
+    return [(residual.to(logits.dtype) * logits).sum()]
+
+
+def _observed(logits: Tensor, batch: Batch, likelihood: Likelihood) -> Tensor:
+    """The labels in the data, float64 [N, C].
+
+    Raises:
+        StatisticsError: They have another shape, or are none.
+    """
+    labels = batch.labels.double()
+    if labels.dim() == 1 and logits.shape[1] == 1:
+        labels = labels[:, None]
+    if labels.shape != logits.shape:
+        raise StatisticsError(
+            f"the task gives logits {list(logits.shape)} for labels {list(batch.labels.shape)}, and estimator 'empirical' "
+            "needs a label for each of several outputs. Use exact, or sampled"
+        )
+    wrong = ~labels.isfinite() | (labels == IGNORED)
+    if likelihood == "bernoulli":
+        wrong = wrong | ((labels != 0) & (labels != 1))
+    if wrong.any():
+        position = int(batch.indices[wrong.any(1).cpu()][0])
+        raise StatisticsError(
+            f"example {position} has no {'yes or no' if likelihood == 'bernoulli' else 'number'} for every output, which "
+            "estimator 'empirical' needs. Use exact, or sampled"
+        )
+    return labels
 
 
 def multinomial_factor(p: Tensor) -> Tensor:

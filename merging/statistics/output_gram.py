@@ -12,12 +12,14 @@ from torch.autograd.graph import GradientEdge
 from merging.statistics.capture.hooks import differentiable, tap
 from merging.statistics.capture.layers import (
     decoder_layers,
-    decoder_mask,
     device_of,
     layer_names,
     means,
     transposed_names,
+    uncovered,
 )
+from merging.statistics.capture.linear_calls import LinearCalls, UnaccountableRowsError, inspect_calls, real_mask
+from merging.statistics.capture.single_examples import single_examples
 from merging.statistics.gram_sums import GramSums
 from merging.statistics.likelihood import LikelihoodSettings, objectives, settings_key
 from merging.statistics.statistic import Partial, Statistic, StatisticSettings, register
@@ -43,21 +45,32 @@ class OutputGram(Statistic):
     """
 
     kind: ClassVar[str] = "output_gram"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     settings_type: ClassVar[type[StatisticSettings]] = OutputGramSettings
     settings: OutputGramSettings
 
     def measure(self, model: nn.Module, task: Task, batches: Iterable[Batch]) -> Partial:
         """One forward pass a batch, and a backward pass for every class but one (`exact`), or one.
 
+        Of an example instead of a batch where single examples' rows cannot be told in a batch. Of the first batch two
+        examples run twice more, and once backward, to find that out.
+
         Raises:
             StatisticsError: The estimator does not fit the task.
         """
+        read = list(batches)
+        try:
+            return self._measure(model, task, read, alone=False)
+        except UnaccountableRowsError:
+            return self._measure(model, task, read, alone=True)
+
+    def _measure(self, model: nn.Module, task: Task, batches: Iterable[Batch], *, alone: bool) -> Partial:
         layers = layer_names(model)
-        transposed = transposed_names(layers)
         sums = GramSums()
         edges: list[tuple[nn.Module, GradientEdge]] = []
-        decoding: set[nn.Module] | None = None
+        calls: LinearCalls | None = None
+        decoding: set[nn.Module] = set()
+        likelihood = task.likelihood(model)
 
         def hook(layer: nn.Module, args: Any, output: Tensor) -> Tensor | None:
             if output.shape[-1] > self.settings.largest:
@@ -71,22 +84,29 @@ class OutputGram(Statistic):
             restore.enter_context(differentiable(model, parameters=False))
             for batch in batches:
                 batch = batch.to(device_of(model))
-                if decoding is None:
+                if calls is None:
                     decoding = decoder_layers(model, task.logits, layers, batch)
+                    calls = inspect_calls(model, task.logits, layers, decoding, batch)
+                    layers = {layer: name for layer, name in layers.items() if name not in calls.incomplete}
                     for layer in layers:
                         restore.callback(layer.register_forward_hook(hook).remove)
-                masks = {False: batch.mask, True: decoder_mask(batch)}
-                edges.clear()
-                todo = objectives(task.logits(model, batch), batch, self.settings)
-                places = [edge for _, edge in edges]
-                for number, objective in enumerate(todo, start=1):
-                    found = torch.autograd.grad(objective, places, retain_graph=number < len(todo), allow_unused=True)
-                    for (layer, _), gradient in zip(edges, found, strict=True):
-                        if gradient is not None:
-                            mask = masks[layer in decoding]
-                            sums.add(layers[layer], gradient, mask, counted=number == 1)
-                sums.count(batch)
-        return sums.partial({}, transposed)
+                for part in single_examples(batch, unpadded=True) if alone or calls.alone else (batch,):
+                    edges.clear()
+                    todo = objectives(task.logits(model, part), part, self.settings, likelihood)
+                    places = [edge for _, edge in edges]
+                    for number, objective in enumerate(todo, start=1):
+                        found = torch.autograd.grad(
+                            objective, places, retain_graph=number < len(todo), allow_unused=True
+                        )
+                        for (layer, _), gradient in zip(edges, found, strict=True):
+                            if gradient is not None:
+                                name = layers[layer]
+                                mask = real_mask(name, gradient, part, layer in decoding)
+                                sums.add(name, gradient, mask, counted=number == 1)
+                    sums.count(part)
+        partial = sums.partial({}, transposed_names(layers))
+        partial.uncovered = uncovered(model, partial.sums) if partial.counts else ()
+        return partial
 
     def finalize(self, partial: Partial) -> dict[str, Tensor]:
         """Means over real tokens, float32 [out, out], by the weight's name.

@@ -32,6 +32,7 @@ class Partial:
         rows: Example position → one row; for statistics that keep each example's own result.
         shared: Parameter name → the name that holds the same tensor (q, k and v share one Gram).
         transposed: Names of weights that are stored [in, out], not [out, in].
+        uncovered: Names of the model's matrices that have no such sum, though others have.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -39,6 +40,7 @@ class Partial:
     rows: dict[int, Tensor] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()
+    uncovered: tuple[str, ...] = ()
 
     def combine(self, other: "Partial") -> "Partial":
         """The statistic of both sets of examples, which must be disjoint; adds into this object.
@@ -52,16 +54,36 @@ class Partial:
             return other
         if not other.counts:
             return self
-        if self.sums.keys() != other.sums.keys() or self.shared != other.shared:
+        if self._lacks(other) or other._lacks(self):
             raise StatisticsError("parts of a statistic were computed from different models")
         if both := self.rows.keys() & other.rows.keys():
             raise StatisticsError(f"parts of a statistic both hold example {min(both)}")
+        for first, second in ((self, other), (other, self)):
+            first._own(name for name, holder in first.shared.items() if second.shared.get(name) != holder)
         for name, value in other.sums.items():
-            self.sums[name] += value
+            if name in self.sums:
+                self.sums[name] += value
+            else:
+                self.sums[name] = value
         for name, count in other.counts.items():
             self.counts[name] = self.counts.get(name, 0) + count
         self.rows.update(other.rows)
+        self.transposed = tuple(sorted({*self.transposed, *other.transposed}))
+        covered = {*self.sums, *self.shared}
+        self.uncovered = tuple(sorted({*self.uncovered, *other.uncovered} - covered))
         return self
+
+    def _lacks(self, other: "Partial") -> bool:
+        """Whether the other has a sum that this one neither has nor knows that it has not (an expert nobody reached)."""
+        return bool({*other.sums, *other.shared} - {*self.sums, *self.shared, *self.uncovered})
+
+    def _own(self, names: Iterable[str]) -> None:
+        """Gives names that share another's sum one of their own."""
+        for name in list(names):
+            holder = self.shared.pop(name)
+            self.sums[name] = self.sums[holder].clone()
+            if holder in self.counts:
+                self.counts[name] = self.counts[holder]
 
 
 class Statistic(ABC):

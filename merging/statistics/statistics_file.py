@@ -36,6 +36,7 @@ class StatisticsFile:
         mergequest: Version of the program that wrote it.
         shared: Name → the name under which the same tensor is stored.
         transposed: Names of weights that are stored [in, out].
+        uncovered: Names of the checkpoint's matrices that it has no statistic of, though it could be a matrix's.
     """
 
     path: str
@@ -48,6 +49,7 @@ class StatisticsFile:
     mergequest: str
     shared: Mapping[str, str]
     transposed: frozenset[str]
+    uncovered: frozenset[str]
     _file: SafetensorsFile = field(repr=False)
     _alive: "WeakValueDictionary[str, Tensor]" = field(default_factory=WeakValueDictionary, repr=False, compare=False)
 
@@ -84,6 +86,7 @@ class StatisticsFile:
                 mergequest=about["mergequest"],
                 shared=dict(json.loads(about["shared"])),
                 transposed=frozenset(json.loads(about["transposed"])),
+                uncovered=frozenset(json.loads(about.get("uncovered", "[]"))),
                 _file=file,
             )
         except (KeyError, ValueError, TypeError) as error:
@@ -235,7 +238,7 @@ def save_tensors(
         kind: What they are.
         settings: What they were computed with.
         tensors: By name, on the CPU.
-        about: Gives counts, shared and transposed names.
+        about: Gives counts, and shared, transposed and uncovered names.
         checkpoint: Fingerprint of what they are a statistic of.
         data: Fingerprint of the examples.
 
@@ -257,6 +260,7 @@ def save_tensors(
         "mergequest": _own_version(),
         "shared": json.dumps(about.shared, sort_keys=True),
         "transposed": json.dumps(sorted(about.transposed)),
+        "uncovered": json.dumps(sorted(about.uncovered)),
     }
     storage.write_bytes(path, serialize({name: value.contiguous() for name, value in tensors.items()}, metadata))
     return StatisticsFile.open(path)

@@ -16,6 +16,7 @@ from merging.registry import Registry
 from merging.tasks.predictions import Floats, Predictions
 
 Split = Literal["train", "validation", "test"]
+Likelihood = Literal["categorical", "bernoulli", "gaussian"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
@@ -31,7 +32,8 @@ class Batch:
 
     Args:
         inputs: Keyword arguments of the model's `forward`, without labels.
-        labels: Class indices [N] or [N, S]; −100 where there is nothing to predict.
+        labels: Class indices [N] or [N, S]; −100 where there is nothing to predict. Of several labels at once 0 and 1,
+            of a regression numbers, both in the shape of the logits.
         indices: Positions of the examples in their split [N].
         mask: Which positions are real tokens [N, S]; None where every position counts.
     """
@@ -192,6 +194,15 @@ class Task(ABC):
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Unnormalised log-probabilities [N, C] or [N, S, C], matching `batch.labels`."""
         raise TaskError(f"task '{self.name}' ({self.kind}) has no logits to compute statistics from")
+
+    def likelihood(self, model: nn.Module) -> Likelihood:
+        """What the logits are parameters of: by default as `transformers` reads it from the model's configuration."""
+        config = getattr(model, "config", None)
+        problem = getattr(config, "problem_type", None)
+        if problem == "multi_label_classification":
+            return "bernoulli"
+        one_output = getattr(config, "num_labels", None) == 1 and type(model).__name__.endswith("Classification")
+        return "gaussian" if problem == "regression" or (problem is None and one_output) else "categorical"
 
     def representation(self, model: nn.Module, batch: Batch) -> Tensor:
         """Last hidden states [N, S, D] of the backbone, before any head."""

@@ -1,11 +1,11 @@
 """What the statistics share: a model's linear layers, which rows are real tokens, sums and means."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from merging.checkpoints.parameter_names import checkpoint_names, conv1d
+from merging.checkpoints.parameter_names import checkpoint_names, conv1d, saved_names
 from merging.errors import StatisticsError
 from merging.statistics.capture.modules import Logits, first_example
 from merging.statistics.likelihood import IGNORED
@@ -35,6 +35,24 @@ def layer_names(model: nn.Module) -> dict[nn.Module, str]:
 def transposed_names(layers: Mapping[nn.Module, str]) -> tuple[str, ...]:
     """Names of the weights that are stored [in, out], as `Conv1D` does."""
     return tuple(sorted({name for layer, name in layers.items() if isinstance(layer, conv1d())}))
+
+
+def uncovered(model: nn.Module, covered: Collection[str]) -> tuple[str, ...]:
+    """Names, in the checkpoint, of a model's matrices that are not among the covered ones and are no embeddings.
+
+    Of joined experts, all the names that they are saved under.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    names = checkpoint_names(model)
+    left = [
+        own
+        for own, parameter in model.named_parameters()
+        if parameter.dim() > 1
+        and parameter.shape[0] > 1
+        and id(parameter) not in embeddings
+        and names[id(parameter)] not in covered
+    ]
+    return tuple(sorted({name for own in left for name in saved_names(model, own)}))
 
 
 def token_count(batch: Batch) -> int:

@@ -1,6 +1,7 @@
 """Runs a model so that squares of single examples' gradients can be summed, without a loop over examples."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -11,14 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.func import functional_call, vjp, vmap
+from torch.nn.functional import pad
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from merging.checkpoints.parameter_names import checkpoint_names
 from merging.errors import StatisticsError
 from merging.statistics.capture.grad_samplers import rule_for
 from merging.statistics.capture.hooks import differentiable, tap
 from merging.statistics.capture.modules import Logits, Unit, find_units
-from merging.statistics.capture.per_sample_grads import Computed, Piece, add_squares
+from merging.statistics.capture.per_sample_grads import Computed, Piece, add_squares, add_weighted
+from merging.statistics.capture.single_examples import padding_token, single_examples, unlike_pair
+from merging.statistics.capture.verification import differs, probe_gradient
+from merging.statistics.likelihood import IGNORED
 from merging.tasks.task import Batch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -35,6 +43,11 @@ class _Call:
 class PerExample:
     """A context in which a model's passes are recorded; the model is put back as it was at the end.
 
+    Gradients follow from what goes into layers and from their outputs' gradients. Whether these make up torch's own
+    gradients is tried once for every way in which the model's layers run; where they do not (a weight that is read
+    outside of its layer, what is shared by a batch), or where padding changes the logits, every example runs alone,
+    without padding.
+
     Args:
         model: A model in evaluation mode.
         logits: Runs the model on a batch.
@@ -45,9 +58,15 @@ class PerExample:
         self._logits = logits
         self._restore = ExitStack()
         self._probed = False
+        self._alone = False
+        self._verified: set[tuple[Any, ...]] = set()
         self._calls: list[_Call] = []
         self._examples = 0
         self._recording = False
+        self._graphs: list[Tensor] = []
+        self._outputs: list[Tensor] = []
+        names = checkpoint_names(model)
+        self._names = {names[id(parameter)]: parameter for parameter in model.parameters()}
 
     def __enter__(self) -> "PerExample":
         # Only the gradients of outputs are differentiated; those of parameters follow from them by the rules.
@@ -58,26 +77,25 @@ class PerExample:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore.close()
-        self._calls = []
+        self._forget()
 
     def forward(self, batch: Batch) -> Tensor:
-        """The batch's logits, recorded for `add_squares`.
-
-        Raises:
-            StatisticsError: A layer runs where single examples cannot be told apart.
-        """
-        if not self._probed:
-            for unit in find_units(self._model, self._logits, batch):
-                handle = unit.module.register_forward_hook(self._hook(unit), with_kwargs=True)
-                self._restore.callback(handle.remove)
-            self._probed = True
-        self._calls = []
+        """The batch's logits, recorded for `add_squares`."""
         self._examples = len(batch.indices)
-        self._recording = True
-        try:
-            return self._logits(self._model, batch)
-        finally:
-            self._recording = False
+        self._forget()
+        if self._examples > 1 and not self._alone:
+            try:
+                if self._probed or not self._padding_matters(batch):
+                    output = self._recorded(batch)
+                    if self._adds_up(batch, output):
+                        return output
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # a model's code may raise anything where its tensors are expanded
+                logger.debug("examples run alone: the model cannot be recorded", exc_info=True)
+            self._forget()
+            self._alone = True
+        return self._separate(batch)
 
     def add_squares(self, objective: Tensor, sums: dict[str, Tensor], *, last: bool) -> None:
         """Adds Σ_n (∇ of example n's part of the objective)² to `sums`, for every parameter.
@@ -87,6 +105,63 @@ class PerExample:
             sums: Name in the checkpoint → sum, changed in place.
             last: Whether the recorded pass may be forgotten.
         """
+        if self._outputs:
+            for gradients in self._gradients(torch.autograd.grad(objective, self._outputs), last=last):
+                for name, gradient in gradients.items():
+                    sums[name] += gradient.square()
+        else:
+            for name, uses in self._uses(objective, last=last).items():
+                add_squares(uses, self._examples, sums[name])
+        if last:
+            self._forget()
+
+    def _recorded(self, batch: Batch) -> Tensor:
+        """The batch's logits, with what every unit was given and where its outputs' gradients are."""
+        if not self._probed:
+            for unit in find_units(self._model, self._logits, batch):
+                handle = unit.module.register_forward_hook(self._hook(unit), with_kwargs=True)
+                self._restore.callback(handle.remove)
+            self._probed = True
+        self._recording = True
+        try:
+            return self._logits(self._model, batch)
+        finally:
+            self._recording = False
+
+    def _padding_matters(self, batch: Batch) -> bool:
+        """Whether two examples' logits are others than each one's alone, without padding."""
+        with torch.no_grad():
+            pair = unlike_pair(batch, padding_token(self._model))
+            together = self._logits(self._model, pair)
+            alone = [self._logits(self._model, one) for one in single_examples(pair, unpadded=True)]
+        if together.dim() == 2:
+            return differs(torch.cat(alone), together)
+        return any(
+            differs(one[0, : len(row)][real], row[: one.shape[1]][real])
+            for one, row, labels in zip(alone, together, pair.labels, strict=True)
+            if bool((real := labels[: one.shape[1]] != IGNORED).any())
+        )
+
+    def _separate(self, batch: Batch) -> Tensor:
+        """The batch's logits, every example's without padding, with a graph of its own that leads to the parameters."""
+        with differentiable(self._model, parameters=True):
+            self._graphs = [self._logits(self._model, one) for one in single_examples(batch, unpadded=True)]
+        self._outputs = [graph.detach().requires_grad_() for graph in self._graphs]
+        if batch.labels.dim() == 1 or self._outputs[0].dim() == 2:
+            return torch.cat(self._outputs)
+        width = batch.labels.shape[1]
+        return torch.cat([pad(output, (0, 0, 0, width - output.shape[1])) for output in self._outputs])
+
+    def _gradients(self, seeds: Sequence[Tensor], *, last: bool) -> Iterator[dict[str, Tensor]]:
+        """Every example's gradient of the parameters that it depends on."""
+        parameters = list(self._names.values())
+        for graph, seed in zip(self._graphs, seeds, strict=True):
+            with differentiable(self._model, parameters=True):
+                found = torch.autograd.grad(graph, parameters, seed, retain_graph=not last, allow_unused=True)
+            yield {name: g for name, g in zip(self._names, found, strict=True) if g is not None}
+
+    def _uses(self, objective: Tensor, *, last: bool) -> dict[str, list[Piece]]:
+        """Name in the checkpoint → what every use of the parameter contributes to the examples' gradients."""
         edges = [edge for call in self._calls for edge in call.edges if edge is not None]
         found = iter(torch.autograd.grad(objective, edges, retain_graph=not last, allow_unused=True))
         pieces: dict[str, list[Piece]] = {}
@@ -95,10 +170,44 @@ class PerExample:
                 gradients = [None if edge is None else next(found) for edge in call.edges]
                 for local, piece in self._pieces(call, gradients).items():
                     pieces.setdefault(call.unit.parameters[local], []).append(piece)
-            for name, uses in pieces.items():
-                add_squares(uses, self._examples, sums[name])
-        if last:
-            self._calls = []
+        return pieces
+
+    def _adds_up(self, batch: Batch, output: Tensor) -> bool:
+        """Whether the examples' gradients, each with a weight of its own, add up to torch's for every parameter.
+
+        Tried once for every way in which the units run: another module, or another kind of argument, is another way.
+        """
+        way = tuple(
+            (call.unit.path, tuple(leaf.dim() if isinstance(leaf, Tensor) else None for leaf in call.leaves))
+            for call in self._calls
+        )
+        if way in self._verified:
+            return True
+        seed = probe_gradient(output)
+        if batch.labels.dim() > 1 and batch.labels.shape == output.shape[:-1]:
+            seed = seed * (batch.labels != IGNORED)[..., None]
+        weights = torch.linspace(0.5, 1.5, self._examples, dtype=output.dtype)[_shuffled(self._examples)]
+        weights = weights.to(output.device)
+        with differentiable(self._model, parameters=True):
+            whole = self._logits(self._model, batch)
+            by_example = seed * weights.view(-1, *[1] * (output.dim() - 1))
+            found = torch.autograd.grad(whole, list(self._names.values()), by_example, allow_unused=True)
+        true = {name: g for name, g in zip(self._names, found, strict=True) if g is not None}
+        largest = max((float(gradient.norm()) for gradient in true.values()), default=0.0)
+        uses = self._uses((output * seed).sum(), last=False)
+        for name, parameter in self._names.items():
+            total = torch.zeros_like(parameter)
+            add_weighted(uses.get(name, []), weights, total)
+            if differs(total, true.pop(name, torch.zeros_like(total)), largest):
+                logger.debug("examples run alone: what its layer's calls show of '%s' is not its gradient", name)
+                return False
+        if differs(output.detach(), whole.detach()):
+            return False
+        self._verified.add(way)
+        return True
+
+    def _forget(self) -> None:
+        self._calls, self._graphs, self._outputs = [], [], []
 
     def _hook(self, unit: Unit) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -172,3 +281,8 @@ def _pulled_back(call: _Call, gradients: Sequence[Tensor | None], examples: int)
         return compute
 
     return {local: Computed(between(local)) for local in unit.parameters}
+
+
+def _shuffled(count: int) -> Tensor:
+    """A permutation without a pattern, the same at every call."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))

@@ -92,6 +92,30 @@ def add_squares(pieces: Sequence[Piece], examples: int, out: Tensor) -> None:
             out += gradient.square_().sum(0)
 
 
+def add_weighted(pieces: Sequence[Piece], weights: Tensor, out: Tensor) -> None:
+    """Adds Σ_n weights_n Σ_pieces gradient_n to `out`.
+
+    Args:
+        pieces: One for each use of the parameter.
+        weights: One number an example [N].
+        out: In the parameter's shape, contiguous.
+    """
+    for piece in pieces:
+        by_example = weights[:, None, None]
+        if isinstance(piece, Outer):
+            matrix = out.flatten(1)
+            matrix.addmm_((piece.left * by_example).flatten(0, 1).T, piece.right.flatten(0, 1))
+        elif isinstance(piece, Rows):
+            out.index_add_(0, piece.ids.flatten(), (piece.values * by_example).flatten(0, 1))
+        else:
+            step = _chunk(out)
+            for start in range(0, len(weights), step):
+                part = weights[start : start + step]
+                gradient = out.new_zeros(len(part), *out.shape)
+                piece.add_to(gradient, start)
+                out += torch.tensordot(part, gradient, 1)
+
+
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -236,22 +237,102 @@ def test_one_class_and_mismatched_labels_are_refused(tiny_task):
         measure(tiny_task(nn.Linear(3, 2), {"input": x}, torch.zeros(2, 3, dtype=torch.int64)), fisher())
 
 
-def test_a_layer_that_hides_its_examples_is_refused(tiny_task):
-    class Mixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x)
-
+def test_a_layer_that_hides_its_examples_is_measured_one_by_one(tiny_task):
     class Bypassing(tiny_task):
         def logits(self, model: nn.Module, batch: Batch) -> Tensor:
             return model.layer(batch.inputs["x"][None])[0]
 
-    task = Bypassing(Mixed(), {"x": torch.ones(4, 3)}, torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(StatisticsError, match=r"'layer' runs where single examples cannot be told apart"):
-        measure(task, fisher())
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"layer": nn.Linear(3, 2)}).double()
+    task = Bypassing(model, {"x": torch.randn(4, 3, dtype=torch.float64)}, torch.zeros(4, dtype=torch.int64))
+    assert_same(measure(task, fisher()).sums, by_loop(task, "exact"))
+
+
+class ReadTwice(nn.Module):
+    """A table that its parent also reads, as the head of a tied model does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer = nn.Embedding(11, 5), nn.Linear(5, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        states = self.layer(self.table(ids).mean(1)).tanh()
+        return (states + states @ self.layer.weight) @ self.table.weight[:3].T
+
+
+@pytest.mark.parametrize("size", [1, 4, 6])
+def test_weights_that_are_also_read_outside_of_their_module(tiny_task, size):
+    torch.manual_seed(0)
+    ids = torch.randint(0, 11, (6, 4))
+    task = tiny_task(ReadTwice().double(), {"ids": ids}, torch.zeros(6, dtype=torch.int64))
+    assert_same(measure(task, fisher(batch_size=size)).sums, by_loop(task, "exact"))
+
+
+class Mixing(nn.Module):
+    """Every example's logits depend on the others in its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.layer(x).mean(0)
+
+
+def test_examples_that_mix_in_a_batch_are_measured_one_by_one(tiny_task):
+    torch.manual_seed(0)
+    task = tiny_task(
+        Mixing().double(), {"x": torch.randn(5, 3, dtype=torch.float64)}, torch.zeros(5, dtype=torch.int64)
+    )
+    assert_same(measure(task, fisher(batch_size=5)).sums, by_loop(task, "exact"))
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+@pytest.mark.parametrize("estimator", ["exact", "empirical", "sampled"])
+def test_several_labels_and_regressions_have_their_own_likelihood(build, problem, estimator):
+    task = build("bert", 5)
+    task.model.config.problem_type = problem
+    generator = torch.Generator().manual_seed(3)
+    task.labels = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    binary = problem.startswith("multi")
+    if binary:
+        task.labels = (task.labels > 0).double()
+    model = task.load_model()
+    parameters, names = list(model.parameters()), checkpoint_names(model)
+    expected = {names[id(p)]: torch.zeros_like(p) for p in parameters}
+    for position in range(5):
+        _, logits = single(task, model, position)
+        z = logits[0]
+        chance = z.detach().sigmoid()
+        if estimator == "exact" and binary:
+            # every combination of labels by its probability
+            terms = []
+            for label in torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * 3):
+                weight = float(torch.where(label > 0, chance, 1 - chance).prod())
+                terms.append((weight, -F.binary_cross_entropy_with_logits(z, label, reduction="sum")))
+        elif estimator == "exact":
+            terms = [(1.0, value) for value in z]
+        else:
+            label = task.labels[position]
+            if estimator == "sampled":
+                draws = np.random.default_rng((0, position))
+                drawn = torch.from_numpy(draws.random(3) if binary else draws.standard_normal(3))
+                label = (drawn < chance).double() if binary else z.detach() + drawn
+            log = -F.binary_cross_entropy_with_logits(z, label, reduction="sum")
+            terms = [(1.0, log if binary else -(z - label).square().sum() / 2)]
+        for weight, log in terms:
+            found = torch.autograd.grad(log, parameters, retain_graph=True, allow_unused=True)
+            for parameter, gradient in zip(parameters, found, strict=True):
+                if gradient is not None:
+                    expected[names[id(parameter)]] += weight * gradient.square()
+    assert_same(measure(task, fisher(estimator)).sums, expected)
+
+
+def test_class_indices_are_no_labels_of_a_multi_label_head(build):
+    task = build("bert")
+    task.model.config.problem_type = "multi_label_classification"
+    with pytest.raises(StatisticsError, match="needs a label for each of several outputs"):
+        measure(task, fisher("empirical"))
 
 
 def test_finalize_is_a_float32_mean_and_names_what_is_not_finite():

@@ -132,7 +132,7 @@ def test_layers_used_twice_and_tied_weights_sum_over_uses(tiny_task):
 
 
 class Fickle(nn.Module):
-    """Gives two layers the same tensor in the first pass only."""
+    """Gives two layers the same tensor in its first passes only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,13 +140,92 @@ class Fickle(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.passes += 1
-        return self.one(x) + self.two(x if self.passes == 1 else x.clone())
+        return self.one(x) + self.two(x if self.passes < 6 else x.clone())
 
 
 def test_sharing_that_changes_is_refused(tiny_task):
-    task = tiny_task(Fickle(), {"x": torch.ones(4, 3)}, torch.zeros(4, dtype=torch.int64))
+    task = tiny_task(Fickle(), {"x": torch.ones(8, 3)}, torch.zeros(8, dtype=torch.int64))
     with pytest.raises(StatisticsError, match=r"'two.weight' shares its input with"):
         measure(task, gram(batch_size=2))
+
+
+class Relative(nn.Module):
+    """Two layers share their first inputs, and one of them also reads what the whole batch shares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.value = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.positions = nn.Parameter(torch.randn(1, 3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.query(x) + self.value(x)).mean(1) + self.query(self.positions).mean(1)
+
+
+def test_what_a_batch_shares_counts_for_every_example_and_for_one_layer_only(tiny_task):
+    torch.manual_seed(0)
+    model, x = Relative().double(), torch.randn(5, 2, 4, dtype=torch.float64)
+    task = tiny_task(model, {"x": x}, torch.zeros(5, dtype=torch.int64))
+    rows, shared = x.reshape(-1, 4), model.positions.detach()[0]
+    for size in (1, 2, 5):
+        partial = measure(task, gram(batch_size=size))
+        assert not partial.shared
+        assert partial.counts["query.weight"] == 10 + 5 * 3
+        torch.testing.assert_close(partial.sums["value.weight"], rows.T @ rows)
+        torch.testing.assert_close(partial.sums["query.weight"], rows.T @ rows + 5 * shared.T @ shared)
+
+
+class Experts(nn.Module):
+    """Every token goes to one of three layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(40, 4)
+        self.experts = nn.ModuleList([nn.Linear(4, 3) for _ in range(3)])
+
+    def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        states = self.table(ids)
+        out = states.new_zeros(*ids.shape, 3)
+        for number, expert in enumerate(self.experts):
+            if (ids % 3 == number).any():
+                out[ids % 3 == number] = expert(states[ids % 3 == number])
+        return (out * attention_mask[..., None]).sum(1)
+
+
+def test_an_expert_has_the_gram_of_the_tokens_that_reach_it(tiny_task, sharded):
+    torch.manual_seed(0)
+    ids, mask = torch.randint(1, 40, (7, 6)), (torch.arange(6) < torch.tensor([6, 2, 3, 6, 1, 4, 5])[:, None]).long()
+    ids[:2] = 3  # a whole shard for one expert
+    model = Experts().double()
+    task = tiny_task(model, {"ids": ids, "attention_mask": mask}, torch.zeros(7, dtype=torch.int64), mask)
+    real = ids[mask.bool()]
+    for partial in (measure(task, gram(batch_size=3)), sharded(task, gram(batch_size=3))):
+        for number in range(3):
+            rows, name = model.table(real[real % 3 == number]).detach(), f"experts.{number}.weight"
+            assert partial.counts[name] == len(rows) > 0
+            torch.testing.assert_close(partial.sums[name], rows.T @ rows)
+        assert partial.uncovered == ()
+
+
+class OutsideToo(nn.Module):
+    """Reads a layer's weight outside of the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.both = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = self.both(self.plain(x)).tanh()
+        return states @ self.both.weight
+
+
+def test_a_weight_that_is_also_read_outside_of_its_layer_has_no_gram_and_is_named(tiny_task):
+    torch.manual_seed(0)
+    task = tiny_task(
+        OutsideToo().double(), {"x": torch.randn(5, 4, dtype=torch.float64)}, torch.zeros(5, dtype=torch.int64)
+    )
+    partial = measure(task, gram())
+    assert partial.sums.keys() == {"plain.weight"}
+    assert partial.uncovered == ("both.weight",)
 
 
 def test_the_model_is_left_as_it_was(build):

@@ -1,0 +1,28 @@
+"""When two ways to compute the same numbers disagree by more than rounding."""
+
+import torch
+from torch import Tensor
+
+RELATIVE = 3e-3
+"""Share of its norm that a tensor may be off: some layers compute in float32, or TF32, whatever their weights are."""
+RELATIVE_IN_16_BITS = 5e-2
+FLOOR = 1e-2
+"""Share of that share, of the largest tensor's norm, below which all is rounding (a key's bias has no gradient)."""
+
+
+def differs(found: Tensor, expected: Tensor, largest: float = 0.0) -> bool:
+    """Whether a tensor is not what it should be; NaN is never.
+
+    Args:
+        found: What was computed.
+        expected: What it should be, in its own dtype's rounding.
+        largest: The largest norm among the tensors that belong together.
+    """
+    relative = RELATIVE if torch.finfo(expected.dtype).bits > 16 else RELATIVE_IN_16_BITS
+    norm = float(expected.double().norm())
+    return not float((found.double() - expected.double()).norm()) <= relative * max(norm, FLOOR * largest)
+
+
+def probe_gradient(output: Tensor) -> Tensor:
+    """A gradient for some logits that has another number for each."""
+    return torch.linspace(-1, 2, output.numel(), dtype=output.dtype, device=output.device).view_as(output)

@@ -1,0 +1,234 @@
+"""Statistics of many architectures against brute force: every example alone and unpadded, plain autograd, plain hooks."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from merging.checkpoints.parameter_names import checkpoint_names
+from merging.statistics import (
+    Fisher,
+    Gram,
+    LikelihoodSettings,
+    OutputGram,
+    OutputGramSettings,
+    StatisticSettings,
+    measure,
+)
+from merging.statistics.capture.single_examples import single_examples
+
+SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+TEXT = {"vocab_size": 40, "num_labels": 3, "pad_token_id": 0, "max_position_embeddings": 20}
+GROUPED = {"num_key_value_heads": 1, "head_dim": 8}
+IMAGE = {"image_size": 8, "patch_size": 4, "num_labels": 3}
+RELATIVE = {
+    "relative_attention": True,
+    "position_buckets": 4,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "max_relative_positions": -1,
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+ZOO: dict[str, tuple[str, dict[str, object]]] = {
+    "Llama": ("", {**SIZE, **TEXT, **GROUPED}),
+    "Qwen2": ("", {**SIZE, **TEXT, **GROUPED}),
+    "GPT2": ("", {**TEXT, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 20}),
+    "T5": (
+        "",
+        {
+            **TEXT,
+            "d_model": 16,
+            "d_kv": 8,
+            "d_ff": 24,
+            "num_layers": 2,
+            "num_heads": 2,
+            "decoder_start_token_id": 0,
+            "eos_token_id": 1,
+            "relative_attention_num_buckets": 8,
+        },
+    ),
+    "ViT": ("Image", {**SIZE, **IMAGE}),
+    "CLIP": ("Image", {"vision_config": {**SIZE, **IMAGE}, "num_labels": 3}),
+    "DistilBert": ("", {**TEXT, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}),
+    "Albert": ("", {**SIZE, **TEXT, "embedding_size": 8}),
+    "Electra": ("", {**SIZE, **TEXT, "embedding_size": 8}),
+    "MPNet": ("", {**SIZE, **TEXT}),
+    "ModernBert": ("", {**SIZE, **TEXT, "global_attn_every_n_layers": 2, "local_attention": 4}),
+    "DebertaV2": ("", {**SIZE, **TEXT, **RELATIVE}),
+}
+MORE: dict[str, tuple[str, dict[str, object]]] = {
+    "Bert": ("", {**SIZE, **TEXT}),
+    "Roberta": ("", {**SIZE, **TEXT}),
+    "Deberta": (
+        "",
+        {
+            **SIZE,
+            **TEXT,
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "max_relative_positions": 6,
+            "position_biased_input": False,
+            "type_vocab_size": 0,
+        },
+    ),
+    "Mixtral": ("", {**SIZE, **TEXT, **GROUPED, **EXPERTS}),
+    "Bart": (
+        "",
+        {
+            **TEXT,
+            "d_model": 16,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "encoder_ffn_dim": 24,
+            "decoder_ffn_dim": 24,
+            "eos_token_id": 1,
+            "decoder_start_token_id": 1,
+            "bos_token_id": 2,
+        },
+    ),
+    "XLNet": (
+        "",
+        {"vocab_size": 40, "num_labels": 3, "pad_token_id": 0, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24},
+    ),
+    "MobileBert": ("", {**SIZE, **TEXT, "embedding_size": 8, "true_hidden_size": 16, "intra_bottleneck_size": 16}),
+    "Longformer": ("", {**SIZE, **TEXT, "attention_window": [4, 4], "max_position_embeddings": 32}),
+    "SqueezeBert": ("", {**SIZE, **TEXT, "embedding_size": 16, "q_groups": 1, "k_groups": 1, "v_groups": 1}),
+    "Gemma2": ("", {**SIZE, **TEXT, **GROUPED, "query_pre_attn_scalar": 8}),
+    "GPTNeoX": ("", {**SIZE, **TEXT}),
+    "Phi": ("", {**SIZE, **TEXT}),
+    "XLMRobertaXL": ("", {**SIZE, **TEXT}),
+    "Dinov2": ("Image", {**{k: v for k, v in SIZE.items() if k != "intermediate_size"}, **IMAGE}),
+    "Swin": (
+        "Image",
+        {
+            "image_size": 8,
+            "patch_size": 2,
+            "embed_dim": 8,
+            "depths": [1, 1],
+            "num_heads": [2, 2],
+            "window_size": 2,
+            "num_labels": 3,
+        },
+    ),
+    "Beit": ("Image", {**SIZE, **IMAGE, "use_relative_position_bias": True}),
+}
+CASES = [*ZOO, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
+COUNT = 4
+
+
+@pytest.fixture
+def zoo(build: Callable[..., object], tiny_task: type) -> Callable[[str], object]:
+    """Name of an architecture → its classifier, float64 and far from its initialisation, with four unlike examples."""
+
+    def make(name: str) -> object:
+        modality, settings = {**ZOO, **MORE}[name]
+        head = "ForImageClassification" if modality else "ForSequenceClassification"
+        torch.manual_seed(0)
+        model = getattr(transformers, name + head)(getattr(transformers, f"{name}Config")(**settings))
+        generator = torch.Generator().manual_seed(1)
+        # grouped products of experts know no float64
+        model = model.to(torch.float32 if "num_local_experts" in settings else torch.float64).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
+                parameter += (0.2 if parameter.dim() > 1 else 0.1) * noise
+        labels = torch.arange(COUNT) % 3
+        if modality:
+            images = torch.randn(COUNT, 3, 8, 8, generator=generator, dtype=torch.float64)
+            return tiny_task(model, {"pixel_values": images}, labels)
+        mask = (torch.arange(9) < torch.tensor([9, 4, 6, 4])[:, None]).long()
+        ids = torch.randint(4, 40, (COUNT, 9), generator=generator) * mask
+        if settings.get("eos_token_id") == 1:
+            ids[torch.arange(COUNT), mask.sum(1) - 1] = 1
+        return tiny_task(model, {"input_ids": ids, "attention_mask": mask}, labels, mask)
+
+    return make
+
+
+def brute(task, likelihood="categorical"):
+    """Fisher, Grams and output Grams from their definitions: sums, and rows behind the Grams."""
+    model = task.load_model()
+    names, parameters = checkpoint_names(model), list(model.parameters())
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    layers = {
+        module: names[id(module.weight)]
+        for module in model.modules()
+        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in embeddings
+    }
+    fisher = {names[id(p)]: torch.zeros_like(p) for p in parameters}
+    grams: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
+    calls: list[tuple[str, Tensor, Tensor]] = []
+
+    def see(layer, args, out):
+        calls.append((layers[layer], args[0], out))
+        # what follows may change its input in place
+        return out.clone()
+
+    for layer in layers:
+        layer.register_forward_hook(see)
+    (batch,) = task.batches("train", 0, COUNT, COUNT)
+    for one in single_examples(batch, unpadded=True):
+        calls.clear()
+        logits = task.logits(model, one)
+        seen = list(calls)
+        for name, value, _ in seen:
+            flat = value.detach().reshape(-1, value.shape[-1])
+            grams[name] = grams.get(name, 0) + flat.T @ flat
+            rows[name] = rows.get(name, 0) + len(flat)
+        if likelihood == "categorical":
+            logs = logits.log_softmax(-1)[0]
+            terms = [(float(log.detach().exp()), log) for log in logs]
+        elif likelihood == "bernoulli":
+            chance = logits.detach().sigmoid()[0]
+            terms = [(float(p * (1 - p)), z) for p, z in zip(chance, logits[0], strict=True)]
+        else:
+            terms = [(1.0, z) for z in logits[0]]
+        for weight, log in terms:
+            found = torch.autograd.grad(
+                log, [*parameters, *(out for _, _, out in seen)], retain_graph=True, allow_unused=True
+            )
+            for parameter, gradient in zip(parameters, found, strict=False):
+                if gradient is not None:
+                    fisher[names[id(parameter)]] += weight * gradient.square()
+            for (name, _, out), gradient in zip(seen, found[len(parameters) :], strict=True):
+                if gradient is not None:
+                    flat = gradient.reshape(-1, gradient.shape[-1])
+                    outputs[name] = (
+                        outputs.get(name, torch.zeros(out.shape[-1], out.shape[-1])) + weight * flat.T @ flat
+                    )
+    return fisher, grams, outputs, rows
+
+
+def assert_near(found, expected, tolerance=2e-5):
+    largest = max(float(value.abs().max()) for value in expected.values())
+    for name, value in expected.items():
+        scale = max(float(value.abs().max()), 1e-9 * largest)
+        assert float((found[name].double() - value.double()).abs().max()) <= tolerance * scale, name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_statistic_is_its_definition(zoo, name):
+    task = zoo(name)
+    fisher, grams, outputs, rows = brute(task)
+    for size in (3, 4):
+        found = measure(task, Fisher(LikelihoodSettings(batch_size=size)))
+        assert found.sums.keys() == fisher.keys()
+        assert_near(found.sums, fisher)
+        found = measure(task, Gram(StatisticSettings(batch_size=size)))
+        assert {*found.sums, *found.shared} == {*grams}
+        assert_near({weight: found.sums[found.shared.get(weight, weight)] for weight in grams}, grams)
+        assert {weight: found.counts[found.shared.get(weight, weight)] for weight in grams} == rows
+        found = measure(task, OutputGram(OutputGramSettings(batch_size=size)))
+        assert not any(value.any() for weight, value in outputs.items() if weight not in found.sums)
+        assert_near(found.sums, {weight: outputs[weight] for weight in found.sums})
+        assert all(found.counts[weight] == rows[weight] for weight in found.sums)
