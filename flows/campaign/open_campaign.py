@@ -98,7 +98,7 @@ class Opened:
     def fingerprints(self) -> dict[str, Any]:
         """Content hashes of base, members and evaluation data: `pool.json`. Texts and tokenizers are hashed once."""
         data = {
-            name: {split: task.data_fingerprint(split) for split in ("validation", "test") if task.size(split)}
+            name: {split: task.data_fingerprint(split) for split in ("validation", "test") if task.has_split(split)}
             for name, task in self.tasks.items()
         }
         return {

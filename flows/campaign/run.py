@@ -11,6 +11,7 @@ from flows.campaign.export import code_version, export
 from flows.campaign.needed_statistics import cache_of, joined, member_statistics, require_sources, solutions
 from flows.campaign.open_campaign import Opened, open_campaign
 from flows.campaign.selection import prepare_selection, require_kernel, select_subsets
+from flows.campaign.stages import require_stages
 from flows.campaign.starts import starts
 from flows.campaign.summary import summary, tables_as_markdown, write_report
 from flows.campaign.weight_checks import keep
@@ -112,6 +113,7 @@ def _opened(
 
 def _require_searchable(opened: Opened, directory: Directory) -> None:
     require_sources(opened)
+    require_stages(opened)
     if (url := opened.campaign.search.storage) is not None:
         check_storage(url, opened.campaign.name, directory / "study")
 
@@ -301,7 +303,7 @@ def _search(
 
 def _test(opened: Opened, directory: Directory, executor: RayExecutor, ledger: Ledger, display: Display) -> None:
     """What the table shows, once, on test: references, the plain average, each method's best, the best of all."""
-    if without := [name for name, task in opened.tasks.items() if not task.size("test")]:
+    if without := [name for name, task in opened.tasks.items() if not task.has_split("test")]:
         display.note(f"no test split of {', '.join(without)}: the table stays with validation")
         return
     ranked = distinct(best(ledger.rows(), len(ledger.rows())))

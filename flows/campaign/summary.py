@@ -6,6 +6,7 @@ from io import StringIO
 import optuna
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 import search.study
 from flows.campaign.export import versions
@@ -52,14 +53,21 @@ def write_report(path: str) -> str:
 def tables_as_markdown(directory: Directory, campaign: Campaign) -> str:
     """The results and validation beside test, for the model card."""
     lines, compared = _tables(directory, campaign)
-    parts = [table.as_markdown(lines), *([significance.as_markdown(compared)] if compared else [])]
+    worse = table.warning(lines)
+    parts = [f"> **Warning.** {worse}\n"] if worse else []
+    parts += [table.as_markdown(lines), *([significance.as_markdown(compared)] if compared else [])]
     return "\n".join(parts)
 
 
-def tables_as_rich(directory: Directory, campaign: Campaign, width: int) -> list[RichTable]:
-    """The results and validation beside test, for a terminal of so many characters a line."""
+def tables_as_rich(directory: Directory, campaign: Campaign, width: int) -> list[RichTable | Text]:
+    """The results and validation beside test, for a terminal of so many characters a line; a warning where there is one."""
     lines, compared = _tables(directory, campaign)
-    return [table.as_rich(lines, width), *([significance.as_rich(compared)] if compared else [])]
+    worse = table.warning(lines)
+    return [
+        table.as_rich(lines, width),
+        *([significance.as_rich(compared)] if compared else []),
+        *([Text(f"WARNING: {worse}\n", style="bold red")] if worse else []),
+    ]
 
 
 def _tables(directory: Directory, campaign: Campaign) -> tuple[list[TableRow], list[Compared]]:

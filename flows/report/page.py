@@ -113,6 +113,7 @@ def render(
         lines=lines,
         columns=table.columns(lines),
         caption=table.caption(lines),
+        warning=table.warning(lines),
         times=table.factor(lines),
         shown_times=objective_axis([*ranked, *estimated.values()])[0],
         text=table.text,

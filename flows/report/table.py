@@ -218,6 +218,29 @@ def caption(table: Sequence[TableRow]) -> str:
     return f"Test scores{percent} ± standard error; the winner was chosen on validation, then measured once."
 
 
+def warning(table: Sequence[TableRow]) -> str | None:
+    """What a reader must not overlook: that the winner is worse than what it was made from; None where it is not.
+
+    By the mean over tasks on validation, which it was chosen on; an objective that is another may be served all the same.
+    """
+    winner = next((line.validation for line in table if line.kind == "winner"), None)
+    known = [(line, line.validation) for line in table if line.validation is not None]
+    if winner is None:
+        return None
+    better = [(line, cell) for line, cell in known if line.kind in ("base", "member") and cell.value > winner.value]
+    if not better:
+        return None
+    times = factor(table)
+    line, cell = max(better, key=lambda entry: entry[1].value)
+    sources = [other for other, _ in known if other.kind in ("base", "member")]
+    whose = "the base and every member" if len(better) == len(sources) else line.label
+    return (
+        f"The winner is WORSE than {whose}: its mean over tasks on validation is {text(winner, times, exact=False)}, that of "
+        f"{line.label} {text(cell, times, exact=False)}. No merge that was tried keeps what the models could before; use "
+        f"{line.label} as it is, or search on."
+    )
+
+
 def as_rich(table: Sequence[TableRow], width: int | None = None) -> RichTable:
     """The table for the terminal; the best of each column is bold, the winner's line green.
 

@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from merging.errors import TaskError
 from merging.mergers import weight_groups
 from merging.mergers.linear_basis import compute_basis
 from merging.mergers.material import Material
@@ -75,8 +76,10 @@ def descend(
 
     Raises:
         MethodError: The method is not linear.
-        TaskError: A task has no batches, or the loss is not finite.
+        TaskError: There is no task, one has no batches, or the loss is not finite.
     """
+    if not tasks:
+        raise TaskError("there is no gradient to follow: no task gives batches and logits")
     complete = material.check(start)
     basis = compute_basis(material, complete.method, complete.members, complete.parameters, device)
     keys = sorted(complete.scaling)

@@ -6,6 +6,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from merging.errors import TaskError
 from merging.mergers.material import Material
 from merging.mergers.resident import ResidentMerger
 from merging.optimization.losses import Endless, GradientModels
@@ -47,8 +48,10 @@ def distil(
         Every merged weight by the base's name, float32, on the CPU.
 
     Raises:
-        TaskError: A task has no train batches, or the loss is not finite.
+        TaskError: There is no task, one has no train batches, or the loss is not finite.
     """
+    if not tasks:
+        raise TaskError("there is nothing to distil on: no task gives batches and logits")
     live = GradientModels(material.pool, tasks, owners, "distil", device)
     ResidentMerger(material, live.weights).merge(material.check(start))
     adam = torch.optim.Adam(list(live.weights.values()), lr=settings.learning_rate)

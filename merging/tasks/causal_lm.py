@@ -135,6 +135,11 @@ class CausalLM(Task):
         self.settings: CausalLMSettings = settings
         self._examples: dict[Split, list[_Example]] = {}
 
+    @property
+    def is_below_zero(self) -> bool:
+        """Of log-likelihoods and negative perplexities; see `Task.is_below_zero`."""
+        return self.settings.judged_by in LIKELIHOODS
+
     def check(self) -> list[str]:
         """Reads all splits, encodes every example, and looks at the head; see `Task.check`."""
         check_head(self.head, MODEL_CLASS, self.base)

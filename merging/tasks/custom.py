@@ -1,5 +1,6 @@
 """A task whose score the user's own function gives."""
 
+import ast
 import importlib
 import inspect
 import math
@@ -12,6 +13,7 @@ from functools import cached_property
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from numbers import Real
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Literal
 
@@ -48,7 +50,8 @@ class CustomSettings(TaskSettings):
     model_class: str = Field("AutoModel", description="Class in `transformers` that loads the checkpoint.")
     examples: dict[Split, int] = Field(
         default_factory=dict,
-        description="Split → number of examples, where it matters to pruning; 0 if not given.",
+        description="Split → number of examples, for tables and budgets; a split that is left out where others are named does "
+        "not exist. Without any, validation and test are measured whole.",
     )
     _directory: str = PrivateAttr(default_factory=os.getcwd)  # travels to the workers, which may have another
 
@@ -77,6 +80,7 @@ class Custom(Task):
 
     kind: ClassVar[str] = "custom"
     has_logits: ClassVar[bool] = False
+    has_surrogates: ClassVar[bool] = False
 
     def __init__(self, name: str, settings: CustomSettings, head: str) -> None:
         super().__init__(name, settings, head)
@@ -111,10 +115,17 @@ class Custom(Task):
         """What the settings say of it, for only the function knows its data."""
         return self.settings.examples.get(split, 0)
 
+    def has_split(self, split: Split) -> bool:
+        """Every split, unless the settings name some; see `Task.has_split`."""
+        return not self.settings.examples or self.size(split) > 0
+
     def data_fingerprint(self, split: Split) -> str:
-        """Content hash of the function's source file, the settings and the split; not of files it opens."""
+        """Content hash of the function's module, the settings and the split; not of files it opens.
+
+        Comments and the layout of the code make no difference.
+        """
         source = inspect.getsourcefile(self._function)
-        code = storage.file_fingerprint(source) if source else ""
+        code = _code(Path(source)) if source else ""
         return storage.fingerprint([code, self.settings.model_dump(mode="json"), split])
 
     def measure(
@@ -200,6 +211,14 @@ class Custom(Task):
 
     def _error(self, message: str) -> TaskError:
         return TaskError(f"task '{self.name}': {message}")
+
+
+def _code(source: Path) -> str:
+    """A module's statements, without comments and layout; of a file that is no Python, its content hash."""
+    try:
+        return ast.unparse(ast.parse(source.read_bytes()))
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return storage.file_fingerprint(str(source))
 
 
 register(Custom, CustomSettings)

@@ -100,6 +100,8 @@ class Task(ABC):
     """Whether `logits` and `batches` work: what Fisher, Gram and representations are computed from."""
     has_predictions: ClassVar[bool] = False
     """Whether `predict` and `score` work: what measures a candidate step by step."""
+    has_surrogates: ClassVar[bool] = True
+    """Whether its scores have an expected error."""
 
     def __init__(self, name: str, settings: Any, head: str) -> None:
         self.name = name
@@ -132,6 +134,15 @@ class Task(ABC):
     @abstractmethod
     def size(self, split: Split) -> int:
         """Number of examples in a split; 0 where the task has none."""
+
+    def has_split(self, split: Split) -> bool:
+        """Whether it can be measured on a split."""
+        return self.size(split) > 0
+
+    @property
+    def is_below_zero(self) -> bool:
+        """Whether all its scores are: they have no ratio that grows with them."""
+        return False
 
     @abstractmethod
     def data_fingerprint(self, split: Split) -> str:

@@ -15,7 +15,7 @@ TOLERANCE = 1e-8
 
 
 def quality(scores: Mapping[str, float], base_scores: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
-    """Relative gain of every member over the base: q = max(0, (score − base) / base).
+    """Relative gain of every member over the base: q = max(0, (score − base) / |base|).
 
     A determinant is blind to the sign of q: unclamped, a member worse than the base would look good.
 
@@ -27,7 +27,7 @@ def quality(scores: Mapping[str, float], base_scores: Mapping[str, float]) -> tu
         Member → q, and notes naming the members with q = 0, which no subset but the whole pool will hold.
 
     Raises:
-        SelectionError: A base score is missing, 0 or negative; a score is not finite; no member is better
+        SelectionError: A base score is missing or 0; a score is not finite; no member is better
             than the base.
     """
     gains: dict[str, float] = {}
@@ -38,12 +38,12 @@ def quality(scores: Mapping[str, float], base_scores: Mapping[str, float]) -> tu
                 f"quality of member '{name}' needs finite scores, not {score} (member) and {base} (base); "
                 "evaluate both on its task, or set the selection's quality to 'equal'"
             )
-        if base <= 0:
+        if base == 0:
             raise SelectionError(
-                f"the base scores {base:g} on the task of member '{name}', so that no relative gain is "
+                f"the base scores 0 on the task of member '{name}', so that no relative gain is "
                 "defined; set the selection's quality to 'equal', or the selection's mode to 'all'"
             )
-        gains[name] = (score - base) / base
+        gains[name] = (score - base) / abs(base)
     if not any(gain > 0 for gain in gains.values()):
         raise SelectionError(
             f"no member is better than the base on its own validation data ({', '.join(sorted(gains))}); "

@@ -9,7 +9,7 @@ from torch import Tensor
 from merging.errors import MethodError
 from merging.methods.method import Parameter, register
 from merging.methods.spherical.interpolation import PARALLEL, Spherical, around_base
-from merging.recipe import Value
+from merging.recipe import Recipe, Value
 
 
 def arc(first: float, second: float, product: float, t: float) -> tuple[float, float]:
@@ -37,6 +37,20 @@ class Slerp(Spherical):
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "space": Parameter("weights", "what is interpolated", choices=("weights", "task_vectors"), search=False),
     }
+
+    def complete(self, recipe: Recipe) -> Recipe:
+        """See `Method.complete`.
+
+        Raises:
+            MethodError: There is one member, with a factor that would change nothing.
+        """
+        complete = super().complete(recipe)
+        if len(complete.members) == 1 and any(factor != 1.0 for factor in complete.scaling.values()):
+            raise MethodError(
+                f"slerp goes from one member to another, and '{complete.members[0]}' is alone: its factor would change "
+                "nothing. Name a second member, or scale one by task_arithmetic"
+            )
+        return complete
 
     def coefficients(self, products: Tensor, shares: Tensor, parameters: Mapping[str, Value]) -> Tensor:
         """Of the arc between two vectors.

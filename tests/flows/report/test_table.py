@@ -75,6 +75,22 @@ def test_an_empty_or_failed_ledger_has_no_lines(make):
     assert "model" in as_markdown([])
 
 
+def test_a_winner_that_is_worse_than_what_it_was_made_from_is_said_loudly(make):
+    rows = make.full(24)
+    assert table.warning(results_table(rows, make.tasks)) is None
+    assert table.warning([]) is None
+
+    def lifted(row, by):
+        scores = {task: score + by for task, score in row.scores.items()}
+        return replace(row, scores=scores) if row.split == "validation" else row
+
+    better = [lifted(row, 0.4) if row.method == "member" and row.members == ("nyt",) else row for row in rows]
+    words = table.warning(results_table(better, make.tasks))
+    assert "WORSE than member nyt: its mean over tasks on validation is" in words
+    best = [lifted(row, 0.5) if row.origin == "reference" else row for row in rows]
+    assert "WORSE than the base and every member" in table.warning(results_table(best, make.tasks))
+
+
 def test_a_merge_that_was_found_twice_has_one_line(make):
     everyone, same = dict.fromkeys(make.tasks, 1.0), {"losses": dict.fromkeys(make.tasks, 0.71234567)}
     scores = dict.fromkeys(make.tasks, 0.6)

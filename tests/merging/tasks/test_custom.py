@@ -144,9 +144,21 @@ def test_fingerprint_follows_code_and_arguments(custom, tmp_path):
         task.data_fingerprint("validation"),
         custom("my_scores:norm", arguments={"scale": 3}).data_fingerprint("test"),
     }
-    (tmp_path / "my_scores.py").write_text(SOURCE + "\n# changed\n")
+    (tmp_path / "my_scores.py").write_text(SOURCE.replace("):\n", "):  # changed\n\n") + "\n# changed\n")
     found.add(task.data_fingerprint("test"))
-    assert len(found) == 4
+    assert len(found) == 3
+    (tmp_path / "my_scores.py").write_text(SOURCE + "\nTHRESHOLD = 2\n")
+    found.add(task.data_fingerprint("test"))
+    (tmp_path / "my_scores.py").write_text("no Python (")
+    found.add(task.data_fingerprint("test"))
+    assert len(found) == 5
+
+
+def test_every_split_is_measured_unless_some_are_named(custom):
+    task = custom("my_scores:norm")
+    assert [task.has_split(split) for split in ("validation", "test")] == [True, True]
+    task = custom("my_scores:norm", examples={"validation": 30})
+    assert [task.has_split(split) for split in ("validation", "test")] == [True, False]
 
 
 def test_evaluator_is_module_and_function():

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from merging.errors import MethodError
-from merging.methods import Weight
+from merging.methods import METHODS, Weight
+from merging.recipe import Recipe
 
 
 def right_angle():
@@ -23,3 +24,11 @@ def test_task_vectors_turn_around_the_base(merge):
 def test_three_members_are_refused(make_pool, merge):
     with pytest.raises(MethodError, match="between two members, not 3: use multi_slerp"):
         merge("slerp", make_pool(), {"amazon": 1.0, "nyt": 1.0, "movie": 1.0})
+
+
+def test_a_factor_of_one_member_alone_is_refused():
+    assert METHODS["slerp"].complete(Recipe("slerp", {"a": 1.0})).members == ("a",)
+    for scaling in ({"a": 0.3}, {"a@layers:0-2": 0.3, "a@*": 1.0}):
+        with pytest.raises(MethodError, match="'a' is alone"):
+            METHODS["slerp"].complete(Recipe("slerp", scaling))
+    assert METHODS["slerp"].complete(Recipe("slerp", {"a": 0.3, "b": 0.7})).members == ("a", "b")

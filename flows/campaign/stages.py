@@ -1,0 +1,96 @@
+"""Whether every stage that a campaign asks for has something to work on: found before any work."""
+
+from collections.abc import Iterator
+
+from flows.campaign.open_campaign import Opened
+from merging.errors import SettingsError
+from merging.mergers.linear_basis import is_linear
+from merging.optimization.quadratic_model import CURVATURES
+from merging.tasks.task import Split
+from search.objective import split_name
+
+
+def require_stages(opened: Opened) -> None:
+    """Looks whether distillation, gradient descent, theory and the objectives have what they need; computes nothing.
+
+    Raises:
+        SettingsError: A stage would do nothing, or stop the run when its turn comes.
+    """
+    search = opened.campaign.search
+    if opened.campaign.distil is not None:
+        _require_batches(opened, "distil", "train")
+    if search.gradient is not None:
+        _require_batches(opened, "search.gradient", "train" if search.gradient.loss == "distil" else "validation")
+        _require_linear(opened)
+    if search.theory_starts:
+        _require_curvature(opened)
+    _require_scores(opened)
+
+
+def _require_batches(opened: Opened, stage: str, split: Split) -> None:
+    """A stage trains on the tasks that have logits; those that lack the split would stop it."""
+    trained = {name: task for name, task in opened.tasks.items() if task.has_logits}
+    if not trained:
+        raise SettingsError(
+            f"{stage}: there is nothing to train on, for no task gives batches and logits (custom evaluators give scores "
+            f"alone): leave `{stage}` out"
+        )
+    if without := [name for name, task in trained.items() if not task.size(split)]:
+        raise SettingsError(f"{stage}: task '{without[0]}' has no {split} examples: add them, or leave `{stage}` out")
+
+
+def _require_linear(opened: Opened) -> None:
+    """Gradient descent starts from methods that are linear in their factors."""
+    settings = opened.campaign.search.gradient
+    if settings is None or settings.start is not None:
+        return
+    linear = set(_linear_methods(opened))
+    if strange := [name for name in settings.methods if name not in linear]:
+        raise SettingsError(
+            f"search.gradient.methods: '{strange[0]}' is none of the search's methods that are linear in their scaling factors "
+            f"({', '.join(sorted(linear)) or 'there are none'})"
+        )
+    if not linear:
+        raise SettingsError(
+            "search.gradient: no method of the search is linear in its scaling factors, so that there is no gradient to "
+            "follow: add task_arithmetic, name a `start`, or leave `search.gradient` out"
+        )
+
+
+def _require_curvature(opened: Opened) -> None:
+    """Theory predicts from Fisher or Gram statistics, for linear methods."""
+    search = opened.campaign.search
+    if not search.theory:
+        raise SettingsError("search.theory_starts goes with `theory: true`")
+    if not any(kind in opened.kinds for kind in CURVATURES) or not any(_linear_methods(opened)):
+        raise SettingsError(
+            f"search.theory_starts: theory needs a method that asks for {' or '.join(CURVATURES)} statistics, and one that is "
+            "linear in its scaling factors (regmean and task_arithmetic, say): add them, or leave `search.theory_starts` out"
+        )
+
+
+def _linear_methods(opened: Opened) -> Iterator[str]:
+    for recipe in opened.space().anchors():
+        if is_linear(recipe) and recipe.method in opened.campaign.search.methods:
+            yield recipe.method
+
+
+def _require_scores(opened: Opened) -> None:
+    """Objectives read scores that some kinds of task do not give, or divide by scores that are negative."""
+    search, tasks = opened.campaign.search, list(opened.tasks)
+    for objective in search.objectives:
+        plain, expected = split_name(objective, tasks)
+        counted = [plain] if plain in tasks else tasks
+        if plain == "weighted":
+            counted = [task for task in tasks if search.weights.get(task)]
+        for name in counted:
+            if expected and not opened.tasks[name].has_surrogates:
+                raise SettingsError(
+                    f"search.objective: '{objective}' asks for expected errors, and task '{name}' gives none, only its metric: "
+                    f"use '{plain}'"
+                )
+            if plain == "normalized" and not expected and opened.tasks[name].is_below_zero:
+                raise SettingsError(
+                    f"search.objective: '{objective}' divides by each task's own member, and the scores of task '{name}' "
+                    "are negative: use 'mean' or 'worst'"
+                )

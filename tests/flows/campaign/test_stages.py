@@ -1,0 +1,75 @@
+"""A stage that has nothing to work on is refused by `campaign check`, and a run stops there too."""
+
+import pytest
+import yaml
+
+from flows.campaign.run import check
+from flows.config.campaign_file import load_campaign
+from flows.directory.progress import Display
+from merging.errors import SettingsError
+
+EVALUATOR = "def score(model, checkpoint, split, limit):\n    return -3.0\n"
+CUSTOM = {"kind": "custom", "evaluator": "a_judge:score", "model_class": "AutoModelForSequenceClassification"}
+PLAIN = {"methods": ["average", "task_arithmetic"]}
+
+
+@pytest.fixture
+def checked(campaign_file, tmp_path, monkeypatch):
+    """Checks the tiny campaign with changes; the tasks named `custom` are scored by a function."""
+    (tmp_path / "a_judge.py").write_text(EVALUATOR)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def run(custom=(), splits=("train", "validation", "test"), **changes):
+        path = campaign_file(directory="out", selection={"mode": "all"}, **changes)
+        settings = yaml.safe_load(path.read_text())
+        for name in custom:
+            settings["tasks"][name] = CUSTOM
+        for name in settings["tasks"].keys() - set(custom):
+            data = settings["tasks"][name]["data"]
+            settings["tasks"][name]["data"] = {split: data[split] for split in splits}
+        path.write_text(yaml.safe_dump(settings))
+        check(load_campaign(str(path)), Display())
+
+    return run
+
+
+ALL = ("one", "two", "three")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"custom": ALL, "search": PLAIN, "distil": {}}, "distil: there is nothing to train on"),
+        ({"custom": ALL, "search": {**PLAIN, "gradient": {}}}, "search.gradient: there is nothing to train on"),
+        ({"splits": ("validation",), "search": PLAIN, "distil": {}}, "distil: task 'one' has no train examples"),
+        (
+            {"splits": ("validation",), "search": {**PLAIN, "gradient": {"loss": "distil"}}},
+            "search.gradient: task 'one' has no train examples",
+        ),
+        ({"search": {"methods": ["ties"], "gradient": {}}}, "no method of the search is linear"),
+        ({"search": {**PLAIN, "gradient": {"methods": ["regmean"]}}}, "search.gradient.methods: 'regmean'"),
+        ({"search": {**PLAIN, "theory_starts": True}}, "theory needs a method that asks for"),
+        ({"custom": ("two",), "search": {**PLAIN, "objective": "expected_mean"}}, "task 'two' gives none"),
+        (
+            {"custom": ("two",), "search": {**PLAIN, "objective": "expected_weighted", "weights": {"two": 1}}},
+            "task 'two' gives none",
+        ),
+        ({"custom": ("two",), "search": {**PLAIN, "objective": ["mean", "expected_two"]}}, "task 'two' gives none"),
+    ],
+)
+def test_what_would_do_nothing_or_stop_later_is_refused(checked, changes, words):
+    with pytest.raises(SettingsError, match=words):
+        checked(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"custom": ("two",), "search": {**PLAIN, "objective": "expected_one"}},
+        {"custom": ("two",), "search": {**PLAIN, "gradient": {}}, "distil": {}},
+        {"splits": ("validation",), "search": {**PLAIN, "gradient": {}}},
+        {"search": {"methods": ["regmean", "task_arithmetic"], "theory_starts": True}},
+    ],
+)
+def test_what_has_something_to_work_on_passes(checked, changes):
+    checked(**changes)
