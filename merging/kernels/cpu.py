@@ -30,6 +30,8 @@ INFINITE = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x
 """The bits of infinity; those of NaN are above."""
 
 INFINITY = float("inf")
+LEVELS = 1 << 16
+"""Distinct values of a random number."""
 
 Integers = npt.NDArray[np.int64]
 Patterns = npt.NDArray[np.int32]
@@ -41,16 +43,16 @@ class Bounds:
     """Magnitudes between which a member's entries stay.
 
     Args:
-        above: What an entry must exceed, before a place and from it on.
-        above_place: Index of that place among the entries at hand.
-        most: What an entry must not exceed, unless it is infinite, before a place and from it on.
-        most_place: Index of that place.
+        above: What an entry must exceed, where its random number is below a level, and where not.
+        above_level: That level, of 65536.
+        most: What an entry must not exceed, unless it is infinite, where its random number is below a level, and where not.
+        most_level: That level.
     """
 
     above: tuple[float, float]
-    above_place: int = 0
+    above_level: int = LEVELS
     most: tuple[float, float] = (INFINITY, INFINITY)
-    most_place: int = 0
+    most_level: int = LEVELS
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class Rule:
         entries: Key of `ENTRIES`.
         scale: Of what is added to the base.
         bounds: Of every member; none for no trim.
-        keys: For every member, two numbers that its random numbers follow from; none for no drop.
+        keys: For every member, two numbers that its random numbers follow from; none for no drop. Beside bounds, of all
+            members together: one number decides for all.
         level: Entries with a random number below it are dropped; of 65536.
         offset: Flat index of the first entry at hand in the whole weight.
     """
@@ -137,12 +140,13 @@ def combine(base: Tensor, values: Sequence[Tensor], out: Tensor, rule: Rule | Ma
     rows, kinds = _rows([*values, *[base] * spare])
     scaled, scale = rule.normalised()
     factors = np.array([*scaled, *[0.0] * spare, scale], np.float32)
-    bounds = [*rule.bounds, *[Bounds((-1.0, -1.0))] * spare] if rule.bounds else []
+    bounds = [*rule.bounds, *[Bounds((0.0, 0.0))] * spare] if rule.bounds else []
     cuts = np.array([(bound.above, bound.most) for bound in bounds], np.float32)
-    places = np.array([(bound.above_place, bound.most_place) for bound in bounds], np.int64)
+    levels = np.array([(bound.above_level, bound.most_level) for bound in bounds], np.int64)
+    plain = all(min(bound.most) == INFINITY for bound in bounds)
     keys = np.array([*(rule.keys or [(0, 0)] * len(values)), *[(0, 0)] * spare], np.int64)
-    kept = "drawn" if not bounds else "above" if all(min(bound.most) == INFINITY for bound in bounds) else "between"
-    arithmetic = (_at(factors), _at(cuts), _at(places), _at(keys), rule.level, rule.offset)
+    kept = "drawn" if not bounds else "above" if plain else "between"
+    arithmetic = (_at(factors), _at(cuts), _at(levels), _at(keys), rule.level, rule.offset)
     inputs = (*_row(base), _at(rows), _at(kinds), len(rows), *_row(out))
     _spread(f"masked_sums.{kept}_{rule.entries}", inputs, out.numel(), arithmetic)
 

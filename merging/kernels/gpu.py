@@ -72,7 +72,7 @@ def combine(base: Tensor, values: Sequence[Tensor], out: Tensor, rule: "Rule") -
         line = [value.data_ptr(), _bits(factor)]
         if rule.bounds:
             bound = rule.bounds[number]
-            line += [*map(_bits, (*bound.above, *bound.most)), bound.above_place, bound.most_place]
+            line += [*map(_bits, (*bound.above, *bound.most)), bound.above_level, bound.most_level, *rule.keys[0]]
         elif rule.keys:
             line += rule.keys[number]
         lines.append(line)

@@ -80,7 +80,7 @@ def combine_kernel(
     block: tl.constexpr,
 ) -> None:
     """θ_0 + scale · f(α, τ), f a sum of what is kept of each task vector, as the loops of `loops.deltas` have it."""
-    columns: tl.constexpr = 8 if trimmed else 4
+    columns: tl.constexpr = 10 if trimmed else 4
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = at < size
     before = tl.load(base + at, mask=inside, other=0.0).to(tl.float32)
@@ -88,13 +88,16 @@ def combine_kernel(
     below = tl.zeros([block], tl.float32)
     more = tl.zeros([block], tl.float32)
     fewer = tl.zeros([block], tl.float32)
+    chance = tl.zeros([block], tl.int32)
+    if trimmed:  # one number decides for all members
+        chance = _drawn(offset + at, tl.load(table + 8).to(tl.uint32), tl.load(table + 9).to(tl.uint32))
     for t in range(count):
         line = table + columns * t
         factor = _number(line + 1)
         delta = tl.load(_row(line, dtype, aligned) + at, mask=inside, other=0.0).to(tl.float32) - before
         if trimmed:
-            low = tl.where(at < tl.load(line + 6), _number(line + 2), _number(line + 3))
-            high = tl.where(at < tl.load(line + 7), _number(line + 4), _number(line + 5))
+            low = tl.where(chance < tl.load(line + 6).to(tl.int32), _number(line + 2), _number(line + 3))
+            high = tl.where(chance < tl.load(line + 7).to(tl.int32), _number(line + 4), _number(line + 5))
             size_of = tl.abs(delta)
             kept = factor * tl.where((size_of <= low) | ((size_of > high) & (size_of <= LARGEST)), 0.0, delta)
         else:
@@ -153,8 +156,8 @@ def launch_combine(
 
     Args:
         table: Of every member its row's address, and α as a float32's bits; then magnitudes that an entry must exceed and
-            must not exceed, each before a place and from it on, and these places, int64 [count, 8]; or the two keys of its
-            random numbers, int64 [count, 4].
+            must not exceed, each where its random number is below a level and where not, these levels, and everybody's two
+            keys of random numbers, int64 [count, 10]; or the two keys of its own random numbers, int64 [count, 4].
         count: Number of members.
         dtype: Of their rows.
         base: θ_0, flat.

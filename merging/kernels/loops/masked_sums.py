@@ -29,7 +29,8 @@ from merging.kernels.loops.rows import (
 ALL, SUM, MEAN = 0, 1, 2
 """What is added to the base: all that is kept, what has the elected sign, or its mean."""
 ABOVE, BETWEEN, DRAWN = 0, 1, 2
-"""What is kept: entries above a magnitude, those not above another one besides, or those that chance leaves."""
+"""What is kept: entries above a magnitude, those not above another one besides (both magnitudes one of two, by a random
+number of the entry), or those that chance leaves."""
 BASE, FIRST, SECOND, THIRD, FOURTH, END = (place * STRIDE for place in range(6))
 """Rows of the working memory: the base and the sums."""
 PAIRS = TILE // 2 + 8
@@ -48,7 +49,7 @@ def _keeping(kept: int) -> Callable[[Scalar, Scalar, Scalar, Scalar, Scalar], Sc
     @inner
     def keep(delta: Scalar, factor: Scalar, low: Scalar, high: Scalar, chance: Scalar) -> Scalar:
         if kept == DRAWN:
-            return delta * (factor if np.int32(chance) >= low else ZERO)
+            return delta * (factor if chance >= low else ZERO)
         size = abs(delta)
         if kept == ABOVE:
             return factor * (ZERO if size <= low else delta)
@@ -57,8 +58,20 @@ def _keeping(kept: int) -> Callable[[Scalar, Scalar, Scalar, Scalar, Scalar], Sc
     return keep
 
 
+def _choosing(kept: int) -> Callable[[tuple[Scalar, ...], Scalar], Scalar]:
+    """The magnitude that holds for an entry."""
+
+    @inner
+    def choose(bound: tuple[Scalar, Scalar, Scalar], chance: Scalar) -> Scalar:
+        if kept != DRAWN:
+            return bound[0] if chance < bound[2] else bound[1]
+        return bound[0]
+
+    return choose
+
+
 def _adding(wide: Callable[[Scalar], Scalar], kept: int, entries: int) -> Callable[..., None]:
-    """Adds `count` entries of four members, from `first` on, to the sums.
+    """Adds `count` entries of four members to the sums.
 
     FIRST has their sum, or what is above 0, and SECOND what is below. THIRD and FOURTH count both. NaN is neither, and goes
     to both sums.
@@ -71,6 +84,7 @@ def _electing(wide: Callable[[Scalar], Scalar], kept: int, counted: bool) -> Cal
 
     A task vector turns with the sign of its factor, so that what it adds is above 0 where it is.
     """
+    choose = _choosing(kept)
 
     @inner
     def stays(value: Scalar, low: Scalar, high: Scalar) -> Scalar:
@@ -83,24 +97,20 @@ def _electing(wide: Callable[[Scalar], Scalar], kept: int, counted: bool) -> Cal
         work: Array,
         rows: tuple[Array, ...],
         chance: tuple[Array, ...],
-        bounds: tuple[Scalar, ...],
+        bounds: tuple[tuple[Scalar, ...], ...],
         factors: tuple[Scalar, ...],
-        first: int,
         count: int,
     ) -> None:
-        work = work[first:]
-        x, y, z, w = rows[0][first:], rows[1][first:], rows[2][first:], rows[3][first:]
+        x, y, z, w = rows
+        q = chance[0]
         f, g, h, j = abs(factors[0]), abs(factors[1]), abs(factors[2]), abs(factors[3])
         sign_f, sign_g = ONE if factors[0] >= ZERO else -ONE, ONE if factors[1] >= ZERO else -ONE
         sign_h, sign_j = ONE if factors[2] >= ZERO else -ONE, ONE if factors[3] >= ZERO else -ONE
-        low_a, low_b, low_c, low_d = (
-            max(bounds[0], ZERO),
-            max(bounds[1], ZERO),
-            max(bounds[2], ZERO),
-            max(bounds[3], ZERO),
-        )
-        high_a, high_b, high_c, high_d = bounds[4], bounds[5], bounds[6], bounds[7]
+        least_a, least_b, least_c, least_d, most_a, most_b, most_c, most_d = bounds
         for i in range(count):
+            u = np.int32(q[i])
+            low_a, low_b, low_c, low_d = choose(least_a, u), choose(least_b, u), choose(least_c, u), choose(least_d, u)
+            high_a, high_b, high_c, high_d = choose(most_a, u), choose(most_b, u), choose(most_c, u), choose(most_d, u)
             before = work[BASE + i]
             a, b = sign_f * (wide(x[i]) - before), sign_g * (wide(y[i]) - before)
             c, d = sign_h * (wide(z[i]) - before), sign_j * (wide(w[i]) - before)
@@ -123,29 +133,28 @@ def _electing(wide: Callable[[Scalar], Scalar], kept: int, counted: bool) -> Cal
 
 def _all(wide: Callable[[Scalar], Scalar], kept: int, entries: int) -> Callable[..., None]:
     """The same of whatever is kept."""
-    keep = _keeping(kept)
+    keep, choose = _keeping(kept), _choosing(kept)
 
     @inner
     def add(
         work: Array,
         rows: tuple[Array, ...],
         chance: tuple[Array, ...],
-        bounds: tuple[Scalar, ...],
+        bounds: tuple[tuple[Scalar, ...], ...],
         factors: tuple[Scalar, ...],
-        first: int,
         count: int,
     ) -> None:
-        work = work[first:]
-        x, y, z, w = rows[0][first:], rows[1][first:], rows[2][first:], rows[3][first:]
-        q, r, s, t = chance[0][first:], chance[1][first:], chance[2][first:], chance[3][first:]
+        x, y, z, w = rows
+        q, r, s, t = chance
         f, g, h, j = factors
         low_a, low_b, low_c, low_d, high_a, high_b, high_c, high_d = bounds
         for i in range(count):
             before = work[BASE + i]
-            a = keep(wide(x[i]) - before, f, low_a, high_a, q[i])
-            b = keep(wide(y[i]) - before, g, low_b, high_b, r[i])
-            c = keep(wide(z[i]) - before, h, low_c, high_c, s[i])
-            d = keep(wide(w[i]) - before, j, low_d, high_d, t[i])
+            u_a, u_b, u_c, u_d = np.int32(q[i]), np.int32(r[i]), np.int32(s[i]), np.int32(t[i])
+            a = keep(wide(x[i]) - before, f, choose(low_a, u_a), choose(high_a, u_a), u_a)
+            b = keep(wide(y[i]) - before, g, choose(low_b, u_b), choose(high_b, u_b), u_b)
+            c = keep(wide(z[i]) - before, h, choose(low_c, u_c), choose(high_c, u_c), u_c)
+            d = keep(wide(w[i]) - before, j, choose(low_d, u_d), choose(high_d, u_d), u_d)
             if entries == ALL:
                 work[FIRST + i] += a + b + (c + d)
             else:
@@ -185,18 +194,10 @@ def _settle(work: Array, count: int, entries: int, scale: Scalar) -> None:
 
 
 @inner
-def _until(places: Array, one: int, here: int, stop: int) -> int:
-    """The first entry behind `here`, `stop` at most, from which on other magnitudes hold for one of four members."""
-    for n in range(2 * one, 2 * (one + GROUP)):
-        if here < places[n] < stop:
-            stop = places[n]
-    return stop
-
-
-@inner
-def _bound(cuts: Array, places: Array, member: int, which: int, here: int) -> Scalar:
-    """The magnitude that holds at an entry."""
-    return cuts[4 * member + 2 * which + (0 if here < places[2 * member + which] else 1)]
+def _bound(cuts: Array, levels: Array, member: int, which: int) -> tuple[Scalar, Scalar, Scalar]:
+    """Two magnitudes of a member, and the level of random numbers below which the first one holds."""
+    place = 4 * member + 2 * which
+    return cuts[place], cuts[place + 1], np.int32(levels[2 * member + which])
 
 
 def _merging(kept: int, entries: int) -> Callable[..., int]:
@@ -216,7 +217,7 @@ def _merging(kept: int, entries: int) -> Callable[..., int]:
         last: int,
         factors: int,
         cuts: int,
-        places: int,
+        levels: int,
         keys: int,
         level: int,
         offset: int,
@@ -234,15 +235,20 @@ def _merging(kept: int, entries: int) -> Callable[..., int]:
             first: Of the entries.
             last: Behind them.
             factors: α, and the scale, float32 [T + 1].
-            cuts: For each member, magnitudes that an entry must exceed to stay, before a place and from it on, and those
-                that it must not exceed, unless it is infinite [T, 2, 2], float32.
-            places: These places [T, 2], int64, among the row's entries.
-            keys: For each member, two numbers that its random numbers follow from [T, 2], int64.
+            cuts: For each member, magnitudes that an entry must exceed to stay, where its random number is below a level
+                and where not, and those that it must not exceed, unless it is infinite [T, 2, 2], float32.
+            levels: These levels, 0 … 65536 [T, 2], int64.
+            keys: For each member, two numbers that its random numbers follow from [T, 2], int64; beside magnitudes the
+                first ones are everybody's.
             level: Entries with a random number below it are dropped, 0 … 65536.
             offset: The number of the row's first entry, for random numbers.
         """
         p, k, c = integers(rows, 0, count), integers(kinds, 0, count), singles(factors, 0, count + 1)
-        bounds, where, seeds = singles(cuts, 0, 4 * count), integers(places, 0, 2 * count), integers(keys, 0, 2 * count)
+        bounds, chances, seeds = (
+            singles(cuts, 0, 4 * count),
+            integers(levels, 0, 2 * count),
+            integers(keys, 0, 2 * count),
+        )
         work, numbers = carray(_work(), END), carray(_numbers(), GROUP * PAIRS)
         converted = carray(_members(), GROUP * STRIDE)
         sixteen, least = numbers.view(np.uint16), np.int32(level)
@@ -261,6 +267,9 @@ def _merging(kept: int, entries: int) -> Callable[..., int]:
                 for i in range(FOURTH, FOURTH + n):
                     work[i] = ZERO
             odd = (offset + start) & 1
+            if kept != DRAWN:
+                key, other = np.uint32(seeds[0]), np.uint32(seeds[1])
+                draw(numbers[:PAIRS], (offset + start) >> 1, (n + odd + 1) >> 1, key, other)
             for one in range(0, count, GROUP):
                 a, b, d, e = one, one + 1, one + 2, one + 3
                 if kept == DRAWN:
@@ -274,8 +283,14 @@ def _merging(kept: int, entries: int) -> Callable[..., int]:
                     after, there = (one + GROUP, start) if one + GROUP < count else (0, start + TILE)
                     for m in range(GROUP):
                         fetch_row(p[after + m], k[after + m], there, min(TILE, last - there))
-                q, r = sixteen[odd : odd + n], sixteen[2 * PAIRS + odd : 2 * PAIRS + odd + n]
-                s, t = sixteen[4 * PAIRS + odd : 4 * PAIRS + odd + n], sixteen[6 * PAIRS + odd : 6 * PAIRS + odd + n]
+                q = sixteen[odd : odd + n]
+                r, s, t = q, q, q
+                if kept == DRAWN:
+                    r, s = (
+                        sixteen[2 * PAIRS + odd : 2 * PAIRS + odd + n],
+                        sixteen[4 * PAIRS + odd : 4 * PAIRS + odd + n],
+                    )
+                    t = sixteen[6 * PAIRS + odd : 6 * PAIRS + odd + n]
                 f = c[a], c[b], c[d], c[e]
                 brains = k[a] == k[b] == k[d] == k[e] == BRAIN
                 full = k[a] == k[b] == k[d] == k[e] == FULL
@@ -283,40 +298,45 @@ def _merging(kept: int, entries: int) -> Callable[..., int]:
                 if not brains and not full and not half:
                     for m in range(GROUP):
                         widen(converted, m * STRIDE, p[one + m], k[one + m], start, n)
-                i = 0
-                while i < n:
-                    here, stop = start + i, n
-                    if kept == DRAWN:
-                        v = least, least, least, least, least, least, least, least
-                    else:
-                        stop = _until(where, one, here, start + n) - start
-                        v = (
-                            _bound(bounds, where, a, 0, here),
-                            _bound(bounds, where, b, 0, here),
-                            _bound(bounds, where, d, 0, here),
-                            _bound(bounds, where, e, 0, here),
-                            _bound(bounds, where, a, 1, here),
-                            _bound(bounds, where, b, 1, here),
-                            _bound(bounds, where, d, 1, here),
-                            _bound(bounds, where, e, 1, here),
-                        )
-                    if brains:
-                        x, y = halves(p[a], start, n), halves(p[b], start, n)
-                        z, w = halves(p[d], start, n), halves(p[e], start, n)
-                        add_brains(work, (x, y, z, w), (q, r, s, t), v, f, i, stop - i)
-                    elif half:
-                        x, y = halves(p[a], start, n), halves(p[b], start, n)
-                        z, w = halves(p[d], start, n), halves(p[e], start, n)
-                        add_halves(work, (x, y, z, w), (q, r, s, t), v, f, i, stop - i)
-                    elif full:
-                        x1, y1 = singles(p[a], start, n), singles(p[b], start, n)
-                        z1, w1 = singles(p[d], start, n), singles(p[e], start, n)
-                        add_singles(work, (x1, y1, z1, w1), (q, r, s, t), v, f, i, stop - i)
-                    else:
-                        x1, y1 = converted[:STRIDE], converted[STRIDE : 2 * STRIDE]
-                        z1, w1 = converted[2 * STRIDE : 3 * STRIDE], converted[3 * STRIDE : 4 * STRIDE]
-                        add_singles(work, (x1, y1, z1, w1), (q, r, s, t), v, f, i, stop - i)
-                    i = stop
+                if kept == DRAWN:
+                    same_for_all = least, least, least
+                    v = (
+                        same_for_all,
+                        same_for_all,
+                        same_for_all,
+                        same_for_all,
+                        same_for_all,
+                        same_for_all,
+                        same_for_all,
+                        same_for_all,
+                    )
+                else:
+                    v = (
+                        _bound(bounds, chances, a, 0),
+                        _bound(bounds, chances, b, 0),
+                        _bound(bounds, chances, d, 0),
+                        _bound(bounds, chances, e, 0),
+                        _bound(bounds, chances, a, 1),
+                        _bound(bounds, chances, b, 1),
+                        _bound(bounds, chances, d, 1),
+                        _bound(bounds, chances, e, 1),
+                    )
+                if brains:
+                    x, y = halves(p[a], start, n), halves(p[b], start, n)
+                    z, w = halves(p[d], start, n), halves(p[e], start, n)
+                    add_brains(work, (x, y, z, w), (q, r, s, t), v, f, n)
+                elif half:
+                    x, y = halves(p[a], start, n), halves(p[b], start, n)
+                    z, w = halves(p[d], start, n), halves(p[e], start, n)
+                    add_halves(work, (x, y, z, w), (q, r, s, t), v, f, n)
+                elif full:
+                    x1, y1 = singles(p[a], start, n), singles(p[b], start, n)
+                    z1, w1 = singles(p[d], start, n), singles(p[e], start, n)
+                    add_singles(work, (x1, y1, z1, w1), (q, r, s, t), v, f, n)
+                else:
+                    x1, y1 = converted[:STRIDE], converted[STRIDE : 2 * STRIDE]
+                    z1, w1 = converted[2 * STRIDE : 3 * STRIDE], converted[3 * STRIDE : 4 * STRIDE]
+                    add_singles(work, (x1, y1, z1, w1), (q, r, s, t), v, f, n)
             _settle(work, n, entries, c[count])
             store(work, out, kind, start, n)
         all_written()

@@ -15,7 +15,10 @@ from merging.recipe import Value
 
 @register
 class Breadcrumbs(Method):
-    """θ_0 + Σ α_t m_t ∘ τ_t, m_t without the largest γ and the smallest of each tensor (Davari and Belilovsky 2024)."""
+    """θ_0 + Σ α_t m_t ∘ τ_t, m_t without the largest γ and the smallest of each tensor (Davari and Belilovsky 2024).
+
+    Equal magnitudes at either threshold are settled by a random number of weight and index, as in TIES.
+    """
 
     name = "breadcrumbs"
     summary = "task vectors without their largest and smallest entries"
@@ -75,24 +78,33 @@ class PreparedBreadcrumbs(Deltas):
 
         def block(weight: Weight, start: int, deltas: Tensor) -> Tensor:
             outliers = self.scratch.take("outliers", deltas.shape[1], device=deltas.device)
-            for row, member in zip(deltas, members, strict=True):
-                if self._trimmer.share(weight.name, member, gamma):
-                    cut = self._trimmer.cut(member, gamma, weight.name)
-                    cut.apply(outliers.copy_(row), weight.name, start)
+            cuts = [self._cuts(weight, member, gamma, share) for member in members]
+            numbers = self._trimmer.numbers(weight, start, deltas.shape[1], (cut for two in cuts for cut in two if cut))
+            for row, (cut, largest) in zip(deltas, cuts, strict=True):
+                if largest is not None:
+                    largest.apply(outliers.copy_(row), numbers)
                     row.sub_(outliers)
-                self._trimmer.cut(member, share, weight.name).apply(row, weight.name, start)
+                cut.apply(row, numbers)
             return combined(deltas, factors, str(parameters["entries"]), self.scratch)
 
         return block
+
+    def _cuts(self, weight: Weight, member: str, gamma: float, share: float) -> tuple[top_k.Cut, top_k.Cut | None]:
+        """What keeps the largest density + γ of a member's entries, and the outliers among them, if there are any."""
+        some = self._trimmer.share(weight.name, member, gamma)
+        outliers = self._trimmer.cut(member, gamma, weight.name) if some else None
+        return self._trimmer.cut(member, share, weight.name), outliers
 
     def rule(
         self, weight: Weight, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]
     ) -> cpu.Rule:
         """Trims on both sides, and adds up."""
         gamma, share = float(parameters["gamma"]), _share(parameters)
-        bounds = []
-        for member in members:
-            some = self._trimmer.share(weight.name, member, gamma)
-            outliers = self._trimmer.cut(member, gamma, weight.name) if some else None
-            bounds.append(self._trimmer.cut(member, share, weight.name).bounds(weight, outliers))
-        return cpu.Rule(factors, OF_AGREE[str(parameters["entries"])], bounds=bounds)
+        cuts = [self._cuts(weight, member, gamma, share) for member in members]
+        return cpu.Rule(
+            factors,
+            OF_AGREE[str(parameters["entries"])],
+            bounds=[cut.bounds(outliers) for cut, outliers in cuts],
+            keys=[self._trimmer.keys(weight)],
+            offset=weight.start,
+        )

@@ -19,7 +19,7 @@ class Della(Method):
     """θ_0 + Σ α_t m_t ∘ τ_t / q_t, m_t kept with probability q_t (Deep et al. 2024).
 
     q rises evenly from density − ε for the smallest entry of a row (of the last dimension) to density + ε for the
-    largest; of equal entries the later is the larger.
+    largest; equal entries share the mean of their ranks, so that none is favoured by its place.
     """
 
     name = "della"
@@ -76,9 +76,12 @@ class PreparedDella(Deltas):
         if (weight.name, member) not in self._ranks:
             delta = (weight.members[member].float() - weight.base.float()).abs_()
             rows = delta.reshape(-1, delta.shape[-1]) if delta.dim() else delta.reshape(1, 1)
-            size = rows.shape[1]
-            ranks = torch.linspace(-LEVELS // 2, LEVELS // 2 - 1, size, device=rows.device).round().to(torch.int16)
-            order = rows.argsort(dim=1, stable=True)
-            placed = torch.empty(rows.shape, dtype=torch.int16, device=rows.device)
-            self._ranks[weight.name, member] = placed.scatter_(1, order, ranks.expand_as(placed)).view(-1)
+            ordered = rows.sort(dim=1).values
+            ranks = torch.searchsorted(ordered, rows, out_int32=True)
+            ranks += torch.searchsorted(ordered, rows, out_int32=True, right=True)  # twice the mean rank from 0, plus 1
+            most = rows.shape[1] - 1
+            share = (ranks - 1) / (2 * most) if most else torch.full(rows.shape, 0.5, device=rows.device)
+            self._ranks[weight.name, member] = (
+                share.mul_(LEVELS - 1).round_().sub_(LEVELS // 2).to(torch.int16).view(-1)
+            )
         return self._ranks[weight.name, member]

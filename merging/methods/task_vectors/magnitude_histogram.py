@@ -192,7 +192,7 @@ def tallies(weight: Weight, asked: Sequence[tuple[str, Band]], scratch: Scratch)
     for _, member, bits in _magnitudes(weight, members, scratch):
         for number, (who, band) in enumerate(asked):
             if who == member:
-                higher, _, patterns = _split(bits, band)
+                higher, patterns = _split(bits, band)
                 above[number] += higher
                 within[number].append(patterns)
     sorted_out = [np.unique(np.concatenate([np.empty(0, np.int32), *found]), return_counts=True) for found in within]
@@ -209,12 +209,6 @@ def _within(
     return cpu.within(values, weight.base.reshape(-1), bands, room)
 
 
-def entries(weight: Weight, member: str, band: Band, scratch: Scratch) -> Integers:
-    """Flat indices, in the whole weight and ascending, of the entries in a band."""
-    found = [_split(bits, band)[1] + start for start, _, bits in _magnitudes(weight, [member], scratch)]
-    return np.concatenate(found) + weight.start
-
-
 def _magnitudes(weight: Weight, members: Sequence[str], scratch: Scratch) -> Iterator[tuple[int, str, Tensor]]:
     """Block by block, and in each member by member: its first index here, who, and bit patterns of |τ|, int32 [n].
 
@@ -229,16 +223,15 @@ def _magnitudes(weight: Weight, members: Sequence[str], scratch: Scratch) -> Ite
             yield start, member, difference(value[start:stop], before, row).abs_().view(torch.int32)
 
 
-def _split(bits: Tensor, band: Band) -> tuple[int, Integers, Patterns]:
-    """The number of entries above a band; places and patterns of those within."""
+def _split(bits: Tensor, band: Band) -> tuple[int, Patterns]:
+    """The number of entries above a band, and the patterns of those within."""
     low, high = band
     if bits.device.type != "cpu":
-        here = ((bits >= low) & (bits < high)).nonzero()[:, 0]
-        return int((bits >= high).sum()), here.cpu().numpy(), bits[here].cpu().numpy()
-    # numpy compares, counts and lists at several times the speed of torch on a CPU
+        return int((bits >= high).sum()), bits[(bits >= low) & (bits < high)].cpu().numpy()
+    # numpy compares and counts at several times the speed of torch on a CPU
     values: Patterns = bits.numpy()
-    places = np.flatnonzero((values - np.int32(low)).view(np.uint32) < np.uint32(high - low))
-    return int(np.count_nonzero(values >= np.int32(high))), places, values[places]
+    within = (values - np.int32(low)).view(np.uint32) < np.uint32(high - low)
+    return int(np.count_nonzero(values >= np.int32(high))), values[within]
 
 
 def _counted(keys: Tensor, dropped: int) -> Histogram:

@@ -14,7 +14,11 @@ from merging.recipe import Value
 
 @register
 class Ties(Method):
-    """θ_0 + λ · merge of the trimmed task vectors that agree in sign (Yadav et al. 2023, algorithm 1)."""
+    """θ_0 + λ · merge of the trimmed task vectors that agree in sign (Yadav et al. 2023, algorithm 1).
+
+    Equal magnitudes at the threshold, which are many in 16-bit models, are kept by a random number of weight and index, so that
+    the share that stays is `density` in expectation everywhere.
+    """
 
     name = "ties"
     summary = "trim, elect sign, merge what agrees"
@@ -77,8 +81,10 @@ class PreparedTies(Deltas):
         disjoint, whole = str(parameters["disjoint"]), parameters["trim"] == "global"
 
         def block(weight: Weight, start: int, deltas: Tensor) -> Tensor:
-            for row, member in zip(deltas, members, strict=True):
-                self._trimmer.cut(member, density, "" if whole else weight.name).apply(row, weight.name, start)
+            cuts = [self._trimmer.cut(member, density, "" if whole else weight.name) for member in members]
+            numbers = self._trimmer.numbers(weight, start, deltas.shape[1], cuts)
+            for row, cut in zip(deltas, cuts, strict=True):
+                cut.apply(row, numbers)
             return elected(deltas, factors, disjoint, self.scratch).mul_(scale)
 
         return block
@@ -89,5 +95,11 @@ class PreparedTies(Deltas):
         """Trims, elects and merges."""
         name = "" if parameters["trim"] == "global" else weight.name
         cuts = [self._trimmer.cut(member, float(parameters["density"]), name) for member in members]
-        bounds = [cut.bounds(weight) for cut in cuts]
-        return cpu.Rule(factors, str(parameters["disjoint"]), float(parameters["lambda"]), bounds)
+        return cpu.Rule(
+            factors,
+            str(parameters["disjoint"]),
+            float(parameters["lambda"]),
+            bounds=[cut.bounds() for cut in cuts],
+            keys=[self._trimmer.keys(weight)],
+            offset=weight.start,
+        )

@@ -2,8 +2,10 @@
 
 A histogram of magnitudes adds up over the weights of a model, wherever these lie, and says in which bin the k-th largest
 entry is. What is left to settle is which entries *of that bin* are kept: they are counted once more by all of their bits, by
-`refine` where the model is prepared in parts, else when a density is first asked for; of those that are equal, the first by
-weight name and flat index are kept, so that exactly k remain.
+`refine` where the model is prepared in parts, else when a density is first asked for. Of those that are equal, as many are
+kept as are wanted, by a random number of (weight, index) that is the same for all members: k remain in expectation, and no
+layer, row or sharding is favoured. A bfloat16 model's task vectors have so few distinct magnitudes that a large part of all
+entries are equal.
 
 One candidate alone needs no histogram of everything: a sample of the entries names a band that holds the k-th largest but
 for bad luck, `refine` counts the entries in it and above it, and, where luck was bad, all of them.
@@ -30,15 +32,19 @@ from merging.methods.task_vectors.magnitude_histogram import (
     Sample,
     Tally,
     added,
-    entries,
     histogram,
     pooled,
     samples,
     tallies,
 )
+from merging.methods.task_vectors.random_masks import LEVELS, Chance, keys, level
 
 SPREAD = 4.0
 """Standard errors of a sample's share that its band reaches to either side."""
+
+SEED, EVERYBODY = 0, ""
+"""Of the random numbers that settle between equal entries: the same for all members, so that copies are trimmed alike."""
+NOTHING = torch.empty(0, dtype=torch.int16)
 
 Place = tuple[str, int]
 """A stretch of a weight that is looked at in one go: the weight's name, the flat index of the first entry."""
@@ -67,7 +73,7 @@ class Survey:
     sampled: Mapping[str, Sample] = field(default_factory=dict)
     sampled_from: int = 0
     _ranked: dict[tuple[str, str], tuple[Histogram, Tensor]] = field(default_factory=dict, compare=False, repr=False)
-    _settled: dict[Question, tuple[int, int, Place, int]] = field(default_factory=dict, compare=False, repr=False)
+    _settled: dict[Question, tuple[int, int, float]] = field(default_factory=dict, compare=False, repr=False)
     _missing: dict[tuple[tuple[float, ...], bool], Missing | None] = field(
         default_factory=dict, compare=False, repr=False
     )
@@ -78,7 +84,7 @@ class Survey:
         return sorted({*self.sampled, *(member for found in self.histograms.values() for member in found)})
 
     def names(self, group: str) -> tuple[str, ...]:
-        """The weights of a group, in the order that settles between equal entries."""
+        """The weights of a group."""
         return (group,) if group else tuple(sorted(self.histograms))
 
     def ranked(self, group: str, member: str) -> tuple[Histogram, Tensor]:
@@ -135,8 +141,8 @@ class Survey:
                         asked.setdefault(group, []).append((member, band))
         return asked
 
-    def settled(self, question: Question, keep: int) -> tuple[int, Place, int]:
-        """The `keep`-th largest entry: its bit pattern, its stretch, and its rank (from 0) among its equals there."""
+    def settled(self, question: Question, keep: int) -> tuple[int, float]:
+        """The `keep`-th largest entry: its bit pattern, and the share of its equals that are kept."""
         if question not in self._settled or self._settled[question][0] != keep:
             self._settled[question] = keep, *_settled(question[2], self.tallies[question], keep)
         return self._settled[question][1:]
@@ -144,54 +150,47 @@ class Survey:
 
 @dataclass(frozen=True)
 class Cut:
-    """Where a task vector is trimmed: entries above a magnitude stay; it is lower before a place.
+    """Where a task vector is trimmed: an entry stays where its magnitude is above a threshold, one of two by chance.
 
     Args:
-        before: Entries up to the place stay where their magnitude is above this.
-        after: Entries behind it stay where their magnitude is above this.
-        weight: The weight that holds the place; names before it are before it.
-        index: Flat index in that weight of the last entry before the place.
+        low: The threshold of entries whose random number, of `LEVELS`, is below `level`.
+        high: Of all others.
+        level: 0 … `LEVELS`.
     """
 
-    before: float
-    after: float
-    weight: str = ""
-    index: int = -1
+    low: float
+    high: float
+    level: int
 
-    def apply(self, row: Tensor, weight: str, start: int) -> None:
+    @property
+    def is_tied(self) -> bool:
+        """Whether chance has a say."""
+        return self.low != self.high
+
+    def apply(self, row: Tensor, numbers: Tensor) -> None:
         """Sets the entries that do not stay to 0.
 
         Args:
-            row: Entries [start, start + n) of a task vector, float32; overwritten.
-            weight: The name of the weight that they belong to.
-            start: Flat index of the first.
+            row: Entries of a task vector, float32; overwritten.
+            numbers: Their random numbers as `Trimmer.numbers` has them; not looked at unless `is_tied`.
         """
         if self is KEEP_ALL:
             return
-        place = self._place(weight, start, row.numel())
-        if place in (0, row.numel()):
-            torch.ops.aten.hardshrink.out(row, self.before if place else self.after, out=row)
+        if not self.is_tied:
+            torch.ops.aten.hardshrink.out(row, self.low, out=row)
             return
-        for piece, above in ((row[:place], self.before), (row[place:], self.after)):
-            torch.ops.aten.hardshrink.out(piece, above, out=piece)
+        above = torch.where(numbers < self.level - LEVELS // 2, self.low, self.high)
+        row.masked_fill_(row.abs() <= above, 0.0)
 
-    def bounds(self, weight: Weight, outliers: "Cut | None" = None) -> cpu.Bounds:
-        """The same for the compiled loops, of all entries of a weight; less those that another cut keeps."""
-        size = weight.base.numel()
-        above, place = (self.before, self.after), self._place(weight.name, weight.start, size)
+    def bounds(self, outliers: "Cut | None" = None) -> cpu.Bounds:
+        """The same for the compiled loops; less the entries that another cut keeps."""
+        above = (self.low, self.high)
         if outliers is None:
-            return cpu.Bounds(above, place)
-        most = (outliers.before, outliers.after)
-        return cpu.Bounds(above, place, most, outliers._place(weight.name, weight.start, size))
-
-    def _place(self, weight: str, start: int, size: int) -> int:
-        """How many of `size` entries of a weight, from `start` on, are before the place."""
-        if weight != self.weight:
-            return size if weight < self.weight else 0
-        return min(max(self.index + 1 - start, 0), size)
+            return cpu.Bounds(above, self.level)
+        return cpu.Bounds(above, self.level, (outliers.low, outliers.high), outliers.level)
 
 
-KEEP_ALL = Cut(0.0, 0.0)
+KEEP_ALL = Cut(0.0, 0.0, LEVELS)
 
 
 def survey(weights: Iterable[Weight]) -> Survey:
@@ -269,7 +268,19 @@ class Trimmer:
         self._weights = {(weight.name, weight.start): weight for weight in weights}
         self._survey = survey
         self._scratch = Scratch()
+        self._chance = Chance()
         self.cut = lru_cache(maxsize=1 << 17)(self._cut)
+
+    def keys(self, weight: Weight) -> tuple[int, int]:
+        """What the random numbers that settle between equal entries of a weight follow from."""
+        return keys(SEED, EVERYBODY, weight.name)
+
+    def numbers(self, weight: Weight, start: int, size: int, cuts: Iterable[Cut]) -> Tensor:
+        """Random numbers of a weight's entries, from a flat index on; none where none of the cuts asks for them."""
+        if not any(cut.is_tied for cut in cuts):
+            return NOTHING
+        first = start - weight.start
+        return self._chance.numbers(SEED, EVERYBODY, weight)[first : first + size]
 
     def _cut(self, member: str, density: float, weight: str = "") -> Cut:
         """The cut that keeps this share of a member's entries in a weight, or over the whole model."""
@@ -280,18 +291,15 @@ class Trimmer:
         low, high = band = known.band(weight, member, keep)
         if known.is_open(weight, member) and (found := self._tallies(weight, member, band)) is not None:
             shared = (weight, member, band) in known.tallies
-            key, place, rank = known.settled((weight, member, band), keep) if shared else _settled(band, found, keep)
-            low, high = key, key + 1
+            low, share = known.settled((weight, member, band), keep) if shared else _settled(band, found, keep)
+            high = low + 1
         else:  # the bin's entries count as equal
             total, reaching = known.ranked(weight, member)
-            above = int(reaching[0]) - total.within((0, high))
-            shares = {(name, 0): known.histograms[name][member] for name in known.names(weight)}
-            place, rank = _nth({where: found.within(band) for where, found in shares.items()}, keep - above)
-        name, start = place
-        index = start - 1  # before a stretch that is not at hand there is all of the others' or nothing
-        if place in self._weights:
-            index = int(entries(self._weights[place], member, (low, high), self._scratch)[rank])
-        return Cut(_magnitude(low - 1), _magnitude(high - 1), name, index)
+            within = total.within(band)
+            share = (keep - int(reaching[0]) + within + total.within((0, low))) / within
+        chance = level(share)
+        below, above = _magnitude(low - 1), _magnitude(high - 1)
+        return Cut(below if chance else above, above if chance < LEVELS else below, chance)
 
     def share(self, weight: str, member: str, density: float) -> int:
         """How many entries of a weight a share of it is."""
@@ -320,7 +328,7 @@ def _likely(sample: Sample, share: float) -> Band:
     return low, int(sample.keys[over]) << SAMPLED_DROPPED if over < len(reaching) else INFINITE
 
 
-def _settled(band: Band, found: Mapping[Place, Tally], keep: int) -> tuple[int, Place, int]:
+def _settled(band: Band, found: Mapping[Place, Tally], keep: int) -> tuple[int, float]:
     """See `Survey.settled`."""
     wanted = keep - sum(tally.above for tally in found.values())
 
@@ -328,17 +336,8 @@ def _settled(band: Band, found: Mapping[Place, Tally], keep: int) -> tuple[int, 
         return sum(tally.at_least(key) for tally in found.values())
 
     key = band[0] + bisect_left(range(*band), True, key=lambda pattern: at_least(pattern) < wanted) - 1
-    shares = {place: tally.at_least(key) - tally.at_least(key + 1) for place, tally in found.items()}
-    return key, *_nth(shares, wanted - at_least(key + 1))
-
-
-def _nth(shares: Mapping[Place, int], number: int) -> tuple[Place, int]:
-    """The stretch that holds the number-th (from 1) of these entries, and its rank (from 0) there."""
-    for place, share in sorted(shares.items()):
-        if number <= share:
-            return place, number - 1
-        number -= share
-    raise AssertionError("more entries asked for than were counted")
+    above = at_least(key + 1)
+    return key, (wanted - above) / (at_least(key) - above)
 
 
 def _magnitude(bits: int) -> float:

@@ -27,12 +27,12 @@ def task_arithmetic(weights, scaling, parameters, examples):
     return merged
 
 
-def top(magnitudes, keep):
-    """The `keep` largest of a vector; the earlier of equal ones."""
-    order = sorted(range(len(magnitudes)), key=lambda i: (-magnitudes[i], i))
-    mask = torch.zeros(len(magnitudes), dtype=torch.bool)
-    mask[order[:keep]] = True
-    return mask
+def top(magnitudes, keep, numbers):
+    """The `keep` largest of a vector; of equal ones, those with a random number below the share that is wanted."""
+    least = magnitudes.sort(descending=True).values[keep - 1]
+    above, equal = magnitudes > least, magnitudes == least
+    share = round(float((keep - above.sum()) / equal.sum()) * 65536) / 65536
+    return above | (equal & (numbers < share))
 
 
 def trimmed(weights, member, density, scope):
@@ -43,7 +43,8 @@ def trimmed(weights, member, density, scope):
     kept = {}
     for group in groups:
         flat = torch.cat([tau[name].reshape(-1) for name in group])
-        mask = top(flat.abs().tolist(), min(max(round(density * len(flat)), 1), len(flat)))
+        numbers = torch.cat([uniform(0, "", name, tau[name]).reshape(-1) for name in group])
+        mask = top(flat.abs(), min(max(round(density * len(flat)), 1), len(flat)), numbers)
         flat = torch.where(mask, flat, 0.0).double()
         for name, part in zip(group, flat.split([tau[n].numel() for n in group]), strict=True):
             kept[name] = part.reshape(tau[name].shape)
@@ -162,7 +163,9 @@ def della(weights, scaling, parameters, examples):
         kept = {}
         for m in scaling:
             rows = tau[m].reshape(-1, tau[m].shape[-1] if tau[m].dim() else 1)
-            rank = rows.abs().argsort(dim=1, stable=True).argsort(dim=1).double() / max(rows.shape[1] - 1, 1)
+            smaller = (rows.abs()[:, None, :] < rows.abs()[:, :, None]).sum(2)
+            equal = (rows.abs()[:, None, :] == rows.abs()[:, :, None]).sum(2)
+            rank = (smaller + (equal - 1) / 2).double() / max(rows.shape[1] - 1, 1) if rows.shape[1] > 1 else equal / 2
             keep = parameters["density"] + parameters["epsilon"] * (2 * rank.reshape(base.shape) - 1)
             kept[m] = (uniform(parameters["seed"], m, w.name, base) < keep) * tau[m] / keep
         merged[w.name] = merged_entries(base, kept, scaling, parameters["entries"])
@@ -176,12 +179,14 @@ def breadcrumbs(weights, scaling, parameters, examples):
         size = base.numel()
         kept = {}
         for m in scaling:
-            flat = tau[m].reshape(-1)
-            order = sorted(range(size), key=lambda i, flat=flat: (-abs(float(flat[i])), i))
+            flat = w.members[m].float().reshape(-1) - w.base.float().reshape(-1)
+            numbers = uniform(0, "", w.name, flat)
             most = max(round(min(parameters["density"] + parameters["gamma"], 1.0) * size), 1)
-            mask = torch.zeros(size)
-            mask[order[round(parameters["gamma"] * size) : most]] = 1.0
-            kept[m] = (flat * mask).reshape(base.shape)
+            outliers = round(parameters["gamma"] * size)
+            mask = top(flat.abs(), most, numbers)
+            if outliers:
+                mask &= ~top(flat.abs(), outliers, numbers)
+            kept[m] = torch.where(mask, tau[m].reshape(-1), 0.0).reshape(base.shape)
         merged[w.name] = merged_entries(base, kept, scaling, parameters["entries"])
     return merged
 
