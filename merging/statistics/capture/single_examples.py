@@ -33,7 +33,7 @@ def padding_token(model: nn.Module) -> int:
 def unlike_pair(batch: Batch, pad: int = 0) -> Batch:
     """The batch's shortest and longest example, so that one of them has padding; all of it, where it is one example.
 
-    Where all are equally long, the first loses its last token, if it has more than two.
+    Where all are equally long, the first loses its last token, if it has more than three and none has a label.
 
     Args:
         batch: N examples.
@@ -56,7 +56,7 @@ def unlike_pair(batch: Batch, pad: int = 0) -> Batch:
 
 def _shortened(pair: Batch, pad: int) -> Batch:
     mask = pair.mask
-    if mask is None or mask.dim() != 2 or not bool(mask.all()) or mask.shape[1] < 4:
+    if mask is None or mask.dim() != 2 or not bool(mask.all()) or mask.shape[1] < 4 or pair.labels.dim() > 1:
         return pair
     shorter = mask.clone()
     shorter[0, -1] = False

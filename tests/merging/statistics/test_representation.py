@@ -3,6 +3,7 @@ import torch
 
 from merging.errors import StatisticsError
 from merging.statistics import Partial, Representation, RepresentationSettings, measure, measure_shard
+from merging.tasks.task import Batch
 
 
 def representation(pooling: str = "cls", batch_size: int = 3) -> Representation:
@@ -21,6 +22,37 @@ def test_one_row_an_example_without_padding(build, pooling):
             expected = states[0] if pooling == "cls" else states.mean(0)
             torch.testing.assert_close(found["representation"][position], expected.float())
     assert found["positions"].tolist() == list(range(7))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_a_decoder_s_last_real_token_and_an_encoder_s_first_stand_for_a_text(build, name, side):
+    task = build(name)
+    ids, mask = task.inputs["input_ids"], task.mask.bool()
+    ids[:, 0] = 5  # a token that every text begins with
+    if side == "left":
+        task.inputs["input_ids"] = ids = torch.stack(
+            [row.roll(int((~real).sum())) for row, real in zip(ids, mask, strict=True)]
+        )
+        task.inputs["attention_mask"] = task.mask = task.mask.flip(1)
+    task.batches = lambda split, start, stop, size: iter([Batch(task.inputs, task.labels, torch.arange(7), task.mask)])
+    found = representation().finalize(measure(task, representation()))["representation"]
+    with torch.no_grad():
+        states = task.representation(task.load_model(), Batch(task.inputs, task.labels, torch.arange(7), task.mask))
+    for position in range(7):
+        places = task.mask[position].nonzero().flatten()
+        expected = states[position, places[0] if name == "bert" else places[-1]]
+        torch.testing.assert_close(found[position], expected.float())
+    assert float(found.std(0).max()) > 1e-3
+
+
+def test_no_spread_is_refused(build):
+    task = build("bert")
+    task.inputs["input_ids"][:] = task.inputs["input_ids"][:1].clone()
+    task.inputs["attention_mask"][:] = 1
+    task.mask = task.inputs["attention_mask"]
+    with pytest.raises(StatisticsError, match="same representation"):
+        representation().finalize(measure(task, representation()))
 
 
 def test_mean_over_images_patches(build):
