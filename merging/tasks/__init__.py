@@ -10,6 +10,7 @@ from merging.tasks.image_classification import ImageClassification, ImageClassif
 from merging.tasks.predictions import Predictions
 from merging.tasks.task import SPLITS, TASKS, Batch, Score, Split, Task, TaskSettings
 from merging.tasks.text_classification import TextClassification, TextClassificationSettings
+from merging.tasks.token_classification import TokenClassification, TokenClassificationSettings
 
 __all__ = [
     "SPLITS",
@@ -29,6 +30,8 @@ __all__ = [
     "TaskSettings",
     "TextClassification",
     "TextClassificationSettings",
+    "TokenClassification",
+    "TokenClassificationSettings",
     "make_task",
 ]
 
@@ -39,7 +42,11 @@ def _of_a_kind(value: Any) -> Any:
 
 
 AnyTaskSettings = Annotated[
-    TextClassificationSettings | CausalLMSettings | ImageClassificationSettings | CustomSettings,
+    TextClassificationSettings
+    | CausalLMSettings
+    | ImageClassificationSettings
+    | TokenClassificationSettings
+    | CustomSettings,
     Field(discriminator="kind"),
     BeforeValidator(_of_a_kind),
 ]
