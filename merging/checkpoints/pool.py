@@ -10,8 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from merging.checkpoints.adapter import open_checkpoint
+from merging.checkpoints.buffers import is_buffer
 from merging.checkpoints.checkpoint import Checkpoint, TensorInfo
 from merging.checkpoints.configuration import differences, function_of
+from merging.checkpoints.ties import settle_ties
 from merging.errors import PoolError
 
 MAX_REPORTED = 12
@@ -75,6 +77,7 @@ class Pool:
             )
         problems: list[str] = []
         notes: list[str] = []
+        origin, opened = settle_ties(origin, opened, notes)
         found = {}
         for name, checkpoint in opened.items():
             problems += _config_problems(origin, name, checkpoint)
@@ -105,6 +108,7 @@ class Pool:
             )
             for name, member in found.items()
         }
+        notes += [note for owner in trimmed.values() for note in _left_out(owner, origin, heads)]
         return cls(origin, trimmed, {key: origin.tensors[key] for key in merged}, tuple(notes))
 
     def base_weight(self, name: str) -> Tensor:
@@ -182,24 +186,23 @@ def _prefixes(checkpoint: Checkpoint) -> list[str]:
 
 def _match(base: Checkpoint, name: str, member: Checkpoint, heads: Sequence[str], problems: list[str]) -> _Matched:
     """Finds each base weight in a member; a bare backbone and one inside a task model (`bert.…`) are the same."""
-    own = member.tensors.keys()
+    own = {key for key, info in member.tensors.items() if not is_buffer(key, info.shape)}
+    weights = [key for key, info in base.tensors.items() if not is_buffer(key, info.shape)]
 
     def overlap(pair: tuple[str, str]) -> int:
         ours, theirs = pair
-        return sum(theirs + key[len(ours) :] in own for key in base.tensors if key.startswith(ours))
+        return sum(theirs + key[len(ours) :] in own for key in weights if key.startswith(ours))
 
     pairs = [("", "")] + [("", p) for p in _prefixes(member)[1:]] + [(p, "") for p in _prefixes(base)[1:]]
     ours, theirs = max(pairs, key=overlap)
-    if overlap((ours, theirs)) * 2 < len(base.tensors):
+    if overlap((ours, theirs)) * 2 < len(weights):
         problems.append(
-            f"{name}: {member.architecture} shares {overlap((ours, theirs))} of the base's {len(base.tensors)} tensors "
+            f"{name}: {member.architecture} shares {overlap((ours, theirs))} of the base's {len(weights)} weights "
             f"({base.architecture}): it is another model"
         )
         return _Matched(member, {}, list(own))
     names = {
-        key: theirs + key[len(ours) :]
-        for key in base.tensors
-        if key.startswith(ours) and theirs + key[len(ours) :] in own
+        key: theirs + key[len(ours) :] for key in weights if key.startswith(ours) and theirs + key[len(ours) :] in own
     }
     names = {key: raw for key, raw in names.items() if not any(fnmatchcase(raw, pattern) for pattern in heads)}
     modules = {".".join(parts[:depth]) for parts in map(_split, names.values()) for depth in range(len(parts))}
@@ -254,7 +257,7 @@ def _merged_names(base: Checkpoint, found: Mapping[str, _Matched], notes: list[s
         kept |= {key for key in base.tensors if key not in member.names and (key in heads)}
     merged = []
     for key, info in base.tensors.items():
-        if not info.dtype.is_floating_point or key in kept:
+        if not info.dtype.is_floating_point or key in kept or is_buffer(key, info.shape):
             continue
         if any(key in member.names for member in found.values()):
             merged.append(key)
@@ -263,6 +266,28 @@ def _merged_names(base: Checkpoint, found: Mapping[str, _Matched], notes: list[s
     for member in found.values():
         member.head += [member.names[key] for key in kept if key in member.names]
     return merged
+
+
+def _left_out(member: Member, base: Checkpoint, heads: Sequence[str]) -> list[str]:
+    """Notes on a member's tensors that reach no merged checkpoint, though nobody named them as a head."""
+    mine = [key for key in member.head if not _is_head(key, heads)]
+    buffers = [
+        key for key, info in member.checkpoint.tensors.items() if is_buffer(key, info.shape) and key not in base.tensors
+    ]
+    notes = []
+    if mine:
+        notes.append(
+            f"{member.name}: not merged, and in no merged checkpoint, but kept as its task's head: {_listed(mine)}"
+        )
+    if buffers:
+        notes.append(f"{member.name}: no parameters, and left out: {_listed(buffers)}")
+    return notes
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names in a sentence, the first of them where there are many."""
+    shown = ", ".join(f"'{name}'" for name in names[:MAX_REPORTED])
+    return shown if len(names) <= MAX_REPORTED else f"{shown} and {len(names) - MAX_REPORTED} more"
 
 
 def _absent(base: Checkpoint, found: Mapping[str, _Matched], merged: Sequence[str]) -> list[str]:

@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 
 from merging.checkpoints.checkpoint import CONFIG, Checkpoint
+from merging.checkpoints.view import View
 from merging.checkpoints.writer import SHARD_BYTES, Files, Write, lay_out, new_checkpoint
 from merging.errors import MethodError, PoolError
 from merging.io.direct_io import BLOCK
 from merging.io.memory import available_memory
 from merging.kernels.blockwise import Scratch, is_finite
+from merging.mergers import running_statistics
 from merging.mergers.material import Material
 from merging.mergers.partition import Part, partition, runs, side_by_side
 from merging.mergers.resident import joined
+from merging.mergers.running_statistics import parameters_of
 from merging.mergers.weight_groups import split
 from merging.methods import METHODS, Context, Method, Weight
 from merging.recipe import Recipe
@@ -79,7 +82,7 @@ def merge_to_disk(
     merger.survey(parts, share, threads)
     done, total = 0, sum(part.entries for part in parts)
     small = dict(extra or {})
-    if dtype is not None:
+    if dtype is not None or isinstance(pool.base, View):
         small.setdefault(CONFIG, _config(pool.base, dtype))
     with new_checkpoint(path, shards, like=pool.base, extra=small) as files:
         writing = threads + 1  # one waits for the disk
@@ -89,8 +92,10 @@ def merge_to_disk(
     return merger.report
 
 
-def _config(base: Checkpoint, dtype: torch.dtype) -> str:
-    """The base's `config.json` with the dtype of the merged weights, in which transformers then loads them."""
+def _config(base: Checkpoint, dtype: torch.dtype | None) -> str:
+    """The base's `config.json` as the pool sees it, with the dtype of the merged weights, in which transformers loads them."""
+    if dtype is None:
+        return json.dumps(dict(base.config), indent=2) + "\n"
     word = str(dtype).removeprefix("torch.")
     old = {"torch_dtype": word} if "torch_dtype" in base.config else {}
     return json.dumps({**base.config, **old, "dtype": word}, indent=2) + "\n"
@@ -179,7 +184,7 @@ class _Merger:
     def _read(self, part: Part) -> Iterator[Weight]:
         """A part's weights, for one look at them."""
         self._announce(part)
-        yield from self._weights(part, part.names)
+        yield from parameters_of(self._weights(part, part.names))
         self._leave(part)
 
     def _merge(self, part: Part, put: Write) -> None:
@@ -187,7 +192,7 @@ class _Merger:
         out, stretches = self._room(part)
         for names, scaling in split(out, self._recipe) if out else ():
             weights = list(self._weights(part, names))
-            prepared = self.method.prepare(weights, Context(self.material.examples, self._survey))
+            prepared = running_statistics.prepare(self.method, weights, Context(self.material.examples, self._survey))
             prepared.merge(scaling, self._recipe.parameters, out)
             with self._lock:
                 self.report = joined([self.report, prepared.report()])

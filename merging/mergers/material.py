@@ -11,7 +11,8 @@ from merging.checkpoints.checkpoint import Checkpoint
 from merging.checkpoints.pool import Pool
 from merging.errors import MethodError, StatisticsError
 from merging.io import storage
-from merging.mergers import weight_groups
+from merging.mergers import running_statistics, weight_groups
+from merging.mergers.running_statistics import parameters_of
 from merging.methods import METHODS, Context, Method, Prepared, Weight
 from merging.recipe import BASE, REFERENCES, Recipe
 from merging.statistics import StatisticsFile
@@ -93,11 +94,12 @@ class Material:
 
     def survey(self, names: Iterable[str], method: Method, device: torch.device) -> Any:
         """A method's facts about some of the weights, found on a device."""
-        return method.survey(self.weights(names, method.kinds, device))
+        return method.survey(parameters_of(self.weights(names, method.kinds, device)))
 
     def prepare(self, names: Sequence[str], method: Method, survey: Any, device: torch.device) -> Prepared:
         """A method's state for some of the weights, given the survey of all."""
-        return method.prepare(list(self.weights(names, method.kinds, device)), Context(self.examples, survey))
+        weights = list(self.weights(names, method.kinds, device))
+        return running_statistics.prepare(method, weights, Context(self.examples, survey))
 
     def _transposed(self, name: str) -> bool:
         """Whether any statistics file says that this weight is stored [in, out]."""

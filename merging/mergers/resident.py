@@ -8,6 +8,7 @@ from torch import Tensor
 
 from merging.mergers import weight_groups
 from merging.mergers.material import Material
+from merging.mergers.running_statistics import parameters_of
 from merging.methods import METHODS, Method, Prepared
 from merging.recipe import REFERENCES, Recipe, Value
 
@@ -83,7 +84,8 @@ class ResidentMerger:
 
     def _refine(self, method: Method, survey: Any, parameters: Mapping[str, Value]) -> Any:
         """What a candidate's merge asks besides of all weights of the model."""
-        return method.refine(self._material.weights(self._out, method.kinds, self._device), survey, parameters)
+        weights = parameters_of(self._material.weights(self._out, method.kinds, self._device))
+        return method.refine(weights, survey, parameters)
 
 
 @dataclass

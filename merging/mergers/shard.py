@@ -11,6 +11,7 @@ from torch import Tensor
 from merging.checkpoints.pool import Pool
 from merging.mergers.material import Material
 from merging.mergers.resident import ResidentMerger
+from merging.mergers.running_statistics import parameters_of
 from merging.methods import METHODS, Method
 from merging.recipe import REFERENCES, Recipe, Value
 
@@ -106,7 +107,7 @@ class ShardMerger(ResidentMerger):
     def survey(self, method: str) -> dict[str, Any]:
         """A method's survey of every single weight: added up in one order, they give what all together give."""
         chosen = METHODS[method]
-        weights = self._material.weights(self._out, chosen.kinds, self._device)
+        weights = parameters_of(self._material.weights(self._out, chosen.kinds, self._device))
         return {weight.name: chosen.survey([weight]) for weight in weights}
 
     def knows(self, method: str) -> bool:
@@ -116,7 +117,7 @@ class ShardMerger(ResidentMerger):
     def settle(self, method: str, found: Sequence[Mapping[str, Any]]) -> None:
         """Tells what all shards' surveys are."""
         every = {name: survey for part in found for name, survey in part.items()}
-        ordered = [every[name] for name in self._material.pool.weights]
+        ordered = [every[name] for name in self._material.pool.weights if name in every]
         self._surveys[method] = reduce(METHODS[method].combine, ordered)
 
     def refine(self, recipe: Recipe) -> Any:
