@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Literal
 
 from search.ledger.row import Row
@@ -23,7 +24,7 @@ class Budget:
 
     Args:
         candidates: Rows of anchors and proposals, failed ones included; all anchors are measured in any case.
-        seconds: After so many seconds of this run nothing new is proposed.
+        seconds: After so many seconds nothing new is proposed, those of earlier runs included.
         examples: After so many evaluated examples, all tasks together, nothing new is proposed.
         patience: So many candidates in a row that did not improve the best are a plateau.
         min_delta: By how much more than the best so far an improvement must be, in any of the objectives.
@@ -63,6 +64,16 @@ class Progress:
     seconds_left: float | None
 
 
+def busy_seconds(rows: Iterable[Row]) -> float:
+    """Wall time in which at least one of the rows was measured: what a search took, without the pauses between its runs."""
+    total, end = 0.0, datetime.min.replace(tzinfo=UTC)
+    for row in sorted(rows, key=lambda row: row.started):
+        if row.finished > end:
+            total += (row.finished - max(row.started, end)).total_seconds()
+            end = row.finished
+    return total
+
+
 class Tally:
     """What a search has spent and reached; every row costs the same to add, however many there are.
 
@@ -89,9 +100,10 @@ class Tally:
         self._since = 0
         self._marks: tuple[float, ...] = ()
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT)
-        for row in rows:
+        earlier = list(rows)
+        for row in earlier:
             self._count(row)
-        self._started = clock()
+        self._started = clock() - busy_seconds(earlier)
 
     def add(self, row: Row) -> None:
         """Counts a row."""

@@ -72,20 +72,21 @@ def run(campaign: Campaign, display: Display, *, retry_failed: bool = False) -> 
         if directory.is_finished(campaign) and not retry_failed:
             display.say(f"{directory.path} is finished: nothing to do")
             return summary(directory)
-        with display.phase("Pool"):
-            opened, ledger = _opened(campaign, directory, display, retry_failed)
-            _require_searchable(opened, directory)
-            if ledger.retried:
-                display.say(f"  {len(ledger.retried)} failed measurements are tried again")
-        directory.claim(campaign, opened.fingerprints)
-        keep(opened.pool, directory.path)
-        try:
-            with heartbeat(directory.path, display.pulse), connect() as cluster:
-                display.say(f"  {cluster.describe()}")
-                _work(opened, directory, cluster, ledger, display)
-        finally:
-            directory.write_timings(display.timings)
-        directory.finish(campaign)
+        with heartbeat(directory.path, display.pulse, campaign.name):
+            with display.phase("Pool"):
+                opened, ledger = _opened(campaign, directory, display, retry_failed)
+                _require_searchable(opened, directory)
+                if ledger.retried:
+                    display.say(f"  {len(ledger.retried)} failed measurements are tried again")
+            directory.claim(campaign, opened.fingerprints)
+            keep(opened.pool, directory.path)
+            try:
+                with connect() as cluster:
+                    display.say(f"  {cluster.describe()}")
+                    _work(opened, directory, cluster, ledger, display)
+            finally:
+                directory.write_timings(display.timings)
+            directory.finish(campaign)
     return summary(directory)
 
 

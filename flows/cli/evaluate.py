@@ -1,5 +1,6 @@
 """`mergequest evaluate`: recipes, checkpoints and members on a campaign's tasks."""
 
+from collections import deque
 from collections.abc import Sequence
 from typing import get_args
 
@@ -24,6 +25,7 @@ from ray_tasks.jobs.mismatch import measure_mismatch
 from ray_tasks.jobs.parallel import each
 from ray_tasks.jobs.statistics import BoundTask
 from search.candidate import Candidate
+from search.in_flight import Flight
 
 
 def evaluate(campaign: Campaign, what: Sequence[str], split: str, display: Display, mismatch: bool = False) -> None:
@@ -53,19 +55,18 @@ def evaluate(campaign: Campaign, what: Sequence[str], split: str, display: Displ
     with connect() as cluster:
         with evaluators(opened, published_files(opened), cluster, display) as executor:
             names = {recipe.identity: name for name, recipe in recipes.items()}
-            queue = list(recipes.values())
+            queue = deque(recipes.values())
+            flight = Flight(executor, campaign.resources.retries)
             with display.bar("models", len(queue)) as bar:
-                under_way = 0
-                while queue or under_way:
-                    while queue and under_way < executor.capacity:
-                        executor.submit(Candidate(queue.pop(0), split))
-                        under_way += 1
-                    for outcome in executor.wait(1.0):
-                        under_way -= 1
+                while queue or len(flight):
+                    while queue and flight.has_room:
+                        flight.submit(Candidate(queue.popleft(), split))
+                    for outcome in flight.wait():
                         bar.advance()
+                        name = names[outcome.candidate.recipe.identity]
                         if outcome.measurement is None:
-                            raise TaskError(f"{names[outcome.candidate.recipe.identity]}: {outcome.error}")
-                        scores[names[outcome.candidate.recipe.identity]] = dict(outcome.measurement.scores)
+                            raise TaskError(f"{name}: {outcome.error}")
+                        scores[name] = dict(outcome.measurement.scores)
         if mismatch:
             norms = _mismatches(opened, recipes, display)
     _print(scores, norms, list(what), list(opened.tasks))

@@ -1,11 +1,12 @@
 """`mergequest campaign status`: how far a campaign is, from its directory alone, on any machine that can read it."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime, timedelta
 from math import isfinite
 from typing import Any
 
+from flows.config.campaign_file import CAMPAIGN_FILE
 from flows.directory.campaign_directory import Directory
 from flows.directory.heartbeat import BEAT, FILE
 from flows.report.table import objective_of
@@ -130,6 +131,8 @@ def read_status(path: str, now: datetime | None = None) -> Status:
         SettingsError: There is no campaign there.
     """
     directory = Directory(path)
+    if not storage.exists(directory / CAMPAIGN_FILE) and (pulse := _pulse(directory)):
+        return _opening(pulse, now or datetime.now(UTC))
     campaign = directory.campaign()
     rows = Ledger(directory.ledger, campaign.name).rows()
     split = ANCHORS if campaign.search.anchor_examples else "validation"
@@ -179,6 +182,31 @@ def read_status(path: str, now: datetime | None = None) -> Status:
         seconds_silent=round(silent, 1) if silent is not None else None,
         ended=pulse.get("ended"),
         last=max(row.finished for row in rows).isoformat(timespec="seconds") if rows else None,
+    )
+
+
+def _opening(pulse: dict[str, Any], now: datetime) -> Status:
+    """The state of a campaign that has not come as far as its own file: its pool is being looked at, or was refused."""
+    silent = max((now - datetime.fromisoformat(pulse["heard"])).total_seconds(), 0.0)
+    alive = "running" if silent < SILENCE else "silent"
+    nothing: dict[str, Any] = {field.name: None for field in fields(Status)}
+    counts = dict.fromkeys(
+        ("done", "running", "failed", "pruned", "total", "estimated", "confirmed", "evaluators", "busy"), 0
+    )
+    return Status(
+        **nothing
+        | counts
+        | {
+            "name": pulse.get("name") or "campaign",
+            "state": alive if pulse.get("ended") is None else "unfinished",
+            "phase": pulse.get("phase"),
+            "is_estimate": False,
+            "best_members": [],
+            "driver": f"{pulse['host']}:{pulse['pid']}",
+            "heard": pulse["heard"],
+            "seconds_silent": round(silent, 1),
+            "ended": pulse.get("ended"),
+        }
     )
 
 

@@ -51,7 +51,7 @@ def campaign_template() -> str:
     """A campaign file with every setting, its default and what it is for."""
     head = [
         "# A mergequest campaign. Run it with: mergequest campaign run THIS_FILE",
-        "# Paths are relative to this file. Lines that begin with `# name:` show a default that is 'none'.",
+        "# Paths are relative to this file. Lines that begin with `# name: null` show a setting that is not set.",
         "",
     ]
     return "\n".join([*head, *_section(Campaign, 0)]) + "\n"
@@ -103,7 +103,7 @@ def _section(model: type[BaseModel], depth: int) -> list[str]:
             continue
         value = EXAMPLES.get(name, _default(field))
         if value is None:
-            lines.append(f"{indent}# {name}: none")
+            lines.append(f"{indent}# {name}: null")
             continue
         text = yaml.safe_dump({name: value}, sort_keys=False, default_flow_style=None if name == "methods" else False)
         lines += [indent + line for line in text.splitlines()]

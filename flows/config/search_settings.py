@@ -70,7 +70,9 @@ class SearchSettings(Settings):
         min_length=1,
     )
     candidates: int = Field(64, ge=1, description="Candidates to evaluate, the anchors among them.")
-    seconds: float | None = Field(None, gt=0, description="Stop asking for candidates after this wall time.")
+    seconds: float | None = Field(
+        None, gt=0, description="Stop asking for candidates after this wall time, that of earlier runs included."
+    )
     budget_examples: int | None = Field(
         None, ge=1, description="Stop asking for candidates after so many evaluated examples, all tasks together."
     )

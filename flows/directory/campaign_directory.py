@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from shlex import quote
 from typing import Any
 
-from flows.config.campaign_file import CAMPAIGN_FILE, Campaign, dump, load_campaign
+from flows.config.campaign_file import BUDGETS, CAMPAIGN_FILE, Campaign, dump, load_campaign
 from flows.config.yaml_file import require_writable
+from flows.directory.heartbeat import FILE as PULSE
 from flows.directory.lock import lease
 from merging.checkpoints.configuration import differences
 from merging.errors import LedgerError, PoolError, SettingsError, StorageError, TaskError
@@ -188,7 +189,7 @@ LEASE = ".lease.json"
 POOL = "pool.json"
 FACTS = "facts.json"
 """What reading every weight of the pool told."""
-KNOWN = ("members", "data", "statistics", FACTS)
+KNOWN = ("members", "data", "statistics", FACTS, PULSE)
 """What may lie in a directory before its campaign does: the quick start's pool, and statistics computed ahead."""
 
 
@@ -203,10 +204,15 @@ def _budget(campaign: Campaign) -> list[object]:
         settings.budget_examples,
         settings.patience,
         settings.min_delta,
+        settings.confirm,
     ]
 
 
 def _differences(one: Campaign, other: Campaign) -> list[str]:
-    """The top-level settings in which two campaigns differ."""
+    """The top-level settings in which two campaigns differ, but for what may differ from run to run."""
     first, second = (campaign.model_dump(mode="json") for campaign in (one, other))
+    for settings in (first, second):
+        for budget in BUDGETS:
+            settings["search"].pop(budget)
+        settings["statistics"].pop("cache")
     return sorted(key for key in first if first[key] != second[key] and key not in ("directory", "resources", "test"))

@@ -49,7 +49,7 @@ class Pulse:
 
 
 @contextmanager
-def heartbeat(directory: str, pulse: Pulse, every: float = BEAT) -> Iterator[None]:
+def heartbeat(directory: str, pulse: Pulse, name: str = "", every: float = BEAT) -> Iterator[None]:
     """Writes `progress.json` for the block, every few seconds, and at its end how that came.
 
     A store that is away for a while stops nothing: the file is for looking at.
@@ -57,9 +57,10 @@ def heartbeat(directory: str, pulse: Pulse, every: float = BEAT) -> Iterator[Non
     Args:
         directory: The campaign's directory.
         pulse: What to write.
+        name: The campaign's, for who looks before its file is there.
         every: Seconds between two writes.
     """
-    path, who = storage.join(directory, FILE), {"host": socket.gethostname(), "pid": os.getpid()}
+    path, who = storage.join(directory, FILE), {"name": name, "host": socket.gethostname(), "pid": os.getpid()}
 
     def write(ended: str | None) -> None:
         with suppress(StorageError):

@@ -95,7 +95,6 @@ class Answer:
         started: When work on it began.
         lost: Whether trying again may help.
         unreachable: Whether the evaluator is cut off from the shards, and of no more use.
-        fault: Whether the error is about the machine, and says nothing of the recipe.
     """
 
     measurement: Measurement | None
@@ -104,7 +103,17 @@ class Answer:
     started: datetime
     lost: bool = False
     unreachable: bool = False
-    fault: bool = False
+
+
+@dataclass
+class Fault(Answer):
+    """An answer whose error is about the machine, and says nothing of the recipe."""
+
+
+def failed(error: Exception, worker: str, started: datetime) -> Answer:
+    """The answer of an evaluator that met an error."""
+    kind = Fault if is_fault(error) else Answer
+    return kind(None, f"{type(error).__name__}: {error}", worker, started)
 
 
 class Evaluator:
@@ -150,5 +159,5 @@ class Evaluator:
             assert self._models is not None
             measurement = self._models.measure(assignment.recipe, assignment.split, assignment.limit, assignment.plan)
         except Exception as error:
-            return Answer(None, f"{type(error).__name__}: {error}", self._worker, started, fault=is_fault(error))
+            return failed(error, self._worker, started)
         return Answer(measurement, None, self._worker, started)

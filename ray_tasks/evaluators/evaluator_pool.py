@@ -14,7 +14,7 @@ import ray
 from merging.errors import ClusterError
 from merging.evaluation.live_models import Measurement
 from ray_tasks.cluster_errors import reason
-from ray_tasks.evaluators.evaluator import Answer, Assignment
+from ray_tasks.evaluators.evaluator import Answer, Assignment, Fault
 from ray_tasks.evaluators.faults import tells_of_device
 from ray_tasks.evaluators.lifecycle import Crew
 from ray_tasks.evaluators.prometheus import EvaluatorMetrics
@@ -305,7 +305,7 @@ class EvaluatorPool:
         if self.shards is not None and answer.unreachable:
             self._dismiss(work.actor)
             self.crew.count_death(str(answer.error))
-        elif not answer.lost and (answer.fault or tells_of_device(answer.error or "")):
+        elif not answer.lost and (isinstance(answer, Fault) or tells_of_device(answer.error or "")):
             return self._fault(work, answer)
         else:
             self.crew.count_answer()

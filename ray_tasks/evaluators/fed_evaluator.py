@@ -11,8 +11,7 @@ from torch import Tensor
 from merging.mergers.material import Material
 from merging.mergers.resident import joined
 from merging.recipe import Recipe
-from ray_tasks.evaluators.evaluator import Answer, Assignment, Evaluator
-from ray_tasks.evaluators.faults import is_fault
+from ray_tasks.evaluators.evaluator import Answer, Assignment, Evaluator, failed
 from ray_tasks.sharded.nixl_transfer import Address, Trays
 from ray_tasks.sharded.shards import Piece
 
@@ -104,7 +103,7 @@ class FedEvaluator(Evaluator):
         try:
             self.build()
         except Exception as error:
-            return Answer(None, f"{type(error).__name__}: {error}", self._worker, now, fault=is_fault(error))
+            return failed(error, self._worker, now)
         assert self._delivery is not None
         self._delivery.take(loaded[1])
         return super().measure(assignment)

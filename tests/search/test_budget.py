@@ -1,6 +1,9 @@
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
 import pytest
 
-from search.budget import Budget, Tally
+from search.budget import Budget, Tally, busy_seconds
 from search.ledger.row import Row
 
 
@@ -84,3 +87,19 @@ def test_improvements_of_any_objective_count_and_broken_constraints_do_not():
         tally.add(step)
         assert tally.spent() == ending
     assert tally.progress().best.objective == 0.7
+
+
+def test_the_time_of_earlier_runs_counts_without_the_pauses(clock):
+    start = datetime(2031, 1, 1, tzinfo=UTC)
+
+    def measured(begin, end):
+        return replace(row(0.1), started=start + timedelta(seconds=begin), finished=start + timedelta(seconds=end))
+
+    earlier = [measured(0, 10), measured(5, 12), measured(1000, 1008), measured(1002, 1004)]
+    assert busy_seconds([]) == 0.0
+    assert busy_seconds(reversed(earlier)) == 20.0
+    tally = Tally(Budget(100, seconds=30.0), earlier, 100, clock=clock)
+    clock.now = 9.0
+    assert tally.spent() is None
+    clock.now = 10.0
+    assert tally.spent() == "seconds"
