@@ -16,7 +16,8 @@ from scipy.stats import binomtest
 
 from flows.config.campaign_file import CAMPAIGN_FILE, load_campaign
 from merging.checkpoints.pool import Pool
-from merging.evaluation.live_models import best_device, share_weights
+from merging.evaluation.live_models import best_device
+from merging.evaluation.shared_weights import share_weights
 from merging.io import storage
 from merging.mergers.material import Material
 from merging.mergers.resident import ResidentMerger

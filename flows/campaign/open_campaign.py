@@ -12,6 +12,7 @@ from flows.config.sections import BaseData
 from flows.directory.progress import Display
 from merging.checkpoints.pool import Pool
 from merging.errors import SettingsError
+from merging.evaluation.live_models import check_models
 from merging.methods import METHODS, Method
 from merging.recipe import BASE, Recipe, Value
 from merging.tasks import make_task
@@ -159,6 +160,7 @@ def open_campaign(campaign: Campaign, display: Display, directory: str | None = 
     for task in tasks.values():
         for note in task.check():
             display.note(note)
+    check_models(pool, list(tasks.values()), owners)
     distances = examined(campaign, pool, directory, display)
     for note in _alike(pool, distances):
         display.note(note)

@@ -1,7 +1,7 @@
 """Live models, one a task, that all run on the same merged weights."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from merging.checkpoints.parameter_names import checkpoint_names
-from merging.checkpoints.pool import Member, Pool
+from merging.checkpoints.pool import Pool
 from merging.errors import PoolError
+from merging.evaluation.shared_weights import SHOWN, SharedWeights, sharing_model
 from merging.evaluation.steps import Plan, Trace
 from merging.mergers.material import Material
 from merging.mergers.resident import ResidentMerger
@@ -90,13 +90,13 @@ class LiveModels:
             name: torch.empty(info.shape, dtype=torch.float32, device=device) for name, info in pool.weights.items()
         }
         self._models: dict[str, nn.Module] = {}
-        used: set[str] = set()
+        self._shared: dict[str, SharedWeights] = {}
         for task in tasks:
-            model, held = sharing_model(task, pool, pool.members[owners[task.name]], self._out)
-            used |= held
+            model, self._shared[task.name] = sharing_model(task, pool, pool.members[owners[task.name]], self._out)
             self._models[task.name] = model.to(device)
-        if not used:
-            raise PoolError("no task's model holds any of the merged weights: is its `head` a member of this pool?")
+        for shared in self._shared.values():
+            shared.check(self._out)
+        refuse_unmeasured(pool.weights, tasks, {name: shared.held for name, shared in self._shared.items()})
         self._source = source(material, self._out)
 
     def measure(self, recipe: Recipe, split: Split, limit: int | None = None, plan: Plan | None = None) -> Measurement:
@@ -113,13 +113,20 @@ class LiveModels:
             TaskError: An evaluator failed or gave no finite number.
         """
         start = time.perf_counter()
-        report = self._source.merge(recipe)
+        report = self._merge(recipe)
         merged = time.perf_counter()
         if plan is None:
             scores = {task.name: self._whole(task, split, limit)[0] for task in self._tasks}
             return Measurement(scores, merged - start, time.perf_counter() - merged, report)
         trace, stopped = self._in_steps(plan, split, limit)
         return Measurement(trace.scores[-1], merged - start, time.perf_counter() - merged, report, trace, stopped)
+
+    def _merge(self, recipe: Recipe) -> Mapping[str, float]:
+        """Makes all models the recipe's."""
+        report = self._source.merge(recipe)
+        for shared in self._shared.values():
+            shared.refresh()
+        return report
 
     def _whole(self, task: Task, split: Split, limit: int | None) -> tuple[Score, Predictions | None]:
         return task.measure(self._models[task.name], split, limit=limit, precision=self._precision)
@@ -161,52 +168,39 @@ def _trace(scores: Sequence[Mapping[str, Score]], predictions: Mapping[str, Pred
     return Trace(scores, each("values"), each("surrogates"), each("losses"))
 
 
-def sharing_model(task: Task, pool: Pool, member: Member, out: Mapping[str, Tensor]) -> tuple[nn.Module, set[str]]:
-    """A task's model on the weights of `out`, as `share_weights` makes it; of its checkpoint only the rest is read.
+def refuse_unmeasured(weights: Collection[str], tasks: Sequence[Task], held: Mapping[str, Collection[str]]) -> None:
+    """A search must not pick by the scores of models that lack some of what is merged and exported.
 
-    Where some weight of the model comes from merged ones in a way that cannot be shared, it is its checkpoint's own.
+    Args:
+        weights: The base's names of what is merged.
+        tasks: The tasks.
+        held: Task → what its model computes with.
 
-    Returns:
-        The model, and the base's names of the weights that it holds.
+    Raises:
+        PoolError: No task's model has a place for some weight.
     """
-    for merged in (frozenset(member.names.values()), frozenset[str]()):
-        model = task.load_skeleton(merged).requires_grad_(False)
-        held = share_weights(model, pool, member, out)
-        shared = {value.data_ptr() for value in out.values()}
-        rest = [value for value in (*model.parameters(), *model.buffers()) if value.data_ptr() not in shared]
-        if not any(value.is_floating_point() and value.numel() and value[(0,) * value.ndim].isnan() for value in rest):
-            break
-    return model, held
+    missing = [name for name in weights if not any(name in names for names in held.values())]
+    if missing:
+        raise PoolError(
+            f"{len(missing)} merged weights are in no task's model ({', '.join(missing[:SHOWN])}"
+            f"{', …' if len(missing) > SHOWN else ''}), so that no score would depend on them. Have a task "
+            f"({', '.join(task.name for task in tasks)}) load the checkpoints by a class that has them (`model_class: "
+            "AutoModelForCausalLM` for a language model), or keep them per task by `heads`"
+        )
 
 
-def share_weights(model: nn.Module, pool: Pool, member: Member, out: Mapping[str, Tensor]) -> set[str]:
-    """Replaces a model's parameters and buffers by the tensors of `out`, so that a merge changes the model itself.
+def check_models(pool: Pool, tasks: Sequence[Task], owners: Mapping[str, str]) -> None:
+    """Looks, by names and shapes alone, whether live models can hold what is merged.
 
-    A model may lack weights that the checkpoint has (a pooler that this task does not use), and name them with or without
-    the backbone's prefix.
-
-    Returns:
-        The base's names of the weights that the model holds.
+    Raises:
+        PoolError: No task's model has a place for some merged weight.
+        TaskError: A checkpoint cannot be loaded as its task's class, or lacks some of its weights.
     """
-    saved = checkpoint_names(model)
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    names: dict[str, int] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for local, value in (*module._parameters.items(), *module._buffers.items()):
-            if value is not None:
-                places.setdefault(id(value), []).append((module, local))
-                names.setdefault(saved.get(id(value), f"{prefix}.{local}" if prefix else local), id(value))
-    held = set()
-    for name in pool.weights:
-        own = member.names[name]
-        spellings = (own, name, own.partition(".")[2], name.partition(".")[2])
-        found = next((names[spelling] for spelling in spellings if spelling in names), None)
-        if found is None:
-            continue
-        held.add(name)
-        module, local = places[found][0]
-        is_parameter = isinstance(getattr(module, local), nn.Parameter)
-        shared = nn.Parameter(out[name], requires_grad=False) if is_parameter else out[name]
-        for module, local in places[found]:
-            setattr(module, local, shared)
-    return held
+    held = {}
+    for task in tasks:
+        if (blank := task.blank_model()) is None:
+            return
+        names = pool.members[owners[task.name]].names
+        loaded = {source for conversion in blank[1].conversions for source in conversion.sources}
+        held[task.name] = {name for name in pool.weights if names[name] in loaded}
+    refuse_unmeasured(pool.weights, tasks, held)

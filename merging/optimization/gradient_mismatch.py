@@ -10,7 +10,7 @@ from torch.nn.functional import log_softmax
 
 from merging.checkpoints.pool import Pool
 from merging.errors import MethodError
-from merging.evaluation.live_models import share_weights
+from merging.evaluation.shared_weights import share_weights
 from merging.mergers.material import Material
 from merging.statistics.likelihood import IGNORED
 from merging.tasks.task import Task
@@ -59,6 +59,7 @@ def gradient_mismatch(
         MethodError: A member has no task with examples, or its gradient is not finite.
     """
     device = next(iter(weights.values())).device
+    here = dict(weights)
     total: dict[str, Tensor] = {}
     norms = {}
     for member, factor in scaling.items():
@@ -67,19 +68,18 @@ def gradient_mismatch(
         if task is None or not stop:
             raise MethodError(f"'{member}' has no train examples to take its gradient on: give it a task with data")
         own, merged = task.load_model().to(device), task.load_model()
-        share_weights(merged, pool, pool.members[member], weights)
         merged.to(device).requires_grad_(False)
-        names = {value.data_ptr(): name for name, value in weights.items() if value.numel()}
-        found = {names[p.data_ptr()]: p.requires_grad_(True) for p in merged.parameters() if p.data_ptr() in names}
+        shared = share_weights(merged, pool, pool.members[member], here)
+        shared.track_gradients()
         for batch in task.batches("train", 0, stop, batch_size):
-            here = batch.to(device)
+            batch = batch.to(device)
             with torch.no_grad():
-                wanted = task.logits(own, here).float().softmax(-1)
+                wanted = task.logits(own, batch).float().softmax(-1)
             with torch.enable_grad():
-                terms = -(wanted * log_softmax(task.logits(merged, here).float(), -1)).sum(-1)
-                (terms[here.labels != IGNORED] if terms.dim() > 1 else terms).sum().backward()  # type: ignore[no-untyped-call]
+                terms = -(wanted * log_softmax(task.logits(merged, batch).float(), -1)).sum(-1)
+                (terms[batch.labels != IGNORED] if terms.dim() > 1 else terms).sum().backward()  # type: ignore[no-untyped-call]
         scale = factor * (counts or {}).get(member, 1) / stop
-        parts = {name: p.grad * scale for name, p in found.items() if p.grad is not None}
+        parts = {name: gradient * scale for name, gradient in shared.take_gradients().items()}
         norms[member] = _norm(parts)
         if norms[member] != norms[member] or norms[member] == float("inf"):
             raise MethodError(

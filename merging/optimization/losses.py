@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from merging.checkpoints.pool import Pool
 from merging.errors import TaskError
-from merging.evaluation.live_models import share_weights
+from merging.evaluation.shared_weights import SharedWeights, share_weights
 from merging.statistics.likelihood import IGNORED
 from merging.tasks.task import Batch, Split, Task
 
@@ -62,17 +62,17 @@ class GradientModels:
         self._tasks, self._loss, self._device = tasks, loss, device
         self._models: list[nn.Module] = []
         self._teachers: list[nn.Module] = []
-        names = {value.data_ptr(): name for name, value in self.weights.items() if value.numel()}
-        self._parameters: list[tuple[str, Tensor]] = []
+        self._shared: list[SharedWeights] = []
         for task in tasks:
             model = task.load_model().requires_grad_(False)
-            share_weights(model, pool, pool.members[owners[task.name]], self.weights)
+            shared = share_weights(model, pool, pool.members[owners[task.name]], self.weights)
+            shared.track_gradients()
+            self._shared.append(shared)
             self._models.append(model.to(device))
-            for parameter in model.parameters():
-                if (name := names.get(parameter.data_ptr())) is not None:
-                    self._parameters.append((name, parameter.requires_grad_(True)))
             if loss == "distil":
                 self._teachers.append(task.load_model().requires_grad_(False).to(device))
+        for shared in self._shared:
+            shared.check(self.weights)
 
     def gradients(self, batches: Sequence[Batch]) -> tuple[float, dict[str, Tensor]]:
         """The mean loss over tasks, a batch each, and its gradient in the merged weights, float32.
@@ -92,10 +92,9 @@ class GradientModels:
     def _take(self) -> dict[str, Tensor]:
         """The gradients of all models, summed by weight; they are cleared."""
         found: dict[str, Tensor] = {}
-        for name, parameter in self._parameters:
-            if parameter.grad is not None:
-                found[name] = parameter.grad if name not in found else found[name] + parameter.grad
-                parameter.grad = None
+        for shared in self._shared:
+            for name, gradient in shared.take_gradients().items():
+                found[name] = found[name] + gradient if name in found else gradient
         return found
 
     def _task_loss(self, number: int, batch: Batch) -> Tensor:

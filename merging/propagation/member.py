@@ -1,6 +1,6 @@
 """One member's part: its own forward passes beside the merged model's, on the member's examples."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from merging.checkpoints.pool import Pool
 from merging.errors import MethodError
-from merging.evaluation.live_models import share_weights
+from merging.evaluation.shared_weights import share_weights
 from merging.propagation.equations import Equations
 from merging.propagation.execution_order import Call, trace
 from merging.propagation.merged_layers import Layer, merged_layers
@@ -53,7 +53,7 @@ class MemberPasses:
     """
 
     def __init__(
-        self, pool: Pool, member: str, task: Task, out: Mapping[str, Tensor], settings: PropagationSettings
+        self, pool: Pool, member: str, task: Task, out: MutableMapping[str, Tensor], settings: PropagationSettings
     ) -> None:
         if not task.has_logits or not task.size("train"):
             raise MethodError(
@@ -64,7 +64,8 @@ class MemberPasses:
         self.member, self._task, self._settings, self._device = member, task, settings, device
         self._own = _uncached(task.load_model()).to(device).eval()
         merged = task.load_model()
-        share_weights(merged, pool, pool.members[member], out)
+        shared = share_weights(merged, pool, pool.members[member], out)
+        shared.require_no_copies()
         self._merged = _uncached(merged).to(device).eval()
         self.layers: Mapping[str, Layer] = merged_layers(self._merged, out)
         stop = min(settings.examples, task.size("train"))

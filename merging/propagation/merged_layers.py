@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -49,12 +50,12 @@ def merged_layers(model: nn.Module, out: Mapping[str, Tensor]) -> dict[str, Laye
     A weight that is also an embedding's (a tied output layer) is left out: it is merged as an embedding. So is one that
     several layers hold.
     """
-    names = {value.data_ptr(): name for name, value in out.items()}
+    names = {(value.data_ptr(), value.numel()): name for name, value in out.items()}
     paths = {module: path for path, module in model.named_modules()}
     found: dict[str, Layer] = {}
     twice = set()
     for module in layer_names(model):
-        weight = names.get(module.weight.data_ptr())  # type: ignore[operator]
+        weight = _name_of(module.weight, names)
         if weight is None:
             continue
         if weight in found:
@@ -63,7 +64,12 @@ def merged_layers(model: nn.Module, out: Mapping[str, Tensor]) -> dict[str, Laye
         found[weight] = Layer(
             paths[module],
             weight,
-            None if bias is None else names.get(bias.data_ptr()),
+            None if bias is None else _name_of(bias, names),
             isinstance(module, conv1d()),
         )
     return {name: layer for name, layer in found.items() if name not in twice}
+
+
+def _name_of(value: Any, names: Mapping[tuple[int, int], str]) -> str | None:
+    """Which tensor a parameter is, and no part of."""
+    return names.get((value.data_ptr(), value.numel()))

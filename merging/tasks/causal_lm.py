@@ -15,10 +15,11 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
+from merging.checkpoints.parameter_names import Loading
 from merging.errors import TaskError
 from merging.io import storage
 from merging.tasks.answers import GRADES, extracted
-from merging.tasks.head import check_head, load_model, load_tokenizer, tokenizer_identity
+from merging.tasks.head import blank_model, load_model, load_tokenizer, tokenizer_identity
 from merging.tasks.predictions import Floats, Predictions
 from merging.tasks.prompts import Encoded, encode, longest_first, render
 from merging.tasks.task import Batch, Score, Split, Task, TaskSettings, register, score_of
@@ -142,7 +143,7 @@ class CausalLM(Task):
 
     def check(self) -> list[str]:
         """Reads all splits, encodes every example, and looks at the head; see `Task.check`."""
-        check_head(self.head, MODEL_CLASS, self.base)
+        self.blank_model()
         notes = []
         for split in self.settings.data:
             for row, example in enumerate(self._split(split), start=1):
@@ -165,9 +166,13 @@ class CausalLM(Task):
 
     def load_skeleton(self, merged: Collection[str]) -> nn.Module:
         """See `Task.load_skeleton`."""
-        model: Any = load_model(self.head, MODEL_CLASS, complete=True, base=self.base, hollow=merged)
+        model: Any = load_model(self.head, MODEL_CLASS, base=self.base, hollow=merged)
         model.config.use_cache = False
         return model  # type: ignore[no-any-return]
+
+    def blank_model(self) -> tuple[nn.Module, Loading]:
+        """See `Task.blank_model`."""
+        return blank_model(self.head, MODEL_CLASS, self.base)
 
     def size(self, split: Split) -> int:
         """See `Task.size`."""

@@ -23,10 +23,11 @@ import torch
 from pydantic import Field, PrivateAttr
 from torch import nn
 
+from merging.checkpoints.parameter_names import Loading
 from merging.errors import TaskError
 from merging.io import storage
 from merging.registry import did_you_mean
-from merging.tasks.head import load_model
+from merging.tasks.head import blank_model, load_model
 from merging.tasks.predictions import Predictions
 from merging.tasks.task import Score, Split, Task, TaskSettings, register, score_of
 
@@ -109,7 +110,14 @@ class Custom(Task):
 
     def load_skeleton(self, merged: Collection[str]) -> nn.Module:
         """See `Task.load_skeleton`."""
-        return load_model(self.head, self.settings.model_class, complete=False, base=self.base, hollow=merged)
+        return load_model(self.head, self.settings.model_class, base=self.base, hollow=merged)
+
+    def blank_model(self) -> tuple[nn.Module, Loading]:
+        """See `Task.blank_model`."""
+        try:
+            return blank_model(self.head, self.settings.model_class, self.base)
+        except TaskError as error:
+            raise self._error(f"{error} (`model_class`)") from error
 
     def size(self, split: Split) -> int:
         """What the settings say of it, for only the function knows its data."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from merging.checkpoints.adapter import ADAPTER_CONFIG, is_adapter, open_checkpoint
 from merging.checkpoints.checkpoint import CONFIG, Checkpoint, read_settings
+from merging.checkpoints.parameter_names import Loading, loading
 from merging.errors import CheckpointError, StorageError, TaskError
 from merging.io import local_copies, storage
 from merging.io.prefetch import download
@@ -60,8 +61,8 @@ def class_names(
     return names
 
 
-def check_head(head: str, model_class: str, base: str = "") -> None:
-    """Looks, by names alone, whether a checkpoint has the head that a model class puts on a backbone.
+def blank_model(head: str, model_class: str, base: str = "") -> tuple[nn.Module, Loading]:
+    """The model that a checkpoint is loaded as, without weights and on no device, and what the checkpoint brings to it.
 
     Args:
         head: The checkpoint's directory or address.
@@ -69,28 +70,64 @@ def check_head(head: str, model_class: str, base: str = "") -> None:
         base: The base that the head belongs to, if it is an adapter.
 
     Raises:
-        TaskError: The checkpoint is of another architecture, or some part of the head is not in it at all.
+        TaskError: The checkpoint is of another architecture, or lacks some of the model's weights.
     """
-    import transformers
-
     checkpoint = open_checkpoint(head, base)
     try:
-        with torch.device("meta"), quiet():
-            config = transformers.CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(dict(checkpoint.config))
-            model: Any = getattr(transformers, model_class).from_config(config)
+        with quiet():
+            model = _blank(checkpoint, _loader(model_class))
+            found = loading(model, {name: info.shape for name, info in checkpoint.tensors.items()})
+    except TaskError:
+        raise
     except Exception as error:  # transformers raises all kinds
         raise TaskError(f"{head} cannot be loaded as {model_class}: {_first_line(error)}") from error
-    backbone = {id(value) for value in model.base_model.parameters()}
+    if found.misfits:
+        name, (has, wants) = next(iter(found.misfits.items()))
+        raise TaskError(
+            f"{head}: '{name}' of {type(model).__name__} is {list(has)}, where its configuration wants {list(wants)}: name a "
+            "checkpoint whose config.json is its own"
+        )
     for name, part in model.named_children():
-        own = any(
-            id(value) not in backbone for value in part.parameters()
-        )  # a tied output layer has nothing of its own
-        wanted = name != model.base_model_prefix and own
-        if wanted and not any(key.startswith(f"{name}.") for key in checkpoint.tensors):
+        own = {f"{name}.{local}" for local in part.state_dict()}
+        if own and own <= set(found.missing) and name != getattr(model, "base_model_prefix", ""):
             raise TaskError(
                 f"{head} lacks the weights of '{name}', the head of {type(model).__name__}: name a checkpoint that was "
-                "fine-tuned with this head"
+                f"fine-tuned with this head{_or_its_class(model, checkpoint.architecture)}"
             )
+    if found.missing:
+        raise _incomplete(head, model, found.missing, checkpoint.architecture)
+    return model, found
+
+
+def _blank(checkpoint: Checkpoint, loader: Any) -> nn.Module:
+    """A model of a checkpoint's configuration on no device."""
+    import transformers
+
+    config = transformers.CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(dict(checkpoint.config))
+    with torch.device("meta"):
+        model: nn.Module = loader.from_config(config) if hasattr(loader, "from_config") else loader(config)
+    return model
+
+
+def _loader(model_class: str) -> Any:
+    """A class in `transformers` that loads checkpoints."""
+    import transformers
+
+    loader = getattr(transformers, model_class, None)
+    if not hasattr(loader, "from_pretrained"):
+        raise TaskError(f"transformers has no model class '{model_class}': name one such as AutoModelForCausalLM")
+    return loader
+
+
+def _incomplete(head: str, model: nn.Module, missing: Sequence[str], architecture: str) -> TaskError:
+    return TaskError(
+        f"{head} lacks {len(missing)} weights of {type(model).__name__} ({', '.join(missing[:4])}), which would be random: "
+        f"name a checkpoint that was fine-tuned with this head{_or_its_class(model, architecture)}"
+    )
+
+
+def _or_its_class(model: nn.Module, architecture: str) -> str:
+    return "" if architecture == type(model).__name__ else f", or load it as what it was saved from, {architecture}"
 
 
 def load_tokenizer(head: str, base: str = "") -> Any:
@@ -152,26 +189,19 @@ def tokenizer_identity(tokenizer: Any) -> Any:
     return {name: part for name, part in pipeline.items() if name not in ("truncation", "padding")}
 
 
-def load_model(
-    head: str, model_class: str, *, complete: bool, base: str = "", hollow: Collection[str] = ()
-) -> nn.Module:
+def load_model(head: str, model_class: str, *, base: str = "", hollow: Collection[str] = ()) -> nn.Module:
     """A checkpoint as a live model: evaluation mode, float32, on the CPU.
 
     Args:
         head: The checkpoint's directory or address.
         model_class: Name of the class in `transformers` (`AutoModelForSequenceClassification`).
-        complete: Whether to refuse a checkpoint that lacks some of the model's weights.
         base: The base that the head belongs to, if it is an adapter.
         hollow: Names of the checkpoint's tensors that the caller overwrites: they are not read, and hold NaN.
 
     Raises:
         TaskError: The class is unknown, or the checkpoint is damaged, unsafe, or incomplete.
     """
-    import transformers
-
-    loader: Any = getattr(transformers, model_class, None)
-    if not hasattr(loader, "from_pretrained"):
-        raise TaskError(f"transformers has no model class '{model_class}': name one such as AutoModelForCausalLM")
+    loader = _loader(model_class)
     try:
         with quiet():
             model, info = (
@@ -188,11 +218,8 @@ def load_model(
             )
     except Exception as error:  # transformers raises all kinds
         raise TaskError(f"{head} cannot be loaded as {model_class}: {_first_line(error)}") from error
-    if complete and (missing := sorted(info["missing_keys"])):
-        raise TaskError(
-            f"{head} lacks {len(missing)} weights of {type(model).__name__} ({', '.join(missing[:4])}): "
-            "name a checkpoint that was fine-tuned with this head"
-        )
+    if missing := sorted(info["missing_keys"]):
+        raise _incomplete(head, model, missing, str((getattr(model.config, "architectures", None) or ["?"])[0]))
     live: nn.Module = model.eval()
     return live
 
@@ -219,19 +246,15 @@ def _download(head: str, with_weights: bool) -> str:
 
 def _assembled(checkpoint: Checkpoint, loader: Any, hollow: Collection[str]) -> tuple[nn.Module, dict[str, Any]]:
     """A model from tensors that are read one by one, and what transformers says of the loading."""
-    import transformers
-
-    config = transformers.CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(dict(checkpoint.config))
-    with torch.device("meta"):
-        kind: Any = type(loader.from_config(config)) if hasattr(loader, "from_config") else loader
+    blank: Any = _blank(checkpoint, loader)
     nothing = torch.tensor(torch.nan)
     checkpoint.prefetch([name for name in checkpoint.tensors if name not in hollow])
     weights = {
         name: nothing.expand(info.shape) if name in hollow else checkpoint.read(name)
         for name, info in checkpoint.tensors.items()
     }
-    found: tuple[nn.Module, dict[str, Any]] = kind.from_pretrained(
-        None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
+    found: tuple[nn.Module, dict[str, Any]] = type(blank).from_pretrained(
+        None, config=blank.config, state_dict=weights, dtype=torch.float32, output_loading_info=True
     )
     return found
 

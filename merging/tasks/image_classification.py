@@ -13,10 +13,11 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
+from merging.checkpoints.parameter_names import Loading
 from merging.errors import TaskError
 from merging.io import storage
 from merging.tasks.classification import classified, measured
-from merging.tasks.head import check_head, class_names, load_image_processor, load_model
+from merging.tasks.head import blank_model, class_names, load_image_processor, load_model
 from merging.tasks.metrics import METRICS, is_mean
 from merging.tasks.predictions import Predictions
 from merging.tasks.task import Batch, Score, Split, Task, TaskSettings, register, score_of
@@ -77,7 +78,7 @@ class ImageClassification(Task):
     def check(self) -> list[str]:
         """Reads and decodes all splits, the head's classes and its processor; see `Task.check`."""
         _ = self._classes
-        check_head(self.head, MODEL_CLASS, self.base)
+        self.blank_model()
         for split in self.settings.data:
             images = self._split(split)
             for place in range(len(images)):
@@ -103,7 +104,11 @@ class ImageClassification(Task):
 
     def load_skeleton(self, merged: Collection[str]) -> nn.Module:
         """See `Task.load_skeleton`."""
-        return load_model(self.head, MODEL_CLASS, complete=True, base=self.base, hollow=merged)
+        return load_model(self.head, MODEL_CLASS, base=self.base, hollow=merged)
+
+    def blank_model(self) -> tuple[nn.Module, Loading]:
+        """See `Task.blank_model`."""
+        return blank_model(self.head, MODEL_CLASS, self.base)
 
     def size(self, split: Split) -> int:
         """See `Task.size`."""

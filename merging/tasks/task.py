@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from merging.checkpoints.parameter_names import Loading
 from merging.errors import TaskError
 from merging.registry import Registry
 from merging.tasks.predictions import Floats, Predictions
@@ -122,6 +123,14 @@ class Task(ABC):
     @abstractmethod
     def load_model(self) -> nn.Module:
         """The head's checkpoint as a live model in evaluation mode, float32, on the CPU."""
+
+    def blank_model(self) -> tuple[nn.Module, Loading] | None:
+        """The model without weights, on no device, and what its checkpoint brings to it; None where nothing is known of it.
+
+        Raises:
+            TaskError: The checkpoint is of another architecture, or lacks some of the model's weights.
+        """
+        return None
 
     def load_skeleton(self, merged: Collection[str]) -> nn.Module:
         """`load_model` for a caller who overwrites most of it, so that only the rest need be read.

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from merging.checkpoints.adapter import is_adapter
+from merging.checkpoints.parameter_names import Loading
 from merging.errors import TaskError
 from merging.io import storage
 from merging.tasks.classification import classified, measured
 from merging.tasks.head import (
-    check_head,
+    blank_model,
     class_names,
     has_tokenizer,
     load_model,
@@ -104,7 +105,8 @@ class TextClassification(Task):
             _ = self._tokenizer
         with _collected(problems):
             _ = self._classes
-            check_head(self.head, MODEL_CLASS, self.base)
+            with _collected(problems):
+                self.blank_model()
             for split in self.settings.data:
                 with _collected(problems):
                     self._split(split)
@@ -120,11 +122,15 @@ class TextClassification(Task):
 
     def load_skeleton(self, merged: Collection[str]) -> nn.Module:
         """See `Task.load_skeleton`."""
-        model = load_model(self.head, MODEL_CLASS, complete=True, base=self.base, hollow=merged)
+        model = load_model(self.head, MODEL_CLASS, base=self.base, hollow=merged)
         config: Any = model.config
         if config.pad_token_id is None:
             config.pad_token_id = self._tokenizer.pad_token_id
         return model
+
+    def blank_model(self) -> tuple[nn.Module, Loading]:
+        """See `Task.blank_model`."""
+        return blank_model(self.head, MODEL_CLASS, self.base)
 
     def size(self, split: Split) -> int:
         """See `Task.size`."""

@@ -13,9 +13,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
+from merging.checkpoints.parameter_names import Loading
 from merging.errors import StorageError, TaskError
 from merging.io import storage
-from merging.tasks.head import check_head, class_names, load_model, load_tokenizer, tokenizer_identity
+from merging.tasks.head import blank_model, class_names, load_model, load_tokenizer, tokenizer_identity
 from merging.tasks.predictions import Predictions
 from merging.tasks.prompts import longest_first
 from merging.tasks.spans import Counts, count, f1
@@ -69,7 +70,7 @@ class TokenClassification(Task):
     def check(self) -> list[str]:
         """Reads all splits, the head's tags and its tokenizer; see `Task.check`."""
         _ = self._classes
-        check_head(self.head, MODEL_CLASS, self.base)
+        self.blank_model()
         cut = 0
         for split in self.settings.data:
             for place, sentence in enumerate(self._split(split)):
@@ -89,7 +90,11 @@ class TokenClassification(Task):
 
     def load_skeleton(self, merged: Collection[str]) -> nn.Module:
         """See `Task.load_skeleton`."""
-        return load_model(self.head, MODEL_CLASS, complete=True, base=self.base, hollow=merged)
+        return load_model(self.head, MODEL_CLASS, base=self.base, hollow=merged)
+
+    def blank_model(self) -> tuple[nn.Module, Loading]:
+        """See `Task.blank_model`."""
+        return blank_model(self.head, MODEL_CLASS, self.base)
 
     def size(self, split: Split) -> int:
         """See `Task.size`."""

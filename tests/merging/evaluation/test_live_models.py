@@ -3,7 +3,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
 
 from merging.checkpoints.pool import Pool
-from merging.evaluation.live_models import LiveModels, share_weights, sharing_model
+from merging.evaluation.live_models import LiveModels
+from merging.evaluation.shared_weights import share_weights, sharing_model
 from merging.evaluation.steps import Plan
 from merging.mergers.material import Material
 from merging.recipe import Recipe, base_recipe, member_recipe
@@ -52,11 +53,11 @@ def test_of_a_head_s_checkpoint_only_the_head_is_read(tiny_pool, tiny_campaign, 
     out = {name: torch.randn(info.shape) for name, info in pool.weights.items()}
     settings = TextClassificationSettings(**tiny_campaign["tasks"]["two"])
     unreliable.reset()
-    model, held = sharing_model(make_task("two", settings, f"{root}/two"), pool, pool.members["two"], out)
+    model, shared = sharing_model(make_task("two", settings, f"{root}/two"), pool, pool.members["two"], out)
     weights = [span for method, path, span in unreliable.requests if path.endswith(".safetensors") and method == "GET"]
     assert len(weights) == 3  # header's length, header, head
     assert unreliable.sent < 0.4 * pool.members["two"].checkpoint.nbytes
-    assert held == set(out)
+    assert shared.held == set(out)
     whole = AutoModelForSequenceClassification.from_pretrained(tiny_pool["two"])
     for name, value in whole.state_dict().items():
         own = name.removeprefix("bert.")
@@ -70,8 +71,8 @@ def test_a_weight_that_cannot_be_shared_is_the_checkpoint_s_own(tiny_pool, tiny_
     member = whole.members["two"]
     pool = Pool(whole.base, whole.members, {name: info for name, info in whole.weights.items() if name != hidden})
     out = {name: torch.zeros(info.shape) for name, info in pool.weights.items()}
-    model, held = sharing_model(task, pool, member, out)
-    assert hidden not in held
+    model, shared = sharing_model(task, pool, member, out)
+    assert hidden not in shared.held
     assert torch.equal(model.state_dict()[member.names[hidden]], whole.member_weight("two", hidden))
 
 
@@ -84,8 +85,8 @@ def test_tied_weights_stay_tied(tmp_path):
     model.save_pretrained(tmp_path / "member")
     pool = Pool.open(str(tmp_path / "base"), {"member": str(tmp_path / "member")})
     out = {name: torch.zeros(info.shape) for name, info in pool.weights.items()}
-    held = share_weights(model, pool, pool.members["member"], out)
-    assert held == set(out)
+    shared = share_weights(model, pool, pool.members["member"], out)
+    assert shared.held == set(out)
     out["bert.embeddings.word_embeddings.weight"].fill_(3.0)
     assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
     assert float(model.cls.predictions.decoder.weight[0, 0]) == 3.0

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from merging.errors import MethodError
-from merging.evaluation.live_models import share_weights
+from merging.evaluation.shared_weights import share_weights
 from merging.propagation import PropagationSettings, propagate
 from merging.propagation.equations import Equations
 from merging.propagation.layerwise import plain_mean, shared_inputs, solved

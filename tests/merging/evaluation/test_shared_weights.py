@@ -1,0 +1,172 @@
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from merging.checkpoints.parameter_names import in_checkpoint
+from merging.checkpoints.pool import Pool
+from merging.errors import PoolError, TaskError
+from merging.evaluation.live_models import LiveModels
+from merging.evaluation.shared_weights import share_weights
+from merging.mergers.disk import merge_to_disk
+from merging.mergers.material import Material
+from merging.recipe import Recipe, base_recipe, member_recipe
+from merging.tasks import CustomSettings, make_task
+from tests.merging.evaluation.tiny_models import FAMILIES, Family
+
+RECIPE = Recipe("task_arithmetic", {"one": 0.7, "two": 0.4})
+
+
+@pytest.fixture
+def probe(monkeypatch):
+    """An importable module whose `score` remembers what a model gives for some inputs: set its `family` first."""
+    module = ModuleType("live_probe")
+
+    def score(model, checkpoint, split, limit):
+        module.seen = module.family.output(model)
+        return float(module.seen.mean())
+
+    module.score = score
+    monkeypatch.setitem(sys.modules, "live_probe", module)
+    return module
+
+
+def written(family: Family, directory) -> dict[str, str]:
+    models = {"base": family.make(), "one": family.changed(1), "two": family.changed(2)}
+    for name, model in models.items():
+        model.save_pretrained(directory / name)
+    return {name: str(directory / name) for name in models}
+
+
+def opened(paths: dict[str, str], heads=()) -> Material:
+    return Material(Pool.open(paths["base"], {name: path for name, path in paths.items() if name != "base"}, heads))
+
+
+def live_models(material: Material, auto: str, *owners: str) -> LiveModels:
+    tasks = [
+        make_task(owner, CustomSettings(evaluator="live_probe:score", model_class=auto), str(checkpoint.path))
+        for owner in owners
+        for checkpoint in [material.pool.members[owner].checkpoint]
+    ]
+    return LiveModels(material, tasks, {owner: owner for owner in owners}, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_live_model_is_the_exported_one(name, tmp_path, probe):
+    family = probe.family = FAMILIES[name]
+    paths = written(family, tmp_path)
+    material = opened(paths)
+    merge_to_disk(material, RECIPE, str(tmp_path / "merged"))
+    live = live_models(material, family.auto, "one", "two")
+    seen = []
+    for recipe, where in ((RECIPE, "merged"), (member_recipe("two"), "two"), (base_recipe(), "base")):
+        score = live.measure(recipe, "validation").scores["one"].value
+        stored = getattr(transformers, family.auto).from_pretrained(tmp_path / where, dtype=torch.float32).eval()
+        torch.testing.assert_close(probe.seen, family.output(stored), rtol=1e-5, atol=1e-5)
+        assert score == pytest.approx(float(family.output(stored).mean()), abs=1e-5)
+        seen.append(probe.seen)
+    assert not torch.allclose(seen[0], seen[2], atol=1e-3)
+    assert not torch.allclose(seen[1], seen[2], atol=1e-3)
+
+
+def renamed(directory, change) -> None:
+    """Rewrites a checkpoint's names."""
+    file = directory / "model.safetensors"
+    save_file({change(name): value.clone() for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+OLD_NAMES = {
+    "llava": lambda name: (
+        f"language_model.{name}"
+        if name == "lm_head.weight"
+        else name.replace("model.language_model.", "language_model.model.").removeprefix("model.")
+    ),
+    "gpt2": lambda name: name.removeprefix("transformer."),
+    "bert": lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+        "LayerNorm.bias", "LayerNorm.beta"
+    ),
+}
+
+
+ALL = ("base", "one", "two")
+
+
+@pytest.mark.parametrize(
+    ("name", "which"),
+    [("bert", ALL), *((name, which) for name in ("llava", "gpt2") for which in (ALL, ("base",), ("one", "two")))],
+)
+def test_checkpoints_of_older_names(name, which, tmp_path, probe):
+    family = probe.family = FAMILIES[name]
+    paths = written(family, tmp_path)
+    for member in which:
+        renamed(tmp_path / member, OLD_NAMES[name])
+    material = opened(paths)
+    merge_to_disk(material, RECIPE, str(tmp_path / "merged"))
+    live_models(material, family.auto, "two").measure(RECIPE, "validation")
+    stored = getattr(transformers, family.auto).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(probe.seen, family.output(stored), rtol=1e-5, atol=1e-5)
+
+
+def test_an_expert_that_is_kept_is_the_owner_s(tmp_path, probe):
+    family = probe.family = FAMILIES["mixtral"]
+    paths = written(family, tmp_path)
+    kept = "model.layers.0.block_sparse_moe.experts.1.*"
+    live = live_models(opened(paths, [kept]), family.auto, "one", "two")
+    for owner in ("one", "two"):
+        expected = family.changed(1 if owner == "one" else 2)
+        base = family.make()
+        with torch.no_grad():
+            for name, value in expected.named_parameters():
+                rest = base.get_parameter(name).clone()
+                if name.startswith("model.layers.0.mlp.experts."):
+                    rest[1] = value[1]
+                value.copy_(rest)
+        live.measure(RECIPE, "validation")
+        live.measure(base_recipe(), "validation")
+        if owner == "two":  # the task that is measured last
+            torch.testing.assert_close(probe.seen, family.output(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "mixtral", "qwen3_moe", "deepseek_v3", "t5"])
+def test_gradients_are_those_of_the_checkpoint_s_tensors(name, tmp_path):
+    family = FAMILIES[name]
+    paths = written(family, tmp_path)
+    pool = opened(paths).pool
+    model = getattr(transformers, family.auto).from_pretrained(paths["one"])
+    out = {weight: pool.member_weight("two", weight).clone() for weight in pool.weights}
+    shared = share_weights(model, pool, pool.members["one"], out)
+    shared.track_gradients()
+    shared.check(out)
+    reference = getattr(transformers, family.auto).from_pretrained(paths["two"])
+    for live in (model, reference):
+        ids = torch.arange(3, 15)[None]
+        live(input_ids=ids, labels=ids).loss.backward()
+    gradients = shared.take_gradients()
+    expected = in_checkpoint(reference, {n: p.grad for n, p in reference.named_parameters() if p.grad is not None})
+    assert expected.keys() <= gradients.keys()
+    for weight, value in expected.items():
+        torch.testing.assert_close(gradients[weight], value, rtol=1e-4, atol=1e-6)
+    assert not shared.take_gradients()
+
+
+def test_a_weight_in_no_model_is_refused(tmp_path, probe):
+    material = opened(written(FAMILIES["llama"], tmp_path))
+    with pytest.raises(PoolError, match=r"1 merged weights are in no task's model \(lm_head.weight\).*model_class"):
+        live_models(material, "AutoModel", "one")
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"), [("llama", "lm_head.weight"), ("bert", "classifier.bias"), ("mixtral", "w2.weight")]
+)
+def test_a_weight_that_no_checkpoint_brings_is_refused(name, missing, tmp_path, probe):
+    family = FAMILIES[name]
+    paths = written(family, tmp_path)
+    for where in paths:
+        file = tmp_path / where / "model.safetensors"
+        kept = {key: value for key, value in load_file(file).items() if not key.endswith(missing)}
+        save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(TaskError, match="lacks .* weights of"):
+        live_models(opened(paths), family.auto, "one")
