@@ -77,24 +77,33 @@ def head(metrics_url):
     while run(ready, environment, ROOT).returncode and time.monotonic() < deadline:
         time.sleep(1.0)
     yield url, environment
-    os.killpg(process.pid, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(10)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    for own in workers_of(environment):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(own, signal.SIGKILL)
+    process.wait(60)
+
+
+def start(command, environment, cwd):
+    """Begins a command; `ended` waits for it."""
+    return subprocess.Popen(
+        command,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(process):
+    """What a command printed, and its exit code."""
+    output, errors = process.communicate(timeout=600)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 def run(command, environment, cwd):
-    return subprocess.run(
-        command,
-        env=environment,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
+    return ended(start(command, environment, cwd))
 
 
 def submission(file, url, *arguments):
@@ -102,7 +111,7 @@ def submission(file, url, *arguments):
 
 
 def submit(file, url, environment, cwd, *arguments):
-    return run(submission(file, url, *arguments), environment | {"PYTHONPATH": str(ROOT)}, cwd)
+    return run(submission(file, url, *arguments), environment, cwd)
 
 
 def counters(metrics_url):
@@ -115,108 +124,40 @@ def counters(metrics_url):
     return {}
 
 
-def test_two_campaigns_at_once_and_what_is_seen_of_them(head, metrics_url, campaign_file, tmp_path):
-    url, environment = head
-    jobs, seen = [], {}
-    for name, seed in (("first", 1), ("second", 2)):
-        settings = {"seed": seed, "directory": str(tmp_path / name), "resources": {"evaluators": 1}}
-        search = {"candidates": 10, "methods": {"task_arithmetic": {}}}
-        file = campaign_file(name=name, search=search, selection={"mode": "all"}, **settings)
-        file = file.rename(tmp_path / f"{name}.yaml")
-        jobs.append(
-            subprocess.Popen(
-                submission(file, url),
-                env=environment | {"PYTHONPATH": str(ROOT)},
-                cwd=tmp_path,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    deadline = time.monotonic() + 600
-    while any(job.poll() is None for job in jobs) and time.monotonic() < deadline:
-        seen |= counters(metrics_url)
-        time.sleep(0.5)
-    for job in jobs:
-        output, _ = job.communicate(timeout=60)
-        assert job.returncode == 0, output
-    for name in ("first", "second"):
-        rows = Ledger(str(tmp_path / name / "ledger")).rows()
-        assert {row.campaign for row in rows} == {name}
-        assert len([row for row in rows if row.origin in ("anchor", "search")]) == 10
-        status = read_status(str(tmp_path / name))
-        assert (status.state, status.done, status.ended) == ("finished", 10, "finished")
-    # what was counted in the last seconds is not read any more
-    assert {campaign for campaign, _ in seen} == {"first", "second"}
-    assert all(0 < value <= 30 for (_, status), value in seen.items() if status == "complete")
-
-
-def test_a_merge_and_statistics_as_jobs(head, campaign_file, tiny_campaign, tmp_path):
-    url, environment = head
-    recipe = {key: tiny_campaign[key] for key in ("base", "members")} | {"method": "task_arithmetic", "scaling": 0.3}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    merged = tmp_path / "merged"
-    done = submit(tmp_path / "recipe.yaml", url, environment, tmp_path, "--what", "merge", "--out", str(merged))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (merged / "config.json").exists()
-    options = ["--what", "statistics", "--out", str(tmp_path / "statistics")]
-    done = submit(campaign_file(search={"methods": {"regmean": {}}}), url, environment, tmp_path, *options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(list((tmp_path / "statistics").rglob("*.safetensors"))) >= 3
-
-
-def test_submit_runs_the_campaign_on_the_cluster(head, campaign_file, tmp_path):
-    url, environment = head
-    done = submit(campaign_file(search={"candidates": 12}, directory="out"), url, environment, tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "winner" in done.stdout
-    assert re.search(r"Ray \S+:\d+: 1 node, 2 CPUs", done.stdout), f"the job joins no cluster: {done.stdout}"
-    rows = Ledger(str(tmp_path / "out" / "ledger")).rows()
-    assert len([row for row in rows if row.origin in ("anchor", "search")]) == 12
-    assert best(rows)
-    assert (tmp_path / "out" / "report.html").exists()
-
-
-def test_plain_ray_job_submit_with_the_working_directory(head, campaign_file, tmp_path):
-    url, environment = head
+@pytest.fixture
+def checkout(tmp_path):
+    """A working directory with the program's sources, as `ray job submit` sends it."""
     working = tmp_path / "working"
     working.mkdir()
     for name in ("flows", "merging", "ray_tasks", "search"):
         (working / name).symlink_to(ROOT / name)
-    settings = yaml.safe_load(campaign_file(search={"candidates": 6}).read_text())
-    (working / "my.yaml").write_text(yaml.safe_dump(settings))
+    return working
+
+
+def plain_submission(url):
+    """Ray's own command, from a checkout."""
     command = [RAY, "job", "submit", "--address", url, "--working-dir", ".", "--"]
-    command += ["python", "-m", "flows.cli", "campaign", "run", "my.yaml"]
-    refused = run(command, environment, working)
-    assert refused.returncode == 1
-    assert "temporary working directory" in refused.stdout
-    done = run([*command, "--out", str(tmp_path / "out")], environment, working)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(Ledger(str(tmp_path / "out" / "ledger")).rows()) > 6
+    return [*command, "python", "-m", "flows.cli", "campaign", "run", "my.yaml"]
 
 
-def test_a_failing_job_is_an_exit_code(head, campaign_file, tmp_path):
+def rows_of(directory):
+    return Ledger(str(directory / "ledger")).rows()
+
+
+def test_a_stopped_job_ends_within_seconds_and_goes_on_where_it_was_beside_another(
+    head, metrics_url, campaign_file, checkout, tmp_path
+):
+    """Two campaigns: one stopped, then sent again; the other by Ray's own command while the first goes on."""
     url, environment = head
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter.txt").write_text("x")
-    done = submit(campaign_file(), url, environment, tmp_path, "--out", str(tmp_path / "thesis"))
-    assert done.returncode == 1
-    assert "is not empty and holds no campaign" in done.stdout
-
-
-def test_a_stopped_job_ends_within_seconds_and_goes_on_where_it_was(head, campaign_file, tmp_path):
-    url, environment = head
-    file = campaign_file(
-        name="stopped",
-        directory=str(tmp_path / "out"),
-        search={"candidates": 5000, "sampler": "random", "methods": {"task_arithmetic": {}}},
-        selection={"mode": "all"},
-        resources={"evaluators": 1},
-    )
-    sent = submit(file, url, environment, tmp_path, "--no-follow")
+    changes = {"selection": {"mode": "all"}, "resources": {"evaluators": 1}}
+    search = {"candidates": 5000, "sampler": "random", "methods": {"task_arithmetic": {}}}
+    first = campaign_file(name="first", directory="out", search=search, **changes)
+    first = first.rename(tmp_path / "first.yaml")
+    out = tmp_path / "out"
+    sent = submit(first, url, environment, tmp_path, "--no-follow")
     job = re.search(r"job (\S+):", sent.stderr)[1]
     deadline = time.monotonic() + 400
-    while len(rows := Ledger(str(tmp_path / "out" / "ledger")).rows()) < 12 and time.monotonic() < deadline:
+    while len(rows := rows_of(out)) < 12 and time.monotonic() < deadline:
         time.sleep(0.2)
     assert 12 <= len(rows) < 5000
     working = workers_of(environment)
@@ -229,17 +170,72 @@ def test_a_stopped_job_ends_within_seconds_and_goes_on_where_it_was(head, campai
         time.sleep(0.2)
     assert time.monotonic() - started < 30  # a second or two of it the command's own start
     assert not [pid for pid, name in workers_of(environment).items() if pid in working and "Evaluator" in name]
-    assert not [path for path in (tmp_path / "out").rglob("*") if ".tmp" in path.name or ".old" in path.name]
-    before = {(row.candidate, row.split): row.finished for row in Ledger(str(tmp_path / "out" / "ledger")).rows()}
-    assert read_status(str(tmp_path / "out")).ended in ("interrupted", None)
+    assert not [path for path in out.rglob("*") if ".tmp" in path.name or ".old" in path.name]
+    before = {(row.candidate, row.split): row.finished for row in rows_of(out)}
+    assert read_status(str(out)).ended in ("interrupted", None)
 
-    measured = len(before) - 4  # but for references: the base and three members
-    done = submit(file, url, environment, tmp_path, "--candidates", str(measured + 3))
+    second = campaign_file(name="second", search=search | {"candidates": 10}, seed=2, **changes)
+    second.rename(checkout / "my.yaml")
+    measured, seen = len(before) - 4, {}  # but for references: the base and three members
+    jobs = [
+        start(submission(first, url, "--candidates", str(measured + 10)), environment, tmp_path),
+        start([*plain_submission(url), "--out", str(tmp_path / "second")], environment, checkout),
+    ]
+    deadline = time.monotonic() + 600
+    while any(job.poll() is None for job in jobs) and time.monotonic() < deadline:
+        seen |= counters(metrics_url)
+        time.sleep(0.5)
+    done, plain = map(ended, jobs)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = Ledger(str(tmp_path / "out" / "ledger")).rows()
-    assert before.items() <= {(row.candidate, row.split): row.finished for row in rows}.items()
-    assert len({(row.candidate, row.split) for row in rows}) == len(rows)
-    assert sum(row.origin in ("anchor", "search") for row in rows) == measured + 3
+    assert plain.returncode == 0, plain.stdout + plain.stderr
+    assert "winner" in done.stdout
+    assert re.search(r"Ray \S+:\d+: 1 node, 2 CPUs", done.stdout), f"the job joins no cluster: {done.stdout}"
+    # what was counted in the last seconds is not read any more
+    assert {campaign for campaign, _ in seen} == {"first", "second"}
+    assert all(value > 0 for (_, status), value in seen.items() if status == "complete")
+    for name, directory, tried in (("first", out, measured + 10), ("second", tmp_path / "second", 10)):
+        rows = rows_of(directory)
+        assert {row.campaign for row in rows} == {name}
+        assert len({(row.candidate, row.split) for row in rows}) == len(rows)
+        assert sum(row.origin in ("anchor", "search") for row in rows) == tried
+        assert best(rows)
+        assert (directory / "report.html").exists()
+        status = read_status(str(directory))
+        assert (status.state, status.done, status.ended) == ("finished", tried, "finished")
+    assert before.items() <= {(row.candidate, row.split): row.finished for row in rows_of(out)}.items()
+
+
+def test_a_merge_and_statistics_as_jobs(head, campaign_file, tiny_campaign, tmp_path):
+    url, environment = head
+    recipe = {key: tiny_campaign[key] for key in ("base", "members")} | {"method": "task_arithmetic", "scaling": 0.3}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    merged, statistics = tmp_path / "merged", tmp_path / "statistics"
+    file = campaign_file(search={"methods": {"regmean": {}}})
+    commands = [
+        submission(tmp_path / "recipe.yaml", url, "--what", "merge", "--out", str(merged)),
+        submission(file, url, "--what", "statistics", "--out", str(statistics)),
+    ]
+    for job in [start(command, environment, tmp_path) for command in commands]:
+        done = ended(job)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (merged / "config.json").exists()
+    assert len(list(statistics.rglob("*.safetensors"))) >= 3
+
+
+def test_a_failing_job_is_an_exit_code(head, campaign_file, checkout, tmp_path):
+    url, environment = head
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("x")
+    file = campaign_file()
+    (checkout / "my.yaml").write_text(file.read_text())
+    jobs = [
+        start(submission(file, url, "--out", str(tmp_path / "thesis")), environment, tmp_path),
+        start(plain_submission(url), environment, checkout),
+    ]
+    for job, message in zip(jobs, ("is not empty and holds no campaign", "temporary working directory"), strict=True):
+        done = ended(job)
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert message in done.stdout
 
 
 def workers_of(environment):
@@ -254,8 +250,10 @@ def workers_of(environment):
 
 def test_without_the_token_nothing_is_submitted(head, campaign_file, tmp_path):
     url, environment = head
-    for wrong in ({"RAY_AUTH_TOKEN": secrets.token_hex(32)}, {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": ""}):
-        done = submit(campaign_file(), url, environment | wrong, tmp_path)
+    wrong = ({"RAY_AUTH_TOKEN": secrets.token_hex(32)}, {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": ""})
+    command = submission(campaign_file(), url)
+    for job in [start(command, environment | changes, tmp_path) for changes in wrong]:
+        done = ended(job)
         assert done.returncode == 2, done.stdout + done.stderr
         assert "cannot reach the Ray cluster" in done.stderr
         assert "RAY_AUTH_TOKEN" in done.stderr
