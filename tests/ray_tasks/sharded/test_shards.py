@@ -132,12 +132,27 @@ def test_shards_merge_bit_for_bit_what_one_process_merges(setup, shards):
             assert torch.equal(out[name], value), (recipe, name)
 
 
-@pytest.fixture
-def pool(setup, shards):
+@pytest.fixture(scope="module")
+def running(setup, shards):
+    """A pool of one evaluator, which takes seconds to begin: who is killed in one test is replaced for the next."""
     pool = EvaluatorPool(Crew(replace(setup, parts=shards.parts), evaluators=1, kind=FedEvaluator), shards=shards)
     pool.start()
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def pool(running):
+    """The pool when its evaluator is there and has nothing to do."""
+    until_free(running)
+    assert (running.there, running.capacity, running.free) == (1, 2, 2)
+    return running
+
+
+@pytest.fixture
+def through_the_store(shards):
+    if shards.parts:
+        pytest.skip("what an evaluator does by itself does not depend on how weights reach it")
 
 
 def test_evaluators_are_fed_and_every_lost_shard_costs_one_more_try(setup, shards, pool, collect):
@@ -175,17 +190,19 @@ def test_evaluators_are_fed_and_every_lost_shard_costs_one_more_try(setup, shard
         agree(collect(pool, 1)["again"], "ties")
 
 
-def test_an_evaluator_that_is_given_up_does_not_take_its_next_assignment_with_it(setup, shards, pool, collect):
+@pytest.mark.usefixtures("through_the_store")
+def test_an_evaluator_that_is_given_up_does_not_take_its_next_assignment_with_it(pool, collect):
     pool.seconds = 2.0
     slow = Plan(8, lambda trace: bool(time.sleep(600)))
     pool.submit(Assignment("slow", base_recipe(), "validation", plan=slow))
     pool.submit(Assignment("next", base_recipe(), "validation"))
     assert collect(pool, 1)["slow"].error == "TimeoutError: not measured within 2 s (search.candidate_seconds)"
-    pool.seconds = 60.0
+    pool.seconds = None
     assert collect(pool, 1)["next"].measurement is not None
 
 
-def test_a_killed_evaluator_costs_one_more_try(setup, shards, pool, collect):
+@pytest.mark.usefixtures("through_the_store")
+def test_a_killed_evaluator_costs_one_more_try(pool, collect):
     recipe = RECIPES[3]
     pool.submit(Assignment("before", recipe, "validation"))
     before = collect(pool, 1)["before"]
@@ -200,9 +217,13 @@ def test_a_killed_evaluator_costs_one_more_try(setup, shards, pool, collect):
         assert (again.measurement.scores[task].value, again.measurement.scores[task].loss) == (score.value, score.loss)
 
 
-def test_an_evaluator_that_shards_cannot_write_to_is_replaced(setup, shards, pool, collect):
+def test_an_evaluator_that_shards_cannot_write_to_is_replaced(shards, pool, collect):
+    """The one that comes instead is fed."""
     if not shards.parts:
         pytest.skip("through the store, whoever is alive is reached")
+    recipe = RECIPES[3]
+    pool.submit(Assignment("before", recipe, "validation"))
+    before = collect(pool, 1)["before"]
     (actor,) = pool._queues
     cut = replace(arrived(actor.address.remote()), agent=b"nowhere", name="nobody")
     pool._inboxes[actor] = Inbox(cut)
@@ -211,12 +232,19 @@ def test_an_evaluator_that_shards_cannot_write_to_is_replaced(setup, shards, poo
     assert first.lost
     assert "a shard cannot write to this evaluator" in first.error
     assert actor not in pool._queues
-    assert resubmit(pool, Assignment("again", base_recipe(), "validation"), collect).error is None
+    again = resubmit(pool, Assignment("again", recipe, "validation"), collect)
+    assert {task: (score.value, score.loss) for task, score in again.measurement.scores.items()} == {
+        task: (score.value, score.loss) for task, score in before.measurement.scores.items()
+    }
+
+
+def until_free(pool):
+    deadline = time.monotonic() + 240
+    while (pool.at_work or not pool.free) and time.monotonic() < deadline:
+        pool.wait(1.0)
 
 
 def resubmit(pool, assignment, collect):
-    deadline = time.monotonic() + 240
-    while not pool.free and time.monotonic() < deadline:
-        pool.wait(1.0)
+    until_free(pool)
     pool.submit(assignment)
     return collect(pool, 1)[assignment.ticket]
