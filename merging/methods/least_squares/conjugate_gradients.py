@@ -16,10 +16,13 @@ def solve(
     iterations: int,
     tolerance: float,
     diagonal: Tensor | None = None,
+    project: Callable[[Tensor], Tensor] = lambda value: value,
+    noise: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Steps towards A x = b, from a start, for B systems (Hestenes and Stiefel 1952).
 
-    A system rests as soon as its residual is below the tolerance, or its direction has no curvature.
+    A system rests as soon as its residual is below the tolerance, or its direction has no curvature; so what A does not
+    see of x stays as it begins.
 
     Args:
         apply: The symmetric operator A on [B, m, n].
@@ -28,6 +31,8 @@ def solve(
         iterations: Most steps.
         tolerance: Of ‖A x − b‖ / ‖b‖.
         diagonal: Of A, broadcasting to [B, m, n], to precondition with; where it is 0 nothing is scaled.
+        project: Takes out of directions what is known not to be in A's range.
+        noise: Curvature below this share of the largest met is A's rounding, and counts as none.
 
     Returns:
         x [B, m, n], ‖A x − b‖ / ‖b‖ [B], and whether negative curvature was met [B].
@@ -36,10 +41,11 @@ def solve(
     if diagonal is not None:
         scale = torch.where(diagonal > 0, diagonal, 1.0).reciprocal()
     value = start.clone()
-    residual = right - apply(value)
+    residual = project(right - apply(value))
     goal = _dot(right, right).clamp(min=torch.finfo(right.dtype).tiny)
-    scaled = residual * scale
+    scaled = project(residual * scale)
     direction = scaled.clone()
+    largest = torch.zeros(len(right), dtype=right.dtype, device=right.device)
     power = _dot(residual, scaled)
     indefinite = torch.zeros(len(right), dtype=torch.bool, device=right.device)
     for step in range(iterations):
@@ -48,12 +54,14 @@ def solve(
             break
         applied = apply(direction)
         curvature = _dot(direction, applied)
-        indefinite |= active & (curvature < 0)
-        active &= curvature > 0
+        extent = _dot(direction, direction / scale).clamp(min=torch.finfo(right.dtype).tiny)
+        largest = torch.maximum(largest, curvature.abs() / extent)
+        indefinite |= active & (curvature < -noise * largest * extent)
+        active &= curvature > noise * largest * extent
         length = torch.where(active, power / torch.where(active, curvature, 1.0), 0.0)[:, None, None]
         value += length * direction
-        residual -= length * applied
-        scaled = residual * scale
+        residual -= project(length * applied)
+        scaled = project(residual * scale)
         renewed = _dot(residual, scaled)
         ratio = torch.where(active & (power > 0), renewed / torch.where(power > 0, power, 1.0), 0.0)
         direction = scaled + ratio[:, None, None] * direction

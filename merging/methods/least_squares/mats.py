@@ -163,6 +163,8 @@ class PreparedMats(Prepared):
             int(parameters["iterations"]),
             float(parameters["tolerance"]),
             diagonal,
+            system.project,
+            system.noise,
         )
         if min(system.factors) < 0 and indefinite.any():
             name = system.weights[int(indefinite.nonzero()[0])].name

@@ -45,6 +45,12 @@ def check_statistics(weight: Weight) -> None:
                 )
 
 
+SMALL = 512
+"""Most outputs of a layer whose range is found by eigenvalues; of larger ones conjugate gradients stop at the noise."""
+RANK = 1e-6
+"""Eigenvalues below this share of the largest are the rounding of float32 statistics."""
+
+
 class Subspace:
     """Σ α_t C_t for weights of one shape.
 
@@ -64,11 +70,14 @@ class Subspace:
         self._members = tuple(members)
         self._sum: Tensor | None = None
         self._pairs: list[tuple[float, Tensor, Tensor]] = []
+        self._range: Tensor | None = None
         if subspace == "kfac":
             self._pairs = [
                 (factor, self._statistic("output_gram", member), self._statistic("gram", member))
                 for member, factor in self._terms()
             ]
+            # Each by its own size, for a certain member's rounding is as small as its Gram.
+            self._range = _range(torch.stack([output / _size(output) for _, output, _ in self._pairs]).sum(0))
         elif subspace != "identity":
             for member, factor in self._terms():
                 term = self._statistic(subspace, member).mul_(factor)
@@ -108,6 +117,15 @@ class Subspace:
             return value * sum(self.factors)
         return value @ self._sum if self._subspace == "gram" else value * self._sum
 
+    @property
+    def noise(self) -> float:
+        """Share of the largest curvature that is rounding: of matrices, whose entries belong together."""
+        return 0.0 if self._subspace in ("identity", "fisher") else RANK
+
+    def project(self, value: Tensor) -> Tensor:
+        """V without what no member's output Gram sees (a softmax head does not change with its mean over classes)."""
+        return value if self._range is None else self._range @ value
+
     def right(self) -> Tensor:
         """Σ α_t C_t τ_t."""
         total: Tensor | None = None
@@ -133,3 +151,20 @@ class Subspace:
             first = self.weights[0].base
             return torch.full((1, 1, 1), sum(self.factors), dtype=torch.float64, device=first.device)
         return self._sum.diagonal(dim1=1, dim2=2)[:, None, :] if self._subspace == "gram" else self._sum
+
+
+def _size(matrices: Tensor) -> Tensor:
+    """Traces [B, 1, 1]; 1 where they are 0."""
+    traces = matrices.diagonal(dim1=1, dim2=2).sum(1)
+    return torch.where(traces > 0, traces, 1.0)[:, None, None]
+
+
+def _range(matrices: Tensor) -> Tensor | None:
+    """Projections [B, n, n] on what positive semi-definite matrices see; None where that is everything, or n is large."""
+    if matrices.shape[-1] > SMALL:
+        return None
+    values, vectors = torch.linalg.eigh(matrices)
+    unseen = vectors * (values <= RANK * values[:, -1:])[:, None, :]
+    if not unseen.any():
+        return None
+    return torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device) - unseen @ unseen.mT

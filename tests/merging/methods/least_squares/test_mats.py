@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from merging.errors import MethodError
-from merging.methods import METHODS, Context
+from merging.methods import METHODS, Context, Weight
 
 SCALING = {"amazon": 0.7, "movie": 0.4, "nyt": 1.1, "tweets": 0.25}
 CONVERGED = {"iterations": 2000, "tolerance": 1e-13, "preconditioner": "jacobi"}
@@ -85,3 +85,30 @@ def test_weights_without_the_statistic_are_the_plain_mean(make_pool, merge, asse
     merged = merge("mats", [*weights, gram], SCALING)
     ones = dict.fromkeys(SCALING, 1.0)
     assert_close({w.name: merged[w.name] for w in weights}, merge("average", weights, ones))
+
+
+@pytest.mark.parametrize("preconditioner", ["none", "jacobi"])
+@pytest.mark.parametrize("tolerance", [1e-5, 0.0])
+@pytest.mark.parametrize("classes", [2, 5, 40])
+def test_kfac_leaves_alone_what_a_softmax_does_not_see(classes, tolerance, preconditioner):
+    """A constant added to all logits changes nothing, so that the mean over classes stays the start's."""
+    generator = torch.Generator().manual_seed(classes)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    base, members, grams, outputs = 0.3 * randn(classes, 24), {}, {}, {}
+    for name in "abc":
+        members[name] = base + 0.3 * randn(classes, 24)
+        x = 0.3 * randn(60, 24) @ randn(24, 24)
+        p = (3 * x @ members[name].T).softmax(-1)
+        grams[name], outputs[name] = x.T @ x / 60, p.mean(0).diag() - p.T @ p / 60
+    weight = Weight("head", base, members, {"gram": grams, "output_gram": outputs})
+    out = {"head": torch.empty_like(base)}
+    method = METHODS["mats"]
+    recipe = method.complete(method.default_recipe(list("abc")))
+    changes = {"subspace": "kfac", "iterations": 200, "tolerance": tolerance, "preconditioner": preconditioner}
+    method.prepare([weight], Context()).merge(recipe.scaling, recipe.parameters | changes, out)
+    mean = sum(members.values()) / 3
+    torch.testing.assert_close(out["head"].mean(0), mean.mean(0), rtol=0, atol=1e-6)
+    assert 1e-2 < float((out["head"] - mean).norm() / (mean - base).norm()) < 3
