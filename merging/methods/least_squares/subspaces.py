@@ -167,4 +167,5 @@ def _range(matrices: Tensor) -> Tensor | None:
     unseen = vectors * (values <= RANK * values[:, -1:])[:, None, :]
     if not unseen.any():
         return None
-    return torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device) - unseen @ unseen.mT
+    seen: Tensor = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device) - unseen @ unseen.mT
+    return seen

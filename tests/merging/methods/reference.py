@@ -272,7 +272,10 @@ def model_stock(weights, scaling, parameters, examples):
 
 
 def mats(weights, scaling, parameters, examples):
-    """Conjugate gradients from the plain mean on one weight at a time, its entries one long vector."""
+    """Conjugate gradients from the plain mean on one weight at a time, its entries one long vector.
+
+    With K-FAC in the range of the output Grams: a preconditioner would else move what they do not see.
+    """
     merged = {}
     for w in weights:
         base = w.base.double()
@@ -304,15 +307,24 @@ def mats(weights, scaling, parameters, examples):
         if parameters["preconditioner"] == "jacobi":
             units = torch.eye(base.numel(), dtype=torch.float64).reshape(-1, *base.shape)
             scale = 1 / torch.stack([(u * apply(u)).sum() for u in units]).reshape(base.shape)
-        p = scale * r
+        seen = torch.eye(1, dtype=torch.float64)
+        if parameters["subspace"] == "kfac":
+            together = sum(g / g.trace() for g in found["output_gram"].values())
+            seen = together @ torch.linalg.pinv(together, rtol=1e-6, hermitian=True)
+
+        def project(v, w=w, seen=seen):
+            return (seen @ v.T).T if w.transposed and len(seen) > 1 else seen @ v if len(seen) > 1 else v
+
+        r = project(r)
+        p = project(scale * r)
         for _ in range(parameters["iterations"]):
             if r.norm() <= parameters["tolerance"] * right.norm():
                 break
             ap = apply(p)
             old = (r * scale * r).sum()
             step = old / (p * ap).sum()
-            x, r = x + step * p, r - step * ap
-            p = scale * r + (r * scale * r).sum() / old * p
+            x, r = x + step * p, project(r - step * ap)
+            p = project(scale * r) + (r * scale * r).sum() / old * p
         merged[w.name] = base + x
     return merged
 
