@@ -8,6 +8,7 @@ from merging.tasks.causal_lm import CausalLM, CausalLMSettings
 from merging.tasks.custom import Custom, CustomSettings
 from merging.tasks.image_classification import ImageClassification, ImageClassificationSettings
 from merging.tasks.predictions import Predictions
+from merging.tasks.seq2seq import Seq2Seq, Seq2SeqSettings
 from merging.tasks.task import SPLITS, TASKS, Batch, Score, Split, Task, TaskSettings
 from merging.tasks.text_classification import TextClassification, TextClassificationSettings
 from merging.tasks.token_classification import TokenClassification, TokenClassificationSettings
@@ -25,6 +26,8 @@ __all__ = [
     "ImageClassificationSettings",
     "Predictions",
     "Score",
+    "Seq2Seq",
+    "Seq2SeqSettings",
     "Split",
     "Task",
     "TaskSettings",

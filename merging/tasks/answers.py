@@ -1,12 +1,19 @@
 """What generated texts are worth beside a reference: graded by name, or by the user's own function."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
+from typing import Any
+
+import numpy as np
+
+from merging.errors import TaskError
 
 Grade = Callable[[str, str], float]
 """(generated, reference) → a number, greater is better."""
 
+RESAMPLES = 50
+"""Of the bootstrap of metrics of all texts together, each of which costs a pass over them."""
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
@@ -26,8 +33,41 @@ def number(generated: str, reference: str) -> float:
     return float(own is not None and own == wanted)
 
 
-GRADES: Mapping[str, Grade] = {"exact_match": exact_match, "contains": contains, "number": number}
+def rouge_l(generated: str, reference: str) -> float:
+    """F-measure of the longest common subsequence of words (ROUGE-L, Lin 2004), lower case, letters and digits alone."""
+    own, wanted = (re.findall(r"[^\W_]+", text.casefold()) for text in (generated, reference))
+    row = [0] * (len(wanted) + 1)
+    for word in own:
+        before = row
+        row = [0]
+        for place, other in enumerate(wanted, start=1):
+            row.append(before[place - 1] + 1 if word == other else max(before[place], row[-1]))
+    return 2 * row[-1] / (len(own) + len(wanted)) if own and wanted else 0.0
+
+
+GRADES: Mapping[str, Grade] = {"exact_match": exact_match, "contains": contains, "number": number, "rouge_l": rouge_l}
 """Grades by the name of their metric."""
+
+
+def corpus_score(metric: str, generated: Sequence[str], references: Sequence[str]) -> tuple[float, float]:
+    """ChrF or BLEU of all texts together as sacrebleu computes them, from 0 to 1, and a bootstrap's standard error.
+
+    Raises:
+        TaskError: sacrebleu is not installed.
+    """
+    try:
+        import sacrebleu
+    except ImportError as error:
+        raise TaskError(f"metric '{metric}' is sacrebleu's: pip install 'mergequest[text]'") from error
+    kind: Any = getattr(sacrebleu, metric.upper())()
+    value = float(kind.corpus_score(list(generated), [list(references)]).score) / 100
+    rng, size = np.random.default_rng(0), len(generated)
+    draws = []
+    for _ in range(RESAMPLES):
+        places = rng.integers(size, size=size)
+        drawn = [generated[place] for place in places], [[references[place] for place in places]]
+        draws.append(float(kind.corpus_score(*drawn).score) / 100)
+    return value, float(np.std(draws, ddof=1))
 
 
 def extracted(pattern: "re.Pattern[str]", text: str) -> str:

@@ -14,12 +14,20 @@ class Encoded:
     Args:
         ids: Token ids, prompt first.
         start: Where the completion starts; at least 1, for a first token is predicted from nothing.
-        length: Length of the completion in bytes, for scores by length.
     """
 
     ids: tuple[int, ...]
     start: int
-    length: int
+
+    @property
+    def prompt_ids(self) -> Sequence[int]:
+        """What a generation starts from."""
+        return self.ids[: self.start]
+
+    @property
+    def size(self) -> int:
+        """Tokens in all."""
+        return len(self.ids)
 
     @property
     def targets(self) -> int:
@@ -73,7 +81,7 @@ def encode(
         if len(ids) - start >= max_length:
             raise TaskError(f"the completion has {len(ids) - start} tokens, `max_length` is {max_length}: raise it")
         ids, start = ids[over:], start - over
-    return Encoded(tuple(ids), start, len(completion.strip().encode()))
+    return Encoded(tuple(ids), start)
 
 
 def chat_texts(tokenizer: Any, prompt: str, completion: str) -> tuple[str, str]:

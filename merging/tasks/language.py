@@ -1,0 +1,437 @@
+"""Completions of prompts, whatever kind of language model gives them: their likelihood, a choice among them, generation."""
+
+import re
+import time
+from abc import abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax
+
+from merging.checkpoints.parameter_names import Loading
+from merging.errors import TaskError
+from merging.io import storage
+from merging.tasks.answers import GRADES, corpus_score, extracted
+from merging.tasks.head import blank_model, load_model, load_tokenizer, tokenizer_identity
+from merging.tasks.predictions import Floats, Predictions
+from merging.tasks.prompts import longest_first, render
+from merging.tasks.task import Batch, Score, Split, Task, TaskSettings, score_of
+
+IGNORED = -100
+
+Likelihood: TypeAlias = Literal["log_likelihood", "neg_perplexity"]
+Choice: TypeAlias = Literal["accuracy", "accuracy_norm", "accuracy_unconditional"]
+Generated: TypeAlias = Literal["exact_match", "contains", "number", "chrf", "bleu", "rouge_l"]
+LIKELIHOODS: tuple[str, ...] = ("log_likelihood", "neg_perplexity")
+CHOICES: tuple[str, ...] = ("accuracy", "accuracy_norm", "accuracy_unconditional")
+
+
+class LanguageSettings(TaskSettings):
+    """What tasks on prompts and completions have in common."""
+
+    data: dict[Split, str | Annotated[list[str], Field(min_length=1)]] = Field(
+        min_length=1, description="Split (train, validation, test) → file or list of files: Parquet, CSV or JSON lines."
+    )
+    prompt: str | None = Field("prompt", description="Column of the prompt; not used where `template` is given.")
+    completion: str | None = Field(
+        "completion",
+        description="Column of the completion, the only part that is scored; null: members complete prompts.",
+    )
+    template: str | None = Field(None, description="Jinja template of the prompt over an example's columns.")
+    choices: str | None = Field(None, description="Column of a list of completions to choose from.")
+    label: str = Field("label", description="Column of the right choice: its position, or its text.")
+    metric: Likelihood | Choice | Generated | None = Field(
+        None,
+        description="log_likelihood (mean over examples, nats per token), neg_perplexity; with `choices`: accuracy, "
+        "accuracy_norm (by length in bytes), accuracy_unconditional (less the likelihood without prompt); of greedy "
+        "generation: exact_match, contains, number, rouge_l, and of all examples together chrf, bleu. Default: accuracy with "
+        "`choices`, else log_likelihood.",
+    )
+    extract: str | None = Field(
+        None, description="Regular expression; its last match (first group) in what is generated is what counts."
+    )
+    max_new_tokens: int = Field(64, ge=1, description="Tokens that are generated at most.")
+    max_length: int = Field(
+        1024, ge=2, description="Tokens of an example; what is longer loses the prompt's beginning."
+    )
+    batch_size: int = Field(16, ge=1, description="Sequences a step of evaluation.")
+
+    @field_validator("extract")
+    @classmethod
+    def _is_pattern(cls, pattern: str | None) -> str | None:
+        if pattern is not None:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"no regular expression: {error}") from error
+        return pattern
+
+    @model_validator(mode="after")
+    def _metric_fits(self) -> "LanguageSettings":
+        if self.whole_text is None and self.template is None and self.prompt is None:
+            raise ValueError("name `prompt` or `template`")
+        if (self.choices is not None) != (self.judged_by in CHOICES):
+            raise ValueError(
+                f"`metric: {self.judged_by}` {'needs' if self.choices is None else 'does not go with'} `choices`"
+            )
+        if self.is_unanswered and set(self.data) != {"train"}:
+            raise ValueError(
+                "`completion: null` is for statistics on a train split: nothing is judged without completions"
+            )
+        if self.extract is not None and not self.generates:
+            raise ValueError("`extract` goes with metrics of what is generated")
+        return self
+
+    @property
+    def whole_text(self) -> str | None:
+        """Column of a text that is predicted whole; None where there are prompts."""
+        return None
+
+    @property
+    def is_unanswered(self) -> bool:
+        """Whether there are prompts alone."""
+        return self.whole_text is None and self.choices is None and self.completion is None
+
+    @property
+    def generates(self) -> bool:
+        """Whether the metric is of what is generated."""
+        return self.judged_by not in (*LIKELIHOODS, *CHOICES)
+
+    @property
+    def judged_by(self) -> str:
+        """The metric's name."""
+        return self.metric or ("accuracy" if self.choices is not None else "log_likelihood")
+
+
+@dataclass(frozen=True)
+class Example:
+    """An example: its prompt, its completions, and which of them is right."""
+
+    prompt: str
+    completions: tuple[str, ...]
+    right: int = 0
+
+
+class Encoding(Protocol):
+    """A prompt and one completion as the model reads them."""
+
+    @property
+    def prompt_ids(self) -> Sequence[int]:
+        """What a generation starts from."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Tokens in all."""
+        ...
+
+
+class LanguageTask(Task):
+    """A task on prompts and completions; see `Task`."""
+
+    has_predictions: ClassVar[bool] = True
+    model_class: ClassVar[str]
+
+    def __init__(self, name: str, settings: LanguageSettings, head: str) -> None:
+        super().__init__(name, settings, head)
+        self.settings: Any = settings
+        self._examples: dict[Split, list[Example]] = {}
+
+    @abstractmethod
+    def encoded(self, example: Example, number: int) -> Any:
+        """An example with one of its completions as token ids: an `Encoding`.
+
+        Raises:
+            TaskError: The completion has no token, or is too long.
+        """
+
+    @abstractmethod
+    def make_batch(self, encoded: Sequence[Any], places: npt.NDArray[np.int64]) -> Batch:
+        """Encodings side by side, the tokens of completions as labels [N, K]."""
+
+    @abstractmethod
+    def pad_prompts(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask [N, S] to generate from."""
+
+    def check(self) -> list[str]:
+        """Reads all splits, encodes every example, and looks at the head; see `Task.check`."""
+        self.blank_model()
+        for split in self.settings.data:
+            for row, example in enumerate(self.split(split), start=1):
+                for number in range(len(example.completions)):
+                    try:
+                        self.encoded(example, number)
+                    except TaskError as error:
+                        raise self.error(f"{split}, row {row}: {error}") from error
+        if self.settings.judged_by in ("chrf", "bleu"):
+            corpus_score(self.settings.judged_by, ["a"], ["a"])  # for the library
+        lacking = {"train": "no statistics can be computed for it", "test": "its winner is known on validation only"}
+        return [
+            f"task '{self.name}' has no {split} split: {lack}"
+            for split, lack in lacking.items()
+            if split not in self.settings.data
+        ]
+
+    def load_model(self) -> nn.Module:
+        """See `Task.load_model`."""
+        return self.load_skeleton(())
+
+    def load_skeleton(self, merged: Collection[str]) -> nn.Module:
+        """See `Task.load_skeleton`."""
+        model = load_model(self.head, self.model_class, base=self.base, hollow=merged)
+        config: Any = model.config
+        config.use_cache = False
+        return model
+
+    def blank_model(self) -> tuple[nn.Module, Loading]:
+        """See `Task.blank_model`."""
+        return blank_model(self.head, self.model_class, self.base)
+
+    @property
+    def is_below_zero(self) -> bool:
+        """Of log-likelihoods and negative perplexities; see `Task.is_below_zero`."""
+        return self.settings.judged_by in LIKELIHOODS
+
+    def size(self, split: Split) -> int:
+        """See `Task.size`."""
+        return len(self.split(split)) if split in self.settings.data else 0
+
+    def data_fingerprint(self, split: Split) -> str:
+        """Content hash of the examples, of how they are encoded and judged, and of the tokenizer."""
+        examples = [[example.prompt, example.completions, example.right] for example in self.split(split)]
+        settings = self.settings.model_dump(mode="json", exclude={"data", "batch_size"})
+        return storage.fingerprint([examples, settings, tokenizer_identity(self.tokenizer)])
+
+    def predict(
+        self, model: nn.Module, split: Split, positions: npt.NDArray[np.int64], *, precision: str = "float32"
+    ) -> Predictions:
+        """See `Task.predict`."""
+        started = time.perf_counter()
+        examples = [self.split(split)[place] for place in self._order(split)[positions]]
+        device = next(model.parameters()).device
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            if self.settings.choices is not None:
+                predictions = self._chosen(model, examples)
+            elif self.settings.generates:
+                predictions = self._graded(model, examples)
+            else:
+                predictions = self._likelihoods(model, examples)
+        if predictions.losses is None or not np.isfinite(predictions.losses).all():
+            raise self.error(f"the model gave NaN or Inf for some of {len(examples)} {split} examples")
+        return Predictions(**(vars(predictions) | {"seconds": time.perf_counter() - started}))
+
+    def score(self, predictions: Predictions) -> Score:
+        """See `Task.score`."""
+        metric = self.settings.judged_by
+        if metric == "neg_perplexity":
+            sums, counts = (np.asarray(predictions.payload[name], np.float64) for name in ("sums", "tokens"))
+            mean = -sums.sum() / counts.sum()
+            # delta method, for a ratio of means over examples
+            spread = (-sums - mean * counts).std() / counts.mean() / np.sqrt(len(counts))
+            return score_of(predictions, metric, measured=(-float(np.exp(mean)), float(np.exp(mean) * spread)))
+        if metric in ("chrf", "bleu"):
+            texts = [[str(text) for text in predictions.payload[name]] for name in ("generated", "references")]
+            return score_of(predictions, metric, measured=corpus_score(metric, *texts))
+        return score_of(predictions, metric)
+
+    def batches(self, split: Split, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
+        """Prompts with their right completions, whose tokens are the labels; see `Task.batches`."""
+        order = self._order(split)[start:stop]
+        for first in range(0, len(order), batch_size):
+            places = order[first : first + batch_size]
+            examples = self._answered(split, places)
+            yield self.make_batch([self.encoded(example, example.right) for example in examples], places)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The head's tokenizer."""
+        tokenizer = load_tokenizer(self.head, self.base)
+        if tokenizer.pad_token_id is None:
+            raise self.error("the tokenizer has neither a padding nor an end-of-text token: give it one")
+        return tokenizer
+
+    def split(self, split: Split) -> list[Example]:
+        """A split's examples, read once."""
+        if split not in self._examples:
+            if split not in self.settings.data:
+                raise self.error(f"`data` names no {split} split: add one")
+            paths = self.settings.data[split]
+            try:
+                self._examples[split] = _read([paths] if isinstance(paths, str) else paths, self.settings)
+            except TaskError as error:
+                raise self.error(f"{split}: {error}") from error
+        return self._examples[split]
+
+    def error(self, message: str) -> TaskError:
+        """An error of this task."""
+        return TaskError(f"task '{self.name}': {message}")
+
+    def _likelihoods(self, model: nn.Module, examples: Sequence[Example]) -> Predictions:
+        """Of each example's completion: mean log-likelihood per token."""
+        sums, tokens, entropies = self._scored(model, [self.encoded(example, 0) for example in examples])
+        means = sums / tokens
+        return Predictions(means, np.exp(means), -means, entropies, {"sums": sums, "tokens": tokens})
+
+    def _chosen(self, model: nn.Module, examples: Sequence[Example]) -> Predictions:
+        """Of each example's choices: whether the right one is likeliest, and the softmax over their likelihoods."""
+        pairs = [(example, number) for example in examples for number in range(len(example.completions))]
+        sums = self._scored(model, [self.encoded(example, number) for example, number in pairs])[0]
+        if self.settings.judged_by == "accuracy_norm":
+            sums = sums / [max(1, len(example.completions[number].strip().encode())) for example, number in pairs]
+        elif self.settings.judged_by == "accuracy_unconditional":
+            alone = [self.encoded(Example("", example.completions), number) for example, number in pairs]
+            sums = sums - self._scored(model, alone)[0]
+        ends = np.cumsum([len(example.completions) for example in examples])
+        values, right, entropies = np.zeros((3, len(examples)))
+        for place, (example, logits) in enumerate(zip(examples, np.split(sums, ends[:-1]), strict=True)):
+            chances = np.exp(logits - logits.max())
+            chances /= chances.sum()
+            values[place] = logits.argmax() == example.right
+            right[place] = chances[example.right]
+            entropies[place] = -(chances * np.log(np.maximum(chances, np.finfo(float).tiny))).sum()
+        return Predictions(values, right, -np.log(np.maximum(right, np.finfo(float).tiny)), entropies)
+
+    def _graded(self, model: nn.Module, examples: Sequence[Example]) -> Predictions:
+        """What is generated, graded; the surrogate is the reference's mean probability per token."""
+        pattern = None if self.settings.extract is None else re.compile(self.settings.extract)
+        sums, tokens, entropies = self._scored(model, [self.encoded(example, 0) for example in examples])
+        generated = [""] * len(examples)
+        for place, text in self._generate(model, examples):
+            generated[place] = text if pattern is None else extracted(pattern, text)
+        references = [example.completions[0] for example in examples]
+        surrogates = np.exp(sums / tokens)
+        grade = GRADES.get(self.settings.judged_by)
+        if grade is None:
+            texts = {"generated": np.array(generated, object), "references": np.array(references, object)}
+            return Predictions(surrogates, surrogates, -sums / tokens, entropies, texts)
+        values = np.array([grade(own, reference) for own, reference in zip(generated, references, strict=True)])
+        return Predictions(values, surrogates, -sums / tokens, entropies)
+
+    def _generate(self, model: Any, examples: Sequence[Example]) -> Iterator[tuple[int, str]]:
+        """Greedy completions of the examples' prompts, each with its example's place."""
+        device = next(model.parameters()).device
+        prompts = [
+            self.encoded(Example(example.prompt, example.completions or (".",)), 0).prompt_ids for example in examples
+        ]
+        for places in longest_first([len(ids) for ids in prompts], self.settings.batch_size):
+            ids, mask = self.pad_prompts([prompts[place] for place in places])
+            with torch.inference_mode():
+                answer = model.generate(
+                    input_ids=ids.to(device),
+                    attention_mask=mask.to(device),
+                    max_new_tokens=self.settings.max_new_tokens,
+                    do_sample=False,
+                    num_beams=1,
+                    use_cache=True,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                )
+            new = answer if model.config.is_encoder_decoder else answer[:, ids.shape[1] :]
+            yield from zip(places, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True)
+
+    def _answered(self, split: Split, places: npt.NDArray[np.int64]) -> list[Example]:
+        """Examples with their completions; those that have none are completed by the head's own checkpoint, once."""
+        examples = self.split(split)
+        unanswered = [int(place) for place in places if not examples[place].completions]
+        if unanswered:
+            for number, text in self._generate(self._own_model, [examples[place] for place in unanswered]):
+                place = unanswered[number]
+                examples[place] = Example(examples[place].prompt, (text or self.tokenizer.eos_token,))
+        return [examples[place] for place in places]
+
+    @cached_property
+    def _own_model(self) -> nn.Module:
+        return self.load_model()
+
+    def _scored(self, model: nn.Module, encoded: Sequence[Any]) -> tuple[Floats, Floats, Floats]:
+        """Of each sequence's completion: summed log-likelihood, number of tokens, mean entropy per token; float64 [M]."""
+        device = next(model.parameters()).device
+        sums, tokens, entropies = np.zeros((3, len(encoded)))
+        for places in longest_first([encoding.size for encoding in encoded], self.settings.batch_size):
+            batch = self.make_batch([encoded[place] for place in places], np.array(places)).to(device)
+            for place, logits, labels in zip(places, self.logits(model, batch), batch.labels, strict=True):
+                targets = labels != IGNORED
+                log_p = log_softmax(logits[targets].float(), dim=-1)
+                sums[place] = log_p.gather(1, labels[targets, None]).double().sum()
+                tokens[place] = targets.sum()
+                entropies[place] = -(log_p.exp() * log_p).sum(-1).nan_to_num().double().mean()
+        return sums, tokens, entropies
+
+    def _order(self, split: Split) -> npt.NDArray[np.int64]:
+        """The fixed order that `limit` and `batches` count in."""
+        return np.random.default_rng(0).permutation(len(self.split(split)))
+
+
+def _read(paths: Sequence[str], settings: LanguageSettings) -> list[Example]:
+    """Examples from files; the first bad row is named."""
+    from merging.tasks.labelled_texts import read_table, text_problems  # with pandas, which takes a second
+
+    texts = [settings.whole_text] if settings.whole_text is not None else []
+    columns = _template_columns(settings.template)
+    if settings.whole_text is None:
+        texts += [settings.prompt] if settings.template is None and settings.prompt is not None else []
+        texts += [settings.completion] if settings.choices is None and settings.completion is not None else []
+        columns += [settings.choices, settings.label] if settings.choices is not None else []
+    frame = read_table(paths, list(dict.fromkeys([*texts, *columns])), texts)
+    if problems := [problem for column in texts for problem in text_problems(frame[column], column)]:
+        raise TaskError(f"{', '.join(paths)}: {'; '.join(problems)}")
+    examples = []
+    for number, row in enumerate(frame.to_dict("records"), start=1):
+        try:
+            examples.append(_example({str(key): value for key, value in row.items()}, settings))
+        except TaskError as error:
+            raise TaskError(f"{', '.join(paths)}, row {number}: {error}") from error
+    return examples
+
+
+def _example(row: Mapping[str, Any], settings: LanguageSettings) -> Example:
+    if settings.whole_text is not None:
+        return Example("", (row[settings.whole_text],))
+    prompt = render(settings.template, row) if settings.template is not None else row[settings.prompt or ""]
+    if settings.choices is None:
+        return Example(prompt, () if settings.completion is None else (row[settings.completion],))
+    choices = row[settings.choices]
+    if isinstance(choices, str) or not hasattr(choices, "__len__") or len(choices) < 2:
+        raise TaskError(f"column '{settings.choices}' holds {choices!r}: a list of at least two texts is needed")
+    options = tuple(str(choice) for choice in choices)
+    label = row[settings.label]
+    if isinstance(label, str):
+        if label not in options:
+            raise TaskError(f"column '{settings.label}' holds {label!r}, which is none of the choices")
+        return Example(prompt, options, options.index(label))
+    if isinstance(label, bool) or label != label or int(label) != label or not 0 <= label < len(options):
+        raise TaskError(f"column '{settings.label}' holds {label!r}: a position from 0 to {len(options) - 1} is needed")
+    return Example(prompt, options, int(label))
+
+
+def _template_columns(template: str | None) -> list[str]:
+    """The columns that a template names.
+
+    Raises:
+        TaskError: It is no Jinja template.
+    """
+    if template is None:
+        return []
+    from jinja2 import Environment, TemplateError, meta
+
+    try:
+        return sorted(meta.find_undeclared_variables(Environment(autoescape=False).parse(template)))
+    except TemplateError as error:
+        raise TaskError(f"`template`: {error}") from error
+
+
+def padded(rows: Sequence[Sequence[int]], padding: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Token ids and their mask [N, S]."""
+    width = max(len(row) for row in rows)
+    ids, mask = torch.full((len(rows), width), padding), torch.zeros(len(rows), width, dtype=torch.long)
+    for place, row in enumerate(rows):
+        there = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[place, there] = torch.tensor(row)
+        mask[place, there] = 1
+    return ids, mask
