@@ -2,13 +2,15 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from merging.errors import ClusterError
+from merging.io.secrets import described, storable
 from merging.recipe import Recipe
+from merging.tasks.task import Score
 from search.candidate import Candidate, Executor, Outcome, Provenance, make_row
-from search.ledger.ledger import Ledger
+from search.ledger.ledger import Ledger, to_table
 from search.ledger.row import Row
 from search.objective import Objective
 
@@ -77,11 +79,23 @@ def judge(outcome: Outcome, objective: Objective | None, provenance: Provenance)
         provenance: What every row says.
     """
     if outcome.error is not None or outcome.measurement is None:
-        text = f"{type(outcome.error).__name__}: {outcome.error}" if outcome.error else "no measurement came back"
-        return make_row(outcome, {}, text[:MAX_ERROR_LENGTH], provenance)
+        text = described(outcome.error, MAX_ERROR_LENGTH) if outcome.error else "no measurement came back"
+        return make_row(replace(outcome, measurement=None), {}, text, provenance)
+    try:
+        row = _measured(outcome, outcome.measurement.scores, objective, provenance)
+        to_table([row])
+    except Exception as error:  # evaluators are the user's own code: an answer that no row holds is a failed candidate
+        text = storable(f"TaskError: the evaluator's answer cannot be recorded ({described(error)})", MAX_ERROR_LENGTH)
+        return make_row(replace(outcome, measurement=None), {}, text, provenance)
+    return row
+
+
+def _measured(
+    outcome: Outcome, scores: Mapping[str, Score], objective: Objective | None, provenance: Provenance
+) -> Row:
+    """The row of a measurement."""
     if objective is None:
         return make_row(outcome, {}, None, provenance)
-    scores = outcome.measurement.scores
     try:
         values, violations = objective(scores), objective.violations(scores)
     except KeyError as task:

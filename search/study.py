@@ -6,7 +6,6 @@ asked again, under its number and with its parameters. So a search that was kill
 proposed.
 """
 
-import fcntl
 import io
 import os
 import tempfile
@@ -26,6 +25,7 @@ from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
 
 from merging.errors import LedgerError, MergequestError, MethodError, SettingsError, StorageError
 from merging.io import storage
+from merging.io.process import try_lock
 from merging.recipe import Recipe
 from search.candidate import PARTIAL
 from search.journal import Journal, Lines, appended, whole_lines
@@ -417,12 +417,11 @@ def _alone(path: str) -> Iterator[None]:
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        # where the file system keeps no locks, the campaign's lease keeps others out
+        if try_lock(handle) == "taken":
             raise LedgerError(
                 f"another process is running this campaign (it holds {path}): wait for it, or stop it first"
-            ) from error
+            )
         yield
     finally:
         os.close(handle)

@@ -16,6 +16,9 @@ from ray_tasks.evaluators.fed_evaluator import FedEvaluator
 from ray_tasks.evaluators.lifecycle import Crew
 from ray_tasks.evaluators.prometheus import EvaluatorMetrics
 
+RESTARTS = 3
+"""How often an evaluator is replaced at least, though candidates are not tried again: others shall be measured."""
+
 
 @contextmanager
 def evaluators(opened: Opened, statistics: Files, cluster: Cluster, display: Display) -> Iterator[RayExecutor]:
@@ -34,7 +37,7 @@ def evaluators(opened: Opened, statistics: Files, cluster: Cluster, display: Dis
             count,
             resources.threads,
             gpus,
-            resources.retries,
+            max(resources.retries, RESTARTS),
             room=(lambda: room_for(cluster.now(), *needs)) if grows else None,
             say=display.note,
             kind=FedEvaluator if is_fed else Evaluator,

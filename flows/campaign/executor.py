@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import cast
 
 from merging.errors import MergequestError
+from merging.io.secrets import described
 from merging.tasks.task import Split
 from ray_tasks.evaluators.evaluator import Assignment
 from ray_tasks.evaluators.evaluator_pool import EvaluatorPool, Finished
@@ -87,4 +88,11 @@ class RayExecutor:
             pruned=found.stopped,
         )
         outcome = Outcome(candidate, measured, started=done.started)
-        return self._planner.learn(outcome) if self._planner else outcome
+        if self._planner is None:
+            return outcome
+        try:
+            return self._planner.learn(outcome)
+        except MergequestError:
+            raise
+        except Exception as error:  # answers are the user's own code's: numbers of another kind, or of fewer examples
+            return Outcome(candidate, error=EvaluationError(described(error)), started=done.started)

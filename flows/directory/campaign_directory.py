@@ -1,6 +1,5 @@
 """What a campaign leaves behind, and where; one campaign a directory, one driver at a time."""
 
-import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from flows.directory.lock import lease
 from merging.checkpoints.configuration import differences
 from merging.errors import LedgerError, PoolError, SettingsError, StorageError, TaskError
 from merging.io import storage
+from merging.io.process import try_lock
 from search.ledger.ledger import Ledger
 
 
@@ -155,22 +155,25 @@ class Directory:
             LedgerError: Another driver is at work here.
             StorageError: There is no right to write here.
         """
-        if not storage.is_local(self.path):
-            with lease(self / LEASE, f"this campaign ({self.path})"):
-                yield
-            return
-        storage.make_dir(self.path)
-        handle = os.open(storage.local_path(self / ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
-        try:
+        if storage.is_local(self.path):
+            storage.make_dir(self.path)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise LedgerError(
-                    f"another mergequest is running this campaign ({self.path}): wait for it, or stop it"
-                ) from error
+                handle = os.open(storage.local_path(self / ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+            except OSError as error:
+                raise StorageError(f"cannot write {self / '.lock'}: {error.strerror}") from error
+            try:
+                state = try_lock(handle)
+                if state == "taken":
+                    raise LedgerError(
+                        f"another mergequest is running this campaign ({self.path}): wait for it, or stop it"
+                    )
+                if state == "held":
+                    yield
+                    return
+            finally:
+                os.close(handle)
+        with lease(self / LEASE, f"this campaign ({self.path})"):  # an object store, or a file system without locks
             yield
-        finally:
-            os.close(handle)
 
     def read_timings(self) -> dict[str, float]:
         """Phase → seconds over all runs so far."""

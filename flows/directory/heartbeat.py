@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from merging.errors import MergequestError, StorageError
 from merging.io import storage
+from merging.io.secrets import storable
 
 if TYPE_CHECKING:
     from search.budget import Progress
@@ -78,7 +79,9 @@ def heartbeat(directory: str, pulse: Pulse, name: str = "", every: float = BEAT)
     try:
         yield
     except BaseException as error:
-        told = f": {error}" if isinstance(error, MergequestError) else ""  # what others say may hold anything
+        told = (
+            f": {storable(str(error))}" if isinstance(error, MergequestError) else ""
+        )  # what others say may hold anything
         ended = "interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__ + told
         raise
     finally:

@@ -1,9 +1,7 @@
 """One driver at a time where no operating system keeps a lock: a small object, renewed while its holder lives."""
 
 import json
-import os
 import signal
-import socket
 import threading
 import time
 import uuid
@@ -11,10 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import psutil
-
 from merging.errors import LedgerError, StorageError
 from merging.io import storage
+from merging.io.process import is_gone, this_process
 
 BEAT = 10.0
 """Seconds between two signs of life."""
@@ -34,8 +31,8 @@ class _Taken(BaseException):
 def lease(path: str, what: str) -> Iterator[None]:
     """Holds the lease at `path` for the block; ends the block when somebody else took it meanwhile.
 
-    A holder that was killed is noticed at once on its own machine, and elsewhere by its silence: no clocks are
-    compared, the object is watched for `SILENCE` seconds.
+    A holder that was killed is noticed at once on its own machine and in its own container, and elsewhere by its
+    silence: no clocks are compared, the object is watched for `SILENCE` seconds.
 
     Args:
         path: Address of the object.
@@ -45,7 +42,7 @@ def lease(path: str, what: str) -> Iterator[None]:
         LedgerError: Somebody else holds it, or took it while this process did not run.
         StorageError: There is no right to write there.
     """
-    mine = {"owner": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
+    mine = {"owner": uuid.uuid4().hex, **this_process()}
     _take(path, mine, what)
     done, lost = threading.Event(), threading.Event()
     beats = threading.Thread(target=_beat, args=(path, mine, done, lost), name="mergequest-lease", daemon=True)
@@ -75,7 +72,7 @@ def _take(path: str, mine: dict[str, Any], what: str) -> None:
     if storage.create(path, _encoded(mine, 0)):
         return
     found = _read(path)
-    if found is not None and not _is_dead(found):
+    if found is not None and not is_gone(found):
         seen, until = found, time.monotonic() + SILENCE
         while time.monotonic() < until:
             time.sleep(min(BEAT / 10, 1.0))
@@ -108,7 +105,7 @@ def _beat(path: str, mine: dict[str, Any], done: threading.Event, lost: threadin
                 signal.pthread_kill(threading.main_thread().ident or 0, TAKEN)
                 return
             storage.write_bytes(path, _encoded(mine, number))
-        except StorageError:
+        except Exception:  # whatever a store's client raises: without this thread the lease would run out unnoticed
             continue  # the store is away: whoever comes back first finds out
 
 
@@ -121,19 +118,6 @@ def _read(path: str) -> dict[str, Any] | None:
             raise
         return None
     return found if isinstance(found, dict) else {}
-
-
-def _is_dead(found: dict[str, Any]) -> bool:
-    """Whether the holder was a process of this machine that is no more."""
-    return found.get("host") == socket.gethostname() and _born(int(found.get("pid", 0))) != found.get("born")
-
-
-def _born(pid: int) -> float | None:
-    """When a process of this machine started, which tells it from another of its number."""
-    try:
-        return float(psutil.Process(pid).create_time())
-    except psutil.Error:
-        return None
 
 
 def _encoded(mine: dict[str, Any], beat: int) -> bytes:

@@ -83,3 +83,18 @@ def _without_user(match: re.Match[str]) -> str:
     protocol, slashes, user = match.groups()
     keep = not user or (":" not in user and _may_name_a_user(protocol))
     return match[0] if keep else f"{protocol}{slashes}{HIDDEN}@"
+
+
+def described(error: BaseException, limit: int = 2000) -> str:
+    """Type and message of any error as they may be shown and saved: no secrets, and text that every file can hold."""
+    try:
+        message = str(error)
+    except Exception:  # of somebody's own class
+        message = "(its message cannot be read)"
+    return storable(f"{type(error).__name__}: {message}", limit)
+
+
+def storable(text: str, limit: int = 2000) -> str:
+    """A text without secrets, without what UTF-8 cannot hold (lone surrogates, NUL), and not too long."""
+    sound = text[: 4 * limit].encode("utf-8", "replace").decode().replace("\0", "?")
+    return redacted(sound)[:limit]

@@ -31,6 +31,9 @@ from merging.tasks.head import blank_model, load_model
 from merging.tasks.predictions import Predictions
 from merging.tasks.task import Score, Split, Task, TaskSettings, register, score_of
 
+MOST_EXAMPLES = 1 << 53
+"""Above it, floating point does not count."""
+
 
 class CustomSettings(TaskSettings):
     """A score that a function of your own gives: `function(model, checkpoint, split, limit, **arguments)`.
@@ -163,10 +166,18 @@ class Custom(Task):
         value = self._number(fields.get("value"), "value")
         if not math.isfinite(value):
             raise self._error(f"{self.settings.evaluator} gave {value} on {split}: a score must be finite")
+        error_of_it = self._number(fields.get("standard_error", math.nan), "standard_error")
+        if error_of_it < 0 or math.isinf(error_of_it):
+            raise self._error(f"{self.settings.evaluator} gave {error_of_it} as standard_error: it is 0 or more")
+        examples = self._number(fields.get("examples", min(limit, size) if limit else size), "examples")
+        if not 0 <= examples <= MOST_EXAMPLES or examples != int(examples):
+            raise self._error(
+                f"{self.settings.evaluator} gave {examples:g} as examples: a number of examples is needed"
+            )
         score = Score(
             value=value,
-            standard_error=self._number(fields.get("standard_error", math.nan), "standard_error"),
-            examples=int(self._number(fields.get("examples", min(limit, size) if limit else size), "examples")),
+            standard_error=error_of_it,
+            examples=int(examples),
             metric=self.settings.metric,
             seconds=time.perf_counter() - started,
         )
@@ -214,7 +225,12 @@ class Custom(Task):
         if isinstance(value, torch.Tensor) and value.numel() == 1:
             return float(value)
         if isinstance(value, Real) and not isinstance(value, bool):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:
+                raise self._error(
+                    f"{self.settings.evaluator} returned a number as {what} that no float holds"
+                ) from None
         raise self._error(f"{self.settings.evaluator} returned {value!r} as {what}: a number is needed")
 
     def _error(self, message: str) -> TaskError:

@@ -13,6 +13,7 @@ from merging.checkpoints.pool import Pool
 from merging.evaluation.live_models import LiveModels, MakeSource, Measurement, best_device
 from merging.evaluation.steps import Plan
 from merging.io import fact_cache
+from merging.io.secrets import described
 from merging.mergers.material import Material, open_statistics
 from merging.mergers.resident import ResidentMerger
 from merging.recipe import Recipe
@@ -83,6 +84,11 @@ class Assignment:
     limit: int | None = None
     plan: Plan | None = None
 
+    @property
+    def candidate(self) -> tuple[str, str]:
+        """What is measured, whatever ticket it has this time."""
+        return self.recipe.identity, self.split
+
 
 @dataclass
 class Answer:
@@ -110,10 +116,10 @@ class Fault(Answer):
     """An answer whose error is about the machine, and says nothing of the recipe."""
 
 
-def failed(error: Exception, worker: str, started: datetime) -> Answer:
+def failed(error: BaseException, worker: str, started: datetime) -> Answer:
     """The answer of an evaluator that met an error."""
     kind = Fault if is_fault(error) else Answer
-    return kind(None, f"{type(error).__name__}: {error}", worker, started)
+    return kind(None, described(error), worker, started)
 
 
 class Evaluator:
@@ -158,6 +164,6 @@ class Evaluator:
             self.build()
             assert self._models is not None
             measurement = self._models.measure(assignment.recipe, assignment.split, assignment.limit, assignment.plan)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return failed(error, self._worker, started)
         return Answer(measurement, None, self._worker, started)

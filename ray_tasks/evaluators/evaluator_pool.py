@@ -112,6 +112,7 @@ class EvaluatorPool:
     _again: deque[Assignment] = field(default_factory=deque, init=False)
     _open: set[str] = field(default_factory=set, init=False)
     _displaced: Counter[str] = field(default_factory=Counter, init=False)
+    _killed: Counter[tuple[str, str]] = field(default_factory=Counter, init=False)
     _inboxes: dict[Any, Inbox] = field(default_factory=dict, init=False)
     _faults: dict[str, list[str]] = field(default_factory=dict, init=False)
     _proven: set[Any] = field(default_factory=set, init=False)
@@ -309,6 +310,7 @@ class EvaluatorPool:
             return self._fault(work, answer)
         else:
             self.crew.count_answer()
+            self._killed.pop(work.assignment.candidate, None)
             self._explain(work)
         self._displaced.pop(ticket, None)
         if answer.lost and self.shards is not None:
@@ -367,7 +369,11 @@ class EvaluatorPool:
             self._again.append(work.assignment)
             return []
         if not displaced and not unreachable:
-            self.crew.count_death(why)
+            self._killed[work.assignment.candidate] += 1
+            if (
+                self._killed[work.assignment.candidate] == 1
+            ):  # the same one again tells of the candidate, not of the machines
+                self.crew.count_death(why)
         self._displaced.pop(ticket, None)
         return self._finished(ticket, work.started, None, why, lost=True)
 

@@ -33,7 +33,7 @@ class Sleeper:
 
     def measure(self, assignment):
         time.sleep(1.0)
-        return SimpleNamespace(measurement=None, error="measured", worker="", started=None, lost=False)
+        return SimpleNamespace(measurement=None, error="measured", worker="", started=None, lost=False, fault=False)
 
 
 def main():
@@ -70,7 +70,7 @@ def main():
                 for _ in range(2):
                     nodes.add_node(num_cpus=1)
             while queue and pool.free:
-                pool.submit(SimpleNamespace(ticket=queue.popleft()))
+                pool.submit(SimpleNamespace(ticket=queue[0], candidate=queue.popleft()))
             for done in pool.wait(0.5):
                 lost += done.lost
                 answers.add(done.ticket)

@@ -37,15 +37,15 @@ class Light:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(assignment.deed)
         error = f"measured {assignment.ticket}"
-        return SimpleNamespace(measurement=None, error=error, worker="", started=started, lost=False)
+        return SimpleNamespace(measurement=None, error=error, worker="", started=started, lost=False, fault=False)
 
 
 class BrokenError(Exception):
     pass
 
 
-def work(ticket, deed=0.0):
-    return SimpleNamespace(ticket=ticket, deed=deed)
+def work(ticket, deed=0.0, candidate=None):
+    return SimpleNamespace(ticket=ticket, deed=deed, candidate=candidate or object())
 
 
 @pytest.fixture
@@ -91,6 +91,16 @@ def test_a_crash_loop_is_an_error_but_crashes_between_answers_are_not(make_pool)
     assert run_one(pool, work("x", "die")).lost
     with pytest.raises(ClusterError, match=r"died 2 times in a row, the last one so: ActorDiedError"):
         pool.wait(1.0)
+
+
+def test_one_candidate_that_ends_its_evaluators_is_no_crash_loop(make_pool):
+    """Tried again and again, it counts once: the candidates after it are measured by a single evaluator, too."""
+    pool = make_pool(1, restarts=1)
+    pool.start()
+    for number in range(4):
+        assert run_one(pool, work(f"again {number}", "die", candidate="killer")).lost
+    assert not run_one(pool, work("sound")).lost
+    assert run_one(pool, work("last", "die", candidate="killer")).lost
 
 
 def test_evaluators_without_room_are_not_counted_and_hold_nobody_up(make_pool):

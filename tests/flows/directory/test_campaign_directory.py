@@ -1,3 +1,7 @@
+import errno
+import fcntl
+import os
+import time
 from dataclasses import replace
 
 import pytest
@@ -49,3 +53,31 @@ def test_a_changed_configuration_is_noticed_and_other_words_for_the_same_are_not
     for change in ({"activation_function": "relu"}, {"layer_norm_epsilon": 1e-3}, {"n_head": 6}):
         with pytest.raises(PoolError, match=f"'one': config.json has {next(iter(change))} = "):
             directory.check_pool(pool | {"configurations": {"one": config | change}})
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_file_system_without_locks_is_no_other_driver_and_has_a_lease(monkeypatch, tmp_path, number):
+    def none(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    for module, seconds in (("BEAT", 0.1), ("SILENCE", 0.5), ("SETTLE", 0.05)):
+        monkeypatch.setattr(f"flows.directory.lock.{module}", seconds)
+    directory = Directory(str(tmp_path / "out"))
+    with directory.locked():
+        time.sleep(0.3)
+        with pytest.raises(LedgerError, match="another mergequest is running this campaign"), directory.locked():
+            pytest.fail("two at once")
+    with directory.locked():
+        pass
+
+
+def test_a_directory_is_locked_once(tmp_path):
+    directory = Directory(str(tmp_path / "out"))
+    again = pytest.raises(LedgerError, match="another mergequest is running this campaign")
+    with directory.locked(), again, directory.locked():
+        pytest.fail("two at once")
+    with pytest.raises(KeyboardInterrupt), directory.locked():
+        raise KeyboardInterrupt
+    with directory.locked():
+        pass

@@ -2,18 +2,19 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
 import time
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from flows.directory import lock as leases
 from flows.directory.lock import lease
 from merging.errors import LedgerError
 from merging.io import storage
+from merging.io.process import this_process
 
 
 @pytest.fixture(autouse=True)
@@ -56,10 +57,49 @@ def test_one_at_a_time(path):
 def test_a_holder_that_was_killed_on_this_machine_is_followed_at_once(path, monkeypatch):
     monkeypatch.setattr(leases, "SILENCE", 60.0)
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    left_behind(path, host=socket.gethostname(), pid=int(gone.stdout))
+    left_behind(path, **this_process() | {"pid": int(gone.stdout)})
     started = time.monotonic()
     with lease(path, "it"):
         assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("other", [{"boot": "another"}, {"namespace": "pid:[1]"}, {"host": "another"}])
+def test_a_holder_in_another_container_of_the_same_name_is_watched_first(path, other):
+    """Its number means another process here, or none: that says nothing of it."""
+    left_behind(path, **this_process() | {"pid": 2**22 - 1} | other)
+    started = time.monotonic()
+    with lease(path, "it"):
+        assert time.monotonic() - started >= 0.5
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"pid": "x"}, {"pid": None}, {"pid": 10**30}, {"pid": -1}, {"born": "x"}, {"host": 3}]
+)
+def test_a_lease_that_holds_nonsense_runs_out_like_any_other(path, wrong):
+    left_behind(path, **this_process() | wrong)
+    with lease(path, "it"):
+        assert storage.read_json(path)["pid"] == os.getpid()
+
+
+class OwnError(Exception):
+    """What a store's client raises, which is no OSError."""
+
+
+def test_a_store_that_is_away_for_a_while_takes_no_lease(monkeypatch, tmp_path):
+    path = f"memory://{tmp_path}/.lease.json"
+    cat = MemoryFileSystem.cat_file
+
+    def away(*args, **kwargs):
+        if threading.current_thread().name == "mergequest-lease" and time.monotonic() - started < 0.5:
+            raise OwnError("token expired")
+        return cat(*args, **kwargs)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", away)
+    started = time.monotonic()
+    with lease(path, "it"):
+        first = storage.read_json(path)["beat"]
+        time.sleep(1.0)
+        assert storage.read_json(path)["beat"] > first
 
 
 def test_a_holder_elsewhere_is_followed_after_its_silence(path):

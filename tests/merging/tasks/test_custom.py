@@ -190,3 +190,22 @@ def test_values_that_make_no_score_are_refused(custom, result, message):
     task = custom("my_scores:given", arguments={"result": result})
     with pytest.raises(TaskError, match=message):
         task.measure(task.load_model(), "validation")
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        {"value": 0.5, "examples": 10**30},
+        {"value": 0.5, "examples": -10},
+        {"value": 0.5, "examples": 2.5},
+        {"value": 0.5, "examples": math.nan},
+        {"value": 0.5, "examples": math.inf},
+        {"value": 0.5, "standard_error": -1.0},
+        {"value": 0.5, "standard_error": math.inf},
+        {"value": 10**400},
+    ],
+)
+def test_an_answer_that_is_no_measurement_is_refused(custom, result):
+    task = custom("my_scores:given", arguments={"result": result})
+    with pytest.raises(TaskError, match="task 'mine': my_scores:given (gave|returned) "):
+        task.evaluate(torch.nn.Linear(1, 1), "validation")
