@@ -1,9 +1,10 @@
 """Live models, one a task, that all run on the same merged weights."""
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from merging.checkpoints.pool import Pool
-from merging.errors import PoolError
+from merging.errors import PoolError, TaskError
 from merging.evaluation.shared_weights import SHOWN, SharedWeights, sharing_model
 from merging.evaluation.steps import Plan, Trace
+from merging.evaluation.untouched import Contents, structure
 from merging.mergers.material import Material
 from merging.mergers.resident import ResidentMerger
 from merging.recipe import Recipe
@@ -89,11 +91,12 @@ class LiveModels:
         self._out = {
             name: torch.empty(info.shape, dtype=torch.float32, device=device) for name, info in pool.weights.items()
         }
+        self._pool, self._owners, self._device = pool, owners, device
         self._models: dict[str, nn.Module] = {}
         self._shared: dict[str, SharedWeights] = {}
+        self._structures: dict[str, Any] = {}
         for task in tasks:
-            model, self._shared[task.name] = sharing_model(task, pool, pool.members[owners[task.name]], self._out)
-            self._models[task.name] = model.to(device)
+            self._model(task)
         for shared in self._shared.values():
             shared.check(self._out)
         refuse_unmeasured(pool.weights, tasks, {name: shared.held for name, shared in self._shared.items()})
@@ -128,8 +131,39 @@ class LiveModels:
             shared.refresh()
         return report
 
+    def _model(self, task: Task) -> nn.Module:
+        """A task's model; built anew where it was given up."""
+        if task.name not in self._models:
+            member = self._pool.members[self._owners[task.name]]
+            model, self._shared[task.name] = sharing_model(task, self._pool, member, self._out)
+            self._models[task.name] = model.to(self._device)
+            self._structures[task.name] = structure(model)
+        return self._models[task.name]
+
     def _whole(self, task: Task, split: Split, limit: int | None) -> tuple[Score, Predictions | None]:
-        return task.measure(self._models[task.name], split, limit=limit, precision=self._precision)
+        with self._lent(task) as model:
+            return task.measure(model, split, limit=limit, precision=self._precision)
+
+    @contextmanager
+    def _lent(self, task: Task) -> Iterator[nn.Module]:
+        """A task's model for the time of an evaluation; what comes back changed is not used again.
+
+        Raises:
+            TaskError: The task's function wrote into the weights, so that its score is not that of the merge.
+        """
+        model = self._model(task)
+        before = Contents(model) if task.runs_foreign_code else None
+        try:
+            yield model
+        finally:
+            written = before.written() if before is not None else []
+            if written or structure(model) != self._structures[task.name]:
+                del self._models[task.name]
+            if written:
+                raise TaskError(
+                    f"task '{task.name}': its function wrote into the model's weights ({', '.join(written[:SHOWN])}), so that "
+                    "its score is not that of the merge: have it work on a copy (`copy.deepcopy(model)`)"
+                )
 
     def _in_steps(self, plan: Plan, split: Split, limit: int | None) -> tuple[Trace, bool]:
         """The trace of a measurement, and whether the plan's gate ended it early.
@@ -149,7 +183,8 @@ class LiveModels:
         trace = _trace([whole], seen)
         for number, step in enumerate(steps):
             for name, positions in step.items():
-                part = stepwise[name].predict(self._models[name], split, positions, precision=self._precision)
+                with self._lent(stepwise[name]) as model:
+                    part = stepwise[name].predict(model, split, positions, precision=self._precision)
                 seen[name] = Predictions.join([seen[name], part]) if name in seen else part
             scores = whole | {name: task.score(seen[name]) for name, task in stepwise.items() if name in seen}
             trace = _trace([*(trace.scores if number else []), scores], seen)

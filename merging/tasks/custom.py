@@ -83,6 +83,7 @@ class Custom(Task):
     """A task scored by the user's function; see `Task`."""
 
     kind: ClassVar[str] = "custom"
+    runs_foreign_code: ClassVar[bool] = True
     has_logits: ClassVar[bool] = False
     has_surrogates: ClassVar[bool] = False
 

@@ -101,6 +101,8 @@ class Task(ABC):
     """Whether `logits` and `batches` work: what Fisher, Gram and representations are computed from."""
     has_predictions: ClassVar[bool] = False
     """Whether `predict` and `score` work: what measures a candidate step by step."""
+    runs_foreign_code: ClassVar[bool] = False
+    """Whether models are handed to a user's function, which may change them."""
     has_surrogates: ClassVar[bool] = True
     """Whether its scores have an expected error."""
 

@@ -1,14 +1,18 @@
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
 
 from merging.checkpoints.pool import Pool
+from merging.errors import TaskError
 from merging.evaluation.live_models import LiveModels
 from merging.evaluation.shared_weights import share_weights, sharing_model
 from merging.evaluation.steps import Plan
 from merging.mergers.material import Material
 from merging.recipe import Recipe, base_recipe, member_recipe
-from merging.tasks import TextClassificationSettings, make_task
+from merging.tasks import CustomSettings, TextClassificationSettings, make_task
 
 OWNERS = {"one": "one", "two": "two"}
 
@@ -114,3 +118,101 @@ def test_a_gate_stops_and_the_scores_are_those_so_far(live):
     assert found.stopped
     assert {score.examples for score in found.scores.values()} == {16}
     assert [found.scores[task].value for task in OWNERS] == [first.scores[task].value for task in OWNERS]
+
+
+def _train(model):
+    model.train()
+
+
+def _half(model):
+    model.half()
+
+
+def _double(model):
+    model.double()
+
+
+def _frozen_copy(model):
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def _exchanged(model):
+    model.pooler = torch.nn.Identity()
+
+
+def _hook(model):
+    model.encoder.register_forward_hook(lambda module, args, output: None)
+
+
+def _written(model):
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+
+
+def _written_behind(model):
+    next(model.parameters()).data.mul_(2)
+
+
+def _written_and_half(model):
+    _written(model)
+    model.half()
+
+
+def _raises(model):
+    model.half()
+    raise RuntimeError("half done")
+
+
+@pytest.fixture
+def lent(monkeypatch, tiny_pool):
+    """`lent(change)`: live models whose evaluator changes the model after it scored it, `module.change` permitting."""
+    module = ModuleType("changing")
+
+    def score(model, checkpoint, split, limit):
+        value = float(sum(p.double().abs().sum() for p in model.parameters())) + model.training
+        if module.change is not None:
+            module.change(model)
+        return value
+
+    module.score = score
+    monkeypatch.setitem(sys.modules, "changing", module)
+    members = {name: str(tiny_pool[name]) for name in ("one", "two")}
+    material = Material(Pool.open(str(tiny_pool["base"]), members))
+    tasks = [make_task(name, CustomSettings(evaluator="changing:score"), members[name]) for name in members]
+
+    def make(change):
+        module.change = None
+        live = LiveModels(material, tasks, OWNERS, torch.device("cpu"))
+        expected = live.measure(member_recipe("two"), "validation").scores
+        module.change = change
+        return live, module, {name: score.value for name, score in expected.items()}
+
+    return make
+
+
+@pytest.mark.parametrize("change", [_train, _half, _double, _frozen_copy, _exchanged, _hook])
+def test_an_evaluator_that_changes_the_model_changes_no_later_score(lent, change):
+    live, _, expected = lent(change)
+    for recipe in (base_recipe(), member_recipe("two"), Recipe("task_arithmetic", {"one": 0.5}), member_recipe("two")):
+        scores = live.measure(recipe, "validation").scores
+    assert {name: score.value for name, score in scores.items()} == expected
+
+
+@pytest.mark.parametrize("change", [_written, _written_behind, _written_and_half])
+def test_an_evaluator_that_writes_into_the_weights_is_refused(lent, change):
+    live, module, expected = lent(change)
+    with pytest.raises(TaskError, match=r"task 'one': .* wrote into the model's weights \(embeddings.word_emb.* copy"):
+        live.measure(base_recipe(), "validation")
+    module.change = None
+    scores = live.measure(member_recipe("two"), "validation").scores
+    assert {name: score.value for name, score in scores.items()} == expected
+
+
+def test_an_evaluator_that_fails_half_way_leaves_no_trace(lent):
+    live, module, expected = lent(_raises)
+    with pytest.raises(TaskError, match="half done"):
+        live.measure(base_recipe(), "validation")
+    module.change = None
+    scores = live.measure(member_recipe("two"), "validation").scores
+    assert {name: score.value for name, score in scores.items()} == expected
