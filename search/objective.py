@@ -195,7 +195,10 @@ def _part(
         return lambda scores: math.fsum(figure(scores[task]) / own[task] for task in tasks) / len(tasks)
     if name == "weighted":
         counted = _weights(tasks, weights)
-        whole = math.fsum(counted.values())
+        try:
+            whole = math.fsum(counted.values())
+        except OverflowError as error:
+            raise SettingsError("weights: their sum is beyond all numbers") from error
         return lambda scores: math.fsum(weight * figure(scores[task]) for task, weight in counted.items()) / whole
     return lambda scores: math.fsum(figure(scores[task]) for task in tasks) / len(tasks)
 

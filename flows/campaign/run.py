@@ -226,7 +226,7 @@ def _selection(
 
     path = directory / "selection.json"
     if storage.exists(path):
-        return Selection.from_dict(storage.read_json(path))
+        return storage.read_as(path, Selection.from_dict)
     with display.phase("Selection"):
         selection = select_subsets(opened, references, cache_of(opened.campaign), display, scores)
         storage.write_json(path, selection.as_dict())

@@ -95,7 +95,7 @@ def starts(
                 "theory": about,
             },
         )
-    return _read(storage.read_json(path))
+    return storage.read_as(path, _read)
 
 
 def _theory(

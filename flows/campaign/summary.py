@@ -41,7 +41,7 @@ def write_report(path: str) -> str:
     page = render(
         ledger.rows(),
         tasks=list(campaign.tasks),
-        selection=Selection.from_dict(storage.read_json(chosen)) if storage.exists(chosen) else None,
+        selection=storage.read_as(chosen, Selection.from_dict) if storage.exists(chosen) else None,
         study=read_study(directory, campaign),
         facts=facts(directory, campaign),
         outcomes=KeptOutcomes(directory.outcomes).read,

@@ -52,15 +52,14 @@ def known(pool: Pool) -> dict[str, str]:
 
 def keep(pool: Pool, directory: str) -> None:
     """Keeps that for the next run, which may be on another machine."""
-    storage.write_json(storage.join(directory, FACTS), known(pool))
+    storage.write_json(storage.join(directory, FACTS), fact_cache.as_json(known(pool)))
 
 
 def _read(directory: str) -> dict[str, str]:
     try:
-        facts = dict(storage.read_json(storage.join(directory, FACTS)))
-    except (StorageError, ValueError, TypeError):
+        return storage.read_as(storage.join(directory, FACTS), fact_cache.from_json)
+    except StorageError:  # whatever it was, it can be found again
         return {}
-    return {name: fact for name, fact in facts.items() if isinstance(fact, str)}
 
 
 def _is_worth_it(pool: Pool, size: int) -> bool:

@@ -12,6 +12,7 @@ from flows.directory.heartbeat import BEAT, FILE
 from flows.report.table import objective_of
 from merging.errors import StorageError
 from merging.io import storage
+from merging.io.documents import is_number
 from search.candidate import ANCHORS
 from search.ledger.ledger import Ledger
 from search.objective import best
@@ -213,10 +214,22 @@ def _opening(pulse: dict[str, Any], now: datetime) -> Status:
 def _pulse(directory: Directory) -> dict[str, Any]:
     """What the driver said last; empty where it never said anything."""
     try:
-        found = storage.read_json(directory / FILE)
-    except StorageError:
+        return storage.read_as(directory / FILE, _signs)
+    except StorageError:  # whatever it was, the driver writes it anew in a moment
         return {}
-    return dict(found)
+
+
+def _signs(value: Any) -> dict[str, Any]:
+    """`progress.json`, of which only what is used is taken."""
+    heard = datetime.fromisoformat(value["heard"])
+    if heard.tzinfo is None:
+        raise ValueError("a time without its zone")
+    numbers = {name: value.get(name) for name in ("evaluators", "busy", "per_minute", "seconds_left", "pid")}
+    if not all(number is None or (is_number(number) and abs(number) < 1e12) for number in numbers.values()):
+        raise ValueError("a count that is no number")
+    texts = {name: None if value.get(name) is None else str(value[name]) for name in ("phase", "host", "ended")}
+    counts = {name: int(numbers.pop(name) or 0) for name in ("evaluators", "busy")}
+    return {"heard": value["heard"], **counts, **numbers, **texts}
 
 
 def _ago(seconds: float) -> str:

@@ -79,7 +79,7 @@ class Campaign(Settings):
     )
     test: TestSettings = Field(default_factory=TestSettings, description=TestSettings.__doc__)
     resources: ResourceSettings = Field(default_factory=ResourceSettings, description=ResourceSettings.__doc__)
-    seed: int = Field(0, ge=0, description="Of sampler, selection and sampled statistics.")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="Of sampler, selection and sampled statistics.")
 
     @model_validator(mode="before")
     @classmethod

@@ -170,6 +170,10 @@ class SearchSettings(Settings):
     @classmethod
     def _list_of_methods(cls, value: Any) -> Any:
         if isinstance(value, dict) and isinstance(value.get("methods"), list | tuple):
+            if not all(isinstance(name, str) for name in value["methods"]):
+                raise ValueError(
+                    "methods: expected a list of names, or a mapping of names to what is to be tried of them"
+                )
             return value | {"methods": {name: {} for name in value["methods"]}}
         if isinstance(value, dict) and isinstance(value.get("methods"), dict):
             return value | {"methods": {name: spec or {} for name, spec in value["methods"].items()}}

@@ -33,6 +33,19 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, value: Any) -> Any:
+        """YAML's `yes` would pass as 1, and an integer may have any number of digits."""
+        for name, given in value.items() if isinstance(value, dict) else ():
+            field = cls.model_fields.get(name)
+            kinds = () if field is None else {field.annotation, *get_args(field.annotation)}
+            if isinstance(given, bool) and bool not in kinds and {int, float} & set(kinds):
+                raise ValueError(f"{name}: expected a number (found {str(given).lower()})")
+            if isinstance(given, int) and abs(given) >= 1 << 63:
+                raise ValueError(f"{name}: a number beyond all bounds (found {given:.3g})")
+        return value
+
 
 class MemberSettings(Settings):
     """A checkpoint fine-tuned from the base."""

@@ -110,7 +110,7 @@ class Directory:
         """
         if not storage.exists(self / POOL) or not storage.list_dir(self.ledger):
             return
-        before = storage.read_json(self / POOL)
+        before = storage.read_as(self / POOL, _fingerprints)
         remedy = "Put back what was there, or run the campaign anew in another directory"
         for name, checkpoint in found["checkpoints"].items():
             if before["checkpoints"].get(name) != checkpoint:
@@ -178,7 +178,7 @@ class Directory:
     def read_timings(self) -> dict[str, float]:
         """Phase → seconds over all runs so far."""
         try:
-            return dict(storage.read_json(self / "timings.json"))
+            return storage.read_as(self / "timings.json", _seconds)
         except StorageError:
             return {}
 
@@ -194,6 +194,18 @@ FACTS = "facts.json"
 """What reading every weight of the pool told."""
 KNOWN = ("members", "data", "statistics", FACTS, PULSE)
 """What may lie in a directory before its campaign does: the quick start's pool, and statistics computed ahead."""
+
+
+def _fingerprints(value: Any) -> dict[str, Any]:
+    """`pool.json`."""
+    data = {str(task): dict(splits) for task, splits in value["data"].items()}
+    configurations = {str(name): dict(config) for name, config in value.get("configurations", {}).items()}
+    return {"checkpoints": dict(value["checkpoints"]), "data": data, "configurations": configurations}
+
+
+def _seconds(value: Any) -> dict[str, float]:
+    """`timings.json`."""
+    return {str(phase): float(seconds) for phase, seconds in value.items()}
 
 
 def _budget(campaign: Campaign) -> list[object]:

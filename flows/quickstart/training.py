@@ -96,9 +96,9 @@ def train_member(
     )
     record = out / RECORD
     if record.exists():
-        known = storage.read_json(str(record))
-        if known["key"] == key:
-            return Trained(out, known["loss"], known["seconds"], reused=True)
+        known = storage.read_as(str(record), lambda v: (str(v["key"]), float(v["loss"]), float(v["seconds"])))
+        if known[0] == key:
+            return Trained(out, known[1], known[2], reused=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         return _train(base, train, out, settings, progress, key)

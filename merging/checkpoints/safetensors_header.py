@@ -12,6 +12,8 @@ from merging.io.documents import as_object, is_count, parse_json
 
 MAX_HEADER = 100_000_000
 """Bytes of a header, the format's own bound."""
+MAX_TENSORS = 100_000
+"""Of one file: the largest mixtures of experts have as many in hundreds of files."""
 MAX_DIMENSIONS = 32
 MAX_SHOWN = 200
 """Characters of a tensor's name in a message."""
@@ -56,6 +58,8 @@ def parse_header(raw: bytes, body: int, path: str) -> tuple[dict[str, str], dict
     Raises:
         CheckpointError: It is no header, contradicts itself, or is not that of these bytes.
     """
+    if raw.count(b'"data_offsets"') > MAX_TENSORS:
+        raise CheckpointError(f"{path} has more than {MAX_TENSORS:,} tensors: no such file is read")
     try:
         header = as_object(parse_json(raw, f"the header of {path}", max_bytes=MAX_HEADER), f"the header of {path}")
     except StorageError as error:

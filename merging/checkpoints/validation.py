@@ -10,10 +10,12 @@ from math import inf, isfinite
 import torch
 from torch import Tensor
 
+from merging.checkpoints.buffers import is_buffer
 from merging.checkpoints.checkpoint import Digest
 from merging.checkpoints.pool import MAX_REPORTED, Pool
-from merging.errors import PoolError
+from merging.errors import PoolError, StorageError
 from merging.io import fact_cache, storage
+from merging.io.documents import as_object, is_number, parse_json
 from merging.kernels import cpu
 from merging.kernels.blockwise import Scratch, difference, is_finite, spans
 from merging.recipe import BASE
@@ -81,7 +83,8 @@ def recall(pool: Pool) -> dict[str, Finding]:
         told = dict(
             zip(pool.members, threads.map(lambda who: fact_cache.recalled(key(pool, who)), pool.members), strict=True)
         )
-    return {member: _from_json(fact) for member, fact in told.items() if fact is not None}
+    found = {member: _from_json(fact) for member, fact in told.items() if fact is not None}
+    return {member: finding for member, finding in found.items() if finding is not None}
 
 
 def keep(pool: Pool, findings: Mapping[str, Finding]) -> None:
@@ -95,7 +98,7 @@ def keep(pool: Pool, findings: Mapping[str, Finding]) -> None:
 def key(pool: Pool, member: str) -> tuple[str, ...]:
     """What a member's finding depends on."""
     names = storage.fingerprint(list(pool.weights))
-    return ("examined", "1", names, *pool.base.identity, *pool.members[member].checkpoint.identity)
+    return ("examined", "2", names, *pool.base.identity, *pool.members[member].checkpoint.identity)
 
 
 def distances(
@@ -181,13 +184,25 @@ class _Reading:
         return [square, *moved] if len(self._pool.weights[name].shape) > 1 else [0.0] * len(parts)
 
     def rest(self, threads: ThreadPoolExecutor) -> None:
-        """What is not merged, for the fingerprints."""
-        for digest in self._digests.values():
-            checkpoint = digest.checkpoint
-            names = [name for name in checkpoint.tensors if name not in digest.names]
+        """What is not merged: members' heads, which must be usable too, and the rest, for the fingerprints."""
+        for who in (BASE, *self._members):
+            checkpoint = self._pool.base if who == BASE else self._pool.members[who].checkpoint
+            digest = self._digests.get(who)
+            heads = set() if who == BASE else set(self._pool.members[who].head)
+            names = [n for n in checkpoint.tensors if n in heads or (digest is not None and n not in digest.names)]
             checkpoint.prefetch(names)
-            list(threads.map(lambda name, digest=digest: digest.add(name, digest.checkpoint.read(name)), names))
-            checkpoint.recognise(digest.fingerprint())
+            list(threads.map(lambda name, who=who, heads=heads: self._unmerged(who, name, name in heads), names))
+            if digest is not None:
+                checkpoint.recognise(digest.fingerprint())
+
+    def _unmerged(self, who: str, name: str, is_head: bool) -> None:
+        checkpoint = self._pool.base if who == BASE else self._pool.members[who].checkpoint
+        value = checkpoint.read(name)
+        if who in self._digests:
+            self._digests[who].add(name, value)
+        is_parameter = value.is_floating_point() and not is_buffer(name, tuple(value.shape))
+        if is_head and is_parameter and not is_finite(value.reshape(-1)):
+            self.problems[who].append(f"{who}: '{name}' of its head holds NaN or Inf")
 
     def _looked_at(self, weight: Tensor) -> Tensor:
         size = weight.numel()
@@ -211,6 +226,13 @@ def _squares(base: Tensor, values: Sequence[Tensor]) -> list[float]:
     return totals
 
 
-def _from_json(fact: str) -> Finding:
-    values = json.loads(fact)
-    return Finding(values["square"], values["base_square"], tuple(values["problems"]))
+def _from_json(fact: str) -> Finding | None:
+    """A finding that was kept; None if it is something else."""
+    try:
+        values = as_object(parse_json(fact, "a finding"), "a finding")
+    except StorageError:
+        return None
+    square, base_square = values.get("square"), values.get("base_square")
+    if values.get("problems") != [] or not is_number(square) or not is_number(base_square):
+        return None
+    return Finding(square, base_square) if min(square, base_square) >= 0 else None

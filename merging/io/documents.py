@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Hashable, Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -25,7 +25,9 @@ ALLOWED_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("null", "bool"
 MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
-def parse_json(data: bytes | str, where: str, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH) -> Any:
+def parse_json(
+    data: bytes | str, where: str, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH, whole_text: bool = True
+) -> Any:
     """A JSON document's value.
 
     Args:
@@ -33,6 +35,7 @@ def parse_json(data: bytes | str, where: str, *, max_bytes: int = MAX_BYTES, max
         where: What it is, for messages: a path, or a path and a line.
         max_bytes: Largest size that is read.
         max_depth: Deepest nesting that is read.
+        whole_text: Whether to refuse halves of characters, which cannot be written.
 
     Raises:
         StorageError: It is no JSON, too large, nested too deep, has a key twice, an integer of absurd length, or half
@@ -47,7 +50,7 @@ def parse_json(data: bytes | str, where: str, *, max_bytes: int = MAX_BYTES, max
         value = json.loads(text, object_pairs_hook=_once, parse_int=_integer)
         if _depth_exceeds(value, max_depth):
             raise ValueError(f"nested more than {max_depth} deep")
-        if "\\ud" in text or "\\uD" in text:
+        if whole_text and ("\\ud" in text or "\\uD" in text):
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
         raise StorageError(f"{where} is not valid JSON: nested more than {max_depth} deep") from error
@@ -90,17 +93,17 @@ def as_object(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def is_count(value: object) -> bool:
+def is_count(value: object) -> TypeGuard[int]:
     """Whether a value is an integer from 0 on that fits 63 bits, and no boolean."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a finite number, and no boolean."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def is_text(value: object) -> bool:
+def is_text(value: object) -> TypeGuard[str]:
     """Whether a value is text that can be written: JSON may also hold halves of characters."""
     if not isinstance(value, str):
         return False

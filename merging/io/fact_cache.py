@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from merging.errors import StorageError
 from merging.io import storage
@@ -35,9 +36,12 @@ def recalled(key: Key) -> str | None:
     name = storage.fingerprint(list(key))
     if name not in _facts:
         try:
-            _facts[name] = storage.read_text(str(_directory() / name))
+            digest, _, fact = storage.read_text(str(_directory() / name)).partition(" ")
         except StorageError:
             return None
+        if digest != storage.fingerprint(fact):
+            return None  # another format, or damaged: it is found again
+        _facts[name] = fact
     return _facts[name]
 
 
@@ -49,7 +53,7 @@ def keep(key: Key, fact: str, *, lasting: bool = True) -> None:
     _facts[name] = fact
     if lasting:
         try:
-            storage.write_text(str(_directory() / name), fact)
+            storage.write_text(str(_directory() / name), f"{storage.fingerprint(fact)} {fact}")
         except StorageError:
             return
 
@@ -57,6 +61,22 @@ def keep(key: Key, fact: str, *, lasting: bool = True) -> None:
 def known(keys: Iterable[Key]) -> dict[str, str]:
     """What is known of these, to be learnt elsewhere: it names no path."""
     return {storage.fingerprint(list(key)): fact for key in keys if all(key) and (fact := recalled(key)) is not None}
+
+
+def as_json(facts: Mapping[str, str]) -> dict[str, Any]:
+    """Facts as a file keeps them, with what tells that it is as it was written."""
+    return {"facts": dict(facts), "digest": storage.fingerprint(dict(facts))}
+
+
+def from_json(value: Any) -> dict[str, str]:
+    """What `as_json` gave.
+
+    Raises:
+        ValueError: It is something else, or was changed.
+    """
+    if not isinstance(value, dict) or value != as_json(value.get("facts") or {}):
+        raise ValueError("not the facts that were written")
+    return {str(name): str(fact) for name, fact in value["facts"].items()}
 
 
 def learn(facts: Mapping[str, str]) -> None:

@@ -12,10 +12,10 @@ import stat
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -24,6 +24,7 @@ from merging.errors import MergequestError, StorageError
 from merging.io.documents import MAX_BYTES, MAX_YAML_BYTES, as_object, parse_json, parse_yaml
 from merging.io.secrets import holds_secret, redacted
 
+T = TypeVar("T")
 S3 = ("s3", "s3a")
 SETTLED = 2.0
 """Seconds after which a change of a local file shows in its times: file systems keep them no finer than that."""
@@ -501,6 +502,32 @@ def read_yaml(path: str) -> Any:
         return parse_yaml(_read_bounded(path, MAX_YAML_BYTES).decode(), path)
     except UnicodeDecodeError as error:
         raise StorageError(f"{path} is not a UTF-8 text file") from error
+
+
+def read_as(path: str, build: Callable[[Any], T]) -> T:
+    """What `build` makes of a JSON file's value.
+
+    Args:
+        path: The file, which the program itself wrote.
+        build: Looks up and converts what it needs.
+
+    Raises:
+        StorageError: The file is missing or not JSON, or `build` finds that it is something else.
+    """
+    return made_from(read_json(path), build, path)
+
+
+def made_from(value: Any, build: Callable[[Any], T], path: str) -> T:
+    """What `build` makes of what a file holds.
+
+    Raises:
+        StorageError: It finds that it is something else.
+    """
+    try:
+        return build(value)
+    except (MergequestError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        told = str(error) if isinstance(error, MergequestError) else f"{type(error).__name__}: {error}"
+        raise StorageError(f"{path} is damaged, or was not written by mergequest ({told[:300]})") from error
 
 
 def _read_bounded(path: str, most: int) -> bytes:

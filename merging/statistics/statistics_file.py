@@ -11,8 +11,9 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from merging.checkpoints.checkpoint import SafetensorsFile, TensorInfo
-from merging.errors import CheckpointError, StatisticsError
+from merging.errors import CheckpointError, StatisticsError, StorageError
 from merging.io import storage
+from merging.io.documents import as_object, parse_json
 from merging.statistics.statistic import Partial, Statistic
 
 FORMAT = "mergequest.statistics"
@@ -78,20 +79,22 @@ class StatisticsFile:
             opened = cls(
                 path,
                 kind=about["kind"],
-                settings=dict(json.loads(about["settings"])),
+                settings=as_object(parse_json(about["settings"], "settings"), "settings"),
                 examples=int(about["examples"]),
                 tokens=int(about["tokens"]),
                 checkpoint=about["checkpoint"],
                 data=about["data"],
                 mergequest=about["mergequest"],
-                shared=dict(json.loads(about["shared"])),
-                transposed=frozenset(json.loads(about["transposed"])),
-                uncovered=frozenset(json.loads(about.get("uncovered", "[]"))),
+                shared=_names_by_name(parse_json(about["shared"], "shared")),
+                transposed=_names(parse_json(about["transposed"], "transposed")),
+                uncovered=_names(parse_json(about.get("uncovered", "[]"), "uncovered")),
                 _file=file,
             )
-        except (KeyError, ValueError, TypeError) as error:
+            if opened.examples < 0 or opened.tokens < 0:
+                raise ValueError("a count below 0")
+        except (KeyError, ValueError, TypeError, StorageError) as error:
             raise StatisticsError(
-                f"{path} has metadata that cannot be understood ({error!r}): compute it again"
+                f"{path} has metadata that cannot be understood ({str(error)[:300]!r}): compute it again"
             ) from error
         if lost := sorted(holder for holder in opened.shared.values() if holder not in file.tensors):
             raise StatisticsError(
@@ -264,6 +267,18 @@ def save_tensors(
     }
     storage.write_bytes(path, serialize({name: value.contiguous() for name, value in tensors.items()}, metadata))
     return StatisticsFile.open(path)
+
+
+def _names(value: Any) -> frozenset[str]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ValueError("`transposed` is no list of names")
+    return frozenset(value)
+
+
+def _names_by_name(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value.values()):
+        raise ValueError("`shared` is not a name for each name")
+    return value
 
 
 def _own_version() -> str:

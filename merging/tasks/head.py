@@ -1,6 +1,7 @@
 """The checkpoint that brings a task's head: its classes, tokenizer and live model; no code, no pickle."""
 
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -15,9 +16,12 @@ from merging.checkpoints.checkpoint import CONFIG, Checkpoint, read_settings
 from merging.checkpoints.parameter_names import Loading, loading
 from merging.errors import CheckpointError, StorageError, TaskError
 from merging.io import local_copies, storage
+from merging.io.documents import is_number
 from merging.io.prefetch import download
 
 IMAGE_PROCESSOR = "preprocessor_config.json"
+POSITIONS = re.compile(r"(^|\.)(position_embeddings?|embed_positions|wpe)$")
+"""Names of tables of learnt positions."""
 TOKENIZERS = ("*tokenizer*", "vocab*", "merges.txt", "*.spm", "spiece.model", "sentencepiece*.model")
 """Files that a tokenizer is made from."""
 
@@ -128,6 +132,50 @@ def _incomplete(head: str, model: nn.Module, missing: Sequence[str], architectur
 
 def _or_its_class(model: nn.Module, architecture: str) -> str:
     return "" if architecture == type(model).__name__ else f", or load it as what it was saved from, {architecture}"
+
+
+def token_limit(head: str, tokenizer: Any, model: Any) -> int:
+    """How many tokens of a text a model can read, by its tokenizer and by its positions.
+
+    Args:
+        head: The checkpoint, for messages.
+        tokenizer: Its tokenizer.
+        model: The model of its configuration, on any device.
+
+    Raises:
+        TaskError: The tokenizer's limit is no number, or leaves no room beside its special tokens; or its tokens lie
+            beyond the model's embedding.
+    """
+    limit = tokenizer.model_max_length
+    special = tokenizer.num_special_tokens_to_add()
+    if not is_number(limit) or limit <= special:
+        raise TaskError(
+            f"`model_max_length` in the tokenizer_config.json of {head} is {str(limit)[:100]!r}: a number of tokens above its "
+            f"{special} special ones is needed"
+        )
+    embedding = model.get_input_embeddings()
+    rows = getattr(embedding, "num_embeddings", None)
+    words = tokenizer.get_vocab()
+    if rows is not None:
+        unused = set(tokenizer.all_special_tokens) - {tokenizer.pad_token, tokenizer.cls_token, tokenizer.sep_token}
+        beyond = [word for word, number in words.items() if number >= rows and word not in unused]
+        if beyond:
+            raise TaskError(
+                f"the tokenizer of {head} has {len(beyond):,} tokens that the model has no embedding for ('{beyond[0]}' is "
+                f"{words[beyond[0]]:,} of {rows:,}): take the model's own tokenizer, or resize its embedding"
+            )
+    return int(min(limit, _positions(model), 1 << 31))
+
+
+def _positions(model: Any) -> float:
+    """Positions that a model has learnt, which nothing can be read beyond; infinite where it needs no such table."""
+    found = float("inf")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and POSITIONS.search(name):
+            # RoBERTa counts from behind its padding, OPT and BART from 2
+            first = getattr(module, "offset", None) or (0 if module.padding_idx is None else module.padding_idx + 1)
+            found = min(found, module.num_embeddings - first)
+    return found
 
 
 def load_tokenizer(head: str, base: str = "") -> Any:
@@ -269,7 +317,7 @@ def _tokenizer_directory(head: str, base: str) -> str:
     if has_tokenizer(head):
         return local_directory(head, weights=False)
     if not base and is_adapter(head):
-        base = str(storage.read_json(storage.join(head, ADAPTER_CONFIG)).get("base_model_name_or_path") or "")
+        base = str(storage.read_object(storage.join(head, ADAPTER_CONFIG)).get("base_model_name_or_path") or "")
     if not base or not has_tokenizer(base):
         raise TaskError("there is none")
     return local_directory(base, weights=False)

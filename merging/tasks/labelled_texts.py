@@ -1,6 +1,5 @@
 """Labelled texts from Parquet, CSV and JSON lines: read, checked, and turned into class indices."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +14,14 @@ import pyarrow.parquet as pq
 
 from merging.errors import StorageError, TaskError
 from merging.io import storage
+from merging.io.documents import as_object, parse_json
 
 FORMATS = (".parquet", ".csv", ".jsonl", ".ndjson")
 SHOWN = 5
+BATCH = 1 << 16
+"""Rows of a Parquet file that are read at once."""
+MAX_TABLE = 8 << 30
+"""Bytes of a table's columns."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +108,9 @@ def _read_file(path: str, columns: Sequence[str], texts: Sequence[str]) -> pd.Da
         raise TaskError(str(error)) from error
     try:
         if suffix == ".parquet":
-            file = pq.ParquetFile(BytesIO(raw))
-            frame = file.read([name for name in columns if name in file.schema_arrow.names]).to_pandas()
+            file = pq.ParquetFile(BytesIO(raw), page_checksum_verification=True)
             names = file.schema_arrow.names
+            frame = _read_parquet(file, [name for name in columns if name in names]).to_pandas()
         elif suffix == ".csv":
             as_text: Any = dict.fromkeys(texts, str)
             # only an empty field is missing: "NA" and "null" are words that people write
@@ -115,7 +119,7 @@ def _read_file(path: str, columns: Sequence[str], texts: Sequence[str]) -> pd.Da
         else:
             frame = _read_json_lines(raw.decode("utf-8-sig"))
             names = list(frame.columns)
-    except (ValueError, pa.ArrowException) as error:
+    except (ValueError, OverflowError, OSError, MemoryError, pa.ArrowException) as error:
         reason = (str(error).splitlines() or ["damaged"])[0]
         raise TaskError(f"{path} cannot be read as {suffix[1:]}: {reason}") from error
     if not names:
@@ -126,17 +130,30 @@ def _read_file(path: str, columns: Sequence[str], texts: Sequence[str]) -> pd.Da
     return chosen
 
 
+def _read_parquet(file: pq.ParquetFile, columns: list[str]) -> pa.Table:
+    """Columns of a Parquet file, in memory that is bounded: a few bytes of it can stand for any number of rows.
+
+    Raises:
+        ValueError: They are larger.
+    """
+    batches, size = [], 0
+    for batch in file.iter_batches(BATCH, columns=columns):
+        size += batch.nbytes
+        if size > MAX_TABLE:
+            raise ValueError(f"its columns have more than {MAX_TABLE >> 30} GiB")
+        batches.append(batch)
+    schema = file.schema_arrow
+    return pa.Table.from_batches(batches, pa.schema([schema.field(name) for name in columns]))
+
+
 def _read_json_lines(text: str) -> pd.DataFrame:
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number} is not JSON ({error.msg})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number} is not a JSON object")
-            rows.append(row)
+                rows.append(as_object(parse_json(line, f"line {number}", whole_text=False), f"line {number}"))
+            except StorageError as error:
+                raise ValueError(str(error)) from error
     return pd.DataFrame(rows, dtype=object)
 
 

@@ -24,6 +24,7 @@ from merging.tasks.head import (
     has_tokenizer,
     load_model,
     load_tokenizer,
+    token_limit,
     tokenizer_identity,
 )
 from merging.tasks.metrics import METRICS, is_mean
@@ -106,7 +107,7 @@ class TextClassification(Task):
         with _collected(problems):
             _ = self._classes
             with _collected(problems):
-                self.blank_model()
+                _ = self._max_length
             for split in self.settings.data:
                 with _collected(problems):
                     self._split(split)
@@ -195,10 +196,10 @@ class TextClassification(Task):
     def _tokenizer(self) -> Any:
         return load_tokenizer(self.head, self.base)
 
-    @property
+    @cached_property
     def _max_length(self) -> int:
-        """Tokens that a text is cut to; the model has no positions beyond its tokenizer's limit."""
-        return min(self.settings.max_length, int(self._tokenizer.model_max_length))
+        """Tokens that a text is cut to: neither tokenizer nor model reads more than their limits."""
+        return min(self.settings.max_length, token_limit(self.head, self._tokenizer, self.blank_model()[0]))
 
     @cached_property
     def _classes(self) -> Sequence[str]:
@@ -264,7 +265,9 @@ class TextClassification(Task):
         """A length that is not reached, missing splits, and texts that stand in two splits."""
         notes = []
         if self._max_length < self.settings.max_length:
-            notes.append(f"task '{self.name}': texts are cut to {self._max_length} tokens, the tokenizer's limit")
+            notes.append(
+                f"task '{self.name}': texts are cut to {self._max_length} tokens, the limit of tokenizer and model"
+            )
         if not has_tokenizer(self.head) and not is_adapter(self.head):
             notes.append(f"task '{self.name}': {self.head} has no tokenizer, and the base's is used")
         if "train" not in self.settings.data:

@@ -64,7 +64,7 @@ class Wilcoxon:
         self._bar: Trace | None = None
         for row in best(rows):
             if breach(row) == 0 and storage.exists(self._file(row.candidate)):
-                self._bar = Trace.from_dict(storage.read_json(self._file(row.candidate)))
+                self._bar = storage.read_as(self._file(row.candidate), Trace.from_dict)
 
     def plan(self, candidate: Candidate) -> Plan | None:
         """See `Planner.plan`."""

@@ -7,17 +7,29 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from merging.errors import LedgerError
+from merging.errors import LedgerError, MergequestError
 from merging.io import storage
-from search.ledger.row import SCHEMA, VERSION, Row
+from merging.io.documents import as_object, parse_json
+from search.ledger.row import SCHEMA, VERSION, Origin, Row, Status
 
 VERSION_KEY = b"mergequest.ledger"
 READERS = 16
+UNREADABLE = (
+    pa.ArrowException,
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+)
+"""What Arrow and Python raise of a file that was changed, wherever its bytes no longer fit each other."""
 ROWS_PER_FILE = 512
 """A file is full with so many rows: what an append rewrites is bounded, and so is the number of files."""
 MAPS = tuple(field.name for field in SCHEMA if pa.types.is_map(field.type))
@@ -53,8 +65,7 @@ class Ledger:
             name for name in storage.list_dir(path) if name.endswith(".parquet") and not name.startswith((".", "_"))
         ]
         with ThreadPoolExecutor(READERS) as readers:
-            tables = list(readers.map(self._read, names))
-        found = from_table(pa.concat_tables(tables)) if tables else []
+            found = [row for rows in readers.map(self._read, names) for row in rows]
         for row in sorted(found, key=lambda row: (row.finished, row.trial or 0)):
             self._check(row)
             earlier = self._rows.get(key := (row.candidate, row.split))
@@ -96,7 +107,7 @@ class Ledger:
             return []
         whole = pa.concat_tables([self._newest, to_table(new.values())]).combine_chunks()
         sink = io.BytesIO()
-        pq.write_table(whole, sink, compression="zstd", write_statistics=False)
+        pq.write_table(whole, sink, compression="zstd", write_statistics=False, write_page_checksum=True)
         storage.write_bytes(storage.join(self.path, f"{self._mine}-{self._files:06d}.parquet"), sink.getvalue())
         self._newest = whole
         if len(whole) >= ROWS_PER_FILE:
@@ -130,22 +141,27 @@ class Ledger:
                 f"name another directory, or resume '{row.campaign}' there"
             )
 
-    def _read(self, name: str) -> pa.Table:
+    def _read(self, name: str) -> list[Row]:
         path = storage.join(self.path, name)
+        aside = "move it away to go on without its rows"
         try:
-            table = pq.ParquetFile(io.BytesIO(storage.read_bytes(path))).read(use_threads=False)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise LedgerError(
-                f"{path} is not a readable Parquet file ({error}); move it away to go on without its rows"
-            ) from error
-        found = (table.schema.metadata or {}).get(VERSION_KEY, b"").decode()
+            raw = io.BytesIO(storage.read_bytes(path))
+            table = pq.ParquetFile(raw, page_checksum_verification=True).read(use_threads=False)
+            found = (table.schema.metadata or {}).get(VERSION_KEY, b"").decode()
+        except UNREADABLE as error:
+            raise LedgerError(f"{path} is not a readable Parquet file ({_reason(error)}); {aside}") from error
         if found != str(VERSION):
             kind = f"a ledger of version {found}" if found else "not a ledger's file"
             raise LedgerError(
                 f"{path} is {kind}, and this mergequest writes version {VERSION}: read it with pandas, "
                 f"and give a new campaign another directory"
             )
-        return table
+        if strange := [field.name for field in table.schema if field not in list(SCHEMA)]:
+            raise LedgerError(f"{path} has a column '{strange[0]}' that is none of a ledger's: it is damaged; {aside}")
+        try:
+            return from_table(table)
+        except (MergequestError, *UNREADABLE) as error:
+            raise LedgerError(f"{path} holds a row that is none ({_reason(error)}): it is damaged; {aside}") from error
 
 
 def to_table(rows: Iterable[Row]) -> pa.Table:
@@ -166,6 +182,15 @@ def from_table(table: pa.Table) -> list[Row]:
         record |= {name: dict(record.get(name) or {}) for name in MAPS}
         record |= {name: record[name].astimezone(UTC) for name in TIMES}
         record["members"] = tuple(record["members"])
-        record["parameters"] = json.loads(record["parameters"])
+        record["parameters"] = as_object(parse_json(record["parameters"], "`parameters`"), "`parameters`")
+        for name in MAPS:
+            if None in record[name].values():
+                raise ValueError(f"`{name}` without a number")
+        if record["status"] not in get_args(Status) or record["origin"] not in get_args(Origin):
+            raise ValueError(f"status '{record['status']}' and origin '{record['origin']}'")
         rows.append(Row(**record))
     return rows
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -9,6 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_valid
 
 from merging.recipe import Value
 
+LARGEST = 1e30
+"""Of what is tried: its differences and squares stay finite in float64."""
+MOST_STEPS = 10**9
+
 
 class Domain(BaseModel):
     """One value (`0.9`), a list of choices (`[exact, sampled]`), or a range (`{low: 0.1, high: 1.0}`)."""
@@ -43,6 +47,10 @@ class Domain(BaseModel):
         if ways[2]:
             if self.low is None or self.high is None or not -math.inf < self.low < self.high < math.inf:
                 raise ValueError("a range needs a finite low and a larger, finite high")
+            if max(abs(self.low), abs(self.high)) > LARGEST:
+                raise ValueError(f"a range lies within ±{LARGEST:g}")
+            if self.step is not None and (self.high - self.low) / self.step > MOST_STEPS:
+                raise ValueError(f"a range has at most {MOST_STEPS:,} steps: leave `step` out for any value")
             if self.log and self.low <= 0:
                 raise ValueError("a logarithmic range starts above 0")
             if self.log and self.step is not None:
