@@ -48,7 +48,8 @@ def export(
     used = dict(statistics)
     material = Material(opened.pool, open_statistics(opened.pool, used), opened.examples())
     members = {name: (m.checkpoint.path, tuple(used.get(name, ()))) for name, m in opened.pool.members.items()}
-    extra: dict[str, str | bytes] = {
+    extra: dict[str, str | bytes | None] = {
+        **opened.campaign.files_from.files(opened.pool),
         "README.md": model_card(opened, recipe, table, row),
         RECIPE: dump_recipe(
             opened.pool.base.path,
@@ -59,6 +60,7 @@ def export(
             examples=opened.examples(),
             heads=opened.campaign.heads,
             max_distance=opened.campaign.max_distance,
+            files_from=opened.campaign.files_from,
         ),
     }
     for task, owner in opened.campaign.owners().items():

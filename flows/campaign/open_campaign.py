@@ -10,6 +10,7 @@ from flows.campaign.weight_checks import examined, known
 from flows.config.campaign_file import Campaign
 from flows.config.sections import BaseData
 from flows.directory.progress import Display
+from merging.checkpoints.borrowed_files import notes_on_files
 from merging.checkpoints.pool import Pool
 from merging.errors import SettingsError
 from merging.evaluation.live_models import check_models
@@ -150,8 +151,10 @@ def open_campaign(campaign: Campaign, display: Display, directory: str | None = 
     pool = Pool.open(
         campaign.base, {name: member.checkpoint for name, member in campaign.members.items()}, campaign.heads
     )
-    for note in pool.notes:
+    checkpoints = {name: member.checkpoint for name, member in pool.members.items()}
+    for note in (*pool.notes, *notes_on_files(pool.base, checkpoints)):
         display.note(note)
+    campaign.files_from.files(pool)  # for the errors that it raises
     owners = campaign.owners()
     tasks = {
         name: make_task(name, settings, campaign.members[owners[name]].checkpoint, campaign.base)

@@ -5,6 +5,7 @@ import torch
 from flows.config.recipe_file import RECIPE, RecipeFile, dump_recipe, load_recipe
 from flows.config.yaml_file import parent, require_writable
 from flows.directory.progress import Display
+from merging.checkpoints.borrowed_files import notes_on_files
 from merging.checkpoints.checkpoint import Checkpoint
 from merging.checkpoints.manifest import require_replaceable
 from merging.errors import SettingsError
@@ -50,7 +51,9 @@ def merge_recipe(
         material = file.material()
         if mismatch:
             require_fishers(material, recipe.members)
-        for note in material.pool.notes:
+        files = file.files_from.files(material.pool)
+        checkpoints = {name: member.checkpoint for name, member in material.pool.members.items()}
+        for note in (*material.pool.notes, *notes_on_files(material.pool.base, checkpoints)):
             display.note(note)
         members = {name: (member.checkpoint, member.statistics) for name, member in file.members.items()}
         entries = sum(info.nbytes // info.dtype.itemsize for info in material.pool.weights.values())
@@ -63,6 +66,7 @@ def merge_recipe(
                 max_bytes=int(gigabytes * 1e9),
                 threads=threads,
                 extra={
+                    **files,
                     RECIPE: dump_recipe(
                         file.base,
                         members,
@@ -72,7 +76,8 @@ def merge_recipe(
                         examples=material.examples,
                         heads=file.heads,
                         max_distance=file.max_distance,
-                    )
+                        files_from=file.files_from,
+                    ),
                 },
                 progress=lambda done, total: bar.reach(-(-done // MILLION)),
             )

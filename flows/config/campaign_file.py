@@ -5,6 +5,7 @@ from typing import Any
 import yaml
 from pydantic import Field, model_validator
 
+from flows.config.files_from import FilesFrom
 from flows.config.search_settings import SearchSettings
 from flows.config.sections import (
     BaseData,
@@ -64,6 +65,7 @@ class Campaign(Settings):
         description="Largest ‖θ_t − θ_0‖ / ‖θ_0‖ of a member: one beyond it was hardly fine-tuned from the base; null for no "
         "bound.",
     )
+    files_from: FilesFrom = Field(default_factory=FilesFrom, description=FilesFrom.__doc__)
     tasks: dict[Name, AnyTaskSettings] = Field(min_length=1, description="What a merge is judged by.")
     task_heads: dict[str, str] = Field(
         default_factory=dict,
@@ -102,6 +104,7 @@ class Campaign(Settings):
                 raise ValueError(f"search.methods: unknown method '{method}'. {did_you_mean(method, list(METHODS))}")
             if method == "distilled":
                 raise ValueError("search.methods: 'distilled' comes after the search: set `distil: {}` instead")
+        self.files_from.check(self.members)
         for task, member in self.task_heads.items():
             if task not in self.tasks:
                 raise ValueError(f"task_heads: unknown task '{task}'. {did_you_mean(task, list(self.tasks))}")
@@ -195,7 +198,7 @@ class Campaign(Settings):
 
     def identity(self) -> str:
         """Hash of what makes two runs the same campaign: everything but budget, resources and place."""
-        settings = self.model_dump(mode="json", exclude={"directory", "resources", "test"})
+        settings = self.model_dump(mode="json", exclude={"directory", "resources", "test", "files_from"})
         for budget in BUDGETS:
             settings["search"].pop(budget)
         settings["statistics"].pop("cache")

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from flows.config.files_from import FilesFrom
 from flows.config.yaml_file import MemberSettings, Name, Settings, load_yaml, parent, resolve, validate
 from merging.checkpoints.pool import Pool
 from merging.checkpoints.validation import MAX_DISTANCE, check_weights
@@ -45,6 +46,13 @@ class RecipeFile(Settings):
         description="Largest ‖θ_t − θ_0‖ / ‖θ_0‖ of a member: one beyond it was hardly fine-tuned from the base; null for no "
         "bound.",
     )
+
+    files_from: FilesFrom = Field(default_factory=FilesFrom, description=FilesFrom.__doc__)
+
+    @model_validator(mode="after")
+    def _files_are_somebody_s(self) -> "RecipeFile":
+        self.files_from.check(self.members)
+        return self
 
     @field_validator("members")
     @classmethod
@@ -117,6 +125,7 @@ def dump_recipe(
     examples: Mapping[str, int] | None = None,
     heads: Sequence[str] = (),
     max_distance: float | None = MAX_DISTANCE,
+    files_from: FilesFrom | None = None,
 ) -> str:
     """A recipe file that repeats a candidate's merge.
 
@@ -129,8 +138,10 @@ def dump_recipe(
         examples: Member, or `base` → number of training examples behind it, where that is known.
         heads: Patterns of tensors that are not merged.
         max_distance: Largest distance of a member from the base; None for no bound.
+        files_from: Whose small files the merge has.
     """
     known = examples or {}
+    borrowed = files_from.model_dump(exclude_defaults=True) if files_from else {}
     value: dict[str, Any] = {
         "base": base,
         "members": {
@@ -144,12 +155,13 @@ def dump_recipe(
         "base_examples": known.get(BASE),
         "heads": list(heads),
         "max_distance": max_distance,
+        "files_from": {key: name for key, name in borrowed.items() if name in recipe.members},
         **recipe.as_dict(),
         "scaling": nested(recipe.scaling),
     }
     always: tuple[str, ...] = ("method", "scaling", "parameters")
     if max_distance != MAX_DISTANCE:
         always = ("max_distance", *always)
-    order = ("base", "members", "statistics", "base_statistics", "base_examples", "heads", *always)
+    order = ("base", "members", "statistics", "base_statistics", "base_examples", "heads", "files_from", *always)
     shown = {key: value[key] for key in order if value[key] or key in always}
     return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)

@@ -230,4 +230,8 @@ def _differences(one: Campaign, other: Campaign) -> list[str]:
         for budget in BUDGETS:
             settings["search"].pop(budget)
         settings["statistics"].pop("cache")
-    return sorted(key for key in first if first[key] != second[key] and key not in ("directory", "resources", "test"))
+    return sorted(
+        key
+        for key in first
+        if first[key] != second[key] and key not in ("directory", "resources", "test", "files_from")
+    )

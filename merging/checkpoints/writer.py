@@ -185,7 +185,7 @@ class RemoteFiles(Files):
 
 @contextmanager
 def new_checkpoint(
-    path: str, shards: tuple[Shard, ...], *, like: Checkpoint, extra: Mapping[str, str | bytes] | None = None
+    path: str, shards: tuple[Shard, ...], *, like: Checkpoint, extra: Mapping[str, str | bytes | None] | None = None
 ) -> Iterator[Files]:
     """A model directory that is there when the block ends well, and not otherwise.
 
@@ -196,7 +196,8 @@ def new_checkpoint(
         path: The directory.
         shards: What will be in the block written, all of it.
         like: The checkpoint whose configuration, tokenizer and other companion files are copied.
-        extra: Further small files, by their path below the directory (a model card, a task's head).
+        extra: Further small files, by their path below the directory (a model card, a task's head); None leaves out the
+            base's file of that name.
 
     Raises:
         StorageError: There is no right or no space to write, or something else than an earlier merge is there.
@@ -227,7 +228,9 @@ def new_checkpoint(
             (directory / name).write_bytes(content)
 
 
-def _small_files(shards: Sequence[Shard], like: Checkpoint, extra: Mapping[str, str | bytes]) -> dict[str, bytes]:
+def _small_files(
+    shards: Sequence[Shard], like: Checkpoint, extra: Mapping[str, str | bytes | None]
+) -> dict[str, bytes]:
     """All files of a model directory but its weights; `config.json` is the last."""
     found: dict[str, bytes] = {}
     if len(shards) > 1:
@@ -239,7 +242,7 @@ def _small_files(shards: Sequence[Shard], like: Checkpoint, extra: Mapping[str, 
     for name in companions(like.path)[0]:
         if name not in given:
             found[name] = storage.read_bytes(storage.join(like.path, name))
-    found |= given
+    found |= {name: content for name, content in given.items() if content is not None}
     return {**{name: content for name, content in found.items() if name != CONFIG}, CONFIG: found[CONFIG]}
 
 

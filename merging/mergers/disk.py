@@ -44,7 +44,7 @@ def merge_to_disk(
     max_bytes: int = MEMORY,
     max_shard_bytes: int = SHARD_BYTES,
     threads: int | None = None,
-    extra: Mapping[str, str | bytes] | None = None,
+    extra: Mapping[str, str | bytes | None] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """Writes the merged model as a Hugging Face directory like the base's, whole or not at all.
@@ -60,7 +60,7 @@ def merge_to_disk(
         max_bytes: Working memory of all threads together.
         max_shard_bytes: An output file is closed before it exceeds this.
         threads: Parts merged side by side; by default as many as there are processors to this process.
-        extra: Further small files, by their path below the directory.
+        extra: Further small files, by their path below the directory; None leaves out the base's file of that name.
         progress: Told how many of how many entries are merged.
 
     Returns:

@@ -370,9 +370,7 @@ class EvaluatorPool:
             return []
         if not displaced and not unreachable:
             self._killed[work.assignment.candidate] += 1
-            if (
-                self._killed[work.assignment.candidate] == 1
-            ):  # the same one again tells of the candidate, not of the machines
+            if self._killed[work.assignment.candidate] == 1:  # the same one again tells of the candidate alone
                 self.crew.count_death(why)
         self._displaced.pop(ticket, None)
         return self._finished(ticket, work.started, None, why, lost=True)

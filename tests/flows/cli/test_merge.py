@@ -134,6 +134,26 @@ def test_a_remote_member_that_is_an_earlier_merge_is_not_replaced(write_recipe, 
     assert storage.list_files(first) == before
 
 
+def test_files_of_a_member_are_taken_where_the_recipe_says_so(write_recipe, tmp_path):
+    settings = yaml.safe_load(Path(write_recipe()).read_text())
+    for name in ("one", "two"):
+        path = shutil.copytree(settings["members"][name]["checkpoint"], tmp_path / name)
+        (path / "chat_template.jinja").write_text(f"of {name}")
+        settings["members"][name]["checkpoint"] = str(path)
+    for files_from, expected in (({}, None), ({"chat_template": "one"}, "of one"), ({"tokenizer": "two"}, "of two")):
+        (tmp_path / "chat.yaml").write_text(yaml.safe_dump(settings | {"files_from": files_from}))
+        merge_recipe(str(tmp_path / "chat.yaml"), str(tmp_path / "out"), None, 1.0, Display())
+        template = tmp_path / "out" / "chat_template.jinja"
+        assert (template.read_text() if template.exists() else None) == expected
+        assert (
+            load_recipe(str(tmp_path / "out" / "recipe.yaml")).files_from.model_dump(exclude_defaults=True)
+            == files_from
+        )
+    (tmp_path / "chat.yaml").write_text(yaml.safe_dump(settings | {"files_from": {"tokenizer": "tow"}}))
+    with pytest.raises(SettingsError, match="files_from.tokenizer: unknown member 'tow'. Did you mean 'two'"):
+        load_recipe(str(tmp_path / "chat.yaml"))
+
+
 def test_a_recipe_with_a_secret_is_refused_without_repeating_it(write_recipe, tmp_path, capsys):
     settings = yaml.safe_load(Path(write_recipe()).read_text())
     settings["members"]["one"]["checkpoint"] = "zip://x::https://user:hunter2@host/x.zip"
