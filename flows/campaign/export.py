@@ -59,6 +59,7 @@ def export(
             base_statistics=used.get(BASE, ()),
             examples=opened.examples(),
             heads=opened.campaign.heads,
+            vocabulary=opened.campaign.vocabulary,
             max_distance=opened.campaign.max_distance,
             files_from=opened.campaign.files_from,
         ),

@@ -79,13 +79,17 @@ def solutions(opened: Opened, cache: str, display: Display) -> dict[str, tuple[s
         bound[member], data[member] = job.data, job.fingerprints["data"]
     settings = campaign.statistics.propagated
     key = {"statistic": "propagated", "version": 1, **settings.model_dump(mode="json", exclude={"batch_size"})}
+    if campaign.vocabulary != "base":
+        key["vocabulary"] = campaign.vocabulary
     checkpoint = subset_fingerprint(opened.pool, members)
     fingerprint = storage.fingerprint([checkpoint, opened.pool.configurations(), data, key])
     path = storage.join(cache, f"pool.propagated.{fingerprint}.safetensors")
     if not storage.exists(path):
         paths = {name: member.checkpoint for name, member in campaign.members.items()}
         digest = storage.fingerprint(data)
-        whole = PropagationJob(campaign.base, paths, campaign.heads, bound, settings, key, path, checkpoint, digest)
+        whole = PropagationJob(
+            campaign.base, paths, campaign.heads, bound, settings, key, path, checkpoint, digest, campaign.vocabulary
+        )
         resources = campaign.resources
         with connect(), display.bar("percent of the propagated solution", 100) as bar:
             solve(

@@ -12,6 +12,7 @@ from flows.config.sections import BaseData
 from flows.directory.progress import Display
 from merging.checkpoints.borrowed_files import notes_on_files
 from merging.checkpoints.pool import Pool
+from merging.checkpoints.vocabulary import Renumbered
 from merging.errors import SettingsError
 from merging.evaluation.live_models import check_models
 from merging.methods import METHODS, Method
@@ -88,6 +89,7 @@ class Opened:
             base=campaign.base,
             members={name: member.checkpoint for name, member in campaign.members.items()},
             heads=campaign.heads,
+            vocabulary=campaign.vocabulary,
             statistics=statistics,
             examples=self.examples(),
             tasks=dict(campaign.tasks),
@@ -149,13 +151,24 @@ def open_campaign(campaign: Campaign, display: Display, directory: str | None = 
         MergequestError: Something is unusable; the message names it.
     """
     pool = Pool.open(
-        campaign.base, {name: member.checkpoint for name, member in campaign.members.items()}, campaign.heads
+        campaign.base,
+        {name: member.checkpoint for name, member in campaign.members.items()},
+        campaign.heads,
+        campaign.vocabulary,
     )
     checkpoints = {name: member.checkpoint for name, member in pool.members.items()}
     for note in (*pool.notes, *notes_on_files(pool.base, checkpoints)):
         display.note(note)
     campaign.files_from.files(pool)  # for the errors that it raises
     owners = campaign.owners()
+    for task_name, owner in owners.items():
+        checkpoint = pool.members[owner].checkpoint
+        if isinstance(checkpoint, Renumbered) and checkpoint.moves_tokens:
+            raise SettingsError(
+                f"tasks.{task_name}: the tokenizer of its head's member '{owner}' has tokens where the merge has others or "
+                "none, so that the merge would be measured on the wrong ones. Name another member under `task_heads`, or merge "
+                "by a recipe"
+            )
     tasks = {
         name: make_task(name, settings, campaign.members[owners[name]].checkpoint, campaign.base)
         for name, settings in campaign.tasks.items()

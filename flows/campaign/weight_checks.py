@@ -77,4 +77,4 @@ def _over_cluster(campaign: Campaign, pool: Pool, members: list[str]) -> Iterato
 
     paths = {name: member.checkpoint for name, member in campaign.members.items()}
     with connect():
-        yield from examine(pool, Files(campaign.base, paths, campaign.heads), members)
+        yield from examine(pool, Files(campaign.base, paths, campaign.heads, campaign.vocabulary), members)

@@ -75,6 +75,7 @@ def merge_recipe(
                         base_statistics=file.base_statistics,
                         examples=material.examples,
                         heads=file.heads,
+                        vocabulary=file.vocabulary,
                         max_distance=file.max_distance,
                         files_from=file.files_from,
                     ),

@@ -17,6 +17,7 @@ from flows.config.sections import (
 )
 from flows.config.yaml_file import MemberSettings, Name, Settings, load_yaml, parent, resolve, validate
 from merging.checkpoints.validation import MAX_DISTANCE
+from merging.checkpoints.vocabulary import Vocabulary
 from merging.errors import MergequestError, SettingsError
 from merging.io import storage
 from merging.methods import METHODS
@@ -58,6 +59,11 @@ class Campaign(Settings):
     heads: tuple[str, ...] = Field(
         (),
         description="Patterns (classifier.*) of tensors to keep per task though base and members all have them.",
+    )
+    vocabulary: Vocabulary = Field(
+        "base",
+        description="Whose tokens a merge has, where members' are not the base's: `base`, or `union`, which adds those that "
+        "the base lacks. Rows of embeddings are matched by token.",
     )
     max_distance: float | None = Field(
         MAX_DISTANCE,

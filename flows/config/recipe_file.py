@@ -10,6 +10,7 @@ from flows.config.files_from import FilesFrom
 from flows.config.yaml_file import MemberSettings, Name, Settings, load_yaml, parent, resolve, validate
 from merging.checkpoints.pool import Pool
 from merging.checkpoints.validation import MAX_DISTANCE, check_weights
+from merging.checkpoints.vocabulary import Vocabulary
 from merging.errors import MethodError
 from merging.mergers.material import Material, open_statistics
 from merging.methods import METHODS
@@ -40,6 +41,11 @@ class RecipeFile(Settings):
     )
     parameters: dict[str, Value] = Field(default_factory=dict, description="The method's parameters.")
     heads: tuple[str, ...] = Field((), description="Patterns of tensors that are not merged.")
+    vocabulary: Vocabulary = Field(
+        "base",
+        description="Whose tokens a merge has, where members' are not the base's: `base`, or `union`, which adds those that "
+        "the base lacks. Rows of embeddings are matched by token.",
+    )
     max_distance: float | None = Field(
         MAX_DISTANCE,
         gt=0,
@@ -86,7 +92,9 @@ class RecipeFile(Settings):
         Raises:
             MergequestError: One of them is unusable.
         """
-        pool = Pool.open(self.base, {name: member.checkpoint for name, member in self.members.items()}, self.heads)
+        pool = Pool.open(
+            self.base, {name: member.checkpoint for name, member in self.members.items()}, self.heads, self.vocabulary
+        )
         check_weights(pool, LOOKED_AT, self.max_distance)
         files = {name: member.statistics for name, member in self.members.items()} | {BASE: self.base_statistics}
         together = "+".join(sorted(self.members))  # of one member, its own name
@@ -124,6 +132,7 @@ def dump_recipe(
     base_statistics: Sequence[str] = (),
     examples: Mapping[str, int] | None = None,
     heads: Sequence[str] = (),
+    vocabulary: Vocabulary = "base",
     max_distance: float | None = MAX_DISTANCE,
     files_from: FilesFrom | None = None,
 ) -> str:
@@ -137,6 +146,7 @@ def dump_recipe(
         base_statistics: Statistics files of the base.
         examples: Member, or `base` → number of training examples behind it, where that is known.
         heads: Patterns of tensors that are not merged.
+        vocabulary: Whose tokens the merge has.
         max_distance: Largest distance of a member from the base; None for no bound.
         files_from: Whose small files the merge has.
     """
@@ -154,6 +164,7 @@ def dump_recipe(
         "base_statistics": list(base_statistics),
         "base_examples": known.get(BASE),
         "heads": list(heads),
+        "vocabulary": vocabulary if vocabulary != "base" else None,
         "max_distance": max_distance,
         "files_from": {key: name for key, name in borrowed.items() if name in recipe.members},
         **recipe.as_dict(),
@@ -162,6 +173,6 @@ def dump_recipe(
     always: tuple[str, ...] = ("method", "scaling", "parameters")
     if max_distance != MAX_DISTANCE:
         always = ("max_distance", *always)
-    order = ("base", "members", "statistics", "base_statistics", "base_examples", "heads", "files_from", *always)
+    order = ("base", "members", "statistics", "base_statistics", "base_examples", "heads", "vocabulary", "files_from", *always)
     shown = {key: value[key] for key in order if value[key] or key in always}
     return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)

@@ -14,6 +14,7 @@ from merging.checkpoints.buffers import is_buffer
 from merging.checkpoints.checkpoint import Checkpoint, TensorInfo
 from merging.checkpoints.configuration import differences, function_of
 from merging.checkpoints.ties import settle_ties
+from merging.checkpoints.vocabulary import Vocabulary, settle_vocabulary
 from merging.errors import PoolError
 
 MAX_REPORTED = 12
@@ -47,15 +48,19 @@ class Pool:
         members: The members, by name.
         weights: The base's names and places of the weights that are merged: floating-point, in base and all members.
         notes: What a user should know, though it is no error (mixed dtypes, tensors that only the base has).
+        files: Small files of a merged checkpoint that are not as the base has them (a tokenizer with added tokens).
     """
 
     base: Checkpoint
     members: Mapping[str, Member]
     weights: Mapping[str, TensorInfo]
     notes: tuple[str, ...] = field(default=())
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, base: str, members: Mapping[str, str], heads: Sequence[str] = ()) -> "Pool":
+    def open(
+        cls, base: str, members: Mapping[str, str], heads: Sequence[str] = (), vocabulary: Vocabulary = "base"
+    ) -> "Pool":
         """Opens all checkpoints and compares names, shapes, dtypes, tied weights and architecture.
 
         Args:
@@ -63,6 +68,7 @@ class Pool:
             members: Each member's directory, by name: a model's, or that of a PEFT LoRA adapter of this base.
             heads: Patterns (`classifier.*`) of members' tensor names to keep per task though they could be merged.
                 Tensors that the base lacks are kept per task without being named here.
+            vocabulary: Whose tokens a merge has, where members' are not the base's: `base`, or `union`.
 
         Raises:
             CheckpointError: A directory is missing, damaged or unsafe.
@@ -78,6 +84,7 @@ class Pool:
         problems: list[str] = []
         notes: list[str] = []
         origin, opened = settle_ties(origin, opened, notes)
+        origin, opened, files = settle_vocabulary(origin, opened, vocabulary, notes)
         found = {}
         for name, checkpoint in opened.items():
             problems += _config_problems(origin, name, checkpoint)
@@ -109,7 +116,7 @@ class Pool:
             for name, member in found.items()
         }
         notes += [note for owner in trimmed.values() for note in _left_out(owner, origin, heads)]
-        return cls(origin, trimmed, {key: origin.tensors[key] for key in merged}, tuple(notes))
+        return cls(origin, trimmed, {key: origin.tensors[key] for key in merged}, tuple(notes), files)
 
     def base_weight(self, name: str) -> Tensor:
         """θ_0's weight, as stored."""

@@ -97,7 +97,7 @@ def keep(pool: Pool, findings: Mapping[str, Finding]) -> None:
 
 def key(pool: Pool, member: str) -> tuple[str, ...]:
     """What a member's finding depends on."""
-    names = storage.fingerprint(list(pool.weights))
+    names = storage.fingerprint([[name, list(info.shape)] for name, info in pool.weights.items()])
     return ("examined", "2", names, *pool.base.identity, *pool.members[member].checkpoint.identity)
 
 

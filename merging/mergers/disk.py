@@ -81,7 +81,7 @@ def merge_to_disk(
     parts = partition(pool, shards, min(share, PART_ENTRIES), stretches=merger.can_stretch)
     merger.survey(parts, share, threads)
     done, total = 0, sum(part.entries for part in parts)
-    small = dict(extra or {})
+    small = {**pool.files, **(extra or {})}
     if dtype is not None or isinstance(pool.base, View):
         small.setdefault(CONFIG, _config(pool.base, dtype))
     with new_checkpoint(path, shards, like=pool.base, extra=small) as files:

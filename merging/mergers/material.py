@@ -9,6 +9,7 @@ from torch import Tensor
 
 from merging.checkpoints.checkpoint import Checkpoint
 from merging.checkpoints.pool import Pool
+from merging.checkpoints.vocabulary import Renumbered
 from merging.errors import MethodError, StatisticsError
 from merging.io import storage
 from merging.mergers import running_statistics, weight_groups
@@ -16,6 +17,9 @@ from merging.mergers.running_statistics import parameters_of
 from merging.methods import METHODS, Context, Method, Prepared, Weight
 from merging.recipe import BASE, REFERENCES, Recipe
 from merging.statistics import StatisticsFile
+
+PER_INPUT = ("gram", "representation")
+"""Kinds of statistic that no number of tokens is a dimension of."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,11 @@ def open_statistics(pool: Pool, files: Mapping[str, Sequence[str]]) -> dict[str,
             file = StatisticsFile.open(path)
             if file.kind not in solutions and (who == BASE or who in pool.members):
                 checkpoint: Checkpoint = pool.base if who == BASE else pool.members[who].checkpoint
+                if isinstance(checkpoint, Renumbered) and file.kind not in PER_INPUT:
+                    raise StatisticsError(
+                        f"{path} counts the tokens of {who} as its own tokenizer does, and the merge counts them otherwise: "
+                        f"leave the {file.kind} out, or merge by a method that needs none"
+                    )
                 file.check(checkpoint.fingerprint, checkpoint.tensors)
             else:
                 file.check(subset_fingerprint(pool, who.split("+")))

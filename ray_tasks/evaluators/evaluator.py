@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from merging.checkpoints.pool import Pool
+from merging.checkpoints.vocabulary import Vocabulary
 from merging.evaluation.live_models import LiveModels, MakeSource, Measurement, best_device
 from merging.evaluation.steps import Plan
 from merging.io import fact_cache
@@ -35,6 +36,7 @@ class Setup:
         tasks: Task → its settings.
         owners: Task → the member whose head it is evaluated with.
         precision: Of evaluation.
+        vocabulary: Whose tokens a merge has.
         facts: What is known of the files, so that nobody reads them whole to recognise them (`merging.io.fact_cache`).
         parts: Entries of each shard's part of the weights, where shards write these into the evaluator's memory.
     """
@@ -47,6 +49,7 @@ class Setup:
     tasks: Mapping[str, Any]
     owners: Mapping[str, str]
     precision: str = "float32"
+    vocabulary: Vocabulary = "base"
     facts: Mapping[str, str] = field(default_factory=dict)
     parts: tuple[int, ...] = ()
 
@@ -57,7 +60,7 @@ class Setup:
             resident: Whether this machine is going to read all of the pool, and more than once.
         """
         fact_cache.learn(self.facts)
-        pool = Pool.open(self.base, self.members, self.heads)
+        pool = Pool.open(self.base, self.members, self.heads, self.vocabulary)
         statistics = open_statistics(pool, self.statistics)
         if resident:
             pool.copy_here()

@@ -9,6 +9,7 @@ import ray
 from merging.checkpoints import validation
 from merging.checkpoints.pool import Pool
 from merging.checkpoints.validation import Finding
+from merging.checkpoints.vocabulary import Vocabulary
 from merging.io import fact_cache
 from ray_tasks.jobs.parallel import each
 
@@ -21,11 +22,13 @@ class Files:
         base: The base's directory.
         members: Member → directory.
         heads: Patterns of tensors that are kept per task.
+        vocabulary: Whose tokens a merge has.
     """
 
     base: str
     members: Mapping[str, str]
     heads: Sequence[str]
+    vocabulary: Vocabulary = "base"
 
 
 def examine(
@@ -48,21 +51,18 @@ def examine(
     """
     names = tuple(pool.weights)
     alive = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
-    calls: dict[str, tuple[Any, ...]] = {
-        group[0]: (Files(files.base, {member: files.members[member] for member in group}, files.heads), names)
-        for group in validation.slices(members, alive)
-    }
+    calls: dict[str, tuple[Any, ...]] = {group[0]: (files, group, names) for group in validation.slices(members, alive)}
     for _, (found, facts) in each(_examine, calls, gpus=0.0, progress=progress):
         fact_cache.learn(facts)
         yield found
 
 
 def _examine(
-    files: Files, names: Sequence[str], report: Callable[[float], None]
+    files: Files, members: Sequence[str], names: Sequence[str], report: Callable[[float], None]
 ) -> tuple[dict[str, Finding], dict[str, str]]:
     """Findings, and facts for the driver; nothing but the pool's common weights is compared."""
-    whole = Pool.open(files.base, files.members, files.heads)
+    whole = Pool.open(files.base, files.members, files.heads, files.vocabulary)
     pool = Pool(whole.base, whole.members, {name: whole.weights[name] for name in names}, whole.notes)
-    found = validation.examine(pool, list(files.members))
-    checkpoints = [pool.base, *(member.checkpoint for member in pool.members.values())]
+    found = validation.examine(pool, members)
+    checkpoints = [pool.base, *(pool.members[member].checkpoint for member in members)]
     return found, fact_cache.known(checkpoint.identity for checkpoint in checkpoints)

@@ -9,6 +9,7 @@ import ray
 import torch
 
 from merging.checkpoints.pool import Pool
+from merging.checkpoints.vocabulary import Vocabulary
 from merging.errors import ClusterError
 from merging.evaluation.live_models import best_device
 from merging.propagation import Fit, PropagationSettings
@@ -36,6 +37,7 @@ class PropagationJob:
         path: The statistics file to write.
         checkpoint: Fingerprint of base and members.
         data: Fingerprint of the examples.
+        vocabulary: Whose tokens a merge has.
     """
 
     base: str
@@ -47,6 +49,7 @@ class PropagationJob:
     path: str
     checkpoint: str
     data: str
+    vocabulary: Vocabulary = "base"
 
 
 def solve(
@@ -131,7 +134,7 @@ class _CrewActor:
     def plans(self) -> list[Plan]:
         """Opens pool and tasks; what is known of the members' passes."""
         job = self._job
-        pool = Pool.open(job.base, job.members, job.heads)
+        pool = Pool.open(job.base, job.members, job.heads, job.vocabulary)
         everyone = checked(pool, job.tasks, list(job.members), job.settings)
         tasks = {member: job.tasks[member].open() for member in self._members}
         self._crew = Crew(pool, tasks, self._members, plain_mean(pool, everyone, best_device()), job.settings)

@@ -292,7 +292,7 @@ def test_embeddings_and_head_are_the_live_models(tmp_path, name, tie):
     base = tiny("Qwen2", tie_word_embeddings=tie)
     base.save_pretrained(tmp_path / "base")
     live = trained(base, tmp_path / "a", **TIED[name])
-    found = load_model(str(tmp_path / "a"), "AutoModelForCausalLM", complete=True, base=str(tmp_path / "base"))
+    found = load_model(str(tmp_path / "a"), "AutoModelForCausalLM", base=str(tmp_path / "base"))
     with torch.no_grad():
         torch.testing.assert_close(found(IDS).logits, live(IDS).logits, rtol=1e-5, atol=1e-5)
         assert (live(IDS).logits - base(IDS).logits).abs().max() > 0.1
@@ -309,7 +309,7 @@ def test_saved_embeddings_of_a_grown_vocabulary(tmp_path, tie, targets):
     base.resize_token_embeddings(42)
     live = trained(base, tmp_path / "a", target_modules=targets)
     live.save_pretrained(tmp_path / "a", save_embedding_layers=True)
-    found = load_model(str(tmp_path / "a"), "AutoModelForCausalLM", complete=True, base=str(tmp_path / "base"))
+    found = load_model(str(tmp_path / "a"), "AutoModelForCausalLM", base=str(tmp_path / "base"))
     with torch.no_grad():
         torch.testing.assert_close(found(IDS).logits, live(IDS).logits, rtol=1e-5, atol=1e-5)
 
