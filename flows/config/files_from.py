@@ -7,6 +7,7 @@ from pydantic import Field
 from flows.config.yaml_file import Settings
 from merging.checkpoints.borrowed_files import Files, borrowed_files
 from merging.checkpoints.pool import Pool
+from merging.errors import PoolError
 from merging.recipe import BASE
 from merging.registry import did_you_mean
 
@@ -41,4 +42,8 @@ class FilesFrom(Settings):
             for key, name in self.model_dump(exclude_none=True).items()
             if name != BASE or (key == "chat_template" and self.tokenizer != BASE)
         }
+        if "tokenizer" in whose and pool.files:
+            raise PoolError(
+                "files_from.tokenizer: `vocabulary: union` adds tokens to the base's tokenizer, which no member's stands in for"
+            )
         return borrowed_files(pool.base, **whose)

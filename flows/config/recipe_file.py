@@ -173,6 +173,16 @@ def dump_recipe(
     always: tuple[str, ...] = ("method", "scaling", "parameters")
     if max_distance != MAX_DISTANCE:
         always = ("max_distance", *always)
-    order = ("base", "members", "statistics", "base_statistics", "base_examples", "heads", "vocabulary", "files_from", *always)
+    order = (
+        "base",
+        "members",
+        "statistics",
+        "base_statistics",
+        "base_examples",
+        "heads",
+        "vocabulary",
+        "files_from",
+        *always,
+    )
     shown = {key: value[key] for key in order if value[key] or key in always}
     return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
