@@ -11,9 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_REMEMBERED = "_names_in_checkpoint"
+
+
+def remember_names(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Has `checkpoint_names` and `in_checkpoint` give the names of the very checkpoint that a model was loaded from.
+
+    They may differ from those under which `save_pretrained` would write the model: official GPT-2 names have no prefix.
+
+    Args:
+        model: The model; copies of it remember too.
+        shapes: The checkpoint's tensors.
+    """
+    plain = {c.target: c.sources[0] for c in loading(model, shapes).conversions if c.apply is None}
+    ties = {
+        name: plain[other] for name, others in tied_names(model).items() for other in sorted(others) if other in plain
+    }
+    setattr(model, _REMEMBERED, (ties | plain, frozenset(shapes)))
+
 
 def checkpoint_names(model: nn.Module) -> dict[int, str]:
-    """`id` of each parameter → the name under which `save_pretrained` writes it.
+    """`id` of each parameter → its name in the checkpoint: the one it was loaded from, or as `save_pretrained` writes it.
 
     Of tied weights the first name counts, under which they are saved. Where transformers renames weights as
     it loads them (ViT), the renaming is reverted; where it joins several into one (experts), the model's own
@@ -37,7 +55,15 @@ def in_checkpoint(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, T
 
     if not isinstance(model, PreTrainedModel):
         return dict(values)
-    return dict(revert_weight_conversion(model, dict(values)))
+    nothing: tuple[dict[str, str], frozenset[str]] = {}, frozenset()
+    plain, stored = getattr(model, _REMEMBERED, nothing)
+    found = {plain[name]: value for name, value in values.items() if name in plain}
+    prefix = f"{model.base_model_prefix}."
+    rest = {name: value for name, value in values.items() if name not in plain}
+    for name, value in revert_weight_conversion(model, rest).items() if rest else ():
+        spellings = (name, name.removeprefix(prefix), prefix + name)
+        found[next((spelling for spelling in spellings if spelling in stored), name)] = value
+    return found
 
 
 @dataclass(frozen=True)

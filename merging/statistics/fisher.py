@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from merging.checkpoints.parameter_names import checkpoint_names
+from merging.checkpoints.parameter_names import checkpoint_names, in_checkpoint
 from merging.statistics.capture.layers import device_of, means, token_count
 from merging.statistics.capture.per_example import PerExample
 from merging.statistics.likelihood import LikelihoodSettings, objectives, settings_key
@@ -56,7 +56,8 @@ class Fisher(Statistic):
                 counts["tokens"] += token_count(batch)
         if not counts["examples"]:
             return Partial()
-        return Partial({name: value.cpu() for name, value in sums.items()}, counts)
+        by_parameter = {name: sums[names[id(parameter)]].cpu() for name, parameter in model.named_parameters()}
+        return Partial(in_checkpoint(model, by_parameter), counts)
 
     def finalize(self, partial: Partial) -> dict[str, Tensor]:
         """Means over examples, float32, in each parameter's shape.

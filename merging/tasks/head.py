@@ -13,7 +13,7 @@ from torch import nn
 
 from merging.checkpoints.adapter import ADAPTER_CONFIG, is_adapter, open_checkpoint
 from merging.checkpoints.checkpoint import CONFIG, Checkpoint, read_settings
-from merging.checkpoints.parameter_names import Loading, loading
+from merging.checkpoints.parameter_names import Loading, loading, remember_names
 from merging.errors import CheckpointError, StorageError, TaskError
 from merging.io import local_copies, storage
 from merging.io.documents import is_number
@@ -24,6 +24,7 @@ POSITIONS = re.compile(r"(^|\.)(position_embeddings?|embed_positions|wpe)$")
 """Names of tables of learnt positions."""
 TOKENIZERS = ("*tokenizer*", "vocab*", "merges.txt", "*.spm", "spiece.model", "sentencepiece*.model")
 """Files that a tokenizer is made from."""
+GENERATION = "generation_config.json"
 
 
 def class_names(
@@ -252,8 +253,9 @@ def load_model(head: str, model_class: str, *, base: str = "", hollow: Collectio
     loader = _loader(model_class)
     try:
         with quiet():
+            checkpoint = open_checkpoint(head, base)
             model, info = (
-                _assembled(open_checkpoint(head, base), loader, hollow)
+                _assembled(checkpoint, loader, hollow)
                 if hollow or is_adapter(head)
                 else loader.from_pretrained(
                     local_directory(head),
@@ -269,6 +271,7 @@ def load_model(head: str, model_class: str, *, base: str = "", hollow: Collectio
     if missing := sorted(info["missing_keys"]):
         raise _incomplete(head, model, missing, str((getattr(model.config, "architectures", None) or ["?"])[0]))
     live: nn.Module = model.eval()
+    remember_names(live, {name: info.shape for name, info in checkpoint.tensors.items()})
     return live
 
 
@@ -301,10 +304,14 @@ def _assembled(checkpoint: Checkpoint, loader: Any, hollow: Collection[str]) -> 
         name: nothing.expand(info.shape) if name in hollow else checkpoint.read(name)
         for name, info in checkpoint.tensors.items()
     }
-    found: tuple[nn.Module, dict[str, Any]] = type(blank).from_pretrained(
+    model, info = type(blank).from_pretrained(
         None, config=blank.config, state_dict=weights, dtype=torch.float32, output_loading_info=True
     )
-    return found
+    if model.can_generate() and GENERATION in storage.list_dir(checkpoint.path):
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_dict(read_settings(storage.join(checkpoint.path, GENERATION)))
+    return model, info
 
 
 def has_tokenizer(path: str) -> bool:

@@ -1,13 +1,16 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import MixtralConfig, MixtralForSequenceClassification
 
 from merging.checkpoints.parameter_names import checkpoint_names
 from merging.errors import StatisticsError
 from merging.statistics import Fisher, LikelihoodSettings, Partial, measure
 from merging.statistics.likelihood import IGNORED
+from merging.tasks.head import load_model
 from merging.tasks.task import Batch, Task
 
 
@@ -359,3 +362,42 @@ def test_key_has_the_seed_only_where_something_is_drawn():
     assert fisher("sampled", seed=3).key()["seed"] == 3
     assert fisher("exact", batch_size=1).key() == fisher("exact", batch_size=2).key()
     assert fisher("exact").key() != fisher("empirical").key()
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_experts_have_the_names_of_their_checkpoint(tmp_path, tiny_task, bare):
+    config = MixtralConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        max_position_embeddings=16,
+        num_labels=3,
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    MixtralForSequenceClassification(config).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    if bare:
+        names = {name: name.removeprefix("model.") for name in load_file(file)}
+        save_file({names[n]: value.clone() for n, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    model = load_model(str(tmp_path), "AutoModelForSequenceClassification")
+    ids = torch.randint(1, 40, (5, 6), generator=torch.Generator().manual_seed(1))
+    task = tiny_task(model, {"input_ids": ids}, ids[:, 0] % 3)
+    found = measure(task, fisher())
+    assert {n: v.shape for n, v in found.sums.items()} == {n: v.shape for n, v in load_file(file).items()}
+    # by_loop knows no experts: it sums squares of the model's own parameters
+    expected = by_loop(task, "exact")
+    for layer in range(2):
+        prefix = f"{'' if bare else 'model.'}layers.{layer}"
+        up = expected[f"model.layers.{layer}.mlp.experts.gate_up_proj"]
+        down = expected[f"model.layers.{layer}.mlp.experts.down_proj"]
+        for expert in range(4):
+            here = f"{prefix}.block_sparse_moe.experts.{expert}"
+            parts = {"w1": up[expert, :12], "w3": up[expert, 12:], "w2": down[expert]}
+            for name, value in parts.items():
+                torch.testing.assert_close(found.sums[f"{here}.{name}.weight"], value, rtol=1e-3, atol=1e-7)
