@@ -13,9 +13,11 @@ from safetensors.torch import save
 from flows.campaign.open_campaign import Opened
 from flows.config.recipe_file import RECIPE, dump_recipe
 from flows.report.table import Cell, factor_of, text
+from merging.io import storage
 from merging.mergers.disk import merge_to_disk
 from merging.mergers.material import Material, head_tensors, open_statistics
 from merging.recipe import BASE, Recipe, nested
+from merging.tasks.head import class_of
 from search.ledger.row import Row
 
 HEAD = "head.safetensors"
@@ -62,13 +64,20 @@ def export(
             vocabulary=opened.campaign.vocabulary,
             max_distance=opened.campaign.max_distance,
             files_from=opened.campaign.files_from,
+            directory=path,
         ),
     }
-    for task, owner in opened.campaign.owners().items():
+    for task, owner in owners_of_heads(opened).items():
         config = dict(opened.pool.members[owner].checkpoint.config)
         extra[f"heads/{task}/config.json"] = json.dumps(config, indent=2) + "\n"
         extra[f"heads/{task}/{HEAD}"] = save(head_tensors(opened.pool, owner), metadata={"format": "pt"})
     return merge_to_disk(material, recipe, path, dtype=dtype, extra=extra)
+
+
+def owners_of_heads(opened: Opened) -> dict[str, str]:
+    """Task → its owner, where that keeps tensors for the task."""
+    owners = opened.campaign.owners()
+    return {task: owner for task, owner in owners.items() if opened.pool.members[owner].head}
 
 
 def model_card(opened: Opened, recipe: Recipe, table: str, row: Row | None) -> str:
@@ -82,19 +91,28 @@ def model_card(opened: Opened, recipe: Recipe, table: str, row: Row | None) -> s
     )
     return templates.get_template("model_card.md.j2").render(
         campaign=opened.campaign,
+        base=public_name(opened.campaign.base),
+        checkpoints={name: public_name(member.checkpoint) for name, member in opened.campaign.members.items()},
         recipe=recipe,
         factors={member: in_words(factors) for member, factors in nested(recipe.scaling).items()},
         table=table,
         row=row,
         cell=_score,
-        owners=opened.campaign.owners(),
+        owners=owners_of_heads(opened),
         fingerprints=opened.pool.fingerprints(),
-        architecture=opened.pool.base.architecture,
+        architecture=opened.pool.base.architecture if opened.pool.base.architecture.isidentifier() else "unknown",
+        auto_class=class_of(opened.pool.base.config),
         classes={
-            task: opened.pool.members[owner].checkpoint.architecture for task, owner in opened.campaign.owners().items()
+            task: class_of(opened.pool.members[owner].checkpoint.config)
+            for task, owner in opened.campaign.owners().items()
         },
         versions=versions(),
     )
+
+
+def public_name(path: str) -> str:
+    """What a checkpoint is called outside this machine: its address, or the last part of its path."""
+    return storage.base_name(path) if storage.is_local(path) else path
 
 
 def _score(row: Row, task: str) -> str:

@@ -78,6 +78,7 @@ def merge_recipe(
                         vocabulary=file.vocabulary,
                         max_distance=file.max_distance,
                         files_from=file.files_from,
+                        directory=out,
                     ),
                 },
                 progress=lambda done, total: bar.reach(-(-done // MILLION)),

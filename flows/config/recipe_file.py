@@ -1,5 +1,6 @@
 """Recipe files: a merge that one person writes down and another repeats."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from merging.checkpoints.pool import Pool
 from merging.checkpoints.validation import MAX_DISTANCE, check_weights
 from merging.checkpoints.vocabulary import Vocabulary
 from merging.errors import MethodError
+from merging.io import storage
 from merging.mergers.material import Material, open_statistics
 from merging.methods import METHODS
 from merging.recipe import BASE, GROUP, Recipe, Value, flat, nested
@@ -135,6 +137,7 @@ def dump_recipe(
     vocabulary: Vocabulary = "base",
     max_distance: float | None = MAX_DISTANCE,
     files_from: FilesFrom | None = None,
+    directory: str | None = None,
 ) -> str:
     """A recipe file that repeats a candidate's merge.
 
@@ -149,19 +152,24 @@ def dump_recipe(
         vocabulary: Whose tokens the merge has.
         max_distance: Largest distance of a member from the base; None for no bound.
         files_from: Whose small files the merge has.
+        directory: Where the file will lie, which names local paths from there; None leaves them as they are.
     """
     known = examples or {}
     borrowed = files_from.model_dump(exclude_defaults=True) if files_from else {}
+
+    def seen(path: str) -> str:
+        return path if directory is None else _from_directory(path, directory)
+
     value: dict[str, Any] = {
-        "base": base,
+        "base": seen(base),
         "members": {
-            name: {"checkpoint": members[name][0]}
-            | ({"statistics": list(members[name][1])} if members[name][1] else {})
+            name: {"checkpoint": seen(members[name][0])}
+            | ({"statistics": [seen(file) for file in members[name][1]]} if members[name][1] else {})
             | ({"examples": known[name]} if name in known else {})
             for name in recipe.members
         },
-        "statistics": list(statistics),
-        "base_statistics": list(base_statistics),
+        "statistics": [seen(file) for file in statistics],
+        "base_statistics": [seen(file) for file in base_statistics],
         "base_examples": known.get(BASE),
         "heads": list(heads),
         "vocabulary": vocabulary if vocabulary != "base" else None,
@@ -186,3 +194,12 @@ def dump_recipe(
     )
     shown = {key: value[key] for key in order if value[key] or key in always}
     return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
+
+
+def _from_directory(path: str, directory: str) -> str:
+    """A path as seen from a directory that may be given away: nothing of where that lies on this machine."""
+    if not storage.is_local(path):
+        return path
+    if not storage.is_local(directory):
+        return storage.base_name(path)
+    return os.path.relpath(storage.absolute(path), storage.absolute(directory))

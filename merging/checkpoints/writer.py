@@ -243,7 +243,22 @@ def _small_files(
         if name not in given:
             found[name] = storage.read_bytes(storage.join(like.path, name))
     found |= {name: content for name, content in given.items() if content is not None}
+    found = {name: _without_code(name, content) for name, content in found.items()}
     return {**{name: content for name, content in found.items() if name != CONFIG}, CONFIG: found[CONFIG]}
+
+
+def _without_code(name: str, content: bytes) -> bytes:
+    """A file's content without `auto_map`, which names code, perhaps of somebody else's repository, to be run on loading."""
+    if not name.endswith(".json") or b"auto_map" not in content:
+        return content
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return content
+    if not isinstance(value, dict) or "auto_map" not in value:
+        return content
+    kept = {key: part for key, part in value.items() if key != "auto_map"}
+    return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _bytes(value: Tensor) -> memoryview:

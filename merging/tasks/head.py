@@ -25,6 +25,16 @@ POSITIONS = re.compile(r"(^|\.)(position_embeddings?|embed_positions|wpe)$")
 TOKENIZERS = ("*tokenizer*", "vocab*", "merges.txt", "*.spm", "spiece.model", "sentencepiece*.model")
 """Files that a tokenizer is made from."""
 GENERATION = "generation_config.json"
+AUTO_CLASSES = (
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForMaskedLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForImageClassification",
+)
+"""Automatic classes in the order in which one is looked for that loads an architecture; others come after."""
 
 
 def class_names(
@@ -122,6 +132,25 @@ def _loader(model_class: str) -> Any:
     if not hasattr(loader, "from_pretrained"):
         raise TaskError(f"transformers has no model class '{model_class}': name one such as AutoModelForCausalLM")
     return loader
+
+
+def class_of(config: Mapping[str, Any]) -> str:
+    """Name of the class in `transformers` that loads a checkpoint with all of its heads, best an automatic one.
+
+    What is no architecture of transformers' is loaded by `AutoModel`, whatever the configuration calls it.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    own = next((name for name in config.get("architectures") or () if isinstance(name, str)), "")
+    others = sorted(name for name in dir(modeling_auto) if name.startswith("AutoModelFor"))
+    for auto in dict.fromkeys((*AUTO_CLASSES, *others)):
+        known = getattr(getattr(modeling_auto, auto), "_model_mapping", None)
+        names = getattr(known, "_model_mapping", {}).get(config.get("model_type"), ())
+        if own and own in ((names,) if isinstance(names, str) else names):
+            return auto
+    is_class = own.isidentifier() and hasattr(getattr(transformers, own, None), "from_pretrained")
+    return own if is_class else "AutoModel"
 
 
 def _incomplete(head: str, model: nn.Module, missing: Sequence[str], architecture: str) -> TaskError:

@@ -61,7 +61,7 @@ def test_the_base_s_fisher_is_computed_used_and_repeated(with_base_data, tiny_po
         torch.testing.assert_close(file.read(name), value, rtol=1e-4, atol=bound)
     best = tmp_path / "out" / "exports" / "best"
     recipe = yaml.safe_load((best / "recipe.yaml").read_text())
-    assert (recipe["base_statistics"], recipe["base_examples"]) == ([str(path)], 77)
+    assert (recipe["base_statistics"], recipe["base_examples"]) == ([f"../../statistics/{path.name}"], 77)
     assert {member["examples"] for member in recipe["members"].values()} == {24}
     merge_recipe(str(best / "recipe.yaml"), str(tmp_path / "again"), None, 1.0, Display())
     assert Checkpoint.open(str(tmp_path / "again")).fingerprint == Checkpoint.open(str(best)).fingerprint
