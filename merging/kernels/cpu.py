@@ -141,7 +141,7 @@ def combine(base: Tensor, values: Sequence[Tensor], out: Tensor, rule: Rule | Ma
     scaled, scale = rule.normalised()
     factors = np.array([*scaled, *[0.0] * spare, scale], np.float32)
     bounds = [*rule.bounds, *[Bounds((0.0, 0.0))] * spare] if rule.bounds else []
-    cuts = np.array([(bound.above, bound.most) for bound in bounds], np.float32)
+    cuts = np.maximum(np.array([(bound.above, bound.most) for bound in bounds], np.float32), 0)
     levels = np.array([(bound.above_level, bound.most_level) for bound in bounds], np.int64)
     plain = all(min(bound.most) == INFINITY for bound in bounds)
     keys = np.array([*(rule.keys or [(0, 0)] * len(values)), *[(0, 0)] * spare], np.int64)

@@ -67,12 +67,13 @@ def combine(base: Tensor, values: Sequence[Tensor], out: Tensor, rule: "Rule") -
     from merging.kernels import triton_kernels as kernels
 
     factors, scale = rule.normalised()
+    (keys, *_) = rule.keys or [(0, 0)]  # beside bounds, everybody's
     lines = []
     for number, (value, factor) in enumerate(zip(values, factors, strict=True)):
         line = [value.data_ptr(), _bits(factor)]
         if rule.bounds:
             bound = rule.bounds[number]
-            line += [*map(_bits, (*bound.above, *bound.most)), bound.above_level, bound.most_level, *rule.keys[0]]
+            line += [*map(_bits, (*bound.above, *bound.most)), bound.above_level, bound.most_level, *keys]
         elif rule.keys:
             line += rule.keys[number]
         lines.append(line)

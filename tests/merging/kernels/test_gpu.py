@@ -19,7 +19,9 @@ runs = pytest.mark.skipif(
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = (1, 1024, 3001)
-BOUNDS = cpu.Bounds((0.08, 0.09), 100)
+BOUNDS = cpu.Bounds((0.08, 0.09), 20_000)
+BETWEEN = cpu.Bounds((0.05, 0.06), 40_000, (0.2, 0.3), 30_000)
+TIES = {"keys": [(11, 2**32 - 5)], "offset": 2**33 - 1001}
 RULES = {
     "dare": cpu.Rule(
         [0.3, -0.2, 0.4, 0.1, 0.5], "all", keys=[(7 * i + 1, 9 * i) for i in range(5)], level=32768, offset=2**33 - 1001
@@ -28,11 +30,11 @@ RULES = {
         [0.3] * 5, "sum", keys=[(7 * i, 2**32 - 1 - i) for i in range(5)], level=52_000, offset=7
     ),
     "dare, mean": cpu.Rule([0.3] * 5, "mean", keys=[(i, i) for i in range(5)], level=9),
-    "ties": cpu.Rule([1.0] * 5, "mean", bounds=[BOUNDS] * 5, scale=0.7),
+    "ties": cpu.Rule([1.0] * 5, "mean", bounds=[BOUNDS] * 5, scale=0.7, **TIES),
     "ties, sum": cpu.Rule([1.0, -1.0, 0.5, 0.0, 0.1], "sum", bounds=[cpu.Bounds((-1.0, -1.0))] * 5),
-    "ties, own factors": cpu.Rule([1.0, -0.5, 0.3, 0.0, 0.2], "mean", bounds=[BOUNDS] * 5),
-    "breadcrumbs": cpu.Rule([0.3] * 5, "all", bounds=[cpu.Bounds((0.05, 0.05), 0, (0.2, 0.3), 500)] * 5),
-    "breadcrumbs, mean": cpu.Rule([0.3] * 5, "mean", bounds=[cpu.Bounds((0.05, 0.05), 0, (0.2, 0.3), 500)] * 5),
+    "ties, own factors": cpu.Rule([1.0, -0.5, 0.3, 0.0, 0.2], "mean", bounds=[BOUNDS] * 5, **TIES),
+    "breadcrumbs": cpu.Rule([0.3] * 5, "all", bounds=[BETWEEN] * 5, **TIES),
+    "breadcrumbs, mean": cpu.Rule([0.3] * 5, "mean", bounds=[BETWEEN] * 5, **TIES),
 }
 
 
@@ -138,7 +140,7 @@ COMPILE = """
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from merging.methods import triton_kernels as kernels
+from merging.kernels import triton_kernels as kernels
 
 def cubin(kernel, signature, constants):
     names = signature | dict.fromkeys(constants, "constexpr")
