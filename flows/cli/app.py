@@ -198,7 +198,9 @@ def merge(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the base's.")] = None,
     memory: Annotated[float, typer.Option(help="Gigabytes of working memory.", min=0.01)] = 1.0,
     threads: Annotated[int | None, typer.Option(help="Threads; by default one a processor.", min=1)] = None,
-    mismatch: Annotated[bool, typer.Option(help="Show the gradient mismatch, from Fisher statistics.")] = False,
+    mismatch: Annotated[
+        bool, typer.Option(help="Show the gradient mismatch at the recipe's factors, from Fisher statistics.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Merges members by a recipe, without data and without a cluster, and writes a Hugging Face directory."""
@@ -234,7 +236,9 @@ def evaluate(
         typer.Argument(help="Recipe files, merged checkpoints, members' names, or `base`.", metavar="WHAT…"),
     ],
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "validation",
-    mismatch: Annotated[bool, typer.Option(help="Show the gradient mismatch, from unlabelled train examples.")] = False,
+    mismatch: Annotated[
+        bool, typer.Option(help="Show the gradient mismatch at each recipe's factors, from unlabelled train examples.")
+    ] = False,
     address: Address = None,
     quiet: Quiet = False,
 ) -> None:

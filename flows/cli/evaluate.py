@@ -37,7 +37,8 @@ def evaluate(campaign: Campaign, what: Sequence[str], split: str, display: Displ
             statistics do, too.
         split: Which examples.
         display: Shows progress.
-        mismatch: Also prints each model's gradient mismatch over the members' tasks; it takes no labels.
+        mismatch: Also prints each model's gradient mismatch over its members' tasks, with a recipe's own factors and numbers of
+            examples; of base and members over all tasks. It takes no labels.
 
     Raises:
         MergequestError: Something is unusable.
@@ -127,10 +128,10 @@ def _print(scores: dict[str, dict[str, Score]], norms: dict[str, Mismatch], orde
         table.add_row(name, *(f"{score.value:.4f} ± {score.standard_error:.4f}" for score in found), f"{mean:.4f}")
     Console().print(table)
     if norms:
-        members = list(next(iter(norms.values())).members)
+        members = sorted({member for found in norms.values() for member in found.members})
         mismatches = Table("gradient mismatch", *members, "all")
         for name in order:
             mismatches.add_row(
-                name, *(f"{norms[name].members[member]:.3g}" for member in members), f"{norms[name].total:.4g}"
+                name, *(f"{norms[name].members.get(member, 0.0):.3g}" for member in members), f"{norms[name].total:.4g}"
             )
         Console().print(mismatches)

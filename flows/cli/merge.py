@@ -35,7 +35,7 @@ def merge_recipe(
         dtype: Name of the output dtype; None for the base's.
         gigabytes: Working memory; local checkpoints are read by memory map, which takes none of it.
         display: Shows progress.
-        mismatch: Also shows the gradient mismatch that the members' Fisher information predicts.
+        mismatch: Also shows the gradient mismatch (with the recipe's own factors) that Fisher information predicts.
         threads: Weights merged side by side; None for as many as there are processors.
 
     Raises:
@@ -50,7 +50,7 @@ def merge_recipe(
     with display.phase(f"Merging {len(file.members)} members by {recipe.method}"):
         material = file.material()
         if mismatch:
-            require_fishers(material, recipe.members)
+            require_fishers(material, recipe)
         files = file.files_from.files(material.pool)
         checkpoints = {name: member.checkpoint for name, member in material.pool.members.items()}
         for note in (*material.pool.notes, *notes_on_files(material.pool.base, checkpoints)):
@@ -87,7 +87,7 @@ def merge_recipe(
             if "." not in name:  # of all weights, not of each
                 display.note(f"{name}: {value:.3g}")
         if mismatch:
-            found = quadratic_mismatch(material, Checkpoint.open(out).read, dict.fromkeys(recipe.members, 1.0))
+            found = quadratic_mismatch(material, Checkpoint.open(out).read, recipe)
             terms = ", ".join(f"{member} {norm:.3g}" for member, norm in found.members.items())
             display.note(f"gradient mismatch, as Fisher information predicts it: {found.total:.3g} ({terms})")
 

@@ -69,6 +69,12 @@ class ResidentMerger:
         refined, in_parts = None, self._is_part or len(finer) > 1
         if in_parts and (kept.refined_for != parameters or len(finer) > len(kept.parts)):
             refined = self._refine(method, survey, parameters)
+            # some ask again, knowing the answer; parts of a model cannot know all answers
+            while not self._is_part and refined is not None:
+                more = self._refine(method, method.combine(survey, refined), parameters)
+                if more is None:
+                    break
+                refined = method.combine(refined, more)
         if not kept.prepared or len(finer) > len(kept.parts) or refined is not None:
             kept.prepared.clear()  # before the new state takes memory
             kept.parts, kept.survey = list(finer.values()), survey
@@ -106,10 +112,12 @@ class _Kept:
 
 
 def joined(reports: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """A method's figures on a merge from those on its parts: the largest of each; counts of layers add up."""
+    """A method's figures on a merge from those on its parts: the largest of each; counts (`…_layers`, `…_entries`) add up."""
     found: dict[str, float] = {}
     for report in reports:
         for name, value in report.items():
-            known = found.get(name, value if not name.endswith("_layers") else 0.0)
-            found[name] = known + value if name.endswith("_layers") else max(known, value)
+            if name.endswith(("_layers", "_entries")):
+                found[name] = found.get(name, 0.0) + value
+            else:
+                found[name] = max(found.get(name, value), value)
     return found

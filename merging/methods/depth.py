@@ -17,4 +17,9 @@ def depth(name: str) -> float:
     """
     if number := NUMBER.search(name):
         return int(number[1])
-    return 0 if EMBEDDING.search(name) else inf
+    return 0 if is_embedding(name) else inf
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a weight belongs to a model's embeddings."""
+    return EMBEDDING.search(name) is not None

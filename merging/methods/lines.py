@@ -43,6 +43,10 @@ class Lines(Method):
         """What the method that is scaled needs of the base."""
         return self.inner.base_needs(parameters)
 
+    def prior(self, parameters: Mapping[str, Value]) -> tuple[float, bool]:
+        """That of the method that is scaled."""
+        return self.inner.prior(parameters)
+
     def complete(self, recipe: Recipe) -> Recipe:
         """As for any method, with the other parameters as the method that is scaled completes them."""
         given = {name: value for name, value in recipe.parameters.items() if name in self.inner.parameters}

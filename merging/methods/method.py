@@ -166,6 +166,10 @@ class Method(ABC):
         """Kinds of statistic that the base must bring for a merge with these parameters."""
         return ()
 
+    def prior(self, parameters: Mapping[str, Value]) -> tuple[float, bool]:
+        """The base's curvature H_0 that a merge with these parameters has: a constant, and whether s_0 F_0 is added."""
+        return 1.0, False
+
     def solution_for(self, parameters: Mapping[str, Value]) -> str | None:
         """Kind of statistic that a merge with these parameters asks for of its members as a whole."""
         return self.solution

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from merging.checkpoints.pool import Pool
 from merging.errors import MethodError
 from merging.evaluation.shared_weights import share_weights
+from merging.mergers import weight_groups
 from merging.mergers.material import Material
+from merging.methods import METHODS
+from merging.recipe import BASE, REFERENCES, Recipe
 from merging.statistics.likelihood import IGNORED
 from merging.tasks.task import Task
 
@@ -21,7 +23,7 @@ class Mismatch:
     """How far the members' gradients at the merged weights are from those at their own.
 
     Args:
-        total: ‖Σ_t α_t s_t [∇ℓ_t(θ) − ∇ℓ_t(θ_t)]‖ over the merged weights.
+        total: ‖H_0⁻¹ Σ_t α_t s_t [∇ℓ_t(θ) − ∇ℓ_t(θ_t)]‖ over the merged weights.
         members: Member → the norm of its own term.
     """
 
@@ -29,13 +31,65 @@ class Mismatch:
     members: Mapping[str, float]
 
 
+class Weighing:
+    """What a recipe's equation 8 weighs gradients by: its own α_t, the numbers of examples s_t, and H_0⁻¹.
+
+    H_0 is the identity but for gradient matching, whose `delta` and `base_curvature` say it; where it is 0 (`delta: 0`) there
+    is no base in the objective, and no H_0⁻¹. References merge nothing: every member counts with α_t = 1 there.
+
+    Args:
+        material: Pool, statistics and numbers of examples; 1 for all where none is known.
+        recipe: A recipe with every parameter spelled out.
+        members: Members that have a term where the recipe is a reference.
+
+    Raises:
+        MethodError: Numbers of examples are known of some members only; H_0 is partly 0, or its Fisher is missing.
+    """
+
+    def __init__(self, material: Material, recipe: Recipe, members: Iterable[str] = ()) -> None:
+        self._pool = material.pool
+        reference = recipe.method in REFERENCES
+        self.members = tuple(sorted(members)) if reference else recipe.members
+        plain = Recipe("", dict.fromkeys(self.members, 1.0)) if reference else recipe
+        counts = material.examples
+        if (unknown := [m for m in self.members if m not in counts]) and len(unknown) < len(self.members):
+            raise MethodError(
+                f"number of training examples unknown for {', '.join(unknown)}, though it is given for other "
+                "members: give all of them, or none"
+            )
+        self._scales = {
+            name: {member: factor * counts.get(member, 1) for member, factor in factors.items()}
+            for names, factors in weight_groups.split(material.pool.weights, plain)
+            for name in names
+        }
+        self._delta, fisher = (1.0, False) if reference else METHODS[recipe.method].prior(recipe.parameters)
+        self._fisher = material.statistics.get("fisher", {}).get(BASE) if fisher else None
+        self._count = counts.get(BASE, 1)
+        if fisher and self._fisher is None:
+            raise MethodError("the gradient mismatch of this recipe needs the statistic 'fisher' of the base, its H_0")
+        if fisher and not self._delta > 0:
+            raise MethodError(
+                "H_0⁻¹ of the gradient mismatch is infinite where the base's Fisher is 0: give the method a delta above 0"
+            )
+
+    def scale(self, name: str, member: str) -> float:
+        """α_t s_t of a member for a weight."""
+        return self._scales[name][member]
+
+    def divided(self, name: str, value: Tensor) -> Tensor:
+        """H_0⁻¹ times a weight's gradient."""
+        prior: Tensor | float = self._delta or 1.0
+        if self._fisher is not None and name in self._fisher.names:
+            prior = self._fisher.read(name).to(value.device, value.dtype) * self._count + self._delta
+        return value / prior
+
+
 def gradient_mismatch(
-    pool: Pool,
+    material: Material,
     tasks: Mapping[str, Task],
     weights: Mapping[str, Tensor],
-    scaling: Mapping[str, float],
+    recipe: Recipe,
     *,
-    counts: Mapping[str, int] | None = None,
     examples: int = 256,
     batch_size: int = 16,
 ) -> Mismatch:
@@ -47,22 +101,22 @@ def gradient_mismatch(
     over an example's target tokens.
 
     Args:
-        pool: Base and members.
+        material: Base and members, and how many training examples each has (s_t).
         tasks: Member → its task, bound to its own checkpoint.
         weights: The merged weights θ by the base's name, float32, all on the device to run on.
-        scaling: α_t of every member that takes part.
-        counts: s_t, the number of training examples of each member; 1 for all by default.
+        recipe: What they were merged by: see `Weighing`.
         examples: Training examples of each member to take the gradient over.
         batch_size: Examples a step.
 
     Raises:
-        MethodError: A member has no task with examples, or its gradient is not finite.
+        MethodError: A member has no task with examples, or its gradient is not finite; see `Weighing`.
     """
+    pool, weighing = material.pool, Weighing(material, recipe, tasks)
     device = next(iter(weights.values())).device
     here = dict(weights)
     total: dict[str, Tensor] = {}
     norms = {}
-    for member, factor in scaling.items():
+    for member in weighing.members:
         task = tasks.get(member)
         stop = min(examples, task.size("train")) if task is not None and task.has_logits else 0
         if task is None or not stop:
@@ -78,8 +132,10 @@ def gradient_mismatch(
             with torch.enable_grad():
                 terms = -(wanted * log_softmax(task.logits(merged, batch).float(), -1)).sum(-1)
                 (terms[batch.labels != IGNORED] if terms.dim() > 1 else terms).sum().backward()  # type: ignore[no-untyped-call]
-        scale = factor * (counts or {}).get(member, 1) / stop
-        parts = {name: gradient * scale for name, gradient in shared.take_gradients().items()}
+        parts = {
+            name: weighing.divided(name, gradient * (weighing.scale(name, member) / stop))
+            for name, gradient in shared.take_gradients().items()
+        }
         norms[member] = _norm(parts)
         if norms[member] != norms[member] or norms[member] == float("inf"):
             raise MethodError(
@@ -90,50 +146,51 @@ def gradient_mismatch(
     return Mismatch(_norm(total), norms)
 
 
-def quadratic_mismatch(material: Material, merged: Callable[[str], Tensor], scaling: Mapping[str, float]) -> Mismatch:
-    """The stand-in that costs no forward pass: ‖Σ_t α_t H_t (θ − θ_t)‖, H_t = s_t F_t with the diagonal Fisher.
+def quadratic_mismatch(material: Material, merged: Callable[[str], Tensor], recipe: Recipe) -> Mismatch:
+    """The stand-in that costs no forward pass: ‖H_0⁻¹ Σ_t α_t H_t (θ − θ_t)‖, H_t = s_t F_t with the diagonal Fisher.
 
-    Weights without Fisher information (a member's task does not use them) take no part. s_t is 1 where no member's number of
-    examples is known.
+    Weights without Fisher information (a member's task does not use them) take no part.
 
     Args:
         material: Pool and statistics.
         merged: Name → the merged weight θ, in the base's shape; read one by one.
-        scaling: α_t of every member that takes part.
+        recipe: What they were merged by: see `Weighing`.
 
     Raises:
-        MethodError: A member's Fisher information is missing.
+        MethodError: A member's Fisher information is missing; see `Weighing`.
     """
-    require_fishers(material, scaling)
+    weighing = require_fishers(material, recipe)
     fishers = material.statistics["fisher"]
-    squares = dict.fromkeys(["", *scaling], 0.0)
+    squares = dict.fromkeys(["", *weighing.members], 0.0)
     for name in material.pool.weights:
         theta: Any = None
         total: Any = 0.0
-        for member, factor in scaling.items():
+        for member in weighing.members:
             own = material.pool.members[member].names[name]
             if own not in fishers[member].names:
                 continue
             theta = merged(name).double().cpu() if theta is None else theta
-            scale = factor * material.examples.get(member, 1)
-            part = fishers[member].read(own).double() * (theta - material.pool.member_weight(member, name)) * scale
+            moved = theta - material.pool.member_weight(member, name)
+            part = fishers[member].read(own).double() * moved * weighing.scale(name, member)
+            part = weighing.divided(name, part)
             squares[member] += float(part.square().sum())
             total = total + part
         squares[""] += float(torch.as_tensor(total).square().sum())
     return Mismatch(squares.pop("") ** 0.5, {member: square**0.5 for member, square in squares.items()})
 
 
-def require_fishers(material: Material, members: Iterable[str]) -> None:
+def require_fishers(material: Material, recipe: Recipe) -> Weighing:
     """Looks whether `quadratic_mismatch` has what it needs.
 
     Raises:
-        MethodError: A member's Fisher information is missing.
+        MethodError: A member's Fisher information is missing; see `Weighing`.
     """
-    if missing := [member for member in members if member not in material.statistics.get("fisher", {})]:
+    if missing := [member for member in recipe.members if member not in material.statistics.get("fisher", {})]:
         raise MethodError(
             f"the gradient mismatch needs the statistic 'fisher' of {', '.join(missing)}: compute it with "
             "`mergequest statistics`, and name its file under the member's `statistics:`"
         )
+    return Weighing(material, recipe)
 
 
 def _norm(parts: Mapping[str, Tensor]) -> float:

@@ -15,12 +15,12 @@ from ray_tasks.jobs.statistics import BoundTask
 def measure_mismatch(
     setup: Setup, tasks: Mapping[str, BoundTask], recipe: Recipe, report: Callable[[float], None]
 ) -> Mismatch:
-    """Merges, and takes the gradients of the members' tasks there, all of which count alike (α_t = s_t = 1).
+    """Merges, and takes the gradients of the members' tasks there.
 
     Args:
         setup: Pool and statistics.
-        tasks: Member → its own task; whose they are takes part.
-        recipe: What to merge.
+        tasks: Member → its own task.
+        recipe: What to merge; its own members take part, with its own factors. Of base and members as they are, all take part.
         report: Told the share of the work that is done.
 
     Raises:
@@ -29,7 +29,8 @@ def measure_mismatch(
     material = setup.material(resident=True)
     device = best_device()
     out = {name: torch.empty(info.shape, device=device) for name, info in material.pool.weights.items()}
-    ResidentMerger(material, out).merge(recipe)
+    complete = material.check(recipe)
+    ResidentMerger(material, out).merge(complete)
     report(0.5)
     opened = {member: task.open() for member, task in tasks.items()}
-    return gradient_mismatch(material.pool, opened, out, dict.fromkeys(tasks, 1.0))
+    return gradient_mismatch(material, opened, out, complete)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from merging.errors import MethodError
 from merging.kernels.blockwise import Scratch, difference, flat, spans, weighted_sum
+from merging.methods.averaging.average import shares
 from merging.methods.checks import check_weights, statistic, target
 from merging.methods.method import Weight
 from merging.recipe import BASE
@@ -42,8 +43,13 @@ class Curvature:
 
     @property
     def safe(self) -> bool:
-        """Whether no denominator can reach 0."""
-        return self.clamp or (min(self.factors) >= 0 and self.delta + self.floor * sum(self.factors) > 0)
+        """Whether no denominator can be negative, or 0 where a curvature is not."""
+        return self.clamp or min(self.factors) >= 0
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether some entries may have no curvature at all: 0/0."""
+        return self.delta + self.floor == 0
 
 
 class Diagonal:
@@ -64,6 +70,8 @@ class Diagonal:
             statistic(weight, "fisher", weight.base.shape, nonnegative=True, base=True) for weight in weights
         ]
         self._scratch = Scratch()
+        self.gaps = 0
+        """Entries of the last merge that no curvature says anything of: they are the mean, weighted by the factors."""
 
     def merge(self, curvature: Curvature, out: Mapping[str, Tensor]) -> None:
         """One pass over base, members and Fisher information.
@@ -73,6 +81,7 @@ class Diagonal:
         Raises:
             MethodError: Denominators that are not positive, unless they are to be clamped.
         """
+        self.gaps = 0
         if not curvature.safe:
             self._refuse_cancelling(curvature)
         for weight, fishers in zip(self.weights, self.fishers, strict=True):
@@ -85,7 +94,10 @@ class Diagonal:
     def _merge_flat(self, weight: Weight, curvature: Curvature, out: Tensor) -> None:
         """A weight without Fisher information has the same curvature, the floor, everywhere."""
         factors = curvature.factors
-        if curvature.floor > 0:
+        if curvature.has_gaps:
+            factors = _shares(curvature)
+            self.gaps += weight.base.numel()
+        elif curvature.floor > 0:
             over = (curvature.delta + curvature.floor) / (curvature.delta + curvature.floor * sum(factors))
             factors = [factor * over for factor in factors]
         members = [weight.members[member] for member in curvature.members]
@@ -107,6 +119,14 @@ class Diagonal:
                     elif curvature.delta:
                         row.add_(curvature.delta)
                     upper.addcmul_(row, difference(value[start:stop], base[start:stop], delta), value=factor)
+                if curvature.has_gaps:
+                    gaps = self._gaps(fishers, curvature, start, stop)
+                    if len(gaps):
+                        self.gaps += len(gaps)
+                        before = base[start:stop][gaps].float()
+                        moved = [value[start:stop][gaps].float().sub_(before) for value in values]
+                        upper[gaps] = sum(s * m for s, m in zip(_shares(curvature), moved, strict=True))
+                        lower[gaps] = 1.0
                 if curvature.clamp:
                     lower.clamp_(min=max(curvature.delta, TINY))
                 destination[start:stop].copy_(upper.div_(lower).add_(base[start:stop]))
@@ -136,6 +156,16 @@ class Diagonal:
                 row.copy_(fisher).mul_(scale)
             yield row.clamp_(min=curvature.floor) if curvature.floor else row
 
+    def _gaps(self, fishers: Mapping[str, Tensor], curvature: Curvature, start: int, stop: int) -> Tensor:
+        """The entries of a block where P and every α_t H_t are 0."""
+        whole = self._scratch.take("whole", stop - start, device=fishers[curvature.members[0]].device).zero_()
+        if curvature.base_scale:
+            whole.add_(fishers[BASE].reshape(-1)[start:stop], alpha=curvature.base_scale)
+        curved = self._curvatures(fishers, curvature, start, stop)
+        for row, factor in zip(curved, curvature.factors, strict=True):
+            whole.add_(row, alpha=abs(factor))
+        return (whole == 0).nonzero()[:, 0]
+
     def _refuse_cancelling(self, curvature: Curvature) -> None:
         """Looks at all denominators before anything is written."""
         bad = entries = 0
@@ -146,6 +176,7 @@ class Diagonal:
                 for row, factor in zip(curved, curvature.factors, strict=True):
                     lower.add_(row, alpha=factor)
                 bad += int((lower <= 0).sum())
+                bad -= len(self._gaps(fishers, curvature, start, stop)) if curvature.has_gaps else 0
                 entries += stop - start
         if bad:
             raise MethodError(
@@ -153,3 +184,9 @@ class Diagonal:
                 f"({bad:,} of {entries:,}): the denominator there is 0 or negative. Use less negative "
                 "scaling factors, or, in gradient matching, a larger delta or clamp"
             )
+
+
+def _shares(curvature: Curvature) -> list[float]:
+    """α_t as weights of a mean."""
+    scaling = dict(zip(curvature.members, curvature.factors, strict=True))
+    return list(shares(scaling, curvature.members).values())

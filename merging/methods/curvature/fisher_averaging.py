@@ -34,9 +34,9 @@ class Fisher(Method):
     scaling = Parameter(1.0, "the member's weight beside its Fisher information", low=0.0, high=1.5)
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "normalize": Parameter(
-            True,
+            False,
             "divide each member's Fisher by its norm over the whole model",
-            choices=(True, False),
+            choices=(False, True),
             search=False,
         ),
     }

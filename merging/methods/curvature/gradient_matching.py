@@ -22,7 +22,8 @@ class GradientMatching(Method):
 
     H_t = s_t F_t with s_t the member's number of training examples, 1 where no member's is known. H_0 is
     `delta`, plus s_0 F_0 of the base where `base_curvature` is `fisher`. Weights without Fisher information
-    have H_t = 0 and are merged by task arithmetic.
+    have H_t = 0 and are merged by task arithmetic. With `delta: 0` (Fisher averaging, whatever the factors sum to) entries of
+    which no curvature says anything, 0/0, are the members' mean, weighted by the factors; `report()` has their number.
     """
 
     name = "gradient_matching"
@@ -39,7 +40,7 @@ class GradientMatching(Method):
         ),
         "delta": Parameter(
             1.0,
-            "constant part of H_0 (1e-12 with the base's Fisher)",
+            "constant part of H_0 (1e-12 with the base's Fisher); 0 for none",
             low=1e-8,
             high=10.0,
             log=True,
@@ -56,6 +57,10 @@ class GradientMatching(Method):
     def base_needs(self, parameters: Mapping[str, Value]) -> tuple[str, ...]:
         """The base's Fisher, where it is H_0."""
         return ("fisher",) if parameters["base_curvature"] == "fisher" else ()
+
+    def prior(self, parameters: Mapping[str, Value]) -> tuple[float, bool]:
+        """H_0."""
+        return float(parameters["delta"]), parameters["base_curvature"] == "fisher"
 
     def complete(self, recipe: Recipe) -> Recipe:
         """As for any method; `delta` is 1e-12 where the base's Fisher is used and nothing else is said."""
@@ -92,6 +97,10 @@ class PreparedGradientMatching(Prepared):
             )
         self._examples = {member: float(examples.get(member, 1)) for member in members}
         self._base_examples = float(examples.get(BASE, 1))
+
+    def report(self) -> dict[str, float]:
+        """`mean_entries`, how many entries are the mean because no curvature says anything of them."""
+        return {"mean_entries": float(self._diagonal.gaps)} if self._diagonal.gaps else {}
 
     @torch.no_grad()
     def merge(self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]) -> None:

@@ -86,6 +86,10 @@ class Batch:
         shape = (len(self.systems), rows, self._inputs)
         return self._scratch.take(name, *shape, device=self._device, dtype=torch.float64)
 
+    def rounding(self, members: Sequence[str]) -> float:
+        """Relative error of the Grams' entries: the machine epsilon of the coarsest dtype that one is stored in."""
+        return max(torch.finfo(system.grams[m].dtype).eps for system in self.systems for m in members)
+
     def gram_sum(self, members: Sequence[str], factors: Sequence[float], rho: float) -> Tensor:
         """Σ α_t (ρ G_t + (1 − ρ) diag(G_t)) [B, in, in], float64; the next call overwrites it."""
         sums = self._take("grams", self._inputs)

@@ -2,7 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,11 +14,24 @@ from merging.methods.checks import check_weights, chosen, target
 from merging.methods.least_squares.conjugate_gradients import solve
 from merging.methods.least_squares.subspaces import KINDS, Subspace, check_statistics, has_statistics
 from merging.methods.method import METHODS, Context, Method, Parameter, Prepared, Weight, register
-from merging.recipe import Value
+from merging.recipe import BASE, Recipe, Value
 
-PROPAGATED = "regmean_propagated"
+AVERAGE = "average"
 BATCH_BYTES = 1 << 28
 """Most that one float64 matrix stack of a batch takes, unless a single weight takes more."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is known of all weights.
+
+    Args:
+        kinds: Kinds of statistic that some weight has.
+        starts: Method → its own survey, of those that a candidate started at.
+    """
+
+    kinds: frozenset[str] = frozenset()
+    starts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @register
@@ -26,22 +40,21 @@ class Mats(Method):
 
     C_t is a member's `subspace`: the identity, its diagonal Fisher, the Gram of a layer's inputs (V ↦ V A_t, RegMean with
     ρ = 1), or K-FAC (V ↦ B_t V A_t). Conjugate gradients begin at the result of another method at its defaults and end
-    after `iterations`: on badly conditioned systems they go only part of the way, which is part of the method. Weights
-    without the statistic are the plain mean, or what RegMean propagated made of them where that is the start (its biases
-    belong to its weights). `report()` has the relative residual of every weight.
+    after `iterations`: on badly conditioned systems they go only part of the way, which is part of the method. Members
+    with a scaling factor of 0 are left out. Weights without the statistic are the plain mean, or what RegMean propagated made
+    of them where that is the start (its biases belong to its weights). `report()` has the relative residual of every weight.
     """
 
     name = "mats"
     summary = "match task parameter subspaces by conjugate gradients"
-    optional = ("fisher", "gram", "output_gram", "propagated")
+    optional = ("fisher", "gram", "output_gram", "propagated", "distilled")
     scaling = Parameter(1.0, "the member's weight in the system", low=0.0, high=1.5)
     scale_free = True
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "subspace": Parameter("gram", "what C_t is", choices=tuple(KINDS), search=False),
         "start": Parameter(
             "average",
-            "method whose result, at its defaults, the iterations begin at",
-            choices=("average", "base", "task_arithmetic", "gradient_matching", "regmean", PROPAGATED),
+            "method, of any kind, whose result at its defaults the iterations begin at; or base",
             search=False,
         ),
         "iterations": Parameter(100, "most steps of conjugate gradients", low=1, high=200, log=True, minimum=0),
@@ -51,22 +64,49 @@ class Mats(Method):
         ),
     }
 
+    def complete(self, recipe: Recipe) -> Recipe:
+        """As for any method; the start is one, too, and another one."""
+        complete = super().complete(recipe)
+        start = str(complete.parameters["start"])
+        if start != BASE and METHODS[start].name.rpartition("+")[2] == self.name:
+            raise MethodError(f"start = '{start}': mats cannot begin at its own result; name another method")
+        return complete
+
     def needs(self, parameters: Mapping[str, Value]) -> tuple[str, ...]:
         """What the subspace and the method of the start need."""
-        start = METHODS[str(parameters["start"])].requires if str(parameters["start"]) in METHODS else ()
-        return tuple(dict.fromkeys((*KINDS[str(parameters["subspace"])], *start)))
+        start = _start(parameters)
+        own = start.needs(_defaults(start)) if start else ()
+        return tuple(dict.fromkeys((*KINDS[str(parameters["subspace"])], *own)))
 
     def solution_for(self, parameters: Mapping[str, Value]) -> str | None:
         """What the method of the start asks for."""
-        return METHODS[PROPAGATED].solution if parameters["start"] == PROPAGATED else None
+        start = _start(parameters)
+        return start.solution_for(_defaults(start)) if start else None
 
-    def survey(self, weights: Iterable[Weight]) -> frozenset[str]:
+    def survey(self, weights: Iterable[Weight]) -> Survey:
         """The kinds of statistic that some weight has."""
-        return frozenset(kind for weight in weights for kind, found in weight.statistics.items() if found)
+        return Survey(frozenset(kind for weight in weights for kind, found in weight.statistics.items() if found))
 
-    def combine(self, first: frozenset[str] | None, second: frozenset[str] | None) -> frozenset[str]:
-        """Kinds that either has."""
-        return (first or frozenset()) | (second or frozenset())
+    def combine(self, first: Survey | None, second: Survey | None) -> Survey:
+        """Kinds that either has; both surveys of methods that were a start."""
+        one, other = first or Survey(), second or Survey()
+        starts = {
+            name: METHODS[name].combine(one.starts.get(name), other.starts.get(name))
+            if name in one.starts and name in other.starts
+            else one.starts.get(name, other.starts.get(name))
+            for name in {**one.starts, **other.starts}
+        }
+        return Survey(one.kinds | other.kinds, starts)
+
+    def refine(self, weights: Iterable[Weight], survey: Survey, parameters: Mapping[str, Value]) -> Survey | None:
+        """The survey of the method of the start, then what that one asks besides."""
+        start = _start(parameters)
+        if start is None or type(start).survey is Method.survey:
+            return None
+        if start.name not in survey.starts:
+            return Survey(starts={start.name: start.survey(weights)})
+        more = start.refine(weights, survey.starts[start.name], _defaults(start))
+        return None if more is None else Survey(starts={start.name: more})
 
     def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
         """Checks statistics and keeps references to them.
@@ -77,23 +117,33 @@ class Mats(Method):
         return PreparedMats(weights, context, self.survey(weights) if context.survey is None else context.survey)
 
 
+def _start(parameters: Mapping[str, Value]) -> Method | None:
+    """The method of the start; None for the base."""
+    return None if parameters["start"] == BASE else METHODS[str(parameters["start"])]
+
+
+def _defaults(method: Method) -> dict[str, Value]:
+    """A method's parameters, all at their defaults."""
+    return {name: spec.default for name, spec in method.parameters.items()}
+
+
 class PreparedMats(Prepared):
     """Base, members and statistics, as they are stored.
 
     Args:
         weights: The weights to merge.
         context: For the method whose result is the start.
-        kinds: Statistics that the model has.
+        survey: Of the whole model.
     """
 
-    def __init__(self, weights: Sequence[Weight], context: Context, kinds: frozenset[str]) -> None:
+    def __init__(self, weights: Sequence[Weight], context: Context, survey: Survey) -> None:
         self._members = check_weights(weights)
         for weight in weights:
             check_statistics(weight)
         self._weights = tuple(weights)
         self._context = Context(examples=context.examples)
-        self._kinds = kinds
-        self._starts: dict[tuple[str, str], Prepared] = {}
+        self._survey = survey
+        self._starts: dict[str, Prepared] = {}
         self._scratch = Scratch()
         self._report: dict[str, float] = {}
 
@@ -108,20 +158,21 @@ class PreparedMats(Prepared):
         Raises:
             MethodError: The subspace's statistic is nowhere, or scaling factors make a system indefinite.
         """
-        members = chosen(scaling, self._members)
+        members = [member for member in chosen(scaling, self._members) if scaling[member]]
         factors = [scaling[member] for member in members]
         if sum(factors) <= 0:
             raise MethodError(f"the scaling factors sum to {sum(factors):g}: mats needs a positive sum")
         subspace = str(parameters["subspace"])
-        if missing := [kind for kind in KINDS[subspace] if kind not in self._kinds]:
+        if missing := [kind for kind in KINDS[subspace] if kind not in self._survey.kinds]:
             raise MethodError(
                 f"subspace '{subspace}' needs the {missing[0]} statistic, which no weight has. Compute it, or use another "
                 "subspace"
             )
         destinations = {weight.name: target(out, weight) for weight in self._weights}
         solved = [weight for weight in self._weights if has_statistics(weight, subspace)]
-        whole = parameters["start"] == PROPAGATED
-        started = self._start(self._weights if whole else solved, scaling, parameters)
+        start = _start(parameters)
+        whole = start is not None and start.solution is not None
+        started = self._start(self._weights if whole else solved, start, members)
         self._report = {"residual": 0.0}
         moved: dict[str, Tensor] = {}
         for batch in _batches(solved, subspace):
@@ -134,21 +185,19 @@ class PreparedMats(Prepared):
                 terms = [(weight.base, 1.0), (moved[weight.name], 1.0)]
             weighted_sum(terms, destinations[weight.name], self._scratch)
 
-    def _start(
-        self, weights: Sequence[Weight], scaling: Mapping[str, float], parameters: Mapping[str, Value]
-    ) -> Mapping[str, Tensor]:
+    def _start(self, weights: Sequence[Weight], start: Method | None, members: Sequence[str]) -> Mapping[str, Tensor]:
         """Weights to begin at."""
-        if parameters["start"] == "base":
+        if start is None:
             return {weight.name: weight.base for weight in weights}
-        if parameters["start"] == "average":
-            return {w.name: torch.stack([w.members[m].double() for m in sorted(scaling)]).mean(0) for w in weights}
-        method = METHODS[str(parameters["start"])]
-        key = (method.name, str(parameters["subspace"]))
-        if key not in self._starts:
-            self._starts[key] = method.prepare(weights, self._context)
-        recipe = method.default_recipe(sorted(scaling))
-        begun = {weight.name: torch.empty_like(weight.base, dtype=torch.float32) for weight in weights}
-        self._starts[key].merge(recipe.scaling, recipe.parameters, begun)
+        if start.name == AVERAGE:
+            return {w.name: torch.stack([w.members[m].double() for m in members]).mean(0) for w in weights}
+        if start.name not in self._starts:
+            # where the model is at hand as a whole, nobody was asked for the survey of a start
+            survey = self._survey.starts.get(start.name) or start.survey(self._weights)
+            self._starts[start.name] = start.prepare(self._weights, replace(self._context, survey=survey))
+        recipe = start.default_recipe(members)
+        begun = {weight.name: torch.empty_like(weight.base, dtype=torch.float32) for weight in self._weights}
+        self._starts[start.name].merge(recipe.scaling, recipe.parameters, begun)
         return begun
 
     def _solve(

@@ -10,6 +10,7 @@ from torch import Tensor
 from merging.kernels.blockwise import Scratch
 from merging.methods.averaging.weighted_sum import mean_step
 from merging.methods.checks import check_weights, chosen
+from merging.methods.depth import is_embedding
 from merging.methods.least_squares.cholesky import factor, solve
 from merging.methods.least_squares.gram_systems import batches
 from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
@@ -98,12 +99,17 @@ class PreparedRegMean(Prepared):
         self._batches = batches(weights, self._scratch)
         solved = {weight.name for batch in self._batches for system in batch.systems for weight in system.weights}
         self._rest = [weight for weight in weights if weight.name not in solved]
+        self._averaged = sum(weight.base.dim() > 1 and not is_embedding(weight.name) for weight in self._rest)
         self._report: dict[str, float] = {}
         self._kept: dict[bool, Solution] = {}
 
     def report(self) -> dict[str, float]:
-        """`ridge`, the largest share of a diagonal that was added; `ridged_layers`, in how many systems."""
-        return dict(self._report)
+        """`ridge`, the largest share of a diagonal that was added; `ridged_layers`, in how many systems.
+
+        `averaged_layers`: matrices besides embeddings that have no Gram (a mixture's experts) and are the members' mean.
+        """
+        averaged = {"averaged_layers": float(self._averaged)} if self._averaged else {}
+        return self._report | averaged
 
     @torch.no_grad()
     def merge(self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]) -> None:
@@ -147,7 +153,8 @@ class PreparedRegMean(Prepared):
         every = []
         for batch in self._batches:
             sums = batch.gram_sum(members, factors, rho)
-            cholesky, scale, ridges = factor(sums, [system.weights[0].name for system in batch.systems])
+            names = [system.weights[0].name for system in batch.systems]
+            cholesky, scale, ridges = factor(sums, names, batch.rounding(members))
             report["ridge"] = max(report["ridge"], float(ridges.max()))
             report["ridged_layers"] += float((ridges > 0).sum())
             pull = ridges[:, None] * scale.square()

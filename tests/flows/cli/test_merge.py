@@ -38,7 +38,9 @@ def write_recipe(tiny_campaign, tmp_path):
                 save(file, statistic, partial, checkpoint=Checkpoint.open(path).fingerprint, data="d")
                 members[name]["statistics"] = [file]
         recipe = tmp_path / "recipe.yaml"
-        recipe.write_text(yaml.safe_dump({"base": tiny_campaign["base"], "members": members, "method": "average"}))
+        recipe.write_text(
+            yaml.safe_dump({"base": tiny_campaign["base"], "members": members, "method": "task_arithmetic"})
+        )
         return str(recipe)
 
     return write
@@ -49,7 +51,9 @@ def test_the_mismatch_is_told_where_it_is_asked_for(write_recipe, tmp_path, caps
     merge_recipe(recipe, str(tmp_path / "out"), "float32", 1.0, Display(), mismatch=True)
     printed = capsys.readouterr()
     material = load_recipe(recipe).material()
-    expected = quadratic_mismatch(material, Checkpoint.open(str(tmp_path / "out")).read, dict.fromkeys(MEMBERS, 1.0))
+    own = load_recipe(recipe).recipe()
+    assert set(own.scaling.values()) == {0.3}
+    expected = quadratic_mismatch(material, Checkpoint.open(str(tmp_path / "out")).read, own)
     shown = " ".join((printed.out + printed.err).split())
     assert expected.total > 0
     assert f"predicts it: {expected.total:.3g} (one {expected.members['one']:.3g}," in shown

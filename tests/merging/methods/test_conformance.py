@@ -15,7 +15,7 @@ FACTORS = {"amazon": 0.71, "movie": 0.43, "nyt": 1.13, "tweets": 0.257}
 VARIANTS = [
     ("ties", {"trim": "tensor", "disjoint": "sum", "lambda": 0.6}),
     ("ties", {"density": 1.0}),
-    ("fisher", {"normalize": False}),
+    ("fisher", {"normalize": True}),
     ("gradient_matching", {"base_curvature": "fisher"}),
     ("gradient_matching", {"delta": 1e-6}),
     ("regmean", {"factors": "gram", "rho": 0.5}),
@@ -33,7 +33,7 @@ VARIANTS = [
     ("mats", {"subspace": "kfac", "iterations": 6, "tolerance": 0.0}),
     ("mats", {"subspace": "kfac", "iterations": 6, "preconditioner": "jacobi"}),
     ("mats", {"preconditioner": "jacobi", "iterations": 8}),
-    ("regmean", {"rho": 1.0}),
+    ("regmean", {"rho": 0.999}),
     ("iso_c", {"rank": 0.5}),
     ("tsv_m", {"rank": 0.5}),
 ]

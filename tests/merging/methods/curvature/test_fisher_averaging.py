@@ -48,8 +48,8 @@ def test_an_entry_that_one_member_uses_is_that_members(make_pool, merge):
 
 @pytest.mark.parametrize("factor", [1e-25, 1e25])
 def test_normalised_fishers_may_be_tiny_or_huge(factor, make_pool, merge, assert_close):
-    plain = merge("fisher", make_pool(), EQUAL)
-    assert_close(merge("fisher", scaled(make_pool(), {"movie": factor}), EQUAL), plain)
+    plain = merge("fisher", make_pool(), EQUAL, {"normalize": True})
+    assert_close(merge("fisher", scaled(make_pool(), {"movie": factor}), EQUAL, {"normalize": True}), plain)
     assert_close(
         merge("fisher", scaled(make_pool(), dict.fromkeys(EQUAL, factor)), EQUAL, {"normalize": False}),
         merge("fisher", make_pool(), EQUAL, {"normalize": False}),

@@ -35,6 +35,46 @@ def test_no_base_curvature_and_factors_that_sum_to_one_is_fisher_averaging(make_
     assert_close(merge("gradient_matching", weights, thirds, {"delta": 0.0}, examples={}), fisher)
 
 
+@pytest.mark.parametrize("clamp", [False, True])
+def test_without_any_curvature_entries_are_the_mean_and_are_counted(clamp, make_pool, merge, assert_close):
+    weights = make_pool()
+    fishers = [w.statistics["fisher"] for w in weights if "fisher" in w.statistics]
+    blind = 0
+    for fisher in fishers:
+        gaps = torch.rand(fisher["nyt"].shape, generator=torch.Generator().manual_seed(fisher["nyt"].numel())) < 0.3
+        blind += int(gaps.sum())
+        for value in fisher.values():
+            value[gaps] = 0.0
+    blind += sum(w.base.numel() for w in weights if "fisher" not in w.statistics)
+    method = METHODS["gradient_matching"]
+    prepared = method.prepare(weights, Context())
+    out = {w.name: torch.empty(w.base.shape) for w in weights}
+    parameters = method.complete(Recipe(method.name, SCALING, {"delta": 0.0, "clamp": clamp})).parameters
+    prepared.merge(SCALING, parameters, out)
+    assert prepared.report() == {"mean_entries": blind}
+    expected = {}
+    for w in weights:
+        fisher = {m: v.double() for m, v in w.statistics.get("fisher", {}).items() if m in SCALING}
+        upper = sum(a * fisher[m] * w.members[m].double() for m, a in SCALING.items()) if fisher else 0.0
+        lower = sum(a * fisher[m] for m, a in SCALING.items()) if fisher else torch.zeros(w.base.shape)
+        mean = sum(a * w.members[m].double() for m, a in SCALING.items()) / sum(SCALING.values())
+        expected[w.name] = torch.where(lower > 0, upper / lower, mean)
+    assert_close(out, expected)
+    prepared.merge(SCALING, parameters | {"delta": 1.0}, out)
+    assert prepared.report() == {}
+
+
+@pytest.mark.parametrize("factor", [0.2, 1.0, 1.7])
+def test_no_base_curvature_is_fisher_averaging_whatever_the_factors_sum_to(factor, make_pool, merge, assert_close):
+    weights = [w for w in make_pool() if "fisher" in w.statistics]
+    scaling = dict.fromkeys(SCALING, factor)
+    for w in weights:
+        for fisher in w.statistics["fisher"].values():
+            fisher.clamp_(min=1e-5)
+    fisher = merge("fisher", weights, scaling)
+    assert_close(merge("gradient_matching", weights, scaling, {"delta": 0.0}, examples={}), fisher)
+
+
 def test_an_overwhelming_base_is_task_arithmetic(make_pool, merge, assert_close):
     weights = make_pool()
     assert_close(

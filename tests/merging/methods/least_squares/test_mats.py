@@ -1,9 +1,13 @@
+from functools import reduce
+
 import pytest
 import torch
 
 from merging.errors import MethodError
 from merging.methods import METHODS, Context, Weight
+from merging.recipe import Recipe
 
+EXAMPLES = {"amazon": 300, "movie": 120, "nyt": 50, "tweets": 700, "base": 1000}
 SCALING = {"amazon": 0.7, "movie": 0.4, "nyt": 1.1, "tweets": 0.25}
 CONVERGED = {"iterations": 2000, "tolerance": 1e-13, "preconditioner": "jacobi"}
 
@@ -112,3 +116,45 @@ def test_kfac_leaves_alone_what_a_softmax_does_not_see(classes, tolerance, preco
     mean = sum(members.values()) / 3
     torch.testing.assert_close(out["head"].mean(0), mean.mean(0), rtol=0, atol=1e-6)
     assert 1e-2 < float((out["head"] - mean).norm() / (mean - base).norm()) < 3
+
+
+@pytest.mark.parametrize(
+    "start", ["fisher", "lines+ties", "ties", "breadcrumbs", "iso_c", "multi_slerp", "lines+regmean"]
+)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_any_method_s_result_may_be_the_start(start, parts, make_pool, assert_close):
+    """No steps leave it; of parts that are never together, whatever is surveyed and asked for besides."""
+    weights = [w for w in make_pool() if "gram" in w.statistics]
+    mats, other = METHODS["mats"], METHODS[start]
+    recipe = mats.complete(Recipe("mats", SCALING, {"iterations": 0, "start": start}))
+    pieces = [weights[i::parts] for i in range(parts)]
+    survey = reduce(mats.combine, [mats.survey(piece) for piece in pieces])
+    while parts > 1 and (
+        answers := [a for piece in pieces if (a := mats.refine(piece, survey, recipe.parameters)) is not None]
+    ):
+        survey = reduce(mats.combine, answers, survey)
+    out, expected = ({w.name: torch.empty(w.base.shape) for w in weights} for _ in range(2))
+    for piece in pieces:
+        prepared = mats.prepare(piece, Context(EXAMPLES, survey))
+        prepared.merge(recipe.scaling, recipe.parameters, {w.name: out[w.name] for w in piece})
+    own = other.default_recipe(list(SCALING))
+    other.prepare(weights, Context(EXAMPLES)).merge(own.scaling, own.parameters, expected)
+    assert_close(out, expected, 1e-5)
+
+
+@pytest.mark.parametrize("start", ["mats", "lines+mats"])
+def test_a_start_is_another_method(start):
+    with pytest.raises(MethodError, match="cannot begin at its own result"):
+        METHODS["mats"].complete(Recipe("mats", SCALING, {"start": start}))
+    with pytest.raises(MethodError, match="Did you mean 'regmean'"):
+        METHODS["mats"].complete(Recipe("mats", SCALING, {"start": "regmeam"}))
+
+
+@pytest.mark.parametrize(
+    "parameters", [{}, {"start": "regmean", "iterations": 3}, {"subspace": "fisher", "iterations": 2}]
+)
+def test_a_factor_of_nothing_leaves_a_member_out(parameters, make_pool, merge, subset, assert_close):
+    weights = make_pool()
+    others = {"amazon": 0.7, "nyt": 1.1}
+    found = merge("mats", weights, {**others, "movie": 0.0}, parameters)
+    assert_close(found, merge("mats", subset(weights, list(others)), others, parameters), 1e-6)
