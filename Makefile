@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make quickstart  build a real pool of models and search for its best merge (about 11 minutes on 2 cores)"
-	@echo "make test        lint, types, import floors, and all tests"
+	@echo "make test        lint, types, import floors, and all tests (about a quarter of an hour on 2 cores)"
 	@echo "make test-fast   the fast tests only"
 	@echo "make test-slow   the slow ones only: campaigns, Ray, what waits"
 	@echo "make test-endurance  killed nodes and drivers, a faulty S3: minutes each, not part of make test"

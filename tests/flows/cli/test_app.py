@@ -313,8 +313,9 @@ def test_killed_and_resumed_equals_unbroken(campaign_file, tmp_path):
 
 @pytest.mark.slow
 def test_an_interruption_leaves_a_campaign_that_resumes(campaign_file, tmp_path):
-    search = {"candidates": 400, "methods": ["average", "ties"]}
-    file = str(campaign_file(search=search, selection={"mode": "all"}, test={"top": 1}))
+    search = {"candidates": 5000, "sampler": "random", "methods": ["average", "ties"]}  # more than it will measure
+    settings = {"selection": {"mode": "all"}, "test": {"top": 1}, "resources": {"evaluators": 1}}
+    file = str(campaign_file(search=search, **settings))
     process = start("campaign", "run", file, "--out", str(tmp_path / "out"))
     wait_for_rows(tmp_path / "out" / "ledger", 8, process)
     family = offspring(process)
