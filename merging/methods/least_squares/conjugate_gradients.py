@@ -17,12 +17,10 @@ def solve(
     tolerance: float,
     diagonal: Tensor | None = None,
     project: Callable[[Tensor], Tensor] = lambda value: value,
-    noise: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Steps towards A x = b, from a start, for B systems (Hestenes and Stiefel 1952).
 
-    A system rests as soon as its residual is below the tolerance, or its direction has no curvature; so what A does not
-    see of x stays as it begins.
+    A system rests as soon as its residual is below the tolerance, or its direction has no curvature.
 
     Args:
         apply: The symmetric operator A on [B, m, n].
@@ -32,7 +30,6 @@ def solve(
         tolerance: Of ‖A x − b‖ / ‖b‖.
         diagonal: Of A, broadcasting to [B, m, n], to precondition with; where it is 0 nothing is scaled.
         project: Takes out of directions what is known not to be in A's range.
-        noise: Curvature below this share of the largest met is A's rounding, and counts as none.
 
     Returns:
         x [B, m, n], ‖A x − b‖ / ‖b‖ [B], and whether negative curvature was met [B].
@@ -45,7 +42,6 @@ def solve(
     goal = _dot(right, right).clamp(min=torch.finfo(right.dtype).tiny)
     scaled = project(residual * scale)
     direction = scaled.clone()
-    largest = torch.zeros(len(right), dtype=right.dtype, device=right.device)
     power = _dot(residual, scaled)
     indefinite = torch.zeros(len(right), dtype=torch.bool, device=right.device)
     for step in range(iterations):
@@ -54,10 +50,8 @@ def solve(
             break
         applied = apply(direction)
         curvature = _dot(direction, applied)
-        extent = _dot(direction, direction / scale).clamp(min=torch.finfo(right.dtype).tiny)
-        largest = torch.maximum(largest, curvature.abs() / extent)
-        indefinite |= active & (curvature < -noise * largest * extent)
-        active &= curvature > noise * largest * extent
+        indefinite |= active & (curvature < 0)
+        active &= curvature > 0
         length = torch.where(active, power / torch.where(active, curvature, 1.0), 0.0)[:, None, None]
         value += length * direction
         residual -= project(length * applied)

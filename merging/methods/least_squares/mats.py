@@ -213,7 +213,6 @@ class PreparedMats(Prepared):
             float(parameters["tolerance"]),
             diagonal,
             system.project,
-            system.noise,
         )
         if min(system.factors) < 0 and indefinite.any():
             name = system.weights[int(indefinite.nonzero()[0])].name

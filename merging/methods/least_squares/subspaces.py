@@ -45,9 +45,9 @@ def check_statistics(weight: Weight) -> None:
                 )
 
 
-SMALL = 512
-"""Most outputs of a layer whose range is found by eigenvalues; of larger ones conjugate gradients stop at the noise."""
-RANK = 1e-6
+SMALL = 1024
+"""Largest side of K-FAC's factors whose range is found by eigenvalues; conjugate gradients cost more than they do."""
+ROUNDING = 1e-6
 """Eigenvalues below this share of the largest are the rounding of float32 statistics."""
 
 
@@ -70,14 +70,16 @@ class Subspace:
         self._members = tuple(members)
         self._sum: Tensor | None = None
         self._pairs: list[tuple[float, Tensor, Tensor]] = []
-        self._range: Tensor | None = None
+        self._ranges: tuple[Tensor | None, ...] = (None, None)
         if subspace == "kfac":
             self._pairs = [
                 (factor, self._statistic("output_gram", member), self._statistic("gram", member))
                 for member, factor in self._terms()
             ]
-            # Each by its own size, for a certain member's rounding is as small as its Gram.
-            self._range = _range(torch.stack([output / _size(output) for _, output, _ in self._pairs]).sum(0))
+            self._ranges = (
+                _range([output for _, output, _ in self._pairs]),
+                _range([inputs for _, _, inputs in self._pairs]),
+            )
         elif subspace != "identity":
             for member, factor in self._terms():
                 term = self._statistic(subspace, member).mul_(factor)
@@ -117,14 +119,11 @@ class Subspace:
             return value * sum(self.factors)
         return value @ self._sum if self._subspace == "gram" else value * self._sum
 
-    @property
-    def noise(self) -> float:
-        """Share of the largest curvature that is rounding: of matrices, whose entries belong together."""
-        return 0.0 if self._subspace in ("identity", "fisher") else RANK
-
     def project(self, value: Tensor) -> Tensor:
-        """V without what no member's output Gram sees (a softmax head does not change with its mean over classes)."""
-        return value if self._range is None else self._range @ value
+        """V without what no member's K-FAC sees: of a softmax head the mean over classes, of any layer what its inputs lack."""
+        outputs, inputs = self._ranges
+        value = value if outputs is None else outputs @ value
+        return value if inputs is None else value @ inputs
 
     def right(self) -> Tensor:
         """Σ α_t C_t τ_t."""
@@ -153,19 +152,20 @@ class Subspace:
         return self._sum.diagonal(dim1=1, dim2=2)[:, None, :] if self._subspace == "gram" else self._sum
 
 
-def _size(matrices: Tensor) -> Tensor:
-    """Traces [B, 1, 1]; 1 where they are 0."""
-    traces = matrices.diagonal(dim1=1, dim2=2).sum(1)
-    return torch.where(traces > 0, traces, 1.0)[:, None, None]
+def _range(matrices: Sequence[Tensor]) -> Tensor | None:
+    """Projections [B, n, n] on what positive semi-definite matrices see; None where that is everything, or n is large.
 
-
-def _range(matrices: Tensor) -> Tensor | None:
-    """Projections [B, n, n] on what positive semi-definite matrices see; None where that is everything, or n is large."""
-    if matrices.shape[-1] > SMALL:
+    Each counts by its own size, for a certain member's rounding is as small as its Gram.
+    """
+    if matrices[0].shape[-1] > SMALL:
         return None
-    values, vectors = torch.linalg.eigh(matrices)
-    unseen = vectors * (values <= RANK * values[:, -1:])[:, None, :]
+    traces = [matrix.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] for matrix in matrices]
+    sizes = [torch.where(trace > 0, trace, torch.ones_like(trace)) for trace in traces]
+    parts = torch.stack([matrix / size for matrix, size in zip(matrices, sizes, strict=True)])
+    values, vectors = torch.linalg.eigh(parts.sum(0))
+    unseen = vectors * (values <= ROUNDING * values[:, -1:])[:, None, :]
     if not unseen.any():
         return None
-    seen: Tensor = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device) - unseen @ unseen.mT
+    identity = torch.eye(values.shape[1], dtype=values.dtype, device=values.device)
+    seen: Tensor = identity - unseen @ unseen.mT
     return seen

@@ -274,7 +274,7 @@ def model_stock(weights, scaling, parameters, examples):
 def mats(weights, scaling, parameters, examples):
     """Conjugate gradients from the plain mean on one weight at a time, its entries one long vector.
 
-    With K-FAC in the range of the output Grams: a preconditioner would else move what they do not see.
+    With K-FAC in the range of the Grams: a preconditioner would else move what they do not see.
     """
     merged = {}
     for w in weights:
@@ -307,13 +307,17 @@ def mats(weights, scaling, parameters, examples):
         if parameters["preconditioner"] == "jacobi":
             units = torch.eye(base.numel(), dtype=torch.float64).reshape(-1, *base.shape)
             scale = 1 / torch.stack([(u * apply(u)).sum() for u in units]).reshape(base.shape)
-        seen = torch.eye(1, dtype=torch.float64)
+        sides = []
         if parameters["subspace"] == "kfac":
-            together = sum(g / g.trace() for g in found["output_gram"].values())
-            seen = together @ torch.linalg.pinv(together, rtol=1e-6, hermitian=True)
+            for kind in ("output_gram", "gram"):
+                together = sum(g / g.trace() for g in found[kind].values())
+                sides.append(together @ torch.linalg.pinv(together, rtol=1e-6, hermitian=True))
 
-        def project(v, w=w, seen=seen):
-            return (seen @ v.T).T if w.transposed and len(seen) > 1 else seen @ v if len(seen) > 1 else v
+        def project(v, w=w, sides=sides):
+            if not sides:
+                return v
+            v = sides[0] @ (v.T if w.transposed else v) @ sides[1].T
+            return v.T if w.transposed else v
 
         r = project(r)
         p = project(scale * r)

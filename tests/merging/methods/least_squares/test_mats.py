@@ -93,8 +93,8 @@ def test_weights_without_the_statistic_are_the_plain_mean(make_pool, merge, asse
 
 @pytest.mark.parametrize("preconditioner", ["none", "jacobi"])
 @pytest.mark.parametrize("tolerance", [1e-5, 0.0])
-@pytest.mark.parametrize("classes", [2, 5, 40])
-def test_kfac_leaves_alone_what_a_softmax_does_not_see(classes, tolerance, preconditioner):
+@pytest.mark.parametrize(("classes", "tokens"), [(2, 60), (5, 60), (5, 12), (40, 6)])
+def test_kfac_leaves_alone_what_a_softmax_does_not_see(classes, tokens, tolerance, preconditioner):
     """A constant added to all logits changes nothing, so that the mean over classes stays the start's."""
     generator = torch.Generator().manual_seed(classes)
 
@@ -104,9 +104,10 @@ def test_kfac_leaves_alone_what_a_softmax_does_not_see(classes, tolerance, preco
     base, members, grams, outputs = 0.3 * randn(classes, 24), {}, {}, {}
     for name in "abc":
         members[name] = base + 0.3 * randn(classes, 24)
-        x = 0.3 * randn(60, 24) @ randn(24, 24)
-        p = (3 * x @ members[name].T).softmax(-1)
-        grams[name], outputs[name] = x.T @ x / 60, p.mean(0).diag() - p.T @ p / 60
+        x = (0.3 * randn(tokens, 24) @ randn(24, 24)).double()
+        p = (3 * x @ members[name].double().T).softmax(-1)
+        roots = p.sqrt()[:, :, None] * (torch.eye(classes) - p[:, None, :])
+        grams[name], outputs[name] = (x.T @ x / tokens).float(), ((roots.mT @ roots).sum(0) / tokens).float()
     weight = Weight("head", base, members, {"gram": grams, "output_gram": outputs})
     out = {"head": torch.empty_like(base)}
     method = METHODS["mats"]
@@ -114,7 +115,7 @@ def test_kfac_leaves_alone_what_a_softmax_does_not_see(classes, tolerance, preco
     changes = {"subspace": "kfac", "iterations": 200, "tolerance": tolerance, "preconditioner": preconditioner}
     method.prepare([weight], Context()).merge(recipe.scaling, recipe.parameters | changes, out)
     mean = sum(members.values()) / 3
-    torch.testing.assert_close(out["head"].mean(0), mean.mean(0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(out["head"].mean(0), mean.mean(0), rtol=0, atol=5e-6)
     assert 1e-2 < float((out["head"] - mean).norm() / (mean - base).norm()) < 3
 
 
