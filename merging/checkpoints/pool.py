@@ -92,6 +92,8 @@ class Pool:
         merged = _merged_names(origin, found, notes)
         problems += _absent(origin, found, merged)
         for name, member in found.items():
+            problems += _label_problems(origin, name, member, merged)
+        for name, member in found.items():
             dtypes = {str(member.checkpoint.tensors[member.names[key]].dtype) for key in merged if key in member.names}
             dtypes |= {str(origin.tensors[key].dtype) for key in merged}
             if len(dtypes) > 1:
@@ -273,6 +275,41 @@ def _merged_names(base: Checkpoint, found: Mapping[str, _Matched], notes: list[s
     for member in found.values():
         member.head += [member.names[key] for key in kept if key in member.names]
     return merged
+
+
+def _label_problems(base: Checkpoint, name: str, member: _Matched, merged: Sequence[str]) -> list[str]:
+    """Heads that would be merged though their rows are other classes in a member than in the base."""
+    ours, theirs = _labels(base), _labels(member.checkpoint)
+    if ours is None or theirs is None or ours == theirs:
+        return []
+    sizes: Counter[str] = Counter()
+    for key in merged:
+        sizes[key.split(".", 1)[0]] += base.tensors[key].nbytes
+    backbone = max(sizes, key=lambda root: sizes[root], default="")
+    rows = [
+        key
+        for key in merged
+        if key in member.names
+        and base.tensors[key].shape[:1] == (len(ours),)
+        and key.endswith((".weight", ".bias"))
+        and key.split(".", 1)[0] != backbone
+    ]
+    if not rows:
+        return []
+    what = "in another order" if sorted(ours) == sorted(theirs) else "others"
+    return [
+        f"{name}: the classes of its head are {what} (id2label {theirs}, the base {ours}), so that '{rows[0]}' has other rows: "
+        f"keep heads per task with `heads: ['{rows[0].rpartition('.')[0]}.*']`, or save it with the base's order"
+    ]
+
+
+def _labels(checkpoint: Checkpoint) -> list[str] | None:
+    """The names of a head's classes in order; None where the configuration has none but transformers' own."""
+    found = checkpoint.config.get("id2label")
+    if not isinstance(found, Mapping) or not all(str(key).isdigit() for key in found):
+        return None
+    names = [str(found[key]) for key in sorted(found, key=int)]
+    return None if all(name == f"LABEL_{number}" for number, name in enumerate(names)) else names
 
 
 def _left_out(member: Member, base: Checkpoint, heads: Sequence[str]) -> list[str]:

@@ -165,3 +165,37 @@ def test_how_far_a_member_may_be_is_a_setting(tiny_pool, tmp_path, save_base):
         check_weights(pool)
     assert 1.0 < check_weights(pool, max_distance=None)["one"] < 1.6
     assert check_weights(pool, max_distance=1.6) == check_weights(pool, max_distance=None)
+
+
+@pytest.mark.parametrize("head", ["classifier", "out_proj"])
+@pytest.mark.parametrize(
+    ("ours", "theirs", "fits"),
+    [
+        (["bad", "fine", "good"], ["bad", "fine", "good"], True),
+        (["bad", "fine", "good"], ["good", "fine", "bad"], False),
+        (["bad", "fine", "good"], ["ham", "spam", "eggs"], False),
+        (["bad", "fine", "good"], None, True),
+        (None, ["good", "fine", "bad"], True),
+    ],
+)
+def test_heads_are_merged_where_their_classes_are_the_same(tiny_pool, tmp_path, ours, theirs, fits, head):
+    paths = []
+    for name, labels in (("two", ours), ("three", theirs)):
+        path = shutil.copytree(tiny_pool[name], tmp_path / name)
+        names = labels or [f"LABEL_{number}" for number in range(3)]
+        config = json.loads((path / "config.json").read_text())
+        config |= {"id2label": dict(enumerate(names)), "label2id": {label: row for row, label in enumerate(names)}}
+        (path / "config.json").write_text(json.dumps(config))
+        if head == "out_proj":  # as RoBERTa's head has it
+            values = load_file(path / SINGLE)
+            values |= {f"classifier.out_proj.{part}": values.pop(f"classifier.{part}") for part in ("weight", "bias")}
+            save_file(values, path / SINGLE, {"format": "pt"})
+        paths.append(str(path))
+    if fits:
+        assert any("classifier" in name for name in Pool.open(paths[0], {"three": paths[1]}).weights)
+        return
+    with pytest.raises(
+        PoolError, match=r"three: the classes of its head are .*keep heads per task with `heads: \['classifier"
+    ):
+        Pool.open(paths[0], {"three": paths[1]})
+    assert Pool.open(paths[0], {"three": paths[1]}, heads=["classifier.*"]).weights
