@@ -1,13 +1,16 @@
 """The Ray cluster that a program runs on: the one it is submitted to, the one it is told of, or its own."""
 
+import json
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.job_config import JobConfig
@@ -24,6 +27,12 @@ WORKER_ENVIRONMENT = {
 """Workers read local files only, and leave the cores to the threads that they are given."""
 
 
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Where Ray tells a submitted job's driver of the job's own runtime environment."""
+ANSWER_SECONDS = 5.0
+"""How long a cluster's head may take to accept a connection."""
+SOCKET_BYTES = 107
+"""Most bytes of a Unix socket's path."""
 PROGRAM = Path(merging.__file__).resolve().parents[1]
 """Where the program's packages lie: a checkout, or among what is installed."""
 
@@ -96,39 +105,84 @@ def connect() -> Iterator[Cluster]:
         yield describe_cluster(ray.get_runtime_context().gcs_address)
         return
     chosen = os.environ.get("RAY_ADDRESS")
-    environment = {"env_vars": WORKER_ENVIRONMENT}
+    if chosen:
+        _require_answer(chosen)
+    else:
+        _require_short_sockets()
+    options: dict[str, Any] = {"address": chosen} if chosen else {"address": LOCAL, "include_dashboard": False}
+    environment = {"env_vars": _worker_environment()}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
+        ray.init(**options, job_config=Job(), runtime_env=environment, logging_level=logging.ERROR, log_to_driver=False)
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # what Ray raises where a process of its own does not start has no one type
+        ray.shutdown()
         if chosen:
-            ray.init(
-                address=chosen,
-                job_config=Job(),
-                runtime_env=environment,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-            )
+            remedy = "is it running (RAY_ADDRESS, --address), and does RAY_AUTH_TOKEN hold its token?"
         else:
-            ray.init(
-                address=LOCAL,
-                job_config=Job(),
-                runtime_env=environment,
-                include_dashboard=False,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-            )
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        remedy = (
-            "is it running, and does RAY_AUTH_TOKEN hold its token?" if chosen else "see the Ray log under /tmp/ray"
-        )
-        raise ClusterError(
-            f"cannot {'join ' + chosen if chosen else 'start a local Ray'}: {error}\n{remedy}"
-        ) from error
+            remedy = f"see the logs in {_scratch()}/ray/session_latest/logs; is there room on disk and in memory?"
+        text = str(error).strip() or type(error).__name__
+        raise ClusterError(f"cannot {'join ' + chosen if chosen else 'start a local Ray'}: {text}\n{remedy}") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in its place, which exits without a word
     try:
         yield describe_cluster(ray.get_runtime_context().gcs_address if chosen else LOCAL)
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Looks whether anybody listens at an address; Ray itself would try for minutes.
+
+    Raises:
+        ClusterError: Nobody does, or it is no address of Ray's.
+    """
+    if address.startswith(("http://", "https://")):
+        raise ClusterError(
+            f"{address} is a dashboard's address, which `mergequest submit --address` takes; here HOST:PORT of the head is "
+            "needed, or `auto`"
+        )
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # `auto` and other words of Ray's
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise ClusterError(
+            f"nobody answers at {address} ({error}): is the cluster of RAY_ADDRESS or --address still running? Unset it for a "
+            "Ray of its own on this machine"
+        ) from error
+
+
+def _require_short_sockets() -> None:
+    """Looks whether the paths of a local Ray's sockets will be short enough for the operating system.
+
+    Raises:
+        ClusterError: They will not.
+    """
+    longest = f"{_scratch()}/ray/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
+    if (over := len(longest.encode()) - SOCKET_BYTES) > 0:
+        raise ClusterError(
+            f"cannot start a local Ray: RAY_TMPDIR ({_scratch()}) is {over} characters too long for the paths of its sockets. "
+            "Set RAY_TMPDIR to a shorter directory"
+        )
+
+
+def _scratch() -> str:
+    """Where a local Ray keeps sockets and logs."""
+    return os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+
+
+def _worker_environment() -> dict[str, str]:
+    """`WORKER_ENVIRONMENT`, but for what the job that this process runs in says otherwise: Ray refuses to hear it twice."""
+    try:
+        job = json.loads(os.environ.get(JOB_CONFIG, "{}"))
+        told = (job.get("runtime_env") or {}).get("env_vars") or {}
+    except (ValueError, AttributeError):
+        told = {}
+    return {name: value for name, value in WORKER_ENVIRONMENT.items() if name not in told}
 
 
 def evaluators_for(cluster: Cluster, asked: int | None, threads: int, gpus: float | None, bytes_each: int) -> int:

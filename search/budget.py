@@ -69,7 +69,7 @@ def busy_seconds(rows: Iterable[Row]) -> float:
     total, end = 0.0, datetime.min.replace(tzinfo=UTC)
     for row in sorted(rows, key=lambda row: row.started):
         if row.finished > end:
-            total += (row.finished - max(row.started, end)).total_seconds()
+            total += max(0.0, (row.finished - max(row.started, end)).total_seconds())  # clocks of nodes may differ
             end = row.finished
     return total
 

@@ -1,7 +1,19 @@
+import json
+import socket
+
 import pytest
+import ray
 
 from merging.errors import ClusterError
-from ray_tasks.connect import Cluster, evaluators_for, room_for
+from ray_tasks.connect import (
+    JOB_CONFIG,
+    WORKER_ENVIRONMENT,
+    Cluster,
+    _worker_environment,
+    connect,
+    evaluators_for,
+    room_for,
+)
 
 
 @pytest.mark.parametrize(
@@ -44,3 +56,40 @@ def test_processes_lie_on_one_node_and_shares_on_one_gpu(sizes, threads, gpus, p
     cluster = Cluster("127.0.0.1:6379", len(sizes), cpus, float(devices), sizes=tuple(sizes))
     assert cluster.places(threads, gpus) == places
     assert evaluators_for(cluster, None, threads, gpus, 0) == places
+
+
+def test_an_address_where_nobody_answers_is_an_error_within_seconds(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]  # bound and not listened on
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+        for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", "127.0.0.1:99999", "no-such-host.invalid:6379"):
+            monkeypatch.setenv("RAY_ADDRESS", address)
+            with pytest.raises(ClusterError, match=r"nobody answers at .*RAY_ADDRESS"), connect():
+                pass
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(ClusterError, match="a dashboard's address"), connect():
+        pass
+
+
+def test_a_directory_too_long_for_sockets_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("long" * 20)))
+    with pytest.raises(ClusterError, match="RAY_TMPDIR .* too long for the paths of its sockets"), connect():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("job", "missing"),
+    [
+        (None, set()),
+        ({"runtime_env": {"env_vars": {"HF_HUB_OFFLINE": "0", "MINE": "1"}}}, {"HF_HUB_OFFLINE"}),
+        ({"runtime_env": {}}, set()),
+        ({"runtime_env": None}, set()),
+        ([], set()),
+    ],
+)
+def test_what_a_job_says_of_its_environment_is_not_said_again(monkeypatch, job, missing):
+    monkeypatch.setenv(JOB_CONFIG, json.dumps(job)) if job is not None else monkeypatch.delenv(JOB_CONFIG, False)
+    assert WORKER_ENVIRONMENT.keys() - _worker_environment().keys() == missing

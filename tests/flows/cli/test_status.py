@@ -12,7 +12,7 @@ from flows.cli.status import SILENCE, read_status
 from flows.config.campaign_file import load_campaign
 from flows.directory.campaign_directory import Directory
 from flows.directory.heartbeat import FILE, Pulse, heartbeat
-from merging.errors import StorageError
+from merging.errors import PoolError, StorageError
 from search.budget import Progress
 from search.ledger.ledger import Ledger
 from search.ledger.row import Row
@@ -133,3 +133,22 @@ def test_a_store_that_is_away_stops_nothing(directory):
     with heartbeat(directory.path, pulse(), every=0.01):
         time.sleep(0.05)
     assert path.is_file()
+
+
+def test_a_campaign_whose_pool_is_being_looked_at(tmp_path, campaign_file):
+    directory, seen = Directory(str(tmp_path / "new")), []
+
+    def look():
+        while not Path(directory / FILE).exists():
+            time.sleep(0.01)
+        seen.append(read_status(directory.path))
+        raise PoolError("'one' has another shape")
+
+    with pytest.raises(PoolError), heartbeat(directory.path, Pulse("Pool"), "tiny", every=0.05):
+        look()
+    assert (seen[0].name, seen[0].state, seen[0].phase, seen[0].done) == ("tiny", "running", "Pool", 0)
+    assert "Pool; 0 of 0 evaluators at work" in seen[0].as_text()
+    status = read_status(directory.path)
+    assert status.state == "unfinished"
+    assert "when it ended: PoolError: 'one' has another shape" in status.as_text()
+    directory.check(load_campaign(str(campaign_file())))  # what is left of it hinders no corrected file

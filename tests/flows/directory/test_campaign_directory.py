@@ -3,6 +3,7 @@ import fcntl
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -31,9 +32,23 @@ def test_a_selection_that_failed_may_be_corrected_in_place(campaign_file, make, 
     ledger.append(replace(make.references()[0], campaign="tiny"))
     corrected = load_campaign(str(campaign_file(selection={"draws": 9})))
     directory.check(corrected)
+    directory.check(load_campaign(str(campaign_file(selection={"draws": 9}, search={"candidates": 3, "confirm": 2}))))
     ledger.append(replace(make.candidates(1)[0], campaign="tiny"))
     with pytest.raises(LedgerError, match="holds another campaign .*differs in selection"):
         directory.check(corrected)
+
+
+@pytest.mark.parametrize("budget", [{"candidates": 9}, {"seconds": 9.0}, {"confirm": 9}, {"patience": 9}])
+def test_a_finished_campaign_goes_on_with_a_larger_budget(campaign_file, tmp_path, budget):
+    directory = Directory(str(tmp_path / "out"))
+    campaign = load_campaign(str(campaign_file()))
+    directory.claim(campaign, {})
+    directory.finish(campaign)
+    for path in (directory.report, directory.best + "/config.json"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text("{}")
+    assert directory.is_finished(campaign)
+    assert not directory.is_finished(load_campaign(str(campaign_file(search=budget))))
 
 
 def test_a_changed_configuration_is_noticed_and_other_words_for_the_same_are_not(campaign_file, make, tmp_path):
