@@ -5,6 +5,7 @@ import importlib
 import inspect
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -20,13 +21,14 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, field_validator
 from torch import nn
 
 from merging.checkpoints.parameter_names import Loading
 from merging.errors import TaskError
 from merging.io import storage
 from merging.registry import did_you_mean
+from merging.tasks.environment import hidden, references, resolved, secret_in
 from merging.tasks.head import blank_model, load_model
 from merging.tasks.predictions import Predictions
 from merging.tasks.task import Score, Split, Task, TaskSettings, register, score_of
@@ -49,7 +51,11 @@ class CustomSettings(TaskSettings):
         pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
         description="The function, as `module:function` on Python's path or in the working directory.",
     )
-    arguments: dict[str, Any] = Field(default_factory=dict, description="Further keyword arguments of the function.")
+    arguments: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further keyword arguments of the function. `${NAME}` stands for an environment variable: it is looked up "
+        "where the function is called, and what it holds is never saved. Secrets written out are refused.",
+    )
     metric: str = Field("score", min_length=1, description="What the function's number is called in tables.")
     model_class: str = Field("AutoModel", description="Class in `transformers` that loads the checkpoint.")
     examples: dict[Split, int] = Field(
@@ -58,6 +64,17 @@ class CustomSettings(TaskSettings):
         "not exist. Without any, validation and test are measured whole.",
     )
     _directory: str = PrivateAttr(default_factory=os.getcwd)  # travels to the workers, which may have another
+
+    @field_validator("arguments")
+    @classmethod
+    def _no_secrets(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        if (place := secret_in(arguments)) is not None:
+            variable = re.sub(r"\W", "_", place).upper() or "SECRET"
+            raise ValueError(
+                f"'{place}' looks like a secret, which would be saved with the campaign: write ${{{variable}}} instead, and "
+                f"set {variable} in the environment",
+            )
+        return arguments
 
 
 @dataclass(frozen=True)
@@ -96,7 +113,7 @@ class Custom(Task):
         import transformers
 
         try:
-            inspect.signature(self._function).bind(None, self.head, "validation", None, **self.settings.arguments)
+            inspect.signature(self._function).bind(None, self.head, "validation", None, **self._arguments())
         except TypeError as error:
             raise self._error(
                 f"{self.settings.evaluator} cannot be called as function(model, checkpoint, split, limit, "
@@ -144,12 +161,12 @@ class Custom(Task):
         self, model: nn.Module, split: Split, *, limit: int | None = None, precision: str = "float32"
     ) -> tuple[Score, Predictions | None]:
         """Calls the function; see `Task.measure`."""
-        function = self._function
+        function, arguments = self._function, self._arguments()
         started = time.perf_counter()
         device = next(model.parameters()).device
         try:
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                result = function(model, self.head, split, limit, **self.settings.arguments)
+                result = function(model, self.head, split, limit, **arguments)
         except Exception as error:  # the user's code may raise anything
             raise self._error(f"{self.settings.evaluator} failed: {type(error).__name__}: {error}") from error
         fields = result if isinstance(result, dict) else {"value": result}
@@ -183,6 +200,15 @@ class Custom(Task):
             seconds=time.perf_counter() - started,
         )
         return score, None
+
+    def _arguments(self) -> dict[str, Any]:
+        """The function's arguments, with what environment variables hold."""
+        try:
+            return dict(resolved(self.settings.arguments))
+        except KeyError as name:
+            raise self._error(
+                f"arguments: the environment variable {name.args[0]} is not set here: set it, and on a cluster for every node"
+            ) from None
 
     @cached_property
     def _function(self) -> Callable[..., Any]:
@@ -235,7 +261,7 @@ class Custom(Task):
         raise self._error(f"{self.settings.evaluator} returned {value!r} as {what}: a number is needed")
 
     def _error(self, message: str) -> TaskError:
-        return TaskError(f"task '{self.name}': {message}")
+        return TaskError(f"task '{self.name}': {hidden(message, references(self.settings.arguments))}")
 
 
 def _code(source: Path) -> str:

@@ -209,3 +209,46 @@ def test_an_answer_that_is_no_measurement_is_refused(custom, result):
     task = custom("my_scores:given", arguments={"result": result})
     with pytest.raises(TaskError, match="task 'mine': my_scores:given (gave|returned) "):
         task.evaluate(torch.nn.Linear(1, 1), "validation")
+
+
+def test_references_to_the_environment_are_resolved_where_the_function_is_called(custom, monkeypatch):
+    arguments = {"result": {"value": "${JUDGE_KEY}"}}
+    task = custom("my_scores:given", arguments=arguments)
+    with pytest.raises(TaskError, match="the environment variable JUDGE_KEY is not set here"):
+        task.check()
+    before = task.data_fingerprint("test")
+    monkeypatch.setenv("JUDGE_KEY", "sk-live-0123456789")
+    task.check()
+    with pytest.raises(TaskError, match=r"returned '\$\{JUDGE_KEY\}' as value") as caught:
+        task.evaluate(task.load_model(), "validation")
+    assert "sk-live" not in str(caught.value)
+    assert task.settings.model_dump(mode="json")["arguments"] == arguments
+    assert task.data_fingerprint("test") == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"api_key": "sk-live-123"},
+        {"endpoint": "https://u:pw@host/v1"},
+        {"options": {"headers": [{"Authorization": "Bearer abcdefgh12345"}]}},
+        {"urls": ["https://host/v1?token=abc"]},
+        {"anything": "hf_abcdefghijklmnopqrst"},
+    ],
+)
+def test_secrets_written_out_are_refused(custom, arguments):
+    with pytest.raises(ValueError, match="looks like a secret") as caught:
+        custom("my_scores:given", arguments=arguments)
+    assert "write ${" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"api_key": "${JUDGE_KEY}", "endpoint": "https://host/v1?version=2"},
+        {"headers": {"Authorization": "Bearer ${JUDGE_KEY}"}},
+        {"max_tokens": 5, "token_count": "12", "tokenizer": "checkpoints/base", "password": ""},
+    ],
+)
+def test_what_is_no_secret_passes(custom, arguments):
+    assert custom("my_scores:given", arguments=arguments).settings.arguments == arguments
