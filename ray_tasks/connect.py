@@ -18,6 +18,7 @@ from ray.job_config import JobConfig
 import merging
 from merging.errors import ClusterError
 from merging.io.memory import available_memory
+from ray_tasks.sessions import mark, remove_dead
 
 WORKER_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -109,6 +110,7 @@ def connect() -> Iterator[Cluster]:
         _require_answer(chosen)
     else:
         _require_short_sockets()
+        remove_dead(Path(_scratch()) / "ray")
     options: dict[str, Any] = {"address": chosen} if chosen else {"address": LOCAL, "include_dashboard": False}
     environment = {"env_vars": _worker_environment()}
     on_sigterm = signal.getsignal(signal.SIGTERM)
@@ -125,6 +127,8 @@ def connect() -> Iterator[Cluster]:
             remedy = f"see the logs in {_scratch()}/ray/session_latest/logs; is there room on disk and in memory?"
         text = str(error).strip() or type(error).__name__
         raise ClusterError(f"cannot {'join ' + chosen if chosen else 'start a local Ray'}: {text}\n{remedy}") from error
+    if not chosen:
+        mark(Path(ray._private.worker._global_node.get_session_dir_path()))
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in its place, which exits without a word
     try:

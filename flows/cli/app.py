@@ -27,13 +27,14 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Runs the command."""
         from merging.errors import MergequestError
+        from merging.io.secrets import redacted
 
         try:
             return super().invoke(ctx)
         except MergequestError as error:
             if os.environ.get("MERGEQUEST_TRACEBACK"):
                 raise
-            typer.secho(f"error: {error}", fg="red", err=True)
+            typer.secho(f"error: {redacted(str(error))}", fg="red", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             typer.secho(

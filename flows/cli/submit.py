@@ -16,9 +16,10 @@ import yaml
 
 from flows.config.campaign_file import CAMPAIGN_FILE, Campaign, dump, load_campaign
 from flows.config.recipe_file import load_recipe
-from flows.config.yaml_file import validate
+from flows.config.yaml_file import refuse_secret, validate
 from merging.errors import ClusterError, SettingsError
 from merging.io import storage
+from merging.io.secrets import redacted
 from merging.registry import did_you_mean
 
 What = Literal["campaign", "statistics", "merge"]
@@ -118,6 +119,8 @@ def prepare(what: str, file: str, out: str | None, candidates: int | None = None
         raise SettingsError(f"--what: unknown '{what}'. {did_you_mean(what, list(get_args(What)))}")
     if candidates is not None and what != "campaign":
         raise SettingsError(f"--candidates goes with a campaign, not with --what {what}: leave it out")
+    refuse_secret("FILE", file)
+    refuse_secret("--out", out or "")
     if what == "merge":
         if out is None:
             raise SettingsError("a merge needs a directory to write: give one that all nodes see with --out")
@@ -176,4 +179,4 @@ async def _follow(client: Any, job: str) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return redacted((str(error).strip().splitlines() or [type(error).__name__])[0])

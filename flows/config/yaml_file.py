@@ -87,11 +87,6 @@ def load_yaml(path: str) -> dict[str, Any]:
         raise SettingsError(
             f"{path} holds no settings: expected `key: value` lines; `mergequest init` writes an example"
         )
-    if places := list(_secrets(value, "")):
-        raise SettingsError(
-            f"{path}: {', '.join(places)}: the address holds a password, token or signature, which would be saved with the "
-            "results: leave it out, and give credentials by the environment or the protocol's own configuration file"
-        )
     return value
 
 
@@ -122,6 +117,19 @@ def resolve(path: str, root: str) -> str:
     return os.path.normpath(place if place.is_absolute() else storage.join(root, str(place)))
 
 
+def refuse_secret(what: str, address: str) -> None:
+    """Looks whether an address of the command line could be shown and saved.
+
+    Raises:
+        SettingsError: It holds a password, token or signature.
+    """
+    if holds_secret(address):
+        raise SettingsError(
+            f"{what}: the address holds a password, token or signature, which would be saved with the results: leave it out, "
+            "and give credentials by the environment or the protocol's own configuration file"
+        )
+
+
 def require_writable(path: str) -> None:
     """Looks whether a directory could be written, before the work that fills it.
 
@@ -148,6 +156,11 @@ def validate(model: type[Model], value: Mapping[str, Any], where: str) -> Model:
     Raises:
         SettingsError: One line for every mistake, with the place in the file and the nearest known key.
     """
+    if places := list(_secrets(value, "")):
+        raise SettingsError(
+            f"{where}: {', '.join(places)}: the address holds a password, token or signature, which would be saved with the "
+            "results: leave it out, and give credentials by the environment or the protocol's own configuration file"
+        )
     try:
         return model.model_validate(value)
     except ValidationError as error:

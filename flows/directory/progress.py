@@ -17,6 +17,7 @@ from rich.progress import (
 )
 
 from flows.directory.heartbeat import Pulse
+from merging.io.secrets import redacted
 
 LINE_EVERY = 10.0
 """Seconds between lines where there is no terminal to draw a bar on."""
@@ -82,11 +83,11 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(redacted(text), markup=False, highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
         """A line that a user should not overlook, though nothing is wrong."""
-        self.console.print(f"  [yellow]note:[/] {escape(text)}", highlight=False, soft_wrap=True)
+        self.console.print(f"  [yellow]note:[/] {escape(redacted(text))}", highlight=False, soft_wrap=True)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

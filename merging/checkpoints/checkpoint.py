@@ -86,6 +86,10 @@ class SafetensorsFile:
         }
         return cls(path, metadata, tensors)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs: not the bytes that this one has mapped, nor where its machine keeps a copy."""
+        return {field: self.__dict__[field] for field in ("path", "metadata", "tensors")}
+
     @cached_property
     def _map(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The bytes of the local file or copy, mapped copy-on-write, so that nothing can write through."""

@@ -1,6 +1,7 @@
 import pytest
 import yaml
 
+from flows.cli.submit import prepare
 from flows.cli.template import campaign_template, settings_reference
 from flows.config.campaign_file import dump, load_campaign
 from merging.errors import SettingsError
@@ -153,3 +154,29 @@ def test_template_and_reference_name_every_setting():
     for name in ("candidates", "sampler_arguments", "centered", "precision", "estimator", "top", "task_heads"):
         assert f"{name}:" in template
         assert f"`{name}`" in reference
+
+
+@pytest.mark.parametrize(
+    ("place", "edit"),
+    [
+        (
+            "tasks.one.data.validation",
+            lambda s: s["tasks"]["one"]["data"].update(validation="https://h/x?token=hunter2"),
+        ),
+        ("members.one.checkpoint", lambda s: s["members"].update(one={"checkpoint": "s3://key:hunter2@bucket/x"})),
+        ("base", lambda s: s.update(base="zip://x::https://user:hunter2@host/x.zip")),
+        ("directory", lambda s: s.update(directory="https://host/x#access_token=hunter2")),
+        ("a key of members", lambda s: s["members"].update({"https://u:hunter2@h": "x"})),
+    ],
+)
+def test_an_address_with_a_secret_is_refused_by_its_place(campaign_file, place, edit):
+    with pytest.raises(SettingsError, match=f"{place}: the address holds a password, token or signature") as told:
+        load_campaign(changed(campaign_file, edit))
+    assert "hunter2" not in str(told.value)
+
+
+@pytest.mark.parametrize("what", ["campaign", "statistics", "merge"])
+def test_a_job_s_command_line_holds_no_secret(campaign_file, what):
+    with pytest.raises(SettingsError, match="--out: the address holds a password") as told:
+        prepare(what, str(campaign_file()), "s3://key:hunter2@bucket/x")
+    assert "hunter2" not in str(told.value)

@@ -1,4 +1,5 @@
 import json
+import pickle
 import shutil
 import struct
 
@@ -139,3 +140,13 @@ def test_unreadable_index(copied):
     (copied / INDEX).write_text("{}")
     with pytest.raises(CheckpointError, match="is not an index"):
         Checkpoint.open(str(copied))
+
+
+def test_what_is_pickled_holds_no_weights(tiny_pool):
+    """Pools travel to workers, which read the files themselves."""
+    checkpoint = Checkpoint.open(str(tiny_pool["base"]))
+    before = len(pickle.dumps(checkpoint))
+    name = max(checkpoint.tensors, key=lambda name: checkpoint.tensors[name].nbytes)
+    value = checkpoint.read(name)
+    assert len(pickle.dumps(checkpoint)) == before
+    assert torch.equal(pickle.loads(pickle.dumps(checkpoint)).read(name), value)
