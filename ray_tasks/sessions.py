@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -23,20 +22,19 @@ def mark(session: Path) -> None:
         (session / MARKER).write_text(json.dumps(this_process()))
 
 
-def remove_dead(root: Path | None = None, kept: int = KEPT) -> list[Path]:
+def remove_dead(root: Path, kept: int = KEPT) -> list[Path]:
     """Removes sessions of this user's mergequest processes that are no more, but for the last few.
 
     Sessions without our mark, of other users, machines or containers, and such that any process still names in its
     command line (a raylet that outlived its driver) are left alone.
 
     Args:
-        root: Where sessions lie; by default where Ray puts them.
+        root: Where sessions lie.
         kept: How many of them stay.
 
     Returns:
         What was removed.
     """
-    root = root or Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray"
     dead = sorted(_dead(root), key=lambda session: session.name)[: -kept or None]
     if not dead:
         return []
