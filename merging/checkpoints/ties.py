@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,21 +33,21 @@ def settle_ties(
     everyone = {"": base, **members}
     if not _may_share(everyone):
         return base, dict(members)
-    shared = {who: _shared(checkpoint) for who, checkpoint in everyone.items()}
+    found = {who: _names(checkpoint) for who, checkpoint in everyone.items()}
     names: dict[str, dict[str, str]] = {who: {key: key for key in c.tensors} for who, c in everyone.items()}
     parted: list[str] = []
-    for group in _joined(shared):
-        classes = _classes(group, everyone, shared)
+    for group in _joined([own.shared for own in found.values()]):
+        classes = _classes(group, found)
         for same, stored in classes:
-            kept = next((name for name in stored.values() if name in same), same[0])
-            for who in everyone:
+            kept = next((n for who, rep in stored.items() for n in same if found[who].stored.get(n) == rep), same[0])
+            for who, own in found.items():
                 for name in same:
-                    names[who].pop(name, None)
+                    names[who].pop(own.spelled(name), None)
                 if who in stored:
-                    names[who][kept] = stored[who]
+                    names[who][own.spelled(kept)] = stored[who]
         if len(classes) > 1:
-            parted += sorted(f"'{same[0]}'" for same, _ in classes)
-    config = skeleton.untied(base.config) if parted and shared[""] else base.config
+            parted += sorted(f"'{found[''].spelled(same[0])}'" for same, _ in classes)
+    config = skeleton.untied(base.config) if parted and found[""].shared else base.config
     if parted:
         notes.append(
             f"{' and '.join(parted)} are apart in some of base and members: the merge has both, and does not tie them"
@@ -54,25 +55,42 @@ def settle_ties(
     return (
         _seen(base, names[""], config),
         {
-            who: _seen(c, names[who], skeleton.untied(c.config) if parted and shared[who] else c.config)
+            who: _seen(c, names[who], skeleton.untied(c.config) if parted and found[who].shared else c.config)
             for who, c in members.items()
         },
     )
 
 
-def _classes(
-    group: Sequence[str], checkpoints: Mapping[str, Checkpoint], shared: Mapping[str, Mapping[str, str]]
-) -> list[tuple[list[str], dict[str, str]]]:
+@dataclass(frozen=True)
+class _Names:
+    """What a checkpoint's own model makes of its tensors; names are the model's, without the backbone's prefix.
+
+    Args:
+        stored: Name → the tensor that is stored under it, if any.
+        saved: Name → what the tensor is called in the checkpoint, or would be.
+        shared: Name → the stored tensor that it has, of all names that the model ties.
+    """
+
+    stored: Mapping[str, str]
+    saved: Mapping[str, str]
+    shared: Mapping[str, str]
+
+    def spelled(self, name: str) -> str:
+        """What a tensor is called in the checkpoint, or would be."""
+        return self.stored.get(name, self.saved.get(name, name))
+
+
+def _classes(group: Sequence[str], found: Mapping[str, _Names]) -> list[tuple[list[str], dict[str, str]]]:
     """Names that are one weight in every checkpoint that has them, with the stored tensor of each that has it."""
     classes: list[tuple[list[str], dict[str, str]]] = []
     for name in group:
         held = {
-            who: shared[who].get(name, name)
-            for who, checkpoint in checkpoints.items()
-            if name in shared[who] or name in checkpoint.tensors
+            who: own.shared.get(name, own.stored.get(name, ""))
+            for who, own in found.items()
+            if name in own.shared or name in own.stored
         }
         for same, stored in classes:
-            if all(stored.get(who, own) == own for who, own in held.items()):
+            if all(stored.get(who, rep) == rep for who, rep in held.items()):
                 same.append(name)
                 stored |= held
                 break
@@ -115,8 +133,8 @@ def _said(config: Mapping[str, Any]) -> Iterator[bool]:
             yield from _said(value)
 
 
-def _shared(checkpoint: Checkpoint) -> dict[str, str]:
-    """Name → the stored tensor that it has, of all names that the checkpoint's own model ties; nothing where that is unknown.
+def _names(checkpoint: Checkpoint) -> _Names:
+    """What a checkpoint's own model makes of its tensors; of one that transformers does not know, nothing is tied.
 
     As transformers loads it: a name that is not stored has the tensor of one that is, and names that are stored with
     different values are not tied.
@@ -124,21 +142,20 @@ def _shared(checkpoint: Checkpoint) -> dict[str, str]:
     try:
         model = skeleton.build(checkpoint.path, checkpoint.config, checkpoint.architecture)
     except CheckpointError:
-        return {}
+        return _Names({key: key for key in checkpoint.tensors}, {}, {})
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     stored: dict[str, str] = {}
-    for name, live in skeleton.live_names(model, checkpoint.tensors).items():
-        stored.setdefault(live, name)
-    saved = skeleton.saved_names(model)
-    found: dict[str, str] = {}
-    for names in skeleton.tied_names(model):
+    for key, live in skeleton.live_names(model, checkpoint.tensors).items():
+        stored.setdefault(live.removeprefix(prefix), key)
+    saved = {live.removeprefix(prefix): key for live, key in skeleton.saved_names(model).items()}
+    shared: dict[str, str] = {}
+    for group in skeleton.tied_names(model):
+        names = [live.removeprefix(prefix) for live in group]
         there = [stored[name] for name in names if name in stored]
-        if not there:
-            continue
-        for name in names:
-            own = stored.get(name)
-            same = own is None or _equal(checkpoint, there[0], own)
-            found[saved[name] if own is None else own] = there[0] if same or own is None else own
-    return found
+        for name in names if there else ():
+            own = stored.get(name, there[0])
+            shared[name] = there[0] if _equal(checkpoint, there[0], own) else own
+    return _Names(stored, saved, shared)
 
 
 def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
@@ -156,15 +173,15 @@ def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
     return fact_cache.remembered((*checkpoint.identity, "equal", first, second), look, lasting=lasting) == str(True)
 
 
-def _joined(shared: Mapping[str, Mapping[str, str]]) -> list[list[str]]:
+def _joined(shared: Sequence[Mapping[str, str]]) -> list[list[str]]:
     """Names that any checkpoint ties to each other, group by group, each name in one group."""
     groups: list[set[str]] = []
-    for found in shared.values():
+    for found in shared:
         own: dict[str, set[str]] = defaultdict(set)
         for name, stored in found.items():
-            own[stored] |= {name, stored}
+            own[stored].add(name)
         for group in own.values():
             touching = [other for other in groups if other & group]
             groups = [other for other in groups if not other & group] + [group.union(*touching)]
-    order = [name for found in shared.values() for name in found]
+    order = [name for found in shared for name in found]
     return [sorted(group, key=order.index) for group in groups]

@@ -136,3 +136,24 @@ def test_a_tied_t5_of_which_one_member_has_a_head_apart(tmp_path):
         torch.testing.assert_close(
             found(input_ids=IDS, decoder_input_ids=IDS).logits, want(input_ids=IDS, decoder_input_ids=IDS).logits
         )
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_base_without_the_backbones_prefix(tmp_path, twice):
+    torch.manual_seed(0)
+    base = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=40)
+    )
+    for seed, name in enumerate(("base", "a", "b")):
+        (qwen(seed, base) if seed else base).save_pretrained(tmp_path / name)
+        values = load_file(tmp_path / name / SINGLE)
+        if name == "base":
+            values = {key.removeprefix("transformer."): value for key, value in values.items()}
+        elif twice:
+            values |= {HEAD: values["transformer.wte.weight"].clone()}
+        save_file(values, tmp_path / name / SINGLE, {"format": "pt"})
+    _, written, model = merged(tmp_path)
+    a, b = (load_file(tmp_path / name / SINGLE)["transformer.wte.weight"] for name in "ab")
+    assert HEAD not in written
+    torch.testing.assert_close(written["wte.weight"], (a + b) / 2)
+    torch.testing.assert_close(model.lm_head.weight, (a + b) / 2)
