@@ -243,23 +243,25 @@ def packing(conversion: Conversion, shapes: Sequence[Sequence[int]]) -> Packing 
 
 def tied_names(model: nn.Module) -> dict[str, set[str]]:
     """A model's names of weights that its configuration ties → the names that these are tied to."""
-    pairs = getattr(model, "all_tied_weights_keys", None) or {}
     groups: list[set[str]] = []
-    for pair in map(set, pairs.items()):
+    for pair in map(set, tie_sources(model).items()):
         touched = [group for group in groups if group & pair]
         groups = [group for group in groups if group not in touched] + [pair.union(*touched)]
     return {name: group - {name} for group in groups for name in group}
 
 
-def saved_names(model: nn.Module, name: str) -> tuple[str, ...]:
-    """The names under which `save_pretrained` writes one parameter: several where it joins weights (experts)."""
+def tie_sources(model: nn.Module) -> dict[str, str]:
+    """A model's names of weights that its configuration ties → the name whose weight each has, if that is there."""
     from transformers import PreTrainedModel
-    from transformers.core_model_loading import revert_weight_conversion
 
     if not isinstance(model, PreTrainedModel):
-        return (name,)
-    mark = torch.empty_like(model.get_parameter(name), device="meta")
-    return tuple(revert_weight_conversion(model, {name: mark}))
+        return {}
+    return dict(model.get_expanded_tied_weights_keys(all_submodels=True))
+
+
+def saved_names(model: nn.Module, name: str) -> tuple[str, ...]:
+    """The names in the checkpoint of one parameter: several where transformers joins weights (experts)."""
+    return tuple(in_checkpoint(model, {name: torch.empty_like(model.get_parameter(name), device="meta")}))
 
 
 def conv1d() -> type[nn.Module]:

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from merging.checkpoints.parameter_names import Conversion, Packing, loading, packing, targets_of, tied_names
+from merging.checkpoints.parameter_names import (
+    Conversion,
+    Packing,
+    loading,
+    packing,
+    targets_of,
+    tie_sources,
+    tied_names,
+)
 from merging.checkpoints.pool import Member, Pool
 from merging.errors import PoolError
 from merging.tasks.task import Task
@@ -255,21 +263,29 @@ class _Sharing:
         self._packed.append((packed.size, sources, targets))
 
     def _tie(self, kept: Collection[str]) -> None:
-        """Ties what the configuration ties, where only one of the names is merged and none is kept for the task."""
-        for name, others in tied_names(self._model).items():
-            merged = sorted(others & self._new.keys())
-            if merged and name not in self._new and name not in kept:
-                self._new[name] = self._new[merged[0]]
+        """Gives every other name of a merged weight the same tensor, unless it is kept for the task.
+
+        Names of one weight are those of the same parameter, and those that the configuration ties: of these, transformers
+        left apart what was stored twice and was not read here. Where several are merged, a name goes with the one that the
+        configuration ties it to.
+        """
+        merged = list(self._new)
+        sources, tied = tie_sources(self._model), tied_names(self._model)
+        twins: dict[int, set[str]] = {}
+        for name, places in self._places.items():
+            twins.setdefault(id(getattr(*places[0])), set()).add(name)
+        for name, places in self._places.items():
+            same = tied.get(name, set()) | twins[id(getattr(*places[0]))]
+            others = [other for other in merged if other in same]
+            if others and name not in self._new and name not in kept:
+                source = sources.get(name, "")
+                self._new[name] = self._new[source if source in others else others[0]]
 
     def _install(self) -> None:
-        """Puts the tensors into the model, wherever a parameter stands; a tied one stays one."""
+        """Puts the tensors into the model; one with several names is one parameter."""
         made: dict[int, nn.Parameter] = {}
-        twins: dict[int, list[str]] = {}
-        for name, places in self._places.items():
-            twins.setdefault(id(getattr(*places[0])), []).append(name)
-        found = {name: getattr(*self._places[name][0]) for name in self._new}
         for name, tensor in self._new.items():
-            old = found[name]
+            old = getattr(*self._places[name][0])
             if old.shape != tensor.shape:
                 raise PoolError(
                     f"'{name}' of {type(self._model).__name__} is {list(old.shape)}, and what is merged {list(tensor.shape)}"
@@ -277,10 +293,8 @@ class _Sharing:
             new = tensor
             if isinstance(old, nn.Parameter):
                 new = made.setdefault(id(tensor), nn.Parameter(tensor, requires_grad=False))
-            for twin in twins[id(old)]:
-                if twin == name or twin not in self._new:
-                    for module, local in self._places[twin]:
-                        setattr(module, local, new)
+            for module, local in self._places[name]:
+                setattr(module, local, new)
 
 
 def _part(memory: Tensor, start: int, shape: torch.Size) -> Tensor:

@@ -110,6 +110,32 @@ def test_checkpoints_of_older_names(name, which, tmp_path, probe):
     torch.testing.assert_close(probe.seen, family.output(stored), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("differ", [False, True])
+@pytest.mark.parametrize("which", [ALL, ("one",), ("one", "two")])
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("llama_tied", "model.embed_tokens.weight", "lm_head.weight"),
+        ("t5", "shared.weight", "lm_head.weight"),
+        ("t5", "shared.weight", "encoder.embed_tokens.weight"),
+    ],
+)
+def test_tied_weights_that_are_stored_twice(name, first, second, which, differ, tmp_path, probe):
+    family = probe.family = FAMILIES[name]
+    paths = written(family, tmp_path)
+    for member in which:
+        file = tmp_path / member / "model.safetensors"
+        tensors = load_file(file)
+        tensors[second] = tensors[first] + 0.1 * differ
+        save_file(tensors, file, metadata={"format": "pt"})
+    material = opened(paths)
+    merge_to_disk(material, RECIPE, str(tmp_path / "merged"))
+    stored = getattr(transformers, family.auto).from_pretrained(tmp_path / "merged").eval()
+    for owner in ("one", "two"):
+        live_models(material, family.auto, owner).measure(RECIPE, "validation")
+        torch.testing.assert_close(probe.seen, family.output(stored), rtol=1e-5, atol=1e-5)
+
+
 def test_an_expert_that_is_kept_is_the_owner_s(tmp_path, probe):
     family = probe.family = FAMILIES["mixtral"]
     paths = written(family, tmp_path)
