@@ -1,9 +1,11 @@
 """What a campaign comes to, from what lies in its directory, finished or not: report, tables, summary."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from io import StringIO
 
 import optuna
+import yaml
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -11,14 +13,18 @@ from rich.text import Text
 import search.study
 from flows.campaign.export import versions
 from flows.config.campaign_file import Campaign
+from flows.config.recipe_file import RECIPE, load_recipe
 from flows.directory.campaign_directory import Directory
 from flows.report import significance, table
 from flows.report.page import Facts, render
 from flows.report.significance import Compared
 from flows.report.table import TableRow
 from flows.report.test_answers import KeptOutcomes
+from merging.errors import MergequestError
 from merging.io import storage
 from search.ledger.ledger import Ledger
+from search.ledger.row import Row
+from search.objective import best
 from search.subsets.choose_subsets import Selection
 
 NARROWEST = 100
@@ -43,7 +49,7 @@ def write_report(path: str) -> str:
         tasks=list(campaign.tasks),
         selection=storage.read_as(chosen, Selection.from_dict) if storage.exists(chosen) else None,
         study=read_study(directory, campaign),
-        facts=facts(directory, campaign),
+        facts=facts(directory, campaign, ledger.rows()),
         outcomes=KeptOutcomes(directory.outcomes).read,
     )
     storage.write_text(directory.report, page)
@@ -101,8 +107,29 @@ def read_study(directory: Directory, campaign: Campaign) -> optuna.Study | None:
     return search.study.read_shared_study(url, campaign.name, place)
 
 
-def facts(directory: Directory, campaign: Campaign) -> Facts:
-    """What the ledger does not know of its campaign."""
+def exported_recipe(directory: Directory, rows: Sequence[Row]) -> str:
+    """The exported winner's recipe with absolute paths, as a file; empty where nothing, or another candidate, is exported."""
+    path = storage.join(directory.best, RECIPE)
+    winner = next(iter(best(rows)), None)
+    if winner is None or not storage.exists(path):
+        return ""
+    try:
+        found = load_recipe(path)
+        if found.recipe().identity != winner.candidate:
+            return ""
+    except MergequestError:
+        return ""
+    return yaml.safe_dump(found.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
+
+
+def facts(directory: Directory, campaign: Campaign, rows: Sequence[Row] = ()) -> Facts:
+    """What the ledger does not know of its campaign.
+
+    Args:
+        directory: The campaign's.
+        campaign: The campaign.
+        rows: Its ledger.
+    """
     return Facts(
         name=campaign.name,
         objective=", ".join(campaign.search.objectives),
@@ -117,6 +144,7 @@ def facts(directory: Directory, campaign: Campaign) -> Facts:
             f"mergequest campaign run {directory / 'campaign.yaml'} --out NEW_DIRECTORY",
             f"mergequest merge {storage.join(directory.best, 'recipe.yaml')} --out NEW_DIRECTORY",
         ],
+        recipe=exported_recipe(directory, rows),
         versions=versions(),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )

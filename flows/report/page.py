@@ -38,6 +38,7 @@ class Facts(TypedDict, total=False):
         tasks: Task → a few words on it (kind, metric, numbers of examples).
         phases: Phase of the campaign → seconds of wall time.
         commands: Command lines that reproduce the campaign.
+        recipe: The winner's recipe as it was exported, with all files that its merge reads.
         versions: Package or part → version.
         notes: What the user was told along the way.
         written: When the report was written.
@@ -50,6 +51,7 @@ class Facts(TypedDict, total=False):
     tasks: Mapping[str, str]
     phases: Mapping[str, float]
     commands: Sequence[str]
+    recipe: str
     versions: Mapping[str, str]
     notes: Sequence[str]
     written: str
@@ -63,6 +65,7 @@ NO_FACTS: Facts = {
     "tasks": {},
     "phases": {},
     "commands": (),
+    "recipe": "",
     "versions": {},
     "notes": (),
     "written": "",
@@ -127,7 +130,7 @@ def render(
         lead=next((entry.behind for entry in compared if entry.line.kind == "average"), None),
         counts=_counts(rows),
         winner=ranked[0] if ranked else None,
-        recipe=_recipe(ranked[0], given) if ranked else "",
+        recipe=given["recipe"] or (_recipe(ranked[0], given) if ranked else ""),
         top=(ranked or distinct(estimated.values()))[:TOP],
         estimated=estimated,
         objective_of=table.objective_of,

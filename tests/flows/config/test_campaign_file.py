@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import yaml
 
@@ -147,6 +149,15 @@ def test_identity_is_of_the_search_and_not_of_its_budget(campaign_file):
     )
     assert load_campaign(str(campaign_file(search={"scaling": "shared"}))).identity() != first.identity()
     assert load_campaign(str(campaign_file(seed=1))).identity() != first.identity()
+
+
+def test_what_the_template_shows_as_not_set_may_be_uncommented(tmp_path):
+    path = tmp_path / "campaign.yaml"
+    path.write_text(re.sub(r"(?m)^( *)# (\w+: null)$", r"\1\2", campaign_template()))
+    assert path.read_text().count(": null\n") > 15
+    whole = load_campaign(str(path))
+    path.write_text(campaign_template())
+    assert whole == load_campaign(str(path))
 
 
 def test_template_and_reference_name_every_setting():
