@@ -16,8 +16,10 @@ from merging.propagation.execution_order import Call, trace
 from merging.propagation.merged_layers import Layer, merged_layers
 from merging.propagation.paused_forward import Place, Stop, Stream
 from merging.propagation.settings import PropagationSettings
-from merging.statistics.capture.layers import decoder_mask
-from merging.tasks.task import Task
+from merging.statistics.capture.layers import decoder_layers, decoder_mask
+from merging.statistics.capture.linear_calls import LinearCalls, inspect_calls
+from merging.statistics.capture.single_examples import single_examples
+from merging.tasks.task import Batch, Task
 
 TRACED = 8
 """Examples on which a member is watched beforehand: enough to tell a rule from a chance."""
@@ -40,6 +42,9 @@ class Plan:
 
 class MemberPasses:
     """A member that says, layer after layer, what the merged model should put out on the member's examples.
+
+    Where batches make layers read other rows than their examples alone, the examples run alone, without padding. A weight
+    that is also read outside of its layer is not fitted.
 
     Args:
         pool: The pool.
@@ -71,9 +76,15 @@ class MemberPasses:
         stop = min(settings.examples, task.size("train"))
         (few,) = task.batches("train", 0, min(TRACED, stop), TRACED)
         paths = {layer.path: name for name, layer in self.layers.items()}
-        self.calls: Mapping[str, Call] = trace(self._own, task, paths, few.to(device))
+        few = few.to(device)
+        found = self._inspected(paths, few)
+        calls = trace(self._own, task, paths, few)
+        self.calls: Mapping[str, Call] = {name: call for name, call in calls.items() if name not in found.incomplete}
         self.plan = Plan(member, self.layers, self.calls)
-        self._batches = [batch.to(device) for batch in task.batches("train", 0, stop, settings.batch_size)]
+        batches = [batch.to(device) for batch in task.batches("train", 0, stop, settings.batch_size)]
+        if not found.unlike.isdisjoint(self.calls):
+            batches = [one for batch in batches for one in single_examples(batch, unpadded=True)]
+        self._batches = batches
         self._streams: list[Stream] = []
         self._last: dict[Place, str] = {}
 
@@ -123,6 +134,12 @@ class MemberPasses:
                 "examples: its weights make it overflow; leave the member out"
             )
         return equations
+
+    def _inspected(self, paths: Mapping[str, str], few: Batch) -> LinearCalls:
+        """Which layers read in a batch what single examples do not make them read."""
+        modules = {self._own.get_submodule(path): name for path, name in paths.items()}
+        decoding = decoder_layers(self._own, self._task.logits, modules, few)
+        return inspect_calls(self._own, self._task.logits, modules, decoding, few)
 
     def _wanted(self, name: str, own: Stop, merged: Stop, take: Callable[[Tensor], Tensor]) -> Tensor:
         """What a layer should put out: the member's output, and what the residual stream has lost so far."""

@@ -102,6 +102,11 @@ class MemoryTask(Task):
         return output if isinstance(output, Tensor) else output.logits
 
 
+@pytest.fixture
+def memory_task() -> type[MemoryTask]:
+    return MemoryTask
+
+
 @dataclass(frozen=True)
 class Given:
     """A pool with its members' tasks."""
