@@ -23,6 +23,7 @@ from flows.directory.progress import Display
 from flows.directory.search_progress import Watch
 from flows.report.table import plain_average
 from flows.report.test_answers import KeptOutcomes
+from merging.checkpoints.manifest import require_replaceable
 from merging.errors import SearchError, SettingsError
 from merging.io import storage
 from merging.methods import METHODS
@@ -115,6 +116,7 @@ def _opened(
 def _require_searchable(opened: Opened, directory: Directory) -> None:
     require_sources(opened)
     require_stages(opened)
+    require_replaceable(directory.best)
     if (url := opened.campaign.search.storage) is not None:
         check_storage(url, opened.campaign.name, directory / "study")
 

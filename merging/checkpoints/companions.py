@@ -73,7 +73,7 @@ def companions(path: str) -> tuple[list[str], list[str]]:
         CheckpointError: `modules.json` cannot be read.
         StorageError: The directory cannot be listed.
     """
-    sizes = storage.list_files(path)
+    sizes = storage.list_files(path, hidden=False)
     layers = _layers(path) if MODULES in sizes else []
     other = {dirname(name) for name in sizes if "/" in name and _is_weights(name)} - {*layers}
     chosen, notes = [], []

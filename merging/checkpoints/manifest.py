@@ -33,11 +33,15 @@ def written(path: str) -> dict[str, int | str]:
 
 def strangers(path: str) -> list[str]:
     """Files in a directory that no merge wrote, or that somebody changed since: they would be lost with it."""
-    there = storage.list_files(path)
-    if not there:
-        return []
+    there = storage.list_dir(path)
+    if MANIFEST not in there:
+        return there
     known = written(path)
-    return [name for name, size in there.items() if name != MANIFEST and not _is_ours(path, name, size, known)]
+    return [
+        name
+        for name, size in storage.list_files(path).items()
+        if name != MANIFEST and not _is_ours(path, name, size, known)
+    ]
 
 
 def require_replaceable(path: str) -> None:

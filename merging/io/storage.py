@@ -241,15 +241,22 @@ def list_dir(path: str) -> list[str]:
         return sorted({base_name(entry) for entry in found} - {base_name(inner), ""})
 
 
-def list_files(path: str) -> dict[str, int]:
+def list_files(path: str, *, hidden: bool = True) -> dict[str, int]:
     """Every regular file below `path`, by its path relative to it, sorted, with its size in bytes.
 
     Links to files are files; links to directories are not followed, so that nothing is listed twice or for ever.
+
+    Args:
+        path: The directory.
+        hidden: Whether local directories are looked into whose names begin with a dot.
     """
     if is_local(path):
         root = local_path(path)
         with _named(path, "list"):
-            below = [Path(where) / name for where, _, names in os.walk(root) for name in names]
+            below: list[Path] = []
+            for where, directories, names in os.walk(root):
+                directories[:] = [name for name in directories if hidden or not name.startswith(".")]
+                below += [Path(where) / name for name in names]
             return {str(file.relative_to(root)): file.stat().st_size for file in sorted(below) if file.is_file()}
     system, inner = file_system(path)
     with _named(path, "list"):

@@ -166,9 +166,13 @@ LEFT = (
 )
 
 
-@pytest.mark.parametrize("where", ["{tmp}/base", "memory://companions/{tmp}"])
-def test_all_but_weights_goes_into_the_merge_with_its_folders(tmp_path, where):
-    path = where.format(tmp=tmp_path)
+@pytest.mark.parametrize("where", ["local", "memory", "moto"])
+def test_all_but_weights_goes_into_the_merge_with_its_folders(tmp_path, where, request):
+    if where == "moto":
+        root = request.getfixturevalue("s3_at")(request.getfixturevalue("moto_endpoint"))
+    else:
+        root = str(tmp_path) if where == "local" else f"memory://companions{tmp_path}"
+    path = storage.join(root, "models", "base")
     for name in (*KEPT, *LEFT):
         storage.write_text(storage.join(path, name), f"of {name}")
     modules = [
@@ -179,12 +183,17 @@ def test_all_but_weights_goes_into_the_merge_with_its_folders(tmp_path, where):
     storage.write_json(storage.join(path, "modules.json"), modules)
     assert companions(path) == (sorted(KEPT), [])
     like = Checkpoint(path, {}, {}, {})
-    out = path.replace("base", "") + "out"
+    out = storage.join(root, "models", "out")
     with new_checkpoint(out, lay_out(outlines(MIXED)), like=like) as files:
         fill(files, MIXED, backwards=not files.in_order)
     assert sorted(storage.list_files(out)) == sorted({*KEPT, SINGLE, MANIFEST})
     for name in KEPT:
         assert storage.read_bytes(storage.join(out, name)) == storage.read_bytes(storage.join(path, name))
+    with new_checkpoint(out, lay_out(outlines(MIXED)), like=like) as files:  # replaces what it wrote
+        fill(files, MIXED, backwards=not files.in_order)
+    storage.write_text(storage.join(out, "1_Pooling/notes.txt"), "years of work")
+    with pytest.raises(StorageError, match=r"1_Pooling/notes.txt would be lost"), new_checkpoint(out, (), like=like):
+        pytest.fail("there is something else")
 
 
 def test_links_to_files_are_followed_and_others_are_not(tmp_path):
