@@ -160,6 +160,11 @@ def open_campaign(campaign: Campaign, display: Display, directory: str | None = 
     for note in (*pool.notes, *notes_on_files(pool.base, checkpoints)):
         display.note(note)
     campaign.files_from.files(pool)  # for the errors that it raises
+    if pool.files:
+        raise SettingsError(
+            "vocabulary: `union` adds tokens, for which no task's model has rows. Search with `vocabulary: base`, then merge "
+            "the winner's recipe with `union`"
+        )
     owners = campaign.owners()
     for task_name, owner in owners.items():
         checkpoint = pool.members[owner].checkpoint

@@ -146,53 +146,62 @@ def settle_vocabulary(
     seen = base
     if added and ours is not None:
         files = _with_tokens(base.path, ours, added, tokens, first)
-        members_rows = {who: found for who, found in rows.items() if who}
-        filled = {
-            name: Rows(dim, index, _mean(base, name, dim, index, key, members_rows, members))
-            for key, (name, index, dim) in rows[""].items()
-        }
+        filled = {}
+        for key, (name, index, dim) in rows[""].items():
+            parts = [(members[who], own[key][0], own[key][1]) for who, own in rows.items() if who and key in own]
+            shape = _resized(base.tensors[name].shape, dim, len(index))
+            filled[name] = Rows(dim, index, _Mean(shape, dim, index, parts))
         seen = _renumbered(base, filled, ours, resize=True)
     views = dict(members)
     for who in members:
         if who in rows and (who in touched or added):
             own = {
-                name: Rows(dim, index, _reader(seen, axes[""][key][0])) for key, (name, index, dim) in rows[who].items()
+                name: Rows(dim, index, _Read(seen, axes[""][key][0])) for key, (name, index, dim) in rows[who].items()
             }
             views[who] = _renumbered(members[who], own, tokens.get(who, ours), resize=bool(added))
     notes += _notes(vocabulary, ours, tokens, touched, rows, members, added)
     return seen, views, files
 
 
-def _reader(checkpoint: Checkpoint, name: str) -> Callable[[], Tensor]:
-    return lambda: checkpoint.read(name)
+@dataclass(frozen=True)
+class _Read:
+    """Reads a tensor of a checkpoint."""
+
+    checkpoint: Checkpoint
+    name: str
+
+    def __call__(self) -> Tensor:
+        return self.checkpoint.read(self.name)
 
 
-def _mean(
-    base: Checkpoint,
-    name: str,
-    dim: int,
-    own: Tensor,
-    key: str,
-    rows: Mapping[str, Mapping[str, tuple[str, Tensor, int]]],
-    members: Mapping[str, Checkpoint],
-) -> Callable[[], Tensor]:
-    """Reads the mean of the members that have a row that the base lacks; 0 where none has it."""
+@dataclass(frozen=True)
+class _Mean:
+    """Reads the mean of the members that have a row that the base lacks; 0 where none has it.
 
-    def read() -> Tensor:
-        shape = list(base.tensors[name].shape)
-        shape[dim] = len(own)
-        total, counts = torch.zeros(shape), torch.zeros(len(own))
-        for who, found in rows.items():
-            if key not in found:
-                continue
-            theirs, index, along = found[key]
-            there = ((own < 0) & (index >= 0)).nonzero()[:, 0]
+    Args:
+        shape: Of the merge's tensor.
+        dim: The dimension that counts tokens.
+        own: The base's own rows, as in `Rows.index`.
+        parts: Each member's checkpoint, its name of the tensor, and its rows.
+    """
+
+    shape: tuple[int, ...]
+    dim: int
+    own: Tensor
+    parts: Sequence[tuple[Checkpoint, str, Tensor]]
+
+    def __call__(self) -> Tensor:
+        total, counts = torch.zeros(self.shape), torch.zeros(len(self.own))
+        for checkpoint, name, index in self.parts:
+            there = ((self.own < 0) & (index >= 0)).nonzero()[:, 0]
             if len(there):
-                total.index_add_(dim, there, members[who].read(theirs).index_select(along, index[there]).float())
+                total.index_add_(self.dim, there, checkpoint.read(name).index_select(self.dim, index[there]).float())
                 counts[there] += 1
-        return total / counts.clamp(min=1).reshape([-1 if d == dim else 1 for d in range(len(shape))])
+        return total / counts.clamp(min=1).reshape([-1 if d == self.dim else 1 for d in range(len(self.shape))])
 
-    return read
+
+def _resized(shape: Sequence[int], dim: int, size: int) -> tuple[int, ...]:
+    return tuple(size if d == dim else extent for d, extent in enumerate(shape))
 
 
 def _renumbered(
@@ -203,11 +212,10 @@ def _renumbered(
     tensors = dict(checkpoint.tensors)
     for name, found in rows.items():
         info = tensors[name]
-        shape = list(info.shape)
-        places = torch.tensor(sorted(tokens.ids.values()) if tokens is not None else range(shape[found.dim]))
+        places = torch.tensor(sorted(tokens.ids.values()) if tokens is not None else range(info.shape[found.dim]))
         within = places[places < len(found.index)]
         moves = moves or len(within) < len(places) or not torch.equal(found.index[within], within)
-        shape[found.dim] = len(found.index)
+        shape = _resized(info.shape, found.dim, len(found.index))
         tensors[name] = TensorInfo(
             name, info.dtype, tuple(shape), "", 0, torch.Size(shape).numel() * info.dtype.itemsize
         )
