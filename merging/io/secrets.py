@@ -1,5 +1,6 @@
 """What must not be shown or saved: passwords, tokens and signatures in addresses and in what programs say of them."""
 
+import os
 import re
 from urllib.parse import unquote
 
@@ -36,6 +37,10 @@ _BEARER = re.compile(r"\b(bearer|basic)(\s+)([A-Za-z0-9._~+/=-]{8,})", re.IGNORE
 _KNOWN = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|glpat-[\w-]{16,}|xox[abp]-[\w-]{10,})"
 )
+_VARIABLE = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|PGPASS|API_?KEY|ACCESS_?KEY(_ID)?|CREDENTIALS?)$")
+"""How the names of environment variables end that hold a secret."""
+SHORTEST = 8
+"""Characters of a variable's value below which it is rather a word."""
 HIDDEN = "***"
 
 
@@ -70,7 +75,10 @@ def _may_name_a_user(protocol: str) -> bool:
 
 
 def redacted(text: str) -> str:
-    """A text in which passwords, tokens and signatures are replaced by asterisks."""
+    """A text in which passwords, tokens and signatures are replaced by asterisks, and what the environment holds of them."""
+    for name, value in os.environ.items():
+        if len(value) >= SHORTEST and value in text and _VARIABLE.search(name) and not value.startswith("/"):
+            text = text.replace(value, HIDDEN)
     if "@" in text:
         text = _PASSWORD.sub(rf"\1{HIDDEN}@", text)
         text = _USER.sub(_without_user, text)

@@ -96,6 +96,11 @@ def test_an_interruption_leaves_no_checkpoint(tiny_pool, tmp_path, where):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(CheckpointError, match=r"no checkpoint directory|has no config.json"):
         Checkpoint.open(path)
+    with new_checkpoint(path, lay_out(outlines(MIXED), 30), like=like) as files:  # what was left is in nobody's way
+        fill(files, MIXED)
+    assert set(Checkpoint.open(path).tensors) == set(MIXED)
+    shards = {shard.name for shard in lay_out(outlines(MIXED), 30)}
+    assert {name for name in storage.list_dir(path) if name.endswith(".safetensors")} == shards
 
 
 def test_a_full_disk_is_found_before_anything_is_merged(tiny_pool, tmp_path):

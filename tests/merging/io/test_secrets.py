@@ -59,3 +59,13 @@ def test_what_programs_say_is_redacted():
         redacted("max_new_tokens=5, token_id=3, tokenizer=fast, key=2")
         == "max_new_tokens=5, token_id=3, tokenizer=fast, key=2"
     )
+
+
+def test_secrets_of_the_environment_are_redacted(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2hunter2")
+    monkeypatch.setenv("MY_TOKEN", "hunter3hunter3")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/home/somebody")
+    assert (
+        redacted("denied for hunter2hunter2 (hunter3hunter3), see /home/somebody")
+        == "denied for *** (***), see /home/somebody"
+    )
