@@ -11,6 +11,7 @@ from merging.io import storage
 from merging.mergers.material import subset_fingerprint
 from merging.recipe import BASE
 from merging.statistics import STATISTICS, StatisticsFile, number_of_examples
+from merging.tasks.task import Split
 from ray_tasks.connect import connect, gpus_each
 from ray_tasks.jobs.propagation import PropagationJob, solve
 from ray_tasks.jobs.statistics import BoundTask, Job, compute
@@ -108,7 +109,7 @@ def joined(first: Mapping[str, tuple[str, ...]], second: Mapping[str, tuple[str,
 
 
 def representations(opened: Opened, cache: str, display: Display) -> dict[str, dict[str, str]]:
-    """Files with every member's representations of the same examples: some of each task's training split.
+    """Files with every member's representations of the same examples: some of a split of each task, `selection.examples`.
 
     Returns:
         Member → task → path.
@@ -135,7 +136,7 @@ def require_representations(opened: Opened) -> None:
     statistic = STATISTICS["representation"](opened.campaign.statistics.representation)
     for task in opened.tasks.values():
         if task.has_logits:
-            number_of_examples(task, statistic)
+            number_of_examples(task, statistic, opened.campaign.selection.examples)
             for member in opened.pool.members:
                 _require_own_task(opened, member)
 
@@ -254,16 +255,19 @@ def _representation_job(opened: Opened, member: str, task: str, cache: str) -> J
     own = _require_own_task(opened, member)
     data = BoundTask(task, campaign.tasks[task], opened.tasks[task].head, campaign.base)
     model = BoundTask(own, campaign.tasks[own], opened.pool.members[member].checkpoint.path, campaign.base)
-    return _job(opened, member, "representation", data, model, storage.join(cache, f"{member}.representation.{task}"))
+    prefix = storage.join(cache, f"{member}.representation.{task}")
+    return _job(opened, member, "representation", data, model, prefix, campaign.selection.examples)
 
 
-def _job(opened: Opened, member: str, kind: str, data: BoundTask, model: BoundTask, prefix: str) -> Job:
+def _job(
+    opened: Opened, member: str, kind: str, data: BoundTask, model: BoundTask, prefix: str, split: Split = "train"
+) -> Job:
     """The job whose file's name tells everything that its contents depend on."""
     settings = getattr(opened.campaign.statistics, kind)
     statistic = STATISTICS[kind](settings)
     task = data.open() if data.head != opened.tasks[data.name].head else opened.tasks[data.name]
-    examples = number_of_examples(task, statistic)
+    examples = number_of_examples(task, statistic, split)
     checkpoint = _checkpoint(opened, member)
-    fingerprints = {"checkpoint": checkpoint.fingerprint, "data": task.data_fingerprint("train")}
+    fingerprints = {"checkpoint": checkpoint.fingerprint, "data": task.data_fingerprint(split)}
     key = storage.fingerprint([fingerprints, checkpoint.config_fingerprint, statistic.key(), examples])
-    return Job(member, kind, settings, data, model, "train", examples, f"{prefix}.{key}.safetensors", fingerprints)
+    return Job(member, kind, settings, data, model, split, examples, f"{prefix}.{key}.safetensors", fingerprints)

@@ -21,7 +21,8 @@ from merging.tasks import make_task
 from merging.tasks.task import Task
 from ray_tasks.evaluators.evaluator import Setup
 from ray_tasks.sharded.nixl_transfer import TRAYS
-from search.space.method_space import weight_groups
+from search.space.method_space import MethodSpace, weight_groups
+from search.space.ranges import Domain
 from search.space.search_space import Space
 
 
@@ -123,7 +124,20 @@ class Opened:
         """
         search = self.campaign.search
         groups = weight_groups(search.scaling, list(self.pool.weights), search.depth_groups, search.patterns)
-        return Space(search.methods, list(self.pool.members), subsets, search.scaling, groups, starts)
+        return Space(self._methods(), list(self.pool.members), subsets, search.scaling, groups, starts)
+
+    def _methods(self) -> dict[str, MethodSpace]:
+        """The campaign's methods; defaults that follow the architecture are spelled out."""
+        found = {}
+        for name, given in self.campaign.search.methods.items():
+            usual = METHODS[name].defaults(self.pool.model_type)
+            own = {
+                key: Domain(value=usual[key])
+                for key, spec in METHODS[name].parameters.items()
+                if usual[key] != spec.default and key not in given.parameters and not spec.search
+            }
+            found[name] = given.model_copy(update={"parameters": {**given.parameters, **own}}) if own else given
+        return found
 
     def evaluator_bytes(self, *, sharded: bool = False) -> int:
         """Estimated memory of an evaluator: models, and for every method one float32 copy of each member's weights.

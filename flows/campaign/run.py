@@ -221,7 +221,10 @@ def _selection(
 ) -> Selection:
     def scores(subsets: Sequence[Subset]) -> list[float | None]:
         method = METHODS[opened.campaign.greedy_method()]
-        candidates = [Candidate(method.default_recipe(subset), "validation", "anchor") for subset in subsets]
+        candidates = [
+            Candidate(method.default_recipe(subset, opened.pool.model_type), "validation", "anchor")
+            for subset in subsets
+        ]
         retries = opened.campaign.resources.retries
         rows = measure(candidates, executor, ledger, _objective(opened, ledger), _provenance(opened), retries)
         return [row.objective for row in rows]

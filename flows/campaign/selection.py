@@ -63,6 +63,7 @@ def select_subsets(
         draws=settings.draws,
         seed=opened.campaign.seed,
         subsets=_named_subsets(settings, members, scores),
+        unit=settings.norm == "unit",
         notes=notes,
     )
 

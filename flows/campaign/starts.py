@@ -13,6 +13,7 @@ from flows.directory.progress import Display
 from merging.io import storage
 from merging.mergers import weight_groups
 from merging.mergers.linear_basis import is_linear
+from merging.methods import METHODS
 from merging.optimization.quadratic_model import CURVATURES, Quadratic, minimiser
 from merging.recipe import GROUP, Recipe
 from ray_tasks.jobs import gradients
@@ -150,7 +151,8 @@ def _gradient(
         return []
     # anchors come in the order of what methods know of the members
     chosen = [recipe for recipe in linear if recipe.method in settings.methods] if settings.methods else linear[:1]
-    chosen = [settings.start.recipe()] if settings.start else chosen
+    if settings.start:
+        chosen = [METHODS[settings.start.method].complete(settings.start.recipe(), opened.pool.model_type)]
     if not chosen:
         display.note("no method here is linear in its scaling factors, so that there is no gradient to follow")
         return []

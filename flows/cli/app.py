@@ -180,13 +180,13 @@ def statistics(
 
 @app.command()
 def select(file: File, out: Out = None, address: Address = None, quiet: Quiet = False) -> None:
-    """Selects subsets of members by quality and diversity, and prints them."""
+    """Selects subsets of members by quality and diversity, and prints them, with q and S."""
     _join(address)
     from flows.campaign.run import run_selection
 
     selection = run_selection(_load(file, out, None), _display(quiet))
-    for subset, value in zip(selection.subsets, selection.log_dets, strict=True):
-        typer.echo(f"{len(subset)}  log det {value:8.3f}  {' '.join(subset)}")
+    for line in selection.as_text():
+        typer.echo(line)
 
 
 @app.command()

@@ -49,6 +49,7 @@ def merge_recipe(
     require_writable(out)
     with display.phase(f"Merging {len(file.members)} members by {recipe.method}"):
         material = file.material()
+        recipe = material.check(recipe)
         if mismatch:
             require_fishers(material, recipe)
         files = file.files_from.files(material.pool)

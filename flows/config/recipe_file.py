@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -72,6 +73,8 @@ class RecipeFile(Settings):
     def recipe(self) -> Recipe:
         """The recipe itself; members without a factor of their own take part with the method's default.
 
+        Parameters that are not given are left to `Material.check`, since some defaults follow the base's architecture.
+
         Raises:
             MethodError: The method, a parameter or a value is unknown or out of bounds.
         """
@@ -86,7 +89,8 @@ class RecipeFile(Settings):
                 hint = did_you_mean(min(strangers), list(self.members))
                 raise MethodError(f"scaling: '{min(strangers)}' is no member of this recipe. {hint}")
             scaling |= {member: default[member] for member in self.members if member not in named}
-        return method.complete(Recipe(self.method, scaling, self.parameters))
+        complete = method.complete(Recipe(self.method, scaling, self.parameters))
+        return replace(complete, parameters={name: complete.parameters[name] for name in self.parameters})
 
     def material(self) -> Material:
         """Opens and checks checkpoints and statistics files.

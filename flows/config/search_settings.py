@@ -1,5 +1,6 @@
 """The campaign file's section on the search: what is tried, how it is judged, and when to stop."""
 
+from dataclasses import replace
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -30,17 +31,18 @@ class GradientStart(Settings):
     parameters: dict[str, Value] = Field(default_factory=dict, description="The method's parameters.")
 
     def recipe(self) -> Recipe:
-        """The recipe itself.
+        """The recipe itself, with no more parameters than are given: some defaults follow the base's architecture.
 
         Raises:
             MethodError: Method, parameter or value is unknown or out of bounds, or the method is not linear.
         """
-        found = METHODS[self.method].complete(Recipe(self.method, flat(self.scaling), self.parameters))
+        given = Recipe(self.method, flat(self.scaling), self.parameters)
+        found = METHODS[self.method].complete(given)
         if not is_linear(found):
             raise MethodError(
                 f"'{self.method}' is not linear in its scaling factors, so that there is no gradient to follow"
             )
-        return found
+        return replace(found, parameters={name: found.parameters[name] for name in self.parameters})
 
 
 class GradientSettings(DescentSettings):

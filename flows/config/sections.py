@@ -1,6 +1,7 @@
 """The sections of the campaign file but the search: data, statistics, selection, resources, and what comes at the end."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -55,6 +56,16 @@ class StatisticsSettings(Settings):
     shard: int = Field(64, ge=1, description="Examples that one Ray task computes; a lost worker costs one shard.")
 
 
+PAPER: Mapping[str, Any] = {
+    "similarity": "representation",
+    "examples": "validation",
+    "centered": False,
+    "quality": "gain",
+    "norm": "unit",
+}
+"""The kernel L as the paper on quality and diversity has it."""
+
+
 class SelectionSettings(Settings):
     """Which subsets of members the search may choose among."""
 
@@ -78,10 +89,32 @@ class SelectionSettings(Settings):
         "representation",
         description="What S compares: representations of the same examples, or task vectors.",
     )
+    examples: Literal["train", "validation"] = Field(
+        "train", description="Whose representations are compared: of training or of validation examples."
+    )
     centered: bool = Field(True, description="Centre representations, so that cosines tell members apart.")
     quality: Literal["gain", "equal"] = Field(
         "gain", description="q: relative gain over the base on the member's own task, or the same for all."
     )
+    norm: Literal["none", "unit"] = Field(
+        "none",
+        description="unit: q is divided by its norm in L = diag(q) S diag(q), which shifts log det alike for all of a size "
+        "and changes no selection of a given size.",
+    )
+    kernel: Literal["own", "paper"] = Field(
+        "own",
+        description="paper: S and L as the paper on quality and diversity has them (similarity: representation, examples: "
+        "validation, centered: false, quality: gain, norm: unit).",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kernel_of_the_paper(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or given.get("kernel") != "paper":
+            return given
+        if other := [key for key, value in PAPER.items() if given.get(key, value) != value]:
+            raise ValueError(f"`kernel: paper` has {other[0]}: {PAPER[other[0]]}; leave one of the two out")
+        return {**given, **PAPER}
 
     @model_validator(mode="after")
     def _fixed_has_subsets(self) -> "SelectionSettings":

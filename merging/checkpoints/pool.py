@@ -57,6 +57,11 @@ class Pool:
     notes: tuple[str, ...] = field(default=())
     files: Mapping[str, bytes] = field(default_factory=dict)
 
+    @property
+    def model_type(self) -> str:
+        """The base's `model_type`."""
+        return str(self.base.config.get("model_type", ""))
+
     @classmethod
     def open(
         cls, base: str, members: Mapping[str, str], heads: Sequence[str] = (), vocabulary: Vocabulary = "base"

@@ -48,7 +48,7 @@ class Material:
         if recipe.method in REFERENCES:
             return recipe
         method = METHODS[recipe.method]
-        complete = method.complete(recipe)
+        complete = method.complete(recipe, self.pool.model_type)
         weight_groups.check(self.pool.weights, complete)
         for kind in method.needs(complete.parameters):
             missing = [member for member in complete.members if member not in self.statistics.get(kind, {})]
@@ -103,7 +103,7 @@ class Material:
     def prepare(self, names: Sequence[str], method: Method, survey: Any, device: torch.device) -> Prepared:
         """A method's state for some of the weights, given the survey of all."""
         weights = list(self.weights(names, method.kinds, device))
-        return running_statistics.prepare(method, weights, Context(self.examples, survey))
+        return running_statistics.prepare(method, weights, Context(self.examples, survey, self.pool.model_type))
 
     def _transposed(self, name: str) -> bool:
         """Whether any statistics file says that this weight is stored [in, out]."""

@@ -47,11 +47,11 @@ class Lines(Method):
         """That of the method that is scaled."""
         return self.inner.prior(parameters)
 
-    def complete(self, recipe: Recipe) -> Recipe:
+    def complete(self, recipe: Recipe, model_type: str = "") -> Recipe:
         """As for any method, with the other parameters as the method that is scaled completes them."""
         given = {name: value for name, value in recipe.parameters.items() if name in self.inner.parameters}
-        inner = self.inner.complete(Recipe(self.inner.name, recipe.scaling, given))
-        return super().complete(replace(recipe, parameters={**recipe.parameters, **inner.parameters}))
+        inner = self.inner.complete(Recipe(self.inner.name, recipe.scaling, given), model_type)
+        return super().complete(replace(recipe, parameters={**recipe.parameters, **inner.parameters}), model_type)
 
     def solution_for(self, parameters: Mapping[str, Value]) -> str | None:
         """What the method that is scaled asks for."""
@@ -116,8 +116,8 @@ def lines(inner: Method) -> Method:
         raise MethodError(f"'{inner.name}' scales by depth already: leave out 'lines+'")
     own = {name: replace(spec, default=0.5) for name, spec in Lines.parameters.items()}
 
-    def default_recipe(method: Method, members: Sequence[str]) -> Recipe:
-        begun = inner.default_recipe(members)
+    def default_recipe(method: Method, members: Sequence[str], model_type: str = "") -> Recipe:
+        begun = inner.default_recipe(members, model_type)
         depth = {name: spec.default for name, spec in own.items()}
         return Recipe(method.name, begun.scaling, {**begun.parameters, **depth})
 

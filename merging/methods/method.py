@@ -30,6 +30,7 @@ class Parameter:
         minimum: Smallest allowed value; None for no bound.
         maximum: Largest allowed value; None for no bound.
         search: Whether a search varies it where the campaign does not say; False for what is a matter of principle.
+        default_for: Model type (`model_type` of the base's configuration) → the default there, where it is another one.
     """
 
     default: Value
@@ -41,6 +42,7 @@ class Parameter:
     minimum: float | None = None
     maximum: float | None = None
     search: bool = True
+    default_for: Mapping[str, Value] = field(default_factory=dict)
 
     def check(self, name: str, value: Value) -> Value:
         """The value, in the parameter's type.
@@ -59,7 +61,9 @@ class Parameter:
             if not isinstance(value, str):
                 raise MethodError(f"{name} = {value!r} is no text")
             return value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise MethodError(f"{name} = {value!r} is not a number")
+        if not abs(value) <= LARGEST:
             raise MethodError(f"{name} = {value!r} is not a finite number")
         if (self.minimum is not None and value < self.minimum) or (self.maximum is not None and value > self.maximum):
             low = "−∞" if self.minimum is None else f"{self.minimum:g}"
@@ -101,10 +105,12 @@ class Context:
     Args:
         examples: Number of training examples behind each member (and `BASE`, where known).
         survey: The combined `Method.survey` of all weights of the model, whatever part of them is being prepared.
+        model_type: Of the base's configuration.
     """
 
     examples: Mapping[str, int] = field(default_factory=dict)
     survey: Any = None
+    model_type: str = ""
 
 
 class Prepared(ABC):
@@ -224,13 +230,21 @@ class Method(ABC):
             MethodError: A statistic is missing or has another shape than its weight asks for.
         """
 
-    def default_recipe(self, members: Sequence[str]) -> Recipe:
-        """The method at its defaults, all parameters spelled out."""
-        scaling = dict.fromkeys(members, float(self.scaling.default))
-        return Recipe(self.name, scaling, {name: spec.default for name, spec in self.parameters.items()})
+    def defaults(self, model_type: str = "") -> dict[str, Value]:
+        """Every parameter's default, for a base of this model type."""
+        return {name: spec.default_for.get(model_type, spec.default) for name, spec in self.parameters.items()}
 
-    def complete(self, recipe: Recipe) -> Recipe:
+    def default_recipe(self, members: Sequence[str], model_type: str = "") -> Recipe:
+        """The method at its defaults, all parameters spelled out, for a base of this model type."""
+        scaling = dict.fromkeys(members, float(self.scaling.default))
+        return Recipe(self.name, scaling, self.defaults(model_type))
+
+    def complete(self, recipe: Recipe, model_type: str = "") -> Recipe:
         """The recipe with every parameter spelled out and checked.
+
+        Args:
+            recipe: A recipe of this method.
+            model_type: Of the base's configuration, which some defaults follow.
 
         Raises:
             MethodError: An unknown parameter, a value out of bounds, no member, or a scaling factor that is no number.
@@ -245,8 +259,9 @@ class Method(ABC):
             member: float(self.scaling.check(f"scaling factor of '{member}'", factor))
             for member, factor in recipe.scaling.items()
         }
+        usual = self.defaults(model_type)
         parameters = {
-            name: spec.check(name, recipe.parameters.get(name, spec.default)) for name, spec in self.parameters.items()
+            name: spec.check(name, recipe.parameters.get(name, usual[name])) for name, spec in self.parameters.items()
         }
         return Recipe(self.name, scaling, parameters)
 

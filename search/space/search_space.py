@@ -264,7 +264,7 @@ class Space:
     def _recipe(self, method: str, subset: Sequence[str], values: Mapping[str, Any]) -> Recipe:
         """The recipe of these values; the nearest to the method's defaults where there is none."""
         searched = self._methods[method]
-        default = searched.method.scaling.default
+        default = next(iter(searched.method.default_recipe(subset).scaling.values()))
         if self.scaling == "shared":
             scaling = dict.fromkeys(subset, values.get(f"{method}.scaling", searched.scaling.nearest(default)))
         else:

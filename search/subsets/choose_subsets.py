@@ -21,6 +21,8 @@ NAMED: tuple[Mode, ...] = ("fixed", "greedy-forward", "greedy-soup")
 MOST_LISTED = 256
 """Subsets that a search chooses among in mode `every`. Optuna stores the list with each trial: 256 subsets of six
 members are about 10 kB."""
+MOST_SHOWN = 16
+"""Columns of S that a terminal has room for."""
 MOST_SIZES = 16
 """Without a word on sizes, subsets of a large pool have at most so many members, but for the one of all."""
 
@@ -48,6 +50,23 @@ class Selection:
     similarity: Matrix | None = None
     effective_rank: float = float("nan")
     notes: list[str] = field(default_factory=list)
+
+    def as_text(self) -> list[str]:
+        """The subsets with log det(L_Y), and before them q and S that L is made of, where they were asked for."""
+        lines = []
+        if self.similarity is not None:
+            width = max(map(len, self.names))
+            lines.append(
+                f"{'member':{width}}  {'q':>8}  S (effective rank {self.effective_rank:.2f} of {len(self.names)})"
+            )
+            for name, row in zip(self.names, self.similarity, strict=True):
+                shown = " ".join(f"{value:6.3f}" for value in row[:MOST_SHOWN]) + (
+                    " …" if len(row) > MOST_SHOWN else ""
+                )
+                lines.append(f"{name:{width}}  {self.quality.get(name, float('nan')):8.4f}  {shown}")
+        for subset, value in zip(self.subsets, self.log_dets, strict=True):
+            lines.append(f"{len(subset)}  log det {value:8.3f}  {' '.join(subset)}")
+        return lines
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values; what is not finite becomes null."""
@@ -96,6 +115,7 @@ def select(
     draws: int = 4,
     seed: int = 0,
     subsets: Sequence[Sequence[str]] = (),
+    unit: bool = False,
     notes: Sequence[str] = (),
 ) -> Selection:
     """Selects subsets of members; the set of all members is always among them, for the plain average.
@@ -112,6 +132,7 @@ def select(
         draws: Subsets drawn for each size; those drawn twice count once.
         seed: Of the draws.
         subsets: For the modes in `NAMED`.
+        unit: Divide q by its norm in L, as the paper does.
         notes: Notes on quality and similarity, kept with the selection.
 
     Raises:
@@ -120,7 +141,7 @@ def select(
     members = tuple(names)
     if not members or len(set(members)) < len(members):
         raise SelectionError(f"a selection needs members with different names, not {list(members)}")
-    L = _kernel(members, quality, similarity)
+    L = _kernel(members, quality, similarity, unit)
     remarks = list(notes)
     if mode in NAMED:
         chosen = [_named(subset, members) for subset in subsets]
@@ -157,7 +178,7 @@ def select(
     )
 
 
-def _kernel(names: Subset, quality: Mapping[str, float] | None, similarity: Matrix | None) -> Matrix | None:
+def _kernel(names: Subset, quality: Mapping[str, float] | None, similarity: Matrix | None, unit: bool) -> Matrix | None:
     if quality is not None and set(quality) != set(names):
         raise SelectionError(f"quality is of members {sorted(quality)}, the pool has {sorted(names)}; give each a q")
     if similarity is not None and similarity.shape != (len(names), len(names)):
@@ -166,7 +187,8 @@ def _kernel(names: Subset, quality: Mapping[str, float] | None, similarity: Matr
         )
     if quality is None or similarity is None:
         return None
-    return dpp_kernel.kernel([quality[name] for name in names], similarity)
+    q = np.array([quality[name] for name in names])
+    return dpp_kernel.kernel(q / (np.linalg.norm(q) or 1.0) if unit else q, similarity)
 
 
 def _sizes(L: Matrix, sizes: Sequence[int] | None, notes: list[str]) -> list[int]:

@@ -31,6 +31,6 @@ class Linear(Method):
             ),
         )
 
-    def default_recipe(self, members: Sequence[str]) -> Recipe:
+    def default_recipe(self, members: Sequence[str], model_type: str = "") -> Recipe:
         """Equal weights that sum to 1."""
         return Recipe(self.name, dict.fromkeys(members, 1.0 / len(members)), {"normalize": False})

@@ -62,11 +62,11 @@ class GradientMatching(Method):
         """H_0."""
         return float(parameters["delta"]), parameters["base_curvature"] == "fisher"
 
-    def complete(self, recipe: Recipe) -> Recipe:
+    def complete(self, recipe: Recipe, model_type: str = "") -> Recipe:
         """As for any method; `delta` is 1e-12 where the base's Fisher is used and nothing else is said."""
         if recipe.parameters.get("base_curvature") == "fisher" and "delta" not in recipe.parameters:
             recipe = replace(recipe, parameters={**recipe.parameters, "delta": DELTA_WITH_FISHER})
-        return super().complete(recipe)
+        return super().complete(recipe, model_type)
 
     def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
         """Keeps references to base, members and statistics.

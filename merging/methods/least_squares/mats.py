@@ -64,9 +64,9 @@ class Mats(Method):
         ),
     }
 
-    def complete(self, recipe: Recipe) -> Recipe:
+    def complete(self, recipe: Recipe, model_type: str = "") -> Recipe:
         """As for any method; the start is one, too, and another one."""
-        complete = super().complete(recipe)
+        complete = super().complete(recipe, model_type)
         start = str(complete.parameters["start"])
         if start != BASE and METHODS[start].name.rpartition("+")[2] == self.name:
             raise MethodError(f"start = '{start}': mats cannot begin at its own result; name another method")
@@ -75,13 +75,13 @@ class Mats(Method):
     def needs(self, parameters: Mapping[str, Value]) -> tuple[str, ...]:
         """What the subspace and the method of the start need."""
         start = _start(parameters)
-        own = start.needs(_defaults(start)) if start else ()
+        own = start.needs(start.defaults()) if start else ()
         return tuple(dict.fromkeys((*KINDS[str(parameters["subspace"])], *own)))
 
     def solution_for(self, parameters: Mapping[str, Value]) -> str | None:
         """What the method of the start asks for."""
         start = _start(parameters)
-        return start.solution_for(_defaults(start)) if start else None
+        return start.solution_for(start.defaults()) if start else None
 
     def survey(self, weights: Iterable[Weight]) -> Survey:
         """The kinds of statistic that some weight has."""
@@ -105,7 +105,7 @@ class Mats(Method):
             return None
         if start.name not in survey.starts:
             return Survey(starts={start.name: start.survey(weights)})
-        more = start.refine(weights, survey.starts[start.name], _defaults(start))
+        more = start.refine(weights, survey.starts[start.name], start.defaults())
         return None if more is None else Survey(starts={start.name: more})
 
     def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
@@ -122,11 +122,6 @@ def _start(parameters: Mapping[str, Value]) -> Method | None:
     return None if parameters["start"] == BASE else METHODS[str(parameters["start"])]
 
 
-def _defaults(method: Method) -> dict[str, Value]:
-    """A method's parameters, all at their defaults."""
-    return {name: spec.default for name, spec in method.parameters.items()}
-
-
 class PreparedMats(Prepared):
     """Base, members and statistics, as they are stored.
 
@@ -141,7 +136,7 @@ class PreparedMats(Prepared):
         for weight in weights:
             check_statistics(weight)
         self._weights = tuple(weights)
-        self._context = Context(examples=context.examples)
+        self._context = context
         self._survey = survey
         self._starts: dict[str, Prepared] = {}
         self._scratch = Scratch()
@@ -195,7 +190,7 @@ class PreparedMats(Prepared):
             # where the model is at hand as a whole, nobody was asked for the survey of a start
             survey = self._survey.starts.get(start.name) or start.survey(self._weights)
             self._starts[start.name] = start.prepare(self._weights, replace(self._context, survey=survey))
-        recipe = start.default_recipe(members)
+        recipe = start.default_recipe(members, self._context.model_type)
         begun = {weight.name: torch.empty_like(weight.base, dtype=torch.float32) for weight in self._weights}
         self._starts[start.name].merge(recipe.scaling, recipe.parameters, begun)
         return begun

@@ -16,6 +16,9 @@ from merging.methods.least_squares.gram_systems import batches
 from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
 from merging.recipe import Value
 
+T5 = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct", "udop")
+"""Model types of T5 and its kin, for which the paper has another ρ."""
+
 
 @register
 class RegMean(Method):
@@ -41,12 +44,13 @@ class RegMean(Method):
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "rho": Parameter(
             0.9,
-            "share of the Grams' off-diagonal entries that is kept",
+            "share of the Grams' off-diagonal entries that is kept (T5 and its kin: 0.1)",
             low=0.0,
             high=1.0,
             minimum=0.0,
             maximum=1.0,
             search=False,
+            default_for=dict.fromkeys(T5, 0.1),
         ),
         "factors": Parameter(
             "contribution",

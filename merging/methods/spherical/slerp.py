@@ -38,13 +38,13 @@ class Slerp(Spherical):
         "space": Parameter("weights", "what is interpolated", choices=("weights", "task_vectors"), search=False),
     }
 
-    def complete(self, recipe: Recipe) -> Recipe:
+    def complete(self, recipe: Recipe, model_type: str = "") -> Recipe:
         """See `Method.complete`.
 
         Raises:
             MethodError: There is one member, with a factor that would change nothing.
         """
-        complete = super().complete(recipe)
+        complete = super().complete(recipe, model_type)
         if len(complete.members) == 1 and any(factor != 1.0 for factor in complete.scaling.values()):
             raise MethodError(
                 f"slerp goes from one member to another, and '{complete.members[0]}' is alone: its factor would change "

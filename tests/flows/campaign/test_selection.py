@@ -1,15 +1,19 @@
 import json
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
+from flows.campaign.open_campaign import open_campaign
 from flows.campaign.run import run
+from flows.campaign.selection import member_similarity
 from flows.cli.app import app
 from flows.cli.portfolio import as_json, as_text
 from flows.config.campaign_file import dump, load_campaign
 from flows.directory.progress import Display
 from merging.errors import SettingsError
+from merging.statistics import STATISTICS, measure_shard
 from search.ledger.ledger import Ledger
 from search.subsets.candidate_portfolio import portfolio
 
@@ -38,6 +42,34 @@ def test_the_sampler_of_subsets_has_every_one_to_draw_from(campaign_file, tmp_pa
 def test_mistakes_are_found_before_work_starts(campaign_file, changes, words):
     with pytest.raises(SettingsError, match=words):
         load_campaign(str(campaign_file(**changes)))
+
+
+def test_the_paper_s_kernel_is_named_as_a_whole_and_setting_by_setting(campaign_file, tmp_path):
+    campaign = load_campaign(str(campaign_file(selection={"kernel": "paper", "quality": "gain"})))
+    selection = campaign.selection
+    assert (selection.examples, selection.centered, selection.norm) == ("validation", False, "unit")
+    again = tmp_path / "again.yaml"
+    again.write_text(dump(campaign))
+    assert load_campaign(str(again)) == campaign
+    with pytest.raises(SettingsError, match="`kernel: paper` has centered: False; leave one of the two out"):
+        load_campaign(str(campaign_file(selection={"kernel": "paper", "quality": "gain", "centered": True})))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_the_paper_s_similarity_is_the_mean_cosine_over_validation_examples(campaign_file, tmp_path):
+    campaign = load_campaign(str(campaign_file(selection={"kernel": "paper", "quality": "gain"})))
+    opened = open_campaign(campaign, Display())
+    found = member_similarity(opened, str(tmp_path / "cache"), Display())
+    statistic = STATISTICS["representation"](campaign.statistics.representation)
+    rows = {member: [] for member in opened.pool.members}
+    for task in opened.tasks.values():
+        for member, own in rows.items():
+            partial = measure_shard(task, statistic, "validation", 0, 16, model=opened.task_of(member).load_model())
+            own.append(statistic.finalize(partial)["representation"].double())
+    unit = [torch.nn.functional.normalize(torch.cat(own), dim=1) for own in rows.values()]
+    expected = torch.tensor([[float((a * b).sum(1).mean()) for b in unit] for a in unit])
+    torch.testing.assert_close(torch.tensor(found), expected.double(), rtol=0, atol=1e-6)
 
 
 def test_a_portfolio_is_told_as_a_table_and_as_json(make):

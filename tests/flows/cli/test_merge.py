@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModel
+from transformers import AutoModel, T5Config, T5ForConditionalGeneration
 
 from flows.cli.merge import merge_recipe
 from flows.config.recipe_file import load_recipe
@@ -15,7 +15,9 @@ from merging.checkpoints.checkpoint import Checkpoint
 from merging.errors import MethodError, SettingsError, StorageError
 from merging.io import storage
 from merging.optimization.gradient_mismatch import quadratic_mismatch
-from merging.statistics import STATISTICS, LikelihoodSettings, measure, save
+from merging.statistics import STATISTICS, LikelihoodSettings, StatisticsFile, measure, save
+from merging.statistics.statistic import Partial
+from merging.statistics.statistics_file import save_tensors
 from merging.tasks import TextClassificationSettings, make_task
 
 MEMBERS = ("one", "two")
@@ -177,3 +179,45 @@ def test_merging_imports_torch_and_nothing_else_that_takes_seconds():
     script = f"import sys, flows.cli.merge; print(sorted({dear} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(("parameters", "rho"), [({}, 0.1), ({"rho": 0.7}, 0.7)])
+def test_a_t5_s_regmean_has_the_rho_of_its_paper(parameters, rho, tmp_path):
+    config = T5Config(
+        vocab_size=11, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2, decoder_start_token_id=0, pad_token_id=0
+    )
+    members = {}
+    for seed, name in enumerate(("base", "one", "two")):
+        torch.manual_seed(0)
+        model = T5ForConditionalGeneration(config)
+        with torch.no_grad():
+            for value in model.parameters():
+                value.add_(0.01 * seed * torch.randn_like(value))
+        model.save_pretrained(tmp_path / name)
+        if name == "base":
+            continue
+        grams = {}
+        for own, value in model.state_dict().items():
+            if value.dim() == 2 and own.endswith(
+                ("q.weight", "k.weight", "v.weight", "o.weight", "wi.weight", "wo.weight")
+            ):
+                x = torch.randn(30, value.shape[1])
+                grams[own] = x.T @ x / 30
+        file = str(tmp_path / f"{name}.gram.safetensors")
+        about = Partial(counts={"examples": 30, "tokens": 30})
+        fingerprint = Checkpoint.open(str(tmp_path / name)).fingerprint
+        save_tensors(file, "gram", {}, grams, about, checkpoint=fingerprint, data="d")
+        members[name] = {"checkpoint": str(tmp_path / name), "statistics": [file]}
+    settings = {"base": str(tmp_path / "base"), "members": members, "method": "regmean", "parameters": parameters}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    merge_recipe(str(tmp_path / "recipe.yaml"), str(tmp_path / "out"), "float32", 1.0, Display())
+    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["parameters"]["rho"] == rho
+    name = "encoder.block.0.layer.1.DenseReluDense.wo.weight"
+    weights = {m: Checkpoint.open(str(tmp_path / m)).read(name).double() for m in members}
+    softened = {}
+    for m, settings in members.items():
+        gram = StatisticsFile.open(settings["statistics"][0]).read(name).double()
+        softened[m] = rho * gram + (1 - rho) * gram.diagonal().diag()
+    expected = torch.linalg.solve(sum(softened.values()), sum(softened[m] @ weights[m].T for m in members)).T
+    found = Checkpoint.open(str(tmp_path / "out")).read(name)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)

@@ -53,5 +53,5 @@ def test_what_is_no_such_number_is_refused(method, parameter, value):
 @pytest.mark.parametrize("factor", [float("inf"), float("-inf"), float("nan"), True, "1", 10**400])
 @pytest.mark.parametrize("method", ["task_arithmetic", "lines+ties", "average"])
 def test_scaling_factors_are_finite_numbers(method, factor):
-    with pytest.raises(MethodError, match="scaling factor of 'a' = .* is not a finite number"):
+    with pytest.raises(MethodError, match="scaling factor of 'a' = .* is not a (finite )?number"):
         METHODS[method].complete(Recipe(method, {"a": factor, "b": 1.0}))

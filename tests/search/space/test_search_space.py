@@ -292,3 +292,9 @@ def test_recipes_of_other_groups_are_not_in_the_space():
     assert Recipe("toy_curve", others, inside.parameters) not in Space(
         {"toy_curve": MethodSpace()}, MEMBERS, None, "per_member"
     )
+
+
+@pytest.mark.parametrize("scaling", ["shared", "per_member"])
+def test_a_linear_search_starts_at_the_mean(scaling):
+    (recipe,) = (r for r in Space({"linear": MethodSpace()}, MEMBERS, None, scaling).anchors() if r.method == "linear")
+    assert recipe.scaling == pytest.approx(dict.fromkeys(MEMBERS, 1 / len(MEMBERS)))

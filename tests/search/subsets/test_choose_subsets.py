@@ -30,6 +30,26 @@ def test_map_gives_one_subset_a_size_and_ends_with_everyone(similarity):
     assert selection.notes == []
 
 
+def test_a_quality_of_unit_norm_shifts_log_det_by_size_and_selects_the_same(similarity):
+    own = select(NAMES, "dpp-map", quality=Q, similarity=similarity)
+    paper = select(NAMES, "dpp-map", quality=Q, similarity=similarity, unit=True)
+    assert paper.subsets == own.subsets
+    norm = np.log(np.linalg.norm(list(Q.values())))
+    for subset, value, other in zip(own.subsets, own.log_dets, paper.log_dets, strict=True):
+        assert other == pytest.approx(value - 2 * len(subset) * norm)
+    assert paper.quality == own.quality == Q
+
+
+def test_quality_similarity_and_log_det_are_told(similarity):
+    selection = select(NAMES, "dpp-map", quality=Q, similarity=similarity)
+    lines = selection.as_text()
+    assert "effective rank" in lines[0]
+    for name, row, line in zip(NAMES, similarity, lines[1:5], strict=True):
+        assert line.split() == [name, f"{Q[name]:.4f}", *(f"{value:.3f}" for value in row)]
+    assert [line.split()[3] for line in lines[5:]] == [f"{value:.3f}" for value in selection.log_dets]
+    assert len(select(NAMES, "all").as_text()) == 1
+
+
 def test_sizes_are_those_asked_for_and_everyone(similarity):
     selection = select(NAMES, "dpp-map", quality=Q, similarity=similarity, sizes=[3, 1, 3])
     assert [len(subset) for subset in selection.subsets] == [1, 3, 4]

@@ -5,6 +5,7 @@ import torch
 
 from merging.errors import MethodError
 from merging.methods import METHODS, Context, Weight
+from merging.recipe import Recipe
 
 SCALING = {"amazon": 0.7, "movie": 0.4, "nyt": 1.1, "tweets": 0.25}
 ONES = dict.fromkeys(SCALING, 1.0)
@@ -243,3 +244,12 @@ def test_a_gram_on_a_bias_is_refused():
     weight = Weight("bias", torch.zeros(4), {"a": torch.ones(4)}, {"gram": {"a": torch.ones(4, 4)}})
     with pytest.raises(MethodError, match="'bias' has shape"):
         METHODS["regmean"].prepare([weight], Context())
+
+
+@pytest.mark.parametrize(("model_type", "rho"), [("bert", 0.9), ("", 0.9), ("t5", 0.1), ("mt5", 0.1)])
+@pytest.mark.parametrize("method", ["regmean", "lines+regmean"])
+def test_rho_follows_the_architecture_unless_it_is_given(model_type, rho, method):
+    recipe = METHODS[method].complete(Recipe(method, {"a": 1.0}), model_type)
+    assert recipe.parameters["rho"] == rho
+    assert METHODS[method].default_recipe(["a"], model_type).parameters["rho"] == rho
+    assert METHODS[method].complete(Recipe(method, {"a": 1.0}, {"rho": 0.5}), model_type).parameters["rho"] == 0.5
