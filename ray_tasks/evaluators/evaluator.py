@@ -13,6 +13,7 @@ from merging.checkpoints.pool import Pool
 from merging.checkpoints.vocabulary import Vocabulary
 from merging.evaluation.live_models import LiveModels, MakeSource, Measurement, best_device
 from merging.evaluation.steps import Plan
+from merging.faults import is_fault
 from merging.io import fact_cache
 from merging.io.secrets import described
 from merging.mergers.material import Material, open_statistics
@@ -20,7 +21,6 @@ from merging.mergers.resident import ResidentMerger
 from merging.recipe import Recipe
 from merging.tasks import make_task
 from merging.tasks.task import Split
-from ray_tasks.evaluators.faults import is_fault
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import ray
 
 from merging.errors import ClusterError
 from merging.evaluation.live_models import Measurement
+from merging.faults import tells_of_device
 from ray_tasks.cluster_errors import reason
 from ray_tasks.evaluators.evaluator import Answer, Assignment, Fault
-from ray_tasks.evaluators.faults import tells_of_device
 from ray_tasks.evaluators.lifecycle import Crew
 from ray_tasks.evaluators.prometheus import EvaluatorMetrics
 from ray_tasks.sharded.shards import Inbox, Shards

@@ -11,9 +11,9 @@ import ray
 from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
 
 from merging.errors import ClusterError
+from merging.faults import is_fault, tells_of_device
 from ray_tasks.cluster_errors import surfaced
 from ray_tasks.evaluators.evaluator import Evaluator
-from ray_tasks.evaluators.faults import is_fault, tells_of_device
 
 LOOK = 5.0
 """Seconds between two looks at how many evaluators there are and could be."""

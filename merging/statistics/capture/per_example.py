@@ -17,6 +17,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from merging.checkpoints.parameter_names import checkpoint_names
 from merging.errors import StatisticsError
+from merging.faults import is_fault
 from merging.statistics.capture.grad_samplers import rule_for
 from merging.statistics.capture.hooks import differentiable, tap
 from merging.statistics.capture.modules import Logits, Unit, find_units
@@ -89,9 +90,9 @@ class PerExample:
                     output = self._recorded(batch)
                     if self._adds_up(batch, output):
                         return output
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:  # a model's code may raise anything where its tensors are expanded
+            except Exception as error:  # a model's code may raise anything where its tensors are expanded
+                if is_fault(error):
+                    raise
                 logger.debug("examples run alone: the model cannot be recorded", exc_info=True)
             self._forget()
             self._alone = True
@@ -273,7 +274,11 @@ def _pulled_back(call: _Call, gradients: Sequence[Tensor | None], examples: int)
             with torch.enable_grad():
                 try:
                     return vmap(single)(*parts)
-                except RuntimeError:
+                except RuntimeError as error:
+                    if is_fault(
+                        error
+                    ):  # out of memory, say: one after another would hide it, and take many times as long
+                        raise
                     # Its Python looks into its tensors, which vmap cannot follow: one example after another.
                     rows = [single([v[n] for v in parts[0]], [g[n] for g in parts[1]]) for n in range(stop - start)]
                     return torch.stack(rows)

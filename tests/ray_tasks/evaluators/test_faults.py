@@ -4,42 +4,15 @@ from collections import Counter
 from datetime import UTC, datetime
 
 import pytest
-import torch
 
-from merging.errors import ClusterError, MethodError, TaskError
+from merging.errors import ClusterError
 from merging.evaluation.live_models import Measurement
 from merging.recipe import base_recipe
 from ray_tasks.evaluators.evaluator import Answer, Assignment
 from ray_tasks.evaluators.evaluator_pool import EvaluatorPool
-from ray_tasks.evaluators.faults import is_fault
 from ray_tasks.evaluators.lifecycle import Crew
 
 CUDA = "CUDA error: an illegal memory access was encountered"
-
-
-def caused(error, cause):
-    error.__cause__ = cause
-    return error
-
-
-@pytest.mark.parametrize(
-    ("error", "fault"),
-    [
-        (RuntimeError(CUDA), True),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
-        (MemoryError(), True),
-        (ModuleNotFoundError("No module named 'judge'"), True),
-        (ConnectionResetError("judge.example"), True),
-        (caused(TaskError("task 'x': judge:score failed: RuntimeError"), RuntimeError(CUDA)), True),
-        (MethodError("α cancel the denominator"), False),
-        (caused(TaskError("task 'x': judge:score failed: ValueError"), ValueError("empty")), False),
-        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
-        (torch.linalg.LinAlgError("linalg.cholesky: the input is not positive-definite"), False),
-    ],
-)
-def test_an_error_is_about_the_machine_or_about_the_recipe(error, fault):
-    assert is_fault(error) is fault
 
 
 def evaluator_of(sick):
