@@ -6,6 +6,7 @@
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -219,21 +220,26 @@ def packing(conversion: Conversion, shapes: Sequence[Sequence[int]]) -> Packing 
     sizes = [torch.Size(shape).numel() for shape in shapes]
     total = sum(sizes)
     width = torch.int32 if total < 2**31 else torch.int64
+    first = dict(zip(accumulate(sizes, initial=0), range(len(sizes)), strict=False))
     numbered = torch.split(torch.arange(total, dtype=width), sizes)
     made = conversion.apply([part.view(*shape) for part, shape in zip(numbered, shapes, strict=True)])
-    flat = torch.cat([value.reshape(-1) for value in made.values()])
-    if len(flat) != total or flat.dtype != width:
+    del numbered
+    flat = (
+        next(iter(made.values())).reshape(-1) if len(made) == 1 else torch.cat([v.reshape(-1) for v in made.values()])
+    )
+    if len(flat) != total or flat.dtype != width or 0 in sizes:
         return None
-    place = torch.full((total,), -1, dtype=width)
-    place[flat.long()] = torch.arange(total, dtype=width)
-    if bool((place < 0).any()):
-        return None
-    starts = []
-    for part in torch.split(place, sizes):
-        start = int(part[0]) if len(part) else 0
-        if not torch.equal(part, torch.arange(start, start + len(part), dtype=width)):
+    starts = [-1] * len(sizes)
+    place = 0
+    while place < total:  # what follows must be a whole source
+        number = int(flat[place])
+        source = first.get(number, -1)
+        if source < 0 or starts[source] >= 0:
             return None
-        starts.append(start)
+        stop = place + sizes[source]
+        if not torch.equal(flat[place:stop], torch.arange(number, number + stop - place, dtype=width)):
+            return None
+        starts[source], place = place, stop
     targets, end = [], 0
     for value in made.values():
         targets.append((end, value.shape))
