@@ -44,6 +44,9 @@ class CustomSettings(TaskSettings):
     number of examples to stop at (or None). It returns a number, greater is better, or a mapping with `value`
     and, where known, `standard_error` and `examples`; or with `values`, one number per example in an order that is the
     same at every call, whose mean is the score: models are then compared example by example.
+
+    A function that writes into the model's weights is refused: let it do so in a copy (`copy.deepcopy(model)`). What else it
+    changes (`model.half()`, `model.train()`, hooks) is undone before the next candidate, by building the model anew.
     """
 
     kind: Literal["custom"] = Field("custom", description="custom: any model and any data that your function reads.")
@@ -57,7 +60,11 @@ class CustomSettings(TaskSettings):
         "where the function is called, and what it holds is never saved. Secrets written out are refused.",
     )
     metric: str = Field("score", min_length=1, description="What the function's number is called in tables.")
-    model_class: str = Field("AutoModel", description="Class in `transformers` that loads the checkpoint.")
+    model_class: str = Field(
+        "AutoModel",
+        description="Class in `transformers` that loads the checkpoint. What is merged must be in some task's model, and all of a "
+        "model's weights in its checkpoint: AutoModelForCausalLM for a language model.",
+    )
     examples: dict[Split, int] = Field(
         default_factory=dict,
         description="Split → number of examples, for tables and budgets; a split that is left out where others are named does "
