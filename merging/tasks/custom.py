@@ -62,8 +62,8 @@ class CustomSettings(TaskSettings):
     metric: str = Field("score", min_length=1, description="What the function's number is called in tables.")
     model_class: str = Field(
         "AutoModel",
-        description="Class in `transformers` that loads the checkpoint. What is merged must be in some task's model, and all of a "
-        "model's weights in its checkpoint: AutoModelForCausalLM for a language model.",
+        description="Class in `transformers` that loads the checkpoint. What is merged must be in some task's model, and all "
+        "of a model's weights in its checkpoint: AutoModelForCausalLM for a language model.",
     )
     examples: dict[Split, int] = Field(
         default_factory=dict,
