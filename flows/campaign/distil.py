@@ -30,7 +30,7 @@ def distil(opened: Opened, statistics: Files, start: Recipe, cache: str, display
     """
     settings = opened.campaign.distil
     assert settings is not None
-    data = {name: task.data_fingerprint("train") for name, task in opened.tasks.items() if task.size("train")}
+    data = {name: task.data_fingerprint("train") for name, task in opened.sources.items() if task.size("train")}
     key = {"statistic": "distilled", "version": 2, "start": start.as_dict(), **settings.model_dump(mode="json")}
     checkpoint = subset_fingerprint(opened.pool, start.members)
     path = storage.join(

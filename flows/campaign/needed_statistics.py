@@ -11,7 +11,7 @@ from merging.io import storage
 from merging.mergers.material import subset_fingerprint
 from merging.recipe import BASE
 from merging.statistics import STATISTICS, StatisticsFile, number_of_examples
-from merging.tasks.task import Split
+from merging.tasks.task import Split, Task
 from ray_tasks.connect import connect, gpus_each
 from ray_tasks.jobs.propagation import PropagationJob, solve
 from ray_tasks.jobs.statistics import BoundTask, Job, compute
@@ -111,34 +111,32 @@ def joined(first: Mapping[str, tuple[str, ...]], second: Mapping[str, tuple[str,
 def representations(opened: Opened, cache: str, display: Display) -> dict[str, dict[str, str]]:
     """Files with every member's representations of the same examples: some of a split of each task, `selection.examples`.
 
+    Of train examples, calibration data stand in for the tasks of members that have them.
+
     Returns:
-        Member → task → path.
+        Member → source → path.
     """
+    shown = _shown(opened)
     jobs = {
-        (member, task): _representation_job(opened, member, task, cache)
+        (member, source): _representation_job(opened, member, source, cache)
         for member in opened.pool.members
-        for task in opened.tasks
-        if opened.tasks[task].has_logits
+        for source in shown
     }
     run(jobs.values(), opened, display)
-    return {
-        member: {task: jobs[member, task].path for task in opened.tasks if (member, task) in jobs}
-        for member in opened.pool.members
-    }
+    return {member: {source: jobs[member, source].path for source in shown} for member in opened.pool.members}
 
 
 def require_representations(opened: Opened) -> None:
     """Looks whether `representations` would find its examples and models; computes nothing.
 
     Raises:
-        StatisticsError: A member has no task that loads its model, or a task no training split.
+        StatisticsError: A member has no source that loads its model, or a source lacks the split.
     """
     statistic = STATISTICS["representation"](opened.campaign.statistics.representation)
-    for task in opened.tasks.values():
-        if task.has_logits:
-            number_of_examples(task, statistic, opened.campaign.selection.examples)
-            for member in opened.pool.members:
-                _require_own_task(opened, member)
+    for task in _shown(opened).values():
+        number_of_examples(task, statistic, opened.campaign.selection.examples)
+        for member in opened.pool.members:
+            _require_own_source(opened, member)
 
 
 def run(jobs: Iterable[Job], opened: Opened, display: Display) -> None:
@@ -202,16 +200,21 @@ def _jobs(
 
 
 def _own_job(opened: Opened, member: str, kind: str, cache: str) -> Job:
-    """A statistic of a member on its own task."""
-    task = opened.campaign.task_of(member)
-    if task is None or not opened.tasks[task].has_logits:
+    """A statistic of a member on its own examples."""
+    source = opened.campaign.source_of(member)
+    if source is None or not opened.sources[source].has_logits:
         raise StatisticsError(
-            f"'{member}' has no task with data to compute its {kind} from: give it a `task`, name a published file "
-            f"under members.{member}.statistics, or leave the methods that need it out of search.methods"
+            f"'{member}' has no examples to compute its {kind} from: give it a `task` with data or `calibration` data, name a "
+            f"published file under members.{member}.statistics, or leave the methods that need it out of search.methods"
         )
-    checkpoint = opened.pool.members[member].checkpoint
-    bound = BoundTask(task, opened.campaign.tasks[task], checkpoint.path, opened.campaign.base)
+    bound = _own_model(opened, member, source)
     return _job(opened, member, kind, bound, bound, storage.join(cache, f"{member}.{kind}"))
+
+
+def _own_model(opened: Opened, member: str, source: str) -> BoundTask:
+    """A source that loads the member's own model."""
+    settings, _ = opened.campaign.sources()[source]
+    return BoundTask(source, settings, opened.pool.members[member].checkpoint.path, opened.campaign.base)
 
 
 def _base_job(opened: Opened, kind: str, cache: str) -> Job:
@@ -238,25 +241,31 @@ def _checkpoint(opened: Opened, who: str) -> Checkpoint:
     return opened.pool.base if who == BASE else opened.pool.members[who].checkpoint
 
 
-def _require_own_task(opened: Opened, member: str) -> str:
-    """The task whose head a member's model is loaded with."""
-    own = opened.campaign.task_of(member)
-    if own is None:
+def _require_own_source(opened: Opened, member: str) -> str:
+    """The source that a member's model is loaded by."""
+    own = opened.campaign.source_of(member)
+    if own is None or not opened.sources[own].has_logits:
         raise StatisticsError(
-            f"'{member}' has no task that loads its model for representations: give it a `task`, or set "
+            f"'{member}' has no task that loads its model for representations: give it a `task` or `calibration` data, or set "
             "selection.similarity to 'task-vector'"
         )
     return own
 
 
-def _representation_job(opened: Opened, member: str, task: str, cache: str) -> Job:
-    """A member's representations of any task's examples, as that task's own head prepares them."""
-    campaign = opened.campaign
-    own = _require_own_task(opened, member)
-    data = BoundTask(task, campaign.tasks[task], opened.tasks[task].head, campaign.base)
-    model = BoundTask(own, campaign.tasks[own], opened.pool.members[member].checkpoint.path, campaign.base)
-    prefix = storage.join(cache, f"{member}.representation.{task}")
+def _representation_job(opened: Opened, member: str, source: str, cache: str) -> Job:
+    """A member's representations of any source's examples, as that source's own head prepares them."""
+    campaign, shown = opened.campaign, _shown(opened)[source]
+    settings = campaign.sources()[source][0] if source in campaign.sources() else campaign.tasks[source]
+    data = BoundTask(source, settings, shown.head, campaign.base)
+    model = _own_model(opened, member, _require_own_source(opened, member))
+    prefix = storage.join(cache, f"{member}.representation.{source}")
     return _job(opened, member, "representation", data, model, prefix, campaign.selection.examples)
+
+
+def _shown(opened: Opened) -> Mapping[str, Task]:
+    """Whose examples all members are shown: the sources of statistics, or the tasks where they are to be of another split."""
+    shown = opened.sources if opened.campaign.selection.examples == "train" else opened.tasks
+    return {name: task for name, task in shown.items() if task.has_logits}
 
 
 def _job(
@@ -265,7 +274,8 @@ def _job(
     """The job whose file's name tells everything that its contents depend on."""
     settings = getattr(opened.campaign.statistics, kind)
     statistic = STATISTICS[kind](settings)
-    task = data.open() if data.head != opened.tasks[data.name].head else opened.tasks[data.name]
+    known = {**opened.tasks, **opened.sources}[data.name]
+    task = known if data.head == known.head else data.open()
     examples = number_of_examples(task, statistic, split)
     checkpoint = _checkpoint(opened, member)
     fingerprints = {"checkpoint": checkpoint.fingerprint, "data": task.data_fingerprint(split)}

@@ -34,12 +34,14 @@ class Opened:
         campaign: The campaign.
         pool: Base and members.
         tasks: Task → task, bound to the head of its owner.
+        sources: What statistics are computed from, see `Campaign.sources`: name → task, bound to the head of its owner.
         distances: Member → ‖θ_t − θ_0‖ / ‖θ_0‖.
     """
 
     campaign: Campaign
     pool: Pool
     tasks: Mapping[str, Task]
+    sources: Mapping[str, Task]
     distances: Mapping[str, float]
 
     @property
@@ -67,8 +69,8 @@ class Opened:
         """Member, or `base` → number of training examples behind it, where that is known."""
         found = {}
         for member, settings in self.campaign.members.items():
-            task = self.campaign.task_of(member)
-            size = settings.examples or (self.tasks[task].size("train") if task else 0)
+            source = self.campaign.source_of(member)
+            size = settings.examples or (self.sources[source].size("train") if source else 0)
             if size:
                 found[member] = size
         own = self.campaign.base_data
@@ -95,6 +97,7 @@ class Opened:
             examples=self.examples(),
             tasks=dict(campaign.tasks),
             owners=campaign.owners(),
+            sources=campaign.sources(),
             precision=campaign.resources.precision,
             facts=known(self.pool),
         )
@@ -192,9 +195,17 @@ def open_campaign(campaign: Campaign, display: Display, directory: str | None = 
         name: make_task(name, settings, campaign.members[owners[name]].checkpoint, campaign.base)
         for name, settings in campaign.tasks.items()
     }
-    for task in tasks.values():
-        for note in task.check():
+    sources = {
+        name: tasks.get(name) or make_task(name, settings, campaign.members[owner].checkpoint, campaign.base)
+        for name, (settings, owner) in campaign.sources().items()
+    }
+    for name, task in {**tasks, **sources}.items():
+        for note in task.check() if name in tasks else ():
             display.note(note)
+        if name in tasks and not task.has_split("validation"):
+            raise SettingsError(f"task '{name}' has no validation split, which candidates are scored on: add one")
+        if name not in tasks:
+            task.check()  # of its notes, those on missing splits mean nothing here
     check_models(pool, list(tasks.values()), owners)
     distances = examined(campaign, pool, directory, display)
     for note in _alike(pool, distances):
@@ -205,7 +216,7 @@ def open_campaign(campaign: Campaign, display: Display, directory: str | None = 
         f"  {pool.base.architecture}: {len(pool.members)} members, {len(pool.weights)} merged weights "
         f"({size / 1e6:.0f} MB), {len(heads)} tensors kept per task, {len(tasks)} tasks"
     )
-    opened = Opened(campaign, pool, tasks, distances)
+    opened = Opened(campaign, pool, tasks, sources, distances)
     opened.space()  # for the errors that it raises
     if opened.base_kinds and campaign.base_data == BaseData():
         raise SettingsError(

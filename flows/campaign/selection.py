@@ -94,7 +94,7 @@ def _require_task(opened: Opened, member: str) -> str:
 
 
 def _require_logits(opened: Opened) -> None:
-    if not any(task.has_logits for task in opened.tasks.values()):
+    if not any(task.has_logits for task in opened.sources.values()):
         raise SelectionError(
             "no task gives representations (custom evaluators only): set selection.similarity to 'task-vector'"
         )

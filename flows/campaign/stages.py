@@ -1,12 +1,12 @@
 """Whether every stage that a campaign asks for has something to work on: found before any work."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from flows.campaign.open_campaign import Opened
 from merging.errors import SettingsError
 from merging.mergers.linear_basis import is_linear
 from merging.optimization.quadratic_model import CURVATURES
-from merging.tasks.task import Split
+from merging.tasks.task import Split, Task
 from search.objective import split_name
 
 
@@ -18,18 +18,20 @@ def require_stages(opened: Opened) -> None:
     """
     search = opened.campaign.search
     if opened.campaign.distil is not None:
-        _require_batches(opened, "distil", "train")
+        _require_batches(opened.sources, "distil", "train")
     if search.gradient is not None:
-        _require_batches(opened, "search.gradient", "train" if search.gradient.loss == "distil" else "validation")
+        unlabelled = search.gradient.loss == "distil"
+        tasks: Mapping[str, Task] = opened.sources if unlabelled else opened.tasks
+        _require_batches(tasks, "search.gradient", "train" if unlabelled else "validation")
         _require_linear(opened)
     if search.theory_starts:
         _require_curvature(opened)
     _require_scores(opened)
 
 
-def _require_batches(opened: Opened, stage: str, split: Split) -> None:
+def _require_batches(tasks: Mapping[str, Task], stage: str, split: Split) -> None:
     """A stage trains on the tasks that have logits; those that lack the split would stop it."""
-    trained = {name: task for name, task in opened.tasks.items() if task.has_logits}
+    trained = {name: task for name, task in tasks.items() if task.has_logits}
     if not trained:
         raise SettingsError(
             f"{stage}: there is nothing to train on, for no task gives batches and logits (custom evaluators give scores "

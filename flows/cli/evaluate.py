@@ -106,9 +106,11 @@ def _mismatches(opened: Opened, recipes: dict[str, Recipe], display: Display) ->
     """Each model's gradient mismatch over the tasks of all members that have one with data."""
     campaign = opened.campaign
     tasks = {
-        member: BoundTask(task, campaign.tasks[task], campaign.members[member].checkpoint, campaign.base)
+        member: BoundTask(source, campaign.sources()[source][0], campaign.members[member].checkpoint, campaign.base)
         for member in opened.pool.members
-        if (task := campaign.task_of(member)) and opened.tasks[task].has_logits and opened.tasks[task].size("train")
+        if (source := campaign.source_of(member))
+        and opened.sources[source].has_logits
+        and opened.sources[source].size("train")
     }
     setup = opened.setup(published_files(opened))
     calls = {name: (setup, tasks, recipe) for name, recipe in recipes.items()}

@@ -3,7 +3,7 @@
 from typing import Any
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from flows.config.files_from import FilesFrom
 from flows.config.search_settings import SearchSettings
@@ -30,6 +30,8 @@ from search.samplers.make_sampler import QUALITY_DIVERSITY, SINGLE_OBJECTIVE, ma
 from search.space.search_space import Space
 
 CAMPAIGN_FILE = "campaign.yaml"
+CALIBRATION = "-calibration"
+"""After a member's name: its own examples, beside the tasks."""
 BUDGETS = (
     "candidates",
     "seconds",
@@ -44,6 +46,23 @@ BUDGETS = (
 """Settings of the search that may change while a campaign stays the same."""
 
 
+class PoolMember(MemberSettings):
+    """A checkpoint fine-tuned from the base."""
+
+    calibration: AnyTaskSettings | None = Field(
+        None,
+        description="The member's own examples (`train` of any kind of task but custom), which its statistics, representations "
+        "and distillation come from, whatever judges it; by default its task's training split.",
+    )
+
+    @field_validator("calibration")
+    @classmethod
+    def _has_examples(cls, settings: Any) -> Any:
+        if settings is not None and (not TASKS[settings.kind][0].has_logits or "train" not in settings.data):
+            raise ValueError("calibration data is the `train` split of a kind of task that gives logits")
+        return settings
+
+
 class Campaign(Settings):
     """A campaign file."""
 
@@ -52,7 +71,7 @@ class Campaign(Settings):
         None, description="What the campaign fills; by default `runs/<name>` beside this file."
     )
     base: str = Field(description="The checkpoint that all members were fine-tuned from.")
-    members: dict[Name, MemberSettings] = Field(
+    members: dict[Name, PoolMember] = Field(
         min_length=1, description="The pool: checkpoints by name (a path alone will do)."
     )
     base_data: BaseData = Field(default_factory=BaseData, description=BaseData.__doc__)
@@ -194,6 +213,22 @@ class Campaign(Settings):
         """The task that a member was fine-tuned on; None where it has none here."""
         return self.members[member].task or (member if member in self.tasks else None)
 
+    def source_of(self, member: str) -> str | None:
+        """Name in `sources` of what a member's statistics are computed from; None where it has no examples."""
+        return f"{member}{CALIBRATION}" if self.members[member].calibration else self.task_of(member)
+
+    def sources(self) -> dict[str, tuple[AnyTaskSettings, str]]:
+        """What statistics are computed from: name → settings, and the member whose head runs on it.
+
+        Tasks, but those all of whose members have calibration data of their own, and these data.
+        """
+        own = {member for member, settings in self.members.items() if settings.calibration}
+        replaced = {self.task_of(member) for member in own} - {self.task_of(member) for member in {*self.members} - own}
+        owners = self.owners()
+        tasks = {task: (settings, owners[task]) for task, settings in self.tasks.items() if task not in replaced}
+        calibration = {f"{member}{CALIBRATION}": (self.members[member].calibration, member) for member in self.members}
+        return tasks | {name: (settings, member) for name, (settings, member) in calibration.items() if settings}
+
     def owners(self) -> dict[str, str]:
         """Task → the member whose head it is evaluated with."""
         found: dict[str, str] = {}
@@ -228,7 +263,8 @@ def load_campaign(path: str) -> Campaign:
     settings["base_data"]["statistics"] = [resolve(file, root) for file in campaign.base_data.statistics]
     if settings["statistics"]["cache"]:
         settings["statistics"]["cache"] = resolve(settings["statistics"]["cache"], root)
-    for task in settings["tasks"].values():
+    calibration = [member["calibration"] for member in settings["members"].values() if member["calibration"]]
+    for task in (*settings["tasks"].values(), *calibration):
         for split, files in task.get("data", {}).items():
             task["data"][split] = (
                 resolve(files, root) if isinstance(files, str) else [resolve(file, root) for file in files]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
@@ -41,7 +41,10 @@ class ImageClassificationSettings(TaskSettings):
         description="Split (train, validation, test) → Parquet file, folder of class folders, or a list of these.",
     )
     image: str = Field("image", description="Column of the encoded image: bytes, or Hugging Face's Image feature.")
-    label: str = Field("label", description="Column of the label: a class's name, or its position in the head.")
+    label: str | None = Field(
+        "label",
+        description="Column of the label: a class's name, or its position in the head; null for unlabelled calibration data.",
+    )
     labels: list[str] | None = Field(
         None, min_length=2, description="Names of the classes in the head's order; default: the head's `id2label`."
     )
@@ -51,6 +54,14 @@ class ImageClassificationSettings(TaskSettings):
     )
     severity: int = Field(3, ge=1, le=5, description="Of the corruption.")
     batch_size: int = Field(32, ge=1, description="Images a step of evaluation; does not change the score.")
+
+    @model_validator(mode="after")
+    def _labels_where_judged(self) -> "ImageClassificationSettings":
+        if self.label is None and set(self.data) != {"train"}:
+            raise ValueError(
+                "`label: null` is for calibration data, a train split alone: nothing is judged without labels"
+            )
+        return self
 
     @field_validator("metric")
     @classmethod

@@ -63,13 +63,13 @@ class Images:
             raise TaskError(f"{self.names[place]} is no image that can be read: {error}") from error
 
 
-def read_images(paths: Sequence[str], image: str, label: str, classes: Sequence[str]) -> Images:
+def read_images(paths: Sequence[str], image: str, label: str | None, classes: Sequence[str]) -> Images:
     """Reads a split: Parquet files with encoded images, or folders with one folder of images per class.
 
     Args:
         paths: Files or folders, local or at any fsspec address.
         image: Column of the images: bytes, or Hugging Face's Image feature (`bytes`, `path`).
-        label: Column of the labels.
+        label: Column of the labels; None where there are none (−100).
         classes: The head's classes, in order.
 
     Raises:
@@ -83,8 +83,8 @@ def read_images(paths: Sequence[str], image: str, label: str, classes: Sequence[
     return Images(encoded, names, np.concatenate([part.labels for part in parts]))
 
 
-def _table(path: str, image: str, label: str, classes: Sequence[str]) -> Images:
-    frame = read_table([path], [image, label])
+def _table(path: str, image: str, label: str | None, classes: Sequence[str]) -> Images:
+    frame = read_table([path], [image, *([label] if label is not None else [])])
     encoded: list[bytes | str] = []
     for row, value in enumerate(frame[image], start=1):
         content = value.get("bytes") or value.get("path") if isinstance(value, Mapping) else value
@@ -92,7 +92,9 @@ def _table(path: str, image: str, label: str, classes: Sequence[str]) -> Images:
             raise TaskError(f"{path}, row {row}: column '{image}' holds no encoded image: store the file's bytes")
         encoded.append(content)
     problems: list[str] = []
-    labels = class_indices(frame[label], label, classes, problems)
+    labels = np.full(len(frame), -100)
+    if label is not None:
+        labels = class_indices(frame[label], label, classes, problems)
     if problems:
         raise TaskError(f"{path}: {'; '.join(problems)}")
     return Images(encoded, [f"{path}, row {row}" for row in range(1, len(encoded) + 1)], labels)

@@ -30,7 +30,7 @@ class Columns:
 
     text: str
     text_pair: str | None
-    label: str
+    label: str | None
 
     @property
     def texts(self) -> list[str]:
@@ -40,7 +40,7 @@ class Columns:
     @property
     def all(self) -> list[str]:
         """All of them."""
-        return [*self.texts, self.label]
+        return [*self.texts, *([self.label] if self.label is not None else [])]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Examples:
 
     Args:
         texts: One list for each text column, N strings each.
-        labels: Class indices [N].
+        labels: Class indices [N]; −100 where there are no labels.
     """
 
     texts: tuple[list[str], ...]
@@ -72,8 +72,10 @@ def read_examples(paths: Sequence[str], columns: Columns, classes: Sequence[str]
     """
     frame = read_table(paths, columns.all, columns.texts)
     problems = [problem for column in columns.texts for problem in text_problems(frame[column], column)]
-    labels = class_indices(frame[columns.label], columns.label, classes, problems)
-    if not problems and len(np.unique(labels)) < 2:
+    labels = np.full(len(frame), -100)
+    if columns.label is not None:
+        labels = class_indices(frame[columns.label], columns.label, classes, problems)
+    if columns.label is not None and not problems and len(np.unique(labels)) < 2:
         problems.append(f"all {len(labels)} examples have the label '{classes[labels[0]]}': nothing can be measured")
     if problems:
         raise TaskError("; ".join(f"{', '.join(paths)}: {problem}" for problem in problems))

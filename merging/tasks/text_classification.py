@@ -51,7 +51,10 @@ class TextClassificationSettings(TaskSettings):
     )
     text: str = Field("text", description="Column of the text.")
     text_pair: str | None = Field(None, description="Column of a second text, for tasks on pairs.")
-    label: str = Field("label", description="Column of the label: a class's name, or its position in the head.")
+    label: str | None = Field(
+        "label",
+        description="Column of the label: a class's name, or its position in the head; null for unlabelled calibration data.",
+    )
     labels: list[str] | None = Field(
         None,
         min_length=2,
@@ -73,6 +76,14 @@ class TextClassificationSettings(TaskSettings):
         columns = [name for name in (self.text, self.text_pair, self.label) if name is not None]
         if len(set(columns)) < len(columns):
             raise ValueError("`text`, `text_pair` and `label` name columns, each another one")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_where_judged(self) -> "TextClassificationSettings":
+        if self.label is None and set(self.data) != {"train"}:
+            raise ValueError(
+                "`label: null` is for calibration data, a train split alone: nothing is judged without labels"
+            )
         return self
 
     @field_validator("metric")
@@ -100,7 +111,7 @@ class TextClassification(Task):
     def check(self) -> list[str]:
         """Reads all splits, the head's classes and its tokenizer; see `Task.check`."""
         problems: list[str] = []
-        if "validation" not in self.settings.data:
+        if "validation" not in self.settings.data and set(self.settings.data) != {"train"}:
             problems.append("`data` names no validation split, which candidates are scored on: add one")
         with _collected(problems):
             _ = self._tokenizer

@@ -35,6 +35,7 @@ class Setup:
         examples: Member → number of training examples.
         tasks: Task → its settings.
         owners: Task → the member whose head it is evaluated with.
+        sources: What statistics are computed from: name → settings, and the member whose head runs on it.
         precision: Of evaluation.
         vocabulary: Whose tokens a merge has.
         facts: What is known of the files, so that nobody reads them whole to recognise them (`merging.io.fact_cache`).
@@ -48,6 +49,7 @@ class Setup:
     examples: Mapping[str, int]
     tasks: Mapping[str, Any]
     owners: Mapping[str, str]
+    sources: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     precision: str = "float32"
     vocabulary: Vocabulary = "base"
     facts: Mapping[str, str] = field(default_factory=dict)

@@ -17,10 +17,9 @@ Report = Callable[[float], None]
 
 
 def descend(setup: Setup, start: Recipe, settings: descent.DescentSettings, report: Report) -> list[descent.Waypoint]:
-    """`merging.optimization.descent.descend` over all tasks that give logits."""
-    return descent.descend(
-        setup.material(resident=True), _tasks(setup), setup.owners, start, settings, best_device(), _share(report)
-    )
+    """`merging.optimization.descent.descend` over all tasks that give logits; without labels, over the sources."""
+    tasks, owners = _sources(setup) if settings.loss == "distil" else (_tasks(setup), setup.owners)
+    return descent.descend(setup.material(resident=True), tasks, owners, start, settings, best_device(), _share(report))
 
 
 def distil(
@@ -48,9 +47,9 @@ def distil(
     Returns:
         The path.
     """
-    tasks = _tasks(setup)
+    tasks, owners = _sources(setup)
     material = setup.material(resident=True)
-    weights = distillation.distil(material, tasks, setup.owners, start, settings, best_device(), _share(report))
+    weights = distillation.distil(material, tasks, owners, start, settings, best_device(), _share(report))
     counts = {"examples": settings.steps * settings.batch * len(tasks)}
     save_tensors(path, "distilled", key, weights, Partial(counts=counts), checkpoint=checkpoint, data=data)
     return path
@@ -81,6 +80,14 @@ def _tasks(setup: Setup) -> list[Task]:
         for name, settings in setup.tasks.items()
     ]
     return [task for task in opened if task.has_logits]
+
+
+def _sources(setup: Setup) -> tuple[list[Task], dict[str, str]]:
+    """What statistics are computed from, and whose heads run on it."""
+    opened = [
+        make_task(name, settings, setup.members[owner], setup.base) for name, (settings, owner) in setup.sources.items()
+    ]
+    return [task for task in opened if task.has_logits], {name: owner for name, (_, owner) in setup.sources.items()}
 
 
 def _share(report: Report) -> Callable[[int, int], None]:
