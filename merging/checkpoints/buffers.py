@@ -4,7 +4,7 @@ import re
 
 DERIVED = re.compile(
     r"(^|\.)(masked_bias|inv_freq|original_inv_freq|position_ids|token_type_ids|cos_cached|sin_cached|freqs_cis|"
-    r"num_batches_tracked|relative_position_index|relative_coords_table|attn_mask)$"
+    r"num_batches_tracked|causal_mask|_float_tensor|relative_position_index|relative_coords_table|attn_mask)$"
 )
 """Names of buffers that follow from the configuration, or count; older versions of transformers saved them."""
 MASK = re.compile(r"(^|\.)(attn|attention|self_attn)\.bias$")

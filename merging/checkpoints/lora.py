@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
@@ -14,6 +14,7 @@ from merging.checkpoints import skeleton
 from merging.checkpoints.checkpoint import Checkpoint, SafetensorsFile, TensorInfo
 from merging.checkpoints.parameter_names import conv1d
 from merging.checkpoints.patterns import matches
+from merging.checkpoints.ties import are_equal
 from merging.errors import CheckpointError
 
 PREFIX = "base_model.model."
@@ -248,6 +249,7 @@ class _Names:
         self._stored: dict[str, list[str]] = {}
         for name, live in skeleton.live_names(model, base.tensors).items():
             self._stored.setdefault(live, []).append(name)
+        self._tied = [names for names in skeleton.tied_names(model) if self._are_one(names)]
         self._whole: dict[str, str] = {}
         self._shared: dict[str, str] = {}
         self._parts: dict[str, dict[str, str]] = {}
@@ -288,7 +290,7 @@ class _Names:
 
     def _groups(self) -> tuple[dict[str, tuple[str, ...]], bool]:
         """Name in the model of every tensor → all names that share its weight in the base; whether the adapter parts any."""
-        tied = {name: names for names in skeleton.tied_names(self._model) for name in names}
+        tied = {name: names for names in self._tied for name in names}
         for name in (*self._parts, *self._whole):
             if name in tied and self._settings.get("ensure_weight_tying"):
                 raise self._error(f"trains '{name}' with ensure_weight_tying, tied to '{tied[name][0]}'. {REMEDY}")
@@ -303,6 +305,11 @@ class _Names:
             elif live == next((name for name in sharing if name in self._stored), sharing[0]):
                 found[live] = sharing
         return found, split
+
+    def _are_one(self, names: Sequence[str]) -> bool:
+        """Whether the base has one weight under these names: transformers does not tie what is stored with different values."""
+        stored = [self._stored[name][0] for name in names if name in self._stored]
+        return all(are_equal(self._base, stored[0], other) for other in stored[1:])
 
     def _spelled(self, live: str) -> str:
         """What a tensor is called in the merged checkpoint: as the base has it, but for the backbone's prefix."""
@@ -334,7 +341,7 @@ class _Names:
 
     def _is_tied(self, live: str) -> bool:
         """Whether a tensor is tied to another: saved beside an adapter, and no copy, it is the base's for both."""
-        return any(live in names for names in skeleton.tied_names(self._model))
+        return any(live in names for names in self._tied)
 
     def _name(self, name: str, key: str) -> str:
         """The name in the model, of a name in the model or, where an older transformers wrote it, in a checkpoint."""
@@ -342,6 +349,9 @@ class _Names:
             return name
         if name in self._by_saved:
             return self._by_saved[name]
+        live = skeleton.live_names(self._model, [name]).get(name)
+        if live in self._saved:
+            return live
         raise self._error(f"holds '{key}', of which {type(self._model).__name__} knows nothing. {REMEDY}")
 
     def _low_rank(self, live: str, keys: Mapping[str, str]) -> LowRank:

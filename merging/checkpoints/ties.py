@@ -154,11 +154,11 @@ def _names(checkpoint: Checkpoint) -> _Names:
         there = [stored[name] for name in names if name in stored]
         for name in names if there else ():
             own = stored.get(name, there[0])
-            shared[name] = there[0] if _equal(checkpoint, there[0], own) else own
+            shared[name] = there[0] if are_equal(checkpoint, there[0], own) else own
     return _Names(stored, saved, shared)
 
 
-def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
+def are_equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
     """Whether two stored tensors hold the same numbers; looked at once as long as the files stay the same."""
     if first == second:
         return True

@@ -301,6 +301,57 @@ def test_embeddings_and_head_are_the_live_models(tmp_path, name, tie):
     assert opened.config["tie_word_embeddings"] is (tie and name == "neither")
 
 
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_base_that_stores_the_tied_weight_twice(tmp_path, equal):
+    """With different values, transformers ties nothing."""
+    base = tiny("Qwen2", tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    values = load_file(tmp_path / "base" / SINGLE)
+    head = values["model.embed_tokens.weight"] + (0.0 if equal else 0.5)
+    save_file(values | {"lm_head.weight": head}, tmp_path / "base" / SINGLE, {"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    live = trained(loaded, tmp_path / "a", target_modules=["q_proj"])
+    pool = Pool.open(str(tmp_path / "base"), {"a": str(tmp_path / "a")})
+    merge_to_disk(Material(pool), Recipe("linear", {"a": 1.0}), str(tmp_path / "out"))
+    assert ("lm_head.weight" in load_file(tmp_path / "out" / SINGLE)) is not equal
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        torch.testing.assert_close(found(IDS).logits, live(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_names_of_an_older_transformers(tmp_path):
+    sizes = SIZE | {"vocab_size": 40, "num_key_value_heads": 1, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    base = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(
+            text_config={"model_type": "llama", **sizes},
+            vision_config={
+                "model_type": "clip_vision_model",
+                "image_size": 8,
+                "patch_size": 4,
+                "projection_dim": 16,
+                **SIZE,
+            },
+            image_token_index=39,
+        )
+    ).eval()
+    base.save_pretrained(tmp_path / "base")
+    live = trained(base, tmp_path / "a", target_modules=r".*language_model.*q_proj")
+    values = load_file(tmp_path / "a" / ADAPTER_WEIGHTS)
+    older = {
+        key.replace("model.model.language_model.", "model.language_model.model."): value
+        for key, value in values.items()
+    }
+    assert older.keys() != values.keys()
+    save_file(older, tmp_path / "a" / ADAPTER_WEIGHTS)
+    pool = Pool.open(str(tmp_path / "base"), {"a": str(tmp_path / "a")})
+    merge_to_disk(Material(pool), Recipe("linear", {"a": 1.0}), str(tmp_path / "out"))
+    with torch.no_grad():
+        found = type(base).from_pretrained(tmp_path / "out")
+        torch.testing.assert_close(found(input_ids=IDS).logits, live(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+        assert (live(input_ids=IDS).logits - base(input_ids=IDS).logits).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens", "lm_head"]])
 @pytest.mark.parametrize("tie", [True, False])
 def test_saved_embeddings_of_a_grown_vocabulary(tmp_path, tie, targets):

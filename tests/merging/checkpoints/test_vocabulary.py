@@ -174,3 +174,27 @@ def test_what_cannot_be_joined_is_refused(tmp_path):
         Tokenizer(models.BPE(tokens, [])).save(str(tmp_path / name / "tokenizer.json"))
     with pytest.raises(PoolError, match=r"a's token 'c' is part of its BPE model"):
         merge(tmp_path, "union")
+
+
+@pytest.mark.parametrize("vocabulary", ["base", "union"])
+def test_every_tensor_that_counts_tokens(tmp_path, vocabulary):
+    """BART has a row for each token in its shared embedding, and a column in a buffer."""
+    torch.manual_seed(0)
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = transformers.BartConfig(
+        vocab_size=16, d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=16, **sizes
+    )
+    base = transformers.BartForConditionalGeneration(config).eval()
+    save(base, tmp_path / "base")
+    a = save(moved(base, 1, 18), tmp_path / "a", added=["<x>", "<y>"])
+    b = save(moved(base, 2), tmp_path / "b")
+    merge(tmp_path, vocabulary)
+    found = transformers.BartForConditionalGeneration.from_pretrained(tmp_path / "out")
+    rows = 16 if vocabulary == "base" else 18
+    shared = found.model.shared.weight
+    assert (len(shared), found.final_logits_bias.shape[1], found.config.vocab_size) == (rows, rows, rows)
+    name = "model.shared.weight"
+    torch.testing.assert_close(shared[:16], (a[name][:16] + b[name]) / 2)
+    torch.testing.assert_close(shared[16:], a[name][16:rows])
+    ids = torch.tensor([[rows - 1, 3]])
+    assert found(input_ids=ids, decoder_input_ids=ids).logits.shape[-1] == rows
