@@ -34,7 +34,8 @@ class RegMean(Method):
     Computed as W_0 + (Σ α_t G̃_t)⁻¹ Σ α_t G̃_t τ_tᵀ, so that rounding is relative to τ. Factors that are all equal ask for
     one solution, that of the sum; others, as contributions, for one of every member. Where the sum is singular, an r-th part
     of its diagonal is added to it, and that part of the members' mean to the right side: inputs that no member ever saw
-    get the plain mean. `report()` says how large r was.
+    get the plain mean. A Gram in float32 is singular where its smallest eigenvalue may be a rounding error. `report()` says how
+    large r was, and how many matrices besides embeddings have no Gram and are the mean (a mixture's experts).
     """
 
     name = "regmean"
