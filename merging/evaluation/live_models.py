@@ -99,7 +99,7 @@ class LiveModels:
             self._model(task)
         for shared in self._shared.values():
             shared.check(self._out)
-        refuse_unmeasured(pool.weights, tasks, {name: shared.held for name, shared in self._shared.items()})
+        refuse_unmeasured(tasks, {name: shared.dropped for name, shared in self._shared.items()})
         self._source = source(material, self._out)
 
     def measure(self, recipe: Recipe, split: Split, limit: int | None = None, plan: Plan | None = None) -> Measurement:
@@ -203,18 +203,17 @@ def _trace(scores: Sequence[Mapping[str, Score]], predictions: Mapping[str, Pred
     return Trace(scores, each("values"), each("surrogates"), each("losses"))
 
 
-def refuse_unmeasured(weights: Collection[str], tasks: Sequence[Task], held: Mapping[str, Collection[str]]) -> None:
+def refuse_unmeasured(tasks: Sequence[Task], dropped: Mapping[str, Collection[str]]) -> None:
     """A search must not pick by the scores of models that lack some of what is merged and exported.
 
     Args:
-        weights: The base's names of what is merged.
         tasks: The tasks.
-        held: Task → what its model computes with.
+        dropped: Task → the base's names of merged weights that its model has no place for, though they are of account.
 
     Raises:
         PoolError: No task's model has a place for some weight.
     """
-    missing = [name for name in weights if not any(name in names for names in held.values())]
+    missing = sorted(set.intersection(*(set(names) for names in dropped.values()))) if dropped else []
     if missing:
         raise PoolError(
             f"{len(missing)} merged weights are in no task's model ({', '.join(missing[:SHOWN])}"
@@ -231,11 +230,10 @@ def check_models(pool: Pool, tasks: Sequence[Task], owners: Mapping[str, str]) -
         PoolError: No task's model has a place for some merged weight.
         TaskError: A checkpoint cannot be loaded as its task's class, or lacks some of its weights.
     """
-    held = {}
+    dropped = {}
     for task in tasks:
         if (blank := task.blank_model()) is None:
             return
         names = pool.members[owners[task.name]].names
-        loaded = {source for conversion in blank[1].conversions for source in conversion.sources}
-        held[task.name] = {name for name in pool.weights if names[name] in loaded}
-    refuse_unmeasured(pool.weights, tasks, held)
+        dropped[task.name] = {name for name in pool.weights if names[name] in blank[1].homeless}
+    refuse_unmeasured(tasks, dropped)

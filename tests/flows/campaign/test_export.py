@@ -63,7 +63,14 @@ def card_and_model(place) -> tuple[str, torch.nn.Module]:
     return card, names["model"].eval()
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2", "t5", "clip", "bert_mlm", "llava"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        "mixtral",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "t5", "clip", "bert_mlm", "llava")),
+    ],
+)
 def test_the_card_loads_the_model_that_was_measured(name, campaign_of, tmp_path):
     opened = campaign_of(name)
     owners = opened.campaign.owners()

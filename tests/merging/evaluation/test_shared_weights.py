@@ -54,7 +54,13 @@ def live_models(material: Material, auto: str, *owners: str) -> LiveModels:
     return LiveModels(material, tasks, {owner: owner for owner in owners}, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+SELDOM = {"bert_mlm", "modernbert", "qwen2", "qwen3", "gemma2", "phi3", "mamba", "bart", "dinov2", "resnet", "gpt_oss"}
+"""Families whose weights lie as those of others do."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SELDOM else []) for name in FAMILIES]
+)
 def test_the_live_model_is_the_exported_one(name, tmp_path, probe):
     family = probe.family = FAMILIES[name]
     paths = written(family, tmp_path)
@@ -110,8 +116,7 @@ def test_checkpoints_of_older_names(name, which, tmp_path, probe):
     torch.testing.assert_close(probe.seen, family.output(stored), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("differ", [False, True])
-@pytest.mark.parametrize("which", [ALL, ("one",), ("one", "two")])
+@pytest.mark.parametrize(("which", "differ"), [(ALL, False), (("one",), True), (("one", "two"), False)])
 @pytest.mark.parametrize(
     ("name", "first", "second"),
     [
@@ -182,6 +187,18 @@ def test_a_weight_in_no_model_is_refused(tmp_path, probe):
     material = opened(written(FAMILIES["llama"], tmp_path))
     with pytest.raises(PoolError, match=r"1 merged weights are in no task's model \(lm_head.weight\).*model_class"):
         live_models(material, "AutoModel", "one")
+
+
+def test_a_weight_that_transformers_ignores_need_be_in_no_model(tmp_path, probe):
+    family = probe.family = FAMILIES["deepseek_v3"]
+    paths = written(family, tmp_path)
+    for where in paths:
+        file = tmp_path / where / "model.safetensors"
+        more = {"model.layers.61.eh_proj.weight": torch.ones(4, 4)}
+        save_file(load_file(file) | more, file, metadata={"format": "pt"})
+    material = opened(paths)
+    assert "model.layers.61.eh_proj.weight" in material.pool.weights
+    live_models(material, family.auto, "one").measure(RECIPE, "validation")
 
 
 @pytest.mark.parametrize(
