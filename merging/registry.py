@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 def did_you_mean(name: str, known: list[str]) -> str:
     """A sentence that names the nearest known word, or all of them."""
-    near = get_close_matches(name, known, n=1)
+    near = get_close_matches(name[:100], known, n=1)
     return f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(sorted(known))}."
 
 

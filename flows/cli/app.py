@@ -197,7 +197,7 @@ def merge(
         typer.Option("--out", help="Directory to write, whole or not at all; replaces nothing but an earlier merge."),
     ],
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the base's.")] = None,
-    memory: Annotated[float, typer.Option(help="Gigabytes of working memory.", min=0.01)] = 1.0,
+    memory: Annotated[float, typer.Option(help="Gigabytes of working memory.", min=0.01, max=1e6)] = 1.0,
     threads: Annotated[int | None, typer.Option(help="Threads; by default one a processor.", min=1)] = None,
     mismatch: Annotated[
         bool, typer.Option(help="Show the gradient mismatch at the recipe's factors, from Fisher statistics.")

@@ -127,6 +127,9 @@ class Campaign(Settings):
         for method in self.search.methods:
             if method not in METHODS:
                 raise ValueError(f"search.methods: unknown method '{method}'. {did_you_mean(method, list(METHODS))}")
+            fixed = self.search.methods[method].scaling
+            if fixed is not None and METHODS[method].scale_free and set(fixed.values) == {0}:
+                raise ValueError(f"search.methods.{method}.scaling: factors of 0 only, which cancel: give one above 0")
             if method == "distilled":
                 raise ValueError("search.methods: 'distilled' comes after the search: set `distil: {}` instead")
         self.files_from.check(self.members)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -37,7 +37,7 @@ class RecipeFile(Settings):
     base_statistics: tuple[str, ...] = Field((), description="Statistics files of the base (its Fisher).")
     base_examples: int | None = Field(None, ge=1, description="Training examples behind the base.")
     method: str = Field(description="Merge method.")
-    scaling: float | dict[str, float | dict[str, float]] | None = Field(
+    scaling: float | dict[str, float | Annotated[dict[str, float], Field(min_length=1)]] | None = Field(
         None,
         description="One factor for all members, or one each, or one for each of a member's groups of weights "
         "(`amazon: {layers:0-2: 0.5, '*': 1.0}`); by default the method's own default.",

@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from types import UnionType
@@ -15,6 +16,8 @@ from merging.io.secrets import holds_secret, redacted
 from merging.registry import did_you_mean
 
 Model = TypeVar("Model", bound=BaseModel)
+MAX_LINE, MAX_LINES = 600, 30
+"""Of a message: characters of a mistake, and mistakes."""
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Name = Annotated[str, Field(pattern=NAME, max_length=100)]
 """What files and directories can be called by."""
@@ -146,8 +149,14 @@ def require_writable(path: str) -> None:
     if place.exists() and not place.is_dir():
         raise SettingsError(f"{path} is a file; name a directory")
     parent = next(p for p in (place, *place.absolute().parents) if p.exists())
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise SettingsError(f"there is no right to write in {parent}: choose another place with --out")
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        told = error.strerror or error
+        raise SettingsError(
+            f"there is no right to write in {parent} ({told}): choose another place with --out"
+        ) from error
 
 
 def validate(model: type[Model], value: Mapping[str, Any], where: str) -> Model:
@@ -164,8 +173,10 @@ def validate(model: type[Model], value: Mapping[str, Any], where: str) -> Model:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        lines = [f"  - {redacted(_explain(model, entry))}" for entry in error.errors(include_url=False)]
-        raise SettingsError(f"{where}: {len(lines)} mistake{'s' * (len(lines) > 1)}:\n" + "\n".join(lines)) from error
+        told = [redacted(_explain(model, entry)) for entry in error.errors(include_url=False)]
+        lines = [f"  - {line if len(line) <= MAX_LINE else line[:MAX_LINE] + ' …'}" for line in told[:MAX_LINES]]
+        lines += [f"  … and {len(told) - MAX_LINES} more"] if len(told) > MAX_LINES else []
+        raise SettingsError(f"{where}: {len(told)} mistake{'s' * (len(told) > 1)}:\n" + "\n".join(lines)) from error
 
 
 def _explain(model: type[BaseModel], entry: Any) -> str:

@@ -5,8 +5,9 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
+from merging.checkpoints.checkpoint import read_arrays
 from merging.evaluation.steps import Plan
 from merging.io import storage
 from search.candidate import Candidate, Outcome
@@ -46,7 +47,7 @@ class KeptOutcomes:
     def read(self, candidate: str) -> Values:
         """A candidate's values; empty where none were kept."""
         path = self._file(candidate)
-        return load(storage.read_bytes(path)) if storage.exists(path) else {}
+        return read_arrays(path) if storage.exists(path) else {}
 
     def _file(self, candidate: str) -> str:
         return storage.join(self._path, f"{candidate}.safetensors")

@@ -171,6 +171,18 @@ class SafetensorsFile:
         return raw.view(info.dtype).reshape(info.shape)
 
 
+def read_arrays(path: str) -> dict[str, np.ndarray[Any, Any]]:
+    """All tensors of a small safetensors file, as arrays in memory of their own.
+
+    Raises:
+        CheckpointError: The file is missing, truncated, or not safetensors.
+    """
+    file = SafetensorsFile.open(path)
+    values = {name: file.read(name) for name in file.tensors}
+    has_numpy = (torch.float64, torch.float32, torch.int64, torch.int32, torch.bool)
+    return {name: np.array((v if v.dtype in has_numpy else v.double()).numpy()) for name, v in values.items()}
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A Hugging Face model directory, local or at an fsspec address.

@@ -15,7 +15,7 @@ MAX_YAML_BYTES = 1 << 20
 """Of a YAML document: a campaign of a thousand members has 200 kB, and the parser reads some 200 kB a second."""
 MAX_DEPTH = 64
 """Lists and mappings within each other: below the recursion limit of all that handles the value later."""
-MAX_NODES = 100_000
+MAX_NODES = 50_000
 """Values of a YAML document, every alias counted as often as it stands there."""
 MAX_DIGITS = 100
 """Of an integer: what has more is converted slowly, and to no float."""

@@ -26,6 +26,8 @@ from merging.io.secrets import holds_secret, redacted
 
 T = TypeVar("T")
 S3 = ("s3", "s3a")
+LONGEST_NAME = 255
+"""Bytes of a file's name, on the file systems that there are."""
 SETTLED = 2.0
 """Seconds after which a change of a local file shows in its times: file systems keep them no finer than that."""
 
@@ -39,11 +41,14 @@ def local_path(path: str) -> Path:
     """The local path that `path` names.
 
     Raises:
-        StorageError: It is no path: it holds a NUL, or half of a character.
+        StorageError: It is no path: it holds a NUL, half of a character, or a name that is too long.
     """
     try:
-        if b"\0" in os.fsencode(path):
+        encoded = os.fsencode(path)
+        if b"\0" in encoded:
             raise StorageError(f"{path!r} is no path: it holds a NUL character")
+        if len(encoded) > LONGEST_NAME and max(map(len, encoded.split(b"/"))) > LONGEST_NAME:
+            raise StorageError(f"{path} is no path: a name in it has more than {LONGEST_NAME} bytes")
     except UnicodeEncodeError as error:
         raise StorageError(f"{path!r} is no path: it holds half of a character") from error
     return Path(path.removeprefix("file://"))

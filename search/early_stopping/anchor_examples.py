@@ -16,8 +16,9 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
+from merging.checkpoints.checkpoint import read_arrays
 from merging.evaluation.steps import Plan, Positions, Trace
 from merging.io import storage
 from merging.tasks.task import Score
@@ -155,10 +156,11 @@ class Anchors:
     @classmethod
     def read(cls, path: str) -> "Anchors":
         """What `write` wrote."""
-        tensors = load(storage.read_bytes(path))
+        tensors = read_arrays(path)
         tasks = sorted({name.rpartition("/")[0] for name in tensors})
-        return cls(
-            {task: TaskAnchors(*(tensors[f"{task}/{name}"] for name in TaskAnchors.__match_args__)) for task in tasks}
+        names = TaskAnchors.__match_args__
+        return storage.made_from(
+            tensors, lambda found: cls({t: TaskAnchors(*(found[f"{t}/{name}"] for name in names)) for t in tasks}), path
         )
 
 

@@ -1,6 +1,7 @@
 """Optuna's samplers by name, made anew for each proposal: a resumed search goes on as an unbroken one."""
 
 import inspect
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -60,6 +61,18 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "gp": {"warn_independent_sampling": False},
     "qmc": {"warn_independent_sampling": False},
 }
+KINDS: Mapping[str, tuple[type, ...]] = {
+    "bool": (bool,),
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "None": (type(None),),
+}
+"""Words of an annotation → types that a file's value may have."""
+LEAST: Mapping[str, int] = {"n_startup_trials": 0, "inc_popsize": -1}
+"""Smallest value of a count, where it is not 1."""
+MOST = 1_000_000
+"""Largest value of a count: there are as many candidates, or vectors in memory."""
 _NOT_IN_A_FILE = ("Callable", "Sampler", "Mutation", "Crossover", "FrozenTrial", "ndarray")
 
 
@@ -98,6 +111,7 @@ def make_sampler(
         if argument not in known:
             hint = did_you_mean(argument, known) if known else "It takes none."
             raise SettingsError(f"sampler '{name}' has no argument '{argument}'. {hint}")
+        _require_kind(name, argument, (arguments or {})[argument])
     if name == QUALITY_DIVERSITY:
         return _quality_diversity(seed, dict(arguments or {}), number, selection or select(["all"], "all"))
     chosen = {**DEFAULTS.get(name, {}), **(arguments or {}), "seed": ask_seed(seed, number)}
@@ -177,6 +191,26 @@ def _quality_diversity(seed: int, arguments: dict[str, Any], number: int, select
         )
     except TypeError as error:
         raise SettingsError(f"sampler '{QUALITY_DIVERSITY}' refuses its arguments: {error}") from error
+
+
+def _require_kind(name: str, argument: str, value: Any) -> None:
+    """Looks whether a value is of the argument's type: most samplers find out when they propose, long after they were made.
+
+    Raises:
+        SettingsError: It is another, not finite, or a count out of bounds.
+    """
+    if argument not in inspect.signature(SAMPLERS[name]).parameters:
+        return
+    annotation = inspect.signature(SAMPLERS[name]).parameters[argument].annotation
+    words = (annotation if isinstance(annotation, str) else annotation.__name__).split(" | ")
+    if set(words) - KINDS.keys():
+        return  # its own constructor looks at it
+    kinds = [kind for word in words for kind in KINDS[word]]
+    fits = type(value) in kinds and not (isinstance(value, float) and not math.isfinite(value))
+    if fits and isinstance(value, int) and not isinstance(value, bool):
+        fits = LEAST.get(argument, 1) <= value <= MOST
+    if not fits:
+        raise SettingsError(f"sampler '{name}': {argument} = {value!r} is not what Optuna takes ({' | '.join(words)})")
 
 
 def _arguments(sampler: type[BaseSampler]) -> list[str]:
