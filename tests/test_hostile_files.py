@@ -27,6 +27,7 @@ from flows.config.recipe_file import load_recipe
 from flows.directory import lock
 from flows.directory.campaign_directory import Directory
 from flows.report.test_answers import KeptOutcomes
+from merging.checkpoints.adapter import open_checkpoint
 from merging.checkpoints.checkpoint import Checkpoint, SafetensorsFile
 from merging.checkpoints.manifest import written
 from merging.checkpoints.patterns import matches
@@ -615,3 +616,51 @@ def test_settings(place: Path, place_in_file: tuple[str, ...], value: Any) -> No
     within[place_in_file[-1]] = value
     path.write_text(yaml.safe_dump(changed))
     assert refused(lambda: load_campaign(str(path)), "") is not None
+
+
+def test_stored_configurations_of_other_types(campaign: Path) -> None:
+    path = campaign / "pool.json"
+    path.write_text(json.dumps(POOL | {"configurations": {"one": CONFIG | {"architectures": True}}}))
+    try:
+        assert refused(lambda: _check_pool(campaign), str(path)) is not None
+    finally:
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("z.csv", b"text,label\n" + b"a," + b"9" * 20_000 + b"\n"),
+        ("z.csv", b"9" * 20_000 + b",label\na,neg\n"),
+        ("z.jsonl", json.dumps({"text": ["x" * 20_000], "label": "neg"}).encode()),
+        ("z.parquet", TABLES["x.parquet"].replace(b"a bad one", b"a \xffad one")),
+    ],
+    ids=["long label", "long column", "long text", "not UTF-8"],
+)
+def test_data_in_messages(place: Path, name: str, content: bytes) -> None:
+    path = place / name
+    path.write_bytes(content)
+    message = refused(lambda: read_examples([str(path)], Columns("text", None, "label"), ["neg", "pos"]), str(path))
+    assert message is not None
+    assert len(message) < 1000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 0}, "r = 0"),
+        ({"lora_alpha": 1e308}, "lora_alpha"),
+        ({"lora_alpha": 10**400}, "digits"),
+        ({}, "no tensors"),
+    ],
+    ids=["rank 0", "factor without a finite product", "factor beyond floats", "no tensors"],
+)
+def test_adapters(place: Path, changes: dict[str, Any], message: str) -> None:
+    base = checkpoint(place, "adapted")
+    (base / "model.safetensors").write_bytes(save(TENSORS))
+    directory = place / "adapter"
+    directory.mkdir(exist_ok=True)
+    about = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "task_type": "SEQ_CLS"} | changes
+    (directory / "adapter_config.json").write_text(json.dumps(about))
+    (directory / "adapter_model.safetensors").write_bytes(save(TENSORS if changes else {}))
+    assert message in (refused(lambda: open_checkpoint(str(directory), str(base)), "adapter") or "")

@@ -15,7 +15,7 @@ from flows.config.sections import (
     StatisticsSettings,
     TestSettings,
 )
-from flows.config.yaml_file import MemberSettings, Name, Settings, load_yaml, parent, resolve, validate
+from flows.config.yaml_file import MemberSettings, Name, Settings, load_yaml, parent, resolve, said_in, validate
 from merging.checkpoints.validation import MAX_DISTANCE
 from merging.checkpoints.vocabulary import Vocabulary
 from merging.errors import MergequestError, SettingsError
@@ -258,20 +258,21 @@ def load_campaign(path: str) -> Campaign:
     root = parent(path)
     campaign = validate(Campaign, load_yaml(path), path)
     settings = campaign.model_dump(mode="json")
-    settings["directory"] = resolve(campaign.directory or storage.join("runs", campaign.name), root)
-    settings["base"] = resolve(campaign.base, root)
-    for member in settings["members"].values():
-        member["checkpoint"] = resolve(member["checkpoint"], root)
-        member["statistics"] = [resolve(file, root) for file in member["statistics"]]
-    settings["base_data"]["statistics"] = [resolve(file, root) for file in campaign.base_data.statistics]
-    if settings["statistics"]["cache"]:
-        settings["statistics"]["cache"] = resolve(settings["statistics"]["cache"], root)
-    calibration = [member["calibration"] for member in settings["members"].values() if member["calibration"]]
-    for task in (*settings["tasks"].values(), *calibration):
-        for split, files in task.get("data", {}).items():
-            task["data"][split] = (
-                resolve(files, root) if isinstance(files, str) else [resolve(file, root) for file in files]
-            )
+    with said_in(path):
+        settings["directory"] = resolve(campaign.directory or storage.join("runs", campaign.name), root)
+        settings["base"] = resolve(campaign.base, root)
+        for member in settings["members"].values():
+            member["checkpoint"] = resolve(member["checkpoint"], root)
+            member["statistics"] = [resolve(file, root) for file in member["statistics"]]
+        settings["base_data"]["statistics"] = [resolve(file, root) for file in campaign.base_data.statistics]
+        if settings["statistics"]["cache"]:
+            settings["statistics"]["cache"] = resolve(settings["statistics"]["cache"], root)
+        calibration = [member["calibration"] for member in settings["members"].values() if member["calibration"]]
+        for task in (*settings["tasks"].values(), *calibration):
+            for split, files in task.get("data", {}).items():
+                task["data"][split] = (
+                    resolve(files, root) if isinstance(files, str) else [resolve(file, root) for file in files]
+                )
     return validate(Campaign, settings, path)
 
 

@@ -9,7 +9,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from flows.config.files_from import FilesFrom
-from flows.config.yaml_file import MemberSettings, Name, Settings, load_yaml, parent, resolve, validate
+from flows.config.yaml_file import MemberSettings, Name, Settings, load_yaml, parent, resolve, said_in, validate
 from merging.checkpoints.pool import Pool
 from merging.checkpoints.validation import MAX_DISTANCE, check_weights
 from merging.checkpoints.vocabulary import Vocabulary
@@ -120,12 +120,13 @@ def load_recipe(path: str) -> RecipeFile:
     root = parent(path)
     given = validate(RecipeFile, load_yaml(path), path)
     settings = given.model_dump(mode="json")
-    settings["base"] = resolve(given.base, root)
-    settings["statistics"] = [resolve(file, root) for file in given.statistics]
-    settings["base_statistics"] = [resolve(file, root) for file in given.base_statistics]
-    for member in settings["members"].values():
-        member["checkpoint"] = resolve(member["checkpoint"], root)
-        member["statistics"] = [resolve(file, root) for file in member["statistics"]]
+    with said_in(path):
+        settings["base"] = resolve(given.base, root)
+        settings["statistics"] = [resolve(file, root) for file in given.statistics]
+        settings["base_statistics"] = [resolve(file, root) for file in given.base_statistics]
+        for member in settings["members"].values():
+            member["checkpoint"] = resolve(member["checkpoint"], root)
+            member["statistics"] = [resolve(file, root) for file in member["statistics"]]
     return validate(RecipeFile, settings, path)
 
 

@@ -5,6 +5,7 @@ import re
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -110,6 +111,19 @@ def _secrets(value: Any, place: str) -> Iterator[str]:
 def parent(path: str) -> str:
     """The directory of a local file or an address."""
     return storage.absolute(path).rpartition("/")[0]
+
+
+@contextmanager
+def said_in(file: str) -> Iterator[None]:
+    """Has errors of paths name the file that holds them.
+
+    Raises:
+        SettingsError: A path is none.
+    """
+    try:
+        yield
+    except StorageError as error:
+        raise SettingsError(f"{file}: {error}") from error
 
 
 def resolve(path: str, root: str) -> str:

@@ -11,7 +11,9 @@ from flows.config.campaign_file import BUDGETS, CAMPAIGN_FILE, Campaign, dump, l
 from flows.config.yaml_file import require_writable
 from flows.directory.heartbeat import FILE as PULSE
 from flows.directory.lock import lease
+from merging.checkpoints.config_checks import check_config
 from merging.checkpoints.configuration import differences
+from merging.checkpoints.safetensors_header import MAX_TENSORS
 from merging.errors import LedgerError, PoolError, SettingsError, StorageError, TaskError
 from merging.io import storage
 from merging.io.process import try_lock
@@ -200,6 +202,8 @@ def _fingerprints(value: Any) -> dict[str, Any]:
     """`pool.json`."""
     data = {str(task): dict(splits) for task, splits in value["data"].items()}
     configurations = {str(name): dict(config) for name, config in value.get("configurations", {}).items()}
+    for name, config in configurations.items():
+        check_config(config, MAX_TENSORS, name)
     return {"checkpoints": dict(value["checkpoints"]), "data": data, "configurations": configurations}
 
 

@@ -58,6 +58,8 @@ class AdapterCheckpoint(Checkpoint):
                 "`model.save_pretrained(DIR)` of peft writes safetensors"
             )
         file = SafetensorsFile.open(storage.join(path, ADAPTER_WEIGHTS))
+        if not file.tensors:
+            raise CheckpointError(f"{file.path} holds no tensors: copy the adapter again")
         if own is not None:
             check_config(own, len(base.tensors) + len(file.tensors), storage.join(path, CONFIG))
         found = adapted(path, settings, own, base, file)

@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from merging.checkpoints.parameter_names import conv1d
 from merging.checkpoints.patterns import matches
 from merging.checkpoints.ties import are_equal
 from merging.errors import CheckpointError
+from merging.io.documents import is_number
 
 PREFIX = "base_model.model."
 LOADERS = {
@@ -44,6 +44,8 @@ NOT_PLAIN = (
 """Settings under which a member's weights are not θ_0 + scaling · B @ A."""
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that also change the base's weights."""
+LARGEST = 1e9
+"""Of ranks and factors: what is beyond was never trained, and leaves nothing finite."""
 REMEDY = "Merge it into its base with peft (`model.merge_and_unload().save_pretrained(DIR)`), and name that directory"
 
 
@@ -141,11 +143,10 @@ def _check_numbers(path: str, settings: Mapping[str, Any]) -> None:
 
 
 def _check_number(path: str, name: str, value: object, *, whole: bool) -> None:
-    """Looks whether a value is a positive number."""
-    is_number = isinstance(value, int) or (isinstance(value, float) and not whole and isfinite(value))
-    if isinstance(value, bool) or not is_number or value <= 0:  # type: ignore[operator]
+    """Looks whether a value is a positive number, and a product with it is finite."""
+    if not is_number(value) or (whole and isinstance(value, float)) or not 0 < value <= LARGEST:
         kind = "whole number" if whole else "number"
-        raise CheckpointError(f"{path}: {name} = {value!r} in its adapter_config.json is no positive {kind}")
+        raise CheckpointError(f"{path}: {name} = {str(value)[:100]} in its adapter_config.json is no positive {kind}")
 
 
 def _choose(

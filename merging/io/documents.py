@@ -1,7 +1,7 @@
 """JSON and YAML from files that anybody may have written: bounded in size and depth, no key twice, one error with its place."""
 
 import json
-import math
+import sys
 from collections.abc import Hashable, Iterable
 from typing import Any, TypeGuard
 
@@ -100,7 +100,9 @@ def is_count(value: object) -> TypeGuard[int]:
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a finite number, and no boolean."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # compares integers of any size, and NaN with nothing
 
 
 def is_text(value: object) -> TypeGuard[str]:

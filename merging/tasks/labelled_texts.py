@@ -17,7 +17,8 @@ from merging.io import storage
 from merging.io.documents import as_object, parse_json
 
 FORMATS = (".parquet", ".csv", ".jsonl", ".ndjson")
-SHOWN = 5
+SHOWN, LONGEST = 5, 100
+"""Of a message: values, and characters of a value."""
 BATCH = 1 << 16
 """Rows of a Parquet file that are read at once."""
 MAX_TABLE = 8 << 30
@@ -143,6 +144,7 @@ def _read_parquet(file: pq.ParquetFile, columns: list[str]) -> pa.Table:
         size += batch.nbytes
         if size > MAX_TABLE:
             raise ValueError(f"its columns have more than {MAX_TABLE >> 30} GiB")
+        batch.validate(full=True)
         batches.append(batch)
     schema = file.schema_arrow
     return pa.Table.from_batches(batches, pa.schema([schema.field(name) for name in columns]))
@@ -166,7 +168,7 @@ def text_problems(values: "pd.Series[Any]", column: str) -> list[str]:
         return []
     return [
         f"column '{column}' holds no text in {len(wrong)} of {len(values)} rows "
-        f"(first in row {wrong[0] + 1}: {values.iloc[wrong[0]]!r}); remove those rows or name another column"
+        f"(first in row {wrong[0] + 1}: {repr(values.iloc[wrong[0]])[:LONGEST]}); remove those rows or name another column"
     ]
 
 
@@ -192,7 +194,7 @@ def class_indices(
         positions |= {int(name): index for name, index in positions.items() if str(name).isdecimal()}
     raw = values.tolist()
     labels = [_class_index(value, positions) for value in raw]
-    strange = Counter(repr(value) for value, label in zip(raw, labels, strict=True) if label is None)
+    strange = Counter(repr(value)[:LONGEST] for value, label in zip(raw, labels, strict=True) if label is None)
     if strange:
         shown = ", ".join(f"{value} ({count:,} examples)" for value, count in strange.most_common(SHOWN))
         more = f" and {len(strange) - SHOWN} more" if len(strange) > SHOWN else ""
@@ -212,5 +214,5 @@ def _class_index(value: Any, positions: Mapping[str | int, int]) -> int | None:
 
 
 def _quoted(names: Sequence[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:20])
+    shown = ", ".join(f"'{str(name)[:LONGEST]}'" for name in names[:20])
     return f"{shown}, … ({len(names)} in all)" if len(names) > 20 else shown

@@ -202,7 +202,7 @@ def _require_kind(name: str, argument: str, value: Any) -> None:
     if argument not in inspect.signature(SAMPLERS[name]).parameters:
         return
     annotation = inspect.signature(SAMPLERS[name]).parameters[argument].annotation
-    words = (annotation if isinstance(annotation, str) else annotation.__name__).split(" | ")
+    words = (annotation.__name__ if isinstance(annotation, type) else str(annotation)).split(" | ")
     if set(words) - KINDS.keys():
         return  # its own constructor looks at it
     kinds = [kind for word in words for kind in KINDS[word]]
