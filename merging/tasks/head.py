@@ -68,6 +68,12 @@ def class_names(
         raise TaskError(f"`id2label` in the config.json of {head} does not name classes 0, 1, …: {found}")
     if len(found) < 2:
         raise TaskError(f"the head of {head} has one output, a regression: it does not classify")
+    if (problem := config.get("problem_type")) in ("multi_label_classification", "regression"):
+        kind = "several labels at once" if problem.startswith("multi") else "numbers"
+        raise TaskError(
+            f"the head of {head} gives {kind} (`problem_type: {problem}`), not one class an example: score it by a custom "
+            "task, or correct `problem_type` in its config.json"
+        )
     if labels is not None and len(labels) != len(found):
         raise TaskError(f"`labels` names {len(labels)} classes, the head of {head} has {len(found)}")
     names = labels or [str(found[key]) for key in sorted(found, key=int)]
