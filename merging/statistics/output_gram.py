@@ -45,7 +45,7 @@ class OutputGram(Statistic):
     """
 
     kind: ClassVar[str] = "output_gram"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     settings_type: ClassVar[type[StatisticSettings]] = OutputGramSettings
     settings: OutputGramSettings
 
@@ -78,7 +78,8 @@ class OutputGram(Statistic):
             tapped: Tensor
             tapped, found = tap(output, len(output))
             edges.extend((layer, edge) for edge in found if edge is not None)
-            return tapped
+            # What follows may change its input in place, and would lose the edge.
+            return tapped.clone() if tapped is output else tapped
 
         with ExitStack() as restore:
             restore.enter_context(differentiable(model, parameters=False))

@@ -8,7 +8,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from merging.checkpoints.parameter_names import checkpoint_names
+from merging.checkpoints.parameter_names import checkpoint_names, in_checkpoint
 from merging.statistics import (
     Fisher,
     Gram,
@@ -163,7 +163,7 @@ def brute(task, likelihood="categorical"):
         for module in model.modules()
         if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in embeddings
     }
-    fisher = {names[id(p)]: torch.zeros_like(p) for p in parameters}
+    fisher = {id(p): torch.zeros_like(p) for p in parameters}
     grams: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
@@ -199,14 +199,15 @@ def brute(task, likelihood="categorical"):
             )
             for parameter, gradient in zip(parameters, found, strict=False):
                 if gradient is not None:
-                    fisher[names[id(parameter)]] += weight * gradient.square()
+                    fisher[id(parameter)] += weight * gradient.square()
             for (name, _, out), gradient in zip(seen, found[len(parameters) :], strict=True):
                 if gradient is not None:
                     flat = gradient.reshape(-1, gradient.shape[-1])
                     outputs[name] = (
                         outputs.get(name, torch.zeros(out.shape[-1], out.shape[-1])) + weight * flat.T @ flat
                     )
-    return fisher, grams, outputs, rows
+    stored = in_checkpoint(model, {name: fisher[id(p)] for name, p in model.named_parameters()})
+    return stored, grams, outputs, rows
 
 
 def assert_near(found, expected, tolerance=2e-5):
