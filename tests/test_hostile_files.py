@@ -517,7 +517,17 @@ def test_yaml(place: Path, text: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["a\0b", "x" * 300, "~nobody-at-all/x", "zip://a::file:///nowhere.zip", "zzz://a", "\ud800", "/etc/passwd/x"],
+    [
+        "a\0b",
+        "x" * 300,
+        "x" * 30_000,
+        "\0" * 30_000,
+        "~nobody-at-all/x",
+        "zip://a::file:///nowhere.zip",
+        "zzz://a",
+        "\ud800",
+        "/etc/passwd/x",
+    ],
 )
 def test_paths(path: str) -> None:
     assert refused(lambda: Checkpoint.open(storage.absolute(path)), "") is not None

@@ -26,6 +26,8 @@ from merging.io.secrets import holds_secret, redacted
 
 T = TypeVar("T")
 S3 = ("s3", "s3a")
+SHOWN = 300
+"""Characters of a path that is none, in a message."""
 LONGEST_NAME = 255
 """Bytes of a file's name, on the file systems that there are."""
 SETTLED = 2.0
@@ -46,11 +48,11 @@ def local_path(path: str) -> Path:
     try:
         encoded = os.fsencode(path)
         if b"\0" in encoded:
-            raise StorageError(f"{path!r} is no path: it holds a NUL character")
+            raise StorageError(f"{path[:SHOWN]!r} is no path: it holds a NUL character")
         if len(encoded) > LONGEST_NAME and max(map(len, encoded.split(b"/"))) > LONGEST_NAME:
-            raise StorageError(f"{path} is no path: a name in it has more than {LONGEST_NAME} bytes")
+            raise StorageError(f"{path[:SHOWN]} … is no path: a name in it has more than {LONGEST_NAME} bytes")
     except UnicodeEncodeError as error:
-        raise StorageError(f"{path!r} is no path: it holds half of a character") from error
+        raise StorageError(f"{path[:SHOWN]!r} is no path: it holds half of a character") from error
     return Path(path.removeprefix("file://"))
 
 
