@@ -227,7 +227,7 @@ def _signs(value: Any) -> dict[str, Any]:
     numbers = {name: value.get(name) for name in ("evaluators", "busy", "per_minute", "seconds_left", "pid")}
     if not all(number is None or (is_number(number) and abs(number) < 1e12) for number in numbers.values()):
         raise ValueError("a count that is no number")
-    texts = {name: None if value.get(name) is None else str(value[name]) for name in ("phase", "host", "ended")}
+    texts = {name: None if value.get(name) is None else str(value[name]) for name in ("name", "phase", "host", "ended")}
     counts = {name: int(numbers.pop(name) or 0) for name in ("evaluators", "busy")}
     return {"heard": value["heard"], **counts, **numbers, **texts}
 
