@@ -143,7 +143,8 @@ class _Merger:
     def can_stretch(self) -> bool:
         """Whether a weight may be merged in stretches, and reading one costs no more than the stretch."""
         members = self.pool.members.values()
-        return self.method.elementwise and all(c.is_mapped for c in (self.pool.base, *(m.checkpoint for m in members)))
+        sources = (self.pool.base, *(member.checkpoint for member in members))
+        return self.method.is_elementwise(self._recipe.parameters) and all(c.is_mapped for c in sources)
 
     def dtype(self, name: str) -> torch.dtype:
         """Of a tensor as it is written."""

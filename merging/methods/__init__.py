@@ -6,7 +6,7 @@ from merging.methods.curvature import fisher_averaging, gradient_matching
 from merging.methods.least_squares import distilled, mats, regmean, regmean_propagated
 from merging.methods.method import METHODS, Context, Method, Parameter, Prepared, Weight
 from merging.methods.spectral import iso_c, tsv_m
-from merging.methods.spherical import model_stock, multi_slerp, slerp
+from merging.methods.spherical import karcher, model_stock, multi_slerp, nuslerp, slerp
 from merging.methods.task_vectors import breadcrumbs, consensus, dare, della, ties
 
 __all__ = [
@@ -25,11 +25,13 @@ __all__ = [
     "fisher_averaging",
     "gradient_matching",
     "iso_c",
+    "karcher",
     "linear",
     "lines",
     "mats",
     "model_stock",
     "multi_slerp",
+    "nuslerp",
     "regmean",
     "regmean_propagated",
     "slerp",

@@ -61,6 +61,10 @@ class Lines(Method):
         """Where the method that is scaled is."""
         return self.inner.is_linear(parameters)
 
+    def is_elementwise(self, parameters: Mapping[str, Value]) -> bool:
+        """Where the method that is scaled is."""
+        return self.inner.is_elementwise(parameters)
+
     def survey(self, weights: Iterable[Weight]) -> tuple[int, Any]:
         """Number of layers seen, and the survey of the method that is scaled."""
         return self._seen(weights, self.inner.survey)

@@ -159,6 +159,10 @@ class Method(ABC):
 
     `survey` and `combine` then take stretches, too: two of one weight add up."""
 
+    def is_elementwise(self, parameters: Mapping[str, Value]) -> bool:
+        """Whether a merge with these parameters is: some ask for whole rows, or for a whole weight's norm."""
+        return self.elementwise
+
     @property
     def kinds(self) -> tuple[str, ...]:
         """All kinds of statistic that a merge may look at."""

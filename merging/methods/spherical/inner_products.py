@@ -1,12 +1,12 @@
 """Inner products of base and task vectors, tensor by tensor: lengths and angles are all that spherical merges need."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from merging.kernels import cpu
-from merging.kernels.blockwise import Scratch, difference, spans
+from merging.kernels.blockwise import Scratch, difference, spans, step_of
 from merging.methods.method import Weight
 
 Products = Mapping[str, Tensor]
@@ -36,6 +36,39 @@ def inner_products(weights: Iterable[Weight]) -> Products:
             products.add_(rows @ rows.T)
         found[weight.name] = products.cpu()
     return found
+
+
+def as_rows(value: Tensor, over: str, transposed: bool) -> Tensor:
+    """A weight of two dimensions or more as a matrix of its rows (the weights of one output) or columns, without a copy.
+
+    Args:
+        value: [out, in], or [in, out] if `transposed`; further dimensions count as inputs.
+        over: `rows` or `columns`.
+        transposed: See `Weight`.
+    """
+    matrix = value.flatten(1)
+    return matrix.T if transposed != (over == "columns") else matrix
+
+
+def blocks_of_rows(matrix: Tensor, rows: int) -> Iterator[tuple[int, int]]:
+    """Ranges of a matrix's rows, of which `rows` copies stay in the cache."""
+    step = max(step_of(matrix.device, rows) // max(matrix.shape[1], 1), 1)
+    for start in range(0, matrix.shape[0], step):
+        yield start, min(start + step, matrix.shape[0])
+
+
+def row_products(weight: Weight, over: str, scratch: Scratch) -> Tensor:
+    """Inner products of base and task vectors in every row or column of a weight [rows, T + 1, T + 1], float64 on the CPU."""
+    base = as_rows(weight.base, over, weight.transposed)
+    values = [as_rows(weight.members[member], over, weight.transposed) for member in sorted(weight.members)]
+    products = torch.empty(base.shape[0], len(values) + 1, len(values) + 1, dtype=torch.float64)
+    for start, stop in blocks_of_rows(base, 4 * (len(values) + 1)):
+        rows = scratch.take("rows", stop - start, len(values) + 1, base.shape[1], device=base.device)
+        origin = rows[:, -1].copy_(base[start:stop])
+        for place, value in enumerate(values):
+            difference(value[start:stop], origin, rows[:, place])
+        products[start:stop] = rows @ rows.mT
+    return products
 
 
 def added(first: Products, second: Products) -> Products:

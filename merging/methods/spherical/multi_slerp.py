@@ -33,17 +33,25 @@ class MultiSlerp(Spherical):
         """
         if (shares < 0).any():
             raise MethodError("multi_slerp has no mean with negative scaling factors: use factors ≥ 0")
-        lengths = products.diagonal()[:-1].clamp(min=0).sqrt()
-        moved = (lengths > 0) & (shares > 0)
-        directions = products[:-1, :-1][moved][:, moved]
-        cosines = directions / lengths[moved] / lengths[moved][:, None]
-        if not moved.any() or cosines.min() < -PARALLEL:
-            return around_base(shares)
-        share = shares[moved] / shares[moved].sum()
-        point = karcher_mean(cosines, share)
-        factors = torch.zeros_like(shares)
-        factors[moved] = point * (shares * lengths).sum() / lengths[moved]
-        return around_base(factors)
+        return around_base(on_sphere(products[:-1, :-1], shares))
+
+
+def on_sphere(products: Tensor, shares: Tensor) -> Tensor:
+    """Coefficients of vectors whose sum has their mean direction and length; the linear mean's where two are opposite.
+
+    Args:
+        products: Inner products of the vectors [T, T], float64.
+        shares: Their weights [T], not negative, sum 1.
+    """
+    lengths = products.diagonal().clamp(min=0).sqrt()
+    moved = (lengths > 0) & (shares > 0)
+    cosines = products[moved][:, moved] / lengths[moved] / lengths[moved][:, None]
+    if not moved.any() or cosines.min() < -PARALLEL:
+        return shares
+    point = karcher_mean(cosines, shares[moved] / shares[moved].sum())
+    factors = torch.zeros_like(shares)
+    factors[moved] = point * (shares * lengths).sum() / lengths[moved]
+    return factors
 
 
 def karcher_mean(cosines: Tensor, shares: Tensor) -> Tensor:

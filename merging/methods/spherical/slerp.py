@@ -8,19 +8,25 @@ from torch import Tensor
 
 from merging.errors import MethodError
 from merging.methods.method import Parameter, register
-from merging.methods.spherical.interpolation import PARALLEL, Spherical, around_base
+from merging.methods.spherical.interpolation import PARALLEL, Spherical, around_base, of_weights
 from merging.recipe import Recipe, Value
 
 
-def arc(first: float, second: float, product: float, t: float) -> tuple[float, float]:
-    """Weights of two vectors on the way from the first (t = 0) to the second, from their lengths and inner product."""
-    if first <= 0 or second <= 0:
-        return 1 - t, t
-    cosine = torch.tensor(product / (first * second), dtype=torch.float64).clamp(-1, 1)
-    if abs(float(cosine)) > PARALLEL:
-        return 1 - t, t
-    angle = torch.arccos(cosine)
-    return float(torch.sin((1 - t) * angle) / torch.sin(angle)), float(torch.sin(t * angle) / torch.sin(angle))
+def arc(products: Tensor, t: Tensor, line: float) -> Tensor:
+    """Weights of two vectors [..., 2] on the way from the first (t = 0) to the second.
+
+    Args:
+        products: Their inner products [..., 2, 2], float64.
+        t: Scalar.
+        line: Cosine above which an arc is taken for a line; so it is between opposite vectors, which no arc joins.
+    """
+    lengths = products.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    both = lengths.prod(-1)
+    cosine = (products[..., 0, 1] / both.clamp(min=1e-300)).clamp(-1, 1)
+    straight = (both <= 0) | (cosine > line) | (cosine < -PARALLEL)
+    angle = torch.arccos(torch.where(straight, 0.0, cosine))
+    ways = torch.stack([1 - t, t])
+    return torch.where(straight[..., None], ways, torch.sin(ways * angle[..., None]) / torch.sin(angle)[..., None])
 
 
 @register
@@ -37,6 +43,8 @@ class Slerp(Spherical):
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "space": Parameter("weights", "what is interpolated", choices=("weights", "task_vectors"), search=False),
     }
+    line: ClassVar[float] = PARALLEL
+    """Cosine above which the arc is taken for a line."""
 
     def complete(self, recipe: Recipe, model_type: str = "") -> Recipe:
         """See `Method.complete`.
@@ -47,8 +55,8 @@ class Slerp(Spherical):
         complete = super().complete(recipe, model_type)
         if len(complete.members) == 1 and any(factor != 1.0 for factor in complete.scaling.values()):
             raise MethodError(
-                f"slerp goes from one member to another, and '{complete.members[0]}' is alone: its factor would change "
-                "nothing. Name a second member, or scale one by task_arithmetic"
+                f"{self.name} goes from one member to another, and '{complete.members[0]}' is alone: its factor would "
+                "change nothing. Name a second member, or scale one by task_arithmetic"
             )
         return complete
 
@@ -59,15 +67,13 @@ class Slerp(Spherical):
             MethodError: There are more than two.
         """
         if len(shares) > 2:
-            raise MethodError(f"slerp is between two members, not {len(shares)}: use multi_slerp")
+            raise MethodError(f"{self.name} is between two members, not {len(shares)}: use multi_slerp")
         if len(shares) == 1:
-            return around_base(shares)
+            return around_base(shares.expand(*products.shape[:-2], 1))
         whole = parameters["space"] == "weights"
         if whole:
-            turn = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
-            products = turn @ products @ turn.T
-        first, second = products.diagonal()[:2].clamp(min=0).sqrt().tolist()
-        factors = arc(first, second, float(products[0, 1]), float(shares[1]))
+            products = of_weights(products)
+        factors = arc(products[..., :2, :2], shares[1], self.line)
         if whole:
-            return torch.tensor([*factors, 0.0], dtype=torch.float64)
-        return around_base(torch.tensor(factors, dtype=torch.float64))
+            return torch.cat([factors, torch.zeros_like(factors[..., :1])], dim=-1)
+        return around_base(factors)

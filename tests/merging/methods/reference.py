@@ -229,32 +229,72 @@ def slerp(weights, scaling, parameters, examples):
     return merged
 
 
+def by(w, over, *values):
+    """Weights as rows that have an angle each: one of all entries, one an output, or one an input."""
+    if over == "tensor" or values[0].dim() < 2:
+        return [v.reshape(1, -1) for v in values]
+    return [v.T if w.transposed != (over == "columns") else v for v in values]
+
+
+def unturned(w, over, rows):
+    """The inverse of `by`."""
+    if over == "tensor" or w.base.dim() < 2:
+        return rows.reshape(w.base.shape)
+    return rows.T if w.transposed != (over == "columns") else rows
+
+
+def nuslerp(weights, scaling, parameters, examples):
+    merged = {}
+    (a, b), t = sorted(scaling), scaling[max(scaling)] / sum(scaling.values())
+    for w in weights:
+        base, _ = f64(w)
+        origin = base if parameters["space"] == "task_vectors" else torch.zeros_like(base)
+        x, y = by(w, parameters["over"], w.members[a].double() - origin, w.members[b].double() - origin)
+        moved = torch.empty_like(x)
+        for i, (p, q) in enumerate(zip(x, y, strict=True)):
+            angle = torch.arccos(((p / p.norm()) @ (q / q.norm())).clamp(-1, 1))
+            if torch.sin(angle) < 1e-6 or angle > 3.11:
+                moved[i] = (1 - t) * p + t * q
+            else:
+                moved[i] = (torch.sin((1 - t) * angle) * p + torch.sin(t * angle) * q) / torch.sin(angle)
+        merged[w.name] = origin + unturned(w, parameters["over"], moved)
+    return merged
+
+
+def spherical_mean(vectors, share):
+    """At the vectors' mean length; the linear mean where two are opposite."""
+    length = sum(share[m] * vectors[m].norm() for m in vectors)
+    unit = {m: v / v.norm() for m, v in vectors.items() if v.norm() > 0}
+    if not unit or min(float((u * v).sum()) for u in unit.values() for v in unit.values()) < -0.9995:
+        return sum(share[m] * vectors[m] for m in vectors)
+    share = {m: share[m] / sum(share[n] for n in unit) for m in unit}
+    x = sum(share[m] * unit[m] for m in unit)
+    x = x / x.norm()
+    for _ in range(200):
+        step = torch.zeros_like(x)
+        for m in unit:
+            cosine = (x * unit[m]).sum().clamp(-1, 1)
+            away = unit[m] - cosine * x
+            if away.norm() > 1e-14:
+                step = step + share[m] * torch.arccos(cosine) * away / away.norm()
+        if step.norm() < 1e-15:
+            break
+        x = torch.cos(step.norm()) * x + torch.sin(step.norm()) * step / step.norm()
+    return x * length
+
+
 def multi_slerp(weights, scaling, parameters, examples):
     merged = {}
-    total = sum(scaling.values())
     for w in weights:
         base, tau = f64(w)
-        share = {m: a / total for m, a in scaling.items()}
-        length = sum(share[m] * tau[m].norm() for m in scaling)
-        unit = {m: tau[m] / tau[m].norm() for m in scaling if tau[m].norm() > 0}
-        if not unit or min(float((u * v).sum()) for u in unit.values() for v in unit.values()) < -0.9995:
-            merged[w.name] = base + sum(share[m] * tau[m] for m in scaling)
-            continue
-        share = {m: share[m] / sum(share[n] for n in unit) for m in unit}
-        x = sum(share[m] * unit[m] for m in unit)
-        x = x / x.norm()
-        for _ in range(200):
-            step = torch.zeros_like(x)
-            for m in unit:
-                cosine = (x * unit[m]).sum().clamp(-1, 1)
-                away = unit[m] - cosine * x
-                if away.norm() > 1e-14:
-                    step = step + share[m] * torch.arccos(cosine) * away / away.norm()
-            if step.norm() < 1e-15:
-                break
-            x = torch.cos(step.norm()) * x + torch.sin(step.norm()) * step / step.norm()
-        merged[w.name] = base + x * length
+        share = {m: a / sum(scaling.values()) for m, a in scaling.items()}
+        merged[w.name] = base + spherical_mean({m: tau[m] for m in scaling}, share)
     return merged
+
+
+def karcher(weights, scaling, parameters, examples):
+    share = {m: a / sum(scaling.values()) for m, a in scaling.items()}
+    return {w.name: spherical_mean({m: w.members[m].double() for m in scaling}, share) for w in weights}
 
 
 def model_stock(weights, scaling, parameters, examples):
@@ -262,12 +302,16 @@ def model_stock(weights, scaling, parameters, examples):
     n, total = len(scaling), sum(scaling.values())
     for w in weights:
         base, tau = f64(w)
-        pairs = [(a, b) for a in scaling for b in scaling if a < b]
-        cosines = [float((tau[a] * tau[b]).sum() / (tau[a].norm() * tau[b].norm()).clamp(min=1e-99)) for a, b in pairs]
-        c = min(max(sum(cosines) / len(cosines), 0.0), 1.0)
-        t = n * c / (1 + (n - 1) * c)
-        mean = sum(a / total * w.members[m].double() for m, a in scaling.items())
-        merged[w.name] = t * mean + (1 - t) * base
+        rows = dict(zip(scaling, by(w, parameters["over"], *(tau[m] for m in scaling)), strict=True))
+        (origin,) = by(w, parameters["over"], base)
+        moved = torch.empty_like(origin)
+        for i in range(len(origin)):
+            pairs = [(rows[a][i], rows[b][i]) for a in scaling for b in scaling if a < b]
+            c = sum(float(x @ y / (x.norm() * y.norm()).clamp(min=1e-99)) for x, y in pairs) / len(pairs)
+            c = min(max(c, 0.0), 1.0)
+            t = n * c / (1 + (n - 1) * c)
+            moved[i] = origin[i] + t * sum(a / total * rows[m][i] for m, a in scaling.items())
+        merged[w.name] = unturned(w, parameters["over"], moved)
     return merged
 
 
