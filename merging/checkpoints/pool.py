@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from merging.checkpoints.adapter import open_checkpoint
 from merging.checkpoints.buffers import is_buffer
 from merging.checkpoints.checkpoint import Checkpoint, TensorInfo
 from merging.checkpoints.configuration import differences, function_of
+from merging.checkpoints.layout import transposed_weights
 from merging.checkpoints.ties import settle_ties
 from merging.checkpoints.vocabulary import Vocabulary, settle_vocabulary
 from merging.errors import PoolError
@@ -61,6 +63,11 @@ class Pool:
     def model_type(self) -> str:
         """The base's `model_type`."""
         return str(self.base.config.get("model_type", ""))
+
+    @cached_property
+    def transposed(self) -> frozenset[str]:
+        """The base's names of the matrices that are stored [in, out]."""
+        return transposed_weights(self.base)
 
     @classmethod
     def open(

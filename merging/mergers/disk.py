@@ -209,7 +209,7 @@ class _Merger:
     def _weights(self, part: Part, names: Sequence[str]) -> Iterator[Weight]:
         """Those of a part's weights that are merged; of a stretch, views of base and members."""
         merged = [name for name in names if name in self.pool.weights]
-        for weight in self.material.weights(merged, self.method.kinds, torch.device("cpu")):
+        for weight in self.material.weights(merged, self.method.kinds, torch.device("cpu"), self.method.extras):
             if part.stop is None:
                 yield weight
                 continue

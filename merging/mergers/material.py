@@ -72,8 +72,17 @@ class Material:
                 )
         return complete
 
-    def weights(self, names: Iterable[str], kinds: Iterable[str], device: torch.device) -> Iterator[Weight]:
-        """The named weights as a method sees them, with these kinds of statistic where they are there."""
+    def weights(
+        self, names: Iterable[str], kinds: Iterable[str], device: torch.device, extras: Sequence[str] = ()
+    ) -> Iterator[Weight]:
+        """The named weights as a method sees them.
+
+        Args:
+            names: The base's names.
+            kinds: Kinds of statistic to give where they are there.
+            device: Where all tensors lie.
+            extras: `Method.extras`.
+        """
         kinds = [kind for kind in kinds if kind in self.statistics]
         moved: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -93,16 +102,16 @@ class Material:
                 self.pool.base_weight(name).to(device),
                 {member: self.pool.member_weight(member, name).to(device) for member in self.pool.members},
                 {kind: {who: move(v) for who, v in found.items()} for kind, found in statistics.items() if found},
-                transposed=self._transposed(name),
+                transposed=self._transposed(name) or ("layout" in extras and name in self.pool.transposed),
             )
 
     def survey(self, names: Iterable[str], method: Method, device: torch.device) -> Any:
         """A method's facts about some of the weights, found on a device."""
-        return method.survey(parameters_of(self.weights(names, method.kinds, device)))
+        return method.survey(parameters_of(self.weights(names, method.kinds, device, method.extras)))
 
     def prepare(self, names: Sequence[str], method: Method, survey: Any, device: torch.device) -> Prepared:
         """A method's state for some of the weights, given the survey of all."""
-        weights = list(self.weights(names, method.kinds, device))
+        weights = list(self.weights(names, method.kinds, device, method.extras))
         return running_statistics.prepare(method, weights, Context(self.examples, survey, self.pool.model_type))
 
     def _transposed(self, name: str) -> bool:

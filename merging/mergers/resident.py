@@ -90,7 +90,7 @@ class ResidentMerger:
 
     def _refine(self, method: Method, survey: Any, parameters: Mapping[str, Value]) -> Any:
         """What a candidate's merge asks besides of all weights of the model."""
-        weights = parameters_of(self._material.weights(self._out, method.kinds, self._device))
+        weights = parameters_of(self._material.weights(self._out, method.kinds, self._device, method.extras))
         return method.refine(weights, survey, parameters)
 
 

@@ -107,7 +107,7 @@ class ShardMerger(ResidentMerger):
     def survey(self, method: str) -> dict[str, Any]:
         """A method's survey of every single weight: added up in one order, they give what all together give."""
         chosen = METHODS[method]
-        weights = parameters_of(self._material.weights(self._out, chosen.kinds, self._device))
+        weights = parameters_of(self._material.weights(self._out, chosen.kinds, self._device, chosen.extras))
         return {weight.name: chosen.survey([weight]) for weight in weights}
 
     def knows(self, method: str) -> bool:

@@ -5,7 +5,7 @@ from merging.methods.averaging import average, linear, task_arithmetic
 from merging.methods.curvature import fisher_averaging, gradient_matching
 from merging.methods.least_squares import distilled, mats, regmean, regmean_propagated
 from merging.methods.method import METHODS, Context, Method, Parameter, Prepared, Weight
-from merging.methods.spectral import iso_c, tsv_m
+from merging.methods.spectral import iso_c, iso_cts, tsv_m
 from merging.methods.spherical import karcher, model_stock, multi_slerp, nuslerp, slerp
 from merging.methods.task_vectors import breadcrumbs, consensus, dare, della, ties
 
@@ -25,6 +25,7 @@ __all__ = [
     "fisher_averaging",
     "gradient_matching",
     "iso_c",
+    "iso_cts",
     "karcher",
     "linear",
     "lines",

@@ -86,7 +86,8 @@ class Weight:
         members: θ_t by member, same shape, any floating dtype.
         statistics: Statistic kind (`fisher`, `gram`) → member (or `BASE`) → tensor. A kind that has nothing for this
             weight (no Gram for a bias) is absent. Weights that read the same input may hold the same Gram tensors.
-        transposed: A matrix is stored [in, out] (GPT-2's `Conv1D`), not [out, in] (`torch.nn.Linear`).
+        transposed: A matrix is stored [in, out] (GPT-2's `Conv1D`), not [out, in] (`torch.nn.Linear`). Known where there
+            are statistics or the method's `extras` name it.
         start: Flat index of the first entry, where this is a stretch [n] of a larger weight and not the whole.
     """
 
@@ -152,6 +153,8 @@ class Method(ABC):
     scaling: ClassVar[Parameter]
     parameters: ClassVar[Mapping[str, Parameter]] = {}
     scale_free: ClassVar[bool] = False
+    extras: ClassVar[tuple[str, ...]] = ()
+    """What a merge looks at besides: `layout`, whether matrices are stored [in, out]."""
     most_members: ClassVar[int | None] = None
     """Most members that a merge can take; None for any number."""
     elementwise: ClassVar[bool] = False

@@ -1,5 +1,7 @@
 """Merges in the singular vectors of task vectors: matrices of one shape together, whatever is no matrix by its mean.
 
+Experts that are stored as one weight [E, m, n] are E matrices; a convolution's kernel is none.
+
 A matrix A [m, n] is taken apart by the eigenvectors of its smaller Gram matrix in float64. Directions whose singular
 value is below `NOISE` of the largest are none: rounding put them there (a LoRA member has rank 8), and what makes all
 directions equally strong must not find them.
@@ -26,49 +28,116 @@ BATCH_BYTES = 1 << 28
 """Most that the float64 task vectors of one batch take, unless a single one takes more."""
 
 
-class Matrices:
-    """Weights of one shape [out, in], worked on together as [B, m, n] with m ≥ n.
+@dataclass(frozen=True)
+class Matrix:
+    """A weight that is a matrix, or one expert of a weight that joins several.
 
     Args:
-        weights: The weights, B of them.
+        weight: The weight.
+        expert: Which expert; None where the weight is the matrix.
     """
 
-    def __init__(self, weights: Sequence[Weight]) -> None:
-        self.weights = tuple(weights)
-        self._shape = weights[0].base.shape
-        self._wide = self._shape[0] < self._shape[1]
+    weight: Weight
+    expert: int | None = None
+
+    def of(self, value: Tensor) -> Tensor:
+        """The matrix in a tensor of the weight's shape, as a view."""
+        return value if self.expert is None else value[self.expert]
+
+
+def matrices_of(weight: Weight) -> list[Matrix]:
+    """The matrices that a weight consists of; none where it is no matrix."""
+    shape = weight.base.shape
+    if len(shape) == 2 and shape.numel():
+        return [Matrix(weight)]
+    if len(shape) == 3 and min(shape) > 1 and "conv" not in weight.name:
+        return [Matrix(weight, expert) for expert in range(shape[0])]
+    return []
+
+
+class Matrices:
+    """Matrices of one shape, worked on together as [B, m, n].
+
+    Args:
+        rows: The matrices, B of them.
+        oriented: [m, n] is [out, in], however they are stored; otherwise m ≥ n.
+    """
+
+    def __init__(self, rows: Sequence[Matrix], *, oriented: bool) -> None:
+        self.rows = tuple(rows)
+        self.shape = rows[0].of(rows[0].weight.base).shape
+        self._turned = rows[0].weight.transposed if oriented else self.shape[0] < self.shape[1]
 
     @property
     def rank(self) -> int:
-        """Number of singular values, n."""
-        return min(self._shape)
+        """Number of singular values."""
+        return min(self.shape)
 
-    def tall(self, values: Tensor) -> Tensor:
-        """[B, out, in] as [B, m, n], and back."""
-        return values.mT if self._wide else values
+    def turn(self, values: Tensor) -> Tensor:
+        """What is stored [B, …] as [B, m, n], and back."""
+        return values.mT if self._turned else values
 
     def moved(self, factors: Mapping[str, float], scratch: Scratch) -> Tensor:
         """Σ α_t τ_t [B, m, n], float64, in a buffer that the next call overwrites."""
-        device = self.weights[0].base.device
-        total = scratch.take("moved", len(self.weights), *self._shape, device=device, dtype=torch.float64)
-        for row, weight in zip(total, self.weights, strict=True):
-            terms = [(weight.members[member], factor) for member, factor in factors.items()]
-            accumulate(row, [*terms, (weight.base, -sum(factors.values()))], scratch)
-        return self.tall(total)
+        device = self.rows[0].weight.base.device
+        total = scratch.take("moved", len(self.rows), *self.shape, device=device, dtype=torch.float64)
+        for matrix, row in zip(self.rows, total, strict=True):
+            members = matrix.weight.members
+            terms = [(matrix.of(members[member]), factor) for member, factor in factors.items()]
+            accumulate(row, [*terms, (matrix.of(matrix.weight.base), -sum(factors.values()))], scratch)
+        return self.turn(total)
 
 
-def directions(matrices: Tensor) -> tuple[Tensor, Tensor]:
+def directions(matrices: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Singular values, descending, and right singular vectors.
 
     Args:
         matrices: [B, m, n], m ≥ n, float64.
+        size: What a value must not be noise of [B]; by default the matrix's largest.
 
     Returns:
         Values [B, n], 0 where they are noise, and vectors [B, n, n], one a column.
     """
     squares, vectors = torch.linalg.eigh(matrices.mT @ matrices)
     values = squares.flip(1).clamp(min=0).sqrt()
-    return values.masked_fill(values <= NOISE * values[:, :1], 0.0), vectors.flip(2)
+    least = NOISE * (values[:, :1] if size is None else size[:, None])
+    return values.masked_fill(values <= least, 0.0), vectors.flip(2)
+
+
+def triples(matrices: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular values, descending, with left and right singular vectors; both are 0 where the value is noise.
+
+    Args:
+        matrices: [B, m, n], float64.
+        size: As for `directions`.
+
+    Returns:
+        U [B, m, r], values [B, r] and V [B, n, r], r = min(m, n).
+    """
+    wide = matrices.shape[1] < matrices.shape[2]
+    tall = matrices.mT if wide else matrices
+    values, vectors = directions(tall, size)
+    others = tall @ (vectors * inverse(values)[:, None, :])
+    vectors = vectors * (values > 0)[:, None, :]
+    return (vectors, values, others) if wide else (others, values, vectors)
+
+
+def norms(matrices: Tensor) -> Tensor:
+    """Frobenius norms [B] of [B, m, n]."""
+    return matrices.square().sum((1, 2)).sqrt()
+
+
+def whitening(columns: Tensor) -> Tensor:
+    """(CᵀC)^-½ [B, k, k] of columns C [B, m, k], also where these are not independent.
+
+    The pseudo-inverse root: what several columns have in common they share, and columns of 0 stay 0. C (CᵀC)^-½ is the
+    polar factor U Vᵀ of C = U Σ Vᵀ.
+    """
+    squares, vectors = torch.linalg.eigh(columns.mT @ columns)
+    kept = squares > 1e-10 * squares[:, -1:]
+    roots = torch.where(kept, squares, 1.0).rsqrt() * kept
+    root: Tensor = (vectors * roots[:, None, :]) @ vectors.mT
+    return root
 
 
 def inverse(values: Tensor) -> Tensor:
@@ -100,22 +169,34 @@ class PreparedSpectral(Prepared):
         weights: The weights to merge.
     """
 
-    linear: ClassVar[bool] = False
-    """Whether what members move by is a sum of what each does, so that this is kept as well."""
+    oriented: ClassVar[bool] = False
+    """Whether outputs and inputs are not alike to the method, so that matrices are worked on as [out, in]."""
 
     def __init__(self, weights: Sequence[Weight]) -> None:
         self.members = check_weights(weights)
         self.scratch = Scratch()
-        self._rest = [weight for weight in weights if weight.base.dim() != 2 or not weight.base.numel()]
-        shaped: dict[torch.Size, list[Weight]] = defaultdict(list)
+        shaped: dict[tuple[torch.Size, bool], list[Matrix]] = defaultdict(list)
+        self._rest = []
         for weight in weights:
-            if weight.base.dim() == 2 and weight.base.numel():
-                shaped[weight.base.shape].append(weight)
+            found = self.matrices(weight)
+            if not found:
+                self._rest.append(weight)
+            for matrix in found:
+                shaped[matrix.of(weight.base).shape, self.oriented and weight.transposed].append(matrix)
         self.batches = []
-        for shape, group in shaped.items():
+        for (shape, _), group in shaped.items():
             size = max(1, BATCH_BYTES // (8 * shape.numel()))
-            self.batches += [Matrices(group[start : start + size]) for start in range(0, len(group), size)]
+            parts = [group[start : start + size] for start in range(0, len(group), size)]
+            self.batches += [Matrices(part, oriented=self.oriented) for part in parts]
         self._kept: dict[bool, Kept] = {}
+
+    def matrices(self, weight: Weight) -> list[Matrix]:
+        """The matrices of a weight that are merged by their singular vectors; none where it is the mean."""
+        return matrices_of(weight)
+
+    def is_sum(self, parameters: Mapping[str, Value]) -> bool:
+        """Whether what members move by is a sum of what each does, so that this is kept as well."""
+        return False
 
     @abstractmethod
     def steps(
@@ -130,18 +211,18 @@ class PreparedSpectral(Prepared):
     def merge(self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]) -> None:
         """Matrices batch by batch; the rest is θ_0 + Σ α_t τ_t / T."""
         factors = {member: scaling[member] for member in chosen(scaling, self.members)}
-        destinations = [[target(out, weight) for weight in batch.weights] for batch in self.batches]
+        destinations = [[row.of(target(out, row.weight)) for row in batch.rows] for batch in self.batches]
         shared = len(set(factors.values())) == 1
         moved: Iterable[list[Tensor]]
-        if shared or self.linear:
+        if shared or self.is_sum(parameters):
             moved = self._solution(tuple(factors), parameters, apart=not shared).moved
             scales = list(factors.values())[: 1 if shared else None]
         else:
             moved, scales = self._moved([factors], parameters), [1.0]
         for batch, parts, written in zip(self.batches, moved, destinations, strict=True):
-            for row, (weight, destination) in enumerate(zip(batch.weights, written, strict=True)):
+            for row, (matrix, destination) in enumerate(zip(batch.rows, written, strict=True)):
                 terms = [(part[row], scale) for part, scale in zip(parts, scales, strict=True)]
-                weighted_sum([(weight.base, 1.0), *terms], destination, self.scratch)
+                weighted_sum([(matrix.of(matrix.weight.base), 1.0), *terms], destination, self.scratch)
         mean_step(self._rest, factors, out, self.scratch)
 
     def _solution(self, members: tuple[str, ...], parameters: Mapping[str, Value], *, apart: bool) -> Kept:
@@ -160,4 +241,4 @@ class PreparedSpectral(Prepared):
     ) -> Iterator[list[Tensor]]:
         """Batch by batch, what matrices move by for each scaling [B, out, in], float32."""
         for index, batch in enumerate(self.batches):
-            yield [batch.tall(step).float().contiguous() for step in self.steps(index, scalings, parameters)]
+            yield [batch.turn(step).float().contiguous() for step in self.steps(index, scalings, parameters)]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
-from merging.methods.spectral.singular_vectors import PreparedSpectral, directions, inverse
+from merging.methods.spectral.singular_vectors import PreparedSpectral, directions, inverse, whitening
 from merging.recipe import Value
 
 
@@ -54,11 +54,13 @@ class PreparedTsvM(PreparedSpectral):
         weights: The weights to merge.
     """
 
-    linear = True
-
     def __init__(self, weights: Sequence[Weight]) -> None:
         super().__init__(weights)
         self._directions: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in self.batches]
+
+    def is_sum(self, parameters: Mapping[str, Value]) -> bool:
+        """Always."""
+        return True
 
     def steps(
         self, index: int, scalings: Sequence[Mapping[str, float]], parameters: Mapping[str, Value]
@@ -76,20 +78,8 @@ class PreparedTsvM(PreparedSpectral):
             rights.append(vectors * (values > 0)[:, None, :])
             sizes.append(values)
         left, right, size = torch.cat(lefts, dim=2), torch.cat(rights, dim=2), torch.cat(sizes, dim=1)
-        left, right = left @ _whitening(left), right @ _whitening(right)
+        left, right = left @ whitening(left), right @ whitening(right)
         for factors in scalings:
             scale = size.new_tensor([factors[member] for member in members]).repeat_interleave(each)
             used = scale.nonzero().squeeze(1)
             yield (left[:, :, used] * (size * scale)[:, None, used]) @ right[:, :, used].mT
-
-
-def _whitening(columns: Tensor) -> Tensor:
-    """(CᵀC)^-½ [B, k, k] of columns C [B, m, k], also where these are not independent.
-
-    The pseudo-inverse root: what several columns have in common they share, and columns of 0 stay 0.
-    """
-    squares, vectors = torch.linalg.eigh(columns.mT @ columns)
-    kept = squares > 1e-10 * squares[:, -1:]
-    roots = torch.where(kept, squares, 1.0).rsqrt() * kept
-    whitening: Tensor = (vectors * roots[:, None, :]) @ vectors.mT
-    return whitening

@@ -377,10 +377,10 @@ def mats(weights, scaling, parameters, examples):
     return merged
 
 
-def svd(matrix):
+def svd(matrix, size=None):
     """Singular vectors and values as the papers have them; those that are rounding noise left out."""
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    rank = int((s > 1e-5 * s[0]).sum())
+    rank = int((s > 1e-5 * (s[0] if size is None else size)).sum())
     return u[:, :rank], s[:rank], vh[:rank]
 
 
@@ -412,4 +412,32 @@ def tsv_m(weights, scaling, parameters, examples):
         vh = torch.cat([parts[m][2][:each] for m in scaling], dim=0)
         (p, _, qh), (x, _, yh) = svd(u), svd(vh)
         merged[w.name] = base + p @ qh @ torch.diag(s) @ x @ yh
+    return merged
+
+
+def polar(matrix):
+    u, _, vh = svd(matrix)
+    return u @ vh
+
+
+def iso_cts(weights, scaling, parameters, examples):
+    merged = {}
+    for w in weights:
+        base, tau = f64(w)
+        moved = {m: a * tau[m] for m, a in scaling.items()}
+        if base.dim() != 2:
+            merged[w.name] = base + sum(moved.values()) / len(scaling)
+            continue
+        moved = {m: v.T if w.transposed else v for m, v in moved.items()}
+        r = min(base.shape)
+        own = round((r - int(parameters["common"] * r)) / len(scaling))
+        k = r - own * len(scaling)
+        u, s, vh = svd(sum(moved.values()))
+        u, s, vh = u[:, :k], s[:k], vh[:k]
+        parts = [svd(v - u @ u.T @ v, v.norm()) for v in moved.values()]
+        left = torch.cat([*(p[0][:, :own] for p in parts), u], dim=1)
+        values = torch.cat([*(p[1][:own] for p in parts), s])
+        right = torch.cat([*(p[2][:own] for p in parts), vh])
+        step = values.mean() * polar(left) @ polar(right)
+        merged[w.name] = base + (step.T if w.transposed else step)
     return merged

@@ -39,6 +39,7 @@ VARIANTS = [
     ("regmean", {"rho": 0.999}),
     ("iso_c", {"rank": 0.5}),
     ("tsv_m", {"rank": 0.5}),
+    ("iso_cts", {"common": 0.5}),
 ]
 CASES = [(name, {}) for name in EVERY] + VARIANTS
 IDENTICAL = {  # parameters and factor (per member, of 4) at which members that are all one must give that one
