@@ -3,7 +3,7 @@
 from merging.methods import lines
 from merging.methods.averaging import average, linear, task_arithmetic
 from merging.methods.curvature import fisher_averaging, gradient_matching
-from merging.methods.least_squares import distilled, mats, regmean, regmean_propagated
+from merging.methods.least_squares import ace, distilled, mats, regmean, regmean_propagated, wudi
 from merging.methods.method import METHODS, Context, Method, Parameter, Prepared, Weight
 from merging.methods.spectral import iso_c, iso_cts, tsv_m
 from merging.methods.spherical import karcher, model_stock, multi_slerp, nuslerp, slerp
@@ -16,6 +16,7 @@ __all__ = [
     "Parameter",
     "Prepared",
     "Weight",
+    "ace",
     "average",
     "breadcrumbs",
     "consensus",
@@ -39,4 +40,5 @@ __all__ = [
     "task_arithmetic",
     "ties",
     "tsv_m",
+    "wudi",
 ]

@@ -441,3 +441,47 @@ def iso_cts(weights, scaling, parameters, examples):
         step = values.mean() * polar(left) @ polar(right)
         merged[w.name] = base + (step.T if w.transposed else step)
     return merged
+
+
+def own_gram(tau):
+    return tau.T @ tau / (tau.T @ tau).trace()
+
+
+def ace(weights, scaling, parameters, examples):
+    merged = {}
+    for w in weights:
+        base, tau = f64(w)
+        if base.dim() != 2:
+            merged[w.name] = base + sum(a * tau[m] for m, a in scaling.items()) / len(scaling)
+            continue
+        tau = {m: v.T if w.transposed else v for m, v in tau.items()}
+        centred = {m: v - v.mean(0) for m, v in tau.items()}
+        gram = {m: own_gram(centred[m]) for m in scaling}
+        n = len(base.T if not w.transposed else base)
+        ridge = parameters["epsilon"] * torch.eye(n, dtype=torch.float64)
+        column = torch.ones(n, 1, dtype=torch.float64)
+        together = sum(gram.values())
+        system = sum(g + ridge for g in gram.values()) + column @ (column.T @ together / n)
+        step = sum(a * centred[m] @ (gram[m] + ridge) for m, a in scaling.items()) @ torch.linalg.inv(system)
+        if parameters["refine"]:
+            rest = sum(a * tau[m] @ (gram[m] - together / len(scaling)) for m, a in scaling.items()) + step
+            u, s, vh = svd(rest)
+            k = int(0.3 * min(base.shape))
+            step = step + s[:k].mean() * u[:, :k] @ vh[:k]
+        merged[w.name] = base + (step.T if w.transposed else step)
+    return merged
+
+
+def wudi(weights, scaling, parameters, examples):
+    merged = {}
+    for w in weights:
+        base, tau = f64(w)
+        if base.dim() != 2:
+            merged[w.name] = base + sum(a * tau[m] for m, a in scaling.items()) / len(scaling)
+            continue
+        tau = {m: v.T if w.transposed else v for m, v in tau.items()}
+        gram = {m: own_gram(tau[m]) for m in scaling}
+        inverse = torch.linalg.pinv(sum(gram.values()), rtol=parameters["filter"], hermitian=True)
+        step = sum(a * tau[m] @ gram[m] for m, a in scaling.items()) @ inverse
+        merged[w.name] = base + (step.T if w.transposed else step)
+    return merged

@@ -40,6 +40,8 @@ VARIANTS = [
     ("iso_c", {"rank": 0.5}),
     ("tsv_m", {"rank": 0.5}),
     ("iso_cts", {"common": 0.5}),
+    ("ace", {"epsilon": 0.04, "refine": True}),
+    ("wudi", {"filter": 0.05}),
 ]
 CASES = [(name, {}) for name in EVERY] + VARIANTS
 IDENTICAL = {  # parameters and factor (per member, of 4) at which members that are all one must give that one
@@ -61,6 +63,7 @@ IDENTICAL = {  # parameters and factor (per member, of 4) at which members that 
     "nuslerp": ({"over": "rows"}, 1.0),
     "model_stock": ({}, 1.0),
     "mats": ({}, 1.0),
+    "wudi": ({}, 1.0),
 }
 
 
