@@ -7,7 +7,7 @@ from merging.methods.least_squares import ace, distilled, mats, regmean, regmean
 from merging.methods.method import METHODS, Context, Method, Parameter, Prepared, Weight
 from merging.methods.spectral import iso_c, iso_cts, tsv_m
 from merging.methods.spherical import karcher, model_stock, multi_slerp, nuslerp, slerp
-from merging.methods.task_vectors import breadcrumbs, consensus, dare, della, ties
+from merging.methods.task_vectors import arcee_fusion, breadcrumbs, consensus, dare, della, nearswap, ram, sce, ties
 
 __all__ = [
     "METHODS",
@@ -17,6 +17,7 @@ __all__ = [
     "Prepared",
     "Weight",
     "ace",
+    "arcee_fusion",
     "average",
     "breadcrumbs",
     "consensus",
@@ -33,9 +34,12 @@ __all__ = [
     "mats",
     "model_stock",
     "multi_slerp",
+    "nearswap",
     "nuslerp",
+    "ram",
     "regmean",
     "regmean_propagated",
+    "sce",
     "slerp",
     "task_arithmetic",
     "ties",

@@ -202,6 +202,75 @@ def consensus(weights, scaling, parameters, examples):
     return merged
 
 
+def f32(weight):
+    """Task vectors as float32 knows them, which thresholds are compared with."""
+    return {m: (v.float() - weight.base.float()).double() for m, v in weight.members.items()}
+
+
+def nearswap(weights, scaling, parameters, examples):
+    merged = {}
+    for w in weights:
+        base, tau = f64(w)
+        moved = {m: torch.minimum(parameters["t"] / tau[m].abs(), torch.tensor(1.0)) * tau[m] for m in scaling}
+        merged[w.name] = base + sum(a * torch.nan_to_num(moved[m]) for m, a in scaling.items())
+    return merged
+
+
+def arcee_fusion(weights, scaling, parameters, examples):
+    merged = {}
+    for w in weights:
+        base, tau = f64(w)
+        total = torch.zeros_like(base)
+        for m, a in scaling.items():
+            p, q = (torch.softmax(v.double(), dim=-1) + 1e-8 for v in (w.members[m], w.base))
+            importance = (tau[m].abs() * (p * torch.log(p / q)).sum(-1, keepdim=base.dim() > 0)).reshape(-1)
+            ordered = importance.sort().values
+            low, middle, high = (ordered[int(q * (len(ordered) - 1))] for q in (0.25, 0.5, 0.75))
+            total += a * (importance >= middle + 1.5 * (high - low)).reshape(base.shape) * tau[m]
+        merged[w.name] = base + total
+    return merged
+
+
+def ram(weights, scaling, parameters, examples):
+    merged = {}
+    for w in weights:
+        tau = f32(w)
+        moved = {m: (tau[m].abs() > parameters["epsilon"]).double() for m in scaling}
+        count = sum(moved.values())
+        total = torch.zeros_like(tau[min(tau)])
+        for m, a in scaling.items():
+            shared, own = (moved[m] * (count > 1)).sum(), (moved[m] * (count == 1)).sum()
+            ratio = min(float(shared / own.clamp(min=1)), parameters.get("alpha", 0.0))
+            scale = torch.where(count == 1, 1 + parameters.get("r", 0.0) * ratio, 1.0)
+            total += a * scale * moved[m] * tau[m] / count.clamp(min=1)
+        merged[w.name] = w.base.double() + total
+    return merged
+
+
+ram_plus = ram
+
+
+def sce(weights, scaling, parameters, examples):
+    merged = {}
+    for w in weights:
+        tau = f32(w)
+        stack = torch.stack([tau[m].reshape(-1) for m in sorted(scaling)])
+        spread = len(stack) * stack.square().sum(0) - stack.sum(0).square()
+        spread = torch.where(spread <= 1e-12 * len(stack) * stack.square().sum(0), 0.0, spread).float()
+        some = int((spread > 0).sum())
+        mask = torch.ones_like(spread, dtype=torch.bool)
+        if some and parameters["select"] < 1:
+            keep = min(max(round(parameters["select"] * some), 1), some)
+            mask = top(spread, keep, uniform(0, "", w.name, spread))
+        stack = stack * mask
+        factors = torch.tensor([scaling[m] for m in sorted(scaling)], dtype=torch.float64)[:, None]
+        sign = torch.sign((factors * stack).sum(0))
+        share = factors * stack.square().sum(1, keepdim=True) * ((stack.sign() == sign) & (sign != 0))
+        moved = torch.nan_to_num((share * stack).sum(0) / share.sum(0))
+        merged[w.name] = w.base.double() + parameters["lambda"] * moved.reshape(w.base.shape)
+    return merged
+
+
 def lines(weights, scaling, parameters, examples):
     merged = {}
     for w in weights:
