@@ -154,7 +154,7 @@ def batches(weights: Sequence[Weight], scratch: Scratch) -> list[Batch]:
     shared: dict[tuple[int, ...], list[Weight]] = defaultdict(list)
     grams: dict[tuple[int, ...], Mapping[str, Tensor]] = {}
     for weight in weights:
-        if found := _grams(weight):
+        if found := grams_of(weight):
             key = tuple(found[member].data_ptr() for member in sorted(found))
             shared[key].append(weight)
             grams[key] = found
@@ -170,7 +170,7 @@ def batches(weights: Sequence[Weight], scratch: Scratch) -> list[Batch]:
     return made
 
 
-def _grams(weight: Weight) -> dict[str, Tensor]:
+def grams_of(weight: Weight) -> dict[str, Tensor]:
     """A weight's Grams, checked; none where it has none."""
     if not weight.statistics.get("gram"):
         return {}

@@ -140,6 +140,16 @@ def whitening(columns: Tensor) -> Tensor:
     return root
 
 
+def polar(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """U Vᵀ of A = U Σ Vᵀ [B, m, n], and the mean of Σ [B]; without directions that are rounding."""
+    wide = matrices.shape[1] < matrices.shape[2]
+    tall = matrices.mT if wide else matrices
+    values, vectors = directions(tall)
+    factor = tall @ (vectors * inverse(values)[:, None, :]) @ vectors.mT
+    mean = values.sum(1) / (values > 0).sum(1).clamp(min=1)
+    return factor.mT if wide else factor, mean
+
+
 def inverse(values: Tensor) -> Tensor:
     """1 / x, and 0 for 0."""
     return torch.where(values > 0, 1 / values, 0.0)

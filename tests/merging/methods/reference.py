@@ -554,3 +554,35 @@ def wudi(weights, scaling, parameters, examples):
         step = sum(a * tau[m] @ gram[m] for m, a in scaling.items()) @ inverse
         merged[w.name] = base + (step.T if w.transposed else step)
     return merged
+
+
+def esm(weights, scaling, parameters, examples):
+    steps, lengths = {}, {}
+    for w in weights:
+        _, tau = f64(w)
+        grams = stat(w, "gram")
+        if not grams:
+            steps[w.name] = sum(a * tau[m] for m, a in scaling.items()) / len(scaling)
+            continue
+        tau = {m: tau[m].T if w.transposed else tau[m] for m in scaling}
+        mean = sum(v.norm() for v in tau.values()) / len(tau)
+        lefts, rights = [], []
+        for m, a in scaling.items():
+            values, vectors = torch.linalg.eigh(tau[m] @ grams[m] @ tau[m].T)
+            values, vectors = values.flip(0), vectors.flip(1)
+            k = min(len(values) // len(scaling), int((values > 1e-10 * values[0]).sum()))
+            v = (values[:k] / values[:k].mean()) ** 0.15
+            v = torch.diag(v / v.mean())
+            lefts.append(vectors[:, :k] @ v)
+            rights.append(a * v @ (vectors.T @ tau[m])[:k] * tau[m].norm() ** 2 / mean**2)
+        left, right = torch.cat(lefts, dim=1), torch.cat(rights)
+        columns = right.norm(dim=0)
+        right = right * (columns / columns.mean()) ** 2
+        step = 2 * svd(left)[1].mean() * svd(right)[1].mean() * polar(left) @ polar(right)
+        steps[w.name] = step.T if w.transposed else step
+        lengths[w.name] = sum(tau.values()).norm()
+    if parameters["layers"]:
+        for name, length in lengths.items():
+            kind = [v for other, v in lengths.items() if other.split(".")[2:] == name.split(".")[2:]]
+            steps[name] = steps[name] * (length / (sum(kind) / len(kind))) ** 2
+    return {w.name: w.base.double() + steps[w.name] for w in weights}

@@ -47,6 +47,7 @@ VARIANTS = [
     ("iso_cts", {"common": 0.5}),
     ("ace", {"epsilon": 0.04, "refine": True}),
     ("wudi", {"filter": 0.05}),
+    ("esm", {"layers": False}),
 ]
 CASES = [(name, {}) for name in EVERY] + VARIANTS
 IDENTICAL = {  # parameters and factor (per member, of 4) at which members that are all one must give that one

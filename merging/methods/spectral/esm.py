@@ -1,0 +1,157 @@
+"""ESM: each member's strongest directions of output on its own data, made orthogonal to those of the others."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from merging.methods.depth import is_embedding
+from merging.methods.least_squares.gram_systems import grams_of
+from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
+from merging.methods.spectral.singular_vectors import Matrix, PreparedSpectral, norms, polar, triples
+from merging.recipe import Value
+
+POWER = 0.15
+"""Of a direction's share of the output's energy, in its weight."""
+ROUNDING = 2 * torch.finfo(torch.float32).eps
+"""Rounding errors of a Gram's entries, relative to its largest."""
+
+
+@register
+class Esm(Method):
+    """θ_0 + 2 mean σ(U) mean σ(V) polar(U) polar(V) for every matrix with a Gram (essential subspace merging, 2026).
+
+    P_t and λ_t are the eigenvectors and eigenvalues of τ_t G_t τ_tᵀ: directions of what the task vector adds to the outputs
+    on the member's own inputs. Of each of T members the first k = out / T enter, weighted by w = λ^0.15 over its mean: side
+    by side, U has P_t diag(w) and V has α_t diag(w) P_tᵀ τ_t ‖τ_t‖² / (mean ‖τ‖)². Each column of V is multiplied by the square
+    of its norm over the mean norm; with `layers` each matrix, too, by that of ‖Σ τ_t‖ over its mean among the same matrices
+    of all layers. (The published norm is that of the merged matrix, which parts of a model that are merged apart cannot
+    know.) Directions that no input reaches, or that are rounding, are left out. A factor shared by all members scales the
+    result. What has no Gram is the members' mean, θ_0 + Σ α_t τ_t / T.
+    """
+
+    name = "esm"
+    summary = "strongest output directions of every member on its own data, decorrelated"
+    requires = ("gram",)
+    scaling = Parameter(1.0, "scale of the member's directions", low=0.0, high=1.5)
+    parameters: ClassVar[Mapping[str, Parameter]] = {
+        "layers": Parameter(
+            True,
+            "make matrices that moved more than the same ones of other layers stronger, and others weaker",
+            choices=(True, False),
+        ),
+    }
+
+    def survey(self, weights: Iterable[Weight]) -> "Survey":
+        """Inner products of the task vectors of every matrix with a Gram."""
+        products = {}
+        for weight in weights:
+            if weight.statistics.get("gram"):
+                taus = [(weight.members[m].double() - weight.base.double()).reshape(-1) for m in sorted(weight.members)]
+                one_by_one = [[float(a @ b) for b in taus[: i + 1]] for i, a in enumerate(taus)]
+                products[weight.name] = dict(zip(sorted(weight.members), one_by_one, strict=True))
+        return Survey(products)
+
+    def combine(self, first: "Survey | None", second: "Survey | None") -> "Survey":
+        """All of them."""
+        return Survey({**(first.products if first else {}), **(second.products if second else {})})
+
+    def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
+        """Looks at all Grams.
+
+        Raises:
+            MethodError: A Gram is missing, not finite, of another shape, or has a negative diagonal.
+        """
+        return PreparedEsm(weights, self.survey(weights) if context.survey is None else context.survey)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """How task vectors of all matrices lie to one another.
+
+    Args:
+        products: Weight → member → its inner products with members up to itself, in sorted order.
+    """
+
+    products: Mapping[str, Mapping[str, Sequence[float]]]
+
+    def scales(self, members: Sequence[str]) -> dict[str, float]:
+        """Weight → (‖Σ τ_t‖ / mean ‖Σ τ_t‖)² of some members, the mean taken over the same matrix of all layers."""
+        kinds: dict[str, dict[str, float]] = {}
+        for name in sorted(self.products):
+            rows = self.products[name]
+            place = {member: index for index, member in enumerate(sorted(rows))}
+            total = 0.0
+            for index, one in enumerate(members):
+                total += sum((1 + (one != other)) * rows[one][place[other]] for other in members[: index + 1])
+            kinds.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), {})[name] = max(total, 0.0) ** 0.5
+        scales = {}
+        for sizes in kinds.values():
+            mean = sum(sizes.values()) / len(sizes)
+            scales.update({name: (size / mean) ** 2 if mean > 0 else 1.0 for name, size in sizes.items()})
+        return scales
+
+
+class PreparedEsm(PreparedSpectral):
+    """Base, members and Grams as they are stored.
+
+    Args:
+        weights: The weights to merge.
+        survey: Of the whole model.
+    """
+
+    oriented = True
+
+    def __init__(self, weights: Sequence[Weight], survey: Survey) -> None:
+        self._survey = survey
+        super().__init__(weights)
+        self._averaged = sum(w.base.dim() > 1 and not is_embedding(w.name) and not grams_of(w) for w in weights)
+
+    def matrices(self, weight: Weight) -> list[Matrix]:
+        """Those that have Grams."""
+        return [Matrix(weight)] if grams_of(weight) and weight.base.numel() else []
+
+    def report(self) -> dict[str, float]:
+        """`averaged_layers`: matrices besides embeddings that have no Gram (a mixture's experts) and are the members' mean."""
+        return {"averaged_layers": float(self._averaged)} if self._averaged else {}
+
+    def steps(
+        self, index: int, scalings: Sequence[Mapping[str, float]], parameters: Mapping[str, Value]
+    ) -> Iterator[Tensor]:
+        """2 mean σ(U) mean σ(V) polar(U) polar(V) of every scaling; the members' directions are found once."""
+        batch, members = self.batches[index], list(scalings[0])
+        lefts, rights, sizes = [], [], []
+        for member in members:
+            moved = batch.moved({member: 1.0}, self.scratch)
+            grams = [row.weight.statistics["gram"][member].double() for row in batch.rows]
+            each = max(moved.shape[1] // len(members), 1)
+            left, values, _ = (part[..., :each] for part in triples(moved @ _root(torch.stack(grams))))
+            power = values.square() ** POWER * (values > 0)
+            mean = power.sum(1) / (values > 0).sum(1).clamp(min=1)
+            weight = power / torch.where(mean > 0, mean, 1.0)[:, None]
+            lefts.append(left * weight[:, None, :])
+            rights.append(weight[:, :, None] * (left.mT @ moved))
+            sizes.append(norms(moved))
+        mean = torch.stack(sizes).mean(0)
+        ratios = [(size / torch.where(mean > 0, mean, 1.0)).square() for size in sizes]
+        outputs, strength = polar(torch.cat(lefts, dim=2))
+        layers = self._survey.scales(members) if parameters["layers"] else {}
+        scale = 2 * strength * strength.new_tensor([layers.get(row.weight.name, 1.0) for row in batch.rows])
+        for factors in scalings:
+            shares = [factors[member] * ratio[:, None, None] for member, ratio in zip(members, ratios, strict=True)]
+            stacked = torch.cat([right * share for right, share in zip(rights, shares, strict=True)], dim=1)
+            columns = stacked.square().sum(1).sqrt()
+            mean = columns.mean(1, keepdim=True)
+            inputs, size = polar(stacked * (columns / torch.where(mean > 0, mean, 1.0)).square()[:, None, :])
+            yield outputs @ inputs * (scale * size)[:, None, None]
+
+
+def _root(grams: Tensor) -> Tensor:
+    """G^½ [B, n, n]; eigenvalues that a sum in float32 has of rounding alone are 0."""
+    values, vectors = torch.linalg.eigh(grams)
+    least = ROUNDING * values.shape[1] ** 0.5 * values[:, -1:]
+    root: Tensor = (vectors * torch.where(values > least, values, 0.0).sqrt()[:, None, :]) @ vectors.mT
+    return root

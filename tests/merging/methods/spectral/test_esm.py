@@ -1,0 +1,38 @@
+import torch
+
+from merging.methods import Weight
+
+
+def pool(layers=1, tokens=64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    weights = []
+    for layer in range(layers):
+        base = torch.randn(12, 8, generator=g)
+        inputs = {name: torch.randn(tokens, 8, generator=g) for name in "ab"}
+        members = {name: base + 0.1 * (layer + 1) * torch.randn(12, 8, generator=g) for name in "ab"}
+        grams = {name: x.T @ x / tokens for name, x in inputs.items()}
+        weights.append(Weight(f"layers.{layer}.up.weight", base, members, {"gram": grams}))
+    return weights
+
+
+def test_directions_of_output_are_all_equally_strong(merge):
+    (weight,) = pool()
+    step = merge("esm", [weight], {"a": 1.0, "b": 1.0})[weight.name] - weight.base
+    sizes = torch.linalg.svdvals(step)
+    torch.testing.assert_close(sizes, sizes.mean().expand(8), rtol=1e-3, atol=0)
+
+
+def test_a_layer_that_moved_more_than_others_of_its_kind_is_made_stronger(merge):
+    weights, scaling = pool(layers=3), {"a": 0.8, "b": 0.8}
+    plain, scaled = (merge("esm", weights, scaling, {"layers": layers}) for layers in (False, True))
+    lengths = torch.stack([(w.members["a"] + w.members["b"] - 2 * w.base).norm() for w in weights])
+    for w, length in zip(weights, lengths, strict=True):
+        expected = w.base + (length / lengths.mean()) ** 2 * (plain[w.name] - w.base)
+        torch.testing.assert_close(scaled[w.name], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_outputs_that_no_input_reaches_are_not_made_strong(merge):
+    """A Gram of three tokens: the outputs of a member differ in three directions, and in no fourth."""
+    (weight,) = pool(tokens=3)
+    sizes = torch.linalg.svdvals(merge("esm", [weight], {"a": 1.0, "b": 1.0})[weight.name] - weight.base)
+    assert sizes[6] < 1e-4 * sizes[0]
