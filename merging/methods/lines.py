@@ -14,7 +14,7 @@ from merging.methods.averaging.task_arithmetic import TaskArithmetic
 from merging.methods.checks import target
 from merging.methods.depth import depth
 from merging.methods.method import METHODS, Context, Method, Parameter, Prepared, Weight, modifier, register
-from merging.recipe import Recipe, Value
+from merging.recipe import GROUP, Recipe, Value
 
 
 @register
@@ -49,7 +49,9 @@ class Lines(Method):
 
     def complete(self, recipe: Recipe, model_type: str = "") -> Recipe:
         """As for any method, with the other parameters as the method that is scaled completes them."""
-        given = {name: value for name, value in recipe.parameters.items() if name in self.inner.parameters}
+        given = {
+            key: value for key, value in recipe.parameters.items() if key.partition(GROUP)[0] in self.inner.parameters
+        }
         inner = self.inner.complete(Recipe(self.inner.name, recipe.scaling, given), model_type)
         return super().complete(replace(recipe, parameters={**recipe.parameters, **inner.parameters}), model_type)
 
@@ -125,7 +127,16 @@ def lines(inner: Method) -> Method:
         depth = {name: spec.default for name, spec in own.items()}
         return Recipe(method.name, begun.scaling, {**begun.parameters, **depth})
 
-    declared = ("requires", "optional", "solution", "scaling", "scale_free", "most_members", "elementwise")
+    declared = (
+        "requires",
+        "optional",
+        "solution",
+        "scaling",
+        "scale_free",
+        "most_members",
+        "per_member",
+        "elementwise",
+    )
     settings = {name: getattr(inner, name) for name in declared} | {
         "name": f"lines+{inner.name}",
         "summary": f"{inner.summary}, growing with depth",

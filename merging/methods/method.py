@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from merging.errors import MethodError
-from merging.recipe import Recipe, Value
+from merging.recipe import GROUP, Recipe, Value
 from merging.registry import Registry, did_you_mean
 
 LARGEST = sys.float_info.max
@@ -157,6 +157,8 @@ class Method(ABC):
     """What a merge looks at besides: `layout`, whether matrices are stored [in, out]."""
     most_members: ClassVar[int | None] = None
     """Most members that a merge can take; None for any number."""
+    per_member: ClassVar[tuple[str, ...]] = ()
+    """Parameters that a recipe may give for one member alone, as `density@amazon`, beside or instead of one for all."""
     elementwise: ClassVar[bool] = False
     """Whether, given the survey, an entry's merge needs no other entry, so that a weight may be merged in stretches.
 
@@ -256,8 +258,9 @@ class Method(ABC):
         Raises:
             MethodError: An unknown parameter, a value out of bounds, no member, or a scaling factor that is no number.
         """
+        own = self._of_members(recipe)
         for name in recipe.parameters:
-            if name not in self.parameters:
+            if name not in self.parameters and name not in own:
                 hint = did_you_mean(name, list(self.parameters)) if self.parameters else "It has none."
                 raise MethodError(f"method '{self.name}' has no parameter '{name}'. {hint}")
         if not recipe.scaling:
@@ -270,7 +273,38 @@ class Method(ABC):
         parameters = {
             name: spec.check(name, recipe.parameters.get(name, usual[name])) for name, spec in self.parameters.items()
         }
-        return Recipe(self.name, scaling, parameters)
+        return Recipe(self.name, scaling, parameters | own)
+
+    def _of_members(self, recipe: Recipe) -> dict[str, Value]:
+        """A recipe's parameters of single members, checked.
+
+        Raises:
+            MethodError: A parameter is one for all members, a member takes no part, or a value is out of bounds.
+        """
+        found: dict[str, Value] = {}
+        for key, value in recipe.parameters.items():
+            name, grouped, member = key.partition(GROUP)
+            if not grouped or name not in self.parameters:
+                continue
+            if name not in self.per_member:
+                others = (
+                    f"per member may be {', '.join(self.per_member)}" if self.per_member else "none may be per member"
+                )
+                raise MethodError(f"'{key}': {self.name} has one {name} for all members and weights; {others}")
+            if member not in recipe.members:
+                if member.partition(GROUP)[0] in recipe.members:
+                    raise MethodError(
+                        f"'{key}': {name} may differ between members, not between groups of their weights: write "
+                        f"'{name}{GROUP}{member.partition(GROUP)[0]}'"
+                    )
+                raise MethodError(f"'{key}': '{member}' takes no part. {did_you_mean(member, list(recipe.members))}")
+            found[key] = self.parameters[name].check(key, value)
+        return found
+
+
+def of_member(parameters: Mapping[str, Value], name: str, member: str) -> float:
+    """A number for a member: its own, where a recipe gives one."""
+    return float(parameters.get(f"{name}{GROUP}{member}", parameters[name]))
 
 
 class Methods(Registry[Method]):

@@ -20,6 +20,7 @@ class ModelStock(Spherical):
 
     name = "model_stock"
     summary = "mean drawn towards the base where members disagree"
+    extras = ("layout",)
     parameters: ClassVar[Mapping[str, Parameter]] = {"over": OVER}
 
     def coefficients(self, products: Tensor, shares: Tensor, parameters: Mapping[str, Value]) -> Tensor:

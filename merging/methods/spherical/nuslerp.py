@@ -19,6 +19,7 @@ class NuSlerp(Slerp):
 
     name = "nuslerp"
     summary = "spherical interpolation of two members, also row by row"
+    extras = ("layout",)
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "space": Parameter("task_vectors", "what is interpolated", choices=("task_vectors", "weights"), search=False),
         "over": OVER,

@@ -6,11 +6,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from merging.kernels import cpu
-from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
+from merging.methods.method import Context, Method, Parameter, Prepared, Weight, of_member, register
 from merging.methods.task_vectors import top_k
-from merging.methods.task_vectors.dare import AGREE, OF_AGREE
-from merging.methods.task_vectors.elementwise import Block, Deltas, combined
-from merging.recipe import Value
+from merging.methods.task_vectors.elementwise import AGREE, LAMBDA, OF_AGREE, Block, Deltas, combined
+from merging.recipe import GROUP, Value
 
 
 @register
@@ -23,6 +22,7 @@ class Breadcrumbs(Method):
     name = "breadcrumbs"
     summary = "task vectors without their largest and smallest entries"
     elementwise = True
+    per_member = ("density", "gamma")
     scaling = Parameter(0.3, "scale of the member's task vector", low=0.0, high=1.5)
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "density": Parameter(
@@ -32,6 +32,7 @@ class Breadcrumbs(Method):
             0.01, "share of entries, the largest, that are dropped", low=0.0, high=0.05, minimum=0.0, maximum=0.99
         ),
         "entries": AGREE,
+        "lambda": LAMBDA,
     }
 
     def survey(self, weights: Iterable[Weight]) -> top_k.Survey:
@@ -46,8 +47,8 @@ class Breadcrumbs(Method):
         self, weights: Iterable[Weight], survey: top_k.Survey, parameters: Mapping[str, Value]
     ) -> top_k.Survey | None:
         """Exact counts around the thresholds."""
-        gamma = float(parameters["gamma"])
-        return top_k.refine(weights, survey, [_share(parameters), *([gamma] if gamma else [])], whole=False)
+        shares = [_shares(parameters, member) for member in ["", *_named(parameters)]]
+        return top_k.refine(weights, survey, sorted({share for two in shares for share in two if share}), whole=False)
 
     def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
         """Keeps references to base and members, and the histograms; thresholds come with densities."""
@@ -55,9 +56,15 @@ class Breadcrumbs(Method):
         return PreparedBreadcrumbs(weights, top_k.Trimmer(weights, survey))
 
 
-def _share(parameters: Mapping[str, Value]) -> float:
-    """Of a tensor's entries, those that stay or are outliers."""
-    return min(float(parameters["density"]) + float(parameters["gamma"]), 1.0)
+def _shares(parameters: Mapping[str, Value], member: str) -> tuple[float, float]:
+    """Of a tensor's entries, a member's outliers, and those that stay or are outliers."""
+    gamma = of_member(parameters, "gamma", member)
+    return gamma, min(of_member(parameters, "density", member) + gamma, 1.0)
+
+
+def _named(parameters: Mapping[str, Value]) -> list[str]:
+    """The members with parameters of their own."""
+    return sorted({key.partition(GROUP)[2] for key in parameters if GROUP in key})
 
 
 class PreparedBreadcrumbs(Deltas):
@@ -74,18 +81,18 @@ class PreparedBreadcrumbs(Deltas):
 
     def plan(self, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]) -> Block:
         """Trims in place to the largest density + γ, less the largest γ."""
-        gamma, share = float(parameters["gamma"]), _share(parameters)
+        scale = float(parameters["lambda"])
 
         def block(weight: Weight, start: int, deltas: Tensor) -> Tensor:
             outliers = self.scratch.take("outliers", deltas.shape[1], device=deltas.device)
-            cuts = [self._cuts(weight, member, gamma, share) for member in members]
+            cuts = [self._cuts(weight, member, *_shares(parameters, member)) for member in members]
             numbers = self._trimmer.numbers(weight, start, deltas.shape[1], (cut for two in cuts for cut in two if cut))
             for row, (cut, largest) in zip(deltas, cuts, strict=True):
                 if largest is not None:
                     largest.apply(outliers.copy_(row), numbers)
                     row.sub_(outliers)
                 cut.apply(row, numbers)
-            return combined(deltas, factors, str(parameters["entries"]), self.scratch)
+            return combined(deltas, factors, str(parameters["entries"]), self.scratch).mul_(scale)
 
         return block
 
@@ -99,11 +106,11 @@ class PreparedBreadcrumbs(Deltas):
         self, weight: Weight, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]
     ) -> cpu.Rule:
         """Trims on both sides, and adds up."""
-        gamma, share = float(parameters["gamma"]), _share(parameters)
-        cuts = [self._cuts(weight, member, gamma, share) for member in members]
+        cuts = [self._cuts(weight, member, *_shares(parameters, member)) for member in members]
         return cpu.Rule(
             factors,
             OF_AGREE[str(parameters["entries"])],
+            float(parameters["lambda"]),
             bounds=[cut.bounds(outliers) for cut, outliers in cuts],
             keys=[self._trimmer.keys(weight)],
             offset=weight.start,

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from merging.errors import MethodError
-from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
-from merging.methods.task_vectors.dare import AGREE, SEED
-from merging.methods.task_vectors.elementwise import Block, Deltas, combined
+from merging.methods.method import Context, Method, Parameter, Prepared, Weight, of_member, register
+from merging.methods.task_vectors.dare import SEED
+from merging.methods.task_vectors.elementwise import AGREE, LAMBDA, Block, Deltas, combined
 from merging.methods.task_vectors.random_masks import LEVELS, Chance
+from merging.methods.task_vectors.rescaling import RESCALE, NormRatios
 from merging.recipe import Value
 
 
@@ -19,11 +20,14 @@ class Della(Method):
     """θ_0 + Σ α_t m_t ∘ τ_t / q_t, m_t kept with probability q_t (Deep et al. 2024).
 
     q rises evenly from density − ε for the smallest entry of a row (of the last dimension) to density + ε for the
-    largest; equal entries share the mean of their ranks, so that none is favoured by its place.
+    largest; equal entries share the mean of their ranks, so that none is favoured by its place. `entries` = `elected` leaves
+    out what disagrees with the sign of the sum, `elected_mean` divides what is left by its members' Σ |α_t|. `rescale` = `l1`
+    is mergekit's. Density and ε may be a member's own (`density@amazon`).
     """
 
     name = "della"
     summary = "random drop by magnitude rank, and rescale, of task vectors"
+    per_member = ("density", "epsilon")
     scaling = Parameter(0.3, "scale of the member's task vector", low=0.0, high=1.5)
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "density": Parameter(0.5, "mean probability of keeping an entry", low=0.1, high=0.9, minimum=0.01, maximum=1.0),
@@ -31,6 +35,8 @@ class Della(Method):
             0.1, "how far a row's ends lie from the mean probability", low=0.0, high=0.1, minimum=0.0, maximum=0.5
         ),
         "entries": AGREE,
+        "rescale": RESCALE,
+        "lambda": LAMBDA,
         "seed": SEED,
     }
 
@@ -46,6 +52,7 @@ class PreparedDella(Deltas):
         super().__init__(weights)
         self._chance = Chance()
         self._ranks: dict[tuple[str, str], Tensor] = {}
+        self._ratios = NormRatios()
 
     def plan(self, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]) -> Block:
         """Masks and rescales in place.
@@ -53,21 +60,33 @@ class PreparedDella(Deltas):
         Raises:
             MethodError: Probabilities outside 0 … 1.
         """
-        density, epsilon = float(parameters["density"]), float(parameters["epsilon"])
-        seed = int(parameters["seed"])
-        if density - epsilon <= 0 or density + epsilon > 1:
-            raise MethodError(f"density {density:g} ± epsilon {epsilon:g} leaves 0 … 1: use a smaller epsilon")
+        seed, scale, rescale = int(parameters["seed"]), float(parameters["lambda"]), str(parameters["rescale"])
+        ends: dict[str, tuple[float, float]] = {}
+        for member in members:
+            density, epsilon = (of_member(parameters, name, member) for name in ("density", "epsilon"))
+            if density - epsilon <= 0 or density + epsilon > 1:
+                raise MethodError(f"density {density:g} ± epsilon {epsilon:g} leaves 0 … 1: use a smaller epsilon")
+            ends[member] = density, epsilon
+
+        def mask(weight: Weight, member: str, first: int, row: Tensor, by_probability: bool = False) -> None:
+            density, epsilon = ends[member]
+            keep, chance = (self.scratch.take(name, len(row), device=row.device) for name in ("keep", "chance"))
+            keep.copy_(self._rank(weight, member)[first : first + len(row)])
+            keep.mul_(2 * epsilon / (LEVELS - 1)).add_(density + epsilon / (LEVELS - 1))
+            chance.copy_(self._chance.numbers(seed, member, weight)[first : first + len(row)])
+            chance.add_(LEVELS // 2).mul_(1 / LEVELS)
+            if by_probability:
+                row.div_(keep)
+            row.mul_(torch.lt(chance, keep, out=keep))
 
         def block(weight: Weight, start: int, deltas: Tensor) -> Tensor:
-            first, stop = start - weight.start, start - weight.start + deltas.shape[1]
-            keep, chance = (self.scratch.take(name, stop - first, device=deltas.device) for name in ("keep", "chance"))
+            masks = [(seed, *ends[member]) for member in members]
+            ratios = self._ratios.of(weight, members, masks, mask) if rescale == "l1" else None
             for row, member in zip(deltas, members, strict=True):
-                keep.copy_(self._rank(weight, member)[first:stop])
-                keep.mul_(2 * epsilon / (LEVELS - 1)).add_(density + epsilon / (LEVELS - 1))
-                chance.copy_(self._chance.numbers(seed, member, weight)[first:stop])
-                chance.add_(LEVELS // 2).mul_(1 / LEVELS)
-                row.div_(keep).mul_(torch.lt(chance, keep, out=keep))
-            return combined(deltas, factors, str(parameters["entries"]), self.scratch)
+                mask(weight, member, start - weight.start, row, rescale == "probability")
+            if ratios is not None:
+                deltas.mul_(deltas.new_tensor(ratios)[:, None])
+            return combined(deltas, factors, str(parameters["entries"]), self.scratch).mul_(scale)
 
         return block
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from merging.kernels import cpu, gpu
 from merging.kernels.blockwise import Scratch, cut, difference, flat, step_of, widened
 from merging.methods.checks import check_weights, chosen, target
-from merging.methods.method import Prepared, Weight
+from merging.methods.method import Parameter, Prepared, Weight
 from merging.recipe import Value
 
 Block = Callable[[Weight, int, Tensor], Tensor]
@@ -73,6 +73,15 @@ class Deltas(Prepared):
                     start += before.numel()
 
 
+AGREE = Parameter(
+    "all",
+    "add up all entries, or those with the elected sign (TIES), or take the mean of these",
+    choices=("all", "elected", "elected_mean"),
+    search=False,
+)
+OF_AGREE = {"all": "all", "elected": "sum", "elected_mean": "mean"}
+"""What the compiled loops, and `elected`, call the choices of `AGREE`."""
+LAMBDA = Parameter(1.0, "scale of the merged task vector", search=False)
 LARGEST = torch.finfo(torch.float32).max
 """Times itself, and times any number but 0, it is as good as infinite, and 0 times it is 0."""
 
@@ -119,9 +128,9 @@ def combined(deltas: Tensor, factors: Sequence[float], entries: str, scratch: Sc
     Args:
         deltas: Task vectors [T, n]; overwritten.
         factors: α_t.
-        entries: `all` or `elected`.
+        entries: `all`, `elected` or `elected_mean`.
         scratch: For rows.
     """
-    if entries == "elected":
-        return elected(deltas, factors, "sum", scratch)
+    if entries != "all":
+        return elected(deltas, factors, OF_AGREE[entries], scratch)
     return total(deltas, torch.tensor(list(factors), device=deltas.device), scratch)

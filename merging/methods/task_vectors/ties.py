@@ -6,10 +6,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from merging.kernels import cpu
-from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
+from merging.methods.method import Context, Method, Parameter, Prepared, Weight, of_member, register
 from merging.methods.task_vectors import top_k
 from merging.methods.task_vectors.elementwise import Block, Deltas, elected
-from merging.recipe import Value
+from merging.recipe import GROUP, Value
 
 
 @register
@@ -24,6 +24,7 @@ class Ties(Method):
     summary = "trim, elect sign, merge what agrees"
     scale_free = True
     elementwise = True
+    per_member = ("density",)
     scaling = Parameter(1.0, "the member's weight in the election and in the mean", low=0.0, high=1.5)
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "density": Parameter(
@@ -55,12 +56,17 @@ class Ties(Method):
         self, weights: Iterable[Weight], survey: top_k.Survey, parameters: Mapping[str, Value]
     ) -> top_k.Survey | None:
         """Exact counts around the thresholds."""
-        return top_k.refine(weights, survey, [float(parameters["density"])], whole=parameters["trim"] == "global")
+        return top_k.refine(weights, survey, _densities(parameters), whole=parameters["trim"] == "global")
 
     def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
         """Keeps references to base and members, and the histograms; thresholds come with densities."""
         survey = self.survey(weights) if context.survey is None else context.survey
         return PreparedTies(weights, top_k.Trimmer(weights, survey))
+
+
+def _densities(parameters: Mapping[str, Value]) -> list[float]:
+    """Of all members and of single ones."""
+    return sorted({float(value) for key, value in parameters.items() if key.partition(GROUP)[0] == "density"})
 
 
 class PreparedTies(Deltas):
@@ -77,11 +83,11 @@ class PreparedTies(Deltas):
 
     def plan(self, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]) -> Block:
         """Trims in place, then elects and merges."""
-        density, scale = float(parameters["density"]), float(parameters["lambda"])
+        scale = float(parameters["lambda"])
         disjoint, whole = str(parameters["disjoint"]), parameters["trim"] == "global"
 
         def block(weight: Weight, start: int, deltas: Tensor) -> Tensor:
-            cuts = [self._trimmer.cut(member, density, "" if whole else weight.name) for member in members]
+            cuts = self._cuts(members, parameters, "" if whole else weight.name)
             numbers = self._trimmer.numbers(weight, start, deltas.shape[1], cuts)
             for row, cut in zip(deltas, cuts, strict=True):
                 cut.apply(row, numbers)
@@ -89,12 +95,15 @@ class PreparedTies(Deltas):
 
         return block
 
+    def _cuts(self, members: Sequence[str], parameters: Mapping[str, Value], group: str) -> list[top_k.Cut]:
+        return [self._trimmer.cut(member, of_member(parameters, "density", member), group) for member in members]
+
     def rule(
         self, weight: Weight, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]
     ) -> cpu.Rule:
         """Trims, elects and merges."""
         name = "" if parameters["trim"] == "global" else weight.name
-        cuts = [self._trimmer.cut(member, float(parameters["density"]), name) for member in members]
+        cuts = self._cuts(members, parameters, name)
         return cpu.Rule(
             factors,
             str(parameters["disjoint"]),

@@ -63,8 +63,12 @@ def elect(taus, scaling, disjoint):
     return torch.where(count > 0, numerator / count.clamp(min=1e-300), 0.0)
 
 
+def own(parameters, name, member):
+    return parameters.get(f"{name}@{member}", parameters[name])
+
+
 def ties(weights, scaling, parameters, examples):
-    kept = {m: trimmed(weights, m, parameters["density"], parameters["trim"]) for m in scaling}
+    kept = {m: trimmed(weights, m, own(parameters, "density", m), parameters["trim"]) for m in scaling}
     return {
         w.name: w.base.double()
         + parameters["lambda"] * elect({m: kept[m][w.name] for m in scaling}, scaling, parameters["disjoint"])
@@ -140,19 +144,31 @@ def uniform(seed, member, name, like):
     return torch.tensor(numbers[: like.numel()], dtype=torch.float64).reshape(like.shape) / 65536
 
 
-def merged_entries(base, taus, scaling, entries):
-    if entries == "elected":
-        return base + elect(taus, scaling, "sum")
-    return base + sum(a * taus[m] for m, a in scaling.items())
+def merged_entries(base, taus, scaling, parameters):
+    entries, scale = parameters["entries"], parameters["lambda"]
+    if entries == "all":
+        return base + scale * sum(a * taus[m] for m, a in scaling.items())
+    return base + scale * elect(taus, scaling, "mean" if entries == "elected_mean" else "sum")
+
+
+def rescaled(tau, mask, keep, rescale):
+    """What is kept, divided by its probability or brought to the norm of all."""
+    kept = mask * tau
+    if rescale == "l1":
+        return kept * tau.abs().sum() / kept.abs().sum() if kept.abs().sum() > 0 else kept
+    return kept / keep if rescale == "probability" else kept
 
 
 def dare(weights, scaling, parameters, examples):
     merged = {}
     for w in weights:
         base, tau = f64(w)
-        p = round(parameters["drop"] * 65536) / 65536
-        kept = {m: (uniform(parameters["seed"], m, w.name, base) >= p) * tau[m] / (1 - p) for m in scaling}
-        merged[w.name] = merged_entries(base, kept, scaling, parameters["entries"])
+        kept = {}
+        for m in scaling:
+            p = round(own(parameters, "drop", m) * 65536) / 65536
+            mask = uniform(parameters["seed"], m, w.name, base) >= p
+            kept[m] = rescaled(tau[m], mask, 1 - p, parameters["rescale"])
+        merged[w.name] = merged_entries(base, kept, scaling, parameters)
     return merged
 
 
@@ -166,9 +182,10 @@ def della(weights, scaling, parameters, examples):
             smaller = (rows.abs()[:, None, :] < rows.abs()[:, :, None]).sum(2)
             equal = (rows.abs()[:, None, :] == rows.abs()[:, :, None]).sum(2)
             rank = (smaller + (equal - 1) / 2).double() / max(rows.shape[1] - 1, 1) if rows.shape[1] > 1 else equal / 2
-            keep = parameters["density"] + parameters["epsilon"] * (2 * rank.reshape(base.shape) - 1)
-            kept[m] = (uniform(parameters["seed"], m, w.name, base) < keep) * tau[m] / keep
-        merged[w.name] = merged_entries(base, kept, scaling, parameters["entries"])
+            keep = own(parameters, "density", m) + own(parameters, "epsilon", m) * (2 * rank.reshape(base.shape) - 1)
+            mask = uniform(parameters["seed"], m, w.name, base) < keep
+            kept[m] = rescaled(tau[m], mask, keep, parameters["rescale"])
+        merged[w.name] = merged_entries(base, kept, scaling, parameters)
     return merged
 
 
@@ -181,13 +198,14 @@ def breadcrumbs(weights, scaling, parameters, examples):
         for m in scaling:
             flat = w.members[m].float().reshape(-1) - w.base.float().reshape(-1)
             numbers = uniform(0, "", w.name, flat)
-            most = max(round(min(parameters["density"] + parameters["gamma"], 1.0) * size), 1)
-            outliers = round(parameters["gamma"] * size)
+            gamma = own(parameters, "gamma", m)
+            most = max(round(min(own(parameters, "density", m) + gamma, 1.0) * size), 1)
+            outliers = round(gamma * size)
             mask = top(flat.abs(), most, numbers)
             if outliers:
                 mask &= ~top(flat.abs(), outliers, numbers)
             kept[m] = torch.where(mask, tau[m].reshape(-1), 0.0).reshape(base.shape)
-        merged[w.name] = merged_entries(base, kept, scaling, parameters["entries"])
+        merged[w.name] = merged_entries(base, kept, scaling, parameters)
     return merged
 
 

@@ -55,3 +55,25 @@ def test_what_is_no_such_number_is_refused(method, parameter, value):
 def test_scaling_factors_are_finite_numbers(method, factor):
     with pytest.raises(MethodError, match="scaling factor of 'a' = .* is not a (finite )?number"):
         METHODS[method].complete(Recipe(method, {"a": factor, "b": 1.0}))
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "message"),
+    [
+        ("ties", {"density@movie": 2.0}, r"density@movie = 2 is outside 0 … 1"),
+        ("ties", {"density@moovie": 0.5}, r"'moovie' takes no part. Did you mean 'movie'"),
+        ("ties", {"lambda@movie": 0.5}, r"one lambda for all members and weights; per member may be density"),
+        ("dare", {"drop@movie@layers:0-2": 0.5}, r"not between groups of their weights: write 'drop@movie'"),
+        ("lines+della", {"seed@movie": 1}, r"one seed for all"),
+        ("fisher", {"normalize@movie": True}, r"none may be per member"),
+    ],
+)
+def test_parameters_of_single_members_are_checked(method, parameters, message):
+    with pytest.raises(MethodError, match=message):
+        METHODS[method].complete(Recipe(method, {"movie": 1.0}, parameters))
+
+
+def test_parameters_of_single_members_survive_completion_under_a_modifier():
+    found = METHODS["lines+della"].complete(Recipe("lines+della", {"movie": 1.0}, {"density@movie": 0.7}))
+    assert found.parameters["density@movie"] == 0.7
+    assert METHODS["lines+della"].complete(found) == found
