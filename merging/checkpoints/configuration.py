@@ -7,6 +7,8 @@ from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
 
+from merging.checkpoints import skeleton
+
 IGNORED = (
     "_*",
     "architectures",
@@ -180,9 +182,7 @@ def _resolved(config: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         with _quiet():
-            from transformers import CONFIG_MAPPING
-
-            return dict(CONFIG_MAPPING[str(config.get("model_type"))].from_dict(dict(config)).to_dict())
+            return dict(skeleton.parsed(config).to_dict())
     except Exception:  # of whatever kind: the file is compared as it stands
         return None
 

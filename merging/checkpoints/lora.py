@@ -208,7 +208,10 @@ def _outputs(model: nn.Module, file: SafetensorsFile) -> int:
 def _rows(model: nn.Module, file: SafetensorsFile) -> int:
     """Number of rows of the embeddings that the adapter holds in full, where it is another than the model's."""
     inputs: Any = getattr(model, "get_input_embeddings", None)
-    embeddings = inputs() if inputs is not None else None
+    try:
+        embeddings = inputs() if inputs is not None else None
+    except NotImplementedError:  # of a model without a table of tokens, or with several
+        return 0
     for path, module in model.named_modules():
         if module is embeddings and isinstance(module, nn.Embedding):
             for name in (f"{path}.weight", f"{path}.base_layer.weight"):
@@ -247,6 +250,7 @@ class _Names:
         self._saved = skeleton.saved_names(model)
         self._by_saved = {saved: live for live, saved in reversed(self._saved.items())}
         self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._buffers = dict(model.named_buffers())
         self._stored: dict[str, list[str]] = {}
         for name, live in skeleton.live_names(model, base.tensors).items():
             self._stored.setdefault(live, []).append(name)
@@ -260,7 +264,7 @@ class _Names:
         """What the adapter makes of its base."""
         if self._settings.get("bias", "none") != "none" and not any(name.endswith(".bias") for name in self._whole):
             raise self._error(f"was trained with bias = {self._settings['bias']!r}, but holds no bias")
-        groups, split = self._groups()
+        groups, config = self._groups()
         tensors: dict[str, TensorInfo] = {}
         origins: dict[str, str] = {}
         whole: dict[str, str] = {}
@@ -270,6 +274,10 @@ class _Names:
             saved = self._spelled(live)
             if live in self._parts:
                 low_rank[saved] = self._low_rank(live, self._parts[live])
+            if len(self._stored.get(live, ())) > 1 and (live in self._parts or live in self._whole):
+                raise self._error(
+                    f"trains '{live}', whose parts are weights of their own in {self._base.path}. {REMEDY}"
+                )
             key = self._whole.get(live) or next((self._shared[n] for n in sharing if n in self._shared), None)
             if key is not None:
                 whole[saved] = key
@@ -285,27 +293,37 @@ class _Names:
         taken = set(origins.values())
         for live, names in self._stored.items():
             rest = [name for name in names if name not in taken and (len(names) > 1 or live not in self._saved)]
-            for name in rest:  # weights that the model joins, and buffers: no adapter changes them
-                origins[name], tensors[name] = name, self._base.tensors[name]
-        return Adapted(skeleton.untied(self._config) if split else self._config, tensors, origins, whole, low_rank)
+            for name in rest:  # weights that the model joins, which no adapter changes, and buffers
+                if live in self._whole:
+                    whole[name], there = self._whole[live], self._file.tensors[self._whole[live]]
+                else:
+                    origins[name], there = name, self._base.tensors[name]
+                tensors[name] = self._formed(name, there, None)
+        return Adapted(config, tensors, origins, whole, low_rank)
 
-    def _groups(self) -> tuple[dict[str, tuple[str, ...]], bool]:
-        """Name in the model of every tensor → all names that share its weight in the base; whether the adapter parts any."""
+    def _groups(self) -> tuple[dict[str, tuple[str, ...]], Mapping[str, Any]]:
+        """Name in the model of every tensor → all names that share its weight in the base; and the member's configuration."""
         tied = {name: names for names in self._tied for name in names}
         for name in (*self._parts, *self._whole):
             if name in tied and self._settings.get("ensure_weight_tying"):
                 raise self._error(f"trains '{name}' with ensure_weight_tying, tied to '{tied[name][0]}'. {REMEDY}")
+        trained = {*self._parts, *self._whole}
+        parted = {names for names in self._tied if trained.intersection(names)}
+        config = skeleton.untied(self._config) if parted else self._config
+        if config != self._config:  # which unties others, too
+            model = skeleton.build(self._path, config, type(self._model).__name__)
+            still = set(skeleton.tied_names(model))
+            parted |= {names for names in self._tied if names not in still}
         found: dict[str, tuple[str, ...]] = {}
-        split = False
         for live in self._saved:
             sharing = tied.get(live, (live,))
-            own = [name for name in sharing if name in self._parts or name in self._whole]
-            if len(sharing) == 1 or own:
+            if (
+                len(sharing) == 1
+                or sharing in parted
+                or live == next((name for name in sharing if name in self._stored), sharing[0])
+            ):
                 found[live] = sharing
-                split = split or len(sharing) > 1
-            elif live == next((name for name in sharing if name in self._stored), sharing[0]):
-                found[live] = sharing
-        return found, split
+        return found, config
 
     def _are_one(self, names: Sequence[str]) -> bool:
         """Whether the base has one weight under these names: transformers does not tie what is stored with different values."""
@@ -324,6 +342,10 @@ class _Names:
         """Sorts the file's names: modules of the adapter's own, weights that are the base's own, and factors."""
         for key in self._file.tensors:
             inner = key.removeprefix(PREFIX)
+            if (
+                ".original_module." in inner
+            ):  # biases of what `modules_to_save` replaces: the model computes with the copy
+                continue
             if parts := re.fullmatch(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?", inner):
                 self._parts.setdefault(self._name(f"{parts[1]}.weight", key), {})[parts[2]] = key
                 continue
@@ -353,6 +375,8 @@ class _Names:
         live = skeleton.live_names(self._model, [name]).get(name)
         if live in self._saved:
             return live
+        if name in self._buffers:
+            return name
         raise self._error(f"holds '{key}', of which {type(self._model).__name__} knows nothing. {REMEDY}")
 
     def _low_rank(self, live: str, keys: Mapping[str, str]) -> LowRank:

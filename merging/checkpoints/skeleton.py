@@ -16,6 +16,23 @@ _IMPORTING = Lock()
 """Transformers replaces its module while it is imported: a thread that waits for another's import gets the replaced one."""
 
 
+def parsed(config: Mapping[str, Any]) -> Any:
+    """A `config.json` as the configuration class of its `model_type`; what transformers says of it is raised as it is."""
+    with _IMPORTING:
+        import transformers
+
+    return transformers.CONFIG_MAPPING[config["model_type"]].from_dict(_with_floats(config))
+
+
+def _with_floats(value: Any) -> Any:
+    """A configuration's value with infinities as numbers, where transformers wrote `{"__float__": "Infinity"}`."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: _with_floats(below) for key, below in value.items()}
+    return [_with_floats(below) for below in value] if isinstance(value, list) else value
+
+
 def build(path: str, config: Mapping[str, Any], architecture: str, loader: str | None = None) -> nn.Module:
     """A model on no device.
 
@@ -33,9 +50,9 @@ def build(path: str, config: Mapping[str, Any], architecture: str, loader: str |
 
     try:
         kind = getattr(transformers, loader or architecture)
-        parsed = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+        built = parsed(config)
         with torch.device("meta"):
-            model: nn.Module = kind.from_config(parsed) if loader else kind(parsed)
+            model: nn.Module = kind.from_config(built) if loader else kind(built)
             model.tie_weights()  # type: ignore[operator]
     except Exception as error:  # transformers raises all kinds
         raise CheckpointError(
@@ -93,16 +110,13 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
     Where it would (T5 scales what goes into a tied head), it stays as it is: transformers does not tie weights that a
     checkpoint holds under both names with different values.
     """
-    import transformers
-
     changed = {
         key: {**value, "tie_word_embeddings": False}
         if isinstance(value, Mapping) and "tie_word_embeddings" in value
         else value
         for key, value in config.items()
     } | {"tie_word_embeddings": False}
-    kind = transformers.CONFIG_MAPPING[config["model_type"]]
-    before, after = (_plain(kind.from_dict(dict(value)).to_dict()) for value in (config, changed))
+    before, after = (_plain(parsed(value).to_dict()) for value in (config, changed))
     return changed if before == after else dict(config)
 
 

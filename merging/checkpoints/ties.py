@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,8 +36,13 @@ def settle_ties(
     found = {who: _names(checkpoint) for who, checkpoint in everyone.items()}
     names: dict[str, dict[str, str]] = {who: {key: key for key in c.tensors} for who, c in everyone.items()}
     parted: list[str] = []
-    for group in _joined([own.shared for own in found.values()]):
-        classes = _classes(group, found)
+    groups = [_classes(group, found) for group in _joined([own.shared for own in found.values()])]
+    config = base.config
+    if found[""].shared and any(len(classes) > 1 for classes in groups):
+        config = skeleton.untied(base.config)
+        if config != base.config:
+            groups = _untied_too(groups, found, _names(replace(base, config=config)))
+    for classes in groups:
         for same, stored in classes:
             kept = next((n for who, rep in stored.items() for n in same if found[who].stored.get(n) == rep), same[0])
             for who, own in found.items():
@@ -47,7 +52,6 @@ def settle_ties(
                     names[who][own.spelled(kept)] = stored[who]
         if len(classes) > 1:
             parted += sorted(f"'{found[''].spelled(same[0])}'" for same, _ in classes)
-    config = skeleton.untied(base.config) if parted and found[""].shared else base.config
     if parted:
         notes.append(
             f"{' and '.join(parted)} are apart in some of base and members: the merge has both, and does not tie them"
@@ -80,15 +84,24 @@ class _Names:
         return self.stored.get(name, self.saved.get(name, name))
 
 
-def _classes(group: Sequence[str], found: Mapping[str, _Names]) -> list[tuple[list[str], dict[str, str]]]:
+_Classes = list[tuple[list[str], dict[str, str]]]
+"""Names that are one weight, and the stored tensor of each checkpoint that has it, for every weight of a group."""
+
+
+def _holders(name: str, found: Mapping[str, _Names]) -> dict[str, str]:
+    """The stored tensor under a name, of every checkpoint that has one."""
+    return {
+        who: own.shared.get(name, own.stored.get(name, ""))
+        for who, own in found.items()
+        if name in own.shared or name in own.stored
+    }
+
+
+def _classes(group: Sequence[str], found: Mapping[str, _Names]) -> _Classes:
     """Names that are one weight in every checkpoint that has them, with the stored tensor of each that has it."""
-    classes: list[tuple[list[str], dict[str, str]]] = []
+    classes: _Classes = []
     for name in group:
-        held = {
-            who: own.shared.get(name, own.stored.get(name, ""))
-            for who, own in found.items()
-            if name in own.shared or name in own.stored
-        }
+        held = _holders(name, found)
         for same, stored in classes:
             if all(stored.get(who, rep) == rep for who, rep in held.items()):
                 same.append(name)
@@ -97,6 +110,19 @@ def _classes(group: Sequence[str], found: Mapping[str, _Names]) -> list[tuple[li
         else:
             classes.append(([name], held))
     return classes
+
+
+def _untied_too(groups: Sequence[_Classes], found: Mapping[str, _Names], untied: _Names) -> list[_Classes]:
+    """Groups of names, where those are apart that a configuration without ties does not tie any more (BERT's output bias)."""
+    parted: list[_Classes] = []
+    for classes in groups:
+        parted.append([])
+        for same, stored in classes:
+            if len({untied.shared.get(name, name) for name in same}) == 1:
+                parted[-1].append((same, stored))
+            else:
+                parted[-1] += [([name], _holders(name, found)) for name in same]
+    return parted
 
 
 def _seen(checkpoint: Checkpoint, names: Mapping[str, str], config: Mapping[str, Any]) -> Checkpoint:

@@ -301,11 +301,7 @@ def _vocab_size(config: Mapping[str, Any]) -> int | None:
     size = _stated(config)
     if size is None and not isinstance(config.get("text_config"), Mapping):
         try:
-            import transformers
-
-            size = getattr(
-                transformers.CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)), "vocab_size", None
-            )
+            size = getattr(skeleton.parsed(config), "vocab_size", None)
         except Exception:  # transformers raises all kinds
             return None
     return size if isinstance(size, int) and not isinstance(size, bool) and size > 0 else None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from merging.checkpoints import skeleton
 from merging.checkpoints.adapter import ADAPTER_CONFIG, is_adapter, open_checkpoint
 from merging.checkpoints.checkpoint import CONFIG, Checkpoint, read_settings
 from merging.checkpoints.parameter_names import Loading, loading, remember_names
@@ -122,9 +123,7 @@ def blank_model(head: str, model_class: str, base: str = "") -> tuple[nn.Module,
 
 def _blank(checkpoint: Checkpoint, loader: Any) -> nn.Module:
     """A model of a checkpoint's configuration on no device."""
-    import transformers
-
-    config = transformers.CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(dict(checkpoint.config))
+    config = skeleton.parsed(checkpoint.config)
     with torch.device("meta"):
         model: nn.Module = loader.from_config(config) if hasattr(loader, "from_config") else loader(config)
     return model

@@ -265,7 +265,7 @@ def tiny(kind, **changes):
 def trained(model, path, **settings):
     """Saves an adapter of a model after its weights moved; returns the live model."""
     torch.manual_seed(3)
-    live = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM", **({"r": 4} | settings))).eval()
+    live = get_peft_model(copy.deepcopy(model), LoraConfig(**({"r": 4, "task_type": "CAUSAL_LM"} | settings))).eval()
     with torch.no_grad():
         for value in live.parameters():
             if value.requires_grad:
@@ -406,6 +406,67 @@ def test_a_vision_language_model(tmp_path):
     found = type(base).from_pretrained(tmp_path / "out")
     with torch.no_grad():
         torch.testing.assert_close(found(input_ids=IDS).logits, live(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+OTHERS = {
+    "an output bias that is tied, too": ("Bert", "ForMaskedLM", {"target_modules": ["query", "decoder"]}),
+    "biases beside a saved head": (
+        "Bert",
+        "ForSequenceClassification",
+        {"target_modules": ["query"], "bias": "all", "modules_to_save": ["classifier"]},
+    ),
+    "running statistics": (
+        "ResNet",
+        "ForImageClassification",
+        {"target_modules": ["convolution"], "modules_to_save": ["normalization"]},
+    ),
+    "two towers": ("CLIP", "Model", {"target_modules": ["q_proj", "text_projection"]}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_is_what_the_live_model_computes(tmp_path, name):
+    kind, suffix, settings = OTHERS[name]
+    text = SIZE | {"vocab_size": 40, "max_position_embeddings": 32}
+    sizes = {
+        "Bert": text,
+        "ResNet": {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]},
+        "CLIP": {
+            "text_config": text,
+            "vision_config": SIZE | {"image_size": 8, "patch_size": 4},
+            "projection_dim": 8,
+        },
+    }
+    torch.manual_seed(0)
+    base = getattr(transformers, f"{kind}{suffix}")(getattr(transformers, f"{kind}Config")(**sizes[kind])).eval()
+    inputs = {"pixel_values": torch.randn(2, 3, 8, 8)} if kind != "Bert" else {}
+    inputs |= {"input_ids": IDS} if kind != "ResNet" else {}
+    with torch.no_grad():
+        for value in base.parameters():
+            value.add_(0.2 * torch.randn_like(value))
+    base.save_pretrained(tmp_path / "base")
+    live = trained(base, tmp_path / "a", **settings, task_type=None)
+    if kind == "ResNet":
+        for value in dict(live.named_buffers()).values():
+            value.add_(1)
+        live.save_pretrained(tmp_path / "a")
+    pool = Pool.open(str(tmp_path / "base"), {"a": str(tmp_path / "a")})
+    merge_to_disk(Material(pool), Recipe("linear", {"a": 1.0}), str(tmp_path / "out"))
+    found, info = type(base).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    with torch.no_grad():
+        one, other, before = (model(**inputs) for model in (found.eval(), live, base))
+    get = "logits_per_image" if kind == "CLIP" else "logits"
+    torch.testing.assert_close(one[get], other[get], rtol=1e-5, atol=1e-5)
+    assert (other[get] - before[get]).abs().max() > 0.05
+
+
+def test_experts_that_are_saved_in_full_are_refused(tmp_path):
+    base = tiny("Mixtral", num_local_experts=2, tie_word_embeddings=False)
+    base.save_pretrained(tmp_path / "base")
+    trained(base, tmp_path / "a", target_modules=["q_proj"], modules_to_save=["experts"])
+    with pytest.raises(CheckpointError, match=r"gate_up_proj', whose parts are weights of their own"):
+        open_checkpoint(str(tmp_path / "a"), str(tmp_path / "base"))
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,25 @@ def test_one_member_apart_unties_all(tmp_path, how):
     assert any("does not tie them" in note for note in pool.notes)
 
 
+def test_what_untied_embeddings_untie_besides(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    torch.manual_seed(0)
+    base = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=40, **sizes)).eval()
+    with torch.no_grad():
+        base.cls.predictions.bias.add_(torch.randn(40))
+    decoder = base.bert.embeddings.word_embeddings.weight + 0.1
+    for name in ("base", "a", "b"):
+        base.save_pretrained(tmp_path / name)
+    values = load_file(tmp_path / "a" / SINGLE)
+    save_file(values | {"cls.predictions.decoder.weight": decoder}, tmp_path / "a" / SINGLE, {"format": "pt"})
+    pool = Pool.open(str(tmp_path / "base"), {name: str(tmp_path / name) for name in ("a", "b")})
+    merge_to_disk(Material(pool), Recipe("average", {"a": 1.0, "b": 1.0}), str(tmp_path / "out"))
+    model, info = type(base).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    torch.testing.assert_close(model.cls.predictions.decoder.weight, decoder - 0.05)
+    torch.testing.assert_close(model.cls.predictions.decoder.bias, base.cls.predictions.bias)
+
+
 def test_a_tied_t5_of_which_one_member_has_a_head_apart(tmp_path):
     """Its configuration cannot untie it without changing what it computes: two unequal tensors do."""
     torch.manual_seed(0)

@@ -163,6 +163,20 @@ FAMILIES: dict[str, Family] = {
         "MambaForCausalLM",
         LM,
     ),
+    "mamba2": Family(  # whose config.json has an infinity
+        "Mamba2Config",
+        {
+            "vocab_size": 64,
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_heads": 4,
+            "head_dim": 8,
+            "state_size": 4,
+            "n_groups": 1,
+        },
+        "Mamba2ForCausalLM",
+        LM,
+    ),
     "t5": Family(
         "T5Config",
         {
