@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test test-fast test-slow test-endurance lint format clean
+.PHONY: help quickstart docs reference test test-fast test-slow test-endurance lint format clean
 
 help:
 	@echo "make quickstart  build a real pool of models and search for its best merge (about 11 minutes on 2 cores)"
@@ -11,6 +11,8 @@ help:
 	@echo "make test-fast   the fast tests only"
 	@echo "make test-slow   the slow ones only: campaigns, Ray, what waits"
 	@echo "make test-endurance  killed nodes and drivers, a faulty S3: minutes each, not part of make test"
+	@echo "make docs        the documentation site, in site/"
+	@echo "make reference   the pages of docs/ that are written from the program: settings, methods, columns, commands, API"
 	@echo "make format      format and fix what can be fixed"
 	@echo "make clean       remove the environment, caches and runs"
 
@@ -28,6 +30,12 @@ test-endurance: $(VENV)/installed-dev
 test-fast: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+reference: $(VENV)/installed
+	$(BIN)/python -m flows.cli.reference docs
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,12 +47,16 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info runs cache
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info runs cache site
 
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "Python 3.11 or later is needed: make PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[docs]"
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

@@ -8,23 +8,30 @@ import torch
 from typer.testing import CliRunner
 
 from flows.cli.app import app
-from flows.cli.methods_page import methods_page
-from flows.cli.template import settings_reference
+from flows.cli.reference import PAGES as REFERENCE
+from merging import errors
 from merging.methods import METHODS, Context, Weight
 from merging.recipe import Recipe
+from merging.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_the_settings_page_is_the_model():
-    written = (ROOT / "docs" / "campaign.md").read_text()
-    assert written == settings_reference(), "write it anew: python -m flows.cli.template > docs/campaign.md"
+@pytest.mark.parametrize("page", REFERENCE)
+def test_the_reference_is_the_program(page):
+    assert (ROOT / "docs" / page).read_text() == REFERENCE[page](), "write it anew: make reference"
 
 
-def test_the_methods_page_is_the_registry():
-    written = (ROOT / "docs" / "methods.md").read_text()
-    assert written == methods_page(), "write it anew: python -m flows.cli.methods_page > docs/methods.md"
+def test_every_error_has_its_remedies():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    named = {value.__name__ for value in vars(errors).values() if isinstance(value, type)} - {"MergequestError"}
+    assert {name for name in named if f"## {name}\n" in page and f"`{name}`](#{name.lower()})" in page} == named
+
+
+def test_every_kind_of_task_can_be_named_in_a_campaign_file():
+    page = (ROOT / "docs" / "campaign.md").read_text()
+    assert {kind for kind in TASKS if f"`tasks.<name> ({kind})`" in page} == set(TASKS)
 
 
 def test_the_method_of_one_s_own_works_as_it_is_written(monkeypatch):

@@ -47,6 +47,7 @@ def _of_a_kind(value: Any) -> Any:
 AnyTaskSettings = Annotated[
     TextClassificationSettings
     | CausalLMSettings
+    | Seq2SeqSettings
     | ImageClassificationSettings
     | TokenClassificationSettings
     | CustomSettings,

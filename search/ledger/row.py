@@ -13,8 +13,8 @@ VERSION = 1
 
 Status = Literal["complete", "failed", "pruned"]
 Origin = Literal["reference", "anchor", "search", "final"]
-"""Why a row was measured: the base or a single member beside which others are read; a method's default; a proposal of the
-sampler; the one measurement on test."""
+"""Why a row was measured: the base or a single member, beside which others are read; a baseline, which is called `anchor` here
+because ledgers outlive words; a proposal of the sampler; the one measurement on test."""
 
 SCHEMA = pa.schema(
     [
@@ -57,17 +57,20 @@ class Row:
 
     Args:
         campaign: The campaign's name.
-        candidate: `Recipe.identity`.
-        split: `validation` or `test`.
-        origin: Why it was measured.
-        trial: Number of the Optuna trial; None for rows that no sampler hears of.
-        status: `complete`, `failed` (see `error`) or `pruned`.
+        candidate: Content hash of method, scaling factors and parameters; with `split`, a row's identity.
+        split: `validation`, `test`, or `anchors`: measured on the anchor examples of validation only, with estimates of the
+            whole split as scores.
+        origin: Why it was measured: `reference` (the base, a single member), `anchor` (a baseline: a method's defaults; the
+            value's name is older than the word), `search` (a proposal of the sampler), `final` (on test, once).
+        trial: Number of the Optuna trial; null for rows that no sampler hears of.
+        status: `complete`, `failed` (see `error`), or `pruned`: given up early, with the scores of the examples so far and no
+            objective.
         error: Type and message of what failed.
         method: The method's name; `base` or `member` for reference rows.
         members: Names of the members that take part, sorted.
-        scaling: Their scaling factors.
+        scaling: Scaling factor of each `member`, or of each `member@group` of weights.
         parameters: The method's parameters, all spelled out; a JSON object in the file.
-        objective: What the search maximises (the first of several); None unless complete.
+        objective: What the search maximises (the first of several); null unless complete.
         objectives: Name → value of everything that the search maximises.
         violations: Name of a constraint → by how much it is broken; 0 or less where it holds.
         scores: Task → the task's metric.
@@ -75,7 +78,9 @@ class Row:
         losses: Task → mean loss over the examples (cross-entropy of a classifier).
         expected_errors: Task → 1 − the mean surrogate (of a classifier, the mean of 1 − p_y).
         examples: Task → number of examples evaluated.
-        proxies: Name → a figure that needs no labels or no forward pass (a predicted loss, an entropy).
+        proxies: Name → a figure that needs no labels or fewer examples: `entropy:<task>` (mean entropy of the predictions,
+            nats), `partial:objective` of a pruned row, `partial:objective@N` at a rung of N examples, `theory:<member>` (a
+            predicted loss).
         report: Name → the method's own figure on the merge (a ridge that was added).
         merge_seconds: Wall time of the merge.
         evaluate_seconds: Wall time of the evaluation, all tasks.
