@@ -14,11 +14,12 @@ from merging.methods.averaging.task_arithmetic import TaskArithmetic
 from merging.methods.checks import target
 from merging.methods.depth import depth
 from merging.methods.method import METHODS, Context, Method, Parameter, Prepared, Weight, modifier, register
-from merging.recipe import GROUP, Recipe, Value
+from merging.methods.modified import Modified, modify
+from merging.recipe import Value
 
 
 @register
-class Lines(Method):
+class Lines(Modified):
     """θ_0 + Σ α_t (a + b l / (L − 1)) τ_t, l the weight's layer of L (Wang et al. 2024, LiNeS).
 
     Embeddings have l = 0; other weights outside the layers come after them and have l = L − 1. `lines+METHOD` is any other
@@ -34,38 +35,6 @@ class Lines(Method):
         "b": Parameter(0.4, "how much larger the last layer's is", low=0.0, high=1.0),
     }
     inner: ClassVar[Method] = METHODS[TaskArithmetic.name]
-
-    def needs(self, parameters: Mapping[str, Value]) -> tuple[str, ...]:
-        """What the method that is scaled needs."""
-        return self.inner.needs(parameters)
-
-    def base_needs(self, parameters: Mapping[str, Value]) -> tuple[str, ...]:
-        """What the method that is scaled needs of the base."""
-        return self.inner.base_needs(parameters)
-
-    def prior(self, parameters: Mapping[str, Value]) -> tuple[float, bool]:
-        """That of the method that is scaled."""
-        return self.inner.prior(parameters)
-
-    def complete(self, recipe: Recipe, model_type: str = "") -> Recipe:
-        """As for any method, with the other parameters as the method that is scaled completes them."""
-        given = {
-            key: value for key, value in recipe.parameters.items() if key.partition(GROUP)[0] in self.inner.parameters
-        }
-        inner = self.inner.complete(Recipe(self.inner.name, recipe.scaling, given), model_type)
-        return super().complete(replace(recipe, parameters={**recipe.parameters, **inner.parameters}), model_type)
-
-    def solution_for(self, parameters: Mapping[str, Value]) -> str | None:
-        """What the method that is scaled asks for."""
-        return self.inner.solution_for(parameters)
-
-    def is_linear(self, parameters: Mapping[str, Value]) -> bool:
-        """Where the method that is scaled is."""
-        return self.inner.is_linear(parameters)
-
-    def is_elementwise(self, parameters: Mapping[str, Value]) -> bool:
-        """Where the method that is scaled is."""
-        return self.inner.is_elementwise(parameters)
 
     def survey(self, weights: Iterable[Weight]) -> tuple[int, Any]:
         """Number of layers seen, and the survey of the method that is scaled."""
@@ -121,31 +90,7 @@ def lines(inner: Method) -> Method:
     if inner.parameters.keys() & Lines.parameters.keys():
         raise MethodError(f"'{inner.name}' scales by depth already: leave out 'lines+'")
     own = {name: replace(spec, default=0.5) for name, spec in Lines.parameters.items()}
-
-    def default_recipe(method: Method, members: Sequence[str], model_type: str = "") -> Recipe:
-        begun = inner.default_recipe(members, model_type)
-        depth = {name: spec.default for name, spec in own.items()}
-        return Recipe(method.name, begun.scaling, {**begun.parameters, **depth})
-
-    declared = (
-        "requires",
-        "optional",
-        "solution",
-        "scaling",
-        "scale_free",
-        "most_members",
-        "per_member",
-        "elementwise",
-    )
-    settings = {name: getattr(inner, name) for name in declared} | {
-        "name": f"lines+{inner.name}",
-        "summary": f"{inner.summary}, growing with depth",
-        "parameters": {**inner.parameters, **own},
-        "inner": inner,
-        "default_recipe": default_recipe,
-    }
-    modified: Method = type("Lines", (Lines,), settings)()
-    return modified
+    return modify(Lines, "lines", inner, f"{inner.summary}, growing with depth", own)
 
 
 class PreparedLines(Prepared):

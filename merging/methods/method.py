@@ -155,6 +155,8 @@ class Method(ABC):
     scale_free: ClassVar[bool] = False
     extras: ClassVar[tuple[str, ...]] = ()
     """What a merge looks at besides: `layout`, whether matrices are stored [in, out]."""
+    flat: ClassVar[bool] = False
+    """Whether all singular values of what a merge adds to a matrix are equal, so that any basis is one of singular vectors."""
     most_members: ClassVar[int | None] = None
     """Most members that a merge can take; None for any number."""
     per_member: ClassVar[tuple[str, ...]] = ()
@@ -308,7 +310,7 @@ def of_member(parameters: Mapping[str, Value], name: str, member: str) -> float:
 
 
 class Methods(Registry[Method]):
-    """Methods by name, and modified ones by the modifier's name before the method's: `lines+ties`.
+    """Methods by name, and modified ones by the modifiers' names before the method's: `lines+ties`, `svc+lines+ties`.
 
     Those that exist only as a combination are made when they are first asked for, and not listed.
     """
@@ -323,7 +325,7 @@ class Methods(Registry[Method]):
         if not inner or prefix not in self.modifiers:
             return super().__getitem__(name)
         if name not in self._modified:
-            self._modified[name] = self.modifiers[prefix](super().__getitem__(inner))
+            self._modified[name] = self.modifiers[prefix](self[inner])
         return self._modified[name]
 
     def __contains__(self, name: str) -> bool:

@@ -36,6 +36,7 @@ class Esm(Method):
     name = "esm"
     summary = "strongest output directions of every member on its own data, decorrelated"
     requires = ("gram",)
+    flat = True
     scaling = Parameter(1.0, "scale of the member's directions", low=0.0, high=1.5)
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "layers": Parameter(

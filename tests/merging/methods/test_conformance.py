@@ -57,6 +57,10 @@ VARIANTS = [
     ("ace", {"epsilon": 0.04, "refine": True}),
     ("wudi", {"filter": 0.05}),
     ("esm", {"layers": False}),
+    ("svc+task_arithmetic", {}),
+    ("svc+ties", {"density": 0.5}),
+    ("svc+lines+ties", {"density": 0.5}),
+    ("lines+svc+iso_cts", {}),
 ]
 CASES = [(name, {}) for name in EVERY] + VARIANTS
 IDENTICAL = {  # parameters and factor (per member, of 4) at which members that are all one must give that one

@@ -133,6 +133,9 @@ def test_a_modified_method_is_the_method_with_two_more_parameters():
     [
         ("lines+tis", "Did you mean 'ties'"),
         ("lines+lines", r"leave out 'lines\+'"),
+        ("svc+svc+ties", r"leave out 'svc\+'"),
+        ("svc+lines+svc+ties", r"leave out 'svc\+'"),
+        ("svc+lines+tis", "Did you mean 'ties'"),
         ("line+ties", r"unknown method 'line\+ties'"),
     ],
 )
