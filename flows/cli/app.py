@@ -191,14 +191,28 @@ def select(file: File, out: Out = None, address: Address = None, quiet: Quiet = 
 
 @app.command()
 def merge(
-    recipe: Annotated[str, typer.Argument(help="Recipe file (YAML).", metavar="RECIPE.yaml")],
+    recipe: Annotated[
+        str, typer.Argument(help="Recipe file, or a mergekit configuration (YAML).", metavar="RECIPE.yaml")
+    ],
     out: Annotated[
         str,
         typer.Option("--out", help="Directory to write, whole or not at all; replaces nothing but an earlier merge."),
     ],
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the base's.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; by default the recipe's, or the base's.")
+    ] = None,
     memory: Annotated[float, typer.Option(help="Gigabytes of working memory.", min=0.01, max=1e6)] = 1.0,
     threads: Annotated[int | None, typer.Option(help="Threads; by default one a processor.", min=1)] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Merge on a device (cuda), whose memory holds base, members and merge.")
+    ] = None,
+    out_shard_size: Annotated[
+        str | None,
+        typer.Option(help="Of a file of weights: parameters (5B, 500M) or bytes (2GB); by default 4 GiB."),
+    ] = None,
+    copy_tokenizer: Annotated[
+        bool, typer.Option("--copy-tokenizer/--no-copy-tokenizer", help="Whether tokenizer and chat template go along.")
+    ] = True,
     mismatch: Annotated[
         bool, typer.Option(help="Show the gradient mismatch at the recipe's factors, from Fisher statistics.")
     ] = False,
@@ -206,27 +220,37 @@ def merge(
 ) -> None:
     """Merges members by a recipe, without data and without a cluster, and writes a Hugging Face directory."""
     gc.disable()  # the collector would look again and again at what imports make, all of which stays: a tenth of their time
-    from flows.cli.merge import merge_recipe
+    from flows.cli.merge import Output, merge_recipe
 
     gc.freeze()
     gc.enable()
-    merge_recipe(recipe, out, dtype, memory, _display(quiet), mismatch, threads)
+    output = Output(dtype, out_shard_size, copy_tokenizer, device)
+    merge_recipe(recipe, out, None, memory, _display(quiet), mismatch, threads, output)
     typer.echo(out)
 
 
 @app.command()
 def convert(
-    checkpoint: Annotated[
-        str, typer.Argument(help="Directory whose weights are a pickle (pytorch_model.bin, …).", metavar="CHECKPOINT")
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Directory whose weights are a pickle (pytorch_model.bin, …), or a mergekit configuration (YAML).",
+            metavar="CHECKPOINT|CONFIG.yaml",
+        ),
     ],
-    out: Annotated[str, typer.Option("--out", help="Directory to write, new or empty.")],
+    out: Annotated[
+        str | None,
+        typer.Option("--out", help="Directory to write, new or empty; of a configuration, the recipe file (or shown)."),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Writes a pickled checkpoint's tensors as safetensors, all of them, and every other file; runs nothing of the pickle."""
-    from flows.cli.convert import convert_checkpoint
+    """Writes a pickled checkpoint's tensors as safetensors, or a mergekit configuration as a recipe.
 
-    convert_checkpoint(checkpoint, out, _display(quiet))
-    typer.echo(out)
+    Of a checkpoint, all tensors and every other file; nothing of the pickle is run.
+    """
+    from flows.cli.convert import convert as write
+
+    typer.echo(write(source, out, _display(quiet)))
 
 
 @app.command()

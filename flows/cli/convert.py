@@ -1,8 +1,11 @@
-"""`mergequest convert`: a checkpoint's pickles in, safetensors out, every tensor and every other file."""
+"""`mergequest convert`: a checkpoint's pickles in, safetensors out, or a mergekit configuration in, a recipe out."""
 
+import yaml
 from safetensors.torch import save
 
-from flows.config.yaml_file import require_writable
+from flows.config.mergekit import is_mergekit
+from flows.config.recipe_file import from_mergekit, seen_from
+from flows.config.yaml_file import load_yaml, parent, require_writable, resolve_checkpoint
 from flows.directory.progress import Display
 from merging.checkpoints.adapter import ADAPTER_WEIGHTS
 from merging.checkpoints.checkpoint import CONFIG, Checkpoint, read_settings
@@ -10,6 +13,64 @@ from merging.checkpoints.pickles import OTHER_WEIGHTS, read_pickled
 from merging.checkpoints.writer import SHARD_BYTES, lay_out, new_checkpoint
 from merging.errors import CheckpointError, SettingsError
 from merging.io import storage
+
+
+def convert(source: str, out: str | None, display: Display) -> str:
+    """Converts a checkpoint's pickles, or a mergekit configuration.
+
+    Args:
+        source: The checkpoint's directory, or the configuration.
+        out: The directory, or the recipe file, to write; a recipe need not be written.
+        display: Shows progress and what was left out.
+
+    Returns:
+        Where the result is, or the recipe.
+
+    Raises:
+        MergequestError: It cannot be converted; nothing is written.
+    """
+    if not storage.is_dir(source) and source.endswith((".yaml", ".yml")):
+        return convert_configuration(source, out, display)
+    if out is None:
+        raise SettingsError("--out is missing: name the directory for the converted checkpoint")
+    convert_checkpoint(source, out, display)
+    return out
+
+
+def convert_configuration(path: str, out: str | None, display: Display) -> str:
+    """Writes what a mergekit configuration is as a recipe file, models' paths as seen from there.
+
+    Args:
+        path: The configuration.
+        out: The recipe file; None to return its content instead.
+        display: Shows what was left out.
+
+    Raises:
+        SettingsError: It is none, cannot be expressed, or there is something else at `out`.
+    """
+    value = load_yaml(path)
+    if not is_mergekit(value):
+        raise SettingsError(f"{path} is no mergekit configuration, which has a `merge_method`")
+    found = from_mergekit(value, path)
+    for note in found.notes:
+        display.note(note)
+    recipe = found.recipe
+    if out is not None and parent(out) != parent(path):
+
+        def moved(model: str) -> str:
+            return seen_from(resolve_checkpoint(model, parent(path)), parent(out))
+
+        recipe = recipe | {
+            "base": moved(recipe["base"]),
+            "members": {name: moved(model) for name, model in recipe["members"].items()},
+        }
+    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+    if out is None:
+        return text.rstrip()
+    if storage.is_dir(out) or (storage.exists(out) and storage.absolute(out) == storage.absolute(path)):
+        raise SettingsError(f"{out} is there already: name another file for the recipe")
+    storage.write_text(out, text)
+    return out
 
 
 def convert_checkpoint(path: str, out: str, display: Display, max_shard_bytes: int = SHARD_BYTES) -> None:

@@ -1,21 +1,49 @@
 """`mergequest merge`: a recipe file in, a Hugging Face directory out."""
 
-import torch
+import re
+from dataclasses import dataclass
 
-from flows.config.recipe_file import RECIPE, RecipeFile, dump_recipe, load_recipe
-from flows.config.yaml_file import parent, require_writable
+import torch
+import yaml
+
+from flows.config.mergekit import is_mergekit
+from flows.config.recipe_file import RECIPE, RecipeFile, dump_recipe, from_mergekit, load_recipe
+from flows.config.yaml_file import load_yaml, parent, require_writable
 from flows.directory.progress import Display
-from merging.checkpoints.borrowed_files import notes_on_files
+from merging.checkpoints.adapter import model_and_adapter
+from merging.checkpoints.borrowed_files import notes_on_files, without_tokenizer
 from merging.checkpoints.checkpoint import Checkpoint
 from merging.checkpoints.manifest import require_replaceable
+from merging.checkpoints.pool import Pool
+from merging.checkpoints.writer import SHARD_BYTES
 from merging.errors import SettingsError
 from merging.io import storage
-from merging.mergers.disk import merge_to_disk
+from merging.mergers.disk import merge_on_device, merge_to_disk
 from merging.optimization.gradient_mismatch import quadratic_mismatch, require_fishers
 from merging.registry import did_you_mean
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MILLION = 1_000_000
+UNITS = {"k": 10**3, "m": 10**6, "b": 10**9}
+"""Suffixes of numbers of parameters."""
+BYTES = {"kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a merge is written.
+
+    Args:
+        dtype: Name of the dtype; None for the recipe's, or the base's.
+        shard_size: Of a file of weights: parameters (`5B`, `500M`) or bytes (`2GB`); None for 4 GiB.
+        tokenizer: Whether the tokenizer and chat templates are written too.
+        device: Where weights are merged (`cuda`, `cuda:1`, `mps`); None for CPU threads in bounded memory.
+    """
+
+    dtype: str | None = None
+    shard_size: str | None = None
+    tokenizer: bool = True
+    device: str | None = None
 
 
 def merge_recipe(
@@ -26,24 +54,32 @@ def merge_recipe(
     display: Display,
     mismatch: bool = False,
     threads: int | None = None,
+    output: Output | None = None,
 ) -> None:
     """Merges by a recipe file.
 
     Args:
-        path: The recipe file.
+        path: The recipe file, or a mergekit configuration, of which one is made.
         out: The directory to write, whole or not at all; an earlier merge that is there is replaced, nothing else.
-        dtype: Name of the output dtype; None for the base's.
+        dtype: Name of the output dtype; None for the recipe's, or the base's.
         gigabytes: Working memory; local checkpoints are read by memory map, which takes none of it.
         display: Shows progress.
         mismatch: Also shows the gradient mismatch (with the recipe's own factors) that Fisher information predicts.
         threads: Weights merged side by side; None for as many as there are processors.
+        output: How it is written; its dtype counts where `dtype` is None.
 
     Raises:
         MergequestError: Something is wrong with the recipe, a checkpoint or a statistic; nothing was written.
     """
+    output = output or Output()
+    dtype = dtype or output.dtype
     if dtype is not None and dtype not in DTYPES:
         raise SettingsError(f"unknown dtype '{dtype}'. {did_you_mean(dtype, list(DTYPES))}")
+    shard_size = None if output.shard_size is None else parse_size(output.shard_size)
+    device = None if output.device is None else usable_device(output.device)
+    _show_translation(path, display)
     file = load_recipe(path)
+    dtype = dtype or file.dtype
     recipe = file.recipe()
     _require_free(out, path, file)
     require_writable(out)
@@ -56,34 +92,46 @@ def merge_recipe(
         checkpoints = {name: member.checkpoint for name, member in material.pool.members.items()}
         for note in (*material.pool.notes, *notes_on_files(material.pool.base, checkpoints)):
             display.note(note)
+        if not output.tokenizer:
+            files = {**files, **without_tokenizer(material.pool.base)}
+        max_shard_bytes = SHARD_BYTES if shard_size is None else shard_bytes(shard_size, material.pool, dtype)
         members = {name: (member.checkpoint, member.statistics) for name, member in file.members.items()}
         entries = sum(info.nbytes // info.dtype.itemsize for info in material.pool.weights.values())
-        with display.bar("million parameters", -(-entries // MILLION)) as bar:
-            report = merge_to_disk(
-                material,
+        extra = {
+            **files,
+            RECIPE: dump_recipe(
+                file.base,
+                members,
                 recipe,
-                out,
-                dtype=DTYPES[dtype] if dtype else None,
-                max_bytes=int(gigabytes * 1e9),
-                threads=threads,
-                extra={
-                    **files,
-                    RECIPE: dump_recipe(
-                        file.base,
-                        members,
-                        recipe,
-                        file.statistics,
-                        base_statistics=file.base_statistics,
-                        examples=material.examples,
-                        heads=file.heads,
-                        vocabulary=file.vocabulary,
-                        max_distance=file.max_distance,
-                        files_from=file.files_from,
-                        directory=out,
-                    ),
-                },
-                progress=lambda done, total: bar.reach(-(-done // MILLION)),
+                file.statistics,
+                base_statistics=file.base_statistics,
+                examples=material.examples,
+                heads=file.heads,
+                vocabulary=file.vocabulary,
+                max_distance=file.max_distance,
+                files_from=file.files_from,
+                dtype=dtype,
+                directory=out,
+            ),
+        }
+        kind = DTYPES[dtype] if dtype else None
+        if device is not None:
+            report = merge_on_device(
+                material, recipe, out, device, dtype=kind, max_shard_bytes=max_shard_bytes, extra=extra
             )
+        else:
+            with display.bar("million parameters", -(-entries // MILLION)) as bar:
+                report = merge_to_disk(
+                    material,
+                    recipe,
+                    out,
+                    dtype=kind,
+                    max_bytes=int(gigabytes * 1e9),
+                    max_shard_bytes=max_shard_bytes,
+                    threads=threads,
+                    extra=extra,
+                    progress=lambda done, total: bar.reach(-(-done // MILLION)),
+                )
         for name, value in report.items():
             if "." not in name:  # of all weights, not of each
                 display.note(f"{name}: {value:.3g}")
@@ -91,6 +139,60 @@ def merge_recipe(
             found = quadratic_mismatch(material, Checkpoint.open(out).read, recipe)
             terms = ", ".join(f"{member} {norm:.3g}" for member, norm in found.members.items())
             display.note(f"gradient mismatch, as Fisher information predicts it: {found.total:.3g} ({terms})")
+
+
+def parse_size(text: str) -> tuple[int, bool]:
+    """A file's size as a user writes it: `5B`, `500M` or `1000` parameters, or `2GB` of bytes.
+
+    Returns:
+        The number, and whether it is of bytes.
+
+    Raises:
+        SettingsError: It is no such size.
+    """
+    found = re.fullmatch(r"(\d{1,12})([kmb]|[kmg]b)?", text.strip().lower())
+    if not found or not int(found[1]):
+        raise SettingsError(
+            f"--out-shard-size: '{text}' is no size: write parameters (5B, 500M, 1000) or bytes (2GB, 500MB)"
+        )
+    unit = found[2] or ""
+    return int(found[1]) * {"": 1, **UNITS, **BYTES}[unit], unit in BYTES
+
+
+def shard_bytes(size: tuple[int, bool], pool: Pool, dtype: str | None) -> int:
+    """A file's size in bytes, parameters being of the output's dtype."""
+    number, is_bytes = size
+    if is_bytes:
+        return number
+    widths = [DTYPES[dtype].itemsize] if dtype else [info.dtype.itemsize for info in pool.weights.values()]
+    return number * max(widths)
+
+
+def usable_device(name: str) -> torch.device:
+    """A device to merge on.
+
+    Raises:
+        SettingsError: There is none of this name here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise SettingsError(
+            f"--device: '{name}' cannot be used here ({str(error).splitlines()[0]}): leave it out to merge on the CPU"
+        ) from error
+    return device
+
+
+def _show_translation(path: str, display: Display) -> None:
+    """Says what a mergekit configuration becomes."""
+    value = load_yaml(path)
+    if is_mergekit(value):
+        found = from_mergekit(value, path)
+        display.say(f"{path} is mergekit's. As a recipe:\n")
+        display.say(yaml.safe_dump(found.recipe, sort_keys=False, allow_unicode=True))
+        for note in found.notes:
+            display.note(note)
 
 
 def _require_free(out: str, recipe: str, file: RecipeFile) -> None:
@@ -107,7 +209,7 @@ def _require_free(out: str, recipe: str, file: RecipeFile) -> None:
         used["a file of statistics"] += member.statistics
     for what, places in used.items():
         for place in places:
-            if storage.contains(out, place):
+            if any(storage.contains(out, part) for part in model_and_adapter(place) or (place,)):
                 raise SettingsError(f"{out} would replace {place}, where {what} is: name another directory")
     if storage.contains(out, "."):
         raise SettingsError(f"{out} would replace the directory that this command runs in: name another one")

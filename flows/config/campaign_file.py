@@ -15,7 +15,17 @@ from flows.config.sections import (
     StatisticsSettings,
     TestSettings,
 )
-from flows.config.yaml_file import MemberSettings, Name, Settings, load_yaml, parent, resolve, said_in, validate
+from flows.config.yaml_file import (
+    MemberSettings,
+    Name,
+    Settings,
+    load_yaml,
+    parent,
+    resolve,
+    resolve_checkpoint,
+    said_in,
+    validate,
+)
 from merging.checkpoints.validation import MAX_DISTANCE
 from merging.checkpoints.vocabulary import Vocabulary
 from merging.errors import MergequestError, SettingsError
@@ -262,7 +272,7 @@ def load_campaign(path: str) -> Campaign:
         settings["directory"] = resolve(campaign.directory or storage.join("runs", campaign.name), root)
         settings["base"] = resolve(campaign.base, root)
         for member in settings["members"].values():
-            member["checkpoint"] = resolve(member["checkpoint"], root)
+            member["checkpoint"] = resolve_checkpoint(member["checkpoint"], root)
             member["statistics"] = [resolve(file, root) for file in member["statistics"]]
         settings["base_data"]["statistics"] = [resolve(file, root) for file in campaign.base_data.statistics]
         if settings["statistics"]["cache"]:

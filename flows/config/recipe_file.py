@@ -3,17 +3,31 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
 from flows.config.files_from import FilesFrom
-from flows.config.yaml_file import MemberSettings, Name, Settings, load_yaml, parent, resolve, said_in, validate
+from flows.config.mergekit import Translated, is_mergekit, translate
+from flows.config.yaml_file import (
+    MemberSettings,
+    Name,
+    Settings,
+    load_yaml,
+    parent,
+    resolve,
+    resolve_checkpoint,
+    said_in,
+    validate,
+)
+from merging.checkpoints.adapter import model_and_adapter
+from merging.checkpoints.borrowed_files import chat_template
+from merging.checkpoints.checkpoint import Checkpoint
 from merging.checkpoints.pool import Pool
 from merging.checkpoints.validation import MAX_DISTANCE, check_weights
 from merging.checkpoints.vocabulary import Vocabulary
-from merging.errors import MethodError
+from merging.errors import CheckpointError, MethodError, SettingsError
 from merging.io import storage
 from merging.mergers.material import Material, open_statistics
 from merging.methods import METHODS
@@ -36,6 +50,9 @@ class RecipeFile(Settings):
     )
     base_statistics: tuple[str, ...] = Field((), description="Statistics files of the base (its Fisher).")
     base_examples: int | None = Field(None, ge=1, description="Training examples behind the base.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="Of the merged weights; by default the base's."
+    )
     method: str = Field(description="Merge method.")
     scaling: float | dict[str, float | Annotated[dict[str, float], Field(min_length=1)]] | None = Field(
         None,
@@ -112,22 +129,70 @@ class RecipeFile(Settings):
 
 
 def load_recipe(path: str) -> RecipeFile:
-    """A recipe file, its paths made absolute, relative to the file.
+    """A recipe file, its paths made absolute, relative to the file; a mergekit configuration becomes one.
 
     Raises:
         SettingsError: It is missing, or something in it is wrong: every mistake is in the message.
     """
     root = parent(path)
-    given = validate(RecipeFile, load_yaml(path), path)
+    value = load_yaml(path)
+    if is_mergekit(value):
+        value = from_mergekit(value, path).recipe
+        _require_directories(value, path)
+    given = validate(RecipeFile, value, path)
     settings = given.model_dump(mode="json")
     with said_in(path):
         settings["base"] = resolve(given.base, root)
         settings["statistics"] = [resolve(file, root) for file in given.statistics]
         settings["base_statistics"] = [resolve(file, root) for file in given.base_statistics]
         for member in settings["members"].values():
-            member["checkpoint"] = resolve(member["checkpoint"], root)
+            member["checkpoint"] = resolve_checkpoint(member["checkpoint"], root)
             member["statistics"] = [resolve(file, root) for file in member["statistics"]]
     return validate(RecipeFile, settings, path)
+
+
+def from_mergekit(value: Mapping[str, Any], path: str) -> Translated:
+    """What a mergekit configuration is as a recipe file.
+
+    Args:
+        value: Its content.
+        path: The file.
+
+    Raises:
+        SettingsError: Something in it is wrong, or cannot be expressed: every key is in the message.
+        CheckpointError: Parameters differ between weights, and there is no such checkpoint to know the weights' names from.
+    """
+    root = parent(path)
+
+    def names(model: str) -> Sequence[str]:
+        place = resolve(model, root)
+        if not storage.is_dir(place):
+            raise CheckpointError(
+                f"{path}: parameters differ between weights, whose names are needed, and {_absent(place)}"
+            )
+        return list(Checkpoint.open(place).tensors)
+
+    return translate(value, path, names, lambda model: chat_template(resolve(model, root)))
+
+
+def _require_directories(recipe: Mapping[str, Any], path: str) -> None:
+    """Looks whether models that mergekit might have fetched from the Hub are here.
+
+    Raises:
+        SettingsError: One is not.
+    """
+    for model in dict.fromkeys([recipe["base"], *recipe["members"].values()]):
+        for part in resolve_checkpoint(model, parent(path)).split("+"):
+            if storage.is_local(part) and not storage.is_dir(part):
+                raise SettingsError(f"{path}: {_absent(part)}")
+
+
+def _absent(place: str) -> str:
+    name = "/".join(place.rsplit("/", 2)[1:])
+    return (
+        f"there is no directory {place}: mergekit fetches models from the Hub, mergequest reads directories "
+        f"(`hf download {name} --local-dir DIR`, and name DIR)"
+    )
 
 
 def dump_recipe(
@@ -142,6 +207,7 @@ def dump_recipe(
     vocabulary: Vocabulary = "base",
     max_distance: float | None = MAX_DISTANCE,
     files_from: FilesFrom | None = None,
+    dtype: str | None = None,
     directory: str | None = None,
 ) -> str:
     """A recipe file that repeats a candidate's merge.
@@ -157,13 +223,14 @@ def dump_recipe(
         vocabulary: Whose tokens the merge has.
         max_distance: Largest distance of a member from the base; None for no bound.
         files_from: Whose small files the merge has.
+        dtype: Of the merged weights; None for the base's.
         directory: Where the file will lie, which names local paths from there; None leaves them as they are.
     """
     known = examples or {}
     borrowed = files_from.model_dump(exclude_defaults=True) if files_from else {}
 
     def seen(path: str) -> str:
-        return path if directory is None else _from_directory(path, directory)
+        return path if directory is None else seen_from(path, directory)
 
     value: dict[str, Any] = {
         "base": seen(base),
@@ -179,6 +246,7 @@ def dump_recipe(
         "heads": list(heads),
         "vocabulary": vocabulary if vocabulary != "base" else None,
         "max_distance": max_distance,
+        "dtype": dtype,
         "files_from": {key: name for key, name in borrowed.items() if name in recipe.members},
         **recipe.as_dict(),
         "scaling": nested(recipe.scaling),
@@ -195,14 +263,17 @@ def dump_recipe(
         "heads",
         "vocabulary",
         "files_from",
+        "dtype",
         *always,
     )
     shown = {key: value[key] for key in order if value[key] or key in always}
     return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
 
 
-def _from_directory(path: str, directory: str) -> str:
+def seen_from(path: str, directory: str) -> str:
     """A path as seen from a directory that may be given away: nothing of where that lies on this machine."""
+    if on_model := model_and_adapter(path):
+        return "+".join(seen_from(part, directory) for part in on_model)
     if not storage.is_local(path):
         return path
     if not storage.is_local(directory):

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from merging.checkpoints.adapter import model_and_adapter
 from merging.errors import SettingsError, StorageError
 from merging.io import storage
 from merging.io.secrets import holds_secret, redacted
@@ -55,7 +56,8 @@ class MemberSettings(Settings):
     """A checkpoint fine-tuned from the base."""
 
     checkpoint: str = Field(
-        description="Hugging Face model directory (config.json + safetensors), or that of a PEFT LoRA adapter of the base."
+        description="Hugging Face model directory (config.json + safetensors), or that of a PEFT LoRA adapter of the base; "
+        "or `MODEL+ADAPTER`, an adapter on another model."
     )
     statistics: tuple[str, ...] = Field(
         (), description="Statistics files that somebody published for this checkpoint; used instead of data."
@@ -132,6 +134,12 @@ def resolve(path: str, root: str) -> str:
         return path
     place = storage.expanded(path)
     return os.path.normpath(place if place.is_absolute() else storage.join(root, str(place)))
+
+
+def resolve_checkpoint(path: str, root: str) -> str:
+    """As `resolve`, of both parts of `MODEL+ADAPTER`."""
+    whole = resolve(path, root)
+    return "+".join(resolve(part, root) for part in path.split("+")) if model_and_adapter(whole) else whole
 
 
 def refuse_secret(what: str, address: str) -> None:

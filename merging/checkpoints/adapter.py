@@ -122,16 +122,27 @@ def is_adapter(path: str) -> bool:
     )
 
 
+def model_and_adapter(path: str) -> tuple[str, str] | None:
+    """The two directories of `MODEL+ADAPTER`; None where that is one directory's name, or holds no +."""
+    model, _, adapter = path.partition("+")
+    return (model, adapter) if model and adapter and not storage.is_dir(path) else None
+
+
 def open_checkpoint(path: str, base: str | Checkpoint | None = None) -> Checkpoint:
     """A model directory, or an adapter's with its base.
 
     Args:
-        path: The directory.
-        base: The adapter's base; by default what its `adapter_config.json` names, if that is a directory.
+        path: The directory; or `MODEL+ADAPTER`, an adapter on a model of its own.
+        base: The adapter's base, where the path names none; by default what its `adapter_config.json` names, if that is a
+            directory.
 
     Raises:
         CheckpointError: It is missing, damaged or unsafe, or an adapter whose base is not known.
     """
+    if on_model := model_and_adapter(path):
+        model, adapter = on_model
+        known = isinstance(base, Checkpoint) and base.path == model
+        return AdapterCheckpoint.on(adapter, base if known and isinstance(base, Checkpoint) else Checkpoint.open(model))
     if not is_adapter(path):
         return Checkpoint.open(path)
     if not base:

@@ -88,6 +88,17 @@ def borrowed_files(
     return files
 
 
+def chat_template(path: str) -> str | None:
+    """A checkpoint's default chat template; None where it has none."""
+    found = _templates(path).get("default") if storage.is_dir(path) else None
+    return found if isinstance(found, str) else None
+
+
+def without_tokenizer(base: Checkpoint) -> Files:
+    """What leaves the base's tokenizer and chat templates out of a merge."""
+    return dict.fromkeys([*_matching(base, TOKENIZER), *_matching(base, TEMPLATES)])
+
+
 def notes_on_files(base: Checkpoint, members: Mapping[str, Checkpoint]) -> list[str]:
     """Where members' chat templates, special tokens and generation settings are not the base's, whose a merge has."""
     notes = list(companions(base.path)[1])

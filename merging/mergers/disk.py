@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from merging.checkpoints.checkpoint import CONFIG, Checkpoint
+from merging.checkpoints.pool import Pool
 from merging.checkpoints.view import View
 from merging.checkpoints.writer import SHARD_BYTES, Files, Write, lay_out, new_checkpoint
 from merging.errors import MethodError, PoolError
@@ -23,7 +24,7 @@ from merging.kernels.blockwise import Scratch, is_finite
 from merging.mergers import running_statistics
 from merging.mergers.material import Material
 from merging.mergers.partition import Part, partition, runs, side_by_side
-from merging.mergers.resident import joined
+from merging.mergers.resident import ResidentMerger, joined
 from merging.mergers.running_statistics import parameters_of
 from merging.mergers.weight_groups import split
 from merging.methods import METHODS, Context, Method, Weight
@@ -81,15 +82,79 @@ def merge_to_disk(
     parts = partition(pool, shards, min(share, PART_ENTRIES), stretches=merger.can_stretch)
     merger.survey(parts, share, threads)
     done, total = 0, sum(part.entries for part in parts)
-    small = {**pool.files, **(extra or {})}
-    if dtype is not None or isinstance(pool.base, View):
-        small.setdefault(CONFIG, _config(pool.base, dtype))
-    with new_checkpoint(path, shards, like=pool.base, extra=small) as files:
+    with new_checkpoint(path, shards, like=pool.base, extra=_small(pool, dtype, extra)) as files:
         writing = threads + 1  # one waits for the disk
         for entries in side_by_side(lambda run: merger.write(files, run), runs(parts, files), share, writing):
             done += entries
             progress(done, total)
     return merger.report
+
+
+def merge_on_device(
+    material: Material,
+    recipe: Recipe,
+    path: str,
+    device: torch.device,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    extra: Mapping[str, str | bytes | None] | None = None,
+) -> dict[str, float]:
+    """As `merge_to_disk`, with all weights merged on one device, whose memory base, members and merge must fit.
+
+    Args:
+        material: Pool and statistics.
+        recipe: What to merge.
+        path: The directory to write, local or an address; replaced if it exists.
+        device: Where to merge.
+        dtype: Of the merged weights; the base's by default.
+        max_shard_bytes: An output file is closed before it exceeds this.
+        extra: Further small files, by their path below the directory; None leaves out the base's file of that name.
+
+    Returns:
+        The method's figures on this merge.
+
+    Raises:
+        MethodError: The recipe is wrong, has no merge, or the device has too little memory; nothing is written.
+        PoolError: A member holds NaN or Inf; nothing is written.
+        StorageError: There is no right or no space to write.
+    """
+    complete = material.check(recipe)
+    merger = _Merger(_narrowed(material, complete), complete, dtype)
+    pool = merger.pool
+    try:
+        out = {
+            name: torch.empty(info.shape, dtype=merger.dtype(name), device=device)
+            for name, info in pool.weights.items()
+        }
+        report = ResidentMerger(merger.material, out).merge(complete)
+    except torch.OutOfMemoryError as error:
+        raise MethodError(
+            f"base, {len(pool.members)} members and the merge do not fit into the memory of {device}: merge without it, on the "
+            "CPU, in bounded memory"
+        ) from error
+    outlines = [(name, merger.dtype(name), info.shape) for name, info in pool.base.tensors.items()]
+    shards = lay_out(outlines, max_shard_bytes)
+    for part in partition(pool, shards, PART_ENTRIES, stretches=False):
+        for name in part.names:
+            if name in out and not is_finite(out[name]):
+                raise merger.unusable(part, name)
+    with new_checkpoint(path, shards, like=pool.base, extra=_small(pool, dtype, extra)) as files:
+        for shard in shards:
+            with files.open(shard) as put:
+                for name, info in shard.tensors.items():
+                    put(info.start, out[name].cpu().contiguous() if name in out else pool.base.read(name))
+    return report
+
+
+def _small(
+    pool: Pool, dtype: torch.dtype | None, extra: Mapping[str, str | bytes | None] | None
+) -> dict[str, str | bytes | None]:
+    """The small files of a merge that are not as the base has them."""
+    small: dict[str, str | bytes | None] = {**pool.files, **(extra or {})}
+    if dtype is not None or isinstance(pool.base, View):
+        small.setdefault(CONFIG, _config(pool.base, dtype))
+    return small
 
 
 def _config(base: Checkpoint, dtype: torch.dtype | None) -> str:
@@ -199,7 +264,7 @@ class _Merger:
                 self.report = joined([self.report, prepared.report()])
         for name, value in out.items():
             if not is_finite(value):
-                raise self._unusable(part, name)
+                raise self.unusable(part, name)
         pieces: list[tuple[int, int, Tensor | str]] = [(place, value.nbytes, value) for place, value in stretches]
         kept = [part.shard.tensors[name] for name in part.names if name not in out]
         pieces += [(info.start, info.nbytes, info.name) for info in kept]
@@ -280,7 +345,7 @@ class _Merger:
         for member in self.pool.members.values():
             yield member.name, member.checkpoint, member.names[name]
 
-    def _unusable(self, part: Part, name: str) -> Exception:
+    def unusable(self, part: Part, name: str) -> Exception:
         """Why a merged weight is not finite."""
         for who, checkpoint, own in self._sources(name):
             if not is_finite(checkpoint.read(own).reshape(-1)[part.start : part.stop]):
