@@ -19,6 +19,14 @@ EXTERNAL = re.compile(r"""<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href
 """An element that makes a browser fetch something from another host."""
 
 
+def on_config(config: Any) -> Any:
+    """Lists pages that mkdocs.yml does not name among the guides, so that a new page is never left out."""
+    named = set(re.findall(r"[\w-]+\.md", str(config.nav)))
+    guides = next(entry["Guides"] for entry in config.nav if "Guides" in entry)
+    guides += [path.name for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in named]
+    return config
+
+
 def on_files(files: Files, *, config: Any) -> Files:
     """Adds the pages that are made of other files."""
     for page, source in OUTSIDE.items():
