@@ -24,6 +24,7 @@ from flows.campaign import starts, weight_checks
 from flows.cli.status import read_status
 from flows.config.campaign_file import load_campaign
 from flows.config.recipe_file import load_recipe
+from flows.config.slices_file import load_slices
 from flows.directory import lock
 from flows.directory.campaign_directory import Directory
 from flows.report.test_answers import KeptOutcomes
@@ -98,6 +99,15 @@ RECIPE = {
     "method": "ties",
     "scaling": {"one": 0.5, "two": {"layers:0-2": 0.5, "*": 1.0}},
     "parameters": {"density": 0.2},
+}
+SLICES = {
+    "base": "base",
+    "members": {"one": {"checkpoint": "one"}, "two": "two"},
+    "slices": [
+        {"source": "base", "layers": "0-2", "scale": 0.5},
+        {"source": "one", "layers": 1, "scale": {"*.weight": 0.5}},
+    ],
+    "rest": "two",
 }
 SCORE = {"value": 0.5, "standard_error": 0.1, "examples": 3, "metric": "accuracy"}
 TRACE = {
@@ -270,6 +280,13 @@ def test_recipe(place: Path, content: bytes) -> None:
             raise MergequestError(f"{path}: {error}") from error
 
     refused(read, str(path))
+
+
+@given(hostile.yaml_files(SLICES))
+def test_slices(place: Path, content: bytes) -> None:
+    path = place / "slices.yaml"
+    path.write_bytes(content)
+    refused(lambda: load_slices(str(path)), str(path))
 
 
 OWN: dict[str, tuple[Any, Callable[[str, Path], object]]] = {

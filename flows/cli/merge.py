@@ -8,6 +8,7 @@ import yaml
 
 from flows.config.mergekit import is_mergekit
 from flows.config.recipe_file import RECIPE, RecipeFile, dump_recipe, from_mergekit, load_recipe
+from flows.config.slices_file import SlicesFile, is_slices, load_slices
 from flows.config.yaml_file import load_yaml, parent, require_writable
 from flows.directory.progress import Display
 from merging.checkpoints.adapter import model_and_adapter
@@ -19,6 +20,7 @@ from merging.checkpoints.writer import SHARD_BYTES
 from merging.errors import SettingsError
 from merging.io import storage
 from merging.mergers.disk import merge_on_device, merge_to_disk
+from merging.mergers.slices import write_slices
 from merging.optimization.gradient_mismatch import quadratic_mismatch, require_fishers
 from merging.registry import did_you_mean
 
@@ -77,6 +79,11 @@ def merge_recipe(
         raise SettingsError(f"unknown dtype '{dtype}'. {did_you_mean(dtype, list(DTYPES))}")
     shard_size = None if output.shard_size is None else parse_size(output.shard_size)
     device = None if output.device is None else usable_device(output.device)
+    if is_slices(load_yaml(path)):
+        if mismatch:
+            raise SettingsError(f"{path}: slices have no scaling factors whose mismatch there could be")
+        _write_slices(path, out, dtype, output, display, threads)
+        return
     _show_translation(path, display)
     file = load_recipe(path)
     dtype = dtype or file.dtype
@@ -195,15 +202,46 @@ def _show_translation(path: str, display: Display) -> None:
             display.note(note)
 
 
-def _require_free(out: str, recipe: str, file: RecipeFile) -> None:
+def _write_slices(
+    path: str, out: str, dtype: str | None, output: Output, display: Display, threads: int | None
+) -> None:
+    """Writes the model of a slices file; weights are copied, on no device."""
+    file = load_slices(path)
+    _require_free(out, path, file)
+    require_writable(out)
+    with display.phase(f"Taking layers of {len(file.members) + 1} models"):
+        pool = file.pool()
+        members = {name: member.checkpoint for name, member in pool.members.items()}
+        for note in (*pool.notes, *notes_on_files(pool.base, members)):
+            display.note(note)
+        extra = {**file.files_from.files(pool), **({} if output.tokenizer else without_tokenizer(pool.base))}
+        size = output.shard_size
+        entries = sum(info.nbytes // info.dtype.itemsize for info in pool.weights.values())
+        with display.bar("million parameters", -(-entries // MILLION)) as bar:
+            count = write_slices(
+                pool,
+                [part.slice() for part in file.slices],
+                out,
+                rest=file.rest,
+                dtype=DTYPES[dtype] if dtype else None,
+                max_shard_bytes=SHARD_BYTES if size is None else shard_bytes(parse_size(size), pool, dtype),
+                threads=threads,
+                extra={**extra, RECIPE: file.dump(out)},
+                progress=lambda done, total: bar.reach(-(-done // MILLION)),
+            )
+        display.note(f"{count} layers")
+
+
+def _require_free(out: str, recipe: str, file: RecipeFile | SlicesFile) -> None:
     """Looks whether something would be lost if the directory were replaced.
 
     Raises:
         SettingsError: It is or holds what is merged, the recipe, or the working directory.
         StorageError: It holds anything but an earlier merge.
     """
-    used = {"the base": [file.base], "the recipe": [parent(recipe)], "a file of statistics": [*file.statistics]}
-    used["a file of statistics"] += file.base_statistics
+    used = {"the base": [file.base], "the recipe": [parent(recipe)], "a file of statistics": []}
+    if isinstance(file, RecipeFile):
+        used["a file of statistics"] += (*file.statistics, *file.base_statistics)
     for name, member in file.members.items():
         used[f"member '{name}'"] = [member.checkpoint]
         used["a file of statistics"] += member.statistics

@@ -155,7 +155,7 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Dif
     ties = any(
         str(name).endswith(LANGUAGE_HEADS) for config in (first, second) for name in config.get("architectures") or []
     )
-    resolved = [_resolved(config) for config in (first, second)]
+    resolved = [resolved_config(config) for config in (first, second)]
     own_code = "auto_map" in first or "auto_map" in second
     if resolved[0] is None or resolved[1] is None:
         found = list(_raw(function_of(first), function_of(second)))
@@ -176,7 +176,7 @@ def _plain(value: Any) -> Any:
     return [_plain(below) for below in value] if isinstance(value, list | tuple) else value
 
 
-def _resolved(config: Mapping[str, Any]) -> dict[str, Any] | None:
+def resolved_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """A configuration as transformers builds it; None where it cannot."""
     if not _is_sane(config):
         return None

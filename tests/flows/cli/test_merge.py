@@ -221,3 +221,43 @@ def test_a_t5_s_regmean_has_the_rho_of_its_paper(parameters, rho, tmp_path):
     expected = torch.linalg.solve(sum(softened.values()), sum(softened[m] @ weights[m].T for m in members)).T
     found = Checkpoint.open(str(tmp_path / "out")).read(name)
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_file_of_slices_is_a_model_of_as_many_layers_and_repeats_itself(tiny_pool, tmp_path, capsys):
+    part = {"source": "one", "layers": 1, "scale": {"*.output.dense.weight": 0.5}}
+    value = {
+        "base": str(tiny_pool["base"]),
+        "members": {"one": str(tiny_pool["one"])},
+        "slices": [{"source": "base", "layers": "0-"}, part],
+    }
+    (tmp_path / "slices.yaml").write_text(yaml.safe_dump(value))
+    merge_recipe(str(tmp_path / "slices.yaml"), str(tmp_path / "out"), None, 1.0, Display())
+    model = AutoModel.from_pretrained(tmp_path / "out")
+    assert len(model.encoder.layer) == 3
+    name = "encoder.layer.{}.attention.output.dense.weight"
+    assert torch.equal(
+        model.state_dict()[name.format(2)], 0.5 * Checkpoint.open(str(tiny_pool["one"])).read(f"bert.{name.format(1)}")
+    )
+    again = tmp_path / "out" / "recipe.yaml"
+    assert str(tmp_path) not in again.read_text()
+    merge_recipe(str(again), str(tmp_path / "twice"), None, 1.0, Display())
+    first, second = (Checkpoint.open(str(tmp_path / out)).fingerprint for out in ("out", "twice"))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "ties"}, "method: unknown key"),
+        ({"slices": [{"source": "base", "layers": "5-2"}]}, "names no layers"),
+        ({"slices": []}, "expected at least one"),
+        ({"slices": [{"source": "base", "layers": 0, "scale": {"*": "x"}}]}, "slices.0.scale"),
+        ({"rest": "two"}, "rest: 'two' is no member"),
+    ],
+)
+def test_mistakes_in_slices_are_named_and_nothing_is_written(change, message, tiny_pool, tmp_path):
+    value = {"base": str(tiny_pool["base"]), "slices": [{"source": "base", "layers": 0}], **change}
+    (tmp_path / "slices.yaml").write_text(yaml.safe_dump(value))
+    with pytest.raises((SettingsError, MethodError), match=message):
+        merge_recipe(str(tmp_path / "slices.yaml"), str(tmp_path / "out"), None, 1.0, Display())
+    assert not (tmp_path / "out").exists()
