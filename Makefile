@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart docs reference test test-fast test-slow test-endurance lint format clean
+.PHONY: help quickstart pools docs reference test test-fast test-slow test-endurance lint format clean
 
 help:
 	@echo "make quickstart  build a real pool of models and search for its best merge (about 11 minutes on 2 cores)"
+	@echo "make pools       the quick start's other pools: tagging, images"
 	@echo "make test        lint, types, import floors, and all tests (about a quarter of an hour on 2 cores)"
 	@echo "make test-fast   the fast tests only"
 	@echo "make test-slow   the slow ones only: campaigns, Ray, what waits"
@@ -18,6 +19,10 @@ help:
 
 quickstart: $(VENV)/installed
 	$(BIN)/mergequest quickstart $(if $(CANDIDATES),--candidates $(CANDIDATES))
+
+POOLS ?= tagging images
+pools: $(VENV)/installed
+	set -e; for pool in $(POOLS); do $(BIN)/mergequest quickstart --pool $$pool $(if $(CANDIDATES),--candidates $(CANDIDATES)); done
 
 test: lint test-fast test-slow
 

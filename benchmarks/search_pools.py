@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 
 from flows.config.campaign_file import load_campaign
+from flows.quickstart.sentiment import LABELS
 from flows.quickstart.training import TrainingSettings, train_member
 from merging.checkpoints.pool import Pool
 from merging.io import storage
@@ -94,10 +95,11 @@ def unlike_pool(campaign: str, place: Path, sizes: Mapping[str, int], tokens: in
         for number, (name, frame) in enumerate(_unlike(texts, random.Random(split)).items()):
             frame = frame.sample(frac=1.0, random_state=number)[: sizes[split]]
             data.setdefault(name, {})[split] = _written(frame, place / "data" / name / f"{split}.parquet")
-    training = TrainingSettings(epochs=3, max_length=tokens)
+    training = TrainingSettings(epochs=3)
     members = {name: place / "members" / name for name in data}
     for name, out in members.items():
-        train_member(base, Path(data[name]["train"]), out, training)
+        task = TextClassificationSettings(data={"train": data[name]["train"]}, max_length=tokens)
+        train_member(base, task, out, training, labels=LABELS)
     return _opened(
         "unlike tasks", str(base), {name: str(out) for name, out in members.items()}, data, place, tokens, UNLIKE
     )

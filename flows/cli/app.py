@@ -335,17 +335,20 @@ def submit(
 
 @app.command()
 def quickstart(
-    directory: Annotated[str, typer.Option("--out", help="Directory to fill.")] = "runs/quickstart",
+    pool: Annotated[str, typer.Option(help="sentiment, tagging (parts of speech) or images.")] = "sentiment",
+    directory: Annotated[
+        str | None, typer.Option("--out", help="Directory to fill; default: runs/quickstart, or runs/POOL.")
+    ] = None,
     cache: Annotated[str, typer.Option(help="Where downloads are kept.")] = "cache",
     candidates: Annotated[int | None, typer.Option(help="Candidates to evaluate.", min=1)] = None,
     address: Address = None,
     quiet: Quiet = False,
 ) -> None:
-    """Builds a real pool (MiniLM on four sentiment domains) and runs a real campaign on it."""
+    """Builds a real pool (by default MiniLM on four sentiment domains) and runs a real campaign on it."""
     _join(address)
     from flows.quickstart.quickstart import run
 
-    _finish(run(directory, cache, candidates, _display(quiet)))
+    _finish(run(pool, directory, cache, candidates, _display(quiet)))
 
 
 def main() -> None:

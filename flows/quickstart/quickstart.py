@@ -1,87 +1,107 @@
-"""The quick start from nothing: fetch, cut, fine-tune four members, and run a campaign on them."""
+"""The quick start from nothing: fetch, cut, fine-tune members, and run a campaign on them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from flows.campaign.run import run as run_campaign
 from flows.config.campaign_file import Campaign
-from flows.config.search_settings import DEFAULT_METHODS
 from flows.config.yaml_file import validate
 from flows.directory.campaign_directory import Directory
 from flows.directory.progress import Display
-from flows.quickstart.data import DOMAINS, write_splits
-from flows.quickstart.fetch import VADER, fetch, fetch_base
+from flows.quickstart.images import IMAGES
+from flows.quickstart.pool import Files, Pool
+from flows.quickstart.sentiment import SENTIMENT
+from flows.quickstart.tagging import TAGGING
 from flows.quickstart.training import Trained, TrainingSettings, train_member
+from merging.errors import SettingsError
 from merging.io import storage
+from merging.registry import did_you_mean
+from merging.tasks import AnyTaskSettings
 from ray_tasks.connect import connect
 from ray_tasks.jobs.parallel import each
 
-CANDIDATES = 36
-METHODS = (*DEFAULT_METHODS, "regmean_propagated")
-MAX_LENGTH = 64
-"""Tokens: nine sentences in ten are shorter."""
+POOLS: Mapping[str, Pool] = {"sentiment": SENTIMENT, "tagging": TAGGING, "images": IMAGES}
+NAMES: Mapping[str, str] = {"sentiment": "quickstart"}
+"""Pool → its campaign's name where that is another."""
 
 
-def run(directory: str, cache: str, candidates: int | None, display: Display) -> str:
+def run(pool: str, directory: str | None, cache: str, candidates: int | None, display: Display) -> str:
     """Builds the pool and runs the campaign; whatever is there already is used again.
 
     Args:
-        directory: Filled with data, members and what a campaign leaves.
+        pool: One of `POOLS`.
+        directory: Filled with data, members and what a campaign leaves; by default `runs/<campaign's name>`.
         cache: Where downloads are kept.
-        candidates: Candidates to evaluate; by default `CANDIDATES`.
+        candidates: Candidates to evaluate; by default the pool's own number.
         display: Shows progress.
 
     Returns:
         The results table and the places of what was left.
 
     Raises:
-        MergequestError: Something cannot be fetched or written.
+        MergequestError: There is no such pool, or something cannot be fetched or written.
     """
-    root, kept = Path(storage.absolute(directory)), Path(storage.absolute(cache))
-    with display.phase("Base model and texts"):
-        base = fetch_base(kept, display.say)
-        splits = write_splits(fetch(VADER, kept, display.say), root / "data")
-    files = {domain: {str(split): str(file) for split, file in parts.items()} for domain, parts in splits.items()}
-    campaign = make_campaign(root, base, files, candidates)
+    if pool not in POOLS:
+        raise SettingsError(f"unknown pool '{pool}'. {did_you_mean(pool, list(POOLS))}")
+    made, name = POOLS[pool], NAMES.get(pool, pool)
+    root, kept = Path(storage.absolute(directory or f"runs/{name}")), Path(storage.absolute(cache))
+    with display.phase("Base model and data"):
+        base = made.base(kept, display.say)
+        files = made.data(kept, root / "data", display.say)
+    campaign = make_campaign(made, name, root, base, files, candidates)
     if Directory(str(root)).is_finished(campaign):
         return run_campaign(campaign, display)
     with connect():
-        train_members(base, {domain: parts["train"] for domain, parts in splits.items()}, root / "members", display)
+        train_members(made, base, files, root / "members", display)
         return run_campaign(campaign, display)
 
 
-def train_members(base: Path, train: dict[str, Path], members: Path, display: Display) -> None:
-    """Fine-tunes a member on each domain, one a core, unless they are there."""
-    settings = TrainingSettings(max_length=MAX_LENGTH)
-    calls = {name: (base, file, members / name, settings) for name, file in train.items()}
-    with display.phase(f"Members: fine-tuning {len(train)} models"), display.bar("percent", 100) as bar:
+def train_members(pool: Pool, base: Path, files: Files, members: Path, display: Display) -> None:
+    """Fine-tunes a member on each task, one a core, unless they are there."""
+    calls = {
+        task: (base, task_settings(pool, parts), members / task, pool.training, pool.labels.get(task, ()))
+        for task, parts in files.items()
+    }
+    with display.phase(f"Members: fine-tuning {len(calls)} models"), display.bar("percent", 100) as bar:
         for name, trained in each(_train, calls, progress=lambda share: bar.reach(int(100 * share))):
             how = "there already" if trained.reused else f"{trained.seconds:.0f} s, training loss {trained.loss:.3f}"
             display.say(f"  {name}: {how}")
 
 
-def make_campaign(root: Path, base: Path, splits: dict[str, dict[str, str]], candidates: int | None) -> Campaign:
-    """The quick start's campaign, a file that a user can take as an example."""
+def task_settings(pool: Pool, files: Mapping[Any, Path]) -> AnyTaskSettings:
+    """A task of a pool with its data."""
+    given = {**pool.task, "data": {str(split): str(file) for split, file in files.items()}}
+    settings: AnyTaskSettings = TypeAdapter(AnyTaskSettings).validate_python(given)
+    return settings
+
+
+def make_campaign(pool: Pool, name: str, root: Path, base: Path, files: Files, candidates: int | None) -> Campaign:
+    """The pool's campaign, a file that a user can take as an example."""
     settings: dict[str, Any] = {
-        "name": "quickstart",
+        "name": name,
         "directory": str(root),
         "base": str(base),
-        "members": {domain: {"checkpoint": str(root / "members" / domain)} for domain in DOMAINS},
+        "members": {task: {"checkpoint": str(root / "members" / task)} for task in files},
         "tasks": {
-            domain: {"kind": "text_classification", "data": files, "max_length": MAX_LENGTH}
-            for domain, files in splits.items()
+            task: {**pool.task, "data": {str(split): str(file) for split, file in parts.items()}}
+            for task, parts in files.items()
         },
-        "statistics": {
-            "fisher": {"examples": 128},
-            "representation": {"examples": 64},
-            "propagated": {"examples": 160},
-        },
-        "search": {"methods": list(METHODS), "candidates": candidates or CANDIDATES},
+        "statistics": dict(pool.statistics),
+        "search": {"methods": list(pool.methods), "candidates": candidates or pool.candidates},
         "test": {"top": 1},
     }
     return validate(Campaign, settings, "quick start")
 
 
-def _train(base: Path, train: Path, out: Path, settings: TrainingSettings, report: Callable[[float], None]) -> Trained:
-    return train_member(base, train, out, settings, lambda done, total, loss: report(done / total))
+def _train(
+    base: Path,
+    task: AnyTaskSettings,
+    out: Path,
+    settings: TrainingSettings,
+    labels: Sequence[str],
+    report: Callable[[float], None],
+) -> Trained:
+    return train_member(base, task, out, settings, lambda done, total, loss: report(done / total), labels)

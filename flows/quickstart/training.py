@@ -1,23 +1,31 @@
-"""Fine-tunes a member of the quick start's pool: a plain training loop, the same numbers at every run."""
+"""Fine-tunes a member of a quick start's pool: a plain training loop for every kind of task, the same numbers at every run."""
 
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
-from flows.quickstart.data import LABELS
 from merging.checkpoints.checkpoint import Checkpoint
 from merging.io import storage
-from merging.tasks.head import quiet
+from merging.tasks import AnyTaskSettings, Batch, CausalLM, Task, make_task
+from merging.tasks.head import IMAGE_PROCESSOR, load_image_processor, load_tokenizer, quiet
 
 RECORD = "training.json"
+IGNORED = -100
+MODEL_CLASSES: Mapping[str, str] = {
+    "text_classification": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
+    "image_classification": "AutoModelForImageClassification",
+    "causal_lm": "AutoModelForCausalLM",
+}
+"""Kind of task → the class whose new head is trained."""
 BUCKET = 16
 """Batches whose examples are sorted by length together: enough to save padding, few enough to stay random."""
 
@@ -36,7 +44,7 @@ class TrainingSettings:
         head_factor: The head's rate over the encoder's.
         weight_decay: AdamW's, on weight matrices.
         warm_up: Share of the steps in which the rate rises from 0; it falls to 0 in the rest.
-        max_length: Tokens a sentence is cut to.
+        autocast: Whether the forward pass runs in bfloat16.
         seed: Of the head's weights and of the order of examples.
     """
 
@@ -46,7 +54,7 @@ class TrainingSettings:
     head_factor: float = 10.0
     weight_decay: float = 0.01
     warm_up: float = 0.1
-    max_length: int = 64
+    autocast: bool = False
     seed: int = 0
 
 
@@ -69,72 +77,85 @@ class Trained:
 
 def train_member(
     base: Path,
-    train: Path,
+    task: AnyTaskSettings,
     out: Path,
     settings: TrainingSettings | None = None,
     progress: Progress | None = None,
+    labels: Sequence[str] = (),
 ) -> Trained:
-    """Fine-tunes the base on one domain into an ordinary Hugging Face directory, unless it is there already.
+    """Fine-tunes the base on a task's training split into an ordinary Hugging Face directory, unless it is there already.
 
     Runs on the CPU with as many threads as the caller gave torch, and leaves the caller's random state alone.
     The same inputs and one thread give the same bits.
 
     Args:
         base: The base model's directory.
-        train: Parquet file with columns `text` and `label`, an index into `LABELS`.
+        task: The task, of a kind that gives logits of classes or tokens; the path of its train split is local.
         out: The directory to make; it appears whole or not at all; one made from other inputs is replaced.
         settings: How to train.
         progress: Told of every step.
+        labels: The new head's classes; empty where the base's own head is trained.
 
     Raises:
         CheckpointError: The base is missing or damaged.
+        TaskError: The data are unusable.
         StorageError: There is no right or no space to write.
     """
     settings = settings or TrainingSettings()
-    key = storage.fingerprint(
-        [Checkpoint.open(str(base)).fingerprint, storage.file_fingerprint(str(train)), asdict(settings)]
-    )
+    train = cast("str", task.data["train"])  # type: ignore[union-attr]
+    prepared = [storage.file_fingerprint(train), task.model_dump(mode="json", exclude={"data"}), list(labels)]
+    key = storage.fingerprint([Checkpoint.open(str(base)).fingerprint, *prepared, asdict(settings)])
     record = out / RECORD
     if record.exists():
         known = storage.read_as(str(record), lambda v: (str(v["key"]), float(v["loss"]), float(v["seconds"])))
         if known[0] == key:
             return Trained(out, known[1], known[2], reused=True)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as start:
         torch.manual_seed(settings.seed)
-        return _train(base, train, out, settings, progress, key)
+        _save_start(base, task.kind, labels, Path(start))
+        return _train(make_task(out.name, task, start), out, settings, progress, key)
 
 
-def _train(
-    base: Path, train: Path, out: Path, settings: TrainingSettings, progress: Progress | None, key: str
-) -> Trained:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+def _save_start(base: Path, kind: str, labels: Sequence[str], out: Path) -> None:
+    """The base with a new head, and what prepares its inputs, as a checkpoint that a task opens."""
+    import transformers
 
-    started = time.monotonic()
-    frame = pd.read_parquet(train)
+    head: dict[str, Any] = {}
+    if labels:
+        head = {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: index for index, label in enumerate(labels)},
+        }
     with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-        model: Any = AutoModelForSequenceClassification.from_pretrained(
-            base,
-            num_labels=len(LABELS),
-            id2label=dict(enumerate(LABELS)),
-            label2id={label: index for index, label in enumerate(LABELS)},
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
+        model = getattr(transformers, MODEL_CLASSES[kind]).from_pretrained(
+            base, dtype=torch.float32, local_files_only=True, use_safetensors=True, **head
         )
-    model.eval()  # no dropout: a pass over the data overfits nothing, and a tenth of the time is saved
-    encoded = tokenizer(frame["text"].tolist(), truncation=True, max_length=settings.max_length, padding=False)
-    labels = torch.from_numpy(frame["label"].to_numpy(np.int64, copy=True))
-    lengths = np.array([len(ids) for ids in encoded["input_ids"]])
+        model.save_pretrained(out)
+    _save_preprocessor(base, out)
+
+
+def _save_preprocessor(source: Path, out: Path) -> None:
+    load = load_image_processor if (source / IMAGE_PROCESSOR).exists() else load_tokenizer
+    load(str(source)).save_pretrained(out)
+
+
+def _train(task: Task, out: Path, settings: TrainingSettings, progress: Progress | None, key: str) -> Trained:
+    started = time.monotonic()
+    model: Any = task.load_model()  # without dropout: so few passes overfit nothing, and a tenth of the time is saved
+    examples = sorted(task.batches("train", 0, task.size("train"), 1), key=lambda batch: int(batch.indices))
+    lengths = np.array([1 if example.mask is None else int(example.mask.sum()) for example in examples])
     generator = np.random.default_rng(settings.seed)
     batches = [b for _ in range(settings.epochs) for b in bucketed(lengths, settings.batch_size, generator)]
     optimizer = _optimizer(model, settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, len(batches), settings.warm_up))
     losses = []
     for step, chosen in enumerate(batches, start=1):
-        rows = [{name: encoded[name][i] for name in encoded} for i in chosen]
-        inputs: dict[str, Tensor] = dict(tokenizer.pad(rows, return_tensors="pt"))
-        loss = cross_entropy(model(**inputs).logits, labels[torch.from_numpy(chosen)])
+        batch = joined([examples[i] for i in chosen], left=task.kind == CausalLM.kind)
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.autocast):
+            logits = task.logits(model, batch)
+        judged = batch.labels >= 0
+        loss = cross_entropy(logits[judged].float(), batch.labels[judged])
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -147,16 +168,44 @@ def _train(
     seconds = time.monotonic() - started
     with storage.new_dir(str(out)) as directory, quiet():
         model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        _save_preprocessor(Path(task.head), directory)
         note = {
             "key": key,
             "loss": last,
             "seconds": seconds,
-            "examples": len(frame),
+            "examples": len(examples),
             "settings": asdict(settings),
         }
         storage.write_json(str(directory / RECORD), note)
     return Trained(out, last, seconds, reused=False)
+
+
+def joined(examples: Sequence[Batch], *, left: bool = False) -> Batch:
+    """Batches of one example each as one batch, padded to the longest: inputs by 0, which the mask hides, labels by −100.
+
+    Args:
+        examples: At least one, of the same inputs: sequences [1, S], or tensors [1, …] of one shape.
+        left: Whether padding comes before a sequence.
+    """
+    inputs = {name: _stacked([example.inputs[name] for example in examples], 0, left) for name in examples[0].inputs}
+    masks = [example.mask for example in examples if example.mask is not None]
+    return Batch(
+        inputs,
+        _stacked([example.labels for example in examples], IGNORED, left),
+        torch.cat([example.indices for example in examples]),
+        _stacked(masks, 0, left) if masks else None,
+    )
+
+
+def _stacked(parts: Sequence[Tensor], padding: int, left: bool) -> Tensor:
+    """Tensors [1, S] as [N, longest S]; others as they are [N, …]."""
+    if parts[0].dim() != 2:
+        return torch.cat(list(parts))
+    width = max(part.shape[1] for part in parts)
+    missing = [width - part.shape[1] for part in parts]
+    return torch.cat(
+        [pad(part, (gap, 0) if left else (0, gap), value=padding) for part, gap in zip(parts, missing, strict=True)]
+    )
 
 
 def bucketed(lengths: np.ndarray, batch_size: int, generator: np.random.Generator) -> list[np.ndarray]:

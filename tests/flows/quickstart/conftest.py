@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.quickstart.data import DOMAINS, INNER
+from flows.quickstart.sentiment import DOMAINS, INNER
 
 SAMPLES = {
     "movie": "1\t2.27\tThe Rock is destined to be great.\r\n2\t-0.6\tEffective but too tepid biopic\r\n"

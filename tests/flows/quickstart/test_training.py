@@ -4,15 +4,31 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
-from flows.quickstart.training import TrainingSettings, bucketed, train_member
+from flows.quickstart.sentiment import LABELS
+from flows.quickstart.training import TrainingSettings, bucketed, joined, train_member
 from merging.checkpoints.checkpoint import Checkpoint
 from merging.checkpoints.pool import Pool
 from merging.errors import CheckpointError
-from merging.tasks import TextClassificationSettings, make_task
+from merging.tasks import (
+    CausalLMSettings,
+    TextClassificationSettings,
+    TokenClassificationSettings,
+    make_task,
+)
 
-SETTINGS = TrainingSettings(epochs=12, batch_size=8, learning_rate=2e-3, max_length=16)
+SETTINGS = TrainingSettings(epochs=12, batch_size=8, learning_rate=2e-3)
+
+
+def task_on(train: Path, max_length: int = 16) -> TextClassificationSettings:
+    return TextClassificationSettings(data={"train": str(train)}, max_length=max_length)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +45,9 @@ def train(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def member(tmp_path_factory, tiny_pool, train) -> Path:
-    return train_member(tiny_pool["base"], train, tmp_path_factory.mktemp("members") / "one", SETTINGS).path
+    return train_member(
+        tiny_pool["base"], task_on(train), tmp_path_factory.mktemp("members") / "one", SETTINGS, labels=LABELS
+    ).path
 
 
 def test_learns(member, train):
@@ -48,24 +66,23 @@ def test_is_an_ordinary_directory(member, tiny_pool):
 def test_same_inputs_same_bits(member, tiny_pool, train, tmp_path):
     torch.manual_seed(99)
     before = torch.random.get_rng_state()
-    again = train_member(tiny_pool["base"], train, tmp_path / "again", SETTINGS).path
+    again = train_member(tiny_pool["base"], task_on(train), tmp_path / "again", SETTINGS, labels=LABELS).path
     assert Checkpoint.open(str(again)).fingerprint == Checkpoint.open(str(member)).fingerprint
     assert torch.random.get_rng_state().equal(before)
 
 
 def test_another_seed_gives_another_member(member, tiny_pool, train, tmp_path):
     settings = TrainingSettings(**{**SETTINGS.__dict__, "seed": 1})
-    other = train_member(tiny_pool["base"], train, tmp_path / "other", settings).path
+    other = train_member(tiny_pool["base"], task_on(train), tmp_path / "other", settings, labels=LABELS).path
     assert Checkpoint.open(str(other)).fingerprint != Checkpoint.open(str(member)).fingerprint
 
 
 def test_reuses_what_is_there(tiny_pool, train, tmp_path):
-    quick = TrainingSettings(max_length=16)
-    first = train_member(tiny_pool["base"], train, tmp_path / "m", quick)
-    second = train_member(tiny_pool["base"], train, tmp_path / "m", quick)
+    first = train_member(tiny_pool["base"], task_on(train), tmp_path / "m", labels=LABELS)
+    second = train_member(tiny_pool["base"], task_on(train), tmp_path / "m", labels=LABELS)
     assert (first.reused, second.reused) == (False, True)
     assert (first.loss, first.seconds) == (second.loss, second.seconds)
-    changed = train_member(tiny_pool["base"], train, tmp_path / "m", TrainingSettings(max_length=8))
+    changed = train_member(tiny_pool["base"], task_on(train, max_length=8), tmp_path / "m", labels=LABELS)
     assert not changed.reused
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
@@ -73,7 +90,7 @@ def test_reuses_what_is_there(tiny_pool, train, tmp_path):
 def test_reports_progress(tiny_pool, train, tmp_path):
     steps = []
     train_member(
-        tiny_pool["base"], train, tmp_path / "m", TrainingSettings(epochs=2, batch_size=40),
+        tiny_pool["base"], task_on(train), tmp_path / "m", TrainingSettings(epochs=2, batch_size=40), labels=LABELS,
         progress=lambda done, total, loss: steps.append((done, total, loss > 0)),
     )  # fmt: skip
     assert steps == [(i, 6, True) for i in range(1, 7)]
@@ -81,8 +98,53 @@ def test_reports_progress(tiny_pool, train, tmp_path):
 
 def test_base_that_is_missing(train, tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint directory"):
-        train_member(tmp_path / "nowhere", train, tmp_path / "m")
+        train_member(tmp_path / "nowhere", task_on(train), tmp_path / "m")
     assert not (tmp_path / "m").exists()
+
+
+def test_learns_tags(tiny_pool, tmp_path):
+    """Words with tags: nouns among adjectives, sentences of several lengths."""
+    generator = np.random.default_rng(0)
+    words = [generator.choice(["good", "film", "bad", "book"], size=generator.integers(2, 8)) for _ in range(64)]
+    tags = [["N" if word in ("film", "book") else "A" for word in sentence] for sentence in words]
+    file = tmp_path / "train.parquet"
+    pd.DataFrame({"words": words, "tags": tags}).to_parquet(file)
+    data = {"train": str(file), "validation": str(file)}
+    settings = TokenClassificationSettings(data=data, metric="token_accuracy")
+    member = train_member(tiny_pool["base"], settings, tmp_path / "m", SETTINGS, labels=("N", "A")).path
+    task = make_task("tags", settings, str(member))
+    assert task.evaluate(task.load_model(), "validation").value > 0.95
+
+
+@pytest.mark.parametrize("kind", ["tags", "language"])
+def test_joined_batches_give_the_logits_of_single_examples(kind, tiny_pool, tokenizer, tmp_path):
+    file = tmp_path / "train.parquet"
+    if kind == "tags":
+        rows = {"words": [["good"], ["bad", "film", "so"], ["a", "b"]], "tags": [["A"], ["A", "N", "N"], ["N", "A"]]}
+        pd.DataFrame(rows).to_parquet(file)
+        settings = TokenClassificationSettings(data={"train": str(file)}, labels=["N", "A"])
+        path = tmp_path / "model"
+        BertForTokenClassification.from_pretrained(tiny_pool["base"], id2label={0: "N", 1: "A"}).save_pretrained(path)
+    else:
+        prompts, completions = ["good film", "so", "the plot was not"], ["bad", "very good book", "fine"]
+        pd.DataFrame({"prompt": prompts, "completion": completions}).to_parquet(file)
+        settings = CausalLMSettings(data={"train": str(file)})
+        path = tmp_path / "model"
+        config = LlamaConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+        )
+        LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    task = make_task("task", settings, str(path))
+    model, examples = task.load_model(), list(task.batches("train", 0, 3, 1))
+    batch = joined(examples, left=kind == "language")
+    with torch.inference_mode():
+        together = task.logits(model, batch)
+        for row, example in enumerate(examples):
+            alone, wanted = task.logits(model, example), example.labels[example.labels >= 0]
+            judged = batch.labels[row] >= 0
+            assert batch.labels[row][judged].equal(wanted)
+            assert torch.allclose(together[row][judged], alone[example.labels >= 0], atol=1e-5)
 
 
 def test_bucketed_takes_each_example_once_and_saves_padding():

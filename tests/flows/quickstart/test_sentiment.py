@@ -1,7 +1,7 @@
 import pandas as pd
 import pytest
 
-from flows.quickstart.data import Sentence, SplitSettings, parse, split, write_splits
+from flows.quickstart.sentiment import Sentence, SplitSettings, parse, split, write_splits
 from merging.errors import StorageError
 from merging.tasks.task import SPLITS
 

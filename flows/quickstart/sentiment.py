@@ -1,7 +1,6 @@
-"""The quick start's four tasks: rated sentences, in splits that share no review and no sentence."""
+"""Rated sentences of four domains, in splits that share no review and no sentence, and a sentence encoder."""
 
 import html
-import random
 import re
 import tarfile
 from collections.abc import Mapping
@@ -11,9 +10,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from flows.config.search_settings import DEFAULT_METHODS
+from flows.quickstart.fetch import VADER, Progress, fetch, fetch_base
+from flows.quickstart.pool import Files, Pool, cut, written
+from flows.quickstart.training import TrainingSettings
 from merging.errors import StorageError
-from merging.io import storage
-from merging.tasks.task import SPLITS, Split
+from merging.tasks.task import Split
 
 LABELS = ("negative", "neutral", "positive")
 DOMAINS: Mapping[str, str] = {
@@ -86,18 +88,10 @@ def split(sentences: list[Sentence], settings: SplitSettings) -> dict[Split, lis
     groups: dict[str, list[Sentence]] = {}
     for sentence in sentences:
         groups.setdefault(sentence.group, []).append(sentence)
-    order = list(groups)
-    random.Random(settings.seed).shuffle(order)
-    parts: dict[Split, list[Sentence]] = {}
-    for name in reversed(SPLITS):
-        part: list[Sentence] = []
-        while order and len(part) < settings.sizes[name]:
-            part += groups[order.pop()]
-        parts[name] = part[: settings.sizes[name]]
-    return {name: parts[name] for name in SPLITS}
+    return cut(groups, settings.sizes, settings.seed)
 
 
-def write_splits(archive: Path, directory: Path, settings: SplitSettings | None = None) -> dict[str, dict[Split, Path]]:
+def write_splits(archive: Path, directory: Path, settings: SplitSettings | None = None) -> Files:
     """Writes each domain's splits as Parquet files with columns `text` and `label`, unless they are there.
 
     Args:
@@ -112,18 +106,18 @@ def write_splits(archive: Path, directory: Path, settings: SplitSettings | None 
         StorageError: The archive lacks a file, or there is no right or no space to write.
     """
     settings = settings or SplitSettings()
-    key = storage.fingerprint([dict(settings.sizes), settings.seed, NEUTRAL, CLEAR])
-    files = {domain: {name: directory / domain / f"{name}.parquet" for name in SPLITS} for domain in DOMAINS}
-    marker = directory / "splits.json"
-    there = all(file.exists() for parts in files.values() for file in parts.values())
-    if there and marker.exists() and storage.read_json(str(marker)) == key:
-        return files
-    for domain, raw in _read_archive(archive).items():
-        for name, part in split(parse(raw), settings).items():
-            frame = pd.DataFrame({"text": [s.text for s in part], "label": [s.label for s in part]})
-            storage.write_bytes(str(files[domain][name]), frame.to_parquet(index=False))
-    storage.write_json(str(marker), key)
-    return files
+    key = [dict(settings.sizes), settings.seed, NEUTRAL, CLEAR]
+    return written(directory, list(DOMAINS), key, lambda: _frames(archive, settings))
+
+
+def _frames(archive: Path, settings: SplitSettings) -> dict[str, dict[Split, pd.DataFrame]]:
+    return {
+        domain: {
+            name: pd.DataFrame({"text": [s.text for s in part], "label": [s.label for s in part]})
+            for name, part in split(parse(raw), settings).items()
+        }
+        for domain, raw in _read_archive(archive).items()
+    }
 
 
 def _label(rating: float) -> int | None:
@@ -151,3 +145,25 @@ def _read_archive(archive: Path) -> dict[str, str]:
             f"{archive} does not hold {INNER} as expected ({error!r}): delete it and fetch again"
         ) from error
     return texts
+
+
+def _data(cache: Path, directory: Path, progress: Progress) -> Files:
+    return write_splits(fetch(VADER, cache, progress), directory)
+
+
+SENTIMENT = Pool(
+    about="MiniLM, and the sentiment of four domains",
+    base=fetch_base,
+    data=_data,
+    task={"kind": "text_classification", "max_length": 64},
+    labels=dict.fromkeys(DOMAINS, LABELS),
+    training=TrainingSettings(),
+    methods=(*DEFAULT_METHODS, "regmean_propagated"),
+    candidates=36,
+    statistics={
+        "fisher": {"examples": 128},
+        "representation": {"examples": 64},
+        "propagated": {"examples": 160},
+    },
+)
+"""Nine sentences in ten are shorter than 64 tokens."""
