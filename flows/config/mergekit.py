@@ -16,9 +16,9 @@ from glob import escape
 from typing import Any, TypeAlias
 
 from merging.errors import SettingsError
-from merging.methods import METHODS
 from merging.methods.depth import NUMBER, depth
-from merging.recipe import BASE, Value
+from merging.methods.mergekit_names import MERGEKIT_NAMES
+from merging.recipe import BASE, GROUP, Value
 from merging.registry import did_you_mean
 
 Params: TypeAlias = Mapping[str, Any]
@@ -69,6 +69,11 @@ KINDS: Mapping[str, _Kind] = {
     "multislerp": _Kind({"normalize_weights": True, "eps": 1e-8}, {"weight": REQUIRED}, "any"),
     "karcher": _Kind({"max_iter": 10, "tol": 1e-5}, base="none"),
     "model_stock": _Kind({"filter_wise": False}),
+    "sce": _Kind({"select_topk": 1.0, "int8_mask": False}),
+    "nearswap": _Kind({"t": REQUIRED}),
+    "arcee_fusion": _Kind(),
+    "ram": _Kind({"epsilon": 1e-5}),
+    "ramplus_tl": _Kind({"r": 0.1, "alpha": 0.2, "epsilon": 1e-5}),
     "task_arithmetic": _of_task_vectors(None, False, normalize=False, rescale=False),
     "ties": _of_task_vectors("magnitude", True, normalize=True, rescale=False),
     "dare_ties": _of_task_vectors("random", True, normalize=False, rescale=True),
@@ -79,7 +84,7 @@ KINDS: Mapping[str, _Kind] = {
     "della_linear": _of_task_vectors("ranks", False, normalize=False, rescale=True, epsilon=0.15),
 }
 """mergekit's methods that can be expressed."""
-OTHERS = ("passthrough", "sce", "nearswap", "arcee_fusion", "ram", "ramplus_tl")
+OTHERS = ("passthrough",)
 """Those that cannot."""
 PARAMETERS = {name for kind in KINDS.values() for name in (*kind.shared, *kind.own)} | {
     "scale",
@@ -230,7 +235,7 @@ class _Translation:
         self._raise()
         merges = {}
         for name, (shared, own) in weights.items():
-            merges[name] = self._merge(method, kind, shared, own, inputs, base)
+            merges[name] = self._merge(method, kind, shared, own, inputs, base, list(members.values()))
             self._raise()
         self._method(recipe, merges, inputs, members, slices)
         self._raise()
@@ -364,6 +369,8 @@ class _Translation:
             self._problem(where, "only the base is here: name a model to merge into it")
         if method in ("slerp", "nuslerp") and len(models) != 2:
             self._problem(where, f"{method} is between two models (found {len(models)})")
+        if method in ("nearswap", "arcee_fusion") and len(models) > 1:
+            self._problem(where, f"{method} is between the base and one model (found {len(models)})")
         return tuple(models)
 
     def _places(self, slices: Sequence[_Slice]) -> Iterable[tuple[str, Params]]:
@@ -486,10 +493,11 @@ class _Translation:
         own: list[Resolved],
         inputs: Sequence[Model],
         base: Model | None,
+        members: Sequence[str],
     ) -> _Merge:
         """The merge of one weight."""
         if "density" in kind.own:
-            return self._sum(method, kind, shared, own)
+            return self._sum(method, kind, shared, own, members)
         weights = tuple(one.get("weight", 1.0) for one in own)
         if method == "linear":
             return _Merge("linear", weights, (("normalize", shared["normalize"]),))
@@ -509,68 +517,62 @@ class _Translation:
                 )
             self._note("multislerp is the Karcher mean, iterated to convergence, of which mergekit takes one step")
             return _Merge("multi_slerp" if base else "karcher", weights)
+        if method == "sce":
+            return _Merge("sce", weights, (("select", shared["select_topk"]),))
+        if method in ("ram", "ramplus_tl"):
+            return _Merge(MERGEKIT_NAMES.get(method, (method, {}))[0], weights, tuple(sorted(shared.items())))
+        if method in ("nearswap", "arcee_fusion"):
+            return _Merge(method, weights, tuple(shared.items()))
         wise: tuple[tuple[str, Value], ...] = (("over", "rows"),) if shared["filter_wise"] else ()
         return _Merge("model_stock", weights, wise)
 
-    def _sum(self, method: str, kind: _Kind, shared: Resolved, own: list[Resolved]) -> _Merge:
+    def _sum(self, method: str, kind: _Kind, shared: Resolved, own: list[Resolved], members: Sequence[str]) -> _Merge:
         """A sum of task vectors, thinned or not, of all entries or of those that agree."""
-        scale = shared["lambda"]
         weights = [one["weight"] for one in own]
-        densities = [min(one["density"], 1.0) for one in own]
-        whole = kind.sparse is None or min(densities) >= 1  # mergekit then thins nothing
-        if not kind.elects:
-            total = sum(weights) if shared["normalize"] else 1.0
+        whole = kind.sparse is None or min(one["density"] for one in own) >= 1  # mergekit then thins nothing
+        if shared["rescale"] and not whole and kind.sparse in ("magnitude", "outliers"):
+            self._problem("parameters.rescale", f"{method} does not rescale to the L1 norm: raise the weights instead")
+        if kind.elects and (whole or kind.sparse == "magnitude"):
+            agree = "mean" if shared["normalize"] else "sum"
+            density = self._own("density", [min(one["density"], 1.0) for one in own], members)
+            end = (("lambda", shared["lambda"]), ("trim", "tensor"), ("disjoint", agree))
+            return _Merge("ties", tuple(weights), (*density, *end))
+        mean = kind.elects and shared["normalize"]
+        scale = 1.0 if mean else shared["lambda"]
+        if not kind.elects and shared["normalize"]:
+            total = sum(weights)
             scale /= total if abs(total) >= 1e-8 else 1.0
         factors = tuple(weight * scale for weight in weights)
-        if not kind.elects and whole:
+        if whole:
             return _Merge("task_arithmetic", factors)
-        for key in ("density", "gamma", "epsilon"):
-            values = sorted({one[key] for one in own if key in one})
-            if len(values) > 1 and not whole:
-                listed = ", ".join(f"{number:g}" for number in values)
-                self._problem(f"models.parameters.{key}", f"{method} has one for all members here (found {listed})")
-        density = densities[0]
-        if whole or kind.sparse == "magnitude":
-            if shared["rescale"] and not whole:
-                self._problem(
-                    "parameters.rescale", f"{method} does not rescale to the L1 norm: raise the weights instead"
-                )
-            agree = "mean" if shared["normalize"] else "sum"
-            mine: tuple[tuple[str, Value], ...] = (
-                ("density", density),
-                ("lambda", shared["lambda"]),
-                ("trim", "tensor"),
-                ("disjoint", agree),
-            )
-            return _Merge("ties", tuple(weights), mine)
-        if kind.elects and shared["normalize"]:
-            self._problem(
-                "parameters.normalize",
-                f"the mean of what agrees is ties' alone: write `normalize: false` for {method}, and weights that sum to 1",
-            )
-        entries = "elected" if kind.elects else "all"
-        if kind.sparse == "outliers":
-            if shared["rescale"]:
-                self._problem(
-                    "parameters.rescale", f"{method} does not rescale to the L1 norm: raise the weights instead"
-                )
-            gamma = min(own[0]["gamma"], 1 - density)  # mergekit keeps the density where the two exceed 1
-            return _Merge("breadcrumbs", factors, (("density", density), ("gamma", gamma), ("entries", entries)))
-        if shared["rescale"]:
-            self._note(
-                "`rescale`: kept entries are divided by their probability of being kept, as its paper has "
-                "it, where mergekit rescales each tensor to its L1 norm; random numbers are others than mergekit's"
-            )
+        densities = [min(one["density"], 1.0) for one in own]
+        found = []
         if kind.sparse == "random":
-            if not shared["rescale"]:
-                factors = tuple(factor * density for factor in factors)
-            return _Merge("dare", factors, (("drop", 1 - density), ("entries", entries)))
-        if not shared["rescale"]:
-            self._problem(
-                "parameters.rescale", f"{method} always divides kept entries by their probability: leave it out"
+            found += self._own("drop", [1 - density for density in densities], members)
+        else:
+            found += self._own("density", densities, members)
+        if kind.sparse == "outliers":  # mergekit keeps the density where both shares exceed 1
+            gammas = [min(one["gamma"], 1 - density) for one, density in zip(own, densities, strict=True)]
+            found += self._own("gamma", gammas, members)
+        if kind.sparse == "ranks":
+            epsilons = [one["epsilon"] if density < 1 else 0.0 for one, density in zip(own, densities, strict=True)]
+            found += self._own("epsilon", epsilons, members)
+        found.append(("entries", "elected_mean" if mean else "elected" if kind.elects else "all"))
+        if kind.sparse != "outliers":
+            found.append(("rescale", "l1" if shared["rescale"] else "none"))
+            self._note(
+                f"{method} drops entries at random: mergekit's random numbers, which follow its seed, are others"
             )
-        mine = (("density", density), ("epsilon", own[0]["epsilon"]), ("entries", entries))
-        return _Merge("della", factors, mine)
+        if mean and shared["lambda"] != 1:
+            found.append(("lambda", shared["lambda"]))
+        return _Merge(
+            {"random": "dare", "outliers": "breadcrumbs"}.get(str(kind.sparse), "della"), factors, tuple(found)
+        )
+
+    def _own(self, name: str, values: Sequence[float], members: Sequence[str]) -> list[tuple[str, Value]]:
+        """A parameter, and its value for those members that have another than the first."""
+        others = [(f"{name}{GROUP}{member}", value) for member, value in zip(members, values, strict=True)]
+        return [(name, values[0]), *((key, value) for key, value in others if value != values[0])]
 
     def _method(
         self,
@@ -591,17 +593,6 @@ class _Translation:
                     "weights, t and what scales them may change from layer to layer or by filter",
                 )
                 return
-        if first.method not in METHODS:
-            self._problem(
-                "merge_method",
-                f"'{self._value['merge_method']}' needs the method '{first.method}', which is not here yet",
-            )
-            return
-        known = METHODS[first.method].parameters
-        for key, setting in first.parameters:
-            choices = known[key].choices if key in known else ()
-            if choices is not None and setting not in choices:
-                self._problem("parameters", f"{first.method} has no `{key}: {setting}` here yet")
         recipe["method"] = first.method
         filters = list(dict.fromkeys(_filters(parameters for _, parameters in self._places(slices))))
         scaling = {}

@@ -31,6 +31,7 @@ from merging.errors import CheckpointError, MethodError, SettingsError
 from merging.io import storage
 from merging.mergers.material import Material, open_statistics
 from merging.methods import METHODS
+from merging.methods.mergekit_names import MERGEKIT_NAMES
 from merging.recipe import BASE, GROUP, Recipe, Value, flat, nested
 from merging.registry import did_you_mean
 
@@ -74,6 +75,22 @@ class RecipeFile(Settings):
     )
 
     files_from: FilesFrom = Field(default_factory=FilesFrom, description=FilesFrom.__doc__)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mergekit_names(cls, value: Any) -> Any:
+        """A method by mergekit's name is ours, with what the name says of its parameters."""
+        name = value.get("method") if isinstance(value, dict) else None
+        given = value.get("parameters") if isinstance(value, dict) else None
+        if not isinstance(name, str) or name not in MERGEKIT_NAMES or not isinstance(given, dict | None):
+            return value
+        method, implied = MERGEKIT_NAMES[name]
+        for key, own in (given or {}).items():
+            if key in implied and own != implied[key]:
+                raise ValueError(
+                    f"parameters.{key}: '{name}' is '{method}' with {key} = {implied[key]!r} (found {own!r})"
+                )
+        return {**value, "method": method, "parameters": {**implied, **(given or {})}}
 
     @model_validator(mode="after")
     def _files_are_somebody_s(self) -> "RecipeFile":

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from merging.errors import MethodError
+from merging.methods.mergekit_names import hint
 from merging.recipe import GROUP, Recipe, Value
 from merging.registry import Registry, did_you_mean
 
@@ -323,6 +324,8 @@ class Methods(Registry[Method]):
     def __getitem__(self, name: str) -> Method:
         prefix, _, inner = name.partition("+")
         if not inner or prefix not in self.modifiers:
+            if name not in self._entries and (known := hint(name)):
+                raise MethodError(f"unknown method '{name}'. {known}")
             return super().__getitem__(name)
         if name not in self._modified:
             self._modified[name] = self.modifiers[prefix](self[inner])

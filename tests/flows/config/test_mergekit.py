@@ -6,8 +6,10 @@ import yaml
 from flows.config.mergekit import is_mergekit, translate
 from flows.config.recipe_file import RecipeFile
 from flows.config.yaml_file import validate
-from merging.errors import SettingsError
+from merging.errors import MethodError, SettingsError
 from merging.mergers.weight_groups import split
+from merging.methods import METHODS
+from merging.methods.mergekit_names import MERGEKIT_NAMES
 from merging.recipe import Recipe, flat
 
 LAYERS = 4
@@ -25,7 +27,7 @@ NAMES = [
 
 def convert(text, names=NAMES, template=lambda path: None):
     found = translate(yaml.safe_load(text), "theirs.yaml", lambda path: names, template)
-    validate(RecipeFile, found.recipe, "recipe")
+    validate(RecipeFile, found.recipe, "recipe").recipe()  # parameters and their ranges, too
     return found
 
 
@@ -49,6 +51,9 @@ def reference(setting, name):
     place = t * (len(setting) - 1)
     low = min(int(place), len(setting) - 2)
     return setting[low] + (place - low) * (setting[low + 1] - setting[low])
+
+
+DENSITIES = ("density", "drop", "gamma", "epsilon")
 
 
 def task_vectors(method, extra="", density=0.25, more=""):
@@ -76,16 +81,34 @@ def test_a_recipe_file_is_told_from_a_configuration():
         ("task_arithmetic", "", ("task_arithmetic", [0.5, 1.0], None)),
         ("task_arithmetic", "parameters: {lambda: 0.5}", ("task_arithmetic", [0.25, 0.5], None)),
         ("task_arithmetic", "parameters: {normalize: true}", ("task_arithmetic", [1 / 3, 2 / 3], None)),
-        ("dare_linear", "", ("dare", [0.5, 1.0], {"drop": 0.75, "entries": "all"})),
-        ("dare_linear", "parameters: {rescale: false}", ("dare", [0.125, 0.25], {"drop": 0.75, "entries": "all"})),
-        ("dare_ties", "", ("dare", [0.5, 1.0], {"drop": 0.75, "entries": "elected"})),
+        ("dare_linear", "", ("dare", [0.5, 1.0], {"drop": 0.75, "entries": "all", "rescale": "l1"})),
+        (
+            "dare_linear",
+            "parameters: {rescale: false, lambda: 2}",
+            ("dare", [1.0, 2.0], {"drop": 0.75, "entries": "all", "rescale": "none"}),
+        ),
+        ("dare_ties", "", ("dare", [0.5, 1.0], {"drop": 0.75, "entries": "elected", "rescale": "l1"})),
+        (
+            "dare_ties",
+            "parameters: {normalize: true, lambda: 2}",
+            ("dare", [0.5, 1.0], {"drop": 0.75, "entries": "elected_mean", "rescale": "l1", "lambda": 2.0}),
+        ),
         ("breadcrumbs", "", ("breadcrumbs", [0.5, 1.0], {"density": 0.25, "gamma": 0.01, "entries": "all"})),
         ("breadcrumbs_ties", "", ("breadcrumbs", [0.5, 1.0], {"density": 0.25, "gamma": 0.01, "entries": "elected"})),
-        ("della_linear", "", ("della", [0.5, 1.0], {"density": 0.25, "epsilon": 0.15, "entries": "all"})),
+        (
+            "breadcrumbs_ties",
+            "parameters: {normalize: true, gamma: 0.1}",
+            ("breadcrumbs", [0.5, 1.0], {"density": 0.25, "gamma": 0.1, "entries": "elected_mean"}),
+        ),
+        (
+            "della_linear",
+            "parameters: {normalize: true}",
+            ("della", [1 / 3, 2 / 3], {"density": 0.25, "epsilon": 0.15, "entries": "all", "rescale": "l1"}),
+        ),
         (
             "della",
-            "parameters: {normalize: false}",
-            ("della", [0.5, 1.0], {"density": 0.25, "epsilon": 0.15, "entries": "elected"}),
+            "parameters: {epsilon: 0.05}",
+            ("della", [0.5, 1.0], {"density": 0.25, "epsilon": 0.05, "entries": "elected_mean", "rescale": "l1"}),
         ),
     ],
 )
@@ -97,6 +120,58 @@ def test_methods_of_task_vectors(method, extra, expected):
     assert recipe.get("parameters") == (None if parameters is None else pytest.approx(parameters))
     assert recipe["base"] == "b"
     assert recipe["members"] == {"one": "one", "two": "two"}
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "expected"),
+    [
+        ("ties", "", {"density": 0.5, "density@two": 0.25}),
+        ("dare_ties", "", {"drop": 0.5, "drop@two": 0.75}),
+        ("breadcrumbs", ", gamma: 0.6", {"density": 0.5, "density@two": 0.25, "gamma": 0.5, "gamma@two": 0.6}),
+        ("della", ", epsilon: 0.1", {"density": 0.5, "density@two": 0.25, "epsilon": 0.1}),
+    ],
+)
+def test_thinning_may_be_a_member_s_own(method, more, expected):
+    recipe = convert(task_vectors(method, more=more).replace("0.25", "0.5", 1)).recipe
+    found = {key: value for key, value in recipe["parameters"].items() if key.partition("@")[0] in DENSITIES}
+    assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "count", "parameters", "name", "expected"),
+    [
+        ("sce", 2, "select_topk: 0.5, int8_mask: true", "sce", {"select": 0.5}),
+        ("sce", 2, "", "sce", {"select": 1.0}),
+        ("nearswap", 1, "t: 1e-3", "nearswap", {"t": 1e-3}),
+        ("arcee_fusion", 1, "", "arcee_fusion", None),
+        ("ram", 2, "", "ram", {"epsilon": 1e-5}),
+        ("ramplus_tl", 2, "r: 0.2", "ram_plus", {"r": 0.2, "alpha": 0.2, "epsilon": 1e-5}),
+        ("model_stock", 2, "filter_wise: true", "model_stock", {"over": "rows"}),
+        ("nuslerp", 2, "weight: 1", "nuslerp", {"space": "task_vectors", "over": "tensor"}),
+        (
+            "nuslerp",
+            2,
+            "weight: 1, nuslerp_flatten: false",
+            "nuslerp",
+            {"space": "task_vectors", "over": "rows"},
+        ),
+        (
+            "nuslerp",
+            2,
+            "weight: 1, nuslerp_flatten: false, nuslerp_row_wise: true",
+            "nuslerp",
+            {"space": "task_vectors", "over": "columns"},
+        ),
+        ("karcher", 2, "max_iter: 5", "karcher", None),
+    ],
+)
+def test_methods_without_weights_or_with_their_own_parameters(method, count, parameters, name, expected):
+    models = "".join(f"  - model: m{number}\n" for number in range(count))
+    base = "" if method == "karcher" else "base_model: b\n"
+    recipe = convert(f"merge_method: {method}\n{base}models:\n{models}parameters: {{{parameters}}}\n").recipe
+    assert recipe["method"] == name
+    assert recipe.get("parameters") == (None if expected is None else pytest.approx(expected))
+    assert recipe["scaling"] == {f"m{number}": 1.0 for number in range(count)}
 
 
 @pytest.mark.parametrize("method", ["dare_ties", "della", "breadcrumbs_ties", "ties"])
@@ -311,11 +386,13 @@ def test_an_adapter_whose_model_has_no_part_in_the_merge():
             task_vectors("ties").replace("weight: 0.5", "weight: heavy"),
             ["models.0.parameters.weight: expected a number"],
         ),
-        (task_vectors("ties").replace("0.25}", "0.5}", 1), ["models.parameters.density: ties has one for all members"]),
         (task_vectors("ties", density="[0.2, 0.8]"), ["parameters.density: ties has one for all weights"]),
         (task_vectors("ties", "parameters: {rescale: true}"), ["parameters.rescale"]),
-        (task_vectors("della"), ["parameters.normalize: the mean of what agrees"]),
-        (task_vectors("della_linear", "parameters: {rescale: false}"), ["parameters.rescale"]),
+        (task_vectors("breadcrumbs", "parameters: {rescale: true}"), ["parameters.rescale"]),
+        (
+            "merge_method: nearswap\nbase_model: b\nmodels: [{model: x}, {model: y}]\nparameters: {t: 1}",
+            ["nearswap is between"],
+        ),
         (task_vectors("ties", "tokenizer: {source: union, tokens: {x: {source: one}}}"), ["tokenizer.tokens"]),
         (task_vectors("ties", "tokenizer: {pad_to_multiple_of: 8}"), ["tokenizer.pad_to_multiple_of"]),
         (task_vectors("ties", "tokenizer_source: nobody"), ["tokenizer_source: 'nobody' is none of the models"]),
@@ -356,3 +433,17 @@ def test_what_mergekit_ignores_is_noted():
     found = convert(task_vectors("ties", "name: mine\nparameters: {int8_mask: true, t: 0.5}"))
     assert len(found.notes) == 3
     assert any("int8_mask" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("name", MERGEKIT_NAMES)
+def test_mergekit_s_names_are_methods_of_a_recipe_and_hints_elsewhere(name):
+    method, implied = MERGEKIT_NAMES[name]
+    value = {"base": "b", "members": {"a": "a"}, "method": name}
+    recipe = validate(RecipeFile, value, "recipe")
+    assert (recipe.method, recipe.parameters) == (method, dict(implied))
+    recipe.recipe()
+    for key in implied:
+        with pytest.raises(SettingsError, match=f"'{name}' is '{method}' with {key}"):
+            validate(RecipeFile, value | {"parameters": {key: "elected_mean"}}, "recipe")
+    with pytest.raises(MethodError, match=f"unknown method '{name}'. It is mergekit's name of '{method}'"):
+        METHODS[name]
