@@ -1,9 +1,11 @@
 """A PEFT LoRA directory as a checkpoint: its tensors are formed from the base's, one by one, as they are read."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from merging.checkpoints.checkpoint import CONFIG, Checkpoint, SafetensorsFile, read_settings
@@ -76,6 +78,25 @@ class AdapterCheckpoint(Checkpoint):
         whole = self.adapted.whole.get(name)
         value = self._file.read(whole) if whole is not None else self.base.read(self.adapted.origins[name])
         return self.adapted.low_rank[name].added(value, self._file) if name in self.adapted.low_rank else value
+
+    @property
+    def is_adapter(self) -> bool:
+        """Yes."""
+        return True
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """L [rows, r] and R [r, columns]: what is added to the base's tensor; r = 0 where nothing is.
+
+        Returns:
+            None where the adapter holds the tensor in full, or adds a product to what is no matrix.
+        """
+        shape = self.tensors[name].shape
+        if name in self.adapted.whole:
+            return None
+        if name not in self.adapted.low_rank:
+            rows = shape[0] if shape else 1
+            return torch.empty(rows, 0), torch.empty(0, math.prod(shape[1:]))
+        return self.adapted.low_rank[name].factors(self._file) if len(shape) == 2 else None
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Says that these tensors are about to be read: what the adapter holds of them is sent for now, if it is remote."""

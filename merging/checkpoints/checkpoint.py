@@ -259,6 +259,15 @@ class Checkpoint:
         for file, group in groupby(names, lambda name: self.tensors[name].file):
             self._files[file].prefetch(group)
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether its tensors are formed from a base's and an adapter's."""
+        return False
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """What an adapter adds to the base's tensor, as two factors; None where it holds the tensor itself."""
+        return None
+
     def copy_here(self) -> None:
         """Copies what is remote to this machine, once for all its processes, if there is room; then `read` maps it."""
         for file in self._files.values():

@@ -65,6 +65,13 @@ class LowRank:
     scaling: float
     transposed: bool
 
+    def factors(self, file: SafetensorsFile) -> tuple[Tensor, Tensor]:
+        """L [rows, r] and R [r, columns], whose product is added to a matrix as it is stored; float32 or wider."""
+        down, up = file.read(self.down), file.read(self.up)
+        exact = torch.promote_types(down.dtype, torch.float32)
+        left, right = up.to(exact).flatten(1) * self.scaling, down.to(exact).flatten(1)
+        return (right.mT, left.mT) if self.transposed else (left, right)
+
     def added(self, weight: Tensor, file: SafetensorsFile) -> Tensor:
         """The member's weight, in the wider dtype of base and adapter: products and sum are rounded to it once."""
         down, up = file.read(self.down), file.read(self.up)

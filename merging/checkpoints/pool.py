@@ -141,6 +141,11 @@ class Pool:
         chosen = self.members[member]
         return chosen.checkpoint.read(chosen.names[name])
 
+    def member_factors(self, member: str, name: str) -> tuple[Tensor, Tensor] | None:
+        """What an adapter adds to the base's weight, as two factors; None where the member holds the weight itself."""
+        chosen = self.members[member]
+        return chosen.checkpoint.factors(chosen.names[name])
+
     def prefetch(self, names: Iterable[str], members: Iterable[str] | None = None) -> None:
         """Says that weights are about to be read, best in this order.
 

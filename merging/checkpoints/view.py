@@ -39,6 +39,15 @@ class View(Checkpoint):
             raise CheckpointError(f"{self.path} holds no tensor '{name}'")
         return self.source.read(self.names[name])
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the source is one."""
+        return self.source.is_adapter
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """The source's."""
+        return self.source.factors(self.names[name])
+
     def prefetch(self, names: Iterable[str]) -> None:
         """Says that these tensors are about to be read."""
         self.source.prefetch([self.names[name] for name in names if name in self.names])

@@ -63,6 +63,10 @@ class Renumbered(View):
         value = super().read(name)
         return self.rows[name].apply(value) if name in self.rows else value
 
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """The source's, but for tensors that get other rows."""
+        return None if name in self.rows else super().factors(name)
+
     @property
     def is_mapped(self) -> bool:
         """No: embeddings are formed when they are read."""

@@ -50,6 +50,12 @@ class Material:
         method = METHODS[recipe.method]
         complete = method.complete(recipe, self.pool.model_type)
         weight_groups.check(self.pool.weights, complete)
+        whole = [member for member in complete.members if not self.pool.members[member].checkpoint.is_adapter]
+        if "factors" in method.extras and whole:
+            raise MethodError(
+                f"method '{method.name}' merges LoRA adapters, and {', '.join(whole)} is a whole model: name the adapters' own "
+                f"directories (not those of merged models), or use '{method.name.replace('core+', '')}'"
+            )
         for kind in method.needs(complete.parameters):
             missing = [member for member in complete.members if member not in self.statistics.get(kind, {})]
             if missing:
@@ -103,6 +109,7 @@ class Material:
                 {member: self.pool.member_weight(member, name).to(device) for member in self.pool.members},
                 {kind: {who: move(v) for who, v in found.items()} for kind, found in statistics.items() if found},
                 transposed=self._transposed(name) or ("layout" in extras and name in self.pool.transposed),
+                factors=self._factors(name, device) if "factors" in extras else {},
             )
 
     def survey(self, names: Iterable[str], method: Method, device: torch.device) -> Any:
@@ -122,6 +129,11 @@ class Material:
             for who, file in found.items()
             if who in self.pool.members
         )
+
+    def _factors(self, name: str, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+        """Member → what its adapter adds to a weight, of those that do not hold it in full."""
+        found = {member: self.pool.member_factors(member, name) for member in self.pool.members}
+        return {who: (pair[0].to(device), pair[1].to(device)) for who, pair in found.items() if pair is not None}
 
     def _statistic(self, kind: str, name: str) -> dict[str, Tensor]:
         """A weight's statistic of each member that has one, in the file's own tensor objects."""

@@ -1,6 +1,6 @@
 """Merge methods: importing this package registers every one of them."""
 
-from merging.methods import lines
+from merging.methods import core_space, lines
 from merging.methods.averaging import average, linear, task_arithmetic
 from merging.methods.curvature import fisher_averaging, gradient_matching
 from merging.methods.least_squares import ace, distilled, mats, regmean, regmean_propagated, wudi
@@ -21,6 +21,7 @@ __all__ = [
     "average",
     "breadcrumbs",
     "consensus",
+    "core_space",
     "dare",
     "della",
     "distilled",

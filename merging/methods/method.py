@@ -89,6 +89,9 @@ class Weight:
             weight (no Gram for a bias) is absent. Weights that read the same input may hold the same Gram tensors.
         transposed: A matrix is stored [in, out] (GPT-2's `Conv1D`), not [out, in] (`torch.nn.Linear`). Known where there
             are statistics or the method's `extras` name it.
+        factors: Member → L [rows, r] and R [r, columns] whose product is the member's task vector as it is stored, of a LoRA
+            adapter; r = 0 where it leaves the weight alone, and absent where it holds it in full. Only where the method's
+            `extras` name it.
         start: Flat index of the first entry, where this is a stretch [n] of a larger weight and not the whole.
     """
 
@@ -97,6 +100,7 @@ class Weight:
     members: Mapping[str, Tensor]
     statistics: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     transposed: bool = False
+    factors: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     start: int = 0
 
 
@@ -155,7 +159,7 @@ class Method(ABC):
     parameters: ClassVar[Mapping[str, Parameter]] = {}
     scale_free: ClassVar[bool] = False
     extras: ClassVar[tuple[str, ...]] = ()
-    """What a merge looks at besides: `layout`, whether matrices are stored [in, out]."""
+    """What a merge looks at besides: `layout`, whether matrices are stored [in, out]; `factors`, adapters' own."""
     flat: ClassVar[bool] = False
     """Whether all singular values of what a merge adds to a matrix are equal, so that any basis is one of singular vectors."""
     most_members: ClassVar[int | None] = None

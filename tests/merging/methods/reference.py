@@ -531,7 +531,8 @@ def iso_cts(weights, scaling, parameters, examples):
 
 
 def own_gram(tau):
-    return tau.T @ tau / (tau.T @ tau).trace()
+    gram = tau.T @ tau
+    return gram / gram.trace() if gram.trace() > 0 else gram
 
 
 def ace(weights, scaling, parameters, examples):
