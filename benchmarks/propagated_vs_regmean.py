@@ -88,7 +88,7 @@ def main() -> None:
     settings = PropagationSettings(examples=arguments.examples)
     for name, value in propagate(pool, own, list(pool.members), settings, device).weights.items():
         out[name].copy_(value)
-    print(f"RegMean propagated, {arguments.examples} examples a member: {time.perf_counter() - started:.1f} s")
+    print(f"RegMean propagated, {arguments.examples} examples per member: {time.perf_counter() - started:.1f} s")
     propagated = values()
 
     print(

@@ -84,9 +84,9 @@ class Began(Space):
         super().__init__({name: MethodSpace() for name in arm.methods}, members, None, "per_member", (), starts)
         self._begin = None if arm.defaults else list({recipe.identity: recipe for recipe in starts}.values())
 
-    def anchors(self) -> list[Recipe]:
+    def baselines(self) -> list[Recipe]:
         """See `Space.anchors`."""
-        return super().anchors() if self._begin is None else self._begin
+        return super().baselines() if self._begin is None else self._begin
 
 
 class Here:
@@ -181,7 +181,7 @@ def run(opened: Opened, place: Path, executor: Here, name: str, seed: int, candi
     space = Began(arm, opened.members, chosen)
     objective = make_objective("mean", opened.members)
     ledger, provenance = Ledger(str(place / "ledgers" / name / str(seed)), "comparison"), Provenance("comparison")
-    budget = Budget(candidates if arm.sampler else len(space.anchors()))
+    budget = Budget(candidates if arm.sampler else len(space.baselines()))
     sampler = arm.sampler or "random"
     with open_study(str(place / "studies" / name / str(seed)), "comparison", space, ledger) as study:
         search(

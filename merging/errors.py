@@ -42,7 +42,7 @@ class LedgerError(MergequestError):
 
 
 class SearchError(MergequestError):
-    """A search cannot go on: every anchor fails, or one candidate after another with the same error."""
+    """A search cannot go on: every baseline fails, or one candidate after another with the same error."""
 
 
 class ClusterError(MergequestError):

@@ -23,7 +23,7 @@ class Budget:
     """When a search ends. Whatever ends it, what was proposed before is measured.
 
     Args:
-        candidates: Rows of anchors and proposals, failed ones included; all anchors are measured in any case.
+        candidates: Rows of baselines and proposals, failed ones included; all baselines are measured in any case.
         seconds: After so many seconds nothing new is proposed, those of earlier runs included.
         examples: After so many evaluated examples, all tasks together, nothing new is proposed.
         patience: So many candidates in a row that did not improve the best are a plateau.
@@ -48,7 +48,7 @@ class Progress:
     """How a search gets on.
 
     Args:
-        done: Rows of anchors and proposals so far.
+        done: Rows of baselines and proposals so far.
         total: How many there will be when the budget's candidates are spent.
         examples: Examples evaluated for them.
         best: The best row so far; None while none is complete.

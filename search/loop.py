@@ -38,7 +38,7 @@ def search(
     split: str = "validation",
     describe: Callable[[Recipe], Mapping[str, float]] = lambda recipe: {},
 ) -> Ending:
-    """Measures the anchors, then what the sampler proposes, until a budget is spent.
+    """Measures the baselines, then what the sampler proposes, until a budget is spent.
 
     One candidate more than the executor takes is always asked ahead, while the evaluators are at work, so that none
     of them waits for the sampler. It can be killed at any moment: a row is durable before the study is told of it,
@@ -60,7 +60,7 @@ def search(
         describe: Further `proxies` of a recipe's row, known without measuring it.
 
     Raises:
-        SearchError: Every anchor failed, or candidate after candidate with the same error.
+        SearchError: Every baseline failed, or candidate after candidate with the same error.
         SettingsError: The sampler cannot propose anything from this space.
         StorageError: A row cannot be written.
     """
@@ -93,13 +93,13 @@ class _Search:
         self._flight = Flight(executor, budget.retries)
         self._ahead: Candidate | None = None
         self._trials: dict[int, Trial] = {}
-        anchors = space.anchors()
-        self._anchors = [recipe.identity for recipe in anchors]
+        baselines = space.baselines()
+        self._baselines = [recipe.identity for recipe in baselines]
         # Anchors outside the space go by the sampler; those inside already wait in the study.
-        outside = [recipe for recipe in anchors if recipe not in space]
+        outside = [recipe for recipe in baselines if recipe not in space]
         self._unheard = deque(r for r in outside if not ledger.has(r.identity, split))
         counted = [row for row in ledger.rows() if row.split == split and row.origin in ("anchor", "search")]
-        self._tally = Tally(budget, counted, max(budget.candidates, len(anchors)), split)
+        self._tally = Tally(budget, counted, max(budget.candidates, len(baselines)), split)
         self._known = 0
         self._error: tuple[str, int] = ("", 0)
         self._exhausted = not space.searchable
@@ -226,11 +226,11 @@ class _Search:
                 f"The ledger keeps what was measured before: mend the cause and resume, with --retry-failed to measure "
                 f"these again"
             ) from outcome.error
-        found = [self._ledger.get(identity, self._split) for identity in self._anchors]
-        failed = all(anchor is not None and anchor.status == "failed" for anchor in found)
+        baselines = [self._ledger.get(identity, self._split) for identity in self._baselines]
+        failed = all(baseline is not None and baseline.status == "failed" for baseline in baselines)
         if row.origin == "anchor" and failed:
             raise SearchError(
-                f"every anchor failed, the plain average too; the last one ({row.method}): {text}\n"
+                f"every baseline failed, the plain average too; the last one ({row.method}): {text}\n"
                 f"Mend the cause and resume with --retry-failed"
             ) from outcome.error
 

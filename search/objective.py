@@ -129,7 +129,7 @@ def breach(row: Row) -> float:
 def best(rows: Iterable[Row], top: int = 1, split: str = "validation") -> list[Row]:
     """The candidates to keep, at most `top`: those that break no constraint first, then the highest objective.
 
-    Only complete anchors and proposals on that split count. Of equal ones the earliest is first; rows that no
+    Only complete baselines and proposals on that split count. Of equal ones the earliest is first; rows that no
     sampler heard of are earlier than any trial.
     """
     ranked = [
@@ -163,7 +163,7 @@ def point(row: Row) -> tuple[float, ...]:
 
 
 def is_candidate(row: Row, split: str = "validation") -> bool:
-    """Whether a row is a complete anchor or proposal on a split: what winners are chosen among."""
+    """Whether a row is a complete baseline or proposal on a split: what winners are chosen among."""
     return row.split == split and row.origin in ("anchor", "search") and row.objective is not None
 
 

@@ -74,7 +74,7 @@ def open_study(
     objectives: int = 1,
     split: str = "validation",
 ) -> Iterator[Study]:
-    """The campaign's study, in agreement with its ledger and space, with the space's anchors first.
+    """The campaign's study, in agreement with its ledger and space, with the space's baselines first.
 
     Rows that were measured before the search (by a greedy selection, say) are trials before all others, where they
     lie in the space: the sampler learns from them.
@@ -196,13 +196,13 @@ def plan(trials: Sequence[FrozenTrial], wanted: Wanted, *, same_space: bool = Fa
         # Numbers without a row keep their place: the next proposal has the number that it would have had.
         found += [create_trial(state=TrialState.FAIL) for _ in range(number - len(found))]
         found.append(_from_row(row, space, objectives))
-    anchors = {recipe.identity for recipe in space.anchors()}
+    baselines = {recipe.identity for recipe in space.baselines()}
     waiting = {trial.user_attrs.get(CANDIDATE) for trial in found if trial.state == TrialState.WAITING}
     for recipe in (recipe for recipe in wanted.again if recipe.identity not in waiting):
-        origin = "anchor" if recipe.identity in anchors else "search"
+        origin = "anchor" if recipe.identity in baselines else "search"
         found.append(_waiting(space.params(recipe), {CANDIDATE: recipe.identity, ORIGIN: origin}))
     there = {trial.user_attrs.get(CANDIDATE) for trial in found}
-    for recipe in space.anchors():
+    for recipe in space.baselines():
         if recipe in space and recipe.identity not in there:
             found.append(_waiting(space.params(recipe), {CANDIDATE: recipe.identity, ORIGIN: "anchor"}))
     return found

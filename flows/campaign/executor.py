@@ -24,7 +24,7 @@ class RayExecutor:
 
     Args:
         evaluators: A started pool.
-        limit: Validation examples a task; None for all. The test split is always measured whole.
+        limit: Validation examples per task; None for all. The test split is always measured whole.
     """
 
     def __init__(self, evaluators: EvaluatorPool, limit: int | None) -> None:

@@ -34,7 +34,7 @@ def member_statistics(opened: Opened, kinds: Sequence[str], cache: str, display:
         display: Shows progress.
 
     Returns:
-        Member → paths, one a kind.
+        Member → paths, one per kind.
 
     Raises:
         StatisticsError: A published file is unusable, or a member has neither file nor data.

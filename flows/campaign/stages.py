@@ -72,7 +72,7 @@ def _require_curvature(opened: Opened) -> None:
 
 
 def _linear_methods(opened: Opened) -> Iterator[str]:
-    for recipe in opened.space().anchors():
+    for recipe in opened.space().baselines():
         if is_linear(recipe) and recipe.method in opened.campaign.search.methods:
             yield recipe.method
 

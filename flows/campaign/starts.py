@@ -83,7 +83,7 @@ def starts(
     """
     path = directory / FILE
     if not storage.exists(path):
-        linear = [recipe for recipe in space.anchors() if is_linear(recipe) and recipe.members == space.members]
+        linear = [recipe for recipe in space.baselines() if is_linear(recipe) and recipe.members == space.members]
         linear = [recipe for recipe in linear if recipe.method in opened.campaign.search.methods]
         found, about = _theory(opened, statistics, space, linear, display)
         found += _gradient(opened, statistics, space, linear, display)
@@ -149,7 +149,7 @@ def _gradient(
     settings = opened.campaign.search.gradient
     if settings is None:
         return []
-    # anchors come in the order of what methods know of the members
+    # baselines come in the order of what methods know of the members
     chosen = [recipe for recipe in linear if recipe.method in settings.methods] if settings.methods else linear[:1]
     if settings.start:
         chosen = [METHODS[settings.start.method].complete(settings.start.recipe(), opened.pool.model_type)]

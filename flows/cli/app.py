@@ -131,10 +131,10 @@ def campaign_resume(
 @campaign_app.command("status")
 def campaign_status(
     directory: Where,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object a look.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object per look.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Look every few seconds until the campaign ends.")] = False,
 ) -> None:
-    """Says how far a campaign is and when its driver was last heard of, from any machine that can read its directory."""
+    """Says how far a campaign is and whether its driver is alive, from any machine that can read its directory."""
     from rich.console import Console
 
     from flows.cli.status import read_status
@@ -202,7 +202,7 @@ def merge(
         str | None, typer.Option(help="float32, bfloat16 or float16; by default the recipe's, or the base's.")
     ] = None,
     memory: Annotated[float, typer.Option(help="Gigabytes of working memory.", min=0.01, max=1e6)] = 1.0,
-    threads: Annotated[int | None, typer.Option(help="Threads; by default one a processor.", min=1)] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads; by default one per processor.", min=1)] = None,
     device: Annotated[
         str | None, typer.Option(help="Merge on a device (cuda), whose memory holds base, members and merge.")
     ] = None,

@@ -21,7 +21,7 @@ def read_portfolio(path: str, k: int, tolerance: float) -> list[Row]:
 
 
 def as_json(rows: Sequence[Row], places: Mapping[str, str] | None = None) -> str:
-    """A JSON array with an object a candidate, with its directory where it was exported."""
+    """A JSON array with an object per candidate, with its directory where it was exported."""
     fields = [
         {
             "candidate": row.candidate,

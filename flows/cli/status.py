@@ -29,9 +29,9 @@ class Status:
 
     Args:
         name: The campaign.
-        state: `finished`; `running`; `silent` (its driver said no goodbye and is not heard of: killed, or cut off);
+        state: `finished`; `running`; `silent` (its driver gives no sign of life and did not end: killed, or cut off);
             `unfinished` (it ended before its budget was spent).
-        phase: What the driver is doing, or was when it was last heard of; None before it ever was.
+        phase: What the driver is doing, or was at its last sign of life; None before the first.
         done: Candidates measured, failed and pruned ones included.
         running: Candidates that evaluators are at work on.
         failed: Those of `done` that failed.
@@ -49,8 +49,8 @@ class Status:
         best_members: Its members.
         evaluators: Evaluators that are there.
         busy: Those of them that are at work.
-        driver: Host and process of the driver; None before it was ever heard of.
-        heard: When it was last heard of, by its own clock.
+        driver: Host and process of the driver; None before its first sign of life.
+        heard: When its last sign of life was written, by its own clock.
         seconds_silent: How long ago that is.
         ended: How the driver's run ended: `finished`, `interrupted`, or an error; None while it runs.
         last: When the last row was written.
@@ -108,7 +108,9 @@ class Status:
             left = f"; until about {self.ends} ({self.minutes_left:.0f} minutes)" if self.minutes_left else ""
             lines.append(f"{self.per_minute:.1f} candidates a minute ({self.per_minute / 60:.2g} a second){left}")
         if self.state != "finished" and self.driver is not None:
-            lines.append(f"driver {self.driver} last heard of {_ago(self.seconds_silent or 0.0)} ago, {self._what()}")
+            lines.append(
+                f"driver {self.driver}: last sign of life {_ago(self.seconds_silent or 0.0)} ago, {self._what()}"
+            )
         if self.last is not None:
             lines.append(f"last row {self.last}")
         return "\n".join(lines)

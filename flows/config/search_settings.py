@@ -71,7 +71,7 @@ class SearchSettings(Settings):
         description="Methods to search over, each with overrides of its ranges; a list of names will do.",
         min_length=1,
     )
-    candidates: int = Field(64, ge=1, description="Candidates to evaluate, the anchors among them.")
+    candidates: int = Field(64, ge=1, description="Candidates to evaluate, the baselines among them.")
     seconds: float | None = Field(
         None, gt=0, description="Stop asking for candidates after this wall time, that of earlier runs included."
     )
@@ -106,11 +106,11 @@ class SearchSettings(Settings):
     weights: dict[str, float] = Field(
         default_factory=dict, description="Task → weight in the objective weighted; those not named count nothing."
     )
-    examples: int | None = Field(None, ge=1, description="Validation examples a task and candidate; by default all.")
+    examples: int | None = Field(None, ge=1, description="Validation examples per task and candidate; by default all.")
     pruning: Policy = Field(
         "none",
         description="Which candidates are given up before all examples are measured: none; wilcoxon (clearly worse than the "
-        "best so far, by a paired test); halving (not among the better half at 1, 2, 4, … steps). Anchors never are.",
+        "best so far, by a paired test); halving (not among the better half at 1, 2, 4, … steps). Baselines never are.",
     )
     examples_per_step: int | None = Field(
         None,

@@ -124,10 +124,10 @@ class SelectionSettings(Settings):
 
 
 class ResourceSettings(Settings):
-    """What the campaign takes of the machine or cluster; by default all of it, without crowding it."""
+    """CPU, GPU and memory limits; by default the whole machine or cluster."""
 
     evaluators: int | None = Field(
-        None, ge=1, description="Evaluators at work at once; by default one a GPU, or a core."
+        None, ge=1, description="Evaluators at work at once; by default one per GPU, or per core."
     )
     threads: int = Field(1, ge=1, description="Torch threads of each process; more than one seldom pays on few cores.")
     gpus: float | None = Field(
@@ -147,7 +147,9 @@ class ResourceSettings(Settings):
         "no room for them.",
     )
     shards: int | None = Field(
-        None, ge=1, description="Shards of the sharded regime; by default one a node, or more where memory asks for it."
+        None,
+        ge=1,
+        description="Shards of the sharded regime; by default one per node, or more where memory asks for it.",
     )
     shard_memory: float | None = Field(
         None, gt=0, description="Most memory of a shard in GB; by default four fifths of the smallest node's."

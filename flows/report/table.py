@@ -63,10 +63,10 @@ class TableRow:
 
 def plain_average(rows: Sequence[Row], split: str = "validation") -> Row | None:
     """The average of the most members with equal weights."""
-    anchors = [
+    averages = [
         row for row in best(rows, len(rows), split) if row.method == "average" and len(set(row.scaling.values())) == 1
     ]
-    return max(anchors, key=lambda row: (len(row.members), row.origin == "anchor"), default=None)
+    return max(averages, key=lambda row: (len(row.members), row.origin == "anchor"), default=None)
 
 
 def objective_of(row: Row) -> Cell | None:

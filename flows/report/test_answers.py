@@ -22,7 +22,7 @@ class KeptOutcomes:
     A model's file is written before its row, so that no row goes without.
 
     Args:
-        path: Directory of one safetensors file a candidate, local or at any fsspec address.
+        path: Directory of one safetensors file per candidate, local or at any fsspec address.
     """
 
     def __init__(self, path: str) -> None:

@@ -1,4 +1,4 @@
-"""Live models, one a task, that all run on the same merged weights."""
+"""Live models, one per task, that all run on the same merged weights."""
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -108,7 +108,7 @@ class LiveModels:
         Args:
             recipe: What to merge.
             split: Which examples.
-            limit: At most this many examples a task, the same ones at every call.
+            limit: At most this many examples per task, the same ones at every call.
             plan: Measures step by step and keeps a trace; None for every task at once, without one.
 
         Raises:

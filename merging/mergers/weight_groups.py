@@ -77,7 +77,7 @@ def depth_groups(names: Iterable[str], count: int | None = None) -> tuple[str, .
 
     Args:
         names: All merged weights.
-        count: How many; by default, and at most, one a layer.
+        count: How many; by default, and at most, one per layer.
 
     Raises:
         MethodError: No weight's name has a layer's number.

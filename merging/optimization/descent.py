@@ -32,7 +32,7 @@ class DescentSettings(BaseModel):
         "cross_entropy, or distil (KL divergence from each task's own member on unlabelled inputs of its train split).",
     )
     steps: int = Field(40, ge=1, description="Steps of Adam.")
-    batch: int = Field(16, ge=1, description="Examples a task and step, in turn from the whole split.")
+    batch: int = Field(16, ge=1, description="Examples per task and step, in turn from the whole split.")
     learning_rate: float = Field(0.05, gt=0, description="Of Adam, for every scaling factor.")
     waypoints: int = Field(
         2, ge=1, description="Recipes that come of it: factors averaged over so many equal stretches."

@@ -20,7 +20,7 @@ class DistillationSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     steps: int = Field(60, ge=1, description="Steps of Adam on all merged weights.")
-    batch: int = Field(16, ge=1, description="Unlabelled train examples a task and step.")
+    batch: int = Field(16, ge=1, description="Unlabelled train examples per task and step.")
     learning_rate: float = Field(2e-5, gt=0, description="Of Adam; falls linearly to 0.")
 
 
@@ -41,7 +41,7 @@ def distil(
         owners: Task → the member whose head it has, and whose outputs are wanted.
         start: The merge to start from.
         settings: Steps and step size.
-        device: Where models run; holds two models a task, the weights and Adam's two moments.
+        device: Where models run; holds two models per task, the weights and Adam's two moments.
         progress: Told how many of how many steps are done.
 
     Returns:

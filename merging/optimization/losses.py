@@ -44,7 +44,7 @@ class Endless:
 
 
 class GradientModels:
-    """Live models, one a task, on shared merged weights that take gradients.
+    """Live models, one per task, on shared merged weights that take gradients.
 
     Args:
         pool: Base and members.

@@ -16,7 +16,7 @@ class PropagationSettings(BaseModel):
     batch_size: int = Field(
         16,
         ge=1,
-        description="Examples a forward pass, each with a thread of its own; changes rounding and padding only.",
+        description="Examples per forward pass, each with a thread of its own; changes rounding and padding only.",
     )
     ridge: float = Field(
         1e-3, ge=0, description="Pull towards the mean weights, relative to the mean of the inputs' squares."

@@ -19,7 +19,7 @@ class StatisticSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     examples: int = Field(256, ge=1, description="Examples of a member's training split to compute it from.")
-    batch_size: int = Field(16, ge=1, description="Examples a step; changes rounding only.")
+    batch_size: int = Field(16, ge=1, description="Examples per step; changes rounding only.")
 
 
 @dataclass

@@ -53,7 +53,7 @@ class ImageClassificationSettings(TaskSettings):
         None, description="Corrupt validation and test images, for a table of robustness beside the task itself."
     )
     severity: int = Field(3, ge=1, le=5, description="Of the corruption.")
-    batch_size: int = Field(32, ge=1, description="Images a step of evaluation; does not change the score.")
+    batch_size: int = Field(32, ge=1, description="Images per step of evaluation; does not change the score.")
 
     @model_validator(mode="after")
     def _labels_where_judged(self) -> "ImageClassificationSettings":

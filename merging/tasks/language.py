@@ -61,7 +61,7 @@ class LanguageSettings(TaskSettings):
     max_length: int = Field(
         1024, ge=2, description="Tokens of an example; what is longer loses the prompt's beginning."
     )
-    batch_size: int = Field(16, ge=1, description="Sequences a step of evaluation.")
+    batch_size: int = Field(16, ge=1, description="Sequences per step of evaluation.")
 
     @field_validator("extract")
     @classmethod

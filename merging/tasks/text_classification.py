@@ -62,7 +62,7 @@ class TextClassificationSettings(TaskSettings):
     )
     metric: str = Field("accuracy", description=f"What is maximised: {', '.join(METRICS)}.")
     max_length: int = Field(128, ge=2, description="Tokens that a text is cut to.")
-    batch_size: int = Field(64, ge=1, description="Examples a step of evaluation; does not change the score.")
+    batch_size: int = Field(64, ge=1, description="Examples per step of evaluation; does not change the score.")
 
     @field_validator("labels")
     @classmethod

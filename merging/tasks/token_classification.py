@@ -46,7 +46,7 @@ class TokenClassificationSettings(TaskSettings):
         description="entity_f1 (micro F1 over spans, as seqeval counts them), or token_accuracy (over words).",
     )
     max_length: int = Field(256, ge=2, description="Tokens that a sentence is cut to; tags beyond are not predicted.")
-    batch_size: int = Field(32, ge=1, description="Sentences a step of evaluation; does not change the score.")
+    batch_size: int = Field(32, ge=1, description="Sentences per step of evaluation; does not change the score.")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Evaluators: actors that keep the pool and one live model a task resident, and measure recipe after recipe."""
+"""Evaluators: actors that keep the pool and one live model per task resident, and measure recipe after recipe."""
 
 import os
 import socket
@@ -79,7 +79,7 @@ class Assignment:
         ticket: The caller's name for it.
         recipe: What to merge.
         split: Where to measure it.
-        limit: At most this many examples a task.
+        limit: At most this many examples per task.
         plan: Steps, and when to stop; None for all at once.
     """
 

@@ -1,4 +1,4 @@
-"""Plain functions over the cluster, a call a task, each of which says how far it is."""
+"""Plain functions over the cluster, a call per task, each of which says how far it is."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping

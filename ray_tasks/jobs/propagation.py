@@ -69,7 +69,7 @@ def solve(
 
     Args:
         job: What to solve.
-        crews: Actors, at most one a member; by default as many as the cluster has room for. The solution does not
+        crews: Actors, at most one per member; by default as many as the cluster has room for. The solution does not
             depend on their number but for rounding.
         threads: CPUs and torch threads of each.
         gpus: GPUs of each.

@@ -162,7 +162,7 @@ def plan(
         found: The cluster's nodes.
         evaluators: How many evaluators are fed.
         threads: Torch threads of a shard.
-        shards: How many; by default one a node, or as many as `shard_memory` asks for.
+        shards: How many; by default one per node, or as many as `shard_memory` asks for.
         shard_memory: Most bytes of a shard's process; by default four fifths of the smallest node's.
         direct: Whether merged weights are written straight into evaluators' memory.
 

@@ -1,7 +1,7 @@
 """Candidates that are clearly worse are given up before all examples are measured; the good are measured on all.
 
 All candidates see the same examples in the same order, so that the k-th step of one is paired with the k-th of another.
-References and anchors are never pruned: tables and plots are read beside them.
+References and baselines are never pruned: tables and plots are read beside them.
 """
 
 import json

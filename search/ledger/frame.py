@@ -1,4 +1,4 @@
-"""What came of a search, as a tidy pandas frame: one row a candidate and split, one column a fact."""
+"""What came of a search, as a tidy pandas frame: one row per candidate and split, one column per fact."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -82,7 +82,7 @@ def frame(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def candidates(found: pd.DataFrame, split: str = "validation") -> pd.DataFrame:
-    """Complete anchors and proposals on a split, best first: those that break no constraint, then by objective.
+    """Complete baselines and proposals on a split, best first: those that break no constraint, then by objective.
 
     Of equal ones the earliest is first. The column `breach` says by how much constraints are broken in all.
     """

@@ -66,7 +66,7 @@ def weight_groups(scaling: Granularity, names: Sequence[str], count: int, patter
     Args:
         scaling: What has a factor of its own.
         names: All merged weights.
-        count: Into how many groups `per_depth` divides the layers; at most one a layer.
+        count: Into how many groups `per_depth` divides the layers; at most one per layer.
         patterns: The groups of `per_pattern`.
 
     Raises:

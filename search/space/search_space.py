@@ -23,7 +23,7 @@ class Space:
     Optuna's parameters are, in the order of suggestion: `method`, `members` (names joined by `+`),
     `<method>.<parameter>`, `<method>.scaling` (one shared factor), `<method>.scaling.<member>`, or
     `<method>.scaling.<member>@<group>`. What has one value only is no parameter. A method with nothing to
-    vary has one recipe: an anchor, not proposed again. A member whose groups all have the same factor has
+    vary has one recipe: a baseline, not proposed again. A member whose groups all have the same factor has
     one plain factor in the recipe, so that a merge has one identity however finely it was searched.
 
     Args:
@@ -72,7 +72,7 @@ class Space:
 
     @property
     def searchable(self) -> bool:
-        """Whether there is anything to propose beside the anchors."""
+        """Whether there is anything to propose beside the baselines."""
         return bool(self._proposed)
 
     @cached_property
@@ -96,7 +96,7 @@ class Space:
         """The recipe that a trial proposes, every parameter spelled out.
 
         Raises:
-            SettingsError: There is nothing to propose beside the anchors.
+            SettingsError: There is nothing to propose beside the baselines.
         """
         if not self.searchable:
             raise SettingsError("the search space has nothing to vary: give a method a range, or several subsets")
@@ -161,8 +161,8 @@ class Space:
             return False
         return True
 
-    def anchors(self) -> list[Recipe]:
-        """Where every search starts, so that none ends below it, each recipe once.
+    def baselines(self) -> list[Recipe]:
+        """Where every search starts, so that the winner is never worse than these on validation, each recipe once.
 
         The plain average of all members first, in the space or not; then the starts that were given; then every method
         at its defaults (moved into the space where it leaves them out) for all members, or for its first subset where

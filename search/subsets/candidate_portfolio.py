@@ -25,7 +25,7 @@ def portfolio(rows: Sequence[Row], k: int, tolerance: float = 0.02) -> list[Row]
     that take part, those that two candidates share as a part of all that they have (Jaccard).
 
     Args:
-        rows: A ledger's; complete anchors and proposals on validation are looked at.
+        rows: A ledger's; complete baselines and proposals on validation are looked at.
         k: How many.
         tolerance: How much of the objective diversity is worth.
 

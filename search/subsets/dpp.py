@@ -165,6 +165,6 @@ def _check_size(matrix: Matrix, k: int) -> None:
 def _too_large(matrix: Matrix, k: int) -> SelectionError:
     most = rank(matrix)
     return SelectionError(
-        f"a subset of {k} members is not to be had: the kernel of {len(matrix)} members has rank {most}; "
+        f"cannot select a subset of {k} members: the kernel of {len(matrix)} members has rank {most}; "
         f"ask for sizes from 1 to {most}, or for another similarity"
     )

@@ -99,7 +99,7 @@ def test_a_search_begins_with_the_anchors_and_ends_above_them(campaign, capacity
     assert campaign.run(candidates=40, capacity=capacity) == "candidates"
     rows = campaign.rows()
     anchors = [row for row in rows if row.origin == "anchor"]
-    assert [c.recipe for c in campaign.executor.submitted[:2]] == campaign.space.anchors()
+    assert [c.recipe for c in campaign.executor.submitted[:2]] == campaign.space.baselines()
     assert len(anchors) == 2
     assert len(rows) == len({row.candidate for row in rows}) == 40
     (winner,) = best(rows)
@@ -211,7 +211,7 @@ def test_a_task_without_a_score_is_a_failure(campaign):
 
 def test_the_same_error_again_and_again_stops_the_search(campaign):
     def broken(recipe):
-        if recipe in campaign.space.anchors():
+        if recipe in campaign.space.baselines():
             return scores(recipe)
         raise RuntimeError("no space left on device")
 
@@ -225,7 +225,7 @@ def test_the_same_error_again_and_again_stops_the_search(campaign):
 
 def test_all_anchors_failing_stops_the_search(campaign):
     count = iter(range(99))
-    with pytest.raises(SearchError, match="every anchor failed"):
+    with pytest.raises(SearchError, match="every baseline failed"):
         campaign.run(lambda recipe: (_ for _ in ()).throw(ValueError(f"number {next(count)}")))
     assert len(campaign.rows()) == 2
 

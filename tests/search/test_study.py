@@ -71,7 +71,7 @@ def journal(tmp_path, name):
 def test_a_new_study_has_its_anchors_waiting(tmp_path):
     with open_study(str(tmp_path), "demo", SPACE, Ledger(str(tmp_path / "ledger"))) as study:
         waiting = study.get_trials(states=(TrialState.WAITING,))
-        heard = [recipe.identity for recipe in SPACE.anchors() if recipe in SPACE]
+        heard = [recipe.identity for recipe in SPACE.baselines() if recipe in SPACE]
         assert [trial.user_attrs[CANDIDATE] for trial in waiting] == heard
         assert len(study.trials) == len(heard) == 2
 

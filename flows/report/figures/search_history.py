@@ -66,13 +66,13 @@ def history(rows: Sequence[Row], looks: Looks) -> Any:
             marker={"color": looks.color(method), "symbol": looks.mark(method), "size": size, "opacity": 0.8},
             hovertemplate="%{text}<extra></extra>",
         )
-    anchors = [row for row in done if row.origin == "anchor"]
-    if anchors:
+    baselines = [row for row in done if row.origin == "anchor"]
+    if baselines:
         figure.add_scatter(
-            x=[place[row.candidate] for row in anchors],
-            y=[_height(row, times) for row in anchors],
+            x=[place[row.candidate] for row in baselines],
+            y=[_height(row, times) for row in baselines],
             mode="markers",
-            name="anchor (a method's default)",
+            name="baseline (a method's default)",
             marker={"symbol": "circle-open", "size": 16, "color": NEUTRAL, "line": {"width": 1.5}},
             hoverinfo="skip",
         )

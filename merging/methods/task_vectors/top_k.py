@@ -316,7 +316,7 @@ class Trimmer:
 
 
 def _likely(sample: Sample, share: float) -> Band:
-    """The band that, but for bad luck, holds the entry above which there is this share of all."""
+    """Magnitude interval that contains the k-th largest entry with high probability, k being this share of all entries."""
     reaching, squares = (found[::-1].cumsum()[::-1] for found in (sample.counts, sample.squares))
     if not len(reaching):
         return 0, INFINITE

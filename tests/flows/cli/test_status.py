@@ -64,7 +64,7 @@ def test_a_running_campaign(directory):
     text = status.as_text()
     assert "tiny: running, 7 of 20 candidates, 3 running, 1 failed, 1 pruned" in text
     assert "Search; 3 of 4 evaluators at work" in text
-    assert f":{os.getpid()} last heard of" in text
+    assert f":{os.getpid()}: last sign of life" in text
     assert "12.0 candidates a minute (0.2 a second); until about" in text
     assert json.loads(status.as_json())["busy"] == 3
 
@@ -106,7 +106,7 @@ def test_a_driver_that_is_not_heard_of_is_silent(directory):
     assert read_status(directory.path, heard + timedelta(seconds=SILENCE - 1)).state == "running"
     status = read_status(directory.path, heard + timedelta(hours=5))
     assert (status.state, status.running, status.ends) == ("silent", 0, None)
-    assert "last heard of 5 h ago, in 'Search': killed or cut off?" in status.as_text()
+    assert "last sign of life 5 h ago, in 'Search': killed or cut off?" in status.as_text()
     assert status.may_change
 
 

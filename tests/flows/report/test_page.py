@@ -263,7 +263,7 @@ def test_history_holds_every_candidate_and_its_record_never_falls(make):
     record, *methods = Page(render(rows, tasks=make.tasks)).drawn["history"]["data"]
     assert record["y"] == sorted(record["y"])
     assert record["y"][-1] == pytest.approx(100 * max(row.objective for row in rows))
-    assert sum(len(trace["y"]) for trace in methods if trace["name"] != "anchor (a method's default)") == 30
+    assert sum(len(trace["y"]) for trace in methods if trace["name"] != "baseline (a method's default)") == 30
 
 
 def test_thousands_of_candidates_stay_drawable(make):

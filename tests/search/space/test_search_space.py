@@ -58,11 +58,11 @@ def test_names_and_conditions():
 def test_a_shared_factor_is_one_parameter_unless_it_cancels():
     space = Space({"toy_curve": MethodSpace(), "toy_free": MethodSpace()}, MEMBERS, None, "shared")
     (trial, recipe), *_ = proposals(space)
-    assert recipe.method == "toy_curve"  # toy_free has one recipe only, which is an anchor
+    assert recipe.method == "toy_curve"  # toy_free has one recipe only, which is an baseline
     assert "toy_curve.scaling" in trial.params
     assert len(set(recipe.scaling.values())) == 1
     assert METHODS["toy_free"].default_recipe(MEMBERS) not in space
-    assert METHODS["toy_free"].default_recipe(MEMBERS) in space.anchors()
+    assert METHODS["toy_free"].default_recipe(MEMBERS) in space.baselines()
 
 
 def test_what_is_not_searched_keeps_its_default():
@@ -94,11 +94,11 @@ def test_overrides():
         assert recipe.parameters["steps"] in (2, 3)
         assert not {"toy_curve.rho", "toy_curve.mode"} & set(trial.params)
         assert space.params(recipe) == trial.params
-    anchor = space.anchors()[-1]
-    assert anchor in space
-    assert anchor.parameters["quiet"] == 2.0
-    assert anchor.parameters["steps"] == 3
-    assert set(anchor.scaling.values()) == {0.2}
+    baseline = space.baselines()[-1]
+    assert baseline in space
+    assert baseline.parameters["quiet"] == 2.0
+    assert baseline.parameters["steps"] == 3
+    assert set(baseline.scaling.values()) == {0.2}
 
 
 def test_what_lies_outside_is_told():
@@ -119,27 +119,27 @@ def test_what_lies_outside_is_told():
     assert Recipe("toy_curve", inside.scaling, {"rhoo": 1.0}) not in space
 
 
-def test_the_anchors():
+def test_the_baselines():
     space = Space(ALL, MEMBERS, SUBSETS, "per_member")
-    anchors = space.anchors()
-    assert anchors[0] == METHODS["average"].default_recipe(sorted(MEMBERS))
-    assert len({recipe.identity for recipe in anchors}) == len(anchors) == len(ALL)
-    assert all(METHODS[name].default_recipe(sorted(MEMBERS)) in anchors for name in ALL)
-    assert all(recipe in space for recipe in anchors)
+    baselines = space.baselines()
+    assert baselines[0] == METHODS["average"].default_recipe(sorted(MEMBERS))
+    assert len({recipe.identity for recipe in baselines}) == len(baselines) == len(ALL)
+    assert all(METHODS[name].default_recipe(sorted(MEMBERS)) in baselines for name in ALL)
+    assert all(recipe in space for recipe in baselines)
 
 
 def test_starts_and_methods_that_know_most_of_the_members_come_first():
     methods = ("task_arithmetic", "ties", "regmean", "regmean_propagated")
     start = Recipe("task_arithmetic", dict.fromkeys(MEMBERS, 0.7))
     space = Space({name: MethodSpace() for name in methods}, MEMBERS, None, "per_member", (), [start])
-    average, first, *others = space.anchors()
+    average, first, *others = space.baselines()
     assert (average.method, first) == ("average", start)
     assert [recipe.method for recipe in others] == ["regmean_propagated", "regmean", "task_arithmetic", "ties"]
 
 
 def test_the_plain_average_of_all_is_an_anchor_even_outside_the_space():
     space = Space({"toy_curve": MethodSpace()}, MEMBERS, [("amazon", "nyt")])
-    assert [(recipe.method, len(recipe.members), recipe in space) for recipe in space.anchors()] == [
+    assert [(recipe.method, len(recipe.members), recipe in space) for recipe in space.baselines()] == [
         ("average", 3, False),
         ("toy_curve", 3, False),
     ]
@@ -156,7 +156,7 @@ def test_a_method_for_two_is_only_asked_for_two():
         assert space.params(recipe) == trial.params
         sizes[recipe.method].add(len(recipe.members))
     assert sizes == {"slerp": {2}, "toy_curve": {2, 3}}
-    assert [len(recipe.members) for recipe in space.anchors()] == [3, 2, 3]
+    assert [len(recipe.members) for recipe in space.baselines()] == [3, 2, 3]
     with pytest.raises(SettingsError, match="'slerp' takes 2 members at most"):
         Space(methods, MEMBERS)
 
@@ -164,7 +164,7 @@ def test_a_method_for_two_is_only_asked_for_two():
 def test_nothing_to_vary():
     space = Space({"toy_free": MethodSpace()}, MEMBERS)
     assert not space.searchable
-    assert len(space.anchors()) == 2
+    assert len(space.baselines()) == 2
     with pytest.raises(SettingsError, match="nothing to vary"):
         next(proposals(space))
 
@@ -257,8 +257,8 @@ def test_every_member_has_a_factor_in_every_group():
 def test_anchors_in_groups_are_plain_recipes_that_the_sampler_hears_of():
     space = Space(ALL, MEMBERS, SUBSETS, "per_depth", ("layers:0-2", "layers:3-"))
     plain = Space(ALL, MEMBERS, SUBSETS, "per_member")
-    assert space.anchors() == plain.anchors()
-    assert all(recipe in space for recipe in space.anchors())
+    assert space.baselines() == plain.baselines()
+    assert all(recipe in space for recipe in space.baselines())
     params = space.params(METHODS["ties"].default_recipe(MEMBERS))
     assert params["ties.scaling.amazon@layers:3-"] == METHODS["ties"].scaling.default
 
@@ -280,7 +280,7 @@ def test_ranges_of_single_members_and_groups():
         assert 0.5 <= recipe.scaling["nyt@layers:0-2"] <= 0.6
         assert recipe.scaling["nyt@layers:3-"] in (0.9, 1.0)
         assert space.params(recipe) == trial.params
-    assert space.anchors()[-1] in space
+    assert space.baselines()[-1] in space
 
 
 def test_recipes_of_other_groups_are_not_in_the_space():
@@ -296,5 +296,7 @@ def test_recipes_of_other_groups_are_not_in_the_space():
 
 @pytest.mark.parametrize("scaling", ["shared", "per_member"])
 def test_a_linear_search_starts_at_the_mean(scaling):
-    (recipe,) = (r for r in Space({"linear": MethodSpace()}, MEMBERS, None, scaling).anchors() if r.method == "linear")
+    (recipe,) = (
+        r for r in Space({"linear": MethodSpace()}, MEMBERS, None, scaling).baselines() if r.method == "linear"
+    )
     assert recipe.scaling == pytest.approx(dict.fromkeys(MEMBERS, 1 / len(MEMBERS)))
