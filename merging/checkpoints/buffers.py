@@ -4,9 +4,9 @@ import re
 
 DERIVED = re.compile(
     r"(^|\.)(masked_bias|inv_freq|original_inv_freq|position_ids|token_type_ids|cos_cached|sin_cached|freqs_cis|"
-    r"num_batches_tracked|causal_mask|_float_tensor|relative_position_index|relative_coords_table|attn_mask)$"
+    r"num_batches_tracked|causal_mask|_float_tensor|relative_position_index|relative_coords_table|attn_mask|(encoder|decoder)\.version|final_logits_bias)$"
 )
-"""Names of buffers that follow from the configuration, or count; older versions of transformers saved them."""
+"""Names of buffers that follow from the configuration, count, or are never trained; only some versions save them."""
 MASK = re.compile(r"(^|\.)(attn|attention|self_attn)\.bias$")
 """Name of a causal mask [1, 1, n, n]; a bias of one dimension is a parameter."""
 RUNNING = re.compile(r"(^|\.)(running_mean|running_var)$")

@@ -121,3 +121,26 @@ def test_without_a_positive_factor_the_bases_statistics_stay(resnets, tmp_path):
     )
     written, base = load_file(tmp_path / "out" / SINGLE), load_file(resnets / "base" / SINGLE)
     assert all(torch.equal(written[key], base[key]) for key in written if "running_" in key)
+
+
+@pytest.mark.parametrize("who", [["base"], ["a"], ["base", "b"]])
+def test_what_some_versions_save_of_encoder_decoders(tmp_path, who):
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    torch.manual_seed(0)
+    base = transformers.BartForConditionalGeneration(
+        transformers.BartConfig(vocab_size=40, d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, **sizes)
+    )
+    extra = {"model.encoder.version": torch.tensor([3.0]), "model.decoder.version": torch.tensor([3.0])}
+    models = {"base": base, "a": moved(base, 1), "b": moved(base, 2)}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        values = load_file(tmp_path / name / SINGLE)
+        if name in who:
+            del values["final_logits_bias"]
+            save_file(values | extra, tmp_path / name / SINGLE, {"format": "pt"})
+    pool = Pool.open(str(tmp_path / "base"), {name: str(tmp_path / name) for name in "ab"})
+    merge_to_disk(Material(pool), Recipe("average", {"a": 1.0, "b": 1.0}), str(tmp_path / "out"))
+    merged = transformers.BartForConditionalGeneration.from_pretrained(tmp_path / "out")
+    for name, value in merged.named_parameters():
+        one, other = (models[who].get_parameter(name) for who in "ab")
+        torch.testing.assert_close(value, (one + other) / 2)
