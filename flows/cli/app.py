@@ -335,7 +335,7 @@ def submit(
 
 @app.command()
 def quickstart(
-    pool: Annotated[str, typer.Option(help="sentiment, tagging (parts of speech) or images.")] = "sentiment",
+    pool: Annotated[str, typer.Option(help="sentiment, tagging (parts of speech), images or language.")] = "sentiment",
     directory: Annotated[
         str | None, typer.Option("--out", help="Directory to fill; default: runs/quickstart, or runs/POOL.")
     ] = None,

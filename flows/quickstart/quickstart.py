@@ -12,6 +12,7 @@ from flows.config.yaml_file import validate
 from flows.directory.campaign_directory import Directory
 from flows.directory.progress import Display
 from flows.quickstart.images import IMAGES
+from flows.quickstart.language import LANGUAGE
 from flows.quickstart.pool import Files, Pool
 from flows.quickstart.sentiment import SENTIMENT
 from flows.quickstart.tagging import TAGGING
@@ -23,7 +24,7 @@ from merging.tasks import AnyTaskSettings
 from ray_tasks.connect import connect
 from ray_tasks.jobs.parallel import each
 
-POOLS: Mapping[str, Pool] = {"sentiment": SENTIMENT, "tagging": TAGGING, "images": IMAGES}
+POOLS: Mapping[str, Pool] = {"sentiment": SENTIMENT, "tagging": TAGGING, "images": IMAGES, "language": LANGUAGE}
 NAMES: Mapping[str, str] = {"sentiment": "quickstart"}
 """Pool → its campaign's name where that is another."""
 
