@@ -26,8 +26,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 SCRIPT = """
 import sys
 import ray_tasks
-from flows.campaign import run
-from flows.config import load_campaign
+from flows.campaign.run import run
+from flows.config.campaign_file import load_campaign
 from flows.directory.progress import Display
 from ray_tasks.connect import connect
 
