@@ -205,7 +205,12 @@ class TextClassification(Task):
 
     @cached_property
     def _tokenizer(self) -> Any:
-        return load_tokenizer(self.head, self.base)
+        tokenizer = load_tokenizer(self.head, self.base)
+        if not type(tokenizer).__name__.startswith(
+            "XLNet"
+        ):  # which classifies by the last place, and has no absolute ones
+            tokenizer.padding_side = "right"  # padding on the left would move texts to other positions
+        return tokenizer
 
     @cached_property
     def _max_length(self) -> int:

@@ -50,6 +50,14 @@ def test_evaluate_equals_one_by_one(task, frames, tokenizer):
     assert score.seconds > 0
 
 
+def test_a_tokenizer_that_pads_on_the_left(make_text_task, frames, task, tmp_path):
+    head = edit_config(task.head, tmp_path)
+    file = Path(head) / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"padding_side": "left"}))
+    found = make_text_task(frames, head=head).evaluate(task.load_model(), "validation")
+    assert found.loss == pytest.approx(task.evaluate(task.load_model(), "validation").loss, abs=1e-6)
+
+
 def test_metric_setting(make_text_task, frames, tokenizer):
     task = make_text_task(frames, metric="macro_f1")
     model = task.load_model()
