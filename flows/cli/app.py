@@ -192,7 +192,8 @@ def select(file: File, out: Out = None, address: Address = None, quiet: Quiet = 
 @app.command()
 def merge(
     recipe: Annotated[
-        str, typer.Argument(help="Recipe file, or a mergekit configuration (YAML).", metavar="RECIPE.yaml")
+        str,
+        typer.Argument(help="Recipe file, file of slices, or a mergekit configuration (YAML).", metavar="RECIPE.yaml"),
     ],
     out: Annotated[
         str,

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,6 +47,13 @@ def spans(numel: int, device: torch.device, rows: int = 1) -> Iterator[tuple[int
     step = step_of(device, rows)
     for start in range(0, numel, step):
         yield start, min(start + step, numel)
+
+
+def blocks_of_rows(matrix: Tensor, rows: int) -> Iterator[tuple[int, int]]:
+    """Ranges of a matrix's rows, of which `rows` copies stay in the cache."""
+    step = max(step_of(matrix.device, rows) // max(matrix.shape[1], 1), 1)
+    for start in range(0, matrix.shape[0], step):
+        yield start, min(start + step, matrix.shape[0])
 
 
 def cut(values: Iterable[Tensor], step: int) -> Iterator[tuple[Tensor, ...]]:
@@ -126,6 +134,13 @@ def difference(value: Tensor, base: Tensor, row: Tensor) -> Tensor:
     if value.dtype == base.dtype == torch.float32:
         return torch.sub(value, base, out=row)
     return row.copy_(value).sub_(base)
+
+
+def smallest(value: Tensor, places: Sequence[int]) -> list[float]:
+    """The entries of a flat float32 tensor that stand at these places, from 0, once it is sorted."""
+    if value.device.type == "cpu":  # in a quarter of the time that torch takes to select one
+        return [float(number) for number in np.partition(value.numpy(), places)[list(places)]]
+    return [float(value.kthvalue(place + 1).values) for place in places]
 
 
 def is_finite(value: Tensor) -> bool:

@@ -1,12 +1,12 @@
 """Inner products of base and task vectors, tensor by tensor: lengths and angles are all that spherical merges need."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from merging.kernels import cpu
-from merging.kernels.blockwise import Scratch, difference, spans, step_of
+from merging.kernels.blockwise import Scratch, blocks_of_rows, difference, spans
 from merging.methods.method import Weight
 
 Products = Mapping[str, Tensor]
@@ -48,13 +48,6 @@ def as_rows(value: Tensor, over: str, transposed: bool) -> Tensor:
     """
     matrix = value.flatten(1)
     return matrix.T if transposed != (over == "columns") else matrix
-
-
-def blocks_of_rows(matrix: Tensor, rows: int) -> Iterator[tuple[int, int]]:
-    """Ranges of a matrix's rows, of which `rows` copies stay in the cache."""
-    step = max(step_of(matrix.device, rows) // max(matrix.shape[1], 1), 1)
-    for start in range(0, matrix.shape[0], step):
-        yield start, min(start + step, matrix.shape[0])
 
 
 def row_products(weight: Weight, over: str, scratch: Scratch) -> Tensor:

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from merging.kernels.blockwise import Scratch, flat, weighted_sum
+from merging.kernels.blockwise import Scratch, blocks_of_rows, flat, weighted_sum
 from merging.methods.averaging.average import shares
 from merging.methods.checks import check_weights, chosen, target
 from merging.methods.method import Context, Method, Parameter, Prepared, Weight
@@ -15,7 +15,6 @@ from merging.methods.spherical.inner_products import (
     Products,
     added,
     as_rows,
-    blocks_of_rows,
     inner_products,
     row_products,
 )

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from merging.kernels.blockwise import difference, spans
+from merging.kernels.blockwise import blocks_of_rows, difference, smallest
 from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
 from merging.methods.task_vectors.elementwise import Block, Deltas, combined
 from merging.recipe import Value
@@ -55,7 +55,8 @@ class PreparedArceeFusion(Deltas):
         """Which entries are important [n], bool."""
         if (weight.name, member) not in self._masks:
             found = self._importance(weight, member)
-            first, median, third = (float(found.kthvalue(int(q * (len(found) - 1)) + 1).values) for q in QUARTILES)
+            places = [int(share * (len(found) - 1)) for share in QUARTILES]
+            first, median, third = smallest(found, places)
             self._masks[weight.name, member] = found >= median + 1.5 * (third - first)
         return self._masks[weight.name, member]
 
@@ -64,7 +65,7 @@ class PreparedArceeFusion(Deltas):
         width = weight.base.shape[-1] if weight.base.dim() else 1
         base, value = (v.reshape(-1, width) for v in (weight.base, weight.members[member]))
         found = torch.empty(base.shape, device=base.device)
-        for first, last in spans(len(base), base.device, rows=4 * width):
+        for first, last in blocks_of_rows(base, 8):
             p, q = (torch.softmax(v[first:last].double(), dim=1).add_(EPSILON) for v in (value, base))
             divergence = (p * (p.log() - q.log())).sum(dim=1, keepdim=True)
             moved = difference(value[first:last], base[first:last], found[first:last])

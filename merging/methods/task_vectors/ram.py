@@ -53,6 +53,13 @@ class RamPlus(Ram):
         return PreparedRamPlus(weights)
 
 
+def movers(deltas: Tensor, scratch: Scratch) -> Tensor:
+    """How many rows of a block [T, n] have an entry other than 0 [n], float32."""
+    moved = scratch.take("moved", *deltas.shape, device=deltas.device)
+    count = scratch.take("count", deltas.shape[1], device=deltas.device)
+    return torch.mv(torch.ne(deltas, 0, out=moved).t(), deltas.new_ones(len(deltas)), out=count)
+
+
 class PreparedRam(Deltas):
     """Base and members as they are stored."""
 
@@ -62,8 +69,8 @@ class PreparedRam(Deltas):
 
         def block(weight: Weight, start: int, deltas: Tensor) -> Tensor:
             torch.ops.aten.hardshrink.out(deltas, epsilon, out=deltas)
-            count = (deltas != 0).sum(dim=0)
-            self.raise_own(weight, members, count == 1, deltas, parameters)
+            count = movers(deltas, self.scratch)
+            self.raise_own(weight, members, count, deltas, parameters)
             return combined(deltas, factors, "all", self.scratch).div_(count.clamp_(min=1))
 
         return block
@@ -72,7 +79,7 @@ class PreparedRam(Deltas):
         self,
         weight: Weight,
         members: Sequence[str],
-        alone: Tensor,
+        count: Tensor,
         deltas: Tensor,
         parameters: Mapping[str, Value],
     ) -> None:
@@ -92,11 +99,12 @@ class PreparedRamPlus(PreparedRam):
         self,
         weight: Weight,
         members: Sequence[str],
-        alone: Tensor,
+        count: Tensor,
         deltas: Tensor,
         parameters: Mapping[str, Value],
     ) -> None:
         """By 1 + r min(ρ, α)."""
+        alone = count == 1
         ratios = self._ratios(weight, members, float(parameters["epsilon"]))
         scales = 1 + float(parameters["r"]) * ratios.clamp(max=float(parameters["alpha"]))
         for row, scale in zip(deltas, scales.tolist(), strict=True):
@@ -117,9 +125,11 @@ class PreparedRamPlus(PreparedRam):
                 counted = self._looking.take("counted", len(members), before.numel(), device=before.device)
                 for row, value in zip(counted, after, strict=True):
                     difference(value, wide, row)
-                moved = torch.ops.aten.hardshrink.out(counted, epsilon, out=counted) != 0
-                count = moved.sum(dim=0)
-                shared += (moved & (count > 1)).sum(dim=1)
-                own += (moved & (count == 1)).sum(dim=1)
+                count = movers(torch.ops.aten.hardshrink.out(counted, epsilon, out=counted), self._looking)
+                moved = counted.ne_(0)
+                alone = count.eq(1).float()
+                mine = torch.mv(moved, alone)
+                own += mine
+                shared += moved.sum(dim=1).sub_(mine)
             self._shared[weight.name] = shared / own.clamp(min=1)
         return self._shared[weight.name]

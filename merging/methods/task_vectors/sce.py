@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from merging.kernels.blockwise import Scratch, cut, difference, step_of, widened
+from merging.kernels.blockwise import Scratch, cut, difference, smallest, step_of, widened
 from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
 from merging.methods.task_vectors.elementwise import LARGEST, Block, Deltas, total
 from merging.methods.task_vectors.random_masks import LEVELS, Chance, level
@@ -98,7 +98,7 @@ class PreparedSce(Deltas):
         keep = min(max(round(share * some), 1), some)
         if not some:
             return None
-        least = variance.kthvalue(len(variance) - keep + 1).values
+        (least,) = smallest(variance, [len(variance) - keep])
         mask, equal = variance > least, variance == least
         chance = level(float((keep - mask.sum()) / equal.sum()))
         if chance < LEVELS:
