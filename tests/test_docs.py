@@ -1,10 +1,13 @@
 """What the documents say is what the program does."""
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from pydantic import TypeAdapter
 from typer.testing import CliRunner
 
 from flows.cli.app import app
@@ -12,7 +15,7 @@ from flows.cli.reference import PAGES as REFERENCE
 from merging import errors
 from merging.methods import METHODS, Context, Weight
 from merging.recipe import Recipe
-from merging.tasks import TASKS
+from merging.tasks import TASKS, AnyTaskSettings
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -44,6 +47,18 @@ def test_the_method_of_one_s_own_works_as_it_is_written(monkeypatch):
     out = {"w": torch.empty(3)}
     method.prepare([weight], Context()).merge(recipe.scaling, recipe.parameters, out)
     assert out["w"].tolist() == [2.0, 2.0, 3.5]
+
+
+@pytest.mark.parametrize("page", ["language-models.md", "vision.md", "tagging.md"])
+def test_the_tasks_in_the_guides_are_valid(page):
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    files = [yaml.safe_load(textwrap.dedent(block)) for block in blocks]
+    tasks = [task for file in files for task in file.get("tasks", file).values()]
+    tasks += [
+        member["calibration"] for file in files for member in file.get("members", {}).values() if "task" in member
+    ]
+    kinds = [TypeAdapter(AnyTaskSettings).validate_python(task).kind for task in tasks if "kind" in task]
+    assert len(kinds) == sum(block.count("kind: ") for block in blocks)
 
 
 def commands():
