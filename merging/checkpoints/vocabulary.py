@@ -121,6 +121,7 @@ def settle_vocabulary(
     added = _added(ours, {who: tokens[who] for who in other}) if vocabulary == "union" else {}
     moved = [who for who in other if ours is not None and _differ(ours, tokens[who])]
     touched = [who for who in members if who in {*resized, *moved, *(who for who, _ in added.values())}]
+    notes += [note for who in other if who not in touched for note in _lost(who, ours, tokens[who], added)]
     if not touched:
         return base, dict(members), {}
     axes = {who: _axes(everyone[who]) for who in ("", *(members if added else touched))}
@@ -449,12 +450,7 @@ def _notes(
         theirs = tokens.get(who)
         if ours is not None and theirs is not None:
             notes.append(f"{who}: rows of its embeddings are matched by token, and what it lacks is the base's")
-            lost = [token for token in theirs.ids if token not in ours.ids and token not in added]
-            if lost:
-                notes.append(
-                    f"{who}: {len(lost)} tokens that the base lacks are not in the merge (`vocabulary: union` adds them): "
-                    f"{_listed(lost)}"
-                )
+            notes += _lost(who, ours, theirs, added)
             continue
         for name, index, dim in rows.get(who, {}).values():
             there = members[who].tensors[name].shape[dim]
@@ -466,6 +462,18 @@ def _notes(
             elif there < len(index):
                 notes.append(f"{who}: '{name}' lacks rows {there} to {len(index) - 1}, which are the base's")
     return notes
+
+
+def _lost(who: str, ours: _Tokens | None, theirs: _Tokens | None, added: Mapping[str, tuple[str, int]]) -> list[str]:
+    """A note on a member's tokens that the merge does not know, if there are any."""
+    if ours is None or theirs is None:
+        return []
+    lost = [token for token in theirs.ids if token not in ours.ids and token not in added]
+    if not lost:
+        return []
+    return [
+        f"{who}: {len(lost)} tokens that the base lacks are not in the merge (`vocabulary: union` adds them): {_listed(lost)}"
+    ]
 
 
 def _listed(tokens: Iterable[str]) -> str:

@@ -82,6 +82,16 @@ def test_the_bases_vocabulary_drops_what_members_added(tmp_path, tokenizers):
     assert any(expected in note for note in pool.notes)
 
 
+def test_tokens_in_rows_that_the_base_has_without_a_name(tmp_path):
+    base = llama(rows=18)
+    save(base, tmp_path / "base")
+    a = save(moved(base, 1), tmp_path / "a", added=["<x>"])
+    b = save(moved(base, 2), tmp_path / "b")
+    pool, written = merge(tmp_path)
+    torch.testing.assert_close(written[EMBED], (a[EMBED] + b[EMBED]) / 2)
+    assert any("a: 1 tokens that the base lacks are not in the merge" in note for note in pool.notes)
+
+
 def test_a_head_alone_with_more_rows(tmp_path):
     base = llama()
     save(base, tmp_path / "base", None)
