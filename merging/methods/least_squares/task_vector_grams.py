@@ -65,8 +65,8 @@ class PreparedTaskVectorGrams(PreparedSpectral):
         assert total is not None
         solve = self.solver(total, len(members), parameters)
         for factors in scalings:
-            right: Tensor | float = 0.0
+            right = torch.zeros_like(batch.moved({}, self.scratch))
             for member, factor in factors.items():
-                right = right + factor * self.term(batch.moved({member: 1.0}, self.scratch), parameters)[0]
-            assert isinstance(right, Tensor)
+                if factor:
+                    right.add_(self.term(batch.moved({member: 1.0}, self.scratch), parameters)[0], alpha=factor)
             yield self.finish(solve(right), batch, factors, total, parameters)

@@ -11,6 +11,7 @@ from merging.errors import MethodError
 from merging.mergers.disk import merge_to_disk
 from merging.mergers.material import Material
 from merging.mergers.resident import ResidentMerger
+from merging.mergers.shard import ShardMerger
 from merging.methods import METHODS, Context, Weight
 from merging.recipe import Recipe
 
@@ -205,6 +206,24 @@ def test_adapters_that_peft_wrote_are_merged_without_loss(gpt2, tmp_path, assert
     ResidentMerger(Material(pool), full).merge(Recipe("iso_c", factors, {}))
     written = Checkpoint.open(str(tmp_path / "out"))
     assert_close({name: written.read(name) for name in full}, full, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("method", ["core+ties", "svc+core+ties", "svc+lines+ties", "core+tsv_m"])
+def test_shards_of_a_pool_merge_as_the_whole(method, gpt2, assert_close):
+    material = Material(Pool.open(str(gpt2 / "base"), {name: str(gpt2 / name) for name in "ab"}))
+    recipe = METHODS[method].complete(Recipe(method, {"a": 0.8, "b": 0.6}, {}), "gpt2")
+    whole = live(material.pool)
+    ResidentMerger(material, whole).merge(recipe)
+    names = list(material.pool.weights)
+    shards = [ShardMerger(material, part) for part in (names[::2], names[1::2])]
+    surveys = [shard.survey(method) for shard in shards]
+    for shard in shards:
+        shard.settle(method, surveys)
+    more = [shard.refine(recipe) for shard in shards]
+    for shard in shards:
+        shard.merge_part(recipe, more)
+    merged = {name: value for shard in shards for name, value in shard._out.items()}
+    assert_close(merged, whole, tolerance=1e-6)
 
 
 def test_a_member_that_is_no_adapter_is_named_with_the_remedy(gpt2):
