@@ -135,10 +135,7 @@ def facts(directory: Directory, campaign: Campaign, rows: Sequence[Row] = ()) ->
         objective=", ".join(campaign.search.objectives),
         base=campaign.base,
         members={name: member.checkpoint for name, member in campaign.members.items()},
-        tasks={
-            name: ", ".join(task.model_dump(include={"kind", "metric"}).values()).replace("_", " ")
-            for name, task in campaign.tasks.items()
-        },
+        tasks={name: f"{task.kind}, {task.judged_by}".replace("_", " ") for name, task in campaign.tasks.items()},
         phases=directory.read_timings(),
         commands=[
             f"mergequest campaign run {directory / 'campaign.yaml'} --out NEW_DIRECTORY",

@@ -1,4 +1,4 @@
-"""Regular expressions that somebody else wrote, in an adapter's configuration: tried for a bounded time."""
+"""Regular expressions that somebody wrote, in an adapter's configuration or a campaign: tried for a bounded time."""
 
 from functools import cache
 
@@ -20,13 +20,35 @@ def matches(pattern: str, text: str) -> bool:
     """
     shown = repr(pattern[:200])
     try:
-        return _compiled(pattern).match(text, timeout=SECONDS) is not None
+        return compiled(pattern).match(text, timeout=SECONDS) is not None
     except TimeoutError as error:
         raise CheckpointError(f"the pattern {shown} backtracks without end on '{text}': simplify it") from error
 
 
+def last_match(pattern: str, text: str) -> "regex.Match[str] | None":
+    """The last match of a regular expression in a text.
+
+    Raises:
+        CheckpointError: It is no regular expression, too long, or takes too long.
+    """
+    last = None
+    try:
+        for match in compiled(pattern).finditer(text, timeout=SECONDS):
+            last = match
+    except TimeoutError as error:
+        raise CheckpointError(
+            f"the pattern {pattern[:200]!r} backtracks without end on {text[:200]!r}: simplify it"
+        ) from error
+    return last
+
+
 @cache
-def _compiled(pattern: str) -> "regex.Pattern[str]":
+def compiled(pattern: str) -> "regex.Pattern[str]":
+    """A regular expression.
+
+    Raises:
+        CheckpointError: It is none, or too long.
+    """
     shown = repr(pattern[:200])
     if len(pattern) > MAX_LENGTH:
         raise CheckpointError(f"the pattern {shown} … has {len(pattern):,} characters, more than {MAX_LENGTH:,}")

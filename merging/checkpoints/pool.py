@@ -121,7 +121,7 @@ class Pool:
             kept = f": `heads` ({', '.join(heads)}) keeps them all per task" if heads else ""
             raise PoolError(f"base and members share no floating-point weights to merge{kept}")
         for pattern in heads:
-            if not any(fnmatchcase(key, pattern) for member in opened.values() for key in member.tensors):
+            if not any(fnmatchcase(key, pattern) for one in (origin, *opened.values()) for key in one.tensors):
                 notes.append(f"`heads`: no member has a tensor '{pattern}'")
         trimmed = {
             name: Member(
@@ -230,7 +230,7 @@ def _match(base: Checkpoint, name: str, member: Checkpoint, heads: Sequence[str]
     names = {
         key: theirs + key[len(ours) :] for key in weights if key.startswith(ours) and theirs + key[len(ours) :] in own
     }
-    names = {key: raw for key, raw in names.items() if not any(fnmatchcase(raw, pattern) for pattern in heads)}
+    names = {key: raw for key, raw in names.items() if not _is_head(raw, heads) and not _is_head(key, heads)}
     modules = {".".join(parts[:depth]) for parts in map(_split, names.values()) for depth in range(len(parts))}
     head = []
     for raw in own - set(names.values()):
@@ -352,11 +352,15 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _absent(base: Checkpoint, found: Mapping[str, _Matched], merged: Sequence[str]) -> list[str]:
-    """Weights that some members have and others lack."""
-    return [
-        f"{name}: has no '{key}' {list(base.tensors[key].shape)}, which base and other members have"
-        for name, member in found.items()
-        if member.names
-        for key in merged
-        if key not in member.names
-    ]
+    """Weights that some members have and others lack; a module that one lacks altogether can stay out of the merge."""
+    problems = []
+    for name, member in found.items():
+        lacking = [key for key in merged if key not in member.names] if member.names else []
+        present = {key.rpartition(".")[0].split(".", 1)[0] for key in member.names}
+        for key in lacking:
+            module = key.split(".", 1)[0]
+            remedy = f": keep it per task with `heads: ['{module}.*']`" if module not in present else ""
+            problems.append(
+                f"{name}: has no '{key}' {list(base.tensors[key].shape)}, which base and other members have{remedy}"
+            )
+    return problems

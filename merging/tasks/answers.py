@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from merging.errors import TaskError
+from merging.checkpoints.patterns import last_match
+from merging.errors import CheckpointError, TaskError
 
 Grade = Callable[[str, str], float]
 """(generated, reference) → a number, greater is better."""
@@ -70,13 +71,19 @@ def corpus_score(metric: str, generated: Sequence[str], references: Sequence[str
     return value, float(np.std(draws, ddof=1))
 
 
-def extracted(pattern: "re.Pattern[str]", text: str) -> str:
-    """The last match of a pattern: its first group, or all of it; nothing where it does not match."""
-    matches = list(pattern.finditer(text))
-    if not matches:
+def extracted(pattern: str, text: str) -> str:
+    """The last match of a pattern: its first group, or all of it; nothing where it does not match.
+
+    Raises:
+        TaskError: It is no regular expression, or takes too long.
+    """
+    try:
+        last = last_match(pattern, text)
+    except CheckpointError as error:
+        raise TaskError(f"`extract`: {error}") from error
+    if last is None:
         return ""
-    last = matches[-1]
-    return (last.group(1) or "") if pattern.groups else last.group()
+    return str((last.group(1) or "") if last.re.groups else last.group())
 
 
 def _plain(text: str) -> str:

@@ -1,6 +1,5 @@
 """Completions of prompts, whatever kind of language model gives them: their likelihood, a choice among them, generation."""
 
-import re
 import time
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -16,12 +15,14 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from merging.checkpoints.parameter_names import Loading
-from merging.errors import TaskError
+from merging.checkpoints.patterns import compiled
+from merging.errors import CheckpointError, TaskError
 from merging.io import storage
+from merging.io.documents import is_number, is_text
 from merging.tasks.answers import GRADES, corpus_score, extracted
 from merging.tasks.head import blank_model, load_model, load_tokenizer, tokenizer_identity
 from merging.tasks.predictions import Floats, Predictions
-from merging.tasks.prompts import longest_first, render
+from merging.tasks.prompts import longest_first, render, template_columns
 from merging.tasks.task import Batch, Score, Split, Task, TaskSettings, score_of
 
 IGNORED = -100
@@ -68,9 +69,9 @@ class LanguageSettings(TaskSettings):
     def _is_pattern(cls, pattern: str | None) -> str | None:
         if pattern is not None:
             try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"no regular expression: {error}") from error
+                compiled(pattern)
+            except CheckpointError as error:
+                raise ValueError(str(error)) from error
         return pattern
 
     @model_validator(mode="after")
@@ -300,7 +301,7 @@ class LanguageTask(Task):
 
     def _graded(self, model: nn.Module, examples: Sequence[Example]) -> Predictions:
         """What is generated, graded; the surrogate is the reference's mean probability per token."""
-        pattern = None if self.settings.extract is None else re.compile(self.settings.extract)
+        pattern = self.settings.extract
         sums, tokens, entropies = self._scored(model, [self.encoded(example, 0) for example in examples])
         generated = [""] * len(examples)
         for place, text in self._generate(model, examples):
@@ -373,7 +374,7 @@ def _read(paths: Sequence[str], settings: LanguageSettings) -> list[Example]:
     from merging.tasks.labelled_texts import read_table, text_problems  # with pandas, which takes a second
 
     texts = [settings.whole_text] if settings.whole_text is not None else []
-    columns = _template_columns(settings.template)
+    columns = template_columns(settings.template) if settings.template is not None else []
     if settings.whole_text is None:
         texts += [settings.prompt] if settings.template is None and settings.prompt is not None else []
         texts += [settings.completion] if settings.choices is None and settings.completion is not None else []
@@ -397,33 +398,33 @@ def _example(row: Mapping[str, Any], settings: LanguageSettings) -> Example:
     if settings.choices is None:
         return Example(prompt, () if settings.completion is None else (row[settings.completion],))
     choices = row[settings.choices]
-    if isinstance(choices, str) or not hasattr(choices, "__len__") or len(choices) < 2:
-        raise TaskError(f"column '{settings.choices}' holds {choices!r}: a list of at least two texts is needed")
+    if isinstance(choices, str | Mapping) or not hasattr(choices, "__len__") or len(choices) < 2:
+        raise TaskError(f"column '{settings.choices}' holds {_shown(choices)}: a list of at least two texts is needed")
+    if strange := [choice for choice in choices if not _is_choice(choice)]:
+        raise TaskError(f"column '{settings.choices}' holds {_shown(strange[0])} among its choices: texts are needed")
     options = tuple(str(choice) for choice in choices)
     label = row[settings.label]
     if isinstance(label, str):
         if label not in options:
-            raise TaskError(f"column '{settings.label}' holds {label!r}, which is none of the choices")
+            raise TaskError(f"column '{settings.label}' holds {_shown(label)}, which is none of the choices")
         return Example(prompt, options, options.index(label))
-    if isinstance(label, bool) or label != label or int(label) != label or not 0 <= label < len(options):
-        raise TaskError(f"column '{settings.label}' holds {label!r}: a position from 0 to {len(options) - 1} is needed")
-    return Example(prompt, options, int(label))
+    if not isinstance(label, bool | np.bool_) and isinstance(label, int | float | np.number):
+        place = next((place for place in range(len(options)) if place == label), None)
+        if place is not None:
+            return Example(prompt, options, place)
+    raise TaskError(
+        f"column '{settings.label}' holds {_shown(label)}: a position from 0 to {len(options) - 1} is needed"
+    )
 
 
-def _template_columns(template: str | None) -> list[str]:
-    """The columns that a template names.
+def _is_choice(value: object) -> bool:
+    """Whether it is a text, or a number that stands for one."""
+    return is_text(value) or (is_number(value.item() if isinstance(value, np.number) else value))
 
-    Raises:
-        TaskError: It is no Jinja template.
-    """
-    if template is None:
-        return []
-    from jinja2 import Environment, TemplateError, meta
 
-    try:
-        return sorted(meta.find_undeclared_variables(Environment(autoescape=False).parse(template)))
-    except TemplateError as error:
-        raise TaskError(f"`template`: {error}") from error
+def _shown(value: object) -> str:
+    """A value in a message."""
+    return repr(value)[:100]
 
 
 def padded(rows: Sequence[Sequence[int]], padding: int, *, left: bool) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merging.errors import TaskError
+from merging.io.documents import is_text
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+MAX_PROMPT = 10_000_000
+"""Characters that a template may give."""
+MAX_STEPS = 10_000
+"""Of all `range` loops of a template together."""
+MAX_EXPONENT = 1000
 
 
 @dataclass(frozen=True)
@@ -106,13 +116,67 @@ def render(template: str, row: Mapping[str, Any]) -> str:
     Raises:
         TaskError: The template is wrong, or names a column that there is not.
     """
-    from jinja2 import StrictUndefined, TemplateError
+    try:
+        text: str = _environment().from_string(template).render(dict(row))
+    except Exception as error:  # whatever the expressions of a template raise
+        raise TaskError(f"`template` cannot be rendered: {type(error).__name__}: {str(error)[:300]}") from error
+    if len(text) > MAX_PROMPT:
+        raise TaskError(f"`template` gives {len(text):,} characters, more than {MAX_PROMPT:,}")
+    if not is_text(text):
+        raise TaskError("`template` gives half of a character (a lone surrogate)")
+    return text
+
+
+def template_columns(template: str) -> list[str]:
+    """The columns that a Jinja template names.
+
+    Raises:
+        TaskError: It is no Jinja template.
+    """
+    from jinja2 import TemplateError, meta
+
+    environment = _environment()
+    try:
+        names = meta.find_undeclared_variables(environment.parse(template))
+    except (TemplateError, RecursionError, MemoryError, ValueError, OverflowError) as error:
+        raise TaskError(f"`template` is no Jinja template: {type(error).__name__}: {str(error)[:300]}") from error
+    return sorted(names - environment.globals.keys())
+
+
+def _environment() -> "Environment":
+    """Where templates are rendered: nothing in it is random, endless, or reaches out of the row."""
+    from jinja2 import StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    try:
-        return ImmutableSandboxedEnvironment(undefined=StrictUndefined).from_string(template).render(**row)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise TaskError(f"`template` cannot be rendered: {error}") from error
+    left = MAX_STEPS
+
+    def counted(*bounds: int) -> range:
+        nonlocal left
+        steps = range(*bounds)
+        if (size := max(0, -(-(steps.stop - steps.start) // steps.step))) > left:
+            raise ValueError(f"its loops take more than {MAX_STEPS:,} steps")
+        left -= size
+        return steps
+
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, finalize=_printed)
+    environment.intercepted_binops = frozenset(["**"])
+    environment.binop_table = {**environment.binop_table, "**": _power}
+    environment.globals["range"] = counted
+    del environment.globals["lipsum"], environment.filters["random"]
+    return environment
+
+
+def _printed(value: Any) -> Any:
+    """What an expression prints: never a missing value, which would become a word of the prompt."""
+    if value is None or value != value:  # NaN is how tables hold a missing number
+        raise ValueError("a value that is printed is missing: remove those rows, or print it under `{% if … %}`")
+    return value
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    if abs(exponent) > MAX_EXPONENT or abs(base) > 1 << 64:
+        raise ValueError(f"an exponent above {MAX_EXPONENT}")
+    return base**exponent
 
 
 def longest_first(lengths: Sequence[int], size: int) -> list[list[int]]:

@@ -26,6 +26,11 @@ class TaskSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
+    @property
+    def judged_by(self) -> str:
+        """The metric's name, also where the file leaves it to the kind of task."""
+        return str(getattr(self, "metric", "score"))
+
 
 @dataclass(frozen=True)
 class Batch:

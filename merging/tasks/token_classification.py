@@ -1,7 +1,8 @@
 """Words with tags: named entities, parts of speech."""
 
+import re
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
@@ -16,6 +17,7 @@ from torch.nn.functional import log_softmax
 from merging.checkpoints.parameter_names import Loading
 from merging.errors import StorageError, TaskError
 from merging.io import storage
+from merging.io.documents import is_text
 from merging.tasks.head import blank_model, class_names, load_model, load_tokenizer, tokenizer_identity
 from merging.tasks.predictions import Predictions
 from merging.tasks.prompts import longest_first
@@ -249,12 +251,12 @@ def _read(path: str, settings: TokenClassificationSettings, classes: Sequence[st
     for number, (words, tags) in enumerate(rows, start=1):
         if not words or len(words) != len(tags):
             raise TaskError(f"{path}, sentence {number}: {len(words)} words and {len(tags)} tags")
-        if strange := [word for word in words if not isinstance(word, str) or not word]:
-            raise TaskError(f"{path}, sentence {number}: {strange[0]!r} is no word")
-        if outside := [tag for tag in tags if isinstance(tag, bool) or tag not in positions]:
+        if strange := [word for word in words if not is_text(word) or not word]:
+            raise TaskError(f"{path}, sentence {number}: {repr(strange[0])[:100]} is no word")
+        if outside := [tag for tag in tags if not _is_tag(tag) or tag not in positions]:
             raise TaskError(
-                f"{path}, sentence {number}: the tag {outside[0]!r} is none of the head's ({', '.join(classes)}); `labels` "
-                "names them in the head's order"
+                f"{path}, sentence {number}: the tag {repr(outside[0])[:100]} is none of the head's ({', '.join(classes)}); "
+                "`labels` names them in the head's order"
             )
         sentences.append(_Sentence(tuple(words), tuple(positions[tag] for tag in tags)))
     if not sentences:
@@ -268,9 +270,13 @@ def _table(path: str, settings: TokenClassificationSettings) -> Iterator[tuple[l
     frame = read_table([path], [settings.words, settings.tags])
     for number, (words, tags) in enumerate(zip(frame[settings.words], frame[settings.tags], strict=True), start=1):
         for name, value in ((settings.words, words), (settings.tags, tags)):
-            if isinstance(value, str) or not hasattr(value, "__len__"):
-                raise TaskError(f"{path}, row {number}: column '{name}' holds {value!r}: a list is needed")
-        yield list(words), np.asarray(tags).tolist()
+            if isinstance(value, str | Mapping) or not hasattr(value, "__len__"):
+                raise TaskError(f"{path}, row {number}: column '{name}' holds {repr(value)[:100]}: a list is needed")
+        yield list(words), [tag.item() if isinstance(tag, np.generic) else tag for tag in tags]
+
+
+def _is_tag(value: object) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
 
 
 def _conll(path: str) -> Iterator[tuple[list[Any], list[Any]]]:
@@ -280,8 +286,11 @@ def _conll(path: str) -> Iterator[tuple[list[Any], list[Any]]]:
         raise TaskError(str(error)) from error
     words: list[Any] = []
     tags: list[Any] = []
-    for number, line in enumerate([*text.splitlines(), ""], start=1):
-        columns = line.split()
+    lines = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    for number, line in enumerate([*lines, ""], start=1):
+        # words may hold other blanks, even line separators, and any blank where columns are apart by tabs
+        stripped = line.strip(" \t")
+        columns = re.split("\t+" if "\t" in stripped else " +", stripped) if stripped else []
         if columns and columns[0] == "-DOCSTART-":
             continue
         if columns and len(columns) < 2:

@@ -199,3 +199,14 @@ def test_heads_are_merged_where_their_classes_are_the_same(tiny_pool, tmp_path, 
     ):
         Pool.open(paths[0], {"three": paths[1]})
     assert Pool.open(paths[0], {"three": paths[1]}, heads=["classifier.*"]).weights
+
+
+def test_a_module_that_a_member_lacks_can_be_kept_per_task(tiny_pool, damaged):
+    base = str(tiny_pool["base"])
+    members = damaged(lambda values: {key: value for key, value in values.items() if ".pooler." not in key})
+    with pytest.raises(PoolError, match=r"two: has no 'pooler.dense.bias' .* `heads: \['pooler.\*'\]`"):
+        Pool.open(base, members)
+    pool = Pool.open(base, members, heads=["pooler.*"])
+    assert not any("pooler" in name for name in pool.weights)
+    assert "bert.pooler.dense.weight" in pool.members["one"].head
+    assert not any("no member has a tensor" in note for note in pool.notes)

@@ -1,8 +1,7 @@
-import re
-
 import pytest
 import sacrebleu
 
+from merging.errors import TaskError
 from merging.tasks.answers import contains, corpus_score, exact_match, extracted, number, rouge_l
 
 
@@ -22,9 +21,15 @@ def test_the_longest_common_subsequence_is_of_words():
 
 
 def test_what_is_extracted_is_the_last_match():
-    assert extracted(re.compile(r"answer: (\w+)"), "answer: b, no, answer: c") == "c"
-    assert extracted(re.compile(r"[A-D]"), "A or B") == "B"
-    assert extracted(re.compile(r"x"), "A or B") == ""
+    assert extracted(r"answer: (\w+)", "answer: b, no, answer: c") == "c"
+    assert extracted(r"[A-D]", "A or B") == "B"
+    assert extracted(r"x", "A or B") == ""
+    assert extracted(r"(x)?B", "A or B") == ""
+
+
+def test_a_pattern_that_never_ends_is_refused():
+    with pytest.raises(TaskError, match="backtracks without end"):
+        extracted(r"(a|aa)+(x|y)\1$", "a" * 200)
 
 
 @pytest.mark.parametrize("metric", ["chrf", "bleu"])

@@ -255,3 +255,37 @@ def test_bad_data_is_refused_by_row(make, rows, settings, message):
 def test_settings_that_do_not_go_together(settings, message):
     with pytest.raises(ValueError, match=message):
         CausalLMSettings(data={"validation": "x.jsonl"}, **settings)
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% for i in range(10 ** 9) %}x{% endfor %}", "10,000 steps"),
+        ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}x", "10,000 steps"),
+        ("{{ prompt * 10 ** 8 }}", "characters"),
+        ("{{ 10 ** (10 ** 9) }}", "exponent"),
+        ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "no Jinja template"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ empty }}", "missing"),
+        ("{{ half }}", "half of a character"),
+        ("{{ prompt | random }}", "no Jinja template"),
+        ("{{ lipsum() }}", "no column 'lipsum'"),
+    ],
+)
+def test_templates_that_cannot_be_rendered_are_one_error(make, template, why):
+    rows = [{"prompt": "the", "completion": "cat", "empty": None, "half": "\ud800"}]
+    with pytest.raises(TaskError, match=why):
+        make(rows, template=template).check()
+
+
+@pytest.mark.parametrize("choices", [{"a": 1, "b": 2}, ["a", None], ["a", ["b"]], ["a", "\ud800"], ["a", float("nan")]])
+def test_choices_are_texts(make, choices):
+    with pytest.raises(TaskError, match="texts"):
+        make([{"prompt": "the", "options": choices, "label": 0}], choices="options").check()
+
+
+@pytest.mark.parametrize("label", [None, float("inf"), float("nan"), [0], {}, True, 2, -1, 0.5])
+def test_the_right_choice_is_a_position(make, label):
+    with pytest.raises(TaskError, match="a position from 0 to 1"):
+        make([{"prompt": "the", "options": ["a", "cat"], "label": label}], choices="options").check()

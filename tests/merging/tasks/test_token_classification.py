@@ -164,3 +164,29 @@ def test_bad_data_is_named(make, examples, name, message):
 def test_a_head_of_another_kind_is_refused(make, head):
     with pytest.raises(TaskError, match="without a classification head|AutoModelForTokenClassification"):
         make_task("people", make(rows()).settings, head).check()
+
+
+@pytest.mark.parametrize("tag", [["O"], {"a": 1}, float("nan"), None, True, 10**90])
+def test_tags_of_other_types_are_one_error(make, tag):
+    with pytest.raises(TaskError, match="is none of the head's"):
+        make([{"words": ["an", "ran"], "tags": [tag, "O"]}]).check()
+
+
+def test_names_and_positions_of_tags_may_be_mixed(make):
+    task = make([{"words": ["an", "ran"], "tags": ["B-PER", 2]}])
+    assert task._split("validation")[0].tags == (1, 2)
+
+
+def test_halves_of_characters_are_no_words(make):
+    with pytest.raises(TaskError, match="is no word"):
+        make([{"words": ["\ud800", "ran"], "tags": ["O", "O"]}]).check()
+
+
+@pytest.mark.parametrize("word", ["10\u00a0000", "a\u2028b", "a\x85b", "a\x0bb"])
+def test_columns_are_apart_by_blanks_and_tabs_alone(make, word):
+    task = make(f"\ufeff{word} X B-PER\r\nran X O\r\n", name="rows.conll")
+    assert task._split("validation")[0].words == (word, "ran")
+
+
+def test_words_with_blanks_in_columns_apart_by_tabs(make):
+    assert make("bob an\tB-PER\nran\tO\n", name="rows.conll")._split("validation")[0].words == ("bob an", "ran")
