@@ -10,7 +10,7 @@ from merging.errors import StatisticsError, TaskError
 from merging.io import storage
 from merging.mergers.material import subset_fingerprint
 from merging.recipe import BASE
-from merging.statistics import STATISTICS, StatisticsFile, number_of_examples
+from merging.statistics import STATISTICS, LikelihoodSettings, StatisticSettings, StatisticsFile, number_of_examples
 from merging.tasks.task import Split, Task
 from ray_tasks.connect import connect, gpus_each
 from ray_tasks.jobs.propagation import PropagationJob, solve
@@ -211,6 +211,26 @@ def _own_job(opened: Opened, member: str, kind: str, cache: str) -> Job:
     return _job(opened, member, kind, bound, bound, storage.join(cache, f"{member}.{kind}"))
 
 
+def _require_estimator(task: Task, kind: str, settings: StatisticSettings) -> None:
+    """Whether a task has the labels that a statistic is to be estimated with.
+
+    Raises:
+        StatisticsError: It has several an example, or none.
+    """
+    if not isinstance(settings, LikelihoodSettings):
+        return
+    field = f"statistics.{kind}.estimator"
+    if settings.estimator == "exact" and not task.one_label:
+        raise StatisticsError(
+            f"{field}: 'exact' is for one label an example, and '{task.name}' ({task.kind}) has one for every token: set it to "
+            "sampled or empirical"
+        )
+    if settings.estimator == "empirical" and getattr(task.settings, "label", "") is None:
+        raise StatisticsError(
+            f"{field}: 'empirical' needs labels, and '{task.name}' has none: set it to exact or sampled"
+        )
+
+
 def _own_model(opened: Opened, member: str, source: str) -> BoundTask:
     """A source that loads the member's own model."""
     settings, _ = opened.campaign.sources()[source]
@@ -277,6 +297,7 @@ def _job(
     known = {**opened.tasks, **opened.sources}[data.name]
     task = known if data.head == known.head else data.open()
     examples = number_of_examples(task, statistic, split)
+    _require_estimator(task, kind, settings)
     checkpoint = _checkpoint(opened, member)
     fingerprints = {"checkpoint": checkpoint.fingerprint, "data": task.data_fingerprint(split)}
     key = storage.fingerprint([fingerprints, checkpoint.config_fingerprint, statistic.key(), examples])

@@ -22,7 +22,7 @@ class LikelihoodSettings(StatisticSettings):
     estimator: Literal["exact", "sampled", "empirical"] = Field(
         "exact",
         description="exact: expectation over the classes; sampled: one label drawn from the model; "
-        "empirical: the label in the data. Language models: sampled or empirical.",
+        "empirical: the label in the data. Language models and token classification: sampled or empirical.",
     )
     seed: int = Field(0, ge=0, description="Seed of the sampled labels.")
 

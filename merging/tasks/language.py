@@ -138,6 +138,7 @@ class LanguageTask(Task):
     """A task on prompts and completions; see `Task`."""
 
     has_predictions: ClassVar[bool] = True
+    one_label: ClassVar[bool] = False
     model_class: ClassVar[str]
 
     def __init__(self, name: str, settings: LanguageSettings, head: str) -> None:

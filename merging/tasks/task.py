@@ -104,6 +104,8 @@ class Task(ABC):
     kind: ClassVar[str]
     has_logits: ClassVar[bool] = True
     """Whether `logits` and `batches` work: what Fisher, Gram and representations are computed from."""
+    one_label: ClassVar[bool] = True
+    """Whether an example has one label, and logits one row of classes for it; else one for every token."""
     has_predictions: ClassVar[bool] = False
     """Whether `predict` and `score` work: what measures a candidate step by step."""
     runs_foreign_code: ClassVar[bool] = False

@@ -62,6 +62,7 @@ class TokenClassification(Task):
 
     kind: ClassVar[str] = "token_classification"
     has_predictions: ClassVar[bool] = True
+    one_label: ClassVar[bool] = False
 
     def __init__(self, name: str, settings: TokenClassificationSettings, head: str) -> None:
         super().__init__(name, settings, head)

@@ -1,8 +1,9 @@
 import pytest
 import torch
 import yaml
+from transformers import BertForTokenClassification
 
-from flows.campaign.needed_statistics import member_statistics
+from flows.campaign.needed_statistics import member_statistics, require_sources
 from flows.campaign.open_campaign import open_campaign
 from flows.campaign.run import run
 from flows.cli.merge import merge_recipe
@@ -78,3 +79,27 @@ def test_the_base_s_fisher_without_its_data_is_refused(with_base_data, tiny_pool
     assert bare.examples()[BASE] == 24
     with pytest.raises(StatisticsError, match="the base has no head of its own for 'own'"):
         member_statistics(bare, bare.kinds, "nowhere", Display())
+
+
+@pytest.mark.parametrize(("estimator", "fits"), [("exact", False), ("sampled", True)])
+def test_an_estimator_that_a_task_cannot_have_is_refused_before_anything_runs(
+    campaign_file, tiny_pool, tokenizer, tmp_path, estimator, fits
+):
+    tagger = tmp_path / "tagger"
+    BertForTokenClassification.from_pretrained(tiny_pool["base"]).save_pretrained(tagger)
+    tokenizer.save_pretrained(tagger)
+    (tmp_path / "tags.jsonl").write_text('{"words": ["good"], "tags": [1]}\n{"words": ["bad"], "tags": [0]}\n')
+    path = campaign_file(
+        search={"methods": ["fisher"]}, statistics={"fisher": {"estimator": estimator}}, heads=["pooler.*"]
+    )
+    settings = yaml.safe_load(path.read_text())
+    settings["members"]["tags"] = str(tagger)
+    data = dict.fromkeys(("train", "validation"), str(tmp_path / "tags.jsonl"))
+    settings["tasks"]["tags"] = {"kind": "token_classification", "data": data}
+    path.write_text(yaml.safe_dump(settings))
+    opened = open_campaign(load_campaign(str(path)), Display())
+    if fits:
+        require_sources(opened)
+        return
+    with pytest.raises(StatisticsError, match=r"statistics.fisher.estimator: .* 'tags' \(token_classification\)"):
+        require_sources(opened)
