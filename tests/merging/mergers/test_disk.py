@@ -56,6 +56,28 @@ def test_memory_and_disk_agree(material, tmp_path, method, threads):
         assert (value - written[name]).abs().max() <= tolerance * value.abs().max(), name
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("model_stock", {"over": "rows"}),
+        ("lines+model_stock", {"over": "rows"}),
+        ("dare", {"rescale": "l1"}),
+        ("lines+dare", {"rescale": "l1", "drop@one": 0.7}),
+        ("ties", {"density@one": 0.6}),
+        ("breadcrumbs", {"density@one": 0.6, "gamma@two": 0.1}),
+    ],
+)
+def test_memory_and_disk_agree_where_rows_or_members_differ(material, tmp_path, method, parameters):
+    """What asks for rows, or for a weight's norm, is not cut."""
+    usual = METHODS[method].default_recipe(MEMBERS)
+    recipe = replace(usual, parameters={**usual.parameters, **parameters})
+    out = in_memory(material, recipe)
+    merge_to_disk(material, recipe, str(tmp_path / "out"), max_bytes=10_000, threads=2)
+    written = load_file(tmp_path / "out" / SINGLE)
+    for name, value in out.items():
+        assert (value - written[name]).abs().max() <= 1e-6 * value.abs().max(), name
+
+
 def test_members_that_take_no_part_have_none(material, tiny_pool, tmp_path):
     members = {name: str(tiny_pool[name]) for name in ("one", "three")}
     small = Material(Pool.open(str(tiny_pool["base"]), members))
