@@ -103,8 +103,10 @@ class Pool:
             found[name] = _match(origin, name, checkpoint, heads, problems)
         merged = _merged_names(origin, found, notes)
         problems += _absent(origin, found, merged)
+        named = {"the base": origin, **{f"'{name}'": member.checkpoint for name, member in found.items()}}
+        first = next((who for who, checkpoint in named.items() if _labels(checkpoint) is not None), "the base")
         for name, member in found.items():
-            problems += _label_problems(origin, name, member, merged)
+            problems += _label_problems(origin, (first, _labels(named[first])), name, member, merged)
         for name, member in found.items():
             dtypes = {str(member.checkpoint.tensors[member.names[key]].dtype) for key in merged if key in member.names}
             dtypes |= {str(origin.tensors[key].dtype) for key in merged}
@@ -294,9 +296,11 @@ def _merged_names(base: Checkpoint, found: Mapping[str, _Matched], notes: list[s
     return merged
 
 
-def _label_problems(base: Checkpoint, name: str, member: _Matched, merged: Sequence[str]) -> list[str]:
-    """Heads that would be merged though their rows are other classes in a member than in the base."""
-    ours, theirs = _labels(base), _labels(member.checkpoint)
+def _label_problems(
+    base: Checkpoint, first: tuple[str, list[str] | None], name: str, member: _Matched, merged: Sequence[str]
+) -> list[str]:
+    """Heads that would be merged though their rows are other classes in a member than in the first that names them."""
+    (who, ours), theirs = first, _labels(member.checkpoint)
     if ours is None or theirs is None or ours == theirs:
         return []
     sizes: Counter[str] = Counter()
@@ -315,8 +319,8 @@ def _label_problems(base: Checkpoint, name: str, member: _Matched, merged: Seque
         return []
     what = "in another order" if sorted(ours) == sorted(theirs) else "others"
     return [
-        f"{name}: the classes of its head are {what} (id2label {theirs}, the base {ours}), so that '{rows[0]}' has other rows: "
-        f"keep heads per task with `heads: ['{rows[0].rpartition('.')[0]}.*']`, or save it with the base's order"
+        f"{name}: the classes of its head are {what} (id2label {theirs}, {who} {ours}), so that '{rows[0]}' has other rows: "
+        f"keep heads per task with `heads: ['{rows[0].rpartition('.')[0]}.*']`, or save it with the same order"
     ]
 
 

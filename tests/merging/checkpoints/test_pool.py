@@ -210,3 +210,20 @@ def test_a_module_that_a_member_lacks_can_be_kept_per_task(tiny_pool, damaged):
     assert not any("pooler" in name for name in pool.weights)
     assert "bert.pooler.dense.weight" in pool.members["one"].head
     assert not any("no member has a tensor" in note for note in pool.notes)
+
+
+def test_members_whose_classes_differ_though_the_base_names_none(tiny_pool, tmp_path):
+    paths = {}
+    for name, labels in (("base", "012"), ("a", ["bad", "fine", "good"]), ("b", ["good", "fine", "bad"])):
+        path = shutil.copytree(tiny_pool["two"], tmp_path / name)
+        names = [f"LABEL_{label}" for label in labels] if name == "base" else list(labels)
+        config = json.loads((path / "config.json").read_text())
+        config |= {"id2label": dict(enumerate(names)), "label2id": {label: row for row, label in enumerate(names)}}
+        (path / "config.json").write_text(json.dumps(config))
+        paths[name] = str(path)
+    base = paths.pop("base")
+    with pytest.raises(
+        PoolError, match=r"b: the classes of its head are in another order .*, 'a' \['bad', 'fine', 'good'\]"
+    ):
+        Pool.open(base, paths)
+    assert Pool.open(base, {"a": paths["a"]}).weights
