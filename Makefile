@@ -14,6 +14,8 @@ help:
 	@echo "make test-endurance  killed nodes and drivers, a faulty S3: minutes each, not part of make test"
 	@echo "make docs        the documentation site, in site/"
 	@echo "make reference   the pages of docs/ that are written from the program: settings, methods, columns, commands, API"
+	@echo "make mergekit-env     mergekit 0.1.5 in an environment of its own, .mergekit/, for the test that compares"
+	@echo "make mergekit-parity  the table of docs/mergekit.md anew, from merges by both (about 4 minutes)"
 	@echo "make format      format and fix what can be fixed"
 	@echo "make clean       remove the environment, caches and runs"
 
@@ -40,6 +42,14 @@ docs: $(VENV)/installed-docs
 
 reference: $(VENV)/installed
 	$(BIN)/python -m flows.cli.reference docs
+
+mergekit-env:
+	test -x .mergekit/bin/python || $(PYTHON) -m venv .mergekit
+	.mergekit/bin/pip install --quiet --disable-pip-version-check "mergekit==0.1.5" "torch>=2.6,<2.14"
+
+mergekit-parity: $(VENV)/installed-dev
+	test -x .mergekit/bin/python || $(MAKE) mergekit-env
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/flows/mergekit_parity.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -236,7 +236,7 @@ def convert(
         str,
         typer.Argument(
             help="Directory whose weights are a pickle (pytorch_model.bin, …), or a mergekit configuration (YAML).",
-            metavar="CHECKPOINT|CONFIG.yaml",
+            metavar="SOURCE",
         ),
     ],
     out: Annotated[

@@ -62,7 +62,11 @@ def convert_configuration(path: str, out: str | None, display: Display) -> str:
 
         recipe = recipe | {
             "base": moved(recipe["base"]),
-            "members": {name: moved(model) for name, model in recipe["members"].items()},
+            **(
+                {"members": {name: moved(model) for name, model in recipe["members"].items()}}
+                if "members" in recipe
+                else {}
+            ),
         }
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
     if out is None:

@@ -82,6 +82,7 @@ def merge_recipe(
     if is_slices(load_yaml(path)):
         if mismatch:
             raise SettingsError(f"{path}: slices have no scaling factors whose mismatch there could be")
+        _show_translation(path, display)
         _write_slices(path, out, dtype, output, display, threads)
         return
     _show_translation(path, display)
@@ -207,6 +208,7 @@ def _write_slices(
 ) -> None:
     """Writes the model of a slices file; weights are copied, on no device."""
     file = load_slices(path)
+    dtype = dtype or file.dtype
     _require_free(out, path, file)
     require_writable(out)
     with display.phase(f"Taking layers of {len(file.members) + 1} models"):

@@ -84,8 +84,8 @@ KINDS: Mapping[str, _Kind] = {
     "della_linear": _of_task_vectors("ranks", False, normalize=False, rescale=True, epsilon=0.15),
 }
 """mergekit's methods that can be expressed."""
-OTHERS = ("passthrough",)
-"""Those that cannot."""
+PASSTHROUGH = "passthrough"
+"""mergekit's method that copies layers, which becomes a slices file."""
 PARAMETERS = {name for kind in KINDS.values() for name in (*kind.shared, *kind.own)} | {
     "scale",
     "select_topk",
@@ -152,13 +152,18 @@ def is_mergekit(value: Mapping[str, Any]) -> bool:
     return "merge_method" in value and "method" not in value
 
 
+def is_passthrough(value: Mapping[str, Any]) -> bool:
+    """Whether it is a mergekit configuration that copies layers, which becomes a slices file."""
+    return is_mergekit(value) and value["merge_method"] == PASSTHROUGH
+
+
 def translate(
     value: Mapping[str, Any],
     where: str,
     names: Callable[[str], Sequence[str]],
     template: Callable[[str], str | None] = lambda path: None,
 ) -> Translated:
-    """A mergekit configuration as a recipe file's content.
+    """A mergekit configuration as a recipe file's content, or a slices file's.
 
     Args:
         value: The configuration.
@@ -202,16 +207,16 @@ class _Translation:
                 "modules", "parts of a model with merges of their own have no recipe here: merge whole models"
             )
         method = str(value["merge_method"])
-        if method in OTHERS:
-            self._problem("merge_method", f"'{method}' {_WHY_NOT.get(method, 'is no method here')}")
-        elif method not in KINDS:
-            self._problem("merge_method", f"unknown method '{method}'. {did_you_mean(method, [*KINDS, *OTHERS])}")
+        if method not in KINDS and method != PASSTHROUGH:
+            self._problem("merge_method", f"unknown method '{method}'. {did_you_mean(method, [*KINDS, PASSTHROUGH])}")
         base = self._model(value["base_model"], "base_model") if value.get("base_model") is not None else None
         slices = self._slices(base)
-        kind = KINDS.get(method)
+        kind = _Kind({}, {"scale": 1.0}, "none") if method == PASSTHROUGH else KINDS.get(method)
         if kind is None or not slices or not all(part.sources for part in slices):
             raise self._error()
         base = base or self._base_of(slices)
+        if method == PASSTHROUGH:
+            return self._passthrough(kind, slices, base)
         inputs = self._inputs(kind, slices, base)
         for place, parameters in self._places(slices):
             self._check_parameters(method, kind, place, parameters)
@@ -399,6 +404,104 @@ class _Translation:
                     f"{place}.{name}", f"{method} has no such parameter. {did_you_mean(str(name), sorted(known))}"
                 )
 
+    # Layers one after another
+
+    def _passthrough(self, kind: _Kind, slices: Sequence[_Slice], base: Model | None) -> Translated:
+        """A slices file's content."""
+        for place, parameters in self._places(slices):
+            self._check_parameters(PASSTHROUGH, kind, place, parameters)
+        for part in slices:
+            if len(part.sources) > 1:
+                self._problem(
+                    f"{part.where}.sources" if part.where else "models", "passthrough copies one model at a time"
+                )
+        origin = base or slices[0].sources[0].model
+        if base is None or base.adapter:
+            origin = Model(origin.path)
+        models = list(dict.fromkeys(part.sources[0].model for part in slices if part.sources[0].model != origin))
+        members = _member_names(models)
+        recipe: dict[str, Any] = {"base": str(origin)}
+        if members:
+            recipe["members"] = {members[model]: str(model) for model in models}
+        self._tokens(recipe, members, origin)
+        self._dtype(recipe)
+        self._raise()
+        filters = list(dict.fromkeys(_filters(parameters for _, parameters in self._places(slices))))
+        places = [p for _, p in self._places(slices) if p.get("scale") is not None]
+        names: list[str] = []
+        if places or len({part.sources[0].model for part in slices}) > 1:
+            names = list(self._names(str(origin)))
+        if names:
+            self._note_idle(filters, names)
+        found: list[dict[str, Any]] = []
+        for part in slices:
+            source = part.sources[0]
+            who = BASE if source.model == origin else members[source.model]
+            settings = self._scales(part)
+            found += self._copied(who, source, settings, names, filters)
+        for name in names:
+            part = slices[0] if depth(name) < math.inf else slices[-1]
+            if not NUMBER.search(name) and self._resolve("scale", 1.0, self._scales(part), name, 0.0) != 1:
+                self._problem(
+                    "scale", f"mergekit scales '{name}' too, which is in no layer and is copied here: use filters"
+                )
+                break
+        recipe["slices"] = found
+        ends = [BASE if part.sources[0].model == origin else members[part.sources[0].model] for part in slices]
+        first, last = ends[0], ends[-1]
+        if first == last and first != BASE:
+            recipe["rest"] = first
+        elif first != last:
+            before = [name for name in names if not NUMBER.search(name) and depth(name) < math.inf]
+            recipe["rest"] = {**{escape(name): first for name in before}, "*": last}
+        self._raise()
+        return Translated(recipe, tuple(dict.fromkeys(self._notes)))
+
+    def _scales(self, part: _Slice) -> list[tuple[str, Params]]:
+        """Where a slice's scale may be given, the narrowest place first."""
+        above = f"{part.where}.sources" if part.where else "models"
+        found = [(f"{above}.0.parameters", part.sources[0].parameters), (f"{part.where}.parameters", part.parameters)]
+        found.append(("parameters", self._parameters(self._value, "")))
+        return [(place, parameters) for place, parameters in found if parameters.get("scale") is not None]
+
+    def _copied(
+        self,
+        who: str,
+        source: _Source,
+        settings: Sequence[tuple[str, Params]],
+        names: Sequence[str],
+        filters: Sequence[str],
+    ) -> list[dict[str, Any]]:
+        """A slice, in pieces where its scale changes from layer to layer."""
+        span = f"{source.start}-" if source.stop is None else _span(source.start, source.stop - 1)
+        if source.stop is not None and source.stop <= source.start:
+            self._problem("layer_range", f"[{source.start}, {source.stop}] has no layer")
+            return []
+        if not settings:
+            return [{"source": who, "layers": span}]
+        stop = source.stop if source.stop is not None else max(_layers(names).values(), default=0)
+        pieces: list[tuple[int, int, Any]] = []
+        for layer in range(source.start, stop):
+            own = [name for name in names if (number := NUMBER.search(name)) and int(number[1]) == layer]
+            t = (layer - source.start) / (stop - source.start - 1) if stop - source.start > 1 else 1.0
+            factors = {name: self._resolve("scale", 1.0, settings, name, t) for name in own}
+            grouped: dict[str, float] | None = {"*": next(iter(factors.values()), 1.0)}
+            if len(set(factors.values())) > 1:
+                grouped = _by_pattern(factors, filters)
+            if grouped is None or (len(grouped) > 1 and grouped.get("*", 1.0) != 1):
+                grouped = {escape(name): factor for name, factor in factors.items()}
+            scale = {pattern: factor for pattern, factor in grouped.items() if factor != 1}
+            if pieces and pieces[-1][2] == scale:
+                pieces[-1] = (pieces[-1][0], layer, scale)
+            else:
+                pieces.append((layer, layer, scale))
+        whole = len(pieces) == 1 and source.stop is None
+        return [
+            {"source": who, "layers": span if whole else _span(first, last)}
+            | ({"scale": scale["*"] if list(scale) == ["*"] else scale} if scale else {})
+            for first, last, scale in pieces
+        ]
+
     # What it means for each weight
 
     def _weights(
@@ -440,6 +543,7 @@ class _Translation:
         self._raise()
         cache: dict[Any, tuple[Resolved, list[Resolved]]] = {}
         filters = list(_filters(parameters for _, parameters in self._places(slices)))
+        self._note_idle(filters, names)
         found = {}
         for name in names:
             part, t = _position(name, layers, slices, spans)
@@ -674,6 +778,13 @@ class _Translation:
                 self._problem(f"{where}.{key}", f"unknown key. {did_you_mean(str(key), list(keys))}")
         return True
 
+    def _note_idle(self, filters: Iterable[str], names: Sequence[str]) -> None:
+        for text in filters:
+            if not any(text in name for name in names):
+                self._note(
+                    f"filter '{text}' fits none of the base's weights, whose names are like '{names[len(names) // 2]}'"
+                )
+
     def _note(self, text: str) -> None:
         self._notes.append(text)
 
@@ -690,7 +801,10 @@ class _Translation:
 
 
 STACKED = "layers that are left out, repeated, moved or of other models than the rest have no recipe here"
-_WHY_NOT = {"passthrough": f"copies layers: {STACKED}"}
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
 
 
 def _is_constant(setting: Any) -> bool:

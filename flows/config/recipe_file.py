@@ -155,7 +155,7 @@ def load_recipe(path: str) -> RecipeFile:
     value = load_yaml(path)
     if is_mergekit(value):
         value = from_mergekit(value, path).recipe
-        _require_directories(value, path)
+        require_directories(value, path)
     given = validate(RecipeFile, value, path)
     settings = given.model_dump(mode="json")
     with said_in(path):
@@ -192,13 +192,13 @@ def from_mergekit(value: Mapping[str, Any], path: str) -> Translated:
     return translate(value, path, names, lambda model: chat_template(resolve(model, root)))
 
 
-def _require_directories(recipe: Mapping[str, Any], path: str) -> None:
+def require_directories(recipe: Mapping[str, Any], path: str) -> None:
     """Looks whether models that mergekit might have fetched from the Hub are here.
 
     Raises:
         SettingsError: One is not.
     """
-    for model in dict.fromkeys([recipe["base"], *recipe["members"].values()]):
+    for model in dict.fromkeys([recipe["base"], *recipe.get("members", {}).values()]):
         for part in resolve_checkpoint(model, parent(path)).split("+"):
             if storage.is_local(part) and not storage.is_dir(part):
                 raise SettingsError(f"{path}: {_absent(part)}")

@@ -1,14 +1,25 @@
 """Slices files: a model made of layers of base and members, one after another."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, field_validator
 
 from flows.config.files_from import FilesFrom
-from flows.config.recipe_file import seen_from
-from flows.config.yaml_file import MemberSettings, Name, Settings, load_yaml, parent, resolve, said_in, validate
+from flows.config.mergekit import is_passthrough
+from flows.config.recipe_file import from_mergekit, require_directories, seen_from
+from flows.config.yaml_file import (
+    MemberSettings,
+    Name,
+    Settings,
+    load_yaml,
+    parent,
+    resolve,
+    resolve_checkpoint,
+    said_in,
+    validate,
+)
 from merging.checkpoints.checkpoint import Checkpoint
 from merging.checkpoints.pool import Pool
 from merging.checkpoints.vocabulary import Vocabulary
@@ -51,7 +62,14 @@ class SlicesFile(Settings):
         default_factory=dict, description="Checkpoints fine-tuned from it, none where all layers are its own."
     )
     slices: tuple[SliceSettings, ...] = Field(min_length=1, description="The layers, from the first to the last.")
-    rest: str = Field(BASE, description="Whose embeddings, last norm and head: a member, or `base`.")
+    rest: str | dict[str, str] = Field(
+        BASE,
+        description="Whose embeddings, last norm and head: a member, or `base`; or one for each pattern of names, of which the "
+        "first that fits counts (`{'*embed*': amazon, '*': base}`).",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="Of the written weights; by default the base's."
+    )
     heads: tuple[str, ...] = Field((), description="Patterns of tensors that are not taken from members.")
     vocabulary: Vocabulary = Field("base", description="Whose tokens the model has: see recipe files.")
     files_from: FilesFrom = Field(default_factory=FilesFrom, description=FilesFrom.__doc__)
@@ -87,8 +105,8 @@ class SlicesFile(Settings):
 
 
 def is_slices(given: Mapping[str, Any]) -> bool:
-    """Whether a YAML file's mapping is a slices file, and not mergekit's."""
-    return "slices" in given and "merge_method" not in given
+    """Whether a YAML file's mapping is a slices file, or a configuration of mergekit's that becomes one."""
+    return is_passthrough(given) or ("slices" in given and "merge_method" not in given)
 
 
 def load_slices(path: str) -> SlicesFile:
@@ -98,10 +116,14 @@ def load_slices(path: str) -> SlicesFile:
         SettingsError: It is missing, or something in it is wrong: every mistake is in the message.
     """
     root = parent(path)
-    given = validate(SlicesFile, load_yaml(path), path)
+    value = load_yaml(path)
+    if is_passthrough(value):
+        value = from_mergekit(value, path).recipe
+        require_directories(value, path)
+    given = validate(SlicesFile, value, path)
     settings = given.model_dump(mode="json")
     with said_in(path):
         settings["base"] = resolve(given.base, root)
         for member in settings["members"].values():
-            member["checkpoint"] = resolve(member["checkpoint"], root)
+            member["checkpoint"] = resolve_checkpoint(member["checkpoint"], root)
     return validate(SlicesFile, settings, path)

@@ -76,7 +76,7 @@ def write_slices(
     slices: Sequence[Slice],
     path: str,
     *,
-    rest: str = BASE,
+    rest: str | Mapping[str, str] = BASE,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = SHARD_BYTES,
     threads: int | None = None,
@@ -92,7 +92,8 @@ def write_slices(
         pool: Base and members.
         slices: The layers, from the first to the last.
         path: The directory to write; an earlier merge that is there is replaced.
-        rest: Whose embeddings, norms and head, which belong to no layer: a member, or `base`.
+        rest: Whose embeddings, norms and head, which belong to no layer: a member, or `base`; or for patterns of their names,
+            the first that fits, the base being the rest.
         dtype: Of floating-point weights; the base's by default.
         max_shard_bytes: An output file is closed before it exceeds this.
         threads: Files written side by side; by default as many as there are processors to this process.
@@ -178,13 +179,17 @@ def _known(pool: Pool, source: str, place: str) -> None:
         raise MethodError(f"{place}: '{source}' is no member. {did_you_mean(source, names)}")
 
 
-def _pieces(pool: Pool, prefix: str, picks: Sequence[tuple[str, int, Slice]], rest: str) -> dict[str, _Piece]:
+def _pieces(
+    pool: Pool, prefix: str, picks: Sequence[tuple[str, int, Slice]], rest: str | Mapping[str, str]
+) -> dict[str, _Piece]:
     """What is written, by its new name; layers where the base has its first.
 
     Raises:
         MethodError: A pattern of a slice has none of its weights, or two have the same.
     """
-    _known(pool, rest, "rest")
+    owners = {"*": rest} if isinstance(rest, str) else {**rest, "*": rest.get("*", BASE)}
+    for owner in owners.values():
+        _known(pool, owner, "rest")
     own: dict[int, list[tuple[str, str]]] = {}
     for name in pool.base.tensors:
         if (found := NUMBER.search(name)) and name[: found.start(1)] == prefix:
@@ -203,7 +208,8 @@ def _pieces(pool: Pool, prefix: str, picks: Sequence[tuple[str, int, Slice]], re
     made: dict[str, _Piece] = {}
     for name in pool.base.tensors:
         made |= stacked if name in layered and not made.keys() & stacked.keys() else {}
-        made |= {} if name in layered else {name: _Piece(name, rest)}
+        if name not in layered:
+            made[name] = _Piece(name, next(who for pattern, who in owners.items() if fnmatchcase(name, pattern)))
     for number, pattern in sorted(idle):
         raise MethodError(f"scale: '{pattern}' has none of the weights of layer {picks[number][1]}")
     return made

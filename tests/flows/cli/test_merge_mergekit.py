@@ -193,3 +193,39 @@ def test_an_adapter_on_another_model_is_a_member(tiny_pool, tmp_path):
     code, told = call("merge", path, "--out", adapter)
     assert code == 2
     assert "would replace" in told
+
+
+def test_layers_one_after_another(tiny_pool, tmp_path):
+    """Each layer is its source's, the embeddings the first slice's, and what comes after the layers the last's."""
+    one, two = (str(tiny_pool[name]) for name in ("one", "two"))
+    value = {
+        "merge_method": "passthrough",
+        "base_model": str(tiny_pool["base"]),
+        "dtype": "float16",
+        "slices": [
+            {"sources": [{"model": one, "layer_range": [0, 2]}]},
+            {"sources": [{"model": two, "layer_range": [1, 2]}]},
+        ],
+    }
+    path = tmp_path / "theirs.yaml"
+    path.write_text(yaml.safe_dump(value))
+    code, told = call("merge", path, "--out", tmp_path / "out")
+    assert code == 0, told
+    assert "is mergekit's. As a recipe:" in told
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    own = {name: load_file(Path(place) / "model.safetensors") for name, place in (("one", one), ("two", two))}
+    key = "bert.encoder.layer.{}.output.dense.weight"
+    sources = {
+        "embeddings.word_embeddings.weight": own["one"]["bert.embeddings.word_embeddings.weight"],
+        "encoder.layer.0.output.dense.weight": own["one"][key.format(0)],
+        "encoder.layer.1.output.dense.weight": own["one"][key.format(1)],
+        "encoder.layer.2.output.dense.weight": own["two"][key.format(1)],
+        "pooler.dense.weight": own["two"]["bert.pooler.dense.weight"],
+    }
+    for name, value in sources.items():
+        assert torch.equal(merged[name], value.half()), name
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 3
+    assert call("convert", path, "--out", tmp_path / "below" / "slices.yaml")[0] == 0
+    assert call("merge", tmp_path / "below" / "slices.yaml", "--out", tmp_path / "again")[0] == 0
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(merged[name], again[name]) for name in merged)

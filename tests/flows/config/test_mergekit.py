@@ -5,6 +5,7 @@ import yaml
 
 from flows.config.mergekit import is_mergekit, translate
 from flows.config.recipe_file import RecipeFile
+from flows.config.slices_file import SlicesFile
 from flows.config.yaml_file import validate
 from merging.errors import MethodError, SettingsError
 from merging.mergers.weight_groups import split
@@ -364,6 +365,54 @@ models:
     }
 
 
+STACK = """
+merge_method: passthrough
+slices:
+  - sources: [{model: a, layer_range: [0, 3]}]
+  - sources: [{model: b, layer_range: [1, 4]}]
+dtype: bfloat16
+"""
+
+
+def test_layers_one_after_another_are_a_slices_file():
+    found = translate(yaml.safe_load(STACK), "theirs.yaml", lambda path: NAMES).recipe
+    assert found == {
+        "base": "a",
+        "members": {"b": "b"},
+        "dtype": "bfloat16",
+        "slices": [{"source": "base", "layers": "0-2"}, {"source": "b", "layers": "1-3"}],
+        "rest": {"model.embed_tokens.weight": "base", "*": "b"},
+    }
+    validate(SlicesFile, found, "slices")
+
+
+def test_scales_of_layers_by_filter_and_depth():
+    text = """
+merge_method: passthrough
+slices:
+  - sources: [{model: a, layer_range: [0, 2]}]
+  - sources:
+      - model: a
+        layer_range: [0, 4]
+        parameters: {scale: [{filter: o_proj, value: 0}, {filter: down_proj, value: [1, 0.5, 0.25, 0.5]}, {value: 1}]}
+"""
+    found = translate(yaml.safe_load(text), "theirs.yaml", lambda path: NAMES).recipe
+    assert found["slices"] == [
+        {"source": "base", "layers": "0-1"},
+        {"source": "base", "layers": "0", "scale": {"*o_proj*": 0.0}},
+        {"source": "base", "layers": "1", "scale": {"*o_proj*": 0.0, "*down_proj*": 0.5}},
+        {"source": "base", "layers": "2", "scale": {"*o_proj*": 0.0, "*down_proj*": 0.25}},
+        {"source": "base", "layers": "3", "scale": {"*o_proj*": 0.0, "*down_proj*": 0.5}},
+    ]
+    assert "rest" not in found
+    validate(SlicesFile, found, "slices")
+
+
+def test_one_model_is_copied_whole():
+    found = translate({"merge_method": "passthrough", "models": [{"model": "a"}]}, "f", lambda path: NAMES).recipe
+    assert found == {"base": "a", "slices": [{"source": "base", "layers": "0-"}]}
+
+
 def test_an_adapter_whose_model_has_no_part_in_the_merge():
     text = "merge_method: linear\nmodels: [{model: m+a}, {model: m+b}]\nparameters: {weight: 1}"
     recipe = convert(text).recipe
@@ -374,7 +423,8 @@ def test_an_adapter_whose_model_has_no_part_in_the_merge():
     ("text", "messages"),
     [
         (task_vectors("tise"), ["merge_method: unknown method 'tise'. Did you mean 'ties'?"]),
-        (task_vectors("passthrough"), ["merge_method: 'passthrough' copies layers"]),
+        (task_vectors("passthrough"), ["models: passthrough copies one model at a time"]),
+        (STACK + "parameters: {scale: 0.5}", ["scale: mergekit scales 'model.embed_tokens.weight' too"]),
         (task_vectors("ties", "moduls: {}"), ["moduls: unknown key. Did you mean 'modules'?"]),
         (task_vectors("ties", "modules: {}"), ["modules:"]),
         (
@@ -427,6 +477,12 @@ def test_all_mistakes_are_in_one_error():
     told = refusal(task_vectors("ties", "nonsense: 1\ntokenizer_source: nobody\nparameters: {wieght: 1}"))
     assert "nonsense" in told
     assert "wieght" in told
+
+
+def test_a_filter_that_fits_no_weight_is_noted():
+    found = convert(GRADIENT.replace("self_attn", "attention"))
+    assert any("filter 'attention' fits none" in note for note in found.notes)
+    assert not any("'mlp'" in note for note in found.notes)
 
 
 def test_what_mergekit_ignores_is_noted():
