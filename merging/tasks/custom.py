@@ -174,7 +174,7 @@ class Custom(Task):
         try:
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
                 result = function(model, self.head, split, limit, **arguments)
-        except Exception as error:  # the user's code may raise anything
+        except (Exception, SystemExit) as error:  # the user's code may raise anything
             raise self._error(f"{self.settings.evaluator} failed: {type(error).__name__}: {error}") from error
         fields = result if isinstance(result, dict) else {"value": result}
         if unknown := fields.keys() - {"value", "standard_error", "examples", "values"}:
@@ -225,7 +225,7 @@ class Custom(Task):
             sys.meta_path.append(last)
         try:
             imported = importlib.import_module(module)
-        except Exception as error:  # the user's module may raise anything
+        except (Exception, SystemExit) as error:  # the user's module may raise anything, or be a script that exits
             raise self._error(
                 f"cannot import '{module}' ({type(error).__name__}: {error}): put it into the working directory or its "
                 "directory on PYTHONPATH, and what it needs into this environment. An installed module of that name comes first"
@@ -256,7 +256,7 @@ class Custom(Task):
 
     def _number(self, value: Any, what: str) -> float:
         """A number out of what the function returned, also out of a NumPy or torch scalar."""
-        if isinstance(value, torch.Tensor) and value.numel() == 1:
+        if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex() and not value.is_meta:
             return float(value)
         if isinstance(value, Real) and not isinstance(value, bool):
             try:
@@ -265,7 +265,7 @@ class Custom(Task):
                 raise self._error(
                     f"{self.settings.evaluator} returned a number as {what} that no float holds"
                 ) from None
-        raise self._error(f"{self.settings.evaluator} returned {value!r} as {what}: a number is needed")
+        raise self._error(f"{self.settings.evaluator} returned {repr(value)[:300]} as {what}: a number is needed")
 
     def _error(self, message: str) -> TaskError:
         return TaskError(f"task '{self.name}': {hidden(message, references(self.settings.arguments))}")

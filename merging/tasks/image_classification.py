@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from merging.tasks.images import Images
 
 MODEL_CLASS = "AutoModelForImageClassification"
+MAX_ASPECT = 100
+"""Length of an image by its width: a processor that resizes the shorter side would make too much of more."""
 KEPT = 1 << 30
 """Bytes of prepared images of a task that stay in memory from candidate to candidate."""
 
@@ -90,24 +92,52 @@ class ImageClassification(Task):
         """Reads and decodes all splits, the head's classes and its processor; see `Task.check`."""
         _ = self._classes
         self.blank_model()
+        extents: dict[tuple[int, ...], tuple[Split, int]] = {}
         for split in self.settings.data:
             images = self._split(split)
             for place in range(len(images)):
                 try:
-                    images.decode(place)
+                    extents.setdefault(images.decode(place).shape, (split, place))
                 except TaskError as error:
                     raise self._error(f"{split}: {error}") from error
-            shape = self._pixels(split, 0).shape
-            if len(shape) != 3:
-                raise self._error(
-                    f"the processor of {self.head} gives images of shape {list(shape)}: one image is needed"
-                )
+        self._check_processor(extents)
         lacking = {"train": "no statistics can be computed for it", "test": "its winner is known on validation only"}
         return [
             f"task '{self.name}' has no {split} split: {lack}"
             for split, lack in lacking.items()
             if split not in self.settings.data
         ]
+
+    def _check_processor(self, extents: Mapping[tuple[int, ...], tuple[Split, int]]) -> None:
+        """Whether the smallest, largest, widest and tallest images become pixels of one shape.
+
+        Raises:
+            TaskError: They do not, or cannot be prepared.
+        """
+        by = (lambda x: x[0] * x[1], lambda x: -x[0] * x[1], lambda x: x[0] / x[1], lambda x: x[1] / x[0])
+        shapes = set()
+        for key in by:
+            extent = min(extents, key=key)
+            split, place = extents[extent]
+            longest, shortest = max(extent[:2]), min(extent[:2])
+            if longest > MAX_ASPECT * shortest:
+                raise self._error(
+                    f"{split}: {self._split(split).names[place]} is {longest} by {shortest} pixels, longer than "
+                    f"{MAX_ASPECT} times its width: crop it"
+                )
+            try:
+                shapes.add(tuple(self._pixels(split, place).shape))
+            except TaskError:
+                raise
+            except Exception as error:  # a processor's own
+                raise self._error(
+                    f"the processor of {self.head} cannot prepare {self._split(split).names[place]}: {str(error)[:300]}"
+                ) from error
+        if len(shapes) > 1 or any(len(shape) != 3 for shape in shapes):
+            raise self._error(
+                f"the processor of {self.head} gives images of shapes {sorted(map(list, shapes))}: one shape is needed, "
+                "[channels, height, width]. Let it resize or crop"
+            )
 
     def load_model(self) -> nn.Module:
         """The head's checkpoint as `AutoModelForImageClassification`; see `Task.load_model`."""

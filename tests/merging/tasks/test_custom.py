@@ -29,6 +29,9 @@ def not_finite(model, checkpoint, split, limit):
 def broken(model, checkpoint, split, limit):
     raise RuntimeError("out of paint")
 
+def leaving(model, checkpoint, split, limit):
+    raise SystemExit(1)
+
 def narrow(model):
     return 0.0
 
@@ -41,6 +44,7 @@ def seen(model, checkpoint, split, limit):
 def custom(tmp_path, monkeypatch, head):
     (tmp_path / "my_scores.py").write_text(SOURCE)
     (tmp_path / "my_broken.py").write_text("import a_module_that_is_not_there")
+    (tmp_path / "my_script.py").write_text("import sys; sys.exit(3)")
     monkeypatch.syspath_prepend(tmp_path)
     sys.modules.pop("my_scores", None)
     return lambda evaluator, head=head, **settings: make_task(
@@ -84,6 +88,7 @@ def test_examples_from_the_settings(custom):
         ("my_scores:nrm", {}, "module 'my_scores' has no function 'nrm'"),
         ("my_absent:norm", {}, "cannot import 'my_absent' .*PYTHONPATH"),
         ("my_broken:norm", {}, "a_module_that_is_not_there"),
+        ("my_script:norm", {}, "SystemExit: 3"),
         ("my_scores:CONSTANT", {}, "is no function but int"),
         ("my_scores:narrow", {}, "cannot be called as function"),
         ("my_scores:norm", {"arguments": {"skale": 1}}, r"with the arguments \['skale'\]"),
@@ -120,6 +125,8 @@ def test_check_notes(custom):
         ("my_scores:broken", {}, "failed: RuntimeError: out of paint"),
         ("my_scores:not_finite", {}, "gave nan on test: a score must be finite"),
         ("my_scores:given", {}, "returned None as value"),
+        ("my_scores:leaving", {}, "SystemExit"),
+        ("my_scores:given", {"result": torch.tensor(1j)}, "as value: a number is needed"),
         ("my_scores:given", {"result": "good"}, "returned 'good' as value"),
         ("my_scores:given", {"result": True}, "returned True as value"),
         ("my_scores:given", {"result": {"value": 1.0, "accuracy": 0.5}}, r"returned \['accuracy'\]"),

@@ -1,4 +1,5 @@
 import json
+import shutil
 from io import BytesIO
 
 import numpy as np
@@ -197,3 +198,34 @@ def test_a_head_without_processor_or_of_another_kind_is_refused(make, heads, tmp
         (config / name).symlink_to(f"{heads['vit']}/{name}")
     with pytest.raises(TaskError, match="image processor .* cannot be loaded"):
         make_task("colours", make().settings, str(config)).check()
+
+
+def encoded(array, kind="PNG"):
+    buffer = BytesIO()
+    Image.fromarray(array).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def test_images_that_a_processor_makes_different_of_are_refused(make, heads, tmp_path):
+    shutil.copytree(heads["resnet"], tmp_path / "unsized")
+    settings = {"image_processor_type": "ViTImageProcessor", "do_resize": False}
+    (tmp_path / "unsized" / "preprocessor_config.json").write_text(json.dumps(settings))
+    task = make()
+    task.head = str(tmp_path / "unsized")
+    with pytest.raises(TaskError, match="one shape is needed"):
+        task.check()
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (encoded(np.zeros((1, 500, 3), np.uint8)), "500 by 1 pixels"),
+        (encoded(np.zeros((8, 8, 3), np.uint8), "PPM"), "no image that can be read"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image that can be read"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "no image that can be read"),
+    ],
+)
+def test_images_that_are_none_or_too_long(make, content, why):
+    rows = [{"image": content, "label": "dark"}, {"image": encoded(pictures(1)[0][0]), "label": "red"}]
+    with pytest.raises(TaskError, match=why):
+        make(rows=rows).check()
