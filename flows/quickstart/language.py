@@ -56,6 +56,8 @@ TOPICS: Mapping[str, str] = {"05": "animal", "13": "food", "06": "artifact", "18
 """Number of a lexicographer's file of WordNet → its topic."""
 GENRES: Mapping[str, str] = {"news": "a", "religion": "d", "learned": "j", "romance": "p"}
 SKILLS = ("word class", "topic", "genre", "definition")
+MOST = 10
+"""Questions of a text of the corpus, or of a noun."""
 MOST_WORDS = 24
 """Words of a prompt's sentence or gloss."""
 
@@ -146,12 +148,15 @@ def word_classes(tagged: Mapping[str, str], generator: random.Random) -> list[Qu
 
 
 def genres(tagged: Mapping[str, str], generator: random.Random) -> list[Question]:
-    """Which genre a sentence is from."""
+    """Which genre a sentence is from: as many texts of each."""
     names = tuple(GENRES)
+    by_genre = [sorted(name for name in tagged if name[1] == letter) for letter in GENRES.values()]
+    most = min(map(len, by_genre))
     return [
-        Question(text, f"{_plain(words)}\nThis sentence is from a text of", names, names.index(genre))
-        for genre, letter in GENRES.items()
-        for text, words, _ in _sentences(tagged, letter)
+        Question(text, f"{_plain(words)}\nThis sentence is from a text of", names, label)
+        for label, found in enumerate(by_genre)
+        for name in generator.sample(found, most)
+        for text, words, _ in _sentences({name: tagged[name]}, name[1])
     ]
 
 
@@ -184,7 +189,7 @@ def definitions(nouns: Sequence[Gloss], generator: random.Random) -> list[Questi
 def frames(questions: Sequence[Question], sizes: Mapping[Split, int] = SIZES) -> dict[Split, pd.DataFrame]:
     """A skill's splits with columns `prompt`, `choices` and `label`; no prompt is in two of them.
 
-    Of a group no more than four questions are taken, so that splits come from many.
+    Of a group no more than `MOST` questions are taken, so that splits come from many.
     """
     groups: dict[str, list[Question]] = {}
     seen: set[str] = set()
@@ -192,7 +197,7 @@ def frames(questions: Sequence[Question], sizes: Mapping[Split, int] = SIZES) ->
     random.Random(0).shuffle(shuffled)
     for question in shuffled:
         group = groups.setdefault(question.group, [])
-        if question.prompt not in seen and len(group) < CHOICES:
+        if question.prompt not in seen and len(group) < MOST:
             seen.add(question.prompt)
             group.append(question)
     return {
@@ -220,7 +225,7 @@ def _plain(words: Sequence[str]) -> str:
 
 def _data(cache: Path, directory: Path, progress: Progress) -> Files:
     brown, wordnet = fetch(BROWN, cache, progress), fetch(WORDNET, cache, progress)
-    key = ["language", dict(SIZES), MOST_WORDS, GENRES, TOPICS]
+    key = ["language", dict(SIZES), MOST, MOST_WORDS, GENRES, TOPICS]
     return written(directory, [_name(skill) for skill in SKILLS], key, lambda: _frames(brown, wordnet))
 
 
