@@ -65,8 +65,6 @@ IGNORED = (
     "mask_time_*",
     "mask_feature_*",
     "apply_spec_augment",
-    "classifier_*",
-    "summary_*",
     "pruned_heads",
     "quantization_config",
     "do_sample",
@@ -125,6 +123,8 @@ LANGUAGE_HEADS = (
     "Seq2SeqLM",
 )
 """How the names of architectures end that have an output embedding, so that it matters whether that is tied."""
+OF_HEADS = ("classifier_", "summary_")
+"""How fields begin that say how a head reads its backbone: they matter where both have the same one."""
 SANE = 1 << 24
 """A number above which no list is made of so many layers."""
 
@@ -162,7 +162,14 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Dif
     else:
         declared = None if own_code else _declared(str(first["model_type"]))
         found = list(_compared(resolved[0], resolved[1], declared, ""))
-    return [entry for entry in found if ties or entry[0].rpartition(".")[2] != "tie_word_embeddings"]
+    one, other = (config.get("architectures") for config in (first, second))
+    heads = one == other and any("Classification" in str(name) for name in one or [])
+    ends = [(entry, entry[0].rpartition(".")[2]) for entry in found]
+    return [
+        entry
+        for entry, end in ends
+        if (ties or end != "tie_word_embeddings") and (heads or not end.startswith(OF_HEADS))
+    ]
 
 
 def _ignored(key: str) -> bool:

@@ -133,3 +133,14 @@ def test_equal_files_are_compared_without_transformers():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fits"), [("ModernBertForSequenceClassification", False), ("ModernBertForMaskedLM", True)]
+)
+def test_how_a_head_reads_its_backbone_matters_where_both_have_it(architecture, fits):
+    first = {"model_type": "modernbert", "architectures": [architecture]}
+    assert not differences(first, first | {"classifier_pooling": "cls"})
+    found = differences(first, first | {"classifier_pooling": "mean"})
+    assert [field for field, _, _ in found] == ([] if fits else ["classifier_pooling"])
+    assert not differences(first, {**first, "architectures": ["ModernBertModel"], "classifier_pooling": "mean"})
