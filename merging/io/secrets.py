@@ -35,7 +35,9 @@ _USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(:/{1,2})([^/\s@'\"<>?#]*(?::[^\s@
 _PASSWORD = re.compile(r"(//)([^/\s@:'\"<>\[]*):(?!\d+/)([^\s'\"<>]*)@(?=[\w.\[-]+(?:[:/?#]|$))")
 _BEARER = re.compile(r"\b(bearer|basic)(\s+)([A-Za-z0-9._~+/=-]{8,})", re.IGNORECASE)
 _KNOWN = re.compile(
-    r"\b(hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|glpat-[\w-]{16,}|xox[abp]-[\w-]{10,})"
+    r"\b(hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|glpat-[\w-]{16,}|xox[abp]-[\w-]{10,}"
+    r"|A[KS]IA[0-9A-Z]{16}(?![0-9A-Za-z])|AIza[\w-]{35}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,})"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*"
 )
 _VARIABLE = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|PGPASS|API_?KEY|ACCESS_?KEY(_ID)?|CREDENTIALS?)$")
 """How the names of environment variables end that hold a secret."""

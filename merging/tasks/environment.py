@@ -12,6 +12,13 @@ SHORTEST = 4
 """Characters from which a value is hidden in messages: shorter ones stand in many words."""
 
 
+NAMED = re.compile(r"(^|[_-])(auth|cookies?|pass)$", re.IGNORECASE)
+"""How arguments are called that hold a secret, beside the words of `merging.io.secrets`."""
+KEY = re.compile(r"(^|[_-])key$", re.IGNORECASE)
+RANDOM = re.compile(r"(?=\S*\d)(?=\S*[A-Za-z])[\w.+/=-]{16,}\Z")
+"""A text that is no word: where an argument is called a key, it is one that opens something."""
+
+
 def references(value: Any) -> set[str]:
     """Names of the variables that a value refers to, at any depth."""
     if isinstance(value, str):
@@ -51,11 +58,19 @@ def secret_in(value: Any, key: str = "") -> str | None:
     """The place of the first text at any depth that looks like a secret written out; None where there is none."""
     if isinstance(value, str):
         plain = REFERENCE.sub("", value)
-        is_named = plain == value and bool(value) and redacted(f"{key}={value}") != f"{key}={value}"
+        is_named = plain == value and bool(value) and _names_secret(key, value)
         return key if is_named or holds_secret(plain) or redacted(plain) != plain else None
     entries: list[tuple[Any, Any]] = []
     if isinstance(value, Mapping):
         entries = list(value.items())
     elif isinstance(value, list | tuple):
-        entries = [(key, inner) for inner in value]
+        options = (before if isinstance(before, str) and before.startswith("-") else "" for before in ("", *value))
+        entries = [(option.lstrip("-") or key, inner) for option, inner in zip(options, value, strict=False)]
     return next((found for name, inner in entries if (found := secret_in(inner, str(name))) is not None), None)
+
+
+def _names_secret(key: str, value: str) -> bool:
+    """Whether an argument's name says that its value is a secret."""
+    if NAMED.search(key) or (KEY.search(key) and RANDOM.match(value)):
+        return True
+    return redacted(f"{key}={value}") != f"{key}={value}"

@@ -259,3 +259,33 @@ def test_secrets_written_out_are_refused(custom, arguments):
 )
 def test_what_is_no_secret_passes(custom, arguments):
     assert custom("my_scores:given", arguments=arguments).settings.arguments == arguments
+
+
+LONG = "Zx81" * 6
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"openai_key": LONG},
+        {"auth": "me:word"},
+        {"cookie": "a=b"},
+        {"command": ["judge", "--token", LONG]},
+        {"x": "AKIA" + "IOSFODNN7EXAMPLE"},
+        {"x": "AIza" + "b" * 35},
+        {"x": ".".join(["eyJ" + LONG, LONG, LONG])},
+        {"x": "-----BEGIN RSA PRIVATE KEY-----\nabc"},
+    ],
+)
+def test_secrets_of_more_shapes_are_refused(arguments):
+    with pytest.raises(ValueError, match="looks like a secret"):
+        CustomSettings(evaluator="a:b", arguments=arguments)
+
+
+def test_keys_of_columns_are_no_secrets():
+    for arguments in (
+        {"label_key": "label"},
+        {"key": "a_long_name_of_a_column"},
+        {"command": ["--batch", "8", "--key", "text"]},
+    ):
+        CustomSettings(evaluator="a:b", arguments=arguments)
