@@ -303,17 +303,16 @@ def _label_problems(
     (who, ours), theirs = first, _labels(member.checkpoint)
     if ours is None or theirs is None or ours == theirs:
         return []
-    sizes: Counter[str] = Counter()
-    for key in merged:
-        sizes[key.split(".", 1)[0]] += base.tensors[key].nbytes
-    backbone = max(sizes, key=lambda root: sizes[root], default="")
+    shared = {key: member.names[key] for key in merged if key in member.names}
+    # one of the two may be a bare backbone, whose embeddings and layers have no root in common
+    inside = _under_largest_root(base, shared) | _under_largest_root(base, {key: key for key in shared})
     rows = [
         key
-        for key in merged
-        if key in member.names
-        and base.tensors[key].shape[:1] == (len(ours),)
+        for key in shared
+        if base.tensors[key].shape[:1] == (len(ours),)
         and key.endswith((".weight", ".bias"))
-        and key.split(".", 1)[0] != backbone
+        and key not in inside
+        and "embed" not in key
     ]
     if not rows:
         return []
@@ -322,6 +321,15 @@ def _label_problems(
         f"{name}: the classes of its head are {what} (id2label {theirs}, {who} {ours}), so that '{rows[0]}' has other rows: "
         f"keep heads per task with `heads: ['{rows[0].rpartition('.')[0]}.*']`, or save it with the same order"
     ]
+
+
+def _under_largest_root(base: Checkpoint, names: Mapping[str, str]) -> set[str]:
+    """Of weights by their own or another name, those in the top-level module with most bytes: the backbone."""
+    sizes: Counter[str] = Counter()
+    for key, name in names.items():
+        sizes[name.split(".", 1)[0]] += base.tensors[key].nbytes
+    largest = max(sizes, key=lambda root: sizes[root], default="")
+    return {key for key, name in names.items() if name.split(".", 1)[0] == largest}
 
 
 def _labels(checkpoint: Checkpoint) -> list[str] | None:

@@ -227,3 +227,15 @@ def test_members_whose_classes_differ_though_the_base_names_none(tiny_pool, tmp_
     ):
         Pool.open(base, paths)
     assert Pool.open(base, {"a": paths["a"]}).weights
+
+
+def test_rows_of_embeddings_are_no_classes(tiny_pool, tmp_path):
+    """Two token types, and two classes of other names in each member of a bare base."""
+    members = {}
+    for name in ("two", "three"):
+        members[name] = str(shutil.copytree(tiny_pool[name], tmp_path / name))
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        config |= {"id2label": {0: f"no {name}", 1: name}, "label2id": {f"no {name}": 0, name: 1}}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    pool = Pool.open(str(tiny_pool["base"]), members)
+    assert pool.weights["embeddings.token_type_embeddings.weight"].shape[0] == 2
