@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make quickstart  build a real pool of models and search for its best merge (about 11 minutes on 2 cores)"
-	@echo "make pools       the quick start's other pools: tagging, images, language"
+	@echo "make pools       the quick start's other pools: tagging, images"
 	@echo "make test        lint, types, import floors, and all tests (about a quarter of an hour on 2 cores)"
 	@echo "make test-fast   the fast tests only"
 	@echo "make test-slow   the slow ones only: campaigns, Ray, what waits"
@@ -22,7 +22,7 @@ help:
 quickstart: $(VENV)/installed
 	$(BIN)/mergequest quickstart $(if $(CANDIDATES),--candidates $(CANDIDATES))
 
-POOLS ?= tagging images language
+POOLS ?= tagging images
 pools: $(VENV)/installed
 	set -e; for pool in $(POOLS); do $(BIN)/mergequest quickstart --pool $$pool $(if $(CANDIDATES),--candidates $(CANDIDATES)); done
 
