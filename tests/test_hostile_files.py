@@ -28,10 +28,10 @@ from flows.config.slices_file import load_slices
 from flows.directory import lock
 from flows.directory.campaign_directory import Directory
 from flows.report.test_answers import KeptOutcomes
-from merging.checkpoints.adapter import open_checkpoint
+from merging.checkpoints.adapters.adapter import open_checkpoint
+from merging.checkpoints.adapters.patterns import matches
 from merging.checkpoints.checkpoint import Checkpoint, SafetensorsFile
-from merging.checkpoints.manifest import written
-from merging.checkpoints.patterns import matches
+from merging.checkpoints.directories.manifest import written
 from merging.errors import MergequestError
 from merging.evaluation.steps import Trace
 from merging.io import fact_cache, storage

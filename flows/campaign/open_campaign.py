@@ -10,7 +10,7 @@ from flows.campaign.weight_checks import examined, known
 from flows.config.campaign_file import Campaign
 from flows.config.sections import BaseData
 from flows.directory.progress import Display
-from merging.checkpoints.borrowed_files import notes_on_files
+from merging.checkpoints.directories.borrowed_files import notes_on_files
 from merging.checkpoints.pool import Pool
 from merging.checkpoints.vocabulary import Renumbered
 from merging.errors import SettingsError

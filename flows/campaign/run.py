@@ -23,7 +23,7 @@ from flows.directory.progress import Display
 from flows.directory.search_progress import Watch
 from flows.report.table import plain_average
 from flows.report.test_answers import KeptOutcomes
-from merging.checkpoints.manifest import require_replaceable
+from merging.checkpoints.directories.manifest import require_replaceable
 from merging.errors import SearchError, SettingsError
 from merging.io import storage
 from merging.methods import METHODS

@@ -7,10 +7,10 @@ from flows.config.mergekit import is_mergekit
 from flows.config.recipe_file import from_mergekit, seen_from
 from flows.config.yaml_file import load_yaml, parent, require_writable, resolve_checkpoint
 from flows.directory.progress import Display
-from merging.checkpoints.adapter import ADAPTER_WEIGHTS
+from merging.checkpoints.adapters.adapter import ADAPTER_WEIGHTS
 from merging.checkpoints.checkpoint import CONFIG, Checkpoint, read_settings
-from merging.checkpoints.pickles import OTHER_WEIGHTS, read_pickled
-from merging.checkpoints.writer import SHARD_BYTES, lay_out, new_checkpoint
+from merging.checkpoints.directories.pickles import OTHER_WEIGHTS, read_pickled
+from merging.checkpoints.directories.writer import SHARD_BYTES, lay_out, new_checkpoint
 from merging.errors import CheckpointError, SettingsError
 from merging.io import storage
 

@@ -11,12 +11,12 @@ from flows.config.recipe_file import RECIPE, RecipeFile, dump_recipe, from_merge
 from flows.config.slices_file import SlicesFile, is_slices, load_slices
 from flows.config.yaml_file import load_yaml, parent, require_writable
 from flows.directory.progress import Display
-from merging.checkpoints.adapter import model_and_adapter
-from merging.checkpoints.borrowed_files import notes_on_files, without_tokenizer
+from merging.checkpoints.adapters.adapter import model_and_adapter
 from merging.checkpoints.checkpoint import Checkpoint
-from merging.checkpoints.manifest import require_replaceable
+from merging.checkpoints.directories.borrowed_files import notes_on_files, without_tokenizer
+from merging.checkpoints.directories.manifest import require_replaceable
+from merging.checkpoints.directories.writer import SHARD_BYTES
 from merging.checkpoints.pool import Pool
-from merging.checkpoints.writer import SHARD_BYTES
 from merging.errors import SettingsError
 from merging.io import storage
 from merging.mergers.disk import merge_on_device, merge_to_disk

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pydantic import Field
 
 from flows.config.yaml_file import Settings
-from merging.checkpoints.borrowed_files import Files, borrowed_files
+from merging.checkpoints.directories.borrowed_files import Files, borrowed_files
 from merging.checkpoints.pool import Pool
 from merging.errors import PoolError
 from merging.recipe import BASE

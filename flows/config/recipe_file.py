@@ -21,9 +21,9 @@ from flows.config.yaml_file import (
     said_in,
     validate,
 )
-from merging.checkpoints.adapter import model_and_adapter
-from merging.checkpoints.borrowed_files import chat_template
+from merging.checkpoints.adapters.adapter import model_and_adapter
 from merging.checkpoints.checkpoint import Checkpoint
+from merging.checkpoints.directories.borrowed_files import chat_template
 from merging.checkpoints.pool import Pool
 from merging.checkpoints.validation import MAX_DISTANCE, check_weights
 from merging.checkpoints.vocabulary import Vocabulary

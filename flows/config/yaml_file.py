@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from merging.checkpoints.adapter import model_and_adapter
+from merging.checkpoints.adapters.adapter import model_and_adapter
 from merging.errors import SettingsError, StorageError
 from merging.io import storage
 from merging.io.secrets import holds_secret, redacted

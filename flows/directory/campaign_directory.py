@@ -11,9 +11,9 @@ from flows.config.campaign_file import BUDGETS, CAMPAIGN_FILE, Campaign, dump, l
 from flows.config.yaml_file import require_writable
 from flows.directory.heartbeat import FILE as PULSE
 from flows.directory.lock import lease
-from merging.checkpoints.config_checks import check_config
-from merging.checkpoints.configuration import differences
-from merging.checkpoints.safetensors_header import MAX_TENSORS
+from merging.checkpoints.formats.config_checks import check_config
+from merging.checkpoints.formats.configuration import differences
+from merging.checkpoints.formats.safetensors_header import MAX_TENSORS
 from merging.errors import LedgerError, PoolError, SettingsError, StorageError, TaskError
 from merging.io import storage
 from merging.io.process import try_lock

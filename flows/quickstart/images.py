@@ -16,7 +16,7 @@ import pandas as pd
 from PIL import Image
 
 from flows.quickstart.fetch import Package, Progress, fetch, members, read_members, run_with
-from flows.quickstart.pool import Files, Pool, cut, written
+from flows.quickstart.shipped_pool import Files, Pool, cut, written
 from flows.quickstart.training import TrainingSettings
 from merging.errors import StorageError
 from merging.io import storage

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from flows.quickstart.fetch import Package, Progress, fetch, read_members, run_with
-from flows.quickstart.pool import Files, Pool, cut, written
+from flows.quickstart.shipped_pool import Files, Pool, cut, written
 from flows.quickstart.tagging import BROWN, parse, texts
 from flows.quickstart.training import TrainingSettings
 from merging.errors import StorageError

@@ -13,8 +13,8 @@ from flows.directory.campaign_directory import Directory
 from flows.directory.progress import Display
 from flows.quickstart.images import IMAGES
 from flows.quickstart.language import LANGUAGE
-from flows.quickstart.pool import Files, Pool
 from flows.quickstart.sentiment import SENTIMENT
+from flows.quickstart.shipped_pool import Files, Pool
 from flows.quickstart.tagging import TAGGING
 from flows.quickstart.training import Trained, TrainingSettings, train_member
 from merging.errors import SettingsError

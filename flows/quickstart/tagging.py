@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from flows.quickstart.fetch import Package, Progress, fetch, fetch_base, members
-from flows.quickstart.pool import Files, Pool, cut, written
+from flows.quickstart.shipped_pool import Files, Pool, cut, written
 from flows.quickstart.training import TrainingSettings
 from merging.errors import StorageError
 from merging.tasks.task import Split

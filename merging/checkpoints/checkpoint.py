@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merging.checkpoints.config_checks import check_config
-from merging.checkpoints.configuration import function_of
-from merging.checkpoints.quantised import refuse_quantised
-from merging.checkpoints.safetensors_header import MAX_HEADER, parse_header
+from merging.checkpoints.formats.config_checks import check_config
+from merging.checkpoints.formats.configuration import function_of
+from merging.checkpoints.formats.quantised import refuse_quantised
+from merging.checkpoints.formats.safetensors_header import MAX_HEADER, parse_header
 from merging.errors import CheckpointError, StorageError
 from merging.io import fact_cache, local_copies, storage
 from merging.io.prefetch import Window

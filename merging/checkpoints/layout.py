@@ -1,8 +1,8 @@
 """Which matrices of a checkpoint are stored [in, out]: those of GPT-2's `Conv1D`."""
 
-from merging.checkpoints import skeleton
 from merging.checkpoints.checkpoint import Checkpoint
-from merging.checkpoints.parameter_names import conv1d
+from merging.checkpoints.models import skeleton
+from merging.checkpoints.models.parameter_names import conv1d
 from merging.errors import CheckpointError
 
 

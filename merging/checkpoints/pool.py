@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from merging.checkpoints.adapter import open_checkpoint
-from merging.checkpoints.buffers import is_buffer
+from merging.checkpoints.adapters.adapter import open_checkpoint
 from merging.checkpoints.checkpoint import Checkpoint, TensorInfo
-from merging.checkpoints.configuration import differences, function_of
+from merging.checkpoints.formats.buffers import is_buffer
+from merging.checkpoints.formats.configuration import differences, function_of
 from merging.checkpoints.layout import transposed_weights
-from merging.checkpoints.ties import settle_ties
+from merging.checkpoints.tied_weights import settle_ties
 from merging.checkpoints.vocabulary import Vocabulary, settle_vocabulary
 from merging.errors import PoolError
 

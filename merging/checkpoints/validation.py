@@ -10,8 +10,8 @@ from math import inf, isfinite
 import torch
 from torch import Tensor
 
-from merging.checkpoints.buffers import is_buffer
 from merging.checkpoints.checkpoint import Digest
+from merging.checkpoints.formats.buffers import is_buffer
 from merging.checkpoints.pool import MAX_REPORTED, Pool
 from merging.errors import PoolError, StorageError
 from merging.io import fact_cache, storage

@@ -8,8 +8,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from merging.checkpoints import skeleton
 from merging.checkpoints.checkpoint import Checkpoint, TensorInfo
+from merging.checkpoints.models import skeleton
 from merging.checkpoints.view import View
 from merging.errors import CheckpointError, PoolError, StorageError
 from merging.io import storage

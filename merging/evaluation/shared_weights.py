@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from merging.checkpoints.parameter_names import (
+from merging.checkpoints.models.parameter_names import (
     Conversion,
     Packing,
     loading,

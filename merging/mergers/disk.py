@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from merging.checkpoints.checkpoint import CONFIG, Checkpoint
+from merging.checkpoints.directories.writer import SHARD_BYTES, Files, Write, lay_out, new_checkpoint
 from merging.checkpoints.pool import Pool
 from merging.checkpoints.view import View
-from merging.checkpoints.writer import SHARD_BYTES, Files, Write, lay_out, new_checkpoint
 from merging.errors import MethodError, PoolError
 from merging.io.direct_io import BLOCK
 from merging.io.memory import available_memory

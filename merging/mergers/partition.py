@@ -7,8 +7,8 @@ from typing import TypeVar
 
 import torch
 
+from merging.checkpoints.directories.writer import Files, Shard
 from merging.checkpoints.pool import Pool
-from merging.checkpoints.writer import Files, Shard
 
 Result = TypeVar("Result")
 

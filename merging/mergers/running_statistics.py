@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from merging.checkpoints.buffers import is_running_statistic
+from merging.checkpoints.formats.buffers import is_running_statistic
 from merging.methods import Context, Method, Prepared, Weight
 from merging.recipe import Value
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merging.checkpoints import skeleton
 from merging.checkpoints.checkpoint import CONFIG, Checkpoint
-from merging.checkpoints.configuration import resolved_config
+from merging.checkpoints.directories.writer import SHARD_BYTES, Files, Shard, lay_out, new_checkpoint
+from merging.checkpoints.formats.configuration import resolved_config
+from merging.checkpoints.models import skeleton
 from merging.checkpoints.pool import Pool
-from merging.checkpoints.writer import SHARD_BYTES, Files, Shard, lay_out, new_checkpoint
 from merging.errors import MethodError, PoolError
 from merging.kernels.blockwise import is_finite
 from merging.methods.depth import NUMBER

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from merging.checkpoints.parameter_names import conv1d
+from merging.checkpoints.models.parameter_names import conv1d
 from merging.statistics.capture.layers import layer_names
 
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from merging.checkpoints.parameter_names import checkpoint_names, in_checkpoint
+from merging.checkpoints.models.parameter_names import checkpoint_names, in_checkpoint
 from merging.statistics.capture.layers import device_of, means, token_count
 from merging.statistics.capture.per_example import PerExample
 from merging.statistics.likelihood import LikelihoodSettings, objectives, settings_key

@@ -4,14 +4,14 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from merging.tasks.causal_lm import CausalLM, CausalLMSettings
 from merging.tasks.custom import Custom, CustomSettings
-from merging.tasks.image_classification import ImageClassification, ImageClassificationSettings
+from merging.tasks.language.causal_lm import CausalLM, CausalLMSettings
+from merging.tasks.language.seq2seq import Seq2Seq, Seq2SeqSettings
 from merging.tasks.predictions import Predictions
-from merging.tasks.seq2seq import Seq2Seq, Seq2SeqSettings
+from merging.tasks.tagging.token_classification import TokenClassification, TokenClassificationSettings
 from merging.tasks.task import SPLITS, TASKS, Batch, Score, Split, Task, TaskSettings
 from merging.tasks.text_classification import TextClassification, TextClassificationSettings
-from merging.tasks.token_classification import TokenClassification, TokenClassificationSettings
+from merging.tasks.vision.image_classification import ImageClassification, ImageClassificationSettings
 
 __all__ = [
     "SPLITS",

@@ -24,7 +24,7 @@ import torch
 from pydantic import Field, PrivateAttr, field_validator
 from torch import nn
 
-from merging.checkpoints.parameter_names import Loading
+from merging.checkpoints.models.parameter_names import Loading
 from merging.errors import TaskError
 from merging.io import storage
 from merging.registry import did_you_mean

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from merging.checkpoints import skeleton
-from merging.checkpoints.adapter import ADAPTER_CONFIG, is_adapter, open_checkpoint
+from merging.checkpoints.adapters.adapter import ADAPTER_CONFIG, is_adapter, open_checkpoint
 from merging.checkpoints.checkpoint import CONFIG, Checkpoint, read_settings
-from merging.checkpoints.parameter_names import Loading, loading, remember_names
+from merging.checkpoints.models import skeleton
+from merging.checkpoints.models.parameter_names import Loading, loading, remember_names
 from merging.errors import CheckpointError, StorageError, TaskError
 from merging.io import local_copies, storage
 from merging.io.documents import is_number

@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from merging.checkpoints.parameter_names import Loading
+from merging.checkpoints.models.parameter_names import Loading
 from merging.errors import TaskError
 from merging.registry import Registry
 from merging.tasks.predictions import Floats, Predictions

@@ -13,8 +13,8 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from merging.checkpoints.adapter import is_adapter
-from merging.checkpoints.parameter_names import Loading
+from merging.checkpoints.adapters.adapter import is_adapter
+from merging.checkpoints.models.parameter_names import Loading
 from merging.errors import TaskError
 from merging.io import storage
 from merging.tasks.classification import classified, measured

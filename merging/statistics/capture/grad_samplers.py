@@ -6,7 +6,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from merging.checkpoints.parameter_names import conv1d
+from merging.checkpoints.models.parameter_names import conv1d
 from merging.statistics.capture.modules import Unit
 from merging.statistics.capture.per_sample_grads import Dense, Outer, Piece, Rows
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from merging.checkpoints.parameter_names import checkpoint_names, conv1d, saved_names
+from merging.checkpoints.models.parameter_names import checkpoint_names, conv1d, saved_names
 from merging.errors import StatisticsError
 from merging.statistics.capture.modules import Logits, first_example
 from merging.statistics.likelihood import IGNORED

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from merging.checkpoints.parameter_names import conv1d
+from merging.checkpoints.models.parameter_names import conv1d
 from merging.errors import StatisticsError
 from merging.statistics.capture.hooks import differentiable
 from merging.statistics.capture.layers import decoder_mask, real_rows

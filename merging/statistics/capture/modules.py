@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from merging.checkpoints.parameter_names import checkpoint_names
+from merging.checkpoints.models.parameter_names import checkpoint_names
 from merging.errors import StatisticsError
 from merging.statistics.capture.hooks import differentiable, expand
 from merging.tasks.task import Batch

@@ -15,7 +15,7 @@ from torch.func import functional_call, vjp, vmap
 from torch.nn.functional import pad
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from merging.checkpoints.parameter_names import checkpoint_names
+from merging.checkpoints.models.parameter_names import checkpoint_names
 from merging.errors import StatisticsError
 from merging.faults import is_fault
 from merging.statistics.capture.grad_samplers import rule_for

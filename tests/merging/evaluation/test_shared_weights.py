@@ -6,7 +6,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from merging.checkpoints.parameter_names import in_checkpoint
+from merging.checkpoints.models.parameter_names import in_checkpoint
 from merging.checkpoints.pool import Pool
 from merging.errors import PoolError, TaskError
 from merging.evaluation.live_models import LiveModels

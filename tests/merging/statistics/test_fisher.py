@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import MixtralConfig, MixtralForSequenceClassification
 
-from merging.checkpoints.parameter_names import checkpoint_names
+from merging.checkpoints.models.parameter_names import checkpoint_names
 from merging.errors import StatisticsError
 from merging.statistics import Fisher, LikelihoodSettings, Partial, measure
 from merging.statistics.likelihood import IGNORED

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from merging.checkpoints.parameter_names import checkpoint_names
+from merging.checkpoints.models.parameter_names import checkpoint_names
 from merging.errors import StatisticsError
 from merging.statistics import Gram, Partial, StatisticSettings, measure
 from merging.statistics.capture.layers import decoder_mask

@@ -8,7 +8,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from merging.checkpoints.parameter_names import checkpoint_names, in_checkpoint
+from merging.checkpoints.models.parameter_names import checkpoint_names, in_checkpoint
 from merging.statistics import (
     Fisher,
     Gram,

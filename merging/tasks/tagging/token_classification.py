@@ -14,14 +14,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from merging.checkpoints.parameter_names import Loading
+from merging.checkpoints.models.parameter_names import Loading
 from merging.errors import StorageError, TaskError
 from merging.io import storage
 from merging.io.documents import is_text
 from merging.tasks.head import blank_model, class_names, load_model, load_tokenizer, tokenizer_identity
+from merging.tasks.language.prompts import longest_first
 from merging.tasks.predictions import Predictions
-from merging.tasks.prompts import longest_first
-from merging.tasks.spans import Counts, count, f1
+from merging.tasks.tagging.spans import Counts, count, f1
 from merging.tasks.task import Batch, Score, Split, Task, TaskSettings, register, score_of
 
 MODEL_CLASS = "AutoModelForTokenClassification"

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from merging.checkpoints.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, TensorInfo
-from merging.checkpoints.companions import companions
-from merging.checkpoints.manifest import MANIFEST, manifest, require_replaceable, written
-from merging.checkpoints.safetensors_header import DTYPES
+from merging.checkpoints.directories.companions import companions
+from merging.checkpoints.directories.manifest import MANIFEST, manifest, require_replaceable, written
+from merging.checkpoints.formats.safetensors_header import DTYPES
 from merging.io import storage
 from merging.io.direct_io import BLOCK, UnbufferedFile
 

@@ -3,7 +3,7 @@ import pytest
 from seqeval.metrics import f1_score
 from seqeval.metrics.sequence_labeling import get_entities
 
-from merging.tasks.spans import count, entities, f1
+from merging.tasks.tagging.spans import count, entities, f1
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from merging.checkpoints.checkpoint import INDEX, PICKLES, SINGLE
-from merging.checkpoints.safetensors_header import DTYPES
+from merging.checkpoints.formats.safetensors_header import DTYPES
 from merging.errors import CheckpointError, StorageError
 from merging.io import storage
 

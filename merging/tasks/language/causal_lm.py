@@ -10,8 +10,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from merging.tasks.language import IGNORED, LIKELIHOODS, Example, LanguageSettings, LanguageTask, padded
-from merging.tasks.prompts import Encoded, encode
+from merging.tasks.language.language_task import IGNORED, LIKELIHOODS, Example, LanguageSettings, LanguageTask, padded
+from merging.tasks.language.prompts import Encoded, encode
 from merging.tasks.task import Batch, register
 
 

@@ -8,9 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from merging.checkpoints.adapters.lora import Adapted, adapted
 from merging.checkpoints.checkpoint import CONFIG, Checkpoint, SafetensorsFile, read_settings
-from merging.checkpoints.config_checks import check_config
-from merging.checkpoints.lora import Adapted, adapted
+from merging.checkpoints.formats.config_checks import check_config
 from merging.errors import CheckpointError, StorageError
 from merging.io import storage
 

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
 
-from merging.checkpoints import skeleton
+from merging.checkpoints.models import skeleton
 
 IGNORED = (
     "_*",

@@ -21,7 +21,7 @@ from transformers import (
     ViTModel,
 )
 
-from merging.checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterCheckpoint, open_checkpoint
+from merging.checkpoints.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterCheckpoint, open_checkpoint
 from merging.checkpoints.checkpoint import SINGLE, Checkpoint
 from merging.checkpoints.pool import Pool
 from merging.checkpoints.validation import check_weights

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from merging.checkpoints.patterns import last_match
+from merging.checkpoints.adapters.patterns import last_match
 from merging.errors import CheckpointError, TaskError
 
 Grade = Callable[[str, str], float]

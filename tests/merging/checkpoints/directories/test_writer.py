@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from merging.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
-from merging.checkpoints.companions import companions
-from merging.checkpoints.manifest import MANIFEST
-from merging.checkpoints.writer import lay_out, new_checkpoint
+from merging.checkpoints.directories.companions import companions
+from merging.checkpoints.directories.manifest import MANIFEST
+from merging.checkpoints.directories.writer import lay_out, new_checkpoint
 from merging.errors import CheckpointError, StorageError
 from merging.io import storage
 

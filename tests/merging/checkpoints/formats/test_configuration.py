@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from merging.checkpoints.configuration import differences, function_of
+from merging.checkpoints.formats.configuration import differences, function_of
 
 TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.5}
 DECODER = {**TINY, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -128,7 +128,8 @@ def test_what_changes_the_function_is_kept_as_it_stands():
 
 def test_equal_files_are_compared_without_transformers():
     script = (
-        "import sys; from merging.checkpoints.configuration import differences as d; c = {'model_type': 'llama', 'x': None}; "
+        "import sys; from merging.checkpoints.formats.configuration import differences as d; "
+        "c = {'model_type': 'llama', 'x': None}; "
         "assert d(c, {'model_type': 'llama', 'use_cache': True}) == []; print('transformers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

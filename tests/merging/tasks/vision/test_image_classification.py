@@ -18,11 +18,11 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from merging.checkpoints.parameter_names import checkpoint_names
+from merging.checkpoints.models.parameter_names import checkpoint_names
 from merging.errors import TaskError
 from merging.statistics import STATISTICS, LikelihoodSettings, StatisticSettings, measure
 from merging.tasks import ImageClassificationSettings, make_task
-from merging.tasks.images import CORRUPTIONS, corrupt
+from merging.tasks.vision.pictures import CORRUPTIONS, corrupt
 
 LABELS = {"id2label": {0: "dark", 1: "light", 2: "red"}, "label2id": {"dark": 0, "light": 1, "red": 2}}
 

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from merging.checkpoints.parameter_names import Loading
+from merging.checkpoints.models.parameter_names import Loading
 from merging.errors import TaskError
 from merging.io import storage
 from merging.tasks.classification import classified, measured
@@ -23,7 +23,7 @@ from merging.tasks.predictions import Predictions
 from merging.tasks.task import Batch, Score, Split, Task, TaskSettings, register, score_of
 
 if TYPE_CHECKING:
-    from merging.tasks.images import Images
+    from merging.tasks.vision.pictures import Images
 
 MODEL_CLASS = "AutoModelForImageClassification"
 MAX_ASPECT = 100
@@ -225,7 +225,7 @@ class ImageClassification(Task):
         if split not in self._images:
             if split not in self.settings.data:
                 raise self._error(f"`data` names no {split} split: add one")
-            from merging.tasks.images import read_images  # with pandas, which takes a second
+            from merging.tasks.vision.pictures import read_images  # with pandas, which takes a second
 
             paths = self.settings.data[split]
             try:
@@ -249,7 +249,7 @@ class ImageClassification(Task):
         kept = self._prepared.get((split, place))
         if kept is not None:
             return kept
-        from merging.tasks.images import corrupt
+        from merging.tasks.vision.pictures import corrupt
 
         picture = self._split(split).decode(place)
         if self.settings.corruption is not None and split != "train":

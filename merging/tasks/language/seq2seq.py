@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from merging.errors import TaskError
-from merging.tasks.language import IGNORED, Example, LanguageSettings, LanguageTask, padded
+from merging.tasks.language.language_task import IGNORED, Example, LanguageSettings, LanguageTask, padded
 from merging.tasks.task import Batch, register
 
 
@@ -99,7 +99,7 @@ class Seq2Seq(LanguageTask):
     @property
     def _start(self) -> int:
         """The token that decoding starts from."""
-        from merging.checkpoints.adapter import open_checkpoint
+        from merging.checkpoints.adapters.adapter import open_checkpoint
 
         config = open_checkpoint(self.head, self.base).config
         start = config.get("decoder_start_token_id")

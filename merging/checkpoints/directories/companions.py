@@ -3,7 +3,7 @@
 from fnmatch import fnmatchcase
 from posixpath import basename, dirname
 
-from merging.checkpoints.manifest import MANIFEST
+from merging.checkpoints.directories.manifest import MANIFEST
 from merging.errors import CheckpointError
 from merging.io import storage
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from merging.checkpoints.buffers import is_buffer
+from merging.checkpoints.formats.buffers import is_buffer
 from merging.errors import CheckpointError
 
 SETTINGS = ("quantization_config", "compression_config", "quantization")

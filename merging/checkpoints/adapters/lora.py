@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from merging.checkpoints import skeleton
+from merging.checkpoints.adapters.patterns import matches
 from merging.checkpoints.checkpoint import Checkpoint, SafetensorsFile, TensorInfo
-from merging.checkpoints.parameter_names import conv1d
-from merging.checkpoints.patterns import matches
-from merging.checkpoints.ties import are_equal
+from merging.checkpoints.models import skeleton
+from merging.checkpoints.models.parameter_names import conv1d
+from merging.checkpoints.tied_weights import are_equal
 from merging.errors import CheckpointError
 from merging.io.documents import is_number
 

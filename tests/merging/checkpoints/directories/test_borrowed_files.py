@@ -8,9 +8,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from merging.checkpoints.borrowed_files import borrowed_files, notes_on_files
 from merging.checkpoints.checkpoint import Checkpoint
-from merging.checkpoints.writer import lay_out, new_checkpoint
+from merging.checkpoints.directories.borrowed_files import borrowed_files, notes_on_files
+from merging.checkpoints.directories.writer import lay_out, new_checkpoint
 from merging.errors import PoolError
 
 OUTLINES = [("x", torch.float32, (1,))]

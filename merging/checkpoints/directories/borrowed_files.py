@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from merging.checkpoints.checkpoint import Checkpoint
-from merging.checkpoints.companions import companions
+from merging.checkpoints.directories.companions import companions
 from merging.errors import PoolError, StorageError
 from merging.io import storage
 

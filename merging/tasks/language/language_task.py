@@ -14,15 +14,15 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from merging.checkpoints.parameter_names import Loading
-from merging.checkpoints.patterns import compiled
+from merging.checkpoints.adapters.patterns import compiled
+from merging.checkpoints.models.parameter_names import Loading
 from merging.errors import CheckpointError, TaskError
 from merging.io import storage
 from merging.io.documents import is_number, is_text
-from merging.tasks.answers import GRADES, corpus_score, extracted
 from merging.tasks.head import blank_model, load_model, load_tokenizer, tokenizer_identity
+from merging.tasks.language.answers import GRADES, corpus_score, extracted
+from merging.tasks.language.prompts import longest_first, render, template_columns
 from merging.tasks.predictions import Floats, Predictions
-from merging.tasks.prompts import longest_first, render, template_columns
 from merging.tasks.task import Batch, Score, Split, Task, TaskSettings, score_of
 
 IGNORED = -100

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from merging.checkpoints import skeleton
 from merging.checkpoints.checkpoint import Checkpoint
+from merging.checkpoints.models import skeleton
 from merging.checkpoints.view import View
 from merging.errors import CheckpointError
 from merging.io import fact_cache, storage

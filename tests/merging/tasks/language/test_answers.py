@@ -2,7 +2,7 @@ import pytest
 import sacrebleu
 
 from merging.errors import TaskError
-from merging.tasks.answers import contains, corpus_score, exact_match, extracted, number, rouge_l
+from merging.tasks.language.answers import contains, corpus_score, exact_match, extracted, number, rouge_l
 
 
 def test_grades_of_single_answers():

@@ -1,0 +1,1 @@
+"""What files of a checkpoint may say: headers, configurations, quantisation, buffers."""

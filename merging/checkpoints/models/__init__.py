@@ -1,0 +1,1 @@
+"""Models without weights, and what their parameters are called in a checkpoint."""

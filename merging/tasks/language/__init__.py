@@ -1,0 +1,1 @@
+"""Tasks on prompts and completions, for causal models and encoder–decoders."""

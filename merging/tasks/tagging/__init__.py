@@ -1,0 +1,1 @@
+"""Tasks on words with tags."""
