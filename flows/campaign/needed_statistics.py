@@ -211,24 +211,25 @@ def _own_job(opened: Opened, member: str, kind: str, cache: str) -> Job:
     return _job(opened, member, kind, bound, bound, storage.join(cache, f"{member}.{kind}"))
 
 
-def _require_estimator(task: Task, kind: str, settings: StatisticSettings) -> None:
-    """Whether a task has the labels that a statistic is to be estimated with.
+def _estimated(task: Task, kind: str, settings: StatisticSettings) -> StatisticSettings:
+    """A statistic's settings for a task, the estimator spelled out.
 
     Raises:
-        StatisticsError: It has several an example, or none.
+        StatisticsError: The task has no label for it, or one for every token.
     """
     if not isinstance(settings, LikelihoodSettings):
-        return
-    field = f"statistics.{kind}.estimator"
-    if settings.estimator == "exact" and not task.one_label:
+        return settings
+    field, estimator = f"statistics.{kind}.estimator", settings.chosen(task.one_label)
+    if estimator == "exact" and not task.one_label:
         raise StatisticsError(
             f"{field}: 'exact' is for one label an example, and '{task.name}' ({task.kind}) has one for every token: set it to "
-            "sampled or empirical"
+            "sampled or empirical, or leave it out"
         )
-    if settings.estimator == "empirical" and getattr(task.settings, "label", "") is None:
+    if estimator == "empirical" and getattr(task.settings, "label", "") is None:
         raise StatisticsError(
-            f"{field}: 'empirical' needs labels, and '{task.name}' has none: set it to exact or sampled"
+            f"{field}: 'empirical' needs labels, and '{task.name}' has none: set it to exact or sampled, or leave it out"
         )
+    return settings.model_copy(update={"estimator": estimator})
 
 
 def _own_model(opened: Opened, member: str, source: str) -> BoundTask:
@@ -292,12 +293,11 @@ def _job(
     opened: Opened, member: str, kind: str, data: BoundTask, model: BoundTask, prefix: str, split: Split = "train"
 ) -> Job:
     """The job whose file's name tells everything that its contents depend on."""
-    settings = getattr(opened.campaign.statistics, kind)
-    statistic = STATISTICS[kind](settings)
     known = {**opened.tasks, **opened.sources}[data.name]
     task = known if data.head == known.head else data.open()
+    settings = _estimated(task, kind, getattr(opened.campaign.statistics, kind))
+    statistic = STATISTICS[kind](settings)
     examples = number_of_examples(task, statistic, split)
-    _require_estimator(task, kind, settings)
     checkpoint = _checkpoint(opened, member)
     fingerprints = {"checkpoint": checkpoint.fingerprint, "data": task.data_fingerprint(split)}
     key = storage.fingerprint([fingerprints, checkpoint.config_fingerprint, statistic.key(), examples])

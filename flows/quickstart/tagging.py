@@ -122,7 +122,7 @@ TAGGING = Pool(
     methods=("average", "task_arithmetic", "ties", "fisher", "regmean", "regmean_propagated"),
     candidates=10,
     statistics={
-        "fisher": {"examples": 96, "estimator": "sampled"},
+        "fisher": {"examples": 96},
         "representation": {"examples": 48},
         "propagated": {"examples": 96},
         "gram": {"examples": 256},

@@ -19,17 +19,21 @@ IGNORED = -100
 class LikelihoodSettings(StatisticSettings):
     """Settings of the statistics that come from gradients of log p(label | example)."""
 
-    estimator: Literal["exact", "sampled", "empirical"] = Field(
-        "exact",
-        description="exact: expectation over the classes; sampled: one label drawn from the model; "
-        "empirical: the label in the data. Language models and token classification: sampled or empirical.",
+    estimator: Literal["exact", "sampled", "empirical"] | None = Field(
+        None,
+        description="exact: expectation over the classes; sampled: one label drawn from the model; empirical: the label in the "
+        "data. Default: exact where an example has one label, sampled where it has one for every token.",
     )
     seed: int = Field(0, ge=0, description="Seed of the sampled labels.")
+
+    def chosen(self, one_label: bool) -> Literal["exact", "sampled", "empirical"]:
+        """The estimator for examples that have one label, or one for every token."""
+        return self.estimator or ("exact" if one_label else "sampled")
 
 
 def settings_key(settings: LikelihoodSettings) -> dict[str, Any]:
     """The settings that the numbers depend on: the seed only where something is drawn."""
-    left_out = {"batch_size"} if settings.estimator == "sampled" else {"batch_size", "seed"}
+    left_out = {"batch_size"} if settings.estimator in ("sampled", None) else {"batch_size", "seed"}
     return settings.model_dump(mode="json", exclude=left_out)
 
 
@@ -52,6 +56,7 @@ def objectives(
     Raises:
         StatisticsError: `exact` with a label at every position; `empirical` without labels; one class.
     """
+    settings = settings.model_copy(update={"estimator": settings.chosen(logits.dim() == 2)})
     if likelihood != "categorical":
         return _independent(logits, batch, settings, likelihood)
     if logits.shape[:-1] != batch.labels.shape:

@@ -81,7 +81,7 @@ def test_the_base_s_fisher_without_its_data_is_refused(with_base_data, tiny_pool
         member_statistics(bare, bare.kinds, "nowhere", Display())
 
 
-@pytest.mark.parametrize(("estimator", "fits"), [("exact", False), ("sampled", True)])
+@pytest.mark.parametrize(("estimator", "fits"), [("exact", False), ("sampled", True), (None, True)])
 def test_an_estimator_that_a_task_cannot_have_is_refused_before_anything_runs(
     campaign_file, tiny_pool, tokenizer, tmp_path, estimator, fits
 ):

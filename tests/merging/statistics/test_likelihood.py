@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from merging.statistics.likelihood import IGNORED, multinomial_factor, sampled_labels
+from merging.statistics.likelihood import (
+    IGNORED,
+    LikelihoodSettings,
+    multinomial_factor,
+    objectives,
+    sampled_labels,
+)
 from merging.tasks.task import Batch
 
 
@@ -41,3 +47,19 @@ def test_draws_depend_on_the_position_and_not_on_batch_or_padding():
     assert torch.equal(alone[0], together[1, :4])
     assert (together[1, 3:] == IGNORED).all()
     assert not torch.equal(together, sampled_labels(logits, Batch({}, labels, positions), seed=4))
+
+
+def test_the_default_estimator_follows_what_an_example_has():
+    """Exact for one label, sampled for one at every token: the same scalars as by name."""
+    batch = Batch({}, torch.tensor([1, 0]), torch.arange(2))
+    logits = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    named = objectives(logits, batch, LikelihoodSettings(estimator="exact"))
+    assert [float(value) for value in objectives(logits, batch, LikelihoodSettings())] == [
+        float(value) for value in named
+    ]
+    tokens = Batch({}, torch.tensor([[1, -100], [0, 2]]), torch.arange(2))
+    logits = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(1))
+    named = objectives(logits, tokens, LikelihoodSettings(estimator="sampled"))
+    assert [float(value) for value in objectives(logits, tokens, LikelihoodSettings())] == [
+        float(value) for value in named
+    ]
