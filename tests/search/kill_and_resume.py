@@ -77,7 +77,7 @@ def main(directory, candidates, kills, seed, sampler):
             finally:
                 os._exit(0 if sys.exc_info()[0] is None else 1)
         if done < kills:
-            time.sleep(moments.uniform(0.02, 0.35))
+            time.sleep(moments.uniform(0.02, 0.25))
             os.kill(process, signal.SIGKILL)
         _, status = os.waitpid(process, 0)
         hits += os.WIFSIGNALED(status)

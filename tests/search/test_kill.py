@@ -34,7 +34,7 @@ def test_a_search_that_is_killed_again_and_again_leaves_the_rows_of_an_unbroken_
     )
     assert found.returncode == 0, found.stderr
     hits = int(found.stdout.split()[-1])  # how many drivers died before they were done
-    assert hits >= KILLS - 10
+    assert hits >= KILLS // 2
     unbroken, _ = rows_of(tmp_path / "unbroken")
     broken, rows = rows_of(tmp_path / "broken")
     assert len(unbroken) == CANDIDATES
