@@ -58,7 +58,7 @@ class LanguageSettings(TaskSettings):
     extract: str | None = Field(
         None, description="Regular expression; its last match (first group) in what is generated is what counts."
     )
-    max_new_tokens: int = Field(64, ge=1, description="Tokens that are generated at most.")
+    max_new_tokens: int = Field(64, ge=1, le=32768, description="Tokens that are generated at most.")
     max_length: int = Field(
         1024, ge=2, description="Tokens of an example; what is longer loses the prompt's beginning."
     )
