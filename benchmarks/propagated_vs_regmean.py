@@ -18,7 +18,7 @@ from flows.config.campaign_file import CAMPAIGN_FILE, load_campaign
 from merging.checkpoints.pool import Pool
 from merging.evaluation.live_models import best_device
 from merging.evaluation.shared_weights import share_weights
-from merging.io import storage
+from merging.io import addresses, storage
 from merging.mergers.material import Material
 from merging.mergers.resident import ResidentMerger
 from merging.methods import METHODS
@@ -29,18 +29,18 @@ from merging.tasks import make_task
 
 def grams(directory: str, pool: Pool, tasks: dict, examples: int) -> dict[str, StatisticsFile]:
     """Every member's Gram file: of the campaign where it has one of so many examples, else computed beside them."""
-    folder = storage.join(directory, "statistics")
+    folder = addresses.join(directory, "statistics")
     found = {}
     for member, task in tasks.items():
         checkpoint = pool.members[member].checkpoint
         names = [name for name in storage.list_dir(folder) if name.startswith(f"{member}.gram.")]
-        files = [StatisticsFile.open(storage.join(folder, name)) for name in names]
+        files = [StatisticsFile.open(addresses.join(folder, name)) for name in names]
         fitting = [f for f in files if f.checkpoint == checkpoint.fingerprint and f.examples == examples]
         if fitting:
             found[member] = fitting[0]
             continue
         statistic = STATISTICS["gram"](StatisticSettings(examples=examples))
-        path = storage.join(folder, f"{member}.gram.benchmark-{examples}.safetensors")
+        path = addresses.join(folder, f"{member}.gram.benchmark-{examples}.safetensors")
         data = task.data_fingerprint("train")
         partial = measure(task, statistic, device=best_device())
         found[member] = save(path, statistic, partial, checkpoint=checkpoint.fingerprint, data=data)
@@ -56,7 +56,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
-    campaign = load_campaign(storage.join(arguments.directory, CAMPAIGN_FILE))
+    campaign = load_campaign(addresses.join(arguments.directory, CAMPAIGN_FILE))
     members = {name: member.checkpoint for name, member in campaign.members.items()}
     pool = Pool.open(campaign.base, members, campaign.heads)
     own = {

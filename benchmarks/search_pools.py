@@ -16,7 +16,7 @@ from flows.config.campaign_file import load_campaign
 from flows.quickstart.sentiment import LABELS
 from flows.quickstart.training import TrainingSettings, train_member
 from merging.checkpoints.pool import Pool
-from merging.io import storage
+from merging.io import atomic, storage
 from merging.mergers.material import Material, open_statistics, subset_fingerprint
 from merging.propagation import PropagationSettings, propagate
 from merging.statistics import STATISTICS, Partial, measure, save, save_tensors
@@ -145,14 +145,14 @@ def _cut(base: str, out: Path, layers: int) -> Path:
         from transformers import AutoModel, AutoTokenizer
 
         model = AutoModel.from_pretrained(base, num_hidden_layers=layers, dtype=torch.float32, local_files_only=True)
-        with storage.new_dir(str(out)) as directory:
+        with atomic.new_dir(str(out)) as directory:
             model.save_pretrained(directory)
             AutoTokenizer.from_pretrained(base, local_files_only=True).save_pretrained(directory)
     return out
 
 
 def _written(frame: pd.DataFrame, path: Path) -> str:
-    storage.write_bytes(str(path), frame.reset_index(drop=True).to_parquet(index=False))
+    atomic.write_bytes(str(path), frame.reset_index(drop=True).to_parquet(index=False))
     return str(path)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from merging.io import storage
+from merging.io import hashing
 
 Value = float | int | bool | str
 """What a method's parameter may be."""
@@ -51,7 +51,7 @@ class Recipe:
     @property
     def identity(self) -> str:
         """Content hash: equal recipes have equal identities, whatever the order of their keys."""
-        return storage.fingerprint(self.as_dict())
+        return hashing.fingerprint(self.as_dict())
 
 
 def base_recipe() -> Recipe:

@@ -8,7 +8,7 @@ from typing import IO, Any
 from optuna.storages.journal import BaseJournalBackend
 
 from merging.errors import StorageError
-from merging.io import storage
+from merging.io import atomic, storage
 
 
 class Lines(BaseJournalBackend):
@@ -67,7 +67,7 @@ def whole_lines(path: str) -> list[str]:
     data = storage.read_bytes(path) if storage.exists(path) else b""
     whole = data[: data.rfind(b"\n") + 1]
     if whole != data:
-        storage.write_bytes(path, whole)
+        atomic.write_bytes(path, whole)
     return whole.decode(errors="replace").splitlines()
 
 

@@ -24,7 +24,7 @@ from optuna.storages import BaseStorage, JournalStorage, get_storage
 from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
 
 from merging.errors import LedgerError, MergequestError, MethodError, SettingsError, StorageError
-from merging.io import storage
+from merging.io import addresses, atomic, storage
 from merging.io.process import try_lock
 from merging.recipe import Recipe
 from search.candidate import PARTIAL
@@ -102,20 +102,20 @@ def open_study(
     wanted = Wanted(rows, space, objectives, again)
     if url is not None:
         yield _fill(_open_url(url), name, _owner(directory), wanted)
-    elif not storage.is_local(directory):
-        kept = storage.join(directory, JOURNAL)
+    elif not addresses.is_local(directory):
+        kept = addresses.join(directory, JOURNAL)
         with tempfile.TemporaryDirectory(prefix="mergequest-study-") as scratch:
             path = str(Path(scratch) / JOURNAL)
             if storage.exists(kept):
-                storage.write_bytes(path, storage.read_bytes(kept))
+                atomic.write_bytes(path, storage.read_bytes(kept))
             try:
                 with _open_journal(path, name, wanted) as study:
                     yield study
             finally:
                 with suppress(StorageError):  # the ledger has everything that matters
-                    storage.write_bytes(kept, storage.read_bytes(path))
+                    atomic.write_bytes(kept, storage.read_bytes(path))
     else:
-        place = storage.local_path(directory)
+        place = addresses.local_path(directory)
         storage.make_dir(directory)
         with (
             _alone(str(place / "driver.lock")),
@@ -163,7 +163,7 @@ def read_study(directory: str, name: str) -> Study | None:
         name: The campaign's.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    path = storage.join(directory, JOURNAL)
+    path = addresses.join(directory, JOURNAL)
     if not storage.exists(path):
         return None
     text = storage.read_bytes(path).decode(errors="replace")
@@ -333,7 +333,7 @@ def _not_ours(name: str) -> StorageError:
 
 def _token(directory: str) -> str | None:
     """The token by which a campaign knows its own study in a shared storage; None before it has one."""
-    path = storage.join(directory, TOKEN)
+    path = addresses.join(directory, TOKEN)
     return storage.read_bytes(path).decode(errors="replace").strip() if storage.exists(path) else None
 
 
@@ -342,7 +342,7 @@ def _owner(directory: str) -> str:
     if (known := _token(directory)) is not None:
         return known
     token = uuid.uuid4().hex
-    storage.write_bytes(storage.join(directory, TOKEN), token.encode())
+    atomic.write_bytes(addresses.join(directory, TOKEN), token.encode())
     return token
 
 
@@ -384,7 +384,7 @@ def _open_journal(path: str, name: str, wanted: Wanted) -> Iterator[Study]:
     if study is None or not trials or not _same(planned, trials):
         journal = Journal(made := io.BytesIO())
         study = _written(JournalStorage(journal), name, planned, wanted)
-        storage.write_bytes(path, made.getvalue())
+        atomic.write_bytes(path, made.getvalue())
     with appended(path) as journal.file:
         yield study if _is_of(study, wanted.space) else _marked(study, wanted.space)
 

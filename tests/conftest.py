@@ -257,11 +257,11 @@ def unreliable(moto_proxy: Any) -> Any:
 @pytest.fixture(scope="session")
 def upload() -> Callable[[Path, str], None]:
     """Copies a directory to an address."""
-    from merging.io import storage
+    from merging.io import addresses, atomic
 
     def copy_all(directory: Path, address: str) -> None:
         for file in sorted(directory.rglob("*")):
             if file.is_file():
-                storage.write_bytes(storage.join(address, file.relative_to(directory).as_posix()), file.read_bytes())
+                atomic.write_bytes(addresses.join(address, file.relative_to(directory).as_posix()), file.read_bytes())
 
     return copy_all

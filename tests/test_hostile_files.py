@@ -34,7 +34,7 @@ from merging.checkpoints.checkpoint import Checkpoint, SafetensorsFile
 from merging.checkpoints.directories.manifest import written
 from merging.errors import MergequestError
 from merging.evaluation.steps import Trace
-from merging.io import fact_cache, storage
+from merging.io import addresses, documents, fact_cache
 from merging.statistics.statistics_file import StatisticsFile
 from merging.tasks.labelled_texts import Columns, read_examples
 from search.early_stopping.anchor_examples import Anchors
@@ -292,9 +292,9 @@ def test_slices(place: Path, content: bytes) -> None:
 OWN: dict[str, tuple[Any, Callable[[str, Path], object]]] = {
     "pool.json": (POOL, lambda path, place: _check_pool(place)),
     "timings.json": ({"Search": 1.5}, lambda path, place: Directory(str(place)).read_timings()),
-    "selection.json": (SELECTION, lambda path, place: storage.read_as(path, Selection.from_dict)),
-    "starts.json": (STARTS, lambda path, place: storage.read_as(path, starts._read)),
-    "trace.json": (TRACE, lambda path, place: storage.read_as(path, Trace.from_dict)),
+    "selection.json": (SELECTION, lambda path, place: documents.read_as(path, Selection.from_dict)),
+    "starts.json": (STARTS, lambda path, place: documents.read_as(path, starts._read)),
+    "trace.json": (TRACE, lambda path, place: documents.read_as(path, Trace.from_dict)),
     "facts.json": (fact_cache.as_json({"a": "b"}), lambda path, place: weight_checks._read(str(place))),
     ".lease.json": (LEASE, lambda path, place: lock.is_gone(lock._read(path) or {})),
     ".mergequest.json": ({"version": 1, "files": {"a": 3, "b": "c"}}, lambda path, place: written(str(place))),
@@ -547,7 +547,7 @@ def test_yaml(place: Path, text: str, message: str) -> None:
     ],
 )
 def test_paths(path: str) -> None:
-    assert refused(lambda: Checkpoint.open(storage.absolute(path)), "") is not None
+    assert refused(lambda: Checkpoint.open(addresses.absolute(path)), "") is not None
 
 
 @pytest.mark.parametrize(

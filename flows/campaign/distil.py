@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from flows.campaign.open_campaign import Opened
 from flows.directory.progress import Display
-from merging.io import storage
+from merging.io import addresses, hashing, storage
 from merging.mergers.material import subset_fingerprint
 from merging.methods import METHODS
 from merging.recipe import Recipe
@@ -33,12 +33,12 @@ def distil(opened: Opened, statistics: Files, start: Recipe, cache: str, display
     data = {name: task.data_fingerprint("train") for name, task in opened.sources.items() if task.size("train")}
     key = {"statistic": "distilled", "version": 2, "start": start.as_dict(), **settings.model_dump(mode="json")}
     checkpoint = subset_fingerprint(opened.pool, start.members)
-    path = storage.join(
+    path = addresses.join(
         cache,
-        f"pool.distilled.{storage.fingerprint([checkpoint, opened.pool.configurations(), data, key])}.safetensors",
+        f"pool.distilled.{hashing.fingerprint([checkpoint, opened.pool.configurations(), data, key])}.safetensors",
     )
     if not storage.exists(path):
-        call = (opened.setup(statistics), start, settings, key, path, checkpoint, storage.fingerprint(data))
+        call = (opened.setup(statistics), start, settings, key, path, checkpoint, hashing.fingerprint(data))
         with connect(), display.bar("percent of the distillation", 100) as bar:
             list(
                 each(

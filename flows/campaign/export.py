@@ -13,7 +13,7 @@ from safetensors.torch import save
 from flows.campaign.open_campaign import Opened
 from flows.config.recipe_file import RECIPE, dump_recipe
 from flows.report.table import Cell, factor_of, text
-from merging.io import storage
+from merging.io import addresses
 from merging.mergers.disk import merge_to_disk
 from merging.mergers.material import Material, head_tensors, open_statistics
 from merging.recipe import BASE, Recipe, nested
@@ -112,7 +112,7 @@ def model_card(opened: Opened, recipe: Recipe, table: str, row: Row | None) -> s
 
 def public_name(path: str) -> str:
     """What a checkpoint is called outside this machine: its address, or the last part of its path."""
-    return storage.base_name(path) if storage.is_local(path) else path
+    return addresses.base_name(path) if addresses.is_local(path) else path
 
 
 def _score(row: Row, task: str) -> str:

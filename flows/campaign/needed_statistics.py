@@ -7,7 +7,7 @@ from flows.config.campaign_file import Campaign
 from flows.directory.progress import Display
 from merging.checkpoints.checkpoint import Checkpoint
 from merging.errors import StatisticsError, TaskError
-from merging.io import storage
+from merging.io import addresses, hashing, storage
 from merging.mergers.material import subset_fingerprint
 from merging.recipe import BASE
 from merging.statistics import STATISTICS, LikelihoodSettings, StatisticSettings, StatisticsFile, number_of_examples
@@ -19,7 +19,7 @@ from ray_tasks.jobs.statistics import BoundTask, Job, compute
 
 def cache_of(campaign: Campaign) -> str:
     """Directory of the statistics that a campaign computes."""
-    return campaign.statistics.cache or storage.join(campaign.directory or ".", "statistics")
+    return campaign.statistics.cache or addresses.join(campaign.directory or ".", "statistics")
 
 
 def member_statistics(opened: Opened, kinds: Sequence[str], cache: str, display: Display) -> dict[str, tuple[str, ...]]:
@@ -83,11 +83,11 @@ def solutions(opened: Opened, cache: str, display: Display) -> dict[str, tuple[s
     if campaign.vocabulary != "base":
         key["vocabulary"] = campaign.vocabulary
     checkpoint = subset_fingerprint(opened.pool, members)
-    fingerprint = storage.fingerprint([checkpoint, opened.pool.configurations(), data, key])
-    path = storage.join(cache, f"pool.propagated.{fingerprint}.safetensors")
+    fingerprint = hashing.fingerprint([checkpoint, opened.pool.configurations(), data, key])
+    path = addresses.join(cache, f"pool.propagated.{fingerprint}.safetensors")
     if not storage.exists(path):
         paths = {name: member.checkpoint for name, member in campaign.members.items()}
-        digest = storage.fingerprint(data)
+        digest = hashing.fingerprint(data)
         whole = PropagationJob(
             campaign.base, paths, campaign.heads, bound, settings, key, path, checkpoint, digest, campaign.vocabulary
         )
@@ -208,7 +208,7 @@ def _own_job(opened: Opened, member: str, kind: str, cache: str) -> Job:
             f"published file under members.{member}.statistics, or leave the methods that need it out of search.methods"
         )
     bound = _own_model(opened, member, source)
-    return _job(opened, member, kind, bound, bound, storage.join(cache, f"{member}.{kind}"))
+    return _job(opened, member, kind, bound, bound, addresses.join(cache, f"{member}.{kind}"))
 
 
 def _estimated(task: Task, kind: str, settings: StatisticSettings) -> StatisticSettings:
@@ -249,7 +249,7 @@ def _base_job(opened: Opened, kind: str, cache: str) -> Job:
         )
     bound = BoundTask(task, campaign.tasks[task], campaign.base)
     try:
-        return _job(opened, BASE, kind, bound, bound, storage.join(cache, f"{BASE}.{kind}"))
+        return _job(opened, BASE, kind, bound, bound, addresses.join(cache, f"{BASE}.{kind}"))
     except TaskError as error:
         raise StatisticsError(
             f"base_data.task: the base has no head of its own for '{task}' ({error}). Name a task that it was trained on, or a "
@@ -279,7 +279,7 @@ def _representation_job(opened: Opened, member: str, source: str, cache: str) ->
     settings = campaign.sources()[source][0] if source in campaign.sources() else campaign.tasks[source]
     data = BoundTask(source, settings, shown.head, campaign.base)
     model = _own_model(opened, member, _require_own_source(opened, member))
-    prefix = storage.join(cache, f"{member}.representation.{source}")
+    prefix = addresses.join(cache, f"{member}.representation.{source}")
     return _job(opened, member, "representation", data, model, prefix, campaign.selection.examples)
 
 
@@ -300,5 +300,5 @@ def _job(
     examples = number_of_examples(task, statistic, split)
     checkpoint = _checkpoint(opened, member)
     fingerprints = {"checkpoint": checkpoint.fingerprint, "data": task.data_fingerprint(split)}
-    key = storage.fingerprint([fingerprints, checkpoint.config_fingerprint, statistic.key(), examples])
+    key = hashing.fingerprint([fingerprints, checkpoint.config_fingerprint, statistic.key(), examples])
     return Job(member, kind, settings, data, model, split, examples, f"{prefix}.{key}.safetensors", fingerprints)

@@ -25,7 +25,7 @@ from flows.report.table import plain_average
 from flows.report.test_answers import KeptOutcomes
 from merging.checkpoints.directories.manifest import require_replaceable
 from merging.errors import SearchError, SettingsError
-from merging.io import storage
+from merging.io import addresses, atomic, documents, hashing, storage
 from merging.methods import METHODS
 from merging.recipe import base_recipe, member_recipe
 from merging.statistics import STATISTICS
@@ -66,7 +66,7 @@ def run(campaign: Campaign, display: Display, *, retry_failed: bool = False) -> 
     Raises:
         MergequestError: Something is wrong with the input, before any work; or the search cannot go on.
     """
-    directory = Directory(campaign.directory or storage.absolute(storage.join("runs", campaign.name)))
+    directory = Directory(campaign.directory or addresses.absolute(addresses.join("runs", campaign.name)))
     directory.check(campaign)
     with directory.locked():
         display.timings = directory.read_timings()
@@ -97,7 +97,7 @@ def check(campaign: Campaign, display: Display) -> None:
     Raises:
         MergequestError: What `run` would stop at before or between its phases.
     """
-    directory = Directory(campaign.directory or storage.absolute(storage.join("runs", campaign.name)))
+    directory = Directory(campaign.directory or addresses.absolute(addresses.join("runs", campaign.name)))
     directory.check(campaign)
     opened, _ = _opened(campaign, directory, display)
     _require_searchable(opened, directory)
@@ -138,12 +138,12 @@ def compute_statistics(campaign: Campaign, kinds: Sequence[str] | None, out: str
     """
     for kind in kinds or ():
         _ = STATISTICS[kind]
-    require_writable(storage.absolute(out) if out else cache_of(campaign))
+    require_writable(addresses.absolute(out) if out else cache_of(campaign))
     with display.phase("Pool"):
         opened = open_campaign(campaign, display, campaign.directory)
     if campaign.directory and not out:
         keep(opened.pool, campaign.directory)
-    cache = storage.absolute(out) if out else cache_of(opened.campaign)
+    cache = addresses.absolute(out) if out else cache_of(opened.campaign)
     with display.phase("Statistics"):
         files = member_statistics(opened, kinds or opened.kinds, cache, display)
     return [path for member in files for path in files[member]]
@@ -231,10 +231,10 @@ def _selection(
 
     path = directory / "selection.json"
     if storage.exists(path):
-        return storage.read_as(path, Selection.from_dict)
+        return documents.read_as(path, Selection.from_dict)
     with display.phase("Selection"):
         selection = select_subsets(opened, references, cache_of(opened.campaign), display, scores)
-        storage.write_json(path, selection.as_dict())
+        atomic.write_json(path, selection.as_dict())
         shown = ["+".join(subset) for subset in selection.subsets]
         more = f" and {len(shown) - 16} more" if len(shown) > 16 else ""
         display.say(f"  {selection.mode}: {', '.join(shown[:16])}{more}")
@@ -343,4 +343,4 @@ def _objective(opened: Opened, ledger: Ledger) -> Objective:
 
 
 def _provenance(opened: Opened) -> Provenance:
-    return Provenance(opened.campaign.name, code_version(), storage.fingerprint(opened.fingerprints))
+    return Provenance(opened.campaign.name, code_version(), hashing.fingerprint(opened.fingerprints))

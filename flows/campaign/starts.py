@@ -10,7 +10,7 @@ from flows.campaign.distil import Files
 from flows.campaign.open_campaign import Opened
 from flows.directory.campaign_directory import Directory
 from flows.directory.progress import Display
-from merging.io import storage
+from merging.io import atomic, documents, hashing, storage
 from merging.mergers import weight_groups
 from merging.mergers.linear_basis import is_linear
 from merging.methods import METHODS
@@ -87,7 +87,7 @@ def starts(
         linear = [recipe for recipe in linear if recipe.method in opened.campaign.search.methods]
         found, about = _theory(opened, statistics, space, linear, display)
         found += _gradient(opened, statistics, space, linear, display)
-        storage.write_json(
+        atomic.write_json(
             path,
             {
                 "starts": [
@@ -96,7 +96,7 @@ def starts(
                 "theory": about,
             },
         )
-    return storage.read_as(path, _read)
+    return documents.read_as(path, _read)
 
 
 def _theory(
@@ -189,7 +189,7 @@ def _spread(space: Space, recipe: Recipe) -> Recipe:
 
 def _key(recipe: Recipe) -> str:
     """What a basis depends on besides its members."""
-    return f"{recipe.method}:{storage.fingerprint(dict(sorted(recipe.parameters.items())))}"
+    return f"{recipe.method}:{hashing.fingerprint(dict(sorted(recipe.parameters.items())))}"
 
 
 def _read(value: Mapping[str, Any]) -> tuple[list[Start], Predictor]:

@@ -21,7 +21,7 @@ from flows.report.significance import Compared
 from flows.report.table import TableRow
 from flows.report.test_answers import KeptOutcomes
 from merging.errors import MergequestError
-from merging.io import storage
+from merging.io import addresses, atomic, documents, storage
 from search.ledger.ledger import Ledger
 from search.ledger.row import Row
 from search.objective import best
@@ -47,12 +47,12 @@ def write_report(path: str) -> str:
     page = render(
         ledger.rows(),
         tasks=list(campaign.tasks),
-        selection=storage.read_as(chosen, Selection.from_dict) if storage.exists(chosen) else None,
+        selection=documents.read_as(chosen, Selection.from_dict) if storage.exists(chosen) else None,
         study=read_study(directory, campaign),
         facts=facts(directory, campaign, ledger.rows()),
         outcomes=KeptOutcomes(directory.outcomes).read,
     )
-    storage.write_text(directory.report, page)
+    atomic.write_text(directory.report, page)
     return directory.report
 
 
@@ -109,7 +109,7 @@ def read_study(directory: Directory, campaign: Campaign) -> optuna.Study | None:
 
 def exported_recipe(directory: Directory, rows: Sequence[Row]) -> str:
     """The exported winner's recipe with absolute paths, as a file; empty where nothing, or another candidate, is exported."""
-    path = storage.join(directory.best, RECIPE)
+    path = addresses.join(directory.best, RECIPE)
     winner = next(iter(best(rows)), None)
     if winner is None or not storage.exists(path):
         return ""
@@ -139,7 +139,7 @@ def facts(directory: Directory, campaign: Campaign, rows: Sequence[Row] = ()) ->
         phases=directory.read_timings(),
         commands=[
             f"mergequest campaign run {directory / 'campaign.yaml'} --out NEW_DIRECTORY",
-            f"mergequest merge {storage.join(directory.best, 'recipe.yaml')} --out NEW_DIRECTORY",
+            f"mergequest merge {addresses.join(directory.best, 'recipe.yaml')} --out NEW_DIRECTORY",
         ],
         recipe=exported_recipe(directory, rows),
         versions=versions(),

@@ -10,7 +10,7 @@ from merging.checkpoints import validation
 from merging.checkpoints.pool import Pool
 from merging.checkpoints.validation import Finding
 from merging.errors import StorageError
-from merging.io import fact_cache, storage
+from merging.io import addresses, atomic, documents, fact_cache
 
 LARGE = 4 << 30
 """Bytes to read from which a cluster that is there is asked to help."""
@@ -52,19 +52,19 @@ def known(pool: Pool) -> dict[str, str]:
 
 def keep(pool: Pool, directory: str) -> None:
     """Keeps that for the next run, which may be on another machine."""
-    storage.write_json(storage.join(directory, FACTS), fact_cache.as_json(known(pool)))
+    atomic.write_json(addresses.join(directory, FACTS), fact_cache.as_json(known(pool)))
 
 
 def _read(directory: str) -> dict[str, str]:
     try:
-        return storage.read_as(storage.join(directory, FACTS), fact_cache.from_json)
+        return documents.read_as(addresses.join(directory, FACTS), fact_cache.from_json)
     except StorageError:  # whatever it was, it can be found again
         return {}
 
 
 def _is_worth_it(pool: Pool, size: int) -> bool:
     """Whether it is much, comes over the network, and there are others to help."""
-    return size >= LARGE and not storage.is_local(pool.base.path) and "RAY_ADDRESS" in os.environ
+    return size >= LARGE and not addresses.is_local(pool.base.path) and "RAY_ADDRESS" in os.environ
 
 
 def _here(pool: Pool, members: list[str]) -> Iterator[dict[str, Finding]]:

@@ -86,11 +86,11 @@ def init(
     """Writes a commented campaign file to start from, with every setting and its default."""
     from flows.cli.template import campaign_template
     from merging.errors import SettingsError
-    from merging.io import storage
+    from merging.io import atomic, storage
 
     if storage.exists(file) and not force:
         raise SettingsError(f"{file} is there already: --force replaces it")
-    storage.write_text(file, campaign_template())
+    atomic.write_text(file, campaign_template())
     typer.echo(f"Wrote {file}. Name your base, members and tasks in it, then: mergequest campaign run {file}")
 
 
@@ -382,11 +382,11 @@ def _with(campaign: "Campaign", out: str | None, candidates: int | None) -> "Cam
     """The campaign with what the command line says instead."""
     from flows.config.campaign_file import Campaign
     from flows.config.yaml_file import validate
-    from merging.io import storage
+    from merging.io import addresses
 
     settings = campaign.model_dump(mode="json")
     if out is not None:
-        settings["directory"] = storage.absolute(out)
+        settings["directory"] = addresses.absolute(out)
     if candidates is not None:
         settings["search"]["candidates"] = candidates
     return validate(Campaign, settings, "command line")

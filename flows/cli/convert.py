@@ -12,7 +12,7 @@ from merging.checkpoints.checkpoint import CONFIG, Checkpoint, read_settings
 from merging.checkpoints.directories.pickles import OTHER_WEIGHTS, read_pickled
 from merging.checkpoints.directories.writer import SHARD_BYTES, lay_out, new_checkpoint
 from merging.errors import CheckpointError, SettingsError
-from merging.io import storage
+from merging.io import addresses, atomic, storage
 
 
 def convert(source: str, out: str | None, display: Display) -> str:
@@ -71,9 +71,9 @@ def convert_configuration(path: str, out: str | None, display: Display) -> str:
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
     if out is None:
         return text.rstrip()
-    if storage.is_dir(out) or (storage.exists(out) and storage.absolute(out) == storage.absolute(path)):
+    if storage.is_dir(out) or (storage.exists(out) and addresses.absolute(out) == addresses.absolute(path)):
         raise SettingsError(f"{out} is there already: name another file for the recipe")
-    storage.write_text(out, text)
+    atomic.write_text(out, text)
     return out
 
 
@@ -99,15 +99,15 @@ def convert_checkpoint(path: str, out: str, display: Display, max_shard_bytes: i
         pickled = read_pickled(path)
         names = _files(path)
         left_out = [name for name in names if name.endswith(OTHER_WEIGHTS)]
-        others = {name: storage.read_bytes(storage.join(path, name)) for name in names if name not in left_out}
+        others = {name: storage.read_bytes(addresses.join(path, name)) for name in names if name not in left_out}
         if pickled.is_adapter:
             weights = save(
                 {name: tensor.clone().contiguous() for name, tensor in pickled.tensors.items()}, {"format": "pt"}
             )
             for name, content in {ADAPTER_WEIGHTS: weights, **others}.items():
-                storage.write_bytes(storage.join(out, name), content)
+                atomic.write_bytes(addresses.join(out, name), content)
         else:
-            config = read_settings(storage.join(path, CONFIG))
+            config = read_settings(addresses.join(path, CONFIG))
             outlines = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in pickled.tensors.items()]
             shards = lay_out(outlines, max_shard_bytes)
             with new_checkpoint(out, shards, like=Checkpoint(path, config, {}, {}), extra=others) as files:
@@ -123,6 +123,6 @@ def convert_checkpoint(path: str, out: str, display: Display, max_shard_bytes: i
 
 def _files(path: str) -> list[str]:
     """Paths of all files below a directory, relative to it."""
-    system, inner = storage.file_system(path)
+    system, inner = addresses.file_system(path)
     root = inner.rstrip("/") + "/"
     return sorted(found.removeprefix(root) for found in map(str, system.find(inner)))

@@ -15,7 +15,7 @@ from flows.config.recipe_file import load_recipe
 from flows.config.yaml_file import validate
 from flows.directory.progress import Display
 from merging.errors import SettingsError, TaskError
-from merging.io import storage
+from merging.io import addresses, storage
 from merging.optimization.gradient_mismatch import Mismatch
 from merging.recipe import REFERENCE_BASE, Recipe, base_recipe, member_recipe
 from merging.registry import did_you_mean
@@ -79,9 +79,9 @@ def _recipe(name: str, campaign: Campaign, joined: dict[str, dict[str, dict[str,
         return base_recipe()
     if name in campaign.members:
         return member_recipe(name)
-    path = storage.absolute(name)
+    path = addresses.absolute(name)
     if storage.is_dir(path):
-        member = storage.base_name(path)
+        member = addresses.base_name(path)
         if member in joined["members"]:
             raise SettingsError(f"{name}: '{member}' is a member's name already; rename the directory")
         joined["members"][member] = {"checkpoint": path}

@@ -18,7 +18,7 @@ from merging.checkpoints.directories.manifest import require_replaceable
 from merging.checkpoints.directories.writer import SHARD_BYTES
 from merging.checkpoints.pool import Pool
 from merging.errors import SettingsError
-from merging.io import storage
+from merging.io import addresses
 from merging.mergers.disk import merge_on_device, merge_to_disk
 from merging.mergers.slices import write_slices
 from merging.optimization.gradient_mismatch import quadratic_mismatch, require_fishers
@@ -249,8 +249,8 @@ def _require_free(out: str, recipe: str, file: RecipeFile | SlicesFile) -> None:
         used["a file of statistics"] += member.statistics
     for what, places in used.items():
         for place in places:
-            if any(storage.contains(out, part) for part in model_and_adapter(place) or (place,)):
+            if any(addresses.contains(out, part) for part in model_and_adapter(place) or (place,)):
                 raise SettingsError(f"{out} would replace {place}, where {what} is: name another directory")
-    if storage.contains(out, "."):
+    if addresses.contains(out, "."):
         raise SettingsError(f"{out} would replace the directory that this command runs in: name another one")
     require_replaceable(out)

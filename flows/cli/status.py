@@ -11,7 +11,7 @@ from flows.directory.campaign_directory import Directory
 from flows.directory.heartbeat import BEAT, FILE
 from flows.report.table import objective_of
 from merging.errors import StorageError
-from merging.io import storage
+from merging.io import documents, storage
 from merging.io.documents import is_number
 from search.candidate import ANCHORS
 from search.ledger.ledger import Ledger
@@ -216,7 +216,7 @@ def _opening(pulse: dict[str, Any], now: datetime) -> Status:
 def _pulse(directory: Directory) -> dict[str, Any]:
     """What the driver said last; empty where it never said anything."""
     try:
-        return storage.read_as(directory / FILE, _signs)
+        return documents.read_as(directory / FILE, _signs)
     except StorageError:  # whatever it was, the driver writes it anew in a moment
         return {}
 

@@ -18,7 +18,7 @@ from flows.config.campaign_file import CAMPAIGN_FILE, Campaign, dump, load_campa
 from flows.config.recipe_file import load_recipe
 from flows.config.yaml_file import refuse_secret, validate
 from merging.errors import ClusterError, SettingsError
-from merging.io import storage
+from merging.io import addresses
 from merging.io.secrets import redacted
 from merging.registry import did_you_mean
 
@@ -124,20 +124,20 @@ def prepare(what: str, file: str, out: str | None, candidates: int | None = None
     if what == "merge":
         if out is None:
             raise SettingsError("a merge needs a directory to write: give one that all nodes see with --out")
-        recipe, place = load_recipe(file), storage.absolute(out)
+        recipe, place = load_recipe(file), addresses.absolute(out)
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         # reads and merges on the node itself, which must not be a head that is kept free of work
         return Job(("merge", RECIPE_FILE, "--out", place), RECIPE_FILE, text, 1, f"{recipe.method} into {place}")
     settings = load_campaign(file).model_dump(mode="json")
     if out is not None and what == "campaign":
-        settings["directory"] = storage.absolute(out)
+        settings["directory"] = addresses.absolute(out)
     if candidates is not None:
         settings["search"]["candidates"] = candidates
     campaign = validate(Campaign, settings, file)
     if what == "campaign":
         says = f"{campaign.name} into {campaign.directory}"
         return Job(("campaign", "run", CAMPAIGN_FILE), CAMPAIGN_FILE, dump(campaign), 0, says)
-    there = () if out is None else ("--out", storage.absolute(out))
+    there = () if out is None else ("--out", addresses.absolute(out))
     return Job(
         ("statistics", CAMPAIGN_FILE, *there), CAMPAIGN_FILE, dump(campaign), 0, f"statistics of {campaign.name}"
     )

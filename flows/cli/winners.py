@@ -10,7 +10,7 @@ from flows.campaign.summary import tables_as_markdown
 from flows.directory.campaign_directory import Directory
 from flows.directory.progress import Display
 from flows.report.table import in_words
-from merging.io import storage
+from merging.io import addresses, storage
 from search.ledger.ledger import Ledger
 from search.ledger.row import Row
 
@@ -32,10 +32,10 @@ def export_candidates(path: str, rows: Sequence[Row], display: Display) -> dict[
     Raises:
         MergequestError: The pool is no longer what it was, or something cannot be read or written.
     """
-    directory = Directory(storage.absolute(path))
+    directory = Directory(addresses.absolute(path))
     campaign = directory.campaign().model_copy(update={"directory": directory.path})
     places = {row.candidate: directory.exported(row.candidate) for row in rows}
-    missing = [row for row in rows if not storage.exists(storage.join(places[row.candidate], "config.json"))]
+    missing = [row for row in rows if not storage.exists(addresses.join(places[row.candidate], "config.json"))]
     if not missing:
         return places
     with display.phase("Pool"):

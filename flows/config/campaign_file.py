@@ -29,7 +29,7 @@ from flows.config.yaml_file import (
 from merging.checkpoints.validation import MAX_DISTANCE
 from merging.checkpoints.vocabulary import Vocabulary
 from merging.errors import MergequestError, SettingsError
-from merging.io import storage
+from merging.io import addresses, hashing
 from merging.methods import METHODS
 from merging.recipe import BASE, GROUP
 from merging.registry import did_you_mean
@@ -256,7 +256,7 @@ class Campaign(Settings):
         for budget in BUDGETS:
             settings["search"].pop(budget)
         settings["statistics"].pop("cache")
-        return storage.fingerprint(settings)
+        return hashing.fingerprint(settings)
 
 
 def load_campaign(path: str) -> Campaign:
@@ -269,7 +269,7 @@ def load_campaign(path: str) -> Campaign:
     campaign = validate(Campaign, load_yaml(path), path)
     settings = campaign.model_dump(mode="json")
     with said_in(path):
-        settings["directory"] = resolve(campaign.directory or storage.join("runs", campaign.name), root)
+        settings["directory"] = resolve(campaign.directory or addresses.join("runs", campaign.name), root)
         settings["base"] = resolve(campaign.base, root)
         for member in settings["members"].values():
             member["checkpoint"] = resolve_checkpoint(member["checkpoint"], root)

@@ -28,7 +28,7 @@ from merging.checkpoints.pool import Pool
 from merging.checkpoints.validation import MAX_DISTANCE, check_weights
 from merging.checkpoints.vocabulary import Vocabulary
 from merging.errors import CheckpointError, MethodError, SettingsError
-from merging.io import storage
+from merging.io import addresses, storage
 from merging.mergers.material import Material, open_statistics
 from merging.methods import METHODS
 from merging.methods.mergekit_names import MERGEKIT_NAMES
@@ -200,7 +200,7 @@ def require_directories(recipe: Mapping[str, Any], path: str) -> None:
     """
     for model in dict.fromkeys([recipe["base"], *recipe.get("members", {}).values()]):
         for part in resolve_checkpoint(model, parent(path)).split("+"):
-            if storage.is_local(part) and not storage.is_dir(part):
+            if addresses.is_local(part) and not storage.is_dir(part):
                 raise SettingsError(f"{path}: {_absent(part)}")
 
 
@@ -291,8 +291,8 @@ def seen_from(path: str, directory: str) -> str:
     """A path as seen from a directory that may be given away: nothing of where that lies on this machine."""
     if on_model := model_and_adapter(path):
         return "+".join(seen_from(part, directory) for part in on_model)
-    if not storage.is_local(path):
+    if not addresses.is_local(path):
         return path
-    if not storage.is_local(directory):
-        return storage.base_name(path)
-    return os.path.relpath(storage.absolute(path), storage.absolute(directory))
+    if not addresses.is_local(directory):
+        return addresses.base_name(path)
+    return os.path.relpath(addresses.absolute(path), addresses.absolute(directory))

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from merging.checkpoints.adapters.adapter import model_and_adapter
 from merging.errors import SettingsError, StorageError
-from merging.io import storage
+from merging.io import addresses, atomic, documents, storage
 from merging.io.secrets import holds_secret, redacted
 from merging.registry import did_you_mean
 
@@ -86,7 +86,7 @@ def load_yaml(path: str) -> dict[str, Any]:
         SettingsError: It is missing, no YAML, or no mapping.
     """
     try:
-        value = storage.read_yaml(path)
+        value = documents.read_yaml(path)
     except StorageError as error:
         raise SettingsError(redacted(str(error))) from error
     if not isinstance(value, dict):
@@ -112,7 +112,7 @@ def _secrets(value: Any, place: str) -> Iterator[str]:
 
 def parent(path: str) -> str:
     """The directory of a local file or an address."""
-    return storage.absolute(path).rpartition("/")[0]
+    return addresses.absolute(path).rpartition("/")[0]
 
 
 @contextmanager
@@ -130,10 +130,10 @@ def said_in(file: str) -> Iterator[None]:
 
 def resolve(path: str, root: str) -> str:
     """`path` as it is if absolute or an address, else below `root`."""
-    if not storage.is_local(path):
+    if not addresses.is_local(path):
         return path
-    place = storage.expanded(path)
-    return os.path.normpath(place if place.is_absolute() else storage.join(root, str(place)))
+    place = addresses.expanded(path)
+    return os.path.normpath(place if place.is_absolute() else addresses.join(root, str(place)))
 
 
 def resolve_checkpoint(path: str, root: str) -> str:
@@ -162,12 +162,12 @@ def require_writable(path: str) -> None:
         SettingsError: It cannot, or there is a file in its place.
         StorageError: The same of a remote one, where a small object is written and removed again.
     """
-    if not storage.is_local(path):
-        probe = storage.join(path, f".{uuid.uuid4().hex}.probe")
-        storage.write_bytes(probe, b"")
+    if not addresses.is_local(path):
+        probe = addresses.join(path, f".{uuid.uuid4().hex}.probe")
+        atomic.write_bytes(probe, b"")
         storage.remove(probe)
         return
-    place = storage.local_path(path)
+    place = addresses.local_path(path)
     if place.exists() and not place.is_dir():
         raise SettingsError(f"{path} is a file; name a directory")
     parent = next(p for p in (place, *place.absolute().parents) if p.exists())

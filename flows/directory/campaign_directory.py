@@ -15,7 +15,7 @@ from merging.checkpoints.formats.config_checks import check_config
 from merging.checkpoints.formats.configuration import differences
 from merging.checkpoints.formats.safetensors_header import MAX_TENSORS
 from merging.errors import LedgerError, PoolError, SettingsError, StorageError, TaskError
-from merging.io import storage
+from merging.io import addresses, atomic, documents, storage
 from merging.io.process import try_lock
 from search.ledger.ledger import Ledger
 
@@ -31,7 +31,7 @@ class Directory:
     path: str
 
     def __truediv__(self, name: str) -> str:
-        return storage.join(self.path, name)
+        return addresses.join(self.path, name)
 
     @property
     def ledger(self) -> str:
@@ -50,7 +50,7 @@ class Directory:
 
     def exported(self, name: str) -> str:
         """An exported candidate."""
-        return storage.join(self.path, "exports", name)
+        return addresses.join(self.path, "exports", name)
 
     @property
     def report(self) -> str:
@@ -112,7 +112,7 @@ class Directory:
         """
         if not storage.exists(self / POOL) or not storage.list_dir(self.ledger):
             return
-        before = storage.read_as(self / POOL, _fingerprints)
+        before = documents.read_as(self / POOL, _fingerprints)
         remedy = "Put back what was there, or run the campaign anew in another directory"
         for name, checkpoint in found["checkpoints"].items():
             if before["checkpoints"].get(name) != checkpoint:
@@ -137,17 +137,17 @@ class Directory:
 
     def claim(self, campaign: Campaign, pool: Mapping[str, Any]) -> None:
         """Keeps the resolved campaign file and the pool's fingerprints, which makes this the campaign's directory."""
-        storage.write_text(self / CAMPAIGN_FILE, dump(campaign))
-        storage.write_json(self / POOL, dict(pool))
+        atomic.write_text(self / CAMPAIGN_FILE, dump(campaign))
+        atomic.write_json(self / POOL, dict(pool))
 
     def is_finished(self, campaign: Campaign) -> bool:
         """Whether this very budget was spent here, and what it led to is still there."""
-        places = (self / DONE, self.report, storage.join(self.best, "config.json"))
-        return all(map(storage.exists, places)) and storage.read_json(self / DONE) == _budget(campaign)
+        places = (self / DONE, self.report, addresses.join(self.best, "config.json"))
+        return all(map(storage.exists, places)) and documents.read_json(self / DONE) == _budget(campaign)
 
     def finish(self, campaign: Campaign) -> None:
         """Notes that the campaign's budget is spent, and its winner exported."""
-        storage.write_json(self / DONE, _budget(campaign))
+        atomic.write_json(self / DONE, _budget(campaign))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -157,10 +157,10 @@ class Directory:
             LedgerError: Another driver is at work here.
             StorageError: There is no right to write here.
         """
-        if storage.is_local(self.path):
+        if addresses.is_local(self.path):
             storage.make_dir(self.path)
             try:
-                handle = os.open(storage.local_path(self / ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+                handle = os.open(addresses.local_path(self / ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
             except OSError as error:
                 raise StorageError(f"cannot write {self / '.lock'}: {error.strerror}") from error
             try:
@@ -180,13 +180,13 @@ class Directory:
     def read_timings(self) -> dict[str, float]:
         """Phase → seconds over all runs so far."""
         try:
-            return storage.read_as(self / "timings.json", _seconds)
+            return documents.read_as(self / "timings.json", _seconds)
         except StorageError:
             return {}
 
     def write_timings(self, timings: dict[str, float]) -> None:
         """Keeps the seconds of each phase."""
-        storage.write_json(self / "timings.json", {name: round(value, 3) for name, value in timings.items()})
+        atomic.write_json(self / "timings.json", {name: round(value, 3) for name, value in timings.items()})
 
 
 DONE = "done.json"

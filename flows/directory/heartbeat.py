@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from merging.errors import MergequestError, StorageError
-from merging.io import storage
+from merging.io import addresses, atomic
 from merging.io.secrets import storable
 
 if TYPE_CHECKING:
@@ -61,11 +61,11 @@ def heartbeat(directory: str, pulse: Pulse, name: str = "", every: float = BEAT)
         name: The campaign's, for who looks before its file is there.
         every: Seconds between two writes.
     """
-    path, who = storage.join(directory, FILE), {"name": name, "host": socket.gethostname(), "pid": os.getpid()}
+    path, who = addresses.join(directory, FILE), {"name": name, "host": socket.gethostname(), "pid": os.getpid()}
 
     def write(ended: str | None) -> None:
         with suppress(StorageError):
-            storage.write_json(path, {**pulse.as_dict(), **who, "ended": ended})
+            atomic.write_json(path, {**pulse.as_dict(), **who, "ended": ended})
 
     def beat() -> None:
         while True:

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from merging.errors import LedgerError, StorageError
-from merging.io import storage
+from merging.io import atomic, documents, storage
 from merging.io.process import is_gone, this_process
 
 BEAT = 10.0
@@ -69,7 +69,7 @@ def _stop(number: int, frame: object) -> None:
 
 def _take(path: str, mine: dict[str, Any], what: str) -> None:
     """Becomes the holder."""
-    if storage.create(path, _encoded(mine, 0)):
+    if atomic.create(path, _encoded(mine, 0)):
         return
     found = _read(path)
     if found is not None and not is_gone(found):
@@ -86,7 +86,7 @@ def _take(path: str, mine: dict[str, Any], what: str) -> None:
                 )
     with suppress(StorageError):
         storage.remove(path)
-    if not storage.create(path, _encoded(mine, 0)):
+    if not atomic.create(path, _encoded(mine, 0)):
         raise LedgerError(f"another mergequest has just started {what}: wait for it, or stop it")
     time.sleep(SETTLE)
     if (_read(path) or {}).get("owner") != mine["owner"]:
@@ -104,7 +104,7 @@ def _beat(path: str, mine: dict[str, Any], done: threading.Event, lost: threadin
                 lost.set()
                 signal.pthread_kill(threading.main_thread().ident or 0, TAKEN)
                 return
-            storage.write_bytes(path, _encoded(mine, number))
+            atomic.write_bytes(path, _encoded(mine, number))
         except Exception:  # whatever a store's client raises: without this thread the lease would run out unnoticed
             continue  # the store is away: whoever comes back first finds out
 
@@ -112,7 +112,7 @@ def _beat(path: str, mine: dict[str, Any], done: threading.Event, lost: threadin
 def _read(path: str) -> dict[str, Any] | None:
     """What the lease says; None where there is none."""
     try:
-        found = storage.read_json(path)
+        found = documents.read_json(path)
     except StorageError:
         if storage.exists(path):
             raise

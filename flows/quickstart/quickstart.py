@@ -18,7 +18,7 @@ from flows.quickstart.shipped_pool import Files, Pool
 from flows.quickstart.tagging import TAGGING
 from flows.quickstart.training import Trained, TrainingSettings, train_member
 from merging.errors import SettingsError
-from merging.io import storage
+from merging.io import addresses
 from merging.registry import did_you_mean
 from merging.tasks import AnyTaskSettings
 from ray_tasks.connect import connect
@@ -48,7 +48,7 @@ def run(pool: str, directory: str | None, cache: str, candidates: int | None, di
     if pool not in POOLS:
         raise SettingsError(f"unknown pool '{pool}'. {did_you_mean(pool, list(POOLS))}")
     made, name = POOLS[pool], NAMES.get(pool, pool)
-    root, kept = Path(storage.absolute(directory or f"runs/{name}")), Path(storage.absolute(cache))
+    root, kept = Path(addresses.absolute(directory or f"runs/{name}")), Path(addresses.absolute(cache))
     with display.phase("Base model and data"):
         base = made.base(kept, display.say)
         files = made.data(kept, root / "data", display.say)

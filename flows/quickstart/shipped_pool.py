@@ -10,7 +10,7 @@ import pandas as pd
 
 from flows.quickstart.fetch import Progress
 from flows.quickstart.training import TrainingSettings
-from merging.io import storage
+from merging.io import atomic, documents, hashing
 from merging.tasks.task import SPLITS, Split
 
 Item = TypeVar("Item")
@@ -78,14 +78,14 @@ def written(
     Raises:
         StorageError: There is no right or no space to write, or what `make` raises.
     """
-    key = storage.fingerprint(key)
+    key = hashing.fingerprint(key)
     files: Files = {task: {name: directory / task / f"{name}.parquet" for name in SPLITS} for task in tasks}
     marker = directory / "splits.json"
     there = all(file.exists() for parts in files.values() for file in parts.values())
-    if there and marker.exists() and storage.read_json(str(marker)) == key:
+    if there and marker.exists() and documents.read_json(str(marker)) == key:
         return files
     for task, parts in make().items():
         for name, frame in parts.items():
-            storage.write_bytes(str(files[task][name]), frame.to_parquet(index=False))
-    storage.write_json(str(marker), key)
+            atomic.write_bytes(str(files[task][name]), frame.to_parquet(index=False))
+    atomic.write_json(str(marker), key)
     return files

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from merging.checkpoints.checkpoint import Checkpoint
-from merging.io import storage
+from merging.io import atomic, documents, hashing
 from merging.tasks import AnyTaskSettings, Batch, CausalLM, Task, make_task
 from merging.tasks.head import IMAGE_PROCESSOR, load_image_processor, load_tokenizer, quiet
 
@@ -103,11 +103,11 @@ def train_member(
     """
     settings = settings or TrainingSettings()
     train = cast("str", task.data["train"])  # type: ignore[union-attr]
-    prepared = [storage.file_fingerprint(train), task.model_dump(mode="json", exclude={"data"}), list(labels)]
-    key = storage.fingerprint([Checkpoint.open(str(base)).fingerprint, *prepared, asdict(settings)])
+    prepared = [hashing.file_fingerprint(train), task.model_dump(mode="json", exclude={"data"}), list(labels)]
+    key = hashing.fingerprint([Checkpoint.open(str(base)).fingerprint, *prepared, asdict(settings)])
     record = out / RECORD
     if record.exists():
-        known = storage.read_as(str(record), lambda v: (str(v["key"]), float(v["loss"]), float(v["seconds"])))
+        known = documents.read_as(str(record), lambda v: (str(v["key"]), float(v["loss"]), float(v["seconds"])))
         if known[0] == key:
             return Trained(out, known[1], known[2], reused=True)
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as start:
@@ -166,7 +166,7 @@ def _train(task: Task, out: Path, settings: TrainingSettings, progress: Progress
             progress(step, len(batches), losses[-1])
     last = float(np.mean(losses[-(len(batches) // settings.epochs) :]))
     seconds = time.monotonic() - started
-    with storage.new_dir(str(out)) as directory, quiet():
+    with atomic.new_dir(str(out)) as directory, quiet():
         model.save_pretrained(directory)
         _save_preprocessor(Path(task.head), directory)
         note = {
@@ -176,7 +176,7 @@ def _train(task: Task, out: Path, settings: TrainingSettings, progress: Progress
             "examples": len(examples),
             "settings": asdict(settings),
         }
-        storage.write_json(str(directory / RECORD), note)
+        atomic.write_json(str(directory / RECORD), note)
     return Trained(out, last, seconds, reused=False)
 
 

@@ -9,7 +9,7 @@ from safetensors.numpy import save
 
 from merging.checkpoints.checkpoint import read_arrays
 from merging.evaluation.steps import Plan
-from merging.io import storage
+from merging.io import addresses, atomic, storage
 from search.candidate import Candidate, Outcome
 
 Values: TypeAlias = Mapping[str, npt.NDArray[np.float32]]
@@ -41,7 +41,7 @@ class KeptOutcomes:
                 for task, own in found.trace.values.items()
                 if found.scores[task].is_mean
             }
-            storage.write_bytes(self._file(outcome.candidate.recipe.identity), save(values))
+            atomic.write_bytes(self._file(outcome.candidate.recipe.identity), save(values))
         return outcome
 
     def read(self, candidate: str) -> Values:
@@ -50,4 +50,4 @@ class KeptOutcomes:
         return read_arrays(path) if storage.exists(path) else {}
 
     def _file(self, candidate: str) -> str:
-        return storage.join(self._path, f"{candidate}.safetensors")
+        return addresses.join(self._path, f"{candidate}.safetensors")

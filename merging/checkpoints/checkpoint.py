@@ -21,7 +21,7 @@ from merging.checkpoints.formats.configuration import function_of
 from merging.checkpoints.formats.quantised import refuse_quantised
 from merging.checkpoints.formats.safetensors_header import MAX_HEADER, parse_header
 from merging.errors import CheckpointError, StorageError
-from merging.io import fact_cache, local_copies, storage
+from merging.io import addresses, documents, fact_cache, hashing, local_copies, storage
 from merging.io.prefetch import Window
 
 CONFIG = "config.json"
@@ -99,7 +99,7 @@ class SafetensorsFile:
     @cached_property
     def _here(self) -> Path | None:
         """The file itself, or this machine's copy of a remote one, if there was one when it was last looked for."""
-        return storage.local_path(self.path) if storage.is_local(self.path) else local_copies.found(self.path)
+        return addresses.local_path(self.path) if addresses.is_local(self.path) else local_copies.found(self.path)
 
     def copy_here(self) -> None:
         """Makes this machine's copy of a remote file, for all its processes, if there is room; then `read` maps it."""
@@ -223,14 +223,14 @@ class Checkpoint:
             storage.require_files(path)
         except StorageError as error:
             raise CheckpointError(str(error)) from error
-        config = read_settings(storage.join(path, CONFIG))
-        files = [SafetensorsFile.open(storage.join(path, name)) for name in _weight_files(path, listed)]
+        config = read_settings(addresses.join(path, CONFIG))
+        files = [SafetensorsFile.open(addresses.join(path, name)) for name in _weight_files(path, listed)]
         tensors: dict[str, TensorInfo] = {}
         for file in files:
             if twice := tensors.keys() & file.tensors.keys():
                 raise CheckpointError(f"{path}: '{min(twice)}' stands in two of its files")
             tensors.update(file.tensors)
-        check_config(config, len(tensors), storage.join(path, CONFIG))
+        check_config(config, len(tensors), addresses.join(path, CONFIG))
         refuse_quantised(path, config, ((info.name, info.dtype, info.shape) for info in tensors.values()))
         return cls(path, config, tensors, {file.path: file for file in files})
 
@@ -281,7 +281,7 @@ class Checkpoint:
     @property
     def is_mapped(self) -> bool:
         """Whether `read` gives views of memory maps: reading a part of a tensor costs no more than the part."""
-        return storage.is_local(self.path)
+        return addresses.is_local(self.path)
 
     @property
     def is_cached(self) -> bool:
@@ -320,7 +320,7 @@ class Checkpoint:
     @property
     def config_fingerprint(self) -> str:
         """Hash of what of its `config.json` may change the function that it computes."""
-        return storage.fingerprint(function_of(self.config))
+        return hashing.fingerprint(function_of(self.config))
 
     def recognise(self, fingerprint: str) -> None:
         """Takes over what somebody found who read all bytes."""
@@ -329,7 +329,7 @@ class Checkpoint:
 
     @property
     def _is_remote(self) -> bool:
-        return not storage.is_local(self.path)
+        return not addresses.is_local(self.path)
 
     def _content_hash(self) -> str:
         names = sorted(self.tensors, key=lambda name: (self.tensors[name].file, self.tensors[name].start))
@@ -364,7 +364,7 @@ class Digest:
 
     def fingerprint(self) -> str:
         """The fingerprint, once all tensors were added."""
-        return storage.fingerprint(sorted(self._found.values()))
+        return hashing.fingerprint(sorted(self._found.values()))
 
 
 def read_settings(path: str) -> dict[str, Any]:
@@ -374,7 +374,7 @@ def read_settings(path: str) -> dict[str, Any]:
         CheckpointError: It is missing, or no JSON object.
     """
     try:
-        return storage.read_object(path)
+        return documents.read_object(path)
     except StorageError as error:
         raise CheckpointError(str(error)) from error
 
@@ -395,7 +395,7 @@ def _weight_files(path: str, listed: list[str]) -> list[str]:
                 f"`mergequest convert {path} --out NEW` writes them, every tensor, without running what is in a pickle"
             )
         raise CheckpointError(f"{path} holds neither {SINGLE} nor {INDEX}: the download is incomplete")
-    index = storage.join(path, INDEX)
+    index = addresses.join(path, INDEX)
     weight_map = read_settings(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} is not an index of safetensors files: `weight_map` is not file names by tensor")

@@ -11,7 +11,7 @@ from merging.checkpoints.checkpoint import Checkpoint
 from merging.checkpoints.models import skeleton
 from merging.checkpoints.view import View
 from merging.errors import CheckpointError
-from merging.io import fact_cache, storage
+from merging.io import addresses, fact_cache
 
 
 def settle_ties(
@@ -195,7 +195,7 @@ def are_equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
     def look() -> str:
         return str(torch.equal(checkpoint.read(first), checkpoint.read(second)))
 
-    lasting = not storage.is_local(checkpoint.path)
+    lasting = not addresses.is_local(checkpoint.path)
     return fact_cache.remembered((*checkpoint.identity, "equal", first, second), look, lasting=lasting) == str(True)
 
 

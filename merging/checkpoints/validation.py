@@ -14,7 +14,7 @@ from merging.checkpoints.checkpoint import Digest
 from merging.checkpoints.formats.buffers import is_buffer
 from merging.checkpoints.pool import MAX_REPORTED, Pool
 from merging.errors import PoolError, StorageError
-from merging.io import fact_cache, storage
+from merging.io import addresses, fact_cache, hashing
 from merging.io.documents import as_object, is_number, parse_json
 from merging.kernels import cpu
 from merging.kernels.blockwise import Scratch, difference, is_finite, spans
@@ -91,13 +91,13 @@ def keep(pool: Pool, findings: Mapping[str, Finding]) -> None:
     """Keeps what is good, for later readings; what is bad shall be looked at again."""
     for member, finding in findings.items():
         if not finding.problems:
-            lasting = not storage.is_local(pool.members[member].checkpoint.path)
+            lasting = not addresses.is_local(pool.members[member].checkpoint.path)
             fact_cache.keep(key(pool, member), json.dumps(asdict(finding)), lasting=lasting)
 
 
 def key(pool: Pool, member: str) -> tuple[str, ...]:
     """What a member's finding depends on."""
-    names = storage.fingerprint([[name, list(info.shape)] for name, info in pool.weights.items()])
+    names = hashing.fingerprint([[name, list(info.shape)] for name, info in pool.weights.items()])
     return ("examined", "2", names, *pool.base.identity, *pool.members[member].checkpoint.identity)
 
 

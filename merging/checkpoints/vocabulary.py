@@ -12,7 +12,7 @@ from merging.checkpoints.checkpoint import Checkpoint, TensorInfo
 from merging.checkpoints.models import skeleton
 from merging.checkpoints.view import View
 from merging.errors import CheckpointError, PoolError, StorageError
-from merging.io import storage
+from merging.io import addresses, documents, storage
 
 Vocabulary: TypeAlias = Literal["base", "union"]
 """Which tokens a merge has: the base's, or those that members added too."""
@@ -367,7 +367,7 @@ def _tokenizer_bytes(path: str) -> bytes | None:
     if TOKENIZER not in storage.list_dir(path):
         return None
     try:
-        return storage.read_bytes(storage.join(path, TOKENIZER))
+        return storage.read_bytes(addresses.join(path, TOKENIZER))
     except StorageError as error:
         raise PoolError(str(error)) from error
 
@@ -390,7 +390,7 @@ def _tokens(path: str, raw: bytes | None) -> _Tokens | None:
             raise TypeError("a token is no text, or its row no number")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PoolError(
-            f"{storage.join(path, TOKENIZER)} is no tokenizer that can be read ({error!r}): save it again"
+            f"{addresses.join(path, TOKENIZER)} is no tokenizer that can be read ({error!r}): save it again"
         ) from error
     return _Tokens(ids, added, str(model.get("type")))
 
@@ -407,7 +407,7 @@ def _with_tokens(
     Raises:
         PoolError: A token belongs to a tokenizer's model, and not to what was added to it.
     """
-    value = json.loads(storage.read_bytes(storage.join(path, TOKENIZER)))
+    value = json.loads(storage.read_bytes(addresses.join(path, TOKENIZER)))
     entries = {}
     for row, (token, (who, _)) in enumerate(added.items(), first):
         theirs = tokens[who]
@@ -424,7 +424,7 @@ def _with_tokens(
     value["added_tokens"] = [*(value.get("added_tokens") or []), *entries.values()]
     files = {TOKENIZER: json.dumps(value, indent=2, ensure_ascii=False).encode()}
     if entries and TOKENIZER_CONFIG in storage.list_dir(path):
-        settings = storage.read_json(storage.join(path, TOKENIZER_CONFIG))
+        settings = documents.read_json(addresses.join(path, TOKENIZER_CONFIG))
         if isinstance(settings, dict) and isinstance(settings.get("added_tokens_decoder"), dict):
             settings["added_tokens_decoder"] |= {
                 str(row): {key: value for key, value in entry.items() if key != "id"} for row, entry in entries.items()

@@ -2,12 +2,16 @@
 
 import json
 import sys
-from collections.abc import Hashable, Iterable
-from typing import Any, TypeGuard
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, TypeGuard, TypeVar
 
 import yaml
 
-from merging.errors import StorageError
+from merging.errors import MergequestError, StorageError
+from merging.io.addresses import is_local
+from merging.io.storage import read_bytes, size
+
+T = TypeVar("T")
 
 MAX_BYTES = 64 << 20
 """Of a JSON document: the largest that belong to a checkpoint, indices of many thousands of tensors, have a few MB."""
@@ -23,6 +27,67 @@ MAX_SHOWN = 300
 """Characters of a document that a message repeats."""
 ALLOWED_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map"))
 MERGE_TAG = "tag:yaml.org,2002:merge"
+
+
+def read_json(path: str) -> Any:
+    """A JSON file's value.
+
+    Raises:
+        StorageError: The file is missing or not JSON, or beyond the bounds of `merging.io.documents`.
+    """
+    return parse_json(_read_bounded(path, MAX_BYTES), path)
+
+
+def read_object(path: str) -> dict[str, Any]:
+    """A JSON file's object.
+
+    Raises:
+        StorageError: As `read_json`; or it holds something else.
+    """
+    return as_object(read_json(path), path)
+
+
+def read_yaml(path: str) -> Any:
+    """A YAML file's value.
+
+    Raises:
+        StorageError: The file is missing or not YAML, or beyond the bounds of `merging.io.documents`.
+    """
+    try:
+        return parse_yaml(_read_bounded(path, MAX_YAML_BYTES).decode(), path)
+    except UnicodeDecodeError as error:
+        raise StorageError(f"{path} is not a UTF-8 text file") from error
+
+
+def read_as(path: str, build: Callable[[Any], T]) -> T:
+    """What `build` makes of a JSON file's value.
+
+    Args:
+        path: The file, which the program itself wrote.
+        build: Looks up and converts what it needs.
+
+    Raises:
+        StorageError: The file is missing or not JSON, or `build` finds that it is something else.
+    """
+    return made_from(read_json(path), build, path)
+
+
+def made_from(value: Any, build: Callable[[Any], T], path: str) -> T:
+    """What `build` makes of what a file holds.
+
+    Raises:
+        StorageError: It finds that it is something else.
+    """
+    try:
+        return build(value)
+    except (MergequestError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        told = str(error) if isinstance(error, MergequestError) else f"{type(error).__name__}: {error}"
+        raise StorageError(f"{path} is damaged, or was not written by mergequest ({told[:300]})") from error
+
+
+def _read_bounded(path: str, most: int) -> bytes:
+    """A file's bytes, or so many of them that its size is seen to be too large."""
+    return read_bytes(path, 0, min(size(path), most + 1) if is_local(path) else most + 1)
 
 
 def parse_json(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import StorageError
-from merging.io import storage
+from merging.io import atomic, hashing, storage
 
 Key = Sequence[str]
 """All that a fact depends on; with an empty string in it, nothing is known well enough to be kept."""
@@ -33,13 +33,13 @@ def recalled(key: Key) -> str | None:
     """A fact that was found before, by this process or another of this user; None where it is not known."""
     if not all(key):
         return None
-    name = storage.fingerprint(list(key))
+    name = hashing.fingerprint(list(key))
     if name not in _facts:
         try:
             digest, _, fact = storage.read_text(str(_directory() / name)).partition(" ")
         except StorageError:
             return None
-        if digest != storage.fingerprint(fact):
+        if digest != hashing.fingerprint(fact):
             return None  # another format, or damaged: it is found again
         _facts[name] = fact
     return _facts[name]
@@ -49,23 +49,23 @@ def keep(key: Key, fact: str, *, lasting: bool = True) -> None:
     """Keeps a fact for this process, and for others where `lasting` and there is a right to write."""
     if not all(key):
         return
-    name = storage.fingerprint(list(key))
+    name = hashing.fingerprint(list(key))
     _facts[name] = fact
     if lasting:
         try:
-            storage.write_text(str(_directory() / name), f"{storage.fingerprint(fact)} {fact}")
+            atomic.write_text(str(_directory() / name), f"{hashing.fingerprint(fact)} {fact}")
         except StorageError:
             return
 
 
 def known(keys: Iterable[Key]) -> dict[str, str]:
     """What is known of these, to be learnt elsewhere: it names no path."""
-    return {storage.fingerprint(list(key)): fact for key in keys if all(key) and (fact := recalled(key)) is not None}
+    return {hashing.fingerprint(list(key)): fact for key in keys if all(key) and (fact := recalled(key)) is not None}
 
 
 def as_json(facts: Mapping[str, str]) -> dict[str, Any]:
     """Facts as a file keeps them, with what tells that it is as it was written."""
-    return {"facts": dict(facts), "digest": storage.fingerprint(dict(facts))}
+    return {"facts": dict(facts), "digest": hashing.fingerprint(dict(facts))}
 
 
 def from_json(value: Any) -> dict[str, str]:

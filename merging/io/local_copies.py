@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from merging.io import storage
+from merging.io import hashing, storage
 from merging.io.fact_cache import cache_directory
 from merging.io.prefetch import download
 
@@ -95,7 +95,7 @@ def _directory() -> Path:
 def _place(path: str) -> Path | None:
     """Where the copy is or would be; None where nothing tells the file from what it was or will be."""
     checksum = storage.checksum(path)
-    return _directory() / storage.fingerprint([path, checksum]) if checksum else None
+    return _directory() / hashing.fingerprint([path, checksum]) if checksum else None
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from merging.checkpoints.checkpoint import Checkpoint
 from merging.checkpoints.pool import Pool
 from merging.checkpoints.vocabulary import Renumbered
 from merging.errors import MethodError, StatisticsError
-from merging.io import storage
+from merging.io import hashing
 from merging.mergers import running_statistics, weight_groups
 from merging.mergers.running_statistics import parameters_of
 from merging.methods import METHODS, Context, Method, Prepared, Weight
@@ -192,4 +192,4 @@ def open_statistics(pool: Pool, files: Mapping[str, Sequence[str]]) -> dict[str,
 def subset_fingerprint(pool: Pool, members: Sequence[str]) -> str:
     """Content hash of the base and some members, whatever their names and order."""
     members_hashes = sorted(pool.members[member].checkpoint.fingerprint for member in members)
-    return storage.fingerprint([pool.base.fingerprint, members_hashes])
+    return hashing.fingerprint([pool.base.fingerprint, members_hashes])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from merging.checkpoints.checkpoint import SafetensorsFile, TensorInfo
 from merging.errors import CheckpointError, StatisticsError, StorageError
-from merging.io import storage
+from merging.io import atomic
 from merging.io.documents import as_object, parse_json
 from merging.statistics.statistic import Partial, Statistic
 
@@ -265,7 +265,7 @@ def save_tensors(
         "transposed": json.dumps(sorted(about.transposed)),
         "uncovered": json.dumps(sorted(about.uncovered)),
     }
-    storage.write_bytes(path, serialize({name: value.contiguous() for name, value in tensors.items()}, metadata))
+    atomic.write_bytes(path, serialize({name: value.contiguous() for name, value in tensors.items()}, metadata))
     return StatisticsFile.open(path)
 
 

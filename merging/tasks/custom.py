@@ -26,7 +26,7 @@ from torch import nn
 
 from merging.checkpoints.models.parameter_names import Loading
 from merging.errors import TaskError
-from merging.io import storage
+from merging.io import hashing
 from merging.registry import did_you_mean
 from merging.tasks.environment import hidden, references, resolved, secret_in
 from merging.tasks.head import blank_model, load_model
@@ -162,7 +162,7 @@ class Custom(Task):
         """
         source = inspect.getsourcefile(self._function)
         code = _code(Path(source)) if source else ""
-        return storage.fingerprint([code, self.settings.model_dump(mode="json"), split])
+        return hashing.fingerprint([code, self.settings.model_dump(mode="json"), split])
 
     def measure(
         self, model: nn.Module, split: Split, *, limit: int | None = None, precision: str = "float32"
@@ -276,7 +276,7 @@ def _code(source: Path) -> str:
     try:
         return ast.unparse(ast.parse(source.read_bytes()))
     except (OSError, SyntaxError, ValueError, RecursionError):
-        return storage.file_fingerprint(str(source))
+        return hashing.file_fingerprint(str(source))
 
 
 register(Custom, CustomSettings)

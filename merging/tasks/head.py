@@ -16,7 +16,7 @@ from merging.checkpoints.checkpoint import CONFIG, Checkpoint, read_settings
 from merging.checkpoints.models import skeleton
 from merging.checkpoints.models.parameter_names import Loading, loading, remember_names
 from merging.errors import CheckpointError, StorageError, TaskError
-from merging.io import local_copies, storage
+from merging.io import addresses, documents, local_copies, storage
 from merging.io.documents import is_number
 from merging.io.prefetch import download
 
@@ -54,7 +54,7 @@ def class_names(
     """
     try:
         adapted = is_adapter(head)
-        config = open_checkpoint(head, base).config if adapted else read_settings(storage.join(head, CONFIG))
+        config = open_checkpoint(head, base).config if adapted else read_settings(addresses.join(head, CONFIG))
     except (CheckpointError, StorageError) as error:
         raise TaskError(f"the head has no configuration: {error}") from error
     architecture = str((config.get("architectures") or ["model of unknown architecture"])[0])
@@ -250,7 +250,7 @@ def load_image_processor(head: str, base: str = "") -> Any:
     import transformers
 
     place = head
-    if not storage.exists(storage.join(head, IMAGE_PROCESSOR)):
+    if not storage.exists(addresses.join(head, IMAGE_PROCESSOR)):
         place = base or head
     try:
         with quiet():
@@ -311,17 +311,17 @@ def load_model(head: str, model_class: str, *, base: str = "", hollow: Collectio
 
 def local_directory(head: str, *, weights: bool = True) -> str:
     """The directory itself, or a copy of a remote one, perhaps without its weights, that lasts as long as this process."""
-    return str(storage.local_path(head)) if storage.is_local(head) else _download(head, weights)
+    return str(addresses.local_path(head)) if addresses.is_local(head) else _download(head, weights)
 
 
 @cache
 def _download(head: str, with_weights: bool) -> str:
     weights: set[str] = set()
     if with_weights and not is_adapter(head):
-        weights = {storage.base_name(info.file) for info in Checkpoint.open(head).tensors.values()}
+        weights = {addresses.base_name(info.file) for info in Checkpoint.open(head).tensors.values()}
     directory = local_copies.own_directory()
     for name in storage.list_dir(head):
-        source, target = storage.join(head, name), directory / name
+        source, target = addresses.join(head, name), directory / name
         if name in weights and (file := local_copies.made(source)) is not None:
             target.symlink_to(file)
         elif name in weights or name.endswith((".json", ".txt", ".model", ".jinja")):
@@ -344,7 +344,7 @@ def _assembled(checkpoint: Checkpoint, loader: Any, hollow: Collection[str]) -> 
     if model.can_generate() and GENERATION in storage.list_dir(checkpoint.path):
         from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_dict(read_settings(storage.join(checkpoint.path, GENERATION)))
+        model.generation_config = GenerationConfig.from_dict(read_settings(addresses.join(checkpoint.path, GENERATION)))
     return model, info
 
 
@@ -358,7 +358,7 @@ def _tokenizer_directory(head: str, base: str) -> str:
     if has_tokenizer(head):
         return local_directory(head, weights=False)
     if not base and is_adapter(head):
-        base = str(storage.read_object(storage.join(head, ADAPTER_CONFIG)).get("base_model_name_or_path") or "")
+        base = str(documents.read_object(addresses.join(head, ADAPTER_CONFIG)).get("base_model_name_or_path") or "")
     if not base or not has_tokenizer(base):
         raise TaskError("there is none")
     return local_directory(base, weights=False)

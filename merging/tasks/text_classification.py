@@ -16,7 +16,7 @@ from torch.nn.functional import log_softmax
 from merging.checkpoints.adapters.adapter import is_adapter
 from merging.checkpoints.models.parameter_names import Loading
 from merging.errors import TaskError
-from merging.io import storage
+from merging.io import hashing
 from merging.tasks.classification import classified, measured
 from merging.tasks.head import (
     blank_model,
@@ -157,7 +157,7 @@ class TextClassification(Task):
             self._max_length,
             tokenizer_identity(self._tokenizer),
         ]
-        return storage.fingerprint(prepared)
+        return hashing.fingerprint(prepared)
 
     def predict(
         self, model: nn.Module, split: Split, positions: npt.NDArray[np.int64], *, precision: str = "float32"

@@ -20,7 +20,7 @@ from safetensors.numpy import save
 
 from merging.checkpoints.checkpoint import read_arrays
 from merging.evaluation.steps import Plan, Positions, Trace
-from merging.io import storage
+from merging.io import atomic, documents
 from merging.tasks.task import Score
 from search.candidate import ANCHORS, Candidate, Outcome
 
@@ -151,7 +151,7 @@ class Anchors:
         tensors: dict[str, npt.NDArray[np.generic]] = {}
         for task, anchors in self.tasks.items():
             tensors |= {f"{task}/{name}": value for name, value in vars(anchors).items()}
-        storage.write_bytes(path, save(tensors))
+        atomic.write_bytes(path, save(tensors))
 
     @classmethod
     def read(cls, path: str) -> "Anchors":
@@ -159,7 +159,7 @@ class Anchors:
         tensors = read_arrays(path)
         tasks = sorted({name.rpartition("/")[0] for name in tensors})
         names = TaskAnchors.__match_args__
-        return storage.made_from(
+        return documents.made_from(
             tensors, lambda found: cls({t: TaskAnchors(*(found[f"{t}/{name}"] for name in names)) for t in tasks}), path
         )
 

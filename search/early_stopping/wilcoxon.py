@@ -14,7 +14,7 @@ import numpy.typing as npt
 from scipy.stats import wilcoxon
 
 from merging.evaluation.steps import Plan, Trace
-from merging.io import storage
+from merging.io import addresses, atomic, documents, storage
 from merging.tasks.task import Score
 from search.candidate import Candidate, Outcome, Planner, Policy
 from search.early_stopping.halving import Halving, decisive, is_stepwise
@@ -64,7 +64,7 @@ class Wilcoxon:
         self._bar: Trace | None = None
         for row in best(rows):
             if breach(row) == 0 and storage.exists(self._file(row.candidate)):
-                self._bar = storage.read_as(self._file(row.candidate), Trace.from_dict)
+                self._bar = documents.read_as(self._file(row.candidate), Trace.from_dict)
 
     def plan(self, candidate: Candidate) -> Plan | None:
         """See `Planner.plan`."""
@@ -84,11 +84,11 @@ class Wilcoxon:
         if math.isfinite(value) and holds and (self._bar is None or value > self._value(self._bar.scores[-1])):
             self._bar = found.trace
             text = json.dumps(found.trace.as_dict(), separators=(",", ":"))
-            storage.write_text(self._file(outcome.candidate.recipe.identity), text)
+            atomic.write_text(self._file(outcome.candidate.recipe.identity), text)
         return outcome
 
     def _file(self, candidate: str) -> str:
-        return storage.join(self._path, f"{candidate}.json")
+        return addresses.join(self._path, f"{candidate}.json")
 
 
 @dataclass(frozen=True)

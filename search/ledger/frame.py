@@ -6,7 +6,7 @@ from typing import Any, cast
 import pandas as pd
 
 from merging.errors import LedgerError
-from merging.io import storage
+from merging.io import addresses, storage
 from search.candidate import ANCHORS
 from search.ledger.distinct import rounded
 from search.ledger.ledger import Ledger
@@ -56,7 +56,7 @@ def load(path: str) -> pd.DataFrame:
     Raises:
         LedgerError: There is nothing at a path, or a file is unreadable or of another schema version.
     """
-    within = storage.join(path, "ledger")
+    within = addresses.join(path, "ledger")
     if not storage.exists(path):
         raise LedgerError(f"{path} is not there: give a campaign's directory, or the ledger in it")
     return frame(Ledger(within if storage.is_dir(within) else path).rows())

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from merging.errors import LedgerError, MergequestError
-from merging.io import storage
+from merging.io import addresses, atomic, storage
 from merging.io.documents import as_object, parse_json
 from search.ledger.row import SCHEMA, VERSION, Origin, Row, Status
 
@@ -108,7 +108,7 @@ class Ledger:
         whole = pa.concat_tables([self._newest, to_table(new.values())]).combine_chunks()
         sink = io.BytesIO()
         pq.write_table(whole, sink, compression="zstd", write_statistics=False, write_page_checksum=True)
-        storage.write_bytes(storage.join(self.path, f"{self._mine}-{self._files:06d}.parquet"), sink.getvalue())
+        atomic.write_bytes(addresses.join(self.path, f"{self._mine}-{self._files:06d}.parquet"), sink.getvalue())
         self._newest = whole
         if len(whole) >= ROWS_PER_FILE:
             self._files, self._newest = self._files + 1, SCHEMA.empty_table()
@@ -142,7 +142,7 @@ class Ledger:
             )
 
     def _read(self, name: str) -> list[Row]:
-        path = storage.join(self.path, name)
+        path = addresses.join(self.path, name)
         aside = "move it away to go on without its rows"
         try:
             raw = io.BytesIO(storage.read_bytes(path))

@@ -8,7 +8,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import BaseTrial, FixedTrial, create_trial
 
 from merging.errors import MethodError, SettingsError
-from merging.io import storage
+from merging.io import hashing
 from merging.mergers.weight_groups import collapsed, factor
 from merging.methods.method import METHODS
 from merging.recipe import GROUP, Recipe
@@ -88,7 +88,7 @@ class Space:
             }
             for name, known in self._methods.items()
         }
-        return storage.fingerprint(
+        return hashing.fingerprint(
             [self.members, list(self._subsets), self.scaling, self.groups, list(domains), domains]
         )
 

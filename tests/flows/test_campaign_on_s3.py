@@ -17,7 +17,7 @@ from flows.campaign.summary import read_study
 from flows.cli.status import read_status
 from flows.config.campaign_file import load_campaign
 from flows.directory.campaign_directory import Directory
-from merging.io import storage
+from merging.io import addresses, atomic, documents, storage
 from merging.io.prefetch import download
 from merging.io.s3 import PatientS3
 from search.ledger.ledger import Ledger
@@ -61,17 +61,17 @@ def files(tiny_campaign, tmp_path, upload):
         settings["selection"] = {"mode": "all"}
         settings["search"] = {"candidates": 6, "methods": ["average", "task_arithmetic", "regmean"]}
         (tmp_path / "campaign.yaml").write_text(yaml.safe_dump(settings))
-        remote = copy.deepcopy(settings) | {"directory": storage.join(root, "there")}
+        remote = copy.deepcopy(settings) | {"directory": addresses.join(root, "there")}
         for place, name in [(remote, "base"), *((member, "checkpoint") for member in remote["members"].values())]:
             directory = Path(place[name])
-            place[name] = storage.join(root, "models", directory.name)
+            place[name] = addresses.join(root, "models", directory.name)
             upload(directory, place[name])
         for task, values in remote["tasks"].items():
             for split, file in values["data"].items():
-                values["data"][split] = storage.join(root, "data", task, f"{split}.parquet")
-                storage.write_bytes(values["data"][split], Path(file).read_bytes())
-        storage.write_text(storage.join(root, "campaign.yaml"), yaml.safe_dump(remote))
-        return str(tmp_path / "campaign.yaml"), storage.join(root, "campaign.yaml")
+                values["data"][split] = addresses.join(root, "data", task, f"{split}.parquet")
+                atomic.write_bytes(values["data"][split], Path(file).read_bytes())
+        atomic.write_text(addresses.join(root, "campaign.yaml"), yaml.safe_dump(remote))
+        return str(tmp_path / "campaign.yaml"), addresses.join(root, "campaign.yaml")
 
     return write
 
@@ -88,13 +88,13 @@ def outcome(directory):
             row.objective,
             row.data,
         )
-        for row in Ledger(storage.join(directory, "ledger")).rows()
+        for row in Ledger(addresses.join(directory, "ledger")).rows()
     }
 
 
 def everything(root):
     """All objects of a bucket."""
-    system, inner = storage.file_system(root)
+    system, inner = addresses.file_system(root)
     return {path: system.cat_file(path) for path in system.find(inner)}
 
 
@@ -108,24 +108,26 @@ def test_everything_on_s3_over_a_connection_that_fails(files, unreliable, s3_at,
     assert sum(count for fault, count in unreliable.faults.items() if fault) > 10
     unreliable.reset()
 
-    local, remote = str(tmp_path / "here"), storage.join(root, "there")
+    local, remote = str(tmp_path / "here"), addresses.join(root, "there")
     assert outcome(remote) == outcome(local)
     assert len(outcome(local)) > 10
     left, names = storage.list_dir(remote), sorted(path.name for path in Path(local).iterdir())
     assert left == [name for name in names if name != ".lock"]
     assert not [path for path in everything(root) if ".tmp" in path or ".probe" in path]
-    assert storage.read_json(storage.join(remote, "pool.json")) == json.loads((tmp_path / "here/pool.json").read_text())
+    assert documents.read_json(addresses.join(remote, "pool.json")) == json.loads(
+        (tmp_path / "here/pool.json").read_text()
+    )
 
-    for name in storage.list_dir(storage.join(remote, "exports", "best")):
-        if not storage.is_dir(storage.join(remote, "exports", "best", name)):
+    for name in storage.list_dir(addresses.join(remote, "exports", "best")):
+        if not storage.is_dir(addresses.join(remote, "exports", "best", name)):
             (tmp_path / "best").mkdir(exist_ok=True)
-            download(storage.join(remote, "exports", "best", name), tmp_path / "best" / name)
+            download(addresses.join(remote, "exports", "best", name), tmp_path / "best" / name)
     mine = AutoModel.from_pretrained(tmp_path / "best").state_dict()
     theirs = AutoModel.from_pretrained(Path(local) / "exports" / "best").state_dict()
     assert all(mine[name].equal(theirs[name]) for name in theirs)
 
     assert read_status(remote) is not None
-    campaign = load_campaign(storage.join(remote, "campaign.yaml"))
+    campaign = load_campaign(addresses.join(remote, "campaign.yaml"))
     mine, theirs = (read_study(Directory(place), campaign).get_trials(deepcopy=False) for place in (remote, local))
     finished = {trial.number: trial.values for trial in mine if trial.state.name == "COMPLETE"}
     assert finished == {trial.number: trial.values for trial in theirs if trial.state.name == "COMPLETE"}
@@ -140,7 +142,7 @@ def test_a_server_that_checks_signatures(files, rclone_endpoint, s3_at):
     _, there = files(root)
     done, _ = drive(there)
     assert done.returncode == 0, done.stderr[-3000:]
-    before = outcome(storage.join(root, "there"))
+    before = outcome(addresses.join(root, "there"))
     assert {row[2] for row in before.values()} == {"complete"}
 
     wrong = "marked-wrong-secret"

@@ -25,7 +25,7 @@ from flows.campaign.open_campaign import open_campaign
 from flows.config.campaign_file import load_campaign
 from flows.directory.progress import Display
 from merging.evaluation.live_models import LiveModels
-from merging.io import storage
+from merging.io import addresses, storage
 from search.ledger.ledger import from_table
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -53,7 +53,7 @@ def campaign(tiny_pool, tmp_path):
     def write(
         name, methods=("average", "task_arithmetic", "lines"), candidates=CANDIDATES, root=None, pool=None, **changes
     ):
-        directory, pool = storage.join(root or str(tmp_path), name), pool or tiny_pool
+        directory, pool = addresses.join(root or str(tmp_path), name), pool or tiny_pool
         settings = {
             "name": name,
             "directory": directory,
@@ -121,8 +121,8 @@ class Driver:
 
 def rows_of(directory):
     """What the ledger's files hold, as they stand."""
-    place = storage.join(directory, "ledger")
-    files = [storage.join(place, name) for name in storage.list_dir(place) if not name.startswith(".")]
+    place = addresses.join(directory, "ledger")
+    files = [addresses.join(place, name) for name in storage.list_dir(place) if not name.startswith(".")]
     return [row for file in files for row in from_table(pq.read_table(io.BytesIO(storage.read_bytes(file))))]
 
 
@@ -197,7 +197,7 @@ class Reader(threading.Thread):
 
     def run(self):
         seen = set()
-        while not self.done.wait(0.05 if storage.is_local(self.directory) else 0.5):
+        while not self.done.wait(0.05 if addresses.is_local(self.directory) else 0.5):
             try:
                 rows = rows_of(self.directory)
             except Exception as error:
@@ -260,8 +260,8 @@ def test_twenty_drivers_killed_on_a_faulty_s3_lose_and_repeat_nothing(
 ):
     say, environment, processes = raylets
     for name in tiny_pool:
-        upload(tiny_pool[name], storage.join(bucket, name))
-    pool = {name: storage.join(bucket, name) for name in tiny_pool}
+        upload(tiny_pool[name], addresses.join(bucket, name))
+    pool = {name: addresses.join(bucket, name) for name in tiny_pool}
     resources = {"evaluators": 1}  # starting one takes longer than all that it measures
     changes = {"resources": resources, "candidates": 4 * DRIVERS}
     file, directory = campaign("broken", root=bucket, pool=pool, **changes)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from merging.checkpoints.pool import Pool
-from merging.io import fact_cache, storage
+from merging.io import addresses, fact_cache
 from merging.statistics.statistic import Partial
 from merging.statistics.statistics_file import save_tensors
 from ray_tasks.evaluators.evaluator import Setup
@@ -17,11 +17,11 @@ def setup(tiny_pool, upload, unreliable, s3_at, monkeypatch, tmp_path):
     """A pool on S3 with a statistic, as a driver describes it that knows the fingerprints, to a machine that does not."""
     root = s3_at(unreliable.url)
     for name in ("base", *MEMBERS):
-        upload(tiny_pool[name], storage.join(root, name))
-    members = {name: storage.join(root, name) for name in MEMBERS}
-    pool = Pool.open(storage.join(root, "base"), members)
+        upload(tiny_pool[name], addresses.join(root, name))
+    members = {name: addresses.join(root, name) for name in MEMBERS}
+    pool = Pool.open(addresses.join(root, "base"), members)
     one = pool.members["one"]
-    path = storage.join(root, "one.fisher.safetensors")
+    path = addresses.join(root, "one.fisher.safetensors")
     tensors = {one.names[name]: torch.ones(info.shape) for name, info in pool.weights.items()}
     save_tensors(
         path, "fisher", {}, tensors, Partial({}, {"examples": 8}), checkpoint=one.checkpoint.fingerprint, data=""

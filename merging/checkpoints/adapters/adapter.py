@@ -12,7 +12,7 @@ from merging.checkpoints.adapters.lora import Adapted, adapted
 from merging.checkpoints.checkpoint import CONFIG, Checkpoint, SafetensorsFile, read_settings
 from merging.checkpoints.formats.config_checks import check_config
 from merging.errors import CheckpointError, StorageError
-from merging.io import storage
+from merging.io import addresses, hashing, storage
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -48,8 +48,8 @@ class AdapterCheckpoint(Checkpoint):
             storage.require_files(path)
         except StorageError as error:
             raise CheckpointError(str(error)) from error
-        settings = read_settings(storage.join(path, ADAPTER_CONFIG))
-        own = read_settings(storage.join(path, CONFIG)) if CONFIG in listed else None
+        settings = read_settings(addresses.join(path, ADAPTER_CONFIG))
+        own = read_settings(addresses.join(path, CONFIG)) if CONFIG in listed else None
         if own is not None:
             own.pop(
                 "quantization_config", None
@@ -59,11 +59,11 @@ class AdapterCheckpoint(Checkpoint):
                 f"{path} has no {ADAPTER_WEIGHTS}: the download is incomplete, or it is a pickle; "
                 "`model.save_pretrained(DIR)` of peft writes safetensors"
             )
-        file = SafetensorsFile.open(storage.join(path, ADAPTER_WEIGHTS))
+        file = SafetensorsFile.open(addresses.join(path, ADAPTER_WEIGHTS))
         if not file.tensors:
             raise CheckpointError(f"{file.path} holds no tensors: copy the adapter again")
         if own is not None:
-            check_config(own, len(base.tensors) + len(file.tensors), storage.join(path, CONFIG))
+            check_config(own, len(base.tensors) + len(file.tensors), addresses.join(path, CONFIG))
         found = adapted(path, settings, own, base, file)
         return cls(path, found.config, found.tensors, {file.path: file}, base, found)
 
@@ -115,7 +115,7 @@ class AdapterCheckpoint(Checkpoint):
     @cached_property
     def identity(self) -> tuple[str, ...]:
         """The base's, and what tells the adapter's own files from others."""
-        settings = storage.checksum(storage.join(self.path, ADAPTER_CONFIG))
+        settings = storage.checksum(addresses.join(self.path, ADAPTER_CONFIG))
         return (*self.base.identity, self.path, settings, storage.checksum(self._file.path))
 
     @property
@@ -127,7 +127,7 @@ class AdapterCheckpoint(Checkpoint):
     def fingerprint(self) -> str:
         """Content hash of base, adapter and scalings."""
         scalings = {name: low.scaling for name, low in sorted(self.adapted.low_rank.items())}
-        return storage.fingerprint([self.base.fingerprint, storage.file_fingerprint(self._file.path), scalings])
+        return hashing.fingerprint([self.base.fingerprint, hashing.file_fingerprint(self._file.path), scalings])
 
     @property
     def _file(self) -> SafetensorsFile:
@@ -167,7 +167,7 @@ def open_checkpoint(path: str, base: str | Checkpoint | None = None) -> Checkpoi
     if not is_adapter(path):
         return Checkpoint.open(path)
     if not base:
-        base = str(read_settings(storage.join(path, ADAPTER_CONFIG)).get("base_model_name_or_path") or "")
+        base = str(read_settings(addresses.join(path, ADAPTER_CONFIG)).get("base_model_name_or_path") or "")
         if not base or not storage.is_dir(base):
             raise CheckpointError(
                 f"{path} is an adapter of '{base}', which is no directory here: download it, and name the directory as "

@@ -8,7 +8,7 @@ from typing import Any
 from merging.checkpoints.checkpoint import Checkpoint
 from merging.checkpoints.directories.companions import companions
 from merging.errors import PoolError, StorageError
-from merging.io import storage
+from merging.io import addresses, documents, storage
 
 TOKENIZER = (
     "tokenizer*",
@@ -65,12 +65,12 @@ def borrowed_files(
             raise PoolError(f"files_from.tokenizer: {tokenizer.path} holds no tokenizer")
         _require_same_tokens(base, tokenizer)
         files |= dict.fromkeys(_matching(base, TOKENIZER))
-        files |= {name: storage.read_bytes(storage.join(tokenizer.path, name)) for name in own}
+        files |= {name: storage.read_bytes(addresses.join(tokenizer.path, name)) for name in own}
     talker = chat_template or tokenizer
     if talker is not None:
         files |= dict.fromkeys(_matching(base, TEMPLATES))
         own = _matching(talker, TEMPLATES)
-        files |= {name: storage.read_bytes(storage.join(talker.path, name)) for name in own}
+        files |= {name: storage.read_bytes(addresses.join(talker.path, name)) for name in own}
         if chat_template is not None:
             inside = _json(talker.path, TOKENIZER_CONFIG).get(CHAT_TEMPLATE)
             if inside is None and not own:
@@ -82,9 +82,9 @@ def borrowed_files(
                 config |= {} if inside is None else {CHAT_TEMPLATE: inside}
                 files[TOKENIZER_CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     if generation_config is not None:
-        if not storage.exists(storage.join(generation_config.path, GENERATION)):
+        if not storage.exists(addresses.join(generation_config.path, GENERATION)):
             raise PoolError(f"files_from.generation_config: {generation_config.path} holds no {GENERATION}")
-        files[GENERATION] = storage.read_bytes(storage.join(generation_config.path, GENERATION))
+        files[GENERATION] = storage.read_bytes(addresses.join(generation_config.path, GENERATION))
     return files
 
 
@@ -145,20 +145,20 @@ def _templates(path: str) -> dict[str, Any]:
         found["default"] = text
     folder = "additional_chat_templates"
     places = {"default": f"{CHAT_TEMPLATE}.jinja"} | {
-        name.removesuffix(".jinja"): f"{folder}/{name}" for name in storage.list_dir(storage.join(path, folder))
+        name.removesuffix(".jinja"): f"{folder}/{name}" for name in storage.list_dir(addresses.join(path, folder))
     }
     for name, place in places.items():
-        if storage.exists(storage.join(path, place)):
-            found[name] = storage.read_text(storage.join(path, place))
+        if storage.exists(addresses.join(path, place)):
+            found[name] = storage.read_text(addresses.join(path, place))
     return found
 
 
 def _json(path: str, name: str) -> dict[str, Any]:
     """A small file's settings; none where there is no such file."""
     try:
-        value = storage.read_json(storage.join(path, name))
+        value = documents.read_json(addresses.join(path, name))
     except StorageError:
-        if storage.exists(storage.join(path, name)):
+        if storage.exists(addresses.join(path, name)):
             raise
         return {}
     return value if isinstance(value, dict) else {}

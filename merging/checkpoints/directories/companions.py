@@ -5,7 +5,7 @@ from posixpath import basename, dirname
 
 from merging.checkpoints.directories.manifest import MANIFEST
 from merging.errors import CheckpointError
-from merging.io import storage
+from merging.io import addresses, documents, storage
 
 WEIGHTS = (
     "*.safetensors",
@@ -107,7 +107,7 @@ def _is_companion(name: str) -> bool:
 
 def _layers(path: str) -> list[str]:
     """The folders of a sentence-transformers model's own layers; the transformer itself may lie in one, or beside them."""
-    modules = storage.read_json(storage.join(path, MODULES))
+    modules = documents.read_json(addresses.join(path, MODULES))
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise CheckpointError(f"{path}/{MODULES} is no list of modules: copy it again")
     places = [str(module.get("path") or "") for module in modules if "Transformer" not in str(module.get("type"))]

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 
 from merging.errors import StorageError
-from merging.io import storage
+from merging.io import addresses, documents, hashing, storage
 
 MANIFEST = ".mergequest.json"
 """The list of files that a merge wrote."""
@@ -18,14 +18,14 @@ def manifest(sizes: Mapping[str, int], contents: Mapping[str, bytes]) -> bytes:
         contents: Any other file, by its path below the directory → what it will hold.
     """
     files: dict[str, object] = dict(sizes)
-    files |= {name: storage.fingerprint(content) for name, content in contents.items()}
+    files |= {name: hashing.fingerprint(content) for name, content in contents.items()}
     return (json.dumps({"version": 1, "files": files}, indent=1) + "\n").encode()
 
 
 def written(path: str) -> dict[str, int | str]:
     """Files that the last merge into a directory wrote, or was about to; weights by size, the others by content hash."""
     try:
-        files = storage.read_json(storage.join(path, MANIFEST))["files"]
+        files = documents.read_json(addresses.join(path, MANIFEST))["files"]
         return {str(name): told for name, told in files.items() if isinstance(told, int | str)}
     except (StorageError, KeyError, TypeError, AttributeError):
         return {}
@@ -62,4 +62,4 @@ def _is_ours(path: str, name: str, size: int, known: Mapping[str, int | str]) ->
     told = known.get(name)
     if isinstance(told, int):
         return size <= told  # less of it where the merge was killed
-    return told is not None and told == storage.file_fingerprint(storage.join(path, name))
+    return told is not None and told == hashing.file_fingerprint(addresses.join(path, name))

@@ -12,7 +12,7 @@ from torch import Tensor
 from merging.checkpoints.checkpoint import INDEX, PICKLES, SINGLE
 from merging.checkpoints.formats.safetensors_header import DTYPES
 from merging.errors import CheckpointError, StorageError
-from merging.io import storage
+from merging.io import addresses, documents, storage
 
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
@@ -52,7 +52,7 @@ def read_pickled(path: str) -> Pickled:
         return Pickled(_read_shards(path, listed), is_adapter=False)
     for name in (PICKLE, ADAPTER_PICKLE):
         if name in listed:
-            return Pickled(_read(storage.join(path, name)), is_adapter=name == ADAPTER_PICKLE)
+            return Pickled(_read(addresses.join(path, name)), is_adapter=name == ADAPTER_PICKLE)
     raise CheckpointError(
         f"{path} holds none of {PICKLE}, {PICKLE_INDEX} and {ADAPTER_PICKLE}: there is nothing to convert"
     )
@@ -60,9 +60,9 @@ def read_pickled(path: str) -> Pickled:
 
 def _read_shards(path: str, listed: list[str]) -> dict[str, Tensor]:
     """The tensors of all files that an index names."""
-    place = storage.join(path, PICKLE_INDEX)
+    place = addresses.join(path, PICKLE_INDEX)
     try:
-        weight_map = storage.read_json(place)["weight_map"]
+        weight_map = documents.read_json(place)["weight_map"]
         files = sorted(set(weight_map.values()))
     except (StorageError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{place} is not an index of weight files ({error})") from error
@@ -72,7 +72,7 @@ def _read_shards(path: str, listed: list[str]) -> dict[str, Tensor]:
             raise CheckpointError(f"{place} names a file outside its directory: {file!r}")
         if file not in listed:
             raise CheckpointError(f"{path} lacks {file}, which its index names: the download is incomplete")
-        tensors = _read(storage.join(path, file))
+        tensors = _read(addresses.join(path, file))
         if twice := found.keys() & tensors.keys():
             raise CheckpointError(f"{path}: '{min(twice)}' stands in two of its files")
         found |= tensors
@@ -107,9 +107,9 @@ def _read(path: str) -> dict[str, Tensor]:
 
 def _load(path: str) -> Any:
     """What `torch.save` wrote, by memory map where the file is local and of the format that can be mapped."""
-    if not storage.is_local(path):
+    if not addresses.is_local(path):
         return torch.load(io.BytesIO(storage.read_bytes(path)), map_location="cpu", weights_only=True)
-    place = storage.local_path(path)
+    place = addresses.local_path(path)
     try:
         return torch.load(place, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError:  # the format before 1.6 cannot be mapped

@@ -16,7 +16,7 @@ from merging.checkpoints.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, Te
 from merging.checkpoints.directories.companions import companions
 from merging.checkpoints.directories.manifest import MANIFEST, manifest, require_replaceable, written
 from merging.checkpoints.formats.safetensors_header import DTYPES
-from merging.io import storage
+from merging.io import addresses, atomic, storage
 from merging.io.direct_io import BLOCK, UnbufferedFile
 
 SHARD_BYTES = 4 << 30
@@ -170,7 +170,7 @@ class RemoteFiles(Files):
     @contextmanager
     def open(self, shard: Shard) -> Iterator[Write]:
         """The file appears when the block ends well."""
-        with storage.open_new(storage.join(self._path, shard.name)) as stream:
+        with atomic.open_new(addresses.join(self._path, shard.name)) as stream:
             stream.write(shard.header)
             place = len(shard.header)
 
@@ -205,17 +205,17 @@ def new_checkpoint(
     require_replaceable(path)
     small = _small_files(shards, like, extra or {})
     small = {MANIFEST: manifest({shard.name: shard.size for shard in shards}, small), **small}
-    if not storage.is_local(path):
+    if not addresses.is_local(path):
         for name in sorted(written(path), key=lambda name: name != CONFIG):
-            storage.remove(storage.join(path, name))
-        storage.write_bytes(
-            storage.join(path, MANIFEST), small.pop(MANIFEST)
+            storage.remove(addresses.join(path, name))
+        atomic.write_bytes(
+            addresses.join(path, MANIFEST), small.pop(MANIFEST)
         )  # first: what a killed merge leaves is known
         yield RemoteFiles(shards, path)
         for name, content in small.items():
-            storage.write_bytes(storage.join(path, name), content)
+            atomic.write_bytes(addresses.join(path, name), content)
         return
-    with storage.new_dir(path) as directory:
+    with atomic.new_dir(path) as directory:
         files = LocalFiles(shards, directory)
         complete = False
         try:
@@ -241,7 +241,7 @@ def _small_files(
     given = {name: content.encode() if isinstance(content, str) else content for name, content in extra.items()}
     for name in companions(like.path)[0]:
         if name not in given:
-            found[name] = storage.read_bytes(storage.join(like.path, name))
+            found[name] = storage.read_bytes(addresses.join(like.path, name))
     found |= {name: content for name, content in given.items() if content is not None}
     found = {name: _without_code(name, content) for name, content in found.items()}
     return {**{name: content for name, content in found.items() if name != CONFIG}, CONFIG: found[CONFIG]}

@@ -17,7 +17,7 @@ from torch.nn.functional import log_softmax
 from merging.checkpoints.adapters.patterns import compiled
 from merging.checkpoints.models.parameter_names import Loading
 from merging.errors import CheckpointError, TaskError
-from merging.io import storage
+from merging.io import hashing
 from merging.io.documents import is_number, is_text
 from merging.tasks.head import blank_model, load_model, load_tokenizer, tokenizer_identity
 from merging.tasks.language.answers import GRADES, corpus_score, extracted
@@ -209,7 +209,7 @@ class LanguageTask(Task):
         """Content hash of the examples, of how they are encoded and judged, and of the tokenizer."""
         examples = [[example.prompt, example.completions, example.right] for example in self.split(split)]
         settings = self.settings.model_dump(mode="json", exclude={"data", "batch_size"})
-        return storage.fingerprint([examples, settings, tokenizer_identity(self.tokenizer)])
+        return hashing.fingerprint([examples, settings, tokenizer_identity(self.tokenizer)])
 
     def predict(
         self, model: nn.Module, split: Split, positions: npt.NDArray[np.int64], *, precision: str = "float32"

@@ -16,7 +16,7 @@ from torch.nn.functional import log_softmax
 
 from merging.checkpoints.models.parameter_names import Loading
 from merging.errors import StorageError, TaskError
-from merging.io import storage
+from merging.io import hashing, storage
 from merging.io.documents import is_text
 from merging.tasks.head import blank_model, class_names, load_model, load_tokenizer, tokenizer_identity
 from merging.tasks.language.prompts import longest_first
@@ -107,7 +107,7 @@ class TokenClassification(Task):
         """Content hash of words and tags, the length they are cut to, the metric and the tokenizer."""
         sentences = [[sentence.words, sentence.tags] for sentence in self._split(split)]
         prepared = [sentences, self._max_length, self.settings.metric, tokenizer_identity(self._tokenizer)]
-        return storage.fingerprint(prepared)
+        return hashing.fingerprint(prepared)
 
     def predict(
         self, model: nn.Module, split: Split, positions: npt.NDArray[np.int64], *, precision: str = "float32"

@@ -15,7 +15,7 @@ from torch.nn.functional import log_softmax
 
 from merging.checkpoints.models.parameter_names import Loading
 from merging.errors import TaskError
-from merging.io import storage
+from merging.io import hashing, storage
 from merging.tasks.classification import classified, measured
 from merging.tasks.head import blank_model, class_names, load_image_processor, load_model
 from merging.tasks.metrics import METRICS, is_mean
@@ -162,7 +162,7 @@ class ImageClassification(Task):
         for content in images.encoded:
             digest.update(storage.read_bytes(content) if isinstance(content, str) else content)
         settings = self.settings.model_dump(mode="json", include={"corruption", "severity", "metric"})
-        return storage.fingerprint(
+        return hashing.fingerprint(
             [digest.hexdigest(), images.labels.tolist(), settings, self._processor.to_json_string()]
         )
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFilter
 
 from merging.errors import TaskError
-from merging.io import storage
+from merging.io import addresses, storage
 from merging.tasks.labelled_texts import class_indices, read_table
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -96,14 +96,14 @@ def _table(path: str, image: str, label: str | None, classes: Sequence[str]) -> 
 
 
 def _folder(path: str, classes: Sequence[str]) -> Images:
-    folders = [name for name in storage.list_dir(path) if storage.is_dir(storage.join(path, name))]
+    folders = [name for name in storage.list_dir(path) if storage.is_dir(addresses.join(path, name))]
     if strange := [name for name in folders if name not in classes]:
         raise TaskError(f"{path}: folder '{strange[0]}' is none of the head's classes ({', '.join(classes)})")
     files, labels = [], []
     for name in sorted(folders):
-        for file in sorted(storage.list_dir(storage.join(path, name))):
+        for file in sorted(storage.list_dir(addresses.join(path, name))):
             if file.lower().endswith(SUFFIXES):
-                files.append(storage.join(path, name, file))
+                files.append(addresses.join(path, name, file))
                 labels.append(list(classes).index(name))
     return Images(files, files, np.array(labels, np.int64))
 

@@ -9,7 +9,7 @@ from flows.campaign.run import run
 from flows.config.campaign_file import load_campaign
 from flows.directory.progress import Display
 from merging.errors import SettingsError
-from merging.io import storage
+from merging.io import addresses
 from search.candidate import ANCHORS
 from search.early_stopping.anchor_examples import Anchors
 from search.ledger.ledger import Ledger
@@ -24,7 +24,7 @@ def run_in(path, **search):
     settings = {"selection": EVERYTHING, "search": SEARCH | search, "resources": ONE}
     campaign = load_campaign(str(path(directory="out", **settings)))
     run(campaign, Display())
-    return storage.local_path(campaign.directory)
+    return addresses.local_path(campaign.directory)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from flows.config.campaign_file import load_campaign
 from flows.directory.campaign_directory import FACTS, Directory
 from flows.directory.progress import Display
 from merging.checkpoints.pool import Pool
-from merging.io import fact_cache, storage
+from merging.io import addresses, atomic, fact_cache, storage
 from ray_tasks.evaluators.evaluator import Setup
 
 
@@ -16,9 +16,9 @@ from ray_tasks.evaluators.evaluator import Setup
 def campaign(campaign_file, tiny_pool, upload, unreliable, s3_at):
     root = s3_at(unreliable.url)
     for name, place in tiny_pool.items():
-        upload(place, storage.join(root, name))
-    members = {name: {"checkpoint": storage.join(root, name)} for name in tiny_pool if name != "base"}
-    return load_campaign(str(campaign_file(base=storage.join(root, "base"), members=members)))
+        upload(place, addresses.join(root, name))
+    members = {name: {"checkpoint": addresses.join(root, name)} for name in tiny_pool if name != "base"}
+    return load_campaign(str(campaign_file(base=addresses.join(root, "base"), members=members)))
 
 
 def opened(campaign):
@@ -30,7 +30,7 @@ def test_another_machine_goes_on_without_reading_a_weight(campaign, unreliable, 
     first = examined(campaign, pool, place, Display())
     fingerprints = pool.fingerprints()
     keep(pool, place)
-    assert "s3" not in storage.read_text(storage.join(place, FACTS))
+    assert "s3" not in storage.read_text(addresses.join(place, FACTS))
     assert len(known(pool)) == 4 + 3
 
     monkeypatch.setattr(fact_cache, "_facts", {})
@@ -71,5 +71,5 @@ def test_statistics_computed_ahead_leave_what_they_learnt_for_the_campaign(campa
 @pytest.mark.parametrize("spoilt", ["not json", "[1]", '{"x": 2}'])
 def test_what_is_no_record_is_found_anew(campaign, tmp_path, spoilt):
     place = str(tmp_path / "campaign")
-    storage.write_text(storage.join(place, FACTS), spoilt)
+    atomic.write_text(addresses.join(place, FACTS), spoilt)
     assert set(examined(campaign, opened(campaign), place, Display())) == {"one", "two", "three"}

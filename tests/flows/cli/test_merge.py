@@ -13,7 +13,7 @@ from flows.config.recipe_file import load_recipe
 from flows.directory.progress import Display
 from merging.checkpoints.checkpoint import Checkpoint
 from merging.errors import MethodError, SettingsError, StorageError
-from merging.io import storage
+from merging.io import addresses, atomic, storage
 from merging.optimization.gradient_mismatch import quadratic_mismatch
 from merging.statistics import STATISTICS, LikelihoodSettings, StatisticsFile, measure, save
 from merging.statistics.statistic import Partial
@@ -121,10 +121,10 @@ def test_what_a_user_changed_in_an_earlier_merge_stays(write_recipe, tmp_path, w
     merge_recipe(recipe, out, None, 1.0, Display())
     assert storage.list_files(out) == before
     name = {"added": "notes/thesis.txt", "edited": "tokenizer_config.json", "weights": "model.safetensors"}[change]
-    storage.write_bytes(storage.join(out, name), b"years of work" * (200_000 if change == "weights" else 1))
+    atomic.write_bytes(addresses.join(out, name), b"years of work" * (200_000 if change == "weights" else 1))
     with pytest.raises(StorageError, match=f"{name} would be lost"):
         merge_recipe(recipe, out, None, 1.0, Display())
-    assert storage.exists(storage.join(out, name))
+    assert storage.exists(addresses.join(out, name))
 
 
 def test_a_remote_member_that_is_an_earlier_merge_is_not_replaced(write_recipe, tmp_path):

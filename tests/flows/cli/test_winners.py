@@ -16,7 +16,7 @@ from flows.directory.campaign_directory import Directory
 from flows.directory.progress import Display
 from merging.checkpoints.checkpoint import Checkpoint
 from merging.errors import PoolError
-from merging.io import storage
+from merging.io import atomic, documents
 from merging.recipe import Recipe
 from search.ledger.ledger import Ledger
 from search.ledger.row import Row
@@ -69,9 +69,9 @@ def test_each_is_a_checkpoint_with_its_recipe_heads_and_card(campaign, tmp_path)
 
 def test_another_pool_is_refused(campaign):
     directory, rows = campaign
-    pool = storage.read_json(directory / "pool.json")
+    pool = documents.read_json(directory / "pool.json")
     pool["checkpoints"]["two"] = "another"
-    storage.write_json(directory / "pool.json", pool)
+    atomic.write_json(directory / "pool.json", pool)
     with pytest.raises(PoolError, match="'two' is not the checkpoint that this campaign was run on"):
         export_candidates(directory.path, rows, Display())
     assert not Path(directory.path, "exports").exists()

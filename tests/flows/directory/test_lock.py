@@ -13,7 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from flows.directory import lock as leases
 from flows.directory.lock import lease
 from merging.errors import LedgerError
-from merging.io import storage
+from merging.io import addresses, atomic, documents, storage
 from merging.io.process import this_process
 
 
@@ -29,13 +29,13 @@ def path(request, tmp_path):
     if request.param == "memory":
         return f"memory://{tmp_path}/.lease.json"
     root = request.getfixturevalue("s3_at")(request.getfixturevalue("moto_endpoint"))
-    return storage.join(root, ".lease.json")
+    return addresses.join(root, ".lease.json")
 
 
 def left_behind(path, **changes):
     """A lease whose holder is silent."""
     found = {"owner": "another", "host": "elsewhere", "pid": 1, "born": 1.0, "beat": 3} | changes
-    storage.write_bytes(path, json.dumps(found).encode())
+    atomic.write_bytes(path, json.dumps(found).encode())
 
 
 def be_taken_for_dead(path):
@@ -78,7 +78,7 @@ def test_a_holder_in_another_container_of_the_same_name_is_watched_first(path, o
 def test_a_lease_that_holds_nonsense_runs_out_like_any_other(path, wrong):
     left_behind(path, **this_process() | wrong)
     with lease(path, "it"):
-        assert storage.read_json(path)["pid"] == os.getpid()
+        assert documents.read_json(path)["pid"] == os.getpid()
 
 
 class OwnError(Exception):
@@ -97,9 +97,9 @@ def test_a_store_that_is_away_for_a_while_takes_no_lease(monkeypatch, tmp_path):
     monkeypatch.setattr(MemoryFileSystem, "cat_file", away)
     started = time.monotonic()
     with lease(path, "it"):
-        first = storage.read_json(path)["beat"]
+        first = documents.read_json(path)["beat"]
         time.sleep(1.0)
-        assert storage.read_json(path)["beat"] > first
+        assert documents.read_json(path)["beat"] > first
 
 
 def test_a_holder_elsewhere_is_followed_after_its_silence(path):
@@ -134,4 +134,4 @@ def test_who_was_taken_for_dead_stops(path):
     with pytest.raises(LedgerError, match="another mergequest took over it"), lease(path, "it"):
         be_taken_for_dead(path)
     assert time.monotonic() - started < 9, "it was stopped in its sleep"
-    assert storage.read_json(path)["owner"] == "another"
+    assert documents.read_json(path)["owner"] == "another"

@@ -9,7 +9,7 @@ from merging.checkpoints import validation
 from merging.checkpoints.pool import Pool
 from merging.checkpoints.validation import check_weights
 from merging.errors import PoolError
-from merging.io import fact_cache, storage
+from merging.io import addresses, fact_cache, storage
 
 MEMBERS = ("one", "two", "three")
 
@@ -19,9 +19,9 @@ def remote(tiny_pool, upload, unreliable, s3_at):
     """Opens the tiny pool on S3, anew at every call."""
     root = s3_at(unreliable.url)
     for name in ("base", *MEMBERS):
-        upload(tiny_pool[name], storage.join(root, name))
+        upload(tiny_pool[name], addresses.join(root, name))
     unreliable.reset()
-    return lambda: Pool.open(storage.join(root, "base"), {name: storage.join(root, name) for name in MEMBERS})
+    return lambda: Pool.open(addresses.join(root, "base"), {name: addresses.join(root, name) for name in MEMBERS})
 
 
 @pytest.fixture

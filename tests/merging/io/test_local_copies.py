@@ -13,20 +13,20 @@ import pytest
 import torch
 
 from merging.checkpoints.checkpoint import Checkpoint
-from merging.io import local_copies, storage
+from merging.io import addresses, atomic, local_copies
 
 
 @pytest.fixture
 def one(tiny_pool, upload, unreliable, s3_at):
     """A checkpoint on S3."""
-    path = storage.join(s3_at(unreliable.url), "one")
+    path = addresses.join(s3_at(unreliable.url), "one")
     upload(tiny_pool["one"], path)
     unreliable.reset()
     return path
 
 
 def weights(path):
-    return storage.join(path, "model.safetensors")
+    return addresses.join(path, "model.safetensors")
 
 
 def test_of_many_that_ask_at_once_one_makes_it(one, unreliable, tiny_pool):
@@ -96,8 +96,8 @@ def test_what_nobody_opened_for_long_goes(one, tmp_path):
     old = copy.with_name("old")
     old.write_bytes(b"x")
     os.utime(old, (0, 0))
-    storage.write_bytes(storage.join(one, "other"), b"12345")
-    assert local_copies.made(storage.join(one, "other")).read_bytes() == b"12345"
+    atomic.write_bytes(addresses.join(one, "other"), b"12345")
+    assert local_copies.made(addresses.join(one, "other")).read_bytes() == b"12345"
     assert copy.exists()
     assert not old.exists()
 

@@ -10,7 +10,7 @@ from merging.checkpoints.checkpoint import Checkpoint
 from merging.checkpoints.pool import Pool
 from merging.checkpoints.validation import check_weights
 from merging.errors import StorageError
-from merging.io import prefetch, storage
+from merging.io import addresses, atomic, prefetch
 from merging.io.prefetch import Window, download
 
 DATA = random.Random(0).randbytes(100_000)
@@ -21,8 +21,8 @@ def path(unreliable, s3_at, monkeypatch):
     monkeypatch.setattr(prefetch, "REQUEST", 8_000)
     monkeypatch.setattr(prefetch, "GAP", 64)
     monkeypatch.setattr(prefetch, "AHEAD", 32_000)
-    path = storage.join(s3_at(unreliable.url), "file")
-    storage.write_bytes(path, DATA)
+    path = addresses.join(s3_at(unreliable.url), "file")
+    atomic.write_bytes(path, DATA)
     unreliable.reset()
     return path
 
@@ -81,10 +81,10 @@ def test_a_remote_pool_is_the_local_one(tiny_pool, upload, unreliable, s3_at):
     root = s3_at(unreliable.url)
     members = ("one", "two", "three")
     for name in ("base", *members):
-        upload(tiny_pool[name], storage.join(root, name))
+        upload(tiny_pool[name], addresses.join(root, name))
     here = Pool.open(str(tiny_pool["base"]), {name: str(tiny_pool[name]) for name in members})
     unreliable.reset()
-    there = Pool.open(storage.join(root, "base"), {name: storage.join(root, name) for name in members})
+    there = Pool.open(addresses.join(root, "base"), {name: addresses.join(root, name) for name in members})
     assert check_weights(there) == check_weights(here)
     reads = [path for method, path, span in unreliable.requests if method == "GET" and span and "-" in span]
     assert len(reads) <= 5 * 4  # of each of four: configuration, header's length, header, and the weights in one or two
@@ -94,7 +94,7 @@ def test_a_remote_pool_is_the_local_one(tiny_pool, upload, unreliable, s3_at):
 
 
 def test_the_fingerprint_of_a_remote_checkpoint_is_found_once(tiny_pool, upload, unreliable, s3_at):
-    path = storage.join(s3_at(unreliable.url), "one")
+    path = addresses.join(s3_at(unreliable.url), "one")
     upload(tiny_pool["one"], path)
     assert Checkpoint.open(path).fingerprint == Checkpoint.open(str(tiny_pool["one"])).fingerprint
     again = Checkpoint.open(path)

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from merging.errors import StorageError
-from merging.io import s3, storage
+from merging.io import addresses, atomic, hashing, s3, storage
 
 
 @pytest.fixture
@@ -15,9 +15,9 @@ def root(unreliable, s3_at):
 
 @pytest.mark.parametrize("fault", ["503", "500", "reset", "lost"])
 def test_a_request_that_fails_in_passing_is_made_again(root, unreliable, fault):
-    path = storage.join(root, "x")
+    path = addresses.join(root, "x")
     unreliable.plan = [fault]
-    storage.write_bytes(path, b"0123456789")
+    atomic.write_bytes(path, b"0123456789")
     unreliable.plan = [fault, fault]
     assert storage.read_bytes(path, 2, 4) == b"23"
     unreliable.plan = [fault]
@@ -27,19 +27,19 @@ def test_a_request_that_fails_in_passing_is_made_again(root, unreliable, fault):
 
 
 def test_a_first_write_whose_answer_is_lost_is_still_the_first(root, unreliable):
-    path = storage.join(root, "once")
+    path = addresses.join(root, "once")
     unreliable.plan = [None, None, "lost"]  # two looks whether it is there, then the put
-    assert storage.create(path, b"mine")
+    assert atomic.create(path, b"mine")
     assert unreliable.faults["lost"] == 1
-    assert not storage.create(path, b"other")
+    assert not atomic.create(path, b"other")
     assert storage.read_bytes(path) == b"mine"
 
 
 @pytest.mark.parametrize("lost", range(1, 5))
 def test_a_multipart_upload_survives_lost_answers(root, unreliable, monkeypatch, lost):
     monkeypatch.setattr(s3, "PART", 5 << 20)
-    path = storage.join(root, "large")
-    with storage.open_new(path) as file:
+    path = addresses.join(root, "large")
+    with atomic.open_new(path) as file:
         unreliable.plan = [None] * (lost - 1) + ["lost"]  # create, parts, complete
         file.write(b"a" * (5 << 20))
         file.write(b"b" * (3 << 20))
@@ -53,7 +53,7 @@ def test_patience_has_an_end(root, unreliable, monkeypatch):
     unreliable.rate = 1.0
     started = time.monotonic()
     with pytest.raises(StorageError, match=r"cannot read s3://.*/x: .*tries in \d s: check AWS_ENDPOINT_URL"):
-        storage.read_bytes(storage.join(root, "x"))
+        storage.read_bytes(addresses.join(root, "x"))
     assert time.monotonic() - started < 5
     assert len([path for _, path, _ in unreliable.requests if path.endswith("/x")]) >= 3
 
@@ -62,7 +62,7 @@ def test_nobody_there(s3_server, s3_at, monkeypatch):
     monkeypatch.setattr(s3, "PATIENCE_UNREACHED", 0.3)
     root = s3_at(f"http://127.0.0.1:{s3_server.free_port()}", bucket=False)
     with pytest.raises(StorageError, match=r"cannot look for s3://.*is not to be reached"):
-        storage.exists(storage.join(root, "x"))
+        storage.exists(addresses.join(root, "x"))
 
 
 @pytest.mark.parametrize("do", [storage.read_bytes, storage.exists, storage.list_dir, storage.is_dir, storage.size])
@@ -74,12 +74,12 @@ def test_a_missing_bucket_is_named(do, moto_endpoint, s3_at):
 
 def test_a_wrong_secret_is_one_clear_error(rclone_endpoint, s3_at, s3_server):
     root = s3_at(rclone_endpoint)
-    storage.write_bytes(storage.join(root, "x"), b"1")
+    atomic.write_bytes(addresses.join(root, "x"), b"1")
     wrong = "marked-wrong-secret"
     s3_at(rclone_endpoint, secret=wrong, bucket=False)
-    path = storage.join(root, "x")
+    path = addresses.join(root, "x")
     started = time.monotonic()
-    for do in (storage.read_bytes, storage.exists, storage.list_dir, storage.size, storage.file_fingerprint):
+    for do in (storage.read_bytes, storage.exists, storage.list_dir, storage.size, hashing.file_fingerprint):
         with pytest.raises(StorageError, match=r"access to bucket '.*' is denied .*AWS_SECRET_ACCESS_KEY") as caught:
             do(path)
         error = caught.value
@@ -87,8 +87,8 @@ def test_a_wrong_secret_is_one_clear_error(rclone_endpoint, s3_at, s3_server):
             assert wrong not in repr(error)
             error = error.__cause__
     with pytest.raises(StorageError, match="is denied"):
-        storage.write_bytes(path, b"2")
-    with pytest.raises(StorageError, match="is denied"), storage.open_new(path) as file:
+        atomic.write_bytes(path, b"2")
+    with pytest.raises(StorageError, match="is denied"), atomic.open_new(path) as file:
         file.write(b"2")
     assert time.monotonic() - started < 5  # none of them was tried again
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from merging.checkpoints.checkpoint import Checkpoint
 from merging.errors import StatisticsError, StorageError
-from merging.io import storage
+from merging.io import atomic
 from merging.statistics import (
     STATISTICS,
     Fisher,
@@ -222,7 +222,7 @@ def test_what_cannot_be_finalized_leaves_no_file(tmp_path):
 
 def test_works_at_other_addresses(gram_file):
     address = "memory://statistics/gram.safetensors"
-    storage.write_bytes(address, gram_file.read_bytes())
+    atomic.write_bytes(address, gram_file.read_bytes())
     file = StatisticsFile.open(address)
     assert file.read("k") is file.read("q")
     assert torch.equal(file.read("q"), torch.eye(2) / 2)

@@ -16,7 +16,7 @@ from merging.checkpoints.directories.companions import companions
 from merging.checkpoints.directories.manifest import MANIFEST
 from merging.checkpoints.directories.writer import lay_out, new_checkpoint
 from merging.errors import CheckpointError, StorageError
-from merging.io import storage
+from merging.io import addresses, atomic, hashing, storage
 
 MIXED = {
     "flags": torch.tensor([True, False, True]),
@@ -177,26 +177,26 @@ def test_all_but_weights_goes_into_the_merge_with_its_folders(tmp_path, where, r
         root = request.getfixturevalue("s3_at")(request.getfixturevalue("moto_endpoint"))
     else:
         root = str(tmp_path) if where == "local" else f"memory://companions{tmp_path}"
-    path = storage.join(root, "models", "base")
+    path = addresses.join(root, "models", "base")
     for name in (*KEPT, *LEFT):
-        storage.write_text(storage.join(path, name), f"of {name}")
+        atomic.write_text(addresses.join(path, name), f"of {name}")
     modules = [
         {"path": "", "type": "sentence_transformers.models.Transformer"},
         {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
         {"path": "2_Dense", "type": "sentence_transformers.models.Dense"},
     ]
-    storage.write_json(storage.join(path, "modules.json"), modules)
+    atomic.write_json(addresses.join(path, "modules.json"), modules)
     assert companions(path) == (sorted(KEPT), [])
     like = Checkpoint(path, {}, {}, {})
-    out = storage.join(root, "models", "out")
+    out = addresses.join(root, "models", "out")
     with new_checkpoint(out, lay_out(outlines(MIXED)), like=like) as files:
         fill(files, MIXED, backwards=not files.in_order)
     assert sorted(storage.list_files(out)) == sorted({*KEPT, SINGLE, MANIFEST})
     for name in KEPT:
-        assert storage.read_bytes(storage.join(out, name)) == storage.read_bytes(storage.join(path, name))
+        assert storage.read_bytes(addresses.join(out, name)) == storage.read_bytes(addresses.join(path, name))
     with new_checkpoint(out, lay_out(outlines(MIXED)), like=like) as files:  # replaces what it wrote
         fill(files, MIXED, backwards=not files.in_order)
-    storage.write_text(storage.join(out, "1_Pooling/notes.txt"), "years of work")
+    atomic.write_text(addresses.join(out, "1_Pooling/notes.txt"), "years of work")
     with pytest.raises(StorageError, match=r"1_Pooling/notes.txt would be lost"), new_checkpoint(out, (), like=like):
         pytest.fail("there is something else")
 
@@ -236,8 +236,8 @@ def test_everything_is_durable_before_the_directory_gets_its_name(tiny_pool, tmp
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from merging.io import storage
-with storage.new_dir(sys.argv[1]) as directory:
+from merging.io import atomic
+with atomic.new_dir(sys.argv[1]) as directory:
     (directory / "model.safetensors").write_bytes(bytes(1000))
     print(directory, flush=True)
     sys.stdin.read()
@@ -255,7 +255,7 @@ def test_what_a_killed_merge_left_goes_with_the_next_and_what_a_living_one_write
     dead, living = (writer.stdout.readline().strip() for writer in writers)
     writers[0].send_signal(signal.SIGKILL)
     writers[0].wait()
-    with storage.new_dir(out) as directory:
+    with atomic.new_dir(out) as directory:
         assert not Path(dead).exists()
         assert Path(living).exists()
         (directory / "x").write_text("x")
@@ -295,9 +295,9 @@ class OwnError(Exception):
         storage.size,
         storage.checksum,
         storage.remove,
-        storage.file_fingerprint,
-        lambda path: storage.write_bytes(path, b"x"),
-        lambda path: storage.create(path, b"x"),
+        hashing.file_fingerprint,
+        lambda path: atomic.write_bytes(path, b"x"),
+        lambda path: atomic.create(path, b"x"),
     ],
 )
 def test_a_client_s_own_errors_name_the_address(do, monkeypatch):

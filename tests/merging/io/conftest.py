@@ -1,0 +1,8 @@
+import pytest
+
+
+@pytest.fixture(params=["local", "memory", "moto", "rclone"])
+def root(request, tmp_path):
+    if request.param in ("moto", "rclone"):
+        return request.getfixturevalue("s3_at")(request.getfixturevalue(f"{request.param}_endpoint"))
+    return str(tmp_path) if request.param == "local" else f"memory://{tmp_path}"
