@@ -15,8 +15,7 @@ from merging.mergers.material import Material
 from merging.methods import METHODS
 from merging.methods.checks import example_counts
 from merging.recipe import BASE, REFERENCES, Recipe
-from merging.statistics.likelihood import IGNORED
-from merging.tasks.task import Task
+from merging.tasks.task import IGNORED, Task
 
 
 @dataclass(frozen=True)

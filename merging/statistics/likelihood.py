@@ -10,10 +10,7 @@ from torch.nn import functional as F
 
 from merging.errors import StatisticsError
 from merging.statistics.statistic import StatisticSettings
-from merging.tasks.task import Batch, Likelihood
-
-IGNORED = -100
-"""The label of a position where there is nothing to predict."""
+from merging.tasks.task import IGNORED, Batch, Likelihood
 
 
 class LikelihoodSettings(StatisticSettings):
