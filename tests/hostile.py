@@ -77,9 +77,7 @@ def changed_bytes(draw: Any, valid: bytes, most: int = 3) -> bytes:
             case "out":
                 del data[place : place + draw(st.integers(1, 40))]
             case "in":
-                data[place:place] = draw(
-                    st.sampled_from([b"\0", b"[" * 3000, b'{"a":' * 3000, b"\xff\xfe", b'"', b"9" * 5000, b",", b"\n"])
-                )
+                data[place:place] = draw(PUT_IN)
             case "twice":
                 data[place:place] = data[place : place + draw(st.integers(1, 80))]
     return bytes(data)

@@ -75,7 +75,7 @@ def base_name(path: str) -> str:
 def contains(directory: str, path: str) -> bool:
     """Whether `path` is `directory` or lies below it, whatever links and detours they are written with."""
     if is_local(directory) and is_local(path):
-        outer, inner = (local_path(place).expanduser().resolve() for place in (directory, path))
+        outer, inner = (expanded(place).resolve() for place in (directory, path))
         if outer.exists() and any(entry.exists() and outer.samefile(entry) for entry in (inner, *inner.parents)):
             return True
         return inner.is_relative_to(outer)

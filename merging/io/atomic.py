@@ -13,7 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from merging.io.addresses import S3, file_system, is_local, local_path, named
+from merging.io.addresses import S3, expanded, file_system, is_local, local_path, named
+from merging.io.process import try_lock
 from merging.io.storage import exists, read_bytes
 
 
@@ -130,7 +131,7 @@ def new_dir(path: str) -> Iterator[Path]:
     Raises:
         StorageError: There is no right or no space to write.
     """
-    target = local_path(path).expanduser().resolve()
+    target = expanded(path).resolve()
     with named(path, "write", client=False):
         target.parent.mkdir(parents=True, exist_ok=True)
         _clean_up(target)
@@ -208,12 +209,9 @@ def _is_abandoned(directory: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+        return try_lock(handle) == "held"
     finally:
         os.close(handle)
-    return True
 
 
 def _sync_tree(directory: Path) -> None:

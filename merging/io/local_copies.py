@@ -14,6 +14,7 @@ from typing import IO
 from merging.io import hashing, storage
 from merging.io.fact_cache import cache_directory
 from merging.io.prefetch import download
+from merging.io.process import try_lock
 
 SWITCH = "MERGEQUEST_COPIES"
 """The environment variable that allows none if it is 0."""
@@ -77,8 +78,8 @@ def own_directory() -> Path:
     shared = Path(tempfile.gettempdir())
     for left in shared.glob(f"{OWN}*"):
         with suppress(OSError), (left / LOCK).open() as lock:  # its owner lives, or removed it just now
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left, ignore_errors=True)
+            if try_lock(lock.fileno()) == "held":
+                shutil.rmtree(left, ignore_errors=True)
     directory = Path(tempfile.mkdtemp(prefix=OWN))
     lock = (directory / f"{LOCK}.new").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)

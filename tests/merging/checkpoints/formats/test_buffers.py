@@ -67,12 +67,38 @@ def test_masks_that_older_versions_saved_change_nothing(tmp_path, who, dtype):
     assert any("masked_bias" in note for note in pool.notes) == ("base" not in who)
 
 
-def test_tables_of_rotary_and_of_positions(tmp_path):
+def llama():
     torch.manual_seed(0)
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZE))
-    build(tmp_path / "llama", llama, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(4)}, ["a"])
-    bert = transformers.BertModel(transformers.BertConfig(**SIZE))
-    build(tmp_path / "bert", bert, {"embeddings.position_ids": torch.arange(8)[None]}, ["base", "b"])
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZE))
+
+
+def bert():
+    torch.manual_seed(0)
+    return transformers.BertModel(transformers.BertConfig(**SIZE))
+
+
+ROTARY = "model.layers.0.self_attn.rotary_emb.inv_freq", torch.tensor([1.0, 0.1, 0.01, 0.001])
+POSITIONS = "embeddings.position_ids", torch.arange(8)[None]
+
+
+@pytest.mark.parametrize("who", [["a"], ["base", "b"]])
+@pytest.mark.parametrize(("make", "table"), [(llama, ROTARY), (bert, POSITIONS)])
+def test_tables_of_rotary_and_of_positions(tmp_path, make, table, who):
+    name, value = table
+    pool, models = build(tmp_path, make(), {name: value}, who)
+    trained = dict(models["base"].named_parameters())
+    assert set(pool.weights) == set(trained)
+    for member in pool.members.values():
+        assert set(member.names.values()) == set(trained)
+        assert name not in member.head
+    assert any(name in note for note in pool.notes) == ("base" not in who)
+    merge_to_disk(Material(pool), Recipe("average", {"a": 1.0, "b": 1.0}), str(tmp_path / "out"))
+    written = load_file(tmp_path / "out" / SINGLE)
+    assert set(written) == set(trained) | ({name} if "base" in who else set())
+    assert name not in written or torch.equal(written[name], value)
+    for key in trained:
+        one, other = (models[member].get_parameter(key) for member in "ab")
+        torch.testing.assert_close(written[key], (one + other) / 2)
 
 
 @pytest.fixture(scope="module")
