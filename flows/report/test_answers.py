@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
 
-from merging.checkpoints.checkpoint import read_arrays
+from merging.checkpoints.formats.safetensors_file import read_arrays
 from merging.evaluation.steps import Plan
 from merging.io import addresses, atomic, storage
 from search.candidate import Candidate, Outcome

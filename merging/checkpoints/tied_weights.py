@@ -9,6 +9,7 @@ import torch
 
 from merging.checkpoints.checkpoint import Checkpoint
 from merging.checkpoints.models import skeleton
+from merging.checkpoints.models.renaming import backbone_prefix, joined
 from merging.checkpoints.view import View
 from merging.errors import CheckpointError
 from merging.io import addresses, fact_cache
@@ -143,10 +144,9 @@ def _may_share(checkpoints: Mapping[str, Checkpoint]) -> bool:
         return False
     shapes: dict[tuple[int, ...], set[str]] = defaultdict(set)
     for checkpoint in checkpoints.values():
-        for key, info in checkpoint.tensors.items():
-            parts = key.split(".")
-            if len(info.shape) == 2 and not any(part.isdigit() for part in parts):
-                shapes[info.shape].add(".".join(parts[-2:]))
+        for end, shape in checkpoint.outside_layers():
+            if len(shape) == 2:
+                shapes[shape].add(end)
     return any(len(endings) > 1 for endings in shapes.values())
 
 
@@ -169,13 +169,13 @@ def _names(checkpoint: Checkpoint) -> _Names:
         model = skeleton.build(checkpoint.path, checkpoint.config, checkpoint.architecture)
     except CheckpointError:
         return _Names({key: key for key in checkpoint.tensors}, {}, {})
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    prefix = backbone_prefix(model)
     stored: dict[str, str] = {}
     for key, live in skeleton.live_names(model, checkpoint.tensors).items():
         stored.setdefault(live.removeprefix(prefix), key)
     saved = {live.removeprefix(prefix): key for live, key in skeleton.saved_names(model).items()}
     shared: dict[str, str] = {}
-    for group in skeleton.tied_names(model):
+    for group in skeleton.shared_names(model):
         names = [live.removeprefix(prefix) for live in group]
         there = [stored[name] for name in names if name in stored]
         for name in names if there else ():
@@ -206,8 +206,6 @@ def _joined(shared: Sequence[Mapping[str, str]]) -> list[list[str]]:
         own: dict[str, set[str]] = defaultdict(set)
         for name, stored in found.items():
             own[stored].add(name)
-        for group in own.values():
-            touching = [other for other in groups if other & group]
-            groups = [other for other in groups if not other & group] + [group.union(*touching)]
+        groups += own.values()
     order = [name for found in shared for name in found]
-    return [sorted(group, key=order.index) for group in groups]
+    return [sorted(group, key=order.index) for group in joined(groups)]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from merging.checkpoints.checkpoint import Checkpoint
 from merging.checkpoints.pool import Pool
-from merging.checkpoints.vocabulary import Renumbered
+from merging.checkpoints.renumbered import Renumbered
 from merging.errors import MethodError, StatisticsError
 from merging.io import hashing
 from merging.mergers import running_statistics, weight_groups

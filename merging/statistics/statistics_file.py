@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from merging.checkpoints.checkpoint import SafetensorsFile, TensorInfo
+from merging.checkpoints.formats.safetensors_file import SafetensorsFile, TensorInfo
 from merging.errors import CheckpointError, StatisticsError, StorageError
 from merging.io import atomic
 from merging.io.documents import as_object, parse_json

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
 
-from merging.checkpoints.checkpoint import read_arrays
+from merging.checkpoints.formats.safetensors_file import read_arrays
 from merging.evaluation.steps import Plan, Positions, Trace
 from merging.io import atomic, documents
 from merging.tasks.task import Score

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from merging.checkpoints.adapters.lora import Adapted, adapted
-from merging.checkpoints.checkpoint import CONFIG, Checkpoint, SafetensorsFile, read_settings
+from merging.checkpoints.checkpoint import CONFIG, Checkpoint, read_settings
 from merging.checkpoints.formats.config_checks import check_config
+from merging.checkpoints.formats.safetensors_file import SafetensorsFile
 from merging.errors import CheckpointError, StorageError
 from merging.io import addresses, hashing, storage
 
@@ -51,9 +52,8 @@ class AdapterCheckpoint(Checkpoint):
         settings = read_settings(addresses.join(path, ADAPTER_CONFIG))
         own = read_settings(addresses.join(path, CONFIG)) if CONFIG in listed else None
         if own is not None:
-            own.pop(
-                "quantization_config", None
-            )  # of the base that it was trained on; here it is added to plain weights
+            # of the base that it was trained on; here it is added to plain weights
+            own.pop("quantization_config", None)
         if ADAPTER_WEIGHTS not in listed:
             raise CheckpointError(
                 f"{path} has no {ADAPTER_WEIGHTS}: the download is incomplete, or it is a pickle; "
@@ -162,8 +162,8 @@ def open_checkpoint(path: str, base: str | Checkpoint | None = None) -> Checkpoi
     """
     if on_model := model_and_adapter(path):
         model, adapter = on_model
-        known = isinstance(base, Checkpoint) and base.path == model
-        return AdapterCheckpoint.on(adapter, base if known and isinstance(base, Checkpoint) else Checkpoint.open(model))
+        own = base if isinstance(base, Checkpoint) and base.path == model else Checkpoint.open(model)
+        return AdapterCheckpoint.on(adapter, own)
     if not is_adapter(path):
         return Checkpoint.open(path)
     if not base:

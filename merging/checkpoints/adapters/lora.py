@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from merging.checkpoints.adapters.patterns import matches
-from merging.checkpoints.checkpoint import Checkpoint, SafetensorsFile, TensorInfo
+from merging.checkpoints.adapters.lora_settings import REMEDY, of_module, refuse_unknown
+from merging.checkpoints.checkpoint import Checkpoint
+from merging.checkpoints.formats import vocab_size
+from merging.checkpoints.formats.safetensors_file import SafetensorsFile, TensorInfo
 from merging.checkpoints.models import skeleton
 from merging.checkpoints.models.parameter_names import conv1d
+from merging.checkpoints.models.renaming import backbone_prefix
 from merging.checkpoints.tied_weights import are_equal
 from merging.errors import CheckpointError
-from merging.io.documents import is_number
 
 PREFIX = "base_model.model."
 LOADERS = {
@@ -27,26 +29,6 @@ LOADERS = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 """PEFT's `task_type` → the class in `transformers` that an adapter was trained in."""
-NOT_PLAIN = (
-    "use_dora",
-    "lora_bias",
-    "use_qalora",
-    "use_bdlora",
-    "layer_replication",
-    "target_parameters",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "megatron_config",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-)
-"""Settings under which a member's weights are not θ_0 + scaling · B @ A."""
-MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations that also change the base's weights."""
-LARGEST = 1e9
-"""Of ranks and factors: what is beyond was never trained, and leaves nothing finite."""
-REMEDY = "Merge it into its base with peft (`model.merge_and_unload().save_pretrained(DIR)`), and name that directory"
 
 
 @dataclass(frozen=True)
@@ -116,44 +98,8 @@ def adapted(
     Raises:
         CheckpointError: It is no LoRA, more than θ_0 + scaling · B @ A, or was trained on another model.
     """
-    _refuse_unknown(path, settings)
+    refuse_unknown(path, settings)
     return _choose(path, settings, own, base, file).adapted()
-
-
-def _refuse_unknown(path: str, settings: Mapping[str, Any]) -> None:
-    """All that cannot be read as θ_0 + scaling · B @ A."""
-    kind = settings.get("peft_type")
-    if kind != "LORA":
-        raise CheckpointError(f"{path} is a {kind} adapter, and only LoRA is read as a member. {REMEDY}")
-    if found := [key for key in NOT_PLAIN if settings.get(key)]:
-        raise CheckpointError(f"{path} is a LoRA with {found[0]} = {settings[found[0]]!r}. {REMEDY}")
-    start = settings.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(MOVES_BASE):
-        raise CheckpointError(f"{path} was initialised by '{start}', which changes the base's weights too. {REMEDY}")
-    _check_numbers(path, settings)
-
-
-def _check_numbers(path: str, settings: Mapping[str, Any]) -> None:
-    """Looks whether ranks and scaling factors are what PEFT could have trained with."""
-    for key, default in (("r", 8), ("lora_alpha", 8)):
-        _check_number(path, key, settings.get(key, default), whole=key == "r")
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = settings.get(key) or {}
-        if not isinstance(patterns, Mapping):
-            raise CheckpointError(f"{path}: {key} in its adapter_config.json is no mapping, but {patterns!r}")
-        for pattern, value in patterns.items():
-            _check_number(path, f"{key}['{pattern}']", value, whole=key == "rank_pattern")
-            try:
-                matches(pattern, "")
-            except CheckpointError as error:
-                raise CheckpointError(f"{path}: {key} in its adapter_config.json: {error}") from error
-
-
-def _check_number(path: str, name: str, value: object, *, whole: bool) -> None:
-    """Looks whether a value is a positive number, and a product with it is finite."""
-    if not is_number(value) or (whole and isinstance(value, float)) or not 0 < value <= LARGEST:
-        kind = "whole number" if whole else "number"
-        raise CheckpointError(f"{path}: {name} = {str(value)[:100]} in its adapter_config.json is no positive {kind}")
 
 
 def _choose(
@@ -189,8 +135,7 @@ def _skeleton(
         config.pop("num_labels", None)
         model = _build(path, config, architecture, loader)
     if rows := _rows(model, file):
-        text = config.get("text_config")
-        config = config | ({"text_config": {**text, "vocab_size": rows}} if text else {"vocab_size": rows})
+        config = vocab_size.replaced(config, rows)
         model = _build(path, config, architecture, loader)
     return model, {**config, "architectures": [type(model).__name__]}
 
@@ -214,17 +159,13 @@ def _outputs(model: nn.Module, file: SafetensorsFile) -> int:
 
 def _rows(model: nn.Module, file: SafetensorsFile) -> int:
     """Number of rows of the embeddings that the adapter holds in full, where it is another than the model's."""
-    inputs: Any = getattr(model, "get_input_embeddings", None)
-    try:
-        embeddings = inputs() if inputs is not None else None
-    except NotImplementedError:  # of a model without a table of tokens, or with several
+    if (table := skeleton.token_table(model)) is None:
         return 0
-    for path, module in model.named_modules():
-        if module is embeddings and isinstance(module, nn.Embedding):
-            for name in (f"{path}.weight", f"{path}.base_layer.weight"):
-                there = file.tensors.get(PREFIX + name)
-                if there and len(there.shape) == 2 and there.shape[0] != module.weight.shape[0]:
-                    return there.shape[0]
+    path = next((path for path, module in model.named_modules() if module is table), "")
+    for name in (f"{path}.weight", f"{path}.base_layer.weight"):
+        there = file.tensors.get(PREFIX + name)
+        if there and len(there.shape) == 2 and there.shape[0] != table.weight.shape[0]:
+            return there.shape[0]
     return 0
 
 
@@ -261,7 +202,7 @@ class _Names:
         self._stored: dict[str, list[str]] = {}
         for name, live in skeleton.live_names(model, base.tensors).items():
             self._stored.setdefault(live, []).append(name)
-        self._tied = [names for names in skeleton.tied_names(model) if self._are_one(names)]
+        self._tied = [names for names in skeleton.shared_names(model) if self._are_one(names)]
         self._whole: dict[str, str] = {}
         self._shared: dict[str, str] = {}
         self._parts: dict[str, dict[str, str]] = {}
@@ -319,7 +260,7 @@ class _Names:
         config = skeleton.untied(self._config) if parted else self._config
         if config != self._config:  # which unties others, too
             model = skeleton.build(self._path, config, type(self._model).__name__)
-            still = set(skeleton.tied_names(model))
+            still = set(skeleton.shared_names(model))
             parted |= {names for names in self._tied if names not in still}
         found: dict[str, tuple[str, ...]] = {}
         for live in self._saved:
@@ -340,7 +281,7 @@ class _Names:
     def _spelled(self, live: str) -> str:
         """What a tensor is called in the merged checkpoint: as the base has it, but for the backbone's prefix."""
         saved, stored = self._saved[live], self._stored.get(live, [])
-        prefix = f"{getattr(self._model, 'base_model_prefix', '')}."
+        prefix = backbone_prefix(self._model)
         if len(stored) != 1 or stored[0] in (saved, saved.removeprefix(prefix)) or prefix + saved == stored[0]:
             return saved
         return stored[0]
@@ -349,9 +290,8 @@ class _Names:
         """Sorts the file's names: modules of the adapter's own, weights that are the base's own, and factors."""
         for key in self._file.tensors:
             inner = key.removeprefix(PREFIX)
-            if (
-                ".original_module." in inner
-            ):  # biases of what `modules_to_save` replaces: the model computes with the copy
+            # biases of what `modules_to_save` replaces: the model computes with the copy
+            if ".original_module." in inner:
                 continue
             if parts := re.fullmatch(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?", inner):
                 self._parts.setdefault(self._name(f"{parts[1]}.weight", key), {})[parts[2]] = key
@@ -401,12 +341,12 @@ class _Names:
                 f"has factors {list(up)} and {list(down)} for '{live}' {list(shape)}: it belongs to another base"
             )
         rank = down[0]
-        declared = _pattern(self._settings.get("rank_pattern"), path, self._settings.get("r", 8))
+        declared = of_module(self._settings.get("rank_pattern"), path, self._settings.get("r", 8))
         if rank != declared:
             raise self._error(
                 f"has rank {rank} for '{live}', its adapter_config.json says {declared:g}: copy both again"
             )
-        alpha = _pattern(self._settings.get("alpha_pattern"), path, self._settings.get("lora_alpha", 8))
+        alpha = of_module(self._settings.get("alpha_pattern"), path, self._settings.get("lora_alpha", 8))
         return LowRank(
             keys["A"],
             keys["B"],
@@ -423,11 +363,3 @@ class _Names:
 
     def _error(self, message: str) -> CheckpointError:
         return CheckpointError(f"{self._path}: the adapter {message}")
-
-
-def _pattern(patterns: Mapping[str, float] | None, path: str, default: float) -> float:
-    """A module's entry in `alpha_pattern`, whose keys are regular expressions of the ends of paths."""
-    for key, value in (patterns or {}).items():
-        if matches(rf"(.*\.)?({key})$", path):
-            return float(value)
-    return float(default)

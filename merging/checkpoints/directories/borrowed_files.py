@@ -1,12 +1,14 @@
 """Whose tokenizer, chat template and generation settings a merge has; and where members' are not the base's."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 from merging.checkpoints.checkpoint import Checkpoint
 from merging.checkpoints.directories.companions import companions
+from merging.checkpoints.formats import vocab_size
+from merging.checkpoints.formats.tokenizer_json import TOKENIZER_CONFIG, read_tokens
 from merging.errors import PoolError, StorageError
 from merging.io import addresses, documents, storage
 
@@ -31,8 +33,6 @@ TOKENIZER = (
 )
 """Files that a tokenizer is made from."""
 TEMPLATES = ("chat_template.*", "additional_chat_templates/*")
-TOKENIZER_JSON = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template"
 GENERATION = "generation_config.json"
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -170,30 +170,18 @@ def _require_same_tokens(base: Checkpoint, member: Checkpoint) -> None:
     Raises:
         PoolError: It does not.
     """
-    ours, theirs = (dict(_tokens(_json(checkpoint.path, TOKENIZER_JSON))) for checkpoint in (base, member))
+    found = [read_tokens(checkpoint.path) for checkpoint in (base, member)]
+    ours, theirs = (tokens.ids if tokens is not None else {} for tokens in found)
     moved = [token for token, number in theirs.items() if token in ours and ours[token] != number]
     if moved:
         raise PoolError(
             f"files_from.tokenizer: in {member.path} token {moved[0]!r} has number {theirs[moved[0]]}, and {ours[moved[0]]} in "
             "the base, whose numbers a merge has: take the base's tokenizer"
         )
-    text = base.config.get("text_config")
-    rows = base.config.get("vocab_size", text.get("vocab_size") if isinstance(text, Mapping) else None)
+    rows = vocab_size.stated(base.config)
     if isinstance(rows, int) and theirs and max(theirs.values()) >= rows:
         last = max(theirs, key=lambda token: theirs[token])
         raise PoolError(
             f"files_from.tokenizer: token {last!r} of {member.path} has number {theirs[last]}, and the base's embeddings have "
             f"{rows} rows: take the base's tokenizer"
         )
-
-
-def _tokens(tokenizer: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Tokens and their numbers, out of a `tokenizer.json`."""
-    model = tokenizer.get("model")
-    vocab = model.get("vocab") if isinstance(model, Mapping) else None
-    if isinstance(vocab, Mapping):
-        yield from ((str(token), int(number)) for token, number in vocab.items())
-    elif isinstance(vocab, list):  # unigram: (token, score) in the order of their numbers
-        yield from ((str(entry[0]), number) for number, entry in enumerate(vocab))
-    for entry in tokenizer.get("added_tokens") or []:
-        yield str(entry["content"]), int(entry["id"])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merging.checkpoints.checkpoint import INDEX, PICKLES, SINGLE
+from merging.checkpoints.checkpoint import INDEX, PICKLES, SINGLE, require_beside
 from merging.checkpoints.formats.safetensors_header import DTYPES
 from merging.errors import CheckpointError, StorageError
 from merging.io import addresses, documents, storage
@@ -68,10 +68,7 @@ def _read_shards(path: str, listed: list[str]) -> dict[str, Tensor]:
         raise CheckpointError(f"{place} is not an index of weight files ({error})") from error
     found: dict[str, Tensor] = {}
     for file in files:
-        if not isinstance(file, str) or "/" in file or "\\" in file or file in (".", ".."):
-            raise CheckpointError(f"{place} names a file outside its directory: {file!r}")
-        if file not in listed:
-            raise CheckpointError(f"{path} lacks {file}, which its index names: the download is incomplete")
+        require_beside(place, file, listed)
         tensors = _read(addresses.join(path, file))
         if twice := found.keys() & tensors.keys():
             raise CheckpointError(f"{path}: '{min(twice)}' stands in two of its files")

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from merging.checkpoints.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, TensorInfo
+from merging.checkpoints.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint
 from merging.checkpoints.directories.companions import companions
 from merging.checkpoints.directories.manifest import MANIFEST, manifest, require_replaceable, written
+from merging.checkpoints.formats.safetensors_file import TensorInfo
 from merging.checkpoints.formats.safetensors_header import DTYPES
 from merging.io import addresses, atomic, storage
 from merging.io.direct_io import BLOCK, UnbufferedFile
@@ -208,9 +209,8 @@ def new_checkpoint(
     if not addresses.is_local(path):
         for name in sorted(written(path), key=lambda name: name != CONFIG):
             storage.remove(addresses.join(path, name))
-        atomic.write_bytes(
-            addresses.join(path, MANIFEST), small.pop(MANIFEST)
-        )  # first: what a killed merge leaves is known
+        # first, so that what a killed merge leaves is known
+        atomic.write_bytes(addresses.join(path, MANIFEST), small.pop(MANIFEST))
         yield RemoteFiles(shards, path)
         for name, content in small.items():
             atomic.write_bytes(addresses.join(path, name), content)

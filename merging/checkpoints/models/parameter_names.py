@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from merging.checkpoints.models.renaming import Renamed, backbone_prefix, joined, renamed
+
 _REMEMBERED = "_names_in_checkpoint"
 
 
@@ -59,7 +61,7 @@ def in_checkpoint(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, T
     nothing: tuple[dict[str, str], frozenset[str]] = {}, frozenset()
     plain, stored = getattr(model, _REMEMBERED, nothing)
     found = {plain[name]: value for name, value in values.items() if name in plain}
-    prefix = f"{model.base_model_prefix}."
+    prefix = backbone_prefix(model)
     rest = {name: value for name, value in values.items() if name not in plain}
     for name, value in revert_weight_conversion(model, rest).items() if rest else ():
         spellings = (name, name.removeprefix(prefix), prefix + name)
@@ -162,33 +164,22 @@ def _of_account(model: Any, missing: Collection[str], homeless: Collection[str])
 
 
 def _by_transformers(model: Any, live: dict[str, Tensor], names: Iterable[str]) -> tuple[list[Conversion], list[str]]:
-    """Conversions and homeless names, as transformers' `convert_and_load_state_dict_in_model` finds them."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-    transforms = get_model_conversion_mapping(model)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    prefix = model.base_model_prefix
-    groups: dict[str, list[tuple[str, str | None]]] = {}
+    """Conversions and homeless names, as transformers finds them: of two tensors with one place, the first has it."""
+    groups: dict[str, list[Renamed]] = {}
     homeless = []
-    for name in sorted(names, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, prefix, live)
-        if target not in live and name in live:
-            target, pattern = rename_source_key(name, [], [], prefix, live)
-        if target not in live or (pattern is None and target in groups):
-            homeless.append(name)
+    for one in renamed(model, names, live):
+        if one.target not in live or (one.converter is None and one.target in groups):
+            homeless.append(one.name)
         else:
-            groups.setdefault(target, []).append((name, pattern))
+            groups.setdefault(one.target, []).append(one)
     found = []
     for target, group in groups.items():
-        sources, patterns = zip(*group, strict=True)
-        if (pattern := patterns[0]) is None:
+        sources = tuple(one.name for one in group)
+        if (converter := group[0].converter) is None:
             found.append(Conversion(sources[:1], target))
             homeless += sources[1:]
         else:
-            converter = converter_of[pattern]
+            patterns = tuple(str(one.pattern) for one in group)
             kind = repr((converter, converter.operations, patterns))
             found.append(Conversion(sources, target, _applied(model, converter, target, sources, patterns), kind))
     return found, homeless
@@ -249,11 +240,7 @@ def packing(conversion: Conversion, shapes: Sequence[Sequence[int]]) -> Packing 
 
 def tied_names(model: nn.Module) -> dict[str, set[str]]:
     """A model's names of weights that its configuration ties → the names that these are tied to."""
-    groups: list[set[str]] = []
-    for pair in map(set, tie_sources(model).items()):
-        touched = [group for group in groups if group & pair]
-        groups = [group for group in groups if group not in touched] + [pair.union(*touched)]
-    return {name: group - {name} for group in groups for name in group}
+    return {name: group - {name} for group in joined(tie_sources(model).items()) for name in group}
 
 
 def tie_sources(model: nn.Module) -> dict[str, str]:

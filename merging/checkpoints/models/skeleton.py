@@ -8,8 +8,9 @@ from threading import Lock
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from merging.checkpoints.models.renaming import renamed
 from merging.errors import CheckpointError
 
 _IMPORTING = Lock()
@@ -61,28 +62,20 @@ def build(path: str, config: Mapping[str, Any], architecture: str, loader: str |
     return model
 
 
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A model's parameters and buffers, under each of their names."""
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return found | dict(model.named_buffers(remove_duplicate=False))
+
+
 def live_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Name in a checkpoint → name in the model that transformers loads it into, of all that the model knows.
 
     Where transformers joins several weights into one (experts), all of them have its name.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    known: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
-    known |= dict(model.named_buffers(remove_duplicate=False))
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    prefix = str(getattr(model, "base_model_prefix", "")) or None
-    found = {}
-    for name in names:
-        live, _ = rename_source_key(name, renamings, converters, prefix, known)
-        if live not in known:
-            live, _ = rename_source_key(name, [], [], prefix, known)
-        if live in known:
-            found[name] = live
-    return found
+    names, known = list(names), tensors(model)
+    found = {one.name: one.target for one in renamed(model, names, known) if one.target in known}
+    return {name: found[name] for name in names if name in found}
 
 
 def saved_names(model: nn.Module) -> dict[str, str]:
@@ -96,12 +89,26 @@ def saved_names(model: nn.Module) -> dict[str, str]:
     return {name: saved.get(id(mark), name) for name, mark in marks.items()}
 
 
-def tied_names(model: nn.Module) -> list[tuple[str, ...]]:
+def shared_names(model: nn.Module) -> list[tuple[str, ...]]:
     """Names in the model of the parameters that several modules share, each set in the model's order."""
     groups: dict[int, list[str]] = {}
     for name, value in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(value), []).append(name)
     return [tuple(names) for names in groups.values() if len(names) > 1]
+
+
+def token_table(model: nn.Module) -> nn.Embedding | None:
+    """The table that a model looks tokens up in; None where it has none, has several, or transformers does not say which.
+
+    Those are what `get_input_embeddings` raises `NotImplementedError` for (of images, of characters by hash, of several
+    modalities), or answers with another kind of module.
+    """
+    ask: Any = getattr(model, "get_input_embeddings", None)
+    try:
+        table = ask() if ask is not None else None
+    except NotImplementedError:
+        return None
+    return table if isinstance(table, nn.Embedding) else None
 
 
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from merging.statistics import Partial, Statistic, measure_shard
-from merging.tasks.task import IGNORED, Batch, Score, Task, TaskSettings
+from merging.statistics.likelihood import IGNORED
+from merging.tasks.task import Batch, Score, Task, TaskSettings
 
 
 class TinyTask(Task):

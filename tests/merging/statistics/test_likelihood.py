@@ -2,12 +2,13 @@ import pytest
 import torch
 
 from merging.statistics.likelihood import (
+    IGNORED,
     LikelihoodSettings,
     multinomial_factor,
     objectives,
     sampled_labels,
 )
-from merging.tasks.task import IGNORED, Batch
+from merging.tasks.task import Batch
 
 
 @pytest.mark.parametrize("classes", [2, 3, 7])
