@@ -242,11 +242,15 @@ def describe_cluster(address: str = LOCAL) -> Cluster:
         address: Where it was joined, or `LOCAL`.
     """
     resources = ray.cluster_resources()
-    alive = [node for node in ray.nodes() if node["Alive"]]
     cpus, gpus, memory = (resources.get(name, 0.0) for name in ("CPU", "GPU", "memory"))
-    found = [node["Resources"] for node in alive]
-    sizes = tuple((node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in found)
-    return Cluster(address, len(alive), int(cpus), float(gpus), int(memory), sizes)
+    nodes = [node["Resources"] for node in alive_nodes()]
+    sizes = tuple((node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes)
+    return Cluster(address, len(nodes), int(cpus), float(gpus), int(memory), sizes)
+
+
+def alive_nodes() -> list[dict[str, Any]]:
+    """Ray's entries of the nodes that are alive now."""
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def _places(cpus: float, gpus: float, threads: int, share: float) -> int:

@@ -21,7 +21,7 @@ from merging.recipe import REFERENCE_BASE, Recipe, base_recipe, member_recipe
 from merging.registry import did_you_mean
 from merging.tasks.task import Score, Split
 from ray_tasks.connect import connect
-from ray_tasks.jobs.mismatch import measure_mismatch
+from ray_tasks.jobs.gradients import measure_mismatch
 from ray_tasks.jobs.parallel import each
 from ray_tasks.jobs.statistics import BoundTask
 from search.candidate import Candidate

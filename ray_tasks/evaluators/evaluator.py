@@ -13,14 +13,14 @@ from merging.checkpoints.pool import Pool
 from merging.checkpoints.vocabulary import Vocabulary
 from merging.evaluation.live_models import LiveModels, MakeSource, Measurement, best_device
 from merging.evaluation.steps import Plan
-from merging.faults import is_fault
+from merging.faults import is_fault, tells_of_device
 from merging.io import fact_cache
 from merging.io.secrets import described
 from merging.mergers.material import Material, open_statistics
 from merging.mergers.resident import ResidentMerger
 from merging.recipe import Recipe
 from merging.tasks import make_task
-from merging.tasks.task import Split
+from merging.tasks.task import Split, Task
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,15 @@ class Setup:
                 file.copy_here()
         return Material(pool, statistics, self.examples)
 
+    def open_tasks(self) -> list[Task]:
+        """Opens every task with its owner's head.
+
+        Raises:
+            TaskError: Data or head are unusable.
+        """
+        heads = {name: self.members[self.owners[name]] for name in self.tasks}
+        return [make_task(name, settings, heads[name], self.base) for name, settings in self.tasks.items()]
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -106,6 +115,7 @@ class Answer:
         started: When work on it began.
         lost: Whether trying again may help.
         unreachable: Whether the evaluator is cut off from the shards, and of no more use.
+        fault: Whether the failure is about the machine, and says nothing of the recipe: its kind or its text tells.
     """
 
     measurement: Measurement | None
@@ -114,17 +124,16 @@ class Answer:
     started: datetime
     lost: bool = False
     unreachable: bool = False
+    fault: bool = False
 
-
-@dataclass
-class Fault(Answer):
-    """An answer whose error is about the machine, and says nothing of the recipe."""
+    def __post_init__(self) -> None:
+        # of what failed in a shard there is only the text
+        self.fault = not self.lost and (self.fault or tells_of_device(self.error or ""))
 
 
 def failed(error: BaseException, worker: str, started: datetime) -> Answer:
     """The answer of an evaluator that met an error."""
-    kind = Fault if is_fault(error) else Answer
-    return kind(None, described(error), worker, started)
+    return Answer(None, described(error), worker, started, fault=is_fault(error))
 
 
 class Evaluator:
@@ -153,11 +162,7 @@ class Evaluator:
             MergequestError: Pool, statistics or tasks are unusable.
         """
         if self._models is None:
-            setup = self._setup
-            tasks = [
-                make_task(name, settings, setup.members[setup.owners[name]], setup.base)
-                for name, settings in setup.tasks.items()
-            ]
+            setup, tasks = self._setup, self._setup.open_tasks()
             material = setup.material(resident=self._source is ResidentMerger)
             self._models = LiveModels(material, tasks, setup.owners, self._device, setup.precision, self._source)
         return self._worker

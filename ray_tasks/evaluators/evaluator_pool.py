@@ -13,9 +13,10 @@ import ray
 
 from merging.errors import ClusterError
 from merging.evaluation.live_models import Measurement
-from merging.faults import tells_of_device
 from ray_tasks.cluster_errors import reason
-from ray_tasks.evaluators.evaluator import Answer, Assignment, Fault
+from ray_tasks.connect import alive_nodes
+from ray_tasks.evaluators.evaluator import Answer, Assignment
+from ray_tasks.evaluators.faults import FaultRecord
 from ray_tasks.evaluators.lifecycle import Crew
 from ray_tasks.evaluators.prometheus import EvaluatorMetrics
 from ray_tasks.sharded.shards import Inbox, Shards
@@ -26,10 +27,6 @@ REST = 5.0
 """Seconds that pass at most between two looks where there is nobody to wait for."""
 DISPLACED = 10
 """How often an assignment may lose its node before it counts as lost: it may be what ends the nodes."""
-FAULTS = 2
-"""After so many errors about machines, on different evaluators, a candidate has failed with the last of them."""
-UNEXPLAINED = 3
-"""So many candidates in a row that failed like that, with no sound answer in between, tell of all machines."""
 AHEAD = 1
 """Assignments that wait at each of several evaluators, so that it goes on while the driver has its hands full."""
 
@@ -114,10 +111,7 @@ class EvaluatorPool:
     _displaced: Counter[str] = field(default_factory=Counter, init=False)
     _killed: Counter[tuple[str, str]] = field(default_factory=Counter, init=False)
     _inboxes: dict[Any, Inbox] = field(default_factory=dict, init=False)
-    _faults: dict[str, list[str]] = field(default_factory=dict, init=False)
-    _proven: set[Any] = field(default_factory=set, init=False)
-    _unexplained: int = field(default=0, init=False)
-    _fault_text: str = field(default="", init=False)
+    _faults: FaultRecord = field(default_factory=FaultRecord, init=False)
 
     def start(self, timeout: float = 1800.0, grace: float = GRACE) -> int:
         """Starts the evaluators; returns when all are built, or those that are `grace` seconds after the first.
@@ -180,7 +174,7 @@ class EvaluatorPool:
             after: Nodes where the assignment met an error of the machine: evaluators that have answered before are asked,
                 where there are any, those of other nodes first.
         """
-        there = self._queues.keys() & self._proven if after is not None else set()
+        there = self._queues.keys() & self._faults.sound if after is not None else set()
         order = [actor for actor in self._queues if not there or actor in there]
         free = [actor for actor in order if len(self._queues[actor]) < self._depth]
         return min(
@@ -220,7 +214,7 @@ class EvaluatorPool:
         for assignment in [self._again.popleft() for _ in range(len(self._again))]:
             if assignment.ticket not in self._open:
                 continue
-            actor = self._free_actor(self._faults.get(assignment.ticket))
+            actor = self._free_actor(self._faults.nodes(assignment.ticket))
             if actor is None:
                 self._again.append(assignment)
             else:
@@ -234,7 +228,7 @@ class EvaluatorPool:
     def close(self) -> None:
         """Ends the evaluators."""
         self.crew.close()
-        for held in (self._queues, self._works, self._again, self._open, self._inboxes, self._faults, self._proven):
+        for held in (self._queues, self._works, self._again, self._open, self._inboxes, self._faults):
             held.clear()
         self._look()
 
@@ -306,12 +300,13 @@ class EvaluatorPool:
         if self.shards is not None and answer.unreachable:
             self._dismiss(work.actor)
             self.crew.count_death(str(answer.error))
-        elif not answer.lost and (isinstance(answer, Fault) or tells_of_device(answer.error or "")):
+        elif answer.fault:
             return self._fault(work, answer)
         else:
             self.crew.count_answer()
             self._killed.pop(work.assignment.candidate, None)
-            self._explain(work)
+            for node in self._faults.answered(ticket, work.actor):
+                self.crew.blame(node, self._faults.last_error)
         self._displaced.pop(ticket, None)
         if answer.lost and self.shards is not None:
             self.shards.forget()
@@ -327,34 +322,18 @@ class EvaluatorPool:
         self._dismiss(work.actor)
         if ticket not in self._open:
             return []
-        nodes = self._faults.setdefault(ticket, [])
-        nodes.append(work.node)
-        self._fault_text = (answer.error or "").partition("\n")[0]
-        if len(nodes) < FAULTS:
+        if not self._faults.add(ticket, work.node, answer.error or ""):
             if self.metrics:
                 self.metrics.lost()
             self._again.append(work.assignment)
             return []
-        self._unexplained += 1
-        if self._unexplained >= UNEXPLAINED:
-            raise ClusterError(
-                f"{self._unexplained} candidates in a row failed with errors of the machine, each on {FAULTS} evaluators, the "
-                f"last one with {answer.error}\nMend the cause and resume with --retry-failed: what was measured is kept"
-            )
         return self._finished(ticket, answer.started, None, answer.error, False, answer.worker)
-
-    def _explain(self, work: _Work) -> None:
-        """Learns from an answer that is no error of the machine: who is sound, and who failed at this before."""
-        self._proven.add(work.actor)
-        self._unexplained = 0
-        for node in set(self._faults.pop(work.assignment.ticket, ())):
-            self.crew.blame(node, self._fault_text)
 
     def _lose(self, work: _Work, error: ray.exceptions.RayError) -> list[Finished]:
         """Replaces an evaluator that is gone."""
         why = f"{type(error).__name__}: {reason(error)}"
         ticket = work.assignment.ticket
-        displaced = getattr(error, "preempted", False) or work.node not in alive_nodes()
+        displaced = getattr(error, "preempted", False) or work.node not in {node["NodeID"] for node in alive_nodes()}
         unreachable = isinstance(error, ray.exceptions.ActorUnavailableError)
         self._dismiss(work.actor, but=work)
         if self.metrics:
@@ -379,7 +358,7 @@ class EvaluatorPool:
         """Ends an evaluator, if it is not dead, and has it replaced at once; what waited there goes elsewhere."""
         self.crew.dismiss(actor)
         self._inboxes.pop(actor, None)
-        self._proven.discard(actor)
+        self._faults.forget_evaluator(actor)
         works = [self._works.pop(reference) for reference in self._queues.pop(actor)]
         self._again.extend(work.assignment for work in works if work is not but and not work.recalled)
 
@@ -388,13 +367,8 @@ class EvaluatorPool:
         if ticket not in self._open:
             return []
         self._open.remove(ticket)
-        self._faults.pop(ticket, None)
+        self._faults.forget_assignment(ticket)
         return [Finished(ticket, *what, **more)]
-
-
-def alive_nodes() -> set[str]:
-    """The nodes that the cluster has now."""
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def _ready(references: list[Any], timeout: float) -> list[Any]:

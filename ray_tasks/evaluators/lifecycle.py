@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
 from merging.errors import ClusterError
 from merging.faults import is_fault, tells_of_device
 from ray_tasks.cluster_errors import surfaced
+from ray_tasks.connect import alive_nodes
 from ray_tasks.evaluators.evaluator import Evaluator
 
 LOOK = 5.0
@@ -156,7 +157,7 @@ class Crew:
         if self._blamed[node] < BLAMED:
             return
         del self._blamed[node]
-        alive = {entry["NodeID"]: entry for entry in ray.nodes() if entry["Alive"]}
+        alive = {entry["NodeID"]: entry for entry in alive_nodes()}
         name = alive.get(node, {}).get("NodeManagerHostname", node[:8])
         reason = f"{BLAMED} candidates failed there that were measured elsewhere, the last with {why}"
         if any(self._fits(entry) for key, entry in alive.items() if key not in {*self._avoided, node}):

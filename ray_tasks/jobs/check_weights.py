@@ -4,13 +4,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-
 from merging.checkpoints import validation
 from merging.checkpoints.pool import Pool
 from merging.checkpoints.validation import Finding
 from merging.checkpoints.vocabulary import Vocabulary
 from merging.io import fact_cache
+from ray_tasks.connect import alive_nodes
 from ray_tasks.jobs.parallel import each
 
 
@@ -50,8 +49,10 @@ def examine(
         ClusterError: A task's workers died more often than they may.
     """
     names = tuple(pool.weights)
-    alive = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
-    calls: dict[str, tuple[Any, ...]] = {group[0]: (files, group, names) for group in validation.slices(members, alive)}
+    workers = sum(node["Resources"].get("CPU", 0) > 0 for node in alive_nodes())
+    calls: dict[str, tuple[Any, ...]] = {
+        group[0]: (files, group, names) for group in validation.slices(members, workers)
+    }
     for _, (found, facts) in each(_examine, calls, gpus=0.0, progress=progress):
         fact_cache.learn(facts)
         yield found

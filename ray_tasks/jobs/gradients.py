@@ -1,24 +1,29 @@
-"""Gradients, quadratic models and distillation as tasks of the cluster: what `merging` computes, from paths and settings."""
+"""What `merging.optimization` computes, as tasks of the cluster, from paths and settings."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from merging.evaluation.live_models import best_device
 from merging.mergers.linear_basis import compute_basis
+from merging.mergers.resident import ResidentMerger
 from merging.optimization import descent, distillation, quadratic_model
+from merging.optimization.gradient_mismatch import Mismatch, gradient_mismatch
 from merging.optimization.quadratic_model import Quadratic
 from merging.recipe import Recipe
 from merging.statistics import Partial, save_tensors
 from merging.tasks import make_task
 from merging.tasks.task import Task
 from ray_tasks.evaluators.evaluator import Setup
+from ray_tasks.jobs.statistics import BoundTask
 
 Report = Callable[[float], None]
 
 
 def descend(setup: Setup, start: Recipe, settings: descent.DescentSettings, report: Report) -> list[descent.Waypoint]:
     """`merging.optimization.descent.descend` over all tasks that give logits; without labels, over the sources."""
-    tasks, owners = _sources(setup) if settings.loss == "distil" else (_tasks(setup), setup.owners)
+    tasks, owners = _sources(setup) if settings.loss == "distil" else (_with_logits(setup.open_tasks()), setup.owners)
     return descent.descend(setup.material(resident=True), tasks, owners, start, settings, best_device(), _share(report))
 
 
@@ -74,12 +79,26 @@ def predict(
     return quadratic_model.quadratics(material, basis, groups, kind)
 
 
-def _tasks(setup: Setup) -> list[Task]:
-    opened = [
-        make_task(name, settings, setup.members[setup.owners[name]], setup.base)
-        for name, settings in setup.tasks.items()
-    ]
-    return [task for task in opened if task.has_logits]
+def measure_mismatch(setup: Setup, tasks: Mapping[str, BoundTask], recipe: Recipe, report: Report) -> Mismatch:
+    """Merges, and takes the gradients of the members' tasks there.
+
+    Args:
+        setup: Pool and statistics.
+        tasks: Member → its own task.
+        recipe: What to merge; its own members take part, with its own factors. Of base and members as they are, all take part.
+        report: Told the share of the work that is done.
+
+    Raises:
+        MethodError: The recipe has no merge, or a gradient is not finite.
+    """
+    material = setup.material(resident=True)
+    device = best_device()
+    out = {name: torch.empty(info.shape, device=device) for name, info in material.pool.weights.items()}
+    complete = material.check(recipe)
+    ResidentMerger(material, out).merge(complete)
+    report(0.5)
+    opened = {member: task.open() for member, task in tasks.items()}
+    return gradient_mismatch(material, opened, out, complete)
 
 
 def _sources(setup: Setup) -> tuple[list[Task], dict[str, str]]:
@@ -87,7 +106,11 @@ def _sources(setup: Setup) -> tuple[list[Task], dict[str, str]]:
     opened = [
         make_task(name, settings, setup.members[owner], setup.base) for name, (settings, owner) in setup.sources.items()
     ]
-    return [task for task in opened if task.has_logits], {name: owner for name, (_, owner) in setup.sources.items()}
+    return _with_logits(opened), {name: owner for name, (_, owner) in setup.sources.items()}
+
+
+def _with_logits(tasks: Sequence[Task]) -> list[Task]:
+    return [task for task in tasks if task.has_logits]
 
 
 def _share(report: Report) -> Callable[[int, int], None]:

@@ -7,6 +7,8 @@ from contextlib import contextmanager, suppress
 
 import ray
 
+from ray_tasks.connect import alive_nodes
+
 LOOK = 2.0
 """Seconds between two looks."""
 SILENCE = 30.0
@@ -76,9 +78,7 @@ def watched(nodes: Callable[[], Sequence[str]], say: Callable[[str], None]) -> I
 
 def addresses() -> dict[str, str]:
     """Nodes that are alive → names for users, no two alike."""
-    return {
-        node["NodeID"]: f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})" for node in ray.nodes() if node["Alive"]
-    }
+    return {node["NodeID"]: f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})" for node in alive_nodes()}
 
 
 def _named(numbers: Sequence[int]) -> str:

@@ -13,6 +13,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from merging.errors import ClusterError
 from merging.mergers.material import Material
 from merging.mergers.shard_planning import Place, place
+from ray_tasks.connect import alive_nodes
 from ray_tasks.sharded.lost_nodes import addresses, watched
 from ray_tasks.sharded.nixl_transfer import require_direct
 from ray_tasks.sharded.shards import Shards
@@ -132,8 +133,7 @@ def nodes() -> list[Node]:
             int(node["Resources"].get("memory", 0)),
             int(node["Resources"].get("object_store_memory", 0)),
         )
-        for node in ray.nodes()
-        if node["Alive"]
+        for node in alive_nodes()
     ]
 
 
