@@ -55,7 +55,7 @@ def search(
         provenance: What every row says of the campaign.
         budget: When to end.
         observer: Is told of every row.
-        history: What the sampler sees of finished trials, see `search.samplers.memories`; None for all.
+        history: What the sampler sees of finished trials, see `search.samplers.make_sampler.memories`; None for all.
         split: What candidates are measured on.
         describe: Further `proxies` of a recipe's row, known without measuring it.
 
