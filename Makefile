@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart pools docs reference test test-fast test-slow test-endurance lint format clean
+.PHONY: help quickstart pools docs reference test test-fast test-slow test-endurance lint format clean mergekit-env mergekit-parity
 
 help:
 	@echo "make quickstart  build a real pool of models and search for its best merge (about 8 minutes on 2 cores, downloads besides)"
