@@ -50,7 +50,7 @@ class Sleeper:
         """Sleeps."""
         started = datetime.now(UTC)
         time.sleep(self._seconds)
-        return SimpleNamespace(measurement=None, error=None, worker="here", started=started, lost=False)
+        return SimpleNamespace(measurement=None, error=None, worker="here", started=started, lost=False, fault=False)
 
 
 class LightPool(EvaluatorPool):
@@ -58,7 +58,7 @@ class LightPool(EvaluatorPool):
 
     def submit(self, assignment: Assignment) -> None:
         """Hands out the ticket."""
-        light: Any = SimpleNamespace(ticket=assignment.ticket, recipe=None)
+        light: Any = SimpleNamespace(ticket=assignment.ticket, candidate=assignment.candidate, recipe=None)
         super().submit(light)
 
     def wait(self, timeout: float) -> list[Finished]:

@@ -28,9 +28,9 @@ from merging.methods import METHODS
 from merging.recipe import Recipe
 from ray_tasks.connect import connect
 from ray_tasks.evaluators.fed_evaluator import Delivery
-from ray_tasks.sharded.nixl_transfer import Trays
+from ray_tasks.sharded.nixl_transfer import ReceiveBuffers
 from ray_tasks.sharded.placement import nodes, plan, sharded
-from ray_tasks.sharded.shards import Inbox, Shards
+from ray_tasks.sharded.shards import Receiver, Shards
 
 LAYERS = 16
 
@@ -122,11 +122,11 @@ def fed(
     """Seconds of a candidate that shards merge, and of the copy alone."""
     import ray  # after ray_tasks, which settles its environment
 
-    trays = Trays(shards.parts) if shards.parts else None
-    delivery, inbox = Delivery(material, out, trays), Inbox(trays.address) if trays else None
+    buffers = ReceiveBuffers(shards.parts) if shards.parts else None
+    delivery, receiver = Delivery(material, out, buffers), Receiver(buffers.address) if buffers else None
 
     def work(recipe: Recipe) -> float:
-        pieces = ray.get(shards.merge(recipe, inbox))
+        pieces = ray.get(shards.merge(recipe, receiver))
         start = time.perf_counter()
         delivery.take(pieces)
         delivery.merge(recipe)

@@ -116,10 +116,7 @@ def connect() -> Iterator[Cluster]:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options, job_config=Job(), runtime_env=environment, logging_level=logging.ERROR, log_to_driver=False)
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # what Ray raises where a process of its own does not start has no one type
+    except (Exception, SystemExit) as error:  # where a process of Ray's own does not start, it raises no one type
         ray.shutdown()
         if chosen:
             remedy = "is it running (RAY_ADDRESS, --address), and does RAY_AUTH_TOKEN hold its token?"

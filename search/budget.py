@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from search.ledger.row import Row
-from search.objective import best, breach, point
+from search.objective import best, point, violation
 
 Ending = Literal["candidates", "examples", "seconds", "plateau", "exhausted"]
 """Why a search ended: its candidates, examples or time are spent; its best has not got better for long; its
@@ -79,7 +79,7 @@ class Tally:
 
     Args:
         budget: What it may spend.
-        rows: Anchors and proposals that are in the ledger already, in the order in which they finished.
+        rows: Baselines and proposals that are in the ledger already, in the order in which they finished.
         total: How many rows there will be.
         split: The split that rows are measured on.
         clock: Seconds since some moment.
@@ -150,7 +150,7 @@ class Tally:
         self._dearest = max(self._dearest, cost)
         self.best = next(iter(best([self.best, row] if self.best else [row], split=self._split)), None)
         self._since += 1
-        if row.objective is None or breach(row) > 0:
+        if row.objective is None or violation(row) > 0:
             return
         here, marks = point(row), self._marks or (float("-inf"),) * len(point(row))
         if any(value > mark + self._budget.min_delta for value, mark in zip(here, marks, strict=True)):

@@ -18,7 +18,7 @@ POLL_SECONDS = 1.0
 MAX_ERROR_LENGTH = 2000
 
 
-class Flight:
+class InFlight:
     """What an executor is working on.
 
     Args:
@@ -70,7 +70,7 @@ class Flight:
         return final
 
 
-def judge(outcome: Outcome, objective: Objective | None, provenance: Provenance) -> Row:
+def to_row(outcome: Outcome, objective: Objective | None, provenance: Provenance) -> Row:
     """The row of an outcome: failed where there was an error, a task without a score, or no finite objective.
 
     Args:
@@ -126,12 +126,12 @@ def measure(
     """
     wanted = list(candidates)
     missing = {_key(c): c for c in wanted if not ledger.has(*_key(c))}
-    queue, flight = deque(missing.values()), Flight(executor, retries)
+    queue, flight = deque(missing.values()), InFlight(executor, retries)
     while queue or len(flight):
         while queue and flight.has_room:
             flight.submit(queue.popleft())
         for outcome in flight.wait():
-            ledger.append(judge(outcome, objective, provenance))
+            ledger.append(to_row(outcome, objective, provenance))
     found = {(row.candidate, row.split): row for row in ledger.rows()}
     return [found[_key(candidate)] for candidate in wanted]
 

@@ -13,12 +13,12 @@ from merging.errors import MergequestError, SearchError, SettingsError
 from merging.recipe import Recipe
 from search.budget import Budget, Ending, Tally
 from search.candidate import PARTIAL, Candidate, Executor, Observer, Outcome, Provenance
-from search.in_flight import Flight, judge
+from search.in_flight import InFlight, to_row
 from search.ledger.ledger import Ledger
 from search.ledger.row import Origin, Row
 from search.objective import Objective
 from search.samplers.history_window import Memory
-from search.samplers.windowed_study import Asking
+from search.samplers.windowed_study import WindowedStudy
 from search.space.search_space import Space
 from search.study import CANDIDATE, DUPLICATE, ORIGIN
 
@@ -64,8 +64,8 @@ def search(
         SettingsError: The sampler cannot propose anything from this space.
         StorageError: A row cannot be written.
     """
-    asking = Asking(study, history)
-    run = _Search(asking, space, sampler, ledger, executor, objective, provenance, budget, observer, split, describe)
+    windowed = WindowedStudy(study, history)
+    run = _Search(windowed, space, sampler, ledger, executor, objective, provenance, budget, observer, split, describe)
     return run.run(_trailing_duplicates(study))
 
 
@@ -74,7 +74,7 @@ class _Search:
 
     def __init__(
         self,
-        study: Asking,
+        study: WindowedStudy,
         space: Space,
         sampler: Callable[[int], BaseSampler],
         ledger: Ledger,
@@ -90,12 +90,12 @@ class _Search:
         self._study, self._space, self._sampler, self._ledger = study, space, sampler, ledger
         self._objective, self._provenance, self._split = objective, provenance, split
         self._budget, self._observer = budget, observer
-        self._flight = Flight(executor, budget.retries)
+        self._flight = InFlight(executor, budget.retries)
         self._ahead: Candidate | None = None
         self._trials: dict[int, Trial] = {}
         baselines = space.baselines()
         self._baselines = [recipe.identity for recipe in baselines]
-        # Anchors outside the space go by the sampler; those inside already wait in the study.
+        # Baselines outside the space go by the sampler; those inside already wait in the study.
         outside = [recipe for recipe in baselines if recipe not in space]
         self._unheard = deque(r for r in outside if not ledger.has(r.identity, split))
         counted = [row for row in ledger.rows() if row.split == split and row.origin in ("anchor", "search")]
@@ -181,7 +181,7 @@ class _Search:
 
     def _settle(self, outcomes: Sequence[Outcome]) -> None:
         """Writes the rows, and only then tells the study."""
-        rows = [judge(outcome, self._objective, self._provenance) for outcome in outcomes]
+        rows = [to_row(outcome, self._objective, self._provenance) for outcome in outcomes]
         rows = [replace(row, proxies={**row.proxies, **self._describe(row.recipe)}) for row in rows]
         self._ledger.extend(rows)
         for row in rows:

@@ -121,9 +121,9 @@ def own_scores(
     return found
 
 
-def breach(row: Row) -> float:
+def violation(row: Row) -> float:
     """By how much a row breaks its constraints, summed; 0 where all hold."""
-    return math.fsum(max(0.0, violation) for violation in row.violations.values())
+    return math.fsum(max(0.0, value) for value in row.violations.values())
 
 
 def best(rows: Iterable[Row], top: int = 1, split: str = "validation") -> list[Row]:
@@ -133,7 +133,7 @@ def best(rows: Iterable[Row], top: int = 1, split: str = "validation") -> list[R
     sampler heard of are earlier than any trial.
     """
     ranked = [
-        (breach(row), -(row.objective or 0.0), -1 if row.trial is None else row.trial, position, row)
+        (violation(row), -(row.objective or 0.0), -1 if row.trial is None else row.trial, position, row)
         for position, row in enumerate(rows)
         if is_candidate(row, split)
     ]
@@ -147,10 +147,10 @@ def pareto(rows: Iterable[Row], split: str = "validation") -> list[Row]:
     objectives the earliest is kept.
     """
     ranked = best(rows, len(rows := list(rows)), split)
-    least = breach(ranked[0]) if ranked else 0.0
+    least = violation(ranked[0]) if ranked else 0.0
     front: list[tuple[tuple[float, ...], Row]] = []
     # By decreasing objectives, so that whatever beats a row comes before it.
-    for row in sorted((r for r in ranked if breach(r) <= least), key=lambda r: point(r), reverse=True):
+    for row in sorted((r for r in ranked if violation(r) <= least), key=lambda r: point(r), reverse=True):
         here = point(row)
         if not any(all(a >= b for a, b in zip(there, here, strict=True)) for there, _ in front):
             front.append((here, row))

@@ -13,7 +13,7 @@ from merging.io import storage
 from search.candidate import ANCHORS, Candidate, Planner, Provenance
 from search.early_stopping.anchor_examples import Anchors, Traces, make_anchors
 from search.early_stopping.wilcoxon import make_pruning
-from search.in_flight import Flight, measure
+from search.in_flight import InFlight, measure
 from search.ledger.ledger import Ledger
 from search.ledger.row import Row
 from search.objective import Objective, best
@@ -56,7 +56,7 @@ def choosing_anchors(
     with executor.planned(traces):
         yield
         missing = [candidate for candidate in references if candidate.recipe.identity not in traces.found]
-        flight = Flight(executor, opened.campaign.resources.retries)
+        flight = InFlight(executor, opened.campaign.resources.retries)
         while missing or len(flight):
             while missing and flight.has_room:
                 flight.submit(missing.pop())

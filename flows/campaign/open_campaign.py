@@ -20,7 +20,7 @@ from merging.recipe import BASE, Recipe, Value
 from merging.tasks import make_task
 from merging.tasks.task import Task
 from ray_tasks.evaluators.evaluator import Setup
-from ray_tasks.sharded.nixl_transfer import TRAYS
+from ray_tasks.sharded.nixl_transfer import BUFFERS
 from search.space.method_space import MethodSpace, weight_groups
 from search.space.ranges import Domain
 from search.space.search_space import Space
@@ -152,7 +152,7 @@ class Opened:
         # whatever a pool is stored in, models and what methods make of it are float32
         weights = sum(4 * math.prod(info.shape) for info in self.pool.weights.values())
         copies = 0 if sharded else len(self.pool.members) * len(self.campaign.search.methods)
-        waiting = TRAYS if self.campaign.resources.transport == "nixl" else 1
+        waiting = BUFFERS if self.campaign.resources.transport == "nixl" else 1
         return (1 << 30) + weights * (2 + (waiting if sharded else copies))
 
 

@@ -25,7 +25,7 @@ from ray_tasks.jobs.gradients import measure_mismatch
 from ray_tasks.jobs.parallel import each
 from ray_tasks.jobs.statistics import BoundTask
 from search.candidate import Candidate
-from search.in_flight import Flight
+from search.in_flight import InFlight
 
 
 def evaluate(campaign: Campaign, what: Sequence[str], split: str, display: Display, mismatch: bool = False) -> None:
@@ -57,7 +57,7 @@ def evaluate(campaign: Campaign, what: Sequence[str], split: str, display: Displ
         with evaluators(opened, published_files(opened), cluster, display) as executor:
             names = {recipe.identity: name for name, recipe in recipes.items()}
             queue = deque(recipes.values())
-            flight = Flight(executor, campaign.resources.retries)
+            flight = InFlight(executor, campaign.resources.retries)
             with display.bar("models", len(queue)) as bar:
                 while queue or len(flight):
                     while queue and flight.has_room:

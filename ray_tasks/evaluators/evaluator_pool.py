@@ -19,7 +19,7 @@ from ray_tasks.evaluators.evaluator import Answer, Assignment
 from ray_tasks.evaluators.faults import FaultRecord
 from ray_tasks.evaluators.lifecycle import Crew
 from ray_tasks.evaluators.prometheus import EvaluatorMetrics
-from ray_tasks.sharded.shards import Inbox, Shards
+from ray_tasks.sharded.shards import Receiver, Shards
 
 GRACE = 20.0
 """Seconds that evaluators have to follow the first one, before work begins without them."""
@@ -96,7 +96,7 @@ class EvaluatorPool:
     Args:
         crew: The evaluators.
         seconds: Wall time of one assignment; None for no limit.
-        shards: Who merges, where evaluators do not; the crew's `kind` has a `load(identity, *pieces)` then.
+        shards: Who merges, where evaluators do not; the crew's `kind` has a `load(identity, *results)` then.
         metrics: Counts what they do.
     """
 
@@ -110,7 +110,7 @@ class EvaluatorPool:
     _open: set[str] = field(default_factory=set, init=False)
     _displaced: Counter[str] = field(default_factory=Counter, init=False)
     _killed: Counter[tuple[str, str]] = field(default_factory=Counter, init=False)
-    _inboxes: dict[Any, Inbox] = field(default_factory=dict, init=False)
+    _receivers: dict[Any, Receiver] = field(default_factory=dict, init=False)
     _faults: FaultRecord = field(default_factory=FaultRecord, init=False)
 
     def start(self, timeout: float = 1800.0, grace: float = GRACE) -> int:
@@ -125,12 +125,12 @@ class EvaluatorPool:
         """
         deadline = time.monotonic() + timeout
         while self.there < self.crew.evaluators and time.monotonic() < deadline:
-            self.crew.tend()
+            self.crew.reconcile()
             pause = max(0.0, min(1.0, deadline - time.monotonic()))
             if not self.crew.building:
                 time.sleep(pause)
             for reference in _ready(list(self.crew.building), pause):
-                self._welcome(reference)
+                self._add(reference)
                 if self.there:
                     deadline = min(deadline, time.monotonic() + grace)
         if not self.there:
@@ -184,8 +184,8 @@ class EvaluatorPool:
     def _hand(self, assignment: Assignment, actor: Any) -> None:
         work = _Work(actor, self.crew.node(actor), assignment, datetime.now(UTC))
         if self.shards is not None:
-            pieces = self.shards.merge(assignment.recipe, self._inboxes.get(actor))
-            work.awaits = actor.load.remote(assignment.recipe.identity, *pieces)
+            results = self.shards.merge(assignment.recipe, self._receivers.get(actor))
+            work.awaits = actor.load.remote(assignment.recipe.identity, *results)
         reference = actor.measure.remote(assignment)
         self._works[reference] = work
         self._open.add(assignment.ticket)
@@ -198,7 +198,7 @@ class EvaluatorPool:
         Raises:
             ClusterError: Evaluators die as fast as they are replaced, and none is left.
         """
-        self.crew.tend()
+        self.crew.reconcile()
         self._recall()
         self._look()
         finished = []
@@ -206,7 +206,7 @@ class EvaluatorPool:
             time.sleep(min(timeout, REST))
         for reference in _ready([*self._works, *self.crew.building], timeout):
             if reference in self.crew.building:
-                self._welcome(reference)
+                self._add(reference)
             elif reference in self._works:  # not withdrawn meanwhile, with an evaluator that was lost
                 finished += self._collect(reference)
         for actor in list(self._queues):
@@ -228,7 +228,7 @@ class EvaluatorPool:
     def close(self) -> None:
         """Ends the evaluators."""
         self.crew.close()
-        for held in (self._queues, self._works, self._again, self._open, self._inboxes, self._faults):
+        for held in (self._queues, self._works, self._again, self._open, self._receivers, self._faults):
             held.clear()
         self._look()
 
@@ -241,11 +241,11 @@ class EvaluatorPool:
         if self.metrics:
             self.metrics.look(self.there, self.at_work)
 
-    def _welcome(self, reference: Any) -> None:
-        if (actor := self.crew.welcome(reference)) is not None:
+    def _add(self, reference: Any) -> None:
+        if (actor := self.crew.add(reference)) is not None:
             self._queues[actor] = deque()
             if self.shards is not None and self.shards.parts:
-                self._inboxes[actor] = Inbox(actor.address.remote())
+                self._receivers[actor] = Receiver(actor.address.remote())
 
     def _start_clock(self, actor: Any) -> None:
         """Starts the clock of the assignment whose turn it is, if it has what it waits for."""
@@ -261,7 +261,7 @@ class EvaluatorPool:
         if work is None or time.monotonic() < work.deadline:
             self._start_clock(actor)
             return []
-        self._dismiss(actor, but=work)
+        self._remove(actor, but=work)
         error = f"TimeoutError: not measured within {self.seconds:g} s (search.candidate_seconds)"
         return self._finished(work.assignment.ticket, work.started, None, error)
 
@@ -298,7 +298,7 @@ class EvaluatorPool:
         if answer is None:
             return []
         if self.shards is not None and answer.unreachable:
-            self._dismiss(work.actor)
+            self._remove(work.actor)
             self.crew.count_death(str(answer.error))
         elif answer.fault:
             return self._fault(work, answer)
@@ -319,7 +319,7 @@ class EvaluatorPool:
             ClusterError: Candidate after candidate fails like that.
         """
         ticket = work.assignment.ticket
-        self._dismiss(work.actor)
+        self._remove(work.actor)
         if ticket not in self._open:
             return []
         if not self._faults.add(ticket, work.node, answer.error or ""):
@@ -335,13 +335,13 @@ class EvaluatorPool:
         ticket = work.assignment.ticket
         displaced = getattr(error, "preempted", False) or work.node not in {node["NodeID"] for node in alive_nodes()}
         unreachable = isinstance(error, ray.exceptions.ActorUnavailableError)
-        self._dismiss(work.actor, but=work)
+        self._remove(work.actor, but=work)
         if self.metrics:
             self.metrics.lost()
         if displaced:
             idle = [actor for actor, queue in self._queues.items() if not queue]
             for actor in [actor for actor in idle if self.crew.node(actor) == work.node]:
-                self._dismiss(actor)
+                self._remove(actor)
         if displaced and self._displaced[ticket] < DISPLACED:
             self.crew.count_lost_node()
             self._displaced[ticket] += 1
@@ -354,10 +354,10 @@ class EvaluatorPool:
         self._displaced.pop(ticket, None)
         return self._finished(ticket, work.started, None, why, lost=True)
 
-    def _dismiss(self, actor: Any, but: _Work | None = None) -> None:
+    def _remove(self, actor: Any, but: _Work | None = None) -> None:
         """Ends an evaluator, if it is not dead, and has it replaced at once; what waited there goes elsewhere."""
-        self.crew.dismiss(actor)
-        self._inboxes.pop(actor, None)
+        self.crew.remove(actor)
+        self._receivers.pop(actor, None)
         self._faults.forget_evaluator(actor)
         works = [self._works.pop(reference) for reference in self._queues.pop(actor)]
         self._again.extend(work.assignment for work in works if work is not but and not work.recalled)

@@ -12,8 +12,8 @@ from merging.mergers.material import Material
 from merging.mergers.resident import joined
 from merging.recipe import Recipe
 from ray_tasks.evaluators.evaluator import Answer, Assignment, Evaluator, failed
-from ray_tasks.sharded.nixl_transfer import Address, Trays
-from ray_tasks.sharded.shards import Piece
+from ray_tasks.sharded.nixl_transfer import Address, ReceiveBuffers
+from ray_tasks.sharded.shards import ShardResult
 
 
 class Delivery:
@@ -22,40 +22,40 @@ class Delivery:
     Args:
         material: For the weights' shapes; none is read.
         out: The weights to overwrite, on the evaluator's device.
-        trays: Where shards write what they merged, if they do.
+        buffers: Where shards write what they merged, if they do.
     """
 
-    def __init__(self, material: Material, out: Mapping[str, Tensor], trays: Trays | None = None) -> None:
+    def __init__(self, material: Material, out: Mapping[str, Tensor], buffers: ReceiveBuffers | None = None) -> None:
         self._out = out
-        self._trays = trays
+        self._buffers = buffers
         self._sizes = {name: value.numel() for name, value in out.items()}
-        self._pieces: Sequence[Piece] = ()
+        self._results: Sequence[ShardResult] = ()
 
-    def take(self, pieces: Sequence[Piece]) -> None:
+    def take(self, results: Sequence[ShardResult]) -> None:
         """Keeps what is to be copied."""
-        self._pieces = pieces
+        self._results = results
 
     def merge(self, recipe: Recipe) -> dict[str, float]:
-        """Copies the pieces that were taken, which are the recipe's, and lets go of them.
+        """Copies the results that were taken, which are the recipe's, and lets go of them.
 
         Returns:
             The method's figures on the merge.
         """
-        pieces, self._pieces = self._pieces, ()
-        for number, piece in enumerate(pieces):
-            values = self._values(number, piece)
-            parts = values.split([self._sizes[name] for name in piece.names])  # type: ignore[no-untyped-call]
-            for name, part in zip(piece.names, parts, strict=True):
+        results, self._results = self._results, ()
+        for number, result in enumerate(results):
+            values = self._values(number, result)
+            parts = values.split([self._sizes[name] for name in result.names])  # type: ignore[no-untyped-call]
+            for name, part in zip(result.names, parts, strict=True):
                 self._out[name].copy_(part.view(self._out[name].shape))
-        return joined(piece.report for piece in pieces)
+        return joined(result.report for result in results)
 
-    def _values(self, number: int, piece: Piece) -> Tensor:
-        if piece.turn is not None:
-            assert self._trays is not None
-            return self._trays.part(number, piece.turn)
+    def _values(self, number: int, result: ShardResult) -> Tensor:
+        if result.turn is not None:
+            assert self._buffers is not None
+            return self._buffers.part(number, result.turn)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the store's memory is read-only; it is only read
-            return torch.from_numpy(piece.values)
+            return torch.from_numpy(result.values)
 
 
 class FedEvaluator(Evaluator):
@@ -68,8 +68,8 @@ class FedEvaluator(Evaluator):
     def __init__(self, setup: Any, threads: int) -> None:
         super().__init__(setup, threads)
         self._delivery: Delivery | None = None
-        self._loaded: tuple[str, Sequence[Piece]] | None = None
-        self._trays: Trays | None = None
+        self._loaded: tuple[str, Sequence[ShardResult]] | None = None
+        self._buffers: ReceiveBuffers | None = None
         self._source = self._deliver
 
     def build(self) -> str:
@@ -78,27 +78,27 @@ class FedEvaluator(Evaluator):
         Raises:
             ClusterError: Nothing can be written here.
         """
-        if self._setup.parts and self._trays is None:
-            self._trays = Trays(self._setup.parts)
+        if self._setup.parts and self._buffers is None:
+            self._buffers = ReceiveBuffers(self._setup.parts)
         return super().build()
 
     def address(self) -> Address:
         """Where shards write to, once this is built."""
-        assert self._trays is not None
-        return self._trays.address
+        assert self._buffers is not None
+        return self._buffers.address
 
-    def load(self, identity: str, *pieces: Piece) -> None:
-        """Takes the pieces of the recipe that is measured next."""
-        self._loaded = identity, pieces
+    def load(self, identity: str, *results: ShardResult) -> None:
+        """Takes the results of the recipe that is measured next."""
+        self._loaded = identity, results
 
     def measure(self, assignment: Assignment) -> Answer:
-        """Copies the pieces and evaluates; pieces that did not come are a loss, for which nobody here is to blame."""
+        """Copies the results and evaluates; results that did not come are a loss, for which nobody here is to blame."""
         loaded, self._loaded = self._loaded, None
         now = datetime.now(UTC)
         if loaded is None or loaded[0] != assignment.recipe.identity:
             return Answer(None, "a shard was lost before its part of the merge arrived", self._worker, now, lost=True)
-        if wrong := sorted((piece for piece in loaded[1] if piece.error), key=lambda piece: piece.lost):
-            unreachable = any(piece.unreachable for piece in wrong)
+        if wrong := sorted((result for result in loaded[1] if result.error), key=lambda result: result.lost):
+            unreachable = any(result.unreachable for result in wrong)
             return Answer(None, wrong[0].error, self._worker, now, wrong[0].lost or unreachable, unreachable)
         try:
             self.build()
@@ -109,5 +109,5 @@ class FedEvaluator(Evaluator):
         return super().measure(assignment)
 
     def _deliver(self, material: Material, out: Mapping[str, Tensor]) -> Delivery:
-        self._delivery = Delivery(material, out, self._trays)
+        self._delivery = Delivery(material, out, self._buffers)
         return self._delivery

@@ -71,14 +71,14 @@ class Crew:
 
     @property
     def building(self) -> Collection[Any]:
-        """References that are ready when another evaluator is built, or cannot be: for `welcome`."""
+        """References that are ready when another evaluator is built, or cannot be: for `add`."""
         return self._building.keys()
 
     def node(self, actor: Any) -> str:
         """Where an evaluator is."""
         return self._nodes[actor]
 
-    def tend(self) -> None:
+    def reconcile(self) -> None:
         """Now and then: replaces who died, grows with the cluster, and says so when nobody is there.
 
         Raises:
@@ -108,7 +108,7 @@ class Crew:
             )
             self._spoke = now + 3 * SILENCE
 
-    def welcome(self, reference: Any) -> Any:
+    def add(self, reference: Any) -> Any:
         """Counts an evaluator that is built. One that cannot be is an error only if none could before.
 
         Returns:
@@ -132,8 +132,8 @@ class Crew:
         self._ever = True
         return actor
 
-    def dismiss(self, actor: Any) -> None:
-        """Ends an evaluator, if it is not dead, and has it replaced at the next `tend`."""
+    def remove(self, actor: Any) -> None:
+        """Ends an evaluator, if it is not dead, and has it replaced at the next `reconcile`."""
         ray.kill(actor)
         del self._nodes[actor]
         self._looked = -math.inf

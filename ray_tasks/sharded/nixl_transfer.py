@@ -21,8 +21,8 @@ from torch import Tensor
 from merging.errors import ClusterError
 from ray_tasks.sharded.lost_nodes import addresses
 
-TRAYS = 2
-"""While an evaluator copies one candidate's weights out of a tray, the next one's are written into the other."""
+BUFFERS = 2
+"""While an evaluator copies one candidate's weights out of a buffer, the next one's are written into the other."""
 PATIENCE = 30.0
 """Seconds that a write may take, beside those for its bytes."""
 SLOWEST = 20e6
@@ -42,7 +42,7 @@ class Address:
     Args:
         name: The receiving agent's; no process ever has another's.
         agent: How to reach it, in NIXL's words.
-        places: For every tray, each shard's place in it, in NIXL's words.
+        places: For every buffer, each shard's place in it, in NIXL's words.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Address:
     places: tuple[tuple[bytes, ...], ...]
 
 
-class Trays:
+class ReceiveBuffers:
     """An evaluator's memory that shards write to.
 
     Args:
@@ -62,13 +62,13 @@ class Trays:
 
     def __init__(self, parts: Sequence[int]) -> None:
         self._agent, name = _start_agent()
-        self._trays = [[torch.empty(size) for size in parts] for _ in range(TRAYS)]
-        for tray in self._trays:
-            self._agent.register_memory(tray)
+        self._buffers = [[torch.empty(size) for size in parts] for _ in range(BUFFERS)]
+        for buffer in self._buffers:
+            self._agent.register_memory(buffer)
         self.address = Address(
             name,
             self._agent.get_agent_metadata(),
-            tuple(tuple(self._described(part) for part in tray) for tray in self._trays),
+            tuple(tuple(self._described(part) for part in buffer) for buffer in self._buffers),
         )
         """For the shards."""
         # NIXL's own thread for this never rests: a quarter of a core and more in every process, at work or not
@@ -78,8 +78,8 @@ class Trays:
         atexit.register(self._end)  # a thread that Python ends within NIXL takes the process along
 
     def part(self, shard: int, turn: int) -> Tensor:
-        """What a shard wrote in a turn, flat, float32: a view, overwritten `TRAYS` turns later."""
-        return self._trays[turn % TRAYS][shard]
+        """What a shard wrote in a turn, flat, float32: a view, overwritten `BUFFERS` turns later."""
+        return self._buffers[turn % BUFFERS][shard]
 
     def _progress(self) -> None:
         while not self._ended.is_set():
@@ -96,7 +96,7 @@ class Trays:
 
 
 class Writer:
-    """A shard's way to the trays of all evaluators.
+    """A shard's way to the buffers of all evaluators.
 
     Args:
         values: What is written, float32, again and again from the same memory.
@@ -116,7 +116,7 @@ class Writer:
         self._broken: set[str] = set()
 
     def write(self, address: Address, turn: int) -> None:
-        """Writes the values into an evaluator's tray; returns when they are there.
+        """Writes the values into an evaluator's buffer; returns when they are there.
 
         Args:
             address: The evaluator's.
@@ -135,7 +135,7 @@ class Writer:
             if name not in self._turns:
                 self._agent.add_remote_agent(address.agent)
             self._turns[name] = turn
-            self._transfer(name, address.places[turn % TRAYS][self._shard])
+            self._transfer(name, address.places[turn % BUFFERS][self._shard])
         except Exception as error:
             self._broken.add(name)
             why = f"{type(error).__name__}: {error}"

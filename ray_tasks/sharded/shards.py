@@ -25,7 +25,7 @@ from ray_tasks.sharded.nixl_transfer import Address, UnreachableError, Writer
 
 
 @dataclass(frozen=True)
-class Told:
+class ShardReply:
     """What a shard says to all shards: failures are values, so that they are not mistaken for a dead shard.
 
     Args:
@@ -38,7 +38,7 @@ class Told:
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShardResult:
     """A shard's part of a merge.
 
     Args:
@@ -61,7 +61,7 @@ class Piece:
     unreachable: bool = False
 
 
-class Inbox:
+class Receiver:
     """An evaluator that shards write to, as the driver knows it.
 
     Args:
@@ -94,56 +94,56 @@ class Shard:
         self._number = number
         self._writer: Writer | None = None
         self._opened: ShardMerger | None = None
-        self._surveys: dict[str, Told] = {}
+        self._surveys: dict[str, ShardReply] = {}
         self._failed: dict[str, str] = {}
 
     def read(self) -> None:
         """Reads base and members; raises what is wrong with them."""
         self._merger.read()
 
-    def survey(self, method: str) -> Told:
+    def survey(self, method: str) -> ShardReply:
         """A method's survey of this shard's weights; made once."""
         if method not in self._surveys:
-            self._surveys[method] = self._told(lambda: self._merger.survey(method))
+            self._surveys[method] = self._reply(lambda: self._merger.survey(method))
         return self._surveys[method]
 
-    def settle(self, method: str, *found: Told) -> None:
+    def settle(self, method: str, *found: ShardReply) -> None:
         """Takes all shards' surveys."""
         self._failed.pop(method, None)
-        if errors := [told.error for told in found if told.error]:
+        if errors := [reply.error for reply in found if reply.error]:
             self._failed[method] = errors[0]
         elif not self._merger.knows(method):
-            self._merger.settle(method, [told.value for told in found])
+            self._merger.settle(method, [reply.value for reply in found])
 
-    def refine(self, recipe: Recipe) -> Told:
+    def refine(self, recipe: Recipe) -> ShardReply:
         """What a recipe asks of this shard's weights beside the survey."""
         if recipe.method in self._failed or not self._merger.knows(recipe.method):
-            return Told()  # the merge says why
-        return self._told(lambda: self._merger.refine(recipe))
+            return ShardReply()  # the merge says why
+        return self._reply(lambda: self._merger.refine(recipe))
 
-    def merge(self, recipe: Recipe, address: Address | None, turn: int, *more: Told) -> Piece:
+    def merge(self, recipe: Recipe, address: Address | None, turn: int, *more: ShardReply) -> ShardResult:
         """This shard's part of a recipe's merge; written to the evaluator of an address, if there is one."""
         nothing = np.empty(0, dtype=np.float32)
-        errors = [self._failed.get(recipe.method), *(told.error for told in more)]
+        errors = [self._failed.get(recipe.method), *(reply.error for reply in more)]
         if error := next((error for error in errors if error), None):
-            return Piece(self._names, nothing, error=error)
+            return ShardResult(self._names, nothing, error=error)
         if not self._merger.knows(recipe.method):
-            return Piece(self._names, nothing, error="a shard was started again", lost=True)
-        told = self._told(lambda: self._merger.merge_part(recipe, [answer.value for answer in more]))
-        if told.error:
-            return Piece(self._names, nothing, error=told.error)
+            return ShardResult(self._names, nothing, error="a shard was started again", lost=True)
+        reply = self._reply(lambda: self._merger.merge_part(recipe, [answer.value for answer in more]))
+        if reply.error:
+            return ShardResult(self._names, nothing, error=reply.error)
         if address is None:
-            return Piece(self._names, self._merger.values.numpy(), told.value)
+            return ShardResult(self._names, self._merger.values.numpy(), reply.value)
         try:
             if self._writer is None:
                 self._writer = Writer(self._merger.values, self._number)
             self._writer.write(address, turn)
         except UnreachableError as error:
             why = f"a shard cannot write to this evaluator: {error}"
-            return Piece(self._names, nothing, error=why, lost=True, unreachable=True)
+            return ShardResult(self._names, nothing, error=why, lost=True, unreachable=True)
         except Exception as error:
-            return Piece(self._names, nothing, error=f"{type(error).__name__}: {error}", lost=True)
-        return Piece(self._names, nothing, told.value, turn=turn)
+            return ShardResult(self._names, nothing, error=f"{type(error).__name__}: {error}", lost=True)
+        return ShardResult(self._names, nothing, reply.value, turn=turn)
 
     @property
     def _merger(self) -> ShardMerger:
@@ -154,11 +154,11 @@ class Shard:
             self._opened = merger
         return self._opened
 
-    def _told(self, work: Callable[[], Any]) -> Told:
+    def _reply(self, work: Callable[[], Any]) -> ShardReply:
         try:
-            return Told(work())
+            return ShardReply(work())
         except Exception as error:
-            return Told(error=f"{type(error).__name__}: {error}")
+            return ShardReply(error=f"{type(error).__name__}: {error}")
 
 
 class Shards:
@@ -216,12 +216,12 @@ class Shards:
         bundles = placement_group_table(self._group)["bundles_to_node_id"]
         return [bundles[number] for number in range(len(self.actors))]
 
-    def merge(self, recipe: Recipe, inbox: Inbox | None = None) -> list[Any]:
-        """Sends off a recipe's merge and returns at once: references to each shard's piece.
+    def merge(self, recipe: Recipe, receiver: Receiver | None = None) -> list[Any]:
+        """Sends off a recipe's merge and returns at once: references to each shard's result.
 
         Args:
             recipe: What to merge.
-            inbox: The evaluator that the weights are written to; without one, the pieces hold them.
+            receiver: The evaluator that the weights are written to; without one, the results hold them.
         """
         actors, method = self.actors, recipe.method
         if surveys(method) and method not in self._settled:
@@ -232,7 +232,7 @@ class Shards:
         if refines(method) and self._asked.get(method, (None, []))[0] != recipe.parameters:
             self._asked[method] = recipe.parameters, [actor.refine.remote(recipe) for actor in actors]
         _, more = self._asked.get(method, (None, []))
-        address, turn = (None, 0) if inbox is None else (inbox.address, inbox.turn())
+        address, turn = (None, 0) if receiver is None else (receiver.address, receiver.turn())
         return [actor.merge.remote(recipe, address, turn, *more) for actor in actors]
 
     def forget(self) -> None:

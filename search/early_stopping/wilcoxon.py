@@ -19,7 +19,7 @@ from merging.tasks.task import Score
 from search.candidate import Candidate, Outcome, Planner, Policy
 from search.early_stopping.halving import Halving, decisive, is_stepwise
 from search.ledger.row import Row
-from search.objective import Objective, Part, best, breach
+from search.objective import Objective, Part, best, violation
 
 THRESHOLD = 0.02
 """Level of one test: Pocock's, for a level of 0.1 over eight looks at growing samples."""
@@ -63,7 +63,7 @@ class Wilcoxon:
         self._step, self._path, self._threshold = step, path, threshold
         self._bar: Trace | None = None
         for row in best(rows):
-            if breach(row) == 0 and storage.exists(self._file(row.candidate)):
+            if violation(row) == 0 and storage.exists(self._file(row.candidate)):
                 self._bar = documents.read_as(self._file(row.candidate), Trace.from_dict)
 
     def plan(self, candidate: Candidate) -> Plan | None:

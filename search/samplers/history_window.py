@@ -43,8 +43,8 @@ class Recent:
         self._latest.append(trial)
         if trial.state != TrialState.COMPLETE or not self._share:
             return
-        breach = sum(max(0.0, value) for value in trial.constraints.values())
-        entry = (-breach, sum(trial.values), -trial.number, trial)
+        violation = sum(max(0.0, value) for value in trial.constraints.values())
+        entry = (-violation, sum(trial.values), -trial.number, trial)
         if len(self._best) < self._share:
             heapq.heappush(self._best, entry)
         else:

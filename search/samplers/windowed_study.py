@@ -14,7 +14,7 @@ from search.samplers.history_window import Memory
 LEARNT_FROM = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
-class Asking(Study):
+class WindowedStudy(Study):
     """A study as its one driver asks it: waiting trials first, and a bounded history for the sampler.
 
     Optuna's samplers read every finished trial for every parameter that they propose: TPE takes seconds for a

@@ -7,7 +7,7 @@ import numpy as np
 from merging.errors import SelectionError
 from search.ledger.distinct import distinct
 from search.ledger.row import Row
-from search.objective import best, breach
+from search.objective import best, violation
 from search.subsets import dpp
 from search.subsets.dpp_kernel import Matrix
 
@@ -38,7 +38,7 @@ def portfolio(rows: Sequence[Row], k: int, tolerance: float = 0.02) -> list[Row]
     if k < 1 or not tolerance > 0:
         raise SelectionError(f"a portfolio has at least 1 candidate and a tolerance above 0, not {k} and {tolerance}")
     found = distinct(best(rows, len(rows)))[:MOST]
-    found = [row for row in found if breach(row) <= breach(found[0])]  # the best keep every constraint, if any do
+    found = [row for row in found if violation(row) <= violation(found[0])]  # the best keep every constraint, if any do
     if not found:
         raise SelectionError("no candidate has been measured yet: a portfolio is chosen from those that were")
     S = similarity(found)

@@ -33,7 +33,7 @@ class Sleeper:
 
     def measure(self, assignment):
         time.sleep(1.0)
-        return SimpleNamespace(measurement=None, error="measured", worker="", started=None, lost=False)
+        return SimpleNamespace(measurement=None, error="measured", worker="", started=None, lost=False, fault=False)
 
 
 def main():

@@ -37,7 +37,7 @@ class Light:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(assignment.deed)
         error = f"measured {assignment.ticket}"
-        return SimpleNamespace(measurement=None, error=error, worker="", started=started, lost=False)
+        return SimpleNamespace(measurement=None, error=error, worker="", started=started, lost=False, fault=False)
 
 
 class BrokenError(Exception):

@@ -5,7 +5,7 @@ import pytest
 from merging.recipe import Recipe
 from merging.tasks.task import Score
 from search.candidate import Candidate, Measurement, Outcome, Provenance
-from search.in_flight import judge
+from search.in_flight import to_row
 from search.ledger.ledger import Ledger
 from search.objective import make_objective
 
@@ -41,7 +41,7 @@ def answer(value=0.5, error=0.1, examples=9, **fields):
 )
 @pytest.mark.parametrize("objective", [make_objective("mean", ["one"]), None])
 def test_an_answer_that_no_row_holds_is_a_failed_candidate(tmp_path, measurement, raised, told, objective):
-    row = judge(Outcome(CANDIDATE, measurement, raised), objective, Provenance("demo"))
+    row = to_row(Outcome(CANDIDATE, measurement, raised), objective, Provenance("demo"))
     Ledger(str(tmp_path), "demo").append(row)
     (found,) = Ledger(str(tmp_path), "demo").rows()
     assert (found.status, told in (found.error or "")) == ("failed", True), found.error

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from merging.errors import ClusterError
-from ray_tasks.sharded.nixl_transfer import TRAYS, Trays, UnreachableError, Writer
+from ray_tasks.sharded.nixl_transfer import BUFFERS, ReceiveBuffers, UnreachableError, Writer
 
 
 def test_without_nixl_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "nixl._api", None)
     with pytest.raises(ClusterError, match=r"there is no NIXL .*pip install 'mergequest\[nixl\]'"):
-        Trays([3])
+        ReceiveBuffers([3])
 
 
 @pytest.fixture
@@ -23,32 +23,32 @@ def values():
 
 def test_every_turn_lies_in_its_tray_until_that_is_used_again(values):
     pytest.importorskip("nixl", reason="needs mergequest[nixl]")
-    trays, writers = Trays([1000, 7]), []
+    buffers, writers = ReceiveBuffers([1000, 7]), []
     for shard, own in enumerate((values, torch.arange(7.0))):
         writers.append((own, Writer(own, shard)))
-    for turn in range(2 * TRAYS):
+    for turn in range(2 * BUFFERS):
         for own, writer in writers:
             own += 1
-            writer.write(trays.address, turn)
+            writer.write(buffers.address, turn)
         if turn:
             for shard, (own, _) in enumerate(writers):
-                assert torch.equal(trays.part(shard, turn), own)
-                assert torch.equal(trays.part(shard, turn - 1) + 1, own)
+                assert torch.equal(buffers.part(shard, turn), own)
+                assert torch.equal(buffers.part(shard, turn - 1) + 1, own)
 
 
 def test_what_comes_too_late_or_cannot_arrive_is_refused(values):
     pytest.importorskip("nixl", reason="needs mergequest[nixl]")
-    trays, writer = Trays([1000]), Writer(values, 0)
-    writer.write(trays.address, 5)
+    buffers, writer = ReceiveBuffers([1000]), Writer(values, 0)
+    writer.write(buffers.address, 5)
     kept = values.clone()
     values.zero_()
     with pytest.raises(RuntimeError, match="turn 3 came after turn 5"):
-        writer.write(trays.address, 3)
-    assert torch.equal(trays.part(0, 5), kept)
+        writer.write(buffers.address, 3)
+    assert torch.equal(buffers.part(0, 5), kept)
 
-    nowhere = replace(trays.address, name="nobody", agent=b"nonsense")
+    nowhere = replace(buffers.address, name="nobody", agent=b"nonsense")
     for why in ("nixl", "an earlier write to it failed"):
         with pytest.raises(UnreachableError, match=why):
             writer.write(nowhere, 0)
-    writer.write(trays.address, 6)
-    assert not trays.part(0, 6).any()
+    writer.write(buffers.address, 6)
+    assert not buffers.part(0, 6).any()

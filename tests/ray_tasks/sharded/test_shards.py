@@ -24,9 +24,9 @@ from ray_tasks.evaluators.evaluator import Assignment, Setup
 from ray_tasks.evaluators.evaluator_pool import EvaluatorPool
 from ray_tasks.evaluators.fed_evaluator import Delivery, FedEvaluator
 from ray_tasks.evaluators.lifecycle import Crew
-from ray_tasks.sharded.nixl_transfer import Trays
+from ray_tasks.sharded.nixl_transfer import ReceiveBuffers
 from ray_tasks.sharded.placement import nodes, plan, sharded
-from ray_tasks.sharded.shards import Inbox
+from ray_tasks.sharded.shards import Receiver
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 DIRECT = pytest.param(True, id="nixl", marks=pytest.mark.skipif(not find_spec("nixl"), reason="needs mergequest[nixl]"))
@@ -102,12 +102,12 @@ def empty(pool):
     return {name: torch.full(tuple(info.shape), math.nan) for name, info in pool.weights.items()}
 
 
-def deliver(material, pieces, trays=None):
+def deliver(material, pieces, buffers=None):
     """What an evaluator copies into its models."""
     out = empty(material.pool)
     assert [piece.error for piece in pieces] == [None] * len(pieces)
-    assert all(len(piece.values) == 0 for piece in pieces) == bool(trays)
-    delivery = Delivery(material, out, trays)
+    assert all(len(piece.values) == 0 for piece in pieces) == bool(buffers)
+    delivery = Delivery(material, out, buffers)
     delivery.take(pieces)
     return out, delivery.merge(base_recipe())
 
@@ -122,11 +122,11 @@ def test_shards_merge_bit_for_bit_what_one_process_merges(setup, shards):
     material = setup.material()
     expected = empty(material.pool)
     merger = ResidentMerger(material, expected)
-    trays = Trays(shards.parts) if shards.parts else None
-    inbox = Inbox(trays.address) if trays else None
+    buffers = ReceiveBuffers(shards.parts) if shards.parts else None
+    receiver = Receiver(buffers.address) if buffers else None
     for recipe in RECIPES:
         report = merger.merge(recipe)
-        out, found = deliver(material, arrived(shards.merge(recipe, inbox)), trays)
+        out, found = deliver(material, arrived(shards.merge(recipe, receiver)), buffers)
         assert found == report
         for name, value in expected.items():
             assert torch.equal(out[name], value), (recipe, name)
@@ -226,7 +226,7 @@ def test_an_evaluator_that_shards_cannot_write_to_is_replaced(shards, pool, coll
     before = collect(pool, 1)["before"]
     (actor,) = pool._queues
     cut = replace(arrived(actor.address.remote()), agent=b"nowhere", name="nobody")
-    pool._inboxes[actor] = Inbox(cut)
+    pool._receivers[actor] = Receiver(cut)
     pool.submit(Assignment("first", base_recipe(), "validation"))
     first = collect(pool, 1)["first"]
     assert first.lost

@@ -3,7 +3,7 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from search.samplers.history_window import Recent
-from search.samplers.windowed_study import Asking
+from search.samplers.windowed_study import WindowedStudy
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def study():
 
 @pytest.mark.parametrize("limit", [None, 8])
 def test_waiting_trials_come_first_and_in_order(study, limit):
-    asking = Asking(study, None if limit is None else [Recent(limit)])
+    asking = WindowedStudy(study, None if limit is None else [Recent(limit)])
     found = []
     for _ in range(3):
         found.append((asking.next_number, asking.has_waiting))
