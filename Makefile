@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: help quickstart pools docs reference test test-fast test-slow test-endurance lint format clean mergekit-env mergekit-parity
 
 help:
-	@echo "make quickstart  build a real pool of models and search for its best merge (about 8 minutes on 2 cores, downloads besides)"
+	@echo "make quickstart  build a real pool of models and search for its best merge (about 10 minutes on 2 cores, installing included)"
 	@echo "make pools       the quick start's other pools: tagging, images"
 	@echo "make test        lint, types, import floors, and all tests (about a quarter of an hour on 2 cores)"
 	@echo "make test-fast   the fast tests only"

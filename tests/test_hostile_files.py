@@ -5,6 +5,7 @@
 
 import copy
 import json
+import math
 import os
 import struct
 import sys
@@ -22,7 +23,7 @@ from safetensors.torch import save
 
 from flows.campaign import starts, weight_checks
 from flows.cli.status import read_status
-from flows.config.campaign_file import load_campaign
+from flows.config.campaign_file import dump, load_campaign
 from flows.config.recipe_file import load_recipe
 from flows.config.slices_file import load_slices
 from flows.directory import lock
@@ -36,8 +37,9 @@ from merging.checkpoints.formats.safetensors_file import SafetensorsFile
 from merging.errors import MergequestError
 from merging.evaluation.steps import Trace
 from merging.io import addresses, documents, fact_cache
+from merging.recipe import Recipe
 from merging.statistics.statistics_file import StatisticsFile
-from merging.tasks.labelled_texts import Columns, read_examples
+from merging.tasks.labelled_texts import Columns, Examples, read_examples
 from search.early_stopping.anchor_examples import Anchors
 from search.ledger.ledger import Ledger
 from search.ledger.row import Row
@@ -160,17 +162,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("hostile")
 
 
-def refused(read: Callable[[], object], names: str) -> str | None:
-    """The message of a typed error, which names the file; None where it was read."""
+def read_or_refused(read: Callable[[], Any], names: str) -> tuple[Any, str | None]:
+    """What was read, or the message of a typed error, which names the file."""
     try:
-        read()
+        return read(), None
     except MergequestError as error:
         message = str(error)
         assert names in message, message
         assert len(message) < 5000
         message.encode(errors="backslashreplace")
-        return message
-    return None
+        return None, message
+
+
+def refused(read: Callable[[], object], names: str) -> str | None:
+    """The message of a typed error, which names the file; None where it was read."""
+    return read_or_refused(read, names)[1]
 
 
 def header(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> tuple[dict[str, Any], bytes]:
@@ -184,15 +190,12 @@ def packed(head: bytes, data: bytes) -> bytes:
     return struct.pack("<Q", len(head)) + head + data
 
 
-def read_all(path: Path) -> None:
-    """Every tensor, which must be what its header says."""
+def read_all(path: Path) -> int:
+    """Bytes of all tensors, each of which must be what its header says."""
     file = SafetensorsFile.open(str(path))
-    total = 0
     for name, info in file.tensors.items():
         assert file.read(name).shape == info.shape
-        total += info.nbytes
-    head = struct.unpack("<Q", path.read_bytes()[:8])[0]
-    assert total == path.stat().st_size - 8 - head
+    return sum(info.nbytes for info in file.tensors.values())
 
 
 def checkpoint(place: Path, name: str, config: bytes | None = None) -> Path:
@@ -215,7 +218,8 @@ HEADER, DATA = header(TENSORS, {"format": "pt"})
 def test_safetensors(place: Path, content: bytes) -> None:
     path = place / "x.safetensors"
     path.write_bytes(content)
-    refused(lambda: read_all(path), str(path))
+    total, _ = read_or_refused(lambda: read_all(path), str(path))
+    assert total is None or total == len(content) - 8 - struct.unpack("<Q", content[:8])[0]
 
 
 @fuzz
@@ -223,7 +227,8 @@ def test_safetensors(place: Path, content: bytes) -> None:
 def test_config(place: Path, content: bytes) -> None:
     directory = checkpoint(place, "config", content)
     (directory / "model.safetensors").write_bytes(save(TENSORS))
-    refused(lambda: Checkpoint.open(str(directory)), str(directory))
+    opened, _ = read_or_refused(lambda: Checkpoint.open(str(directory)), str(directory))
+    assert opened is None or (isinstance(opened.config, dict) and opened.tensors.keys() == TENSORS.keys())
 
 
 @fuzz
@@ -232,7 +237,8 @@ def test_index(place: Path, content: bytes) -> None:
     directory = checkpoint(place, "index")
     (directory / "one.safetensors").write_bytes(save(TENSORS))
     (directory / "model.safetensors.index.json").write_bytes(content)
-    refused(lambda: Checkpoint.open(str(directory)), str(directory))
+    opened, _ = read_or_refused(lambda: Checkpoint.open(str(directory)), str(directory))
+    assert opened is None or opened.tensors.keys() <= TENSORS.keys()
 
 
 @fuzz
@@ -251,12 +257,13 @@ def test_statistics(place: Path, metadata: Any) -> None:
     path = place / "fisher.safetensors"
     path.write_bytes(packed(json.dumps(HEADER | {"__metadata__": metadata}).encode(), DATA))
 
-    def read() -> None:
+    def read() -> dict[str, torch.Tensor]:
         file = StatisticsFile.open(str(path))
-        for name in file.names:
-            file.read(name)
+        return {name: file.read(name) for name in file.names}
 
-    refused(read, str(path))
+    tensors, _ = read_or_refused(read, str(path))
+    written = [value.tolist() for value in TENSORS.values()]
+    assert all(value.tolist() in written for value in (tensors or {}).values())
 
 
 @fuzz
@@ -264,7 +271,10 @@ def test_statistics(place: Path, metadata: Any) -> None:
 def test_campaign(place: Path, content: bytes) -> None:
     path = place / "campaign.yaml"
     path.write_bytes(content)
-    refused(lambda: load_campaign(str(path)), str(path))
+    campaign, _ = read_or_refused(lambda: load_campaign(str(path)), str(path))
+    if campaign is not None:  # what was resolved can be kept and read again
+        path.write_text(dump(campaign))
+        assert load_campaign(str(path)) == campaign
 
 
 @fuzz
@@ -273,21 +283,26 @@ def test_recipe(place: Path, content: bytes) -> None:
     path = place / "recipe.yaml"
     path.write_bytes(content)
 
-    def read() -> None:
+    def read() -> Recipe:
         found = load_recipe(str(path))
         try:
-            found.recipe()
+            return found.recipe()
         except MergequestError as error:
             raise MergequestError(f"{path}: {error}") from error
 
-    refused(read, str(path))
+    recipe, _ = read_or_refused(read, str(path))
+    assert recipe is None or (recipe.identity and all(map(math.isfinite, recipe.scaling.values())))
 
 
+@fuzz
 @given(hostile.yaml_files(SLICES))
 def test_slices(place: Path, content: bytes) -> None:
     path = place / "slices.yaml"
     path.write_bytes(content)
-    refused(lambda: load_slices(str(path)), str(path))
+    slices, _ = read_or_refused(lambda: load_slices(str(path)), str(path))
+    if slices is not None:
+        path.write_text(yaml.safe_dump(slices.model_dump(mode="json")))
+        assert load_slices(str(path)) == slices
 
 
 OWN: dict[str, tuple[Any, Callable[[str, Path], object]]] = {
@@ -349,7 +364,11 @@ def test_own_files(campaign: Path, name: str, data: Any) -> None:
     path = campaign / name
     path.write_bytes(data.draw(hostile.json_files(valid)))
     try:
-        refused(lambda: read(str(path), campaign), str(campaign) if name == "done.json" else "")
+        found, message = read_or_refused(
+            lambda: read(str(path), campaign), str(campaign) if name == "done.json" else ""
+        )
+        assert message != ""
+        assert message is not None or repr(read(str(path), campaign)) == repr(found)  # read as it is, whoever reads it
     finally:
         path.unlink()
 
@@ -399,7 +418,21 @@ TABLES = _tables()
 def test_data(place: Path, name: str, data: Any) -> None:
     path = place / name
     path.write_bytes(data.draw(hostile.changed_bytes(TABLES[name])))
-    refused(lambda: read_examples([str(path)], Columns("text", None, "label"), ["neg", "pos"]), str(path))
+    check_examples(*read_or_refused(lambda: labelled(path), str(path)))
+
+
+def labelled(path: Path) -> Examples:
+    return read_examples([str(path)], Columns("text", None, "label"), ["neg", "pos"])
+
+
+def check_examples(examples: Examples | None, message: str | None) -> None:
+    """Texts that can be written, each with a class of the head."""
+    assert (examples is None) != (message is None)
+    if examples is not None:
+        (texts,) = examples.texts
+        assert len(texts) == len(examples.labels) > 0
+        assert set(examples.labels.tolist()) <= {0, 1}
+        assert "".join(texts).encode()
 
 
 @fuzz
@@ -407,10 +440,14 @@ def test_data(place: Path, name: str, data: Any) -> None:
 def test_json_lines(place: Path, content: bytes) -> None:
     path = place / "y.jsonl"
     path.write_bytes(b'{"text": "b", "label": "neg"}\n' + content + b"\n")
-    refused(lambda: read_examples([str(path)], Columns("text", None, "label"), ["neg", "pos"]), str(path))
+    check_examples(*read_or_refused(lambda: labelled(path), str(path)))
 
 
-ARRAYS = {f"t/{name}": torch.arange(2, dtype=torch.float64) for name in ("positions", "weights")}
+ARRAYS = {
+    "t/positions": torch.arange(2),
+    "t/chances": torch.ones(2, dtype=torch.float64),
+    "t/features": torch.rand(4, 3, dtype=torch.float64),
+}
 
 
 @fuzz
@@ -418,8 +455,16 @@ ARRAYS = {f"t/{name}": torch.arange(2, dtype=torch.float64) for name in ("positi
 def test_kept_arrays(place: Path, content: bytes) -> None:
     path = place / "anchors.safetensors"
     path.write_bytes(content)
-    refused(lambda: Anchors.read(str(path)), str(path))
-    refused(lambda: KeptOutcomes(str(place)).read("anchors"), str(path))
+    anchors, _ = read_or_refused(lambda: Anchors.read(str(path)), str(path))
+    assert anchors is None or all(len(own.positions) == len(own.chances) for own in anchors.tasks.values())
+    kept, _ = read_or_refused(lambda: KeptOutcomes(str(place)).read("anchors"), str(path))
+    assert kept is None or sum(array.nbytes for array in kept.values()) <= len(content)
+
+
+def test_kept_arrays_as_written(place: Path) -> None:
+    path = place / "whole.safetensors"
+    path.write_bytes(save(ARRAYS))
+    assert Anchors.read(str(path)).tasks["t"].features.shape == (4, 3)
 
 
 def test_only_files_are_read(place: Path) -> None:

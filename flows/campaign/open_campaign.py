@@ -8,9 +8,9 @@ from typing import Any
 
 from flows.campaign.weight_checks import examined, known
 from flows.config.campaign_file import Campaign
+from flows.config.files_from import notes_on
 from flows.config.sections import BaseData
 from flows.directory.progress import Display
-from merging.checkpoints.directories.borrowed_files import notes_on_files
 from merging.checkpoints.pool import Pool
 from merging.checkpoints.renumbered import Renumbered
 from merging.errors import SettingsError
@@ -173,8 +173,7 @@ def open_campaign(campaign: Campaign, display: Display, directory: str | None = 
         campaign.heads,
         campaign.vocabulary,
     )
-    checkpoints = {name: member.checkpoint for name, member in pool.members.items()}
-    for note in (*pool.notes, *notes_on_files(pool.base, checkpoints)):
+    for note in notes_on(pool):
         display.note(note)
     campaign.files_from.files(pool)  # for the errors that it raises
     if pool.files:

@@ -66,7 +66,7 @@ def run(campaign: Campaign, display: Display, *, retry_failed: bool = False) -> 
     Raises:
         MergequestError: Something is wrong with the input, before any work; or the search cannot go on.
     """
-    directory = Directory(campaign.directory or addresses.absolute(addresses.join("runs", campaign.name)))
+    directory = _directory(campaign)
     directory.check(campaign)
     with directory.locked():
         display.timings = directory.read_timings()
@@ -97,10 +97,15 @@ def check(campaign: Campaign, display: Display) -> None:
     Raises:
         MergequestError: What `run` would stop at before or between its phases.
     """
-    directory = Directory(campaign.directory or addresses.absolute(addresses.join("runs", campaign.name)))
+    directory = _directory(campaign)
     directory.check(campaign)
     opened, _ = _opened(campaign, directory, display)
     _require_searchable(opened, directory)
+
+
+def _directory(campaign: Campaign) -> Directory:
+    """The campaign's directory; of one that no file resolved, below the working directory."""
+    return Directory(campaign.directory or addresses.absolute(addresses.join("runs", campaign.name)))
 
 
 def _opened(
@@ -151,7 +156,7 @@ def compute_statistics(campaign: Campaign, kinds: Sequence[str] | None, out: str
 
 def run_selection(campaign: Campaign, display: Display) -> Selection:
     """Selects subsets of members as the campaign file says, and keeps them in the campaign's directory."""
-    directory = Directory(campaign.directory or "")
+    directory = _directory(campaign)
     directory.check(campaign)
     with directory.locked():
         with display.phase("Pool"):

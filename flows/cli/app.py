@@ -225,8 +225,8 @@ def merge(
 
     gc.freeze()
     gc.enable()
-    output = Output(dtype, out_shard_size, copy_tokenizer, device)
-    merge_recipe(recipe, out, None, memory, _display(quiet), mismatch, threads, output)
+    output = Output(out_shard_size, copy_tokenizer, device)
+    merge_recipe(recipe, out, dtype, memory, _display(quiet), mismatch, threads, output)
     typer.echo(out)
 
 

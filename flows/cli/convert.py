@@ -3,8 +3,8 @@
 import yaml
 from safetensors.torch import save
 
-from flows.config.mergekit import is_mergekit
-from flows.config.recipe_file import from_mergekit, seen_from
+from flows.config.mergekit import from_mergekit, is_mergekit
+from flows.config.recipe_file import seen_from
 from flows.config.yaml_file import load_yaml, parent, require_writable, resolve_checkpoint
 from flows.directory.progress import Display
 from merging.checkpoints.adapters.adapter import ADAPTER_WEIGHTS

@@ -1,19 +1,22 @@
 """`mergequest merge`: a recipe file in, a Hugging Face directory out."""
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import yaml
 
-from flows.config.mergekit import is_mergekit
-from flows.config.recipe_file import RECIPE, RecipeFile, dump_recipe, from_mergekit, load_recipe
+from flows.config.files_from import notes_on
+from flows.config.mergekit import from_mergekit, is_mergekit
+from flows.config.recipe_file import RECIPE, RecipeFile, dump_recipe, load_recipe
 from flows.config.slices_file import SlicesFile, is_slices, load_slices
 from flows.config.yaml_file import load_yaml, parent, require_writable
 from flows.directory.progress import Display
 from merging.checkpoints.adapters.adapter import model_and_adapter
 from merging.checkpoints.checkpoint import Checkpoint
-from merging.checkpoints.directories.borrowed_files import notes_on_files, without_tokenizer
+from merging.checkpoints.directories.borrowed_files import without_tokenizer
 from merging.checkpoints.directories.manifest import require_replaceable
 from merging.checkpoints.directories.writer import SHARD_BYTES
 from merging.checkpoints.pool import Pool
@@ -36,13 +39,11 @@ class Output:
     """How a merge is written.
 
     Args:
-        dtype: Name of the dtype; None for the recipe's, or the base's.
         shard_size: Of a file of weights: parameters (`5B`, `500M`) or bytes (`2GB`); None for 4 GiB.
         tokenizer: Whether the tokenizer and chat templates are written too.
         device: Where weights are merged (`cuda`, `cuda:1`, `mps`); None for CPU threads in bounded memory.
     """
 
-    dtype: str | None = None
     shard_size: str | None = None
     tokenizer: bool = True
     device: str | None = None
@@ -68,24 +69,23 @@ def merge_recipe(
         display: Shows progress.
         mismatch: Also shows the gradient mismatch (with the recipe's own factors) that Fisher information predicts.
         threads: Weights merged side by side; None for as many as there are processors.
-        output: How it is written; its dtype counts where `dtype` is None.
+        output: How it is written; None for the defaults.
 
     Raises:
         MergequestError: Something is wrong with the recipe, a checkpoint or a statistic; nothing was written.
     """
     output = output or Output()
-    dtype = dtype or output.dtype
     if dtype is not None and dtype not in DTYPES:
         raise SettingsError(f"unknown dtype '{dtype}'. {did_you_mean(dtype, list(DTYPES))}")
     shard_size = None if output.shard_size is None else parse_size(output.shard_size)
     device = None if output.device is None else usable_device(output.device)
-    if is_slices(load_yaml(path)):
-        if mismatch:
-            raise SettingsError(f"{path}: slices have no scaling factors whose mismatch there could be")
-        _show_translation(path, display)
-        _write_slices(path, out, dtype, output, display, threads)
-        return
+    slices = is_slices(load_yaml(path))
+    if slices and mismatch:
+        raise SettingsError(f"{path}: slices have no scaling factors whose mismatch there could be")
     _show_translation(path, display)
+    if slices:
+        _write_slices(path, out, dtype, shard_size, output.tokenizer, display, threads)
+        return
     file = load_recipe(path)
     dtype = dtype or file.dtype
     recipe = file.recipe()
@@ -97,14 +97,12 @@ def merge_recipe(
         if mismatch:
             require_fishers(material, recipe)
         files = file.files_from.files(material.pool)
-        checkpoints = {name: member.checkpoint for name, member in material.pool.members.items()}
-        for note in (*material.pool.notes, *notes_on_files(material.pool.base, checkpoints)):
+        for note in notes_on(material.pool):
             display.note(note)
         if not output.tokenizer:
             files = {**files, **without_tokenizer(material.pool.base)}
-        max_shard_bytes = SHARD_BYTES if shard_size is None else shard_bytes(shard_size, material.pool, dtype)
+        max_shard_bytes = shard_bytes(shard_size, material.pool, dtype)
         members = {name: (member.checkpoint, member.statistics) for name, member in file.members.items()}
-        entries = sum(info.nbytes // info.dtype.itemsize for info in material.pool.weights.values())
         extra = {
             **files,
             RECIPE: dump_recipe(
@@ -128,7 +126,7 @@ def merge_recipe(
                 material, recipe, out, device, dtype=kind, max_shard_bytes=max_shard_bytes, extra=extra
             )
         else:
-            with display.bar("million parameters", -(-entries // MILLION)) as bar:
+            with _bar(material.pool, display) as progress:
                 report = merge_to_disk(
                     material,
                     recipe,
@@ -138,7 +136,7 @@ def merge_recipe(
                     max_shard_bytes=max_shard_bytes,
                     threads=threads,
                     extra=extra,
-                    progress=lambda done, total: bar.reach(-(-done // MILLION)),
+                    progress=progress,
                 )
         for name, value in report.items():
             if "." not in name:  # of all weights, not of each
@@ -167,8 +165,10 @@ def parse_size(text: str) -> tuple[int, bool]:
     return int(found[1]) * {"": 1, **UNITS, **BYTES}[unit], unit in BYTES
 
 
-def shard_bytes(size: tuple[int, bool], pool: Pool, dtype: str | None) -> int:
-    """A file's size in bytes, parameters being of the output's dtype."""
+def shard_bytes(size: tuple[int, bool] | None, pool: Pool, dtype: str | None) -> int:
+    """A file's size in bytes, parameters being of the output's dtype; 4 GiB if none was given."""
+    if size is None:
+        return SHARD_BYTES
     number, is_bytes = size
     if is_bytes:
         return number
@@ -184,8 +184,8 @@ def usable_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.ones(1, device=device).item()  # of `meta` there are tensors, but no values
+    except Exception as error:  # every backend has its own way to say that it is not there
         raise SettingsError(
             f"--device: '{name}' cannot be used here ({str(error).splitlines()[0]}): leave it out to merge on the CPU"
         ) from error
@@ -203,8 +203,22 @@ def _show_translation(path: str, display: Display) -> None:
             display.note(note)
 
 
+@contextmanager
+def _bar(pool: Pool, display: Display) -> Iterator[Callable[[int, int], None]]:
+    """Shows how many of a pool's parameters are written, as `progress` of what writes them."""
+    entries = sum(info.nbytes // info.dtype.itemsize for info in pool.weights.values())
+    with display.bar("million parameters", -(-entries // MILLION)) as bar:
+        yield lambda done, total: bar.reach(-(-done // MILLION))
+
+
 def _write_slices(
-    path: str, out: str, dtype: str | None, output: Output, display: Display, threads: int | None
+    path: str,
+    out: str,
+    dtype: str | None,
+    shard_size: tuple[int, bool] | None,
+    tokenizer: bool,
+    display: Display,
+    threads: int | None,
 ) -> None:
     """Writes the model of a slices file; weights are copied, on no device."""
     file = load_slices(path)
@@ -213,23 +227,20 @@ def _write_slices(
     require_writable(out)
     with display.phase(f"Taking layers of {len(file.members) + 1} models"):
         pool = file.pool()
-        members = {name: member.checkpoint for name, member in pool.members.items()}
-        for note in (*pool.notes, *notes_on_files(pool.base, members)):
+        for note in notes_on(pool):
             display.note(note)
-        extra = {**file.files_from.files(pool), **({} if output.tokenizer else without_tokenizer(pool.base))}
-        size = output.shard_size
-        entries = sum(info.nbytes // info.dtype.itemsize for info in pool.weights.values())
-        with display.bar("million parameters", -(-entries // MILLION)) as bar:
+        extra = {**file.files_from.files(pool), **({} if tokenizer else without_tokenizer(pool.base))}
+        with _bar(pool, display) as progress:
             count = write_slices(
                 pool,
                 [part.slice() for part in file.slices],
                 out,
                 rest=file.rest,
                 dtype=DTYPES[dtype] if dtype else None,
-                max_shard_bytes=SHARD_BYTES if size is None else shard_bytes(parse_size(size), pool, dtype),
+                max_shard_bytes=shard_bytes(shard_size, pool, dtype),
                 threads=threads,
                 extra={**extra, RECIPE: file.dump(out)},
-                progress=lambda done, total: bar.reach(-(-done // MILLION)),
+                progress=progress,
             )
         display.note(f"{count} layers")
 

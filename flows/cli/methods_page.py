@@ -1,14 +1,12 @@
-"""The page of all merge methods, docs/methods.md: written from the methods' own declarations.
+"""The page of all merge methods, docs/methods.md: written from the methods' own declarations."""
 
-python -m flows.cli.methods_page > docs/methods.md
-"""
-
-import sys
 from importlib.resources import files
 from inspect import cleandoc
 
 from jinja2 import Template
 
+from flows.cli.catalogue import default_and_range, needs
+from flows.report.table import markdown_line
 from merging.methods import METHODS, Method
 from merging.methods.method import Parameter
 
@@ -18,7 +16,7 @@ def methods_page() -> str:
     methods = sorted((METHODS[name] for name in METHODS), key=lambda method: method.name)
     own = [method for method in methods if type(method).__module__.startswith("merging.")]
     overview = ["| method | what it does | needs |", "|---|---|---|"]
-    overview += [f"| [`{m.name}`](#{m.name}) | {_cell(m.summary)} | {_needs(m)} |" for m in own]
+    overview += [markdown_line([f"[`{m.name}`](#{m.name})", m.summary, needs(m)]) for m in own]
     template = (files("flows") / "templates" / "methods.md.j2").read_text()
     sections = "\n".join(map(_section, own))
     page: str = Template(template, keep_trailing_newline=True).render(overview="\n".join(overview), sections=sections)
@@ -27,7 +25,7 @@ def methods_page() -> str:
 
 def _section(method: Method) -> str:
     rows = [("scaling factor", method.scaling), *((f"`{name}`", spec) for name, spec in method.parameters.items())]
-    table = [f"| {_named(name, spec)} | {_range(spec)} | {_cell(spec.help)} |" for name, spec in rows]
+    table = [markdown_line([_named(name, spec), default_and_range(spec), spec.help]) for name, spec in rows]
     head = [
         f"## `{method.name}`",
         "",
@@ -41,27 +39,3 @@ def _section(method: Method) -> str:
 
 def _named(name: str, spec: Parameter) -> str:
     return name if spec.search else f"*{name}*"
-
-
-def _needs(method: Method) -> str:
-    kinds = method.needs({name: spec.default for name, spec in method.parameters.items()})
-    return (
-        ", ".join([*kinds, *([f"{method.solution} (of the whole subset)"] if method.solution else [])])
-        or "weights only"
-    )
-
-
-def _range(spec: Parameter) -> str:
-    if spec.choices is not None:
-        return f"{spec.default} (of {', '.join(map(str, spec.choices))})"
-    if spec.low is None or spec.high is None:
-        return f"{spec.default}"
-    return f"{spec.default}, {spec.low:g} … {spec.high:g}{' (log)' if spec.log else ''}"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-if __name__ == "__main__":
-    sys.stdout.write(methods_page())

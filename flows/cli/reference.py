@@ -17,6 +17,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup
 from flows.cli.app import app
 from flows.cli.methods_page import methods_page
 from flows.cli.template import settings_reference
+from flows.report.table import markdown_line
 from search.ledger.row import SCHEMA, VERSION, Row
 
 API = {
@@ -96,7 +97,7 @@ def columns_page() -> str:
         "|---|---|---|",
     ]
     lines += [
-        f"| `{field.name}` | {_arrow(field.type)}{' or null' * field.nullable} | {_cell(meanings[field.name])} |"
+        markdown_line([f"`{field.name}`", f"{_arrow(field.type)}{' or null' * field.nullable}", meanings[field.name]])
         for field in SCHEMA
     ]
     return "\n".join(lines) + "\n"
@@ -162,7 +163,7 @@ def _parameter_row(parameter: Any) -> str:
     default = (
         "required" if parameter.required else "" if parameter.default in (None, False, ()) else f"`{parameter.default}`"
     )
-    return f"| `{name}` | {default} | {_cell(parameter.help or '')} |"
+    return markdown_line([f"`{name}`", default, _line(parameter.help or "")])
 
 
 def _signature(name: str, value: Any) -> str:
@@ -197,7 +198,8 @@ def _methods(value: Any) -> list[str]:
         name: member for name, member in own.items() if isinstance(member, property | classmethod) or callable(member)
     }
     rows = [
-        f"| `{name}` | {_cell((inspect.getdoc(member) or '').split(chr(10) * 2)[0])} |" for name, member in own.items()
+        markdown_line([f"`{name}`", _line((inspect.getdoc(member) or "").split("\n\n")[0])])
+        for name, member in own.items()
     ]
     return ["", "| | |", "|---|---|", *rows] if rows else []
 
@@ -223,7 +225,7 @@ def _arguments(docstring: str) -> dict[str, str]:
 def _entries(text: str) -> list[tuple[str, str]]:
     """The `name: meaning` entries of a section; what is indented goes on with the line before."""
     entries = re.findall(r"^(\*{0,2}\w[\w., ]*): (.*(?:\n .*)*)", text, re.MULTILINE)
-    return [(name, " ".join(meaning.split())) for name, meaning in entries]
+    return [(name, _line(meaning)) for name, meaning in entries]
 
 
 def _arrow(kind: pa.DataType) -> str:
@@ -232,8 +234,8 @@ def _arrow(kind: pa.DataType) -> str:
     return f"list of {kind.value_type}" if pa.types.is_list(kind) else str(kind)
 
 
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
 if __name__ == "__main__":

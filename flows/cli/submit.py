@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from flows.config.campaign_file import CAMPAIGN_FILE, Campaign, dump, load_campaign
-from flows.config.recipe_file import load_recipe
+from flows.config.recipe_file import RECIPE, load_recipe
 from flows.config.yaml_file import refuse_secret, validate
 from merging.errors import ClusterError, SettingsError
 from merging.io import addresses
@@ -23,7 +23,6 @@ from merging.io.secrets import redacted
 from merging.registry import did_you_mean
 
 What = Literal["campaign", "statistics", "merge"]
-RECIPE_FILE = "recipe.yaml"
 
 AGENT_SECONDS = 60.0
 """A head's dashboard answers some seconds before it takes jobs."""
@@ -127,7 +126,7 @@ def prepare(what: str, file: str, out: str | None, candidates: int | None = None
         recipe, place = load_recipe(file), addresses.absolute(out)
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         # reads and merges on the node itself, which must not be a head that is kept free of work
-        return Job(("merge", RECIPE_FILE, "--out", place), RECIPE_FILE, text, 1, f"{recipe.method} into {place}")
+        return Job(("merge", RECIPE, "--out", place), RECIPE, text, 1, f"{recipe.method} into {place}")
     settings = load_campaign(file).model_dump(mode="json")
     if out is not None and what == "campaign":
         settings["directory"] = addresses.absolute(out)

@@ -1,6 +1,5 @@
 """A commented campaign file to start from, and the reference of all settings: both written from the model itself."""
 
-import sys
 import textwrap
 from inspect import cleandoc
 from typing import Annotated, Any, get_args, get_origin
@@ -10,6 +9,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from flows.config.campaign_file import Campaign
+from flows.report.table import markdown_line
 
 WIDTH = 110
 ORIGIN = (
@@ -85,7 +85,7 @@ def settings_reference() -> str:
                 for kind, entry in zip(kinds, entries, strict=True)
             ]
             default = "required" if field.is_required() else "see below" if inner else f"`{_inline(_default(field))}`"
-            lines.append(f"| `{name}` | {default} | {_escape(field.description or '')} |")
+            lines.append(markdown_line([f"`{name}`", default, field.description or ""]))
     return "\n".join(lines) + "\n"
 
 
@@ -148,11 +148,3 @@ def _inline(value: Any) -> str:
         return ", ".join(value)
     text = yaml.safe_dump(value, default_flow_style=True, width=1000).strip()
     return text.removesuffix("...").strip()
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-if __name__ == "__main__":
-    sys.stdout.write(settings_reference())

@@ -6,6 +6,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from flows.config.files_from import FilesFrom
+from flows.config.pool_settings import BaseCheckpoint, MaxDistance, MemberSettings, MergeVocabulary, resolve_pool
 from flows.config.search_settings import SearchSettings
 from flows.config.sections import (
     BaseData,
@@ -15,19 +16,8 @@ from flows.config.sections import (
     StatisticsSettings,
     TestSettings,
 )
-from flows.config.yaml_file import (
-    MemberSettings,
-    Name,
-    Settings,
-    load_yaml,
-    parent,
-    resolve,
-    resolve_checkpoint,
-    said_in,
-    validate,
-)
+from flows.config.yaml_file import Name, Settings, load_yaml, parent, resolve, said_in, validate
 from merging.checkpoints.validation import MAX_DISTANCE
-from merging.checkpoints.vocabulary import Vocabulary
 from merging.errors import MergequestError, SettingsError
 from merging.io import addresses, hashing
 from merging.methods import METHODS
@@ -80,7 +70,7 @@ class Campaign(Settings):
     directory: str | None = Field(
         None, description="What the campaign fills; by default `runs/<name>` beside this file."
     )
-    base: str = Field(description="The checkpoint that all members were fine-tuned from.")
+    base: BaseCheckpoint
     members: dict[Name, PoolMember] = Field(
         min_length=1, description="The pool: checkpoints by name (a path alone will do)."
     )
@@ -89,17 +79,8 @@ class Campaign(Settings):
         (),
         description="Patterns (classifier.*) of tensors to keep per task though base and members all have them.",
     )
-    vocabulary: Vocabulary = Field(
-        "base",
-        description="Whose tokens a merge has, where members' are not the base's: `base`, or `union`, which adds those that "
-        "the base lacks. Rows of embeddings are matched by token.",
-    )
-    max_distance: float | None = Field(
-        MAX_DISTANCE,
-        gt=0,
-        description="Largest ‖θ_t − θ_0‖ / ‖θ_0‖ of a member: one beyond it was hardly fine-tuned from the base; null for no "
-        "bound.",
-    )
+    vocabulary: MergeVocabulary = "base"
+    max_distance: MaxDistance = MAX_DISTANCE
     files_from: FilesFrom = Field(default_factory=FilesFrom, description=FilesFrom.__doc__)
     tasks: dict[Name, AnyTaskSettings] = Field(min_length=1, description="What a merge is judged by.")
     task_heads: dict[str, str] = Field(
@@ -251,12 +232,16 @@ class Campaign(Settings):
         return {task: owner for task in self.tasks if (owner := self.task_heads.get(task, found.get(task, "")))}
 
     def identity(self) -> str:
-        """Hash of what makes two runs the same campaign: everything but budget, resources and place."""
+        """Hash of what makes two runs the same campaign."""
+        return hashing.fingerprint(self.lasting())
+
+    def lasting(self) -> dict[str, Any]:
+        """The settings that make two runs the same campaign: everything but budget, resources and place."""
         settings = self.model_dump(mode="json", exclude={"directory", "resources", "test", "files_from"})
         for budget in BUDGETS:
             settings["search"].pop(budget)
         settings["statistics"].pop("cache")
-        return hashing.fingerprint(settings)
+        return settings
 
 
 def load_campaign(path: str) -> Campaign:
@@ -270,10 +255,7 @@ def load_campaign(path: str) -> Campaign:
     settings = campaign.model_dump(mode="json")
     with said_in(path):
         settings["directory"] = resolve(campaign.directory or addresses.join("runs", campaign.name), root)
-        settings["base"] = resolve(campaign.base, root)
-        for member in settings["members"].values():
-            member["checkpoint"] = resolve_checkpoint(member["checkpoint"], root)
-            member["statistics"] = [resolve(file, root) for file in member["statistics"]]
+        resolve_pool(settings, root)
         settings["base_data"]["statistics"] = [resolve(file, root) for file in campaign.base_data.statistics]
         if settings["statistics"]["cache"]:
             settings["statistics"]["cache"] = resolve(settings["statistics"]["cache"], root)

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pydantic import Field
 
 from flows.config.yaml_file import Settings
-from merging.checkpoints.directories.borrowed_files import Files, borrowed_files
+from merging.checkpoints.directories.borrowed_files import Files, borrowed_files, notes_on_files
 from merging.checkpoints.pool import Pool
 from merging.errors import PoolError
 from merging.recipe import BASE
@@ -47,3 +47,9 @@ class FilesFrom(Settings):
                 "files_from.tokenizer: `vocabulary: union` adds tokens to the base's tokenizer, which no member's stands in for"
             )
         return borrowed_files(pool.base, **whose)
+
+
+def notes_on(pool: Pool) -> tuple[str, ...]:
+    """What a user should know of a pool before it is merged: of its weights and tokens, and of its small files."""
+    checkpoints = {name: member.checkpoint for name, member in pool.members.items()}
+    return (*pool.notes, *notes_on_files(pool.base, checkpoints))

@@ -6,29 +6,18 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from flows.config.files_from import FilesFrom
-from flows.config.mergekit import Translated, is_mergekit, translate
-from flows.config.yaml_file import (
-    MemberSettings,
-    Name,
-    Settings,
-    load_yaml,
-    parent,
-    resolve,
-    resolve_checkpoint,
-    said_in,
-    validate,
-)
+from flows.config.mergekit import load_translated
+from flows.config.pool_settings import BaseCheckpoint, MaxDistance, Members, MergeVocabulary, resolve_pool
+from flows.config.yaml_file import Settings, parent, resolve, said_in, validate
 from merging.checkpoints.adapters.adapter import model_and_adapter
-from merging.checkpoints.checkpoint import Checkpoint
-from merging.checkpoints.directories.borrowed_files import chat_template
 from merging.checkpoints.pool import Pool
 from merging.checkpoints.validation import MAX_DISTANCE, check_weights
 from merging.checkpoints.vocabulary import Vocabulary
-from merging.errors import CheckpointError, MethodError, SettingsError
-from merging.io import addresses, storage
+from merging.errors import MethodError
+from merging.io import addresses
 from merging.mergers.material import Material, open_statistics
 from merging.methods import METHODS
 from merging.methods.mergekit_names import MERGEKIT_NAMES
@@ -44,8 +33,8 @@ LOOKED_AT = 1 << 16
 class RecipeFile(Settings):
     """What a merge takes."""
 
-    base: str = Field(description="The checkpoint that all members were fine-tuned from.")
-    members: dict[Name, MemberSettings] = Field(min_length=1, description="Checkpoints, with statistics files if any.")
+    base: BaseCheckpoint
+    members: Members = Field(min_length=1, description="Checkpoints, with statistics files if any.")
     statistics: tuple[str, ...] = Field(
         (), description="Statistics files of these members as a whole (regmean_propagated's solution)."
     )
@@ -62,18 +51,8 @@ class RecipeFile(Settings):
     )
     parameters: dict[str, Value] = Field(default_factory=dict, description="The method's parameters.")
     heads: tuple[str, ...] = Field((), description="Patterns of tensors that are not merged.")
-    vocabulary: Vocabulary = Field(
-        "base",
-        description="Whose tokens a merge has, where members' are not the base's: `base`, or `union`, which adds those that "
-        "the base lacks. Rows of embeddings are matched by token.",
-    )
-    max_distance: float | None = Field(
-        MAX_DISTANCE,
-        gt=0,
-        description="Largest ‖θ_t − θ_0‖ / ‖θ_0‖ of a member: one beyond it was hardly fine-tuned from the base; null for no "
-        "bound.",
-    )
-
+    vocabulary: MergeVocabulary = "base"
+    max_distance: MaxDistance = MAX_DISTANCE
     files_from: FilesFrom = Field(default_factory=FilesFrom, description=FilesFrom.__doc__)
 
     @model_validator(mode="before")
@@ -96,13 +75,6 @@ class RecipeFile(Settings):
     def _files_are_somebody_s(self) -> "RecipeFile":
         self.files_from.check(self.members)
         return self
-
-    @field_validator("members")
-    @classmethod
-    def _base_is_no_member(cls, members: dict[str, MemberSettings]) -> dict[str, MemberSettings]:
-        if BASE in members:
-            raise ValueError(f"no member may be called '{BASE}'")
-        return members
 
     def recipe(self) -> Recipe:
         """The recipe itself; members without a factor of their own take part with the method's default.
@@ -152,64 +124,13 @@ def load_recipe(path: str) -> RecipeFile:
         SettingsError: It is missing, or something in it is wrong: every mistake is in the message.
     """
     root = parent(path)
-    value = load_yaml(path)
-    if is_mergekit(value):
-        value = from_mergekit(value, path).recipe
-        require_directories(value, path)
-    given = validate(RecipeFile, value, path)
+    given = validate(RecipeFile, load_translated(path), path)
     settings = given.model_dump(mode="json")
     with said_in(path):
-        settings["base"] = resolve(given.base, root)
+        resolve_pool(settings, root)
         settings["statistics"] = [resolve(file, root) for file in given.statistics]
         settings["base_statistics"] = [resolve(file, root) for file in given.base_statistics]
-        for member in settings["members"].values():
-            member["checkpoint"] = resolve_checkpoint(member["checkpoint"], root)
-            member["statistics"] = [resolve(file, root) for file in member["statistics"]]
     return validate(RecipeFile, settings, path)
-
-
-def from_mergekit(value: Mapping[str, Any], path: str) -> Translated:
-    """What a mergekit configuration is as a recipe file.
-
-    Args:
-        value: Its content.
-        path: The file.
-
-    Raises:
-        SettingsError: Something in it is wrong, or cannot be expressed: every key is in the message.
-        CheckpointError: Parameters differ between weights, and there is no such checkpoint to know the weights' names from.
-    """
-    root = parent(path)
-
-    def names(model: str) -> Sequence[str]:
-        place = resolve(model, root)
-        if not storage.is_dir(place):
-            raise CheckpointError(
-                f"{path}: parameters differ between weights, whose names are needed, and {_absent(place)}"
-            )
-        return list(Checkpoint.open(place).tensors)
-
-    return translate(value, path, names, lambda model: chat_template(resolve(model, root)))
-
-
-def require_directories(recipe: Mapping[str, Any], path: str) -> None:
-    """Looks whether models that mergekit might have fetched from the Hub are here.
-
-    Raises:
-        SettingsError: One is not.
-    """
-    for model in dict.fromkeys([recipe["base"], *recipe.get("members", {}).values()]):
-        for part in resolve_checkpoint(model, parent(path)).split("+"):
-            if addresses.is_local(part) and not storage.is_dir(part):
-                raise SettingsError(f"{path}: {_absent(part)}")
-
-
-def _absent(place: str) -> str:
-    name = "/".join(place.rsplit("/", 2)[1:])
-    return (
-        f"there is no directory {place}: mergekit fetches models from the Hub, mergequest reads directories "
-        f"(`hf download {name} --local-dir DIR`, and name DIR)"
-    )
 
 
 def dump_recipe(

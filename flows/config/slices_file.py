@@ -7,19 +7,10 @@ import yaml
 from pydantic import Field, field_validator
 
 from flows.config.files_from import FilesFrom
-from flows.config.mergekit import is_passthrough
-from flows.config.recipe_file import from_mergekit, require_directories, seen_from
-from flows.config.yaml_file import (
-    MemberSettings,
-    Name,
-    Settings,
-    load_yaml,
-    parent,
-    resolve,
-    resolve_checkpoint,
-    said_in,
-    validate,
-)
+from flows.config.mergekit import is_passthrough, load_translated
+from flows.config.pool_settings import Members, resolve_pool
+from flows.config.recipe_file import seen_from
+from flows.config.yaml_file import Settings, parent, said_in, validate
 from merging.checkpoints.checkpoint import Checkpoint
 from merging.checkpoints.pool import Pool
 from merging.checkpoints.vocabulary import Vocabulary
@@ -58,7 +49,7 @@ class SlicesFile(Settings):
     """What a model of slices takes; no merge method, no scaling factors."""
 
     base: str = Field(description="The checkpoint that says what the model is like: configuration, tokenizer, names.")
-    members: dict[Name, MemberSettings] = Field(
+    members: Members = Field(
         default_factory=dict, description="Checkpoints fine-tuned from it, none where all layers are its own."
     )
     slices: tuple[SliceSettings, ...] = Field(min_length=1, description="The layers, from the first to the last.")
@@ -73,13 +64,6 @@ class SlicesFile(Settings):
     heads: tuple[str, ...] = Field((), description="Patterns of tensors that are not taken from members.")
     vocabulary: Vocabulary = Field("base", description="Whose tokens the model has: see recipe files.")
     files_from: FilesFrom = Field(default_factory=FilesFrom, description=FilesFrom.__doc__)
-
-    @field_validator("members")
-    @classmethod
-    def _base_is_no_member(cls, members: dict[str, MemberSettings]) -> dict[str, MemberSettings]:
-        if BASE in members:
-            raise ValueError(f"no member may be called '{BASE}'")
-        return members
 
     def pool(self) -> Pool:
         """Opens and compares the checkpoints.
@@ -116,14 +100,8 @@ def load_slices(path: str) -> SlicesFile:
         SettingsError: It is missing, or something in it is wrong: every mistake is in the message.
     """
     root = parent(path)
-    value = load_yaml(path)
-    if is_passthrough(value):
-        value = from_mergekit(value, path).recipe
-        require_directories(value, path)
-    given = validate(SlicesFile, value, path)
+    given = validate(SlicesFile, load_translated(path), path)
     settings = given.model_dump(mode="json")
     with said_in(path):
-        settings["base"] = resolve(given.base, root)
-        for member in settings["members"].values():
-            member["checkpoint"] = resolve_checkpoint(member["checkpoint"], root)
+        resolve_pool(settings, root)
     return validate(SlicesFile, settings, path)

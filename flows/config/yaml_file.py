@@ -52,33 +52,6 @@ class Settings(BaseModel):
         return value
 
 
-class MemberSettings(Settings):
-    """A checkpoint fine-tuned from the base."""
-
-    checkpoint: str = Field(
-        description="Hugging Face model directory (config.json + safetensors), or that of a PEFT LoRA adapter of the base; "
-        "or `MODEL+ADAPTER`, an adapter on another model."
-    )
-    statistics: tuple[str, ...] = Field(
-        (), description="Statistics files that somebody published for this checkpoint; used instead of data."
-    )
-    task: str | None = Field(None, description="The task it was fine-tuned on; by default the task of its own name.")
-    examples: int | None = Field(
-        None,
-        ge=1,
-        description="Training examples behind it (gradient matching); by default its task's training split.",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _path_alone(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return {"checkpoint": value}
-        if not isinstance(value, dict | MemberSettings):
-            raise ValueError("expected a checkpoint's directory, or `checkpoint:` and other settings")
-        return value
-
-
 def load_yaml(path: str) -> dict[str, Any]:
     """A YAML file's mapping.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from shlex import quote
 from typing import Any
 
-from flows.config.campaign_file import BUDGETS, CAMPAIGN_FILE, Campaign, dump, load_campaign
+from flows.config.campaign_file import CAMPAIGN_FILE, Campaign, dump, load_campaign
 from flows.config.yaml_file import require_writable
 from flows.directory.heartbeat import FILE as PULSE
 from flows.directory.lock import lease
@@ -229,13 +229,5 @@ def _budget(campaign: Campaign) -> list[object]:
 
 def _differences(one: Campaign, other: Campaign) -> list[str]:
     """The top-level settings in which two campaigns differ, but for what may differ from run to run."""
-    first, second = (campaign.model_dump(mode="json") for campaign in (one, other))
-    for settings in (first, second):
-        for budget in BUDGETS:
-            settings["search"].pop(budget)
-        settings["statistics"].pop("cache")
-    return sorted(
-        key
-        for key in first
-        if first[key] != second[key] and key not in ("directory", "resources", "test", "files_from")
-    )
+    first, second = one.lasting(), other.lasting()
+    return sorted(key for key in first if first[key] != second[key])

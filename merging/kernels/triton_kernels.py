@@ -79,7 +79,7 @@ def combine_kernel(
     aligned: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    """θ_0 + scale · f(α, τ), f a sum of what is kept of each task vector, as the loops of `loops.deltas` have it."""
+    """θ_0 + scale · f(α, τ), f a sum of what is kept of each task vector, as the loops of `loops.masked_sums` have it."""
     columns: tl.constexpr = 10 if trimmed else 4
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = at < size

@@ -57,6 +57,21 @@ def chosen(scaling: Mapping[str, float], members: Sequence[str]) -> tuple[str, .
     return tuple(sorted(scaling))
 
 
+def example_counts(examples: Mapping[str, int], members: Sequence[str]) -> dict[str, int]:
+    """Each member's number of training examples s_t; 1 where no member's is known.
+
+    Raises:
+        MethodError: Only some members' are known.
+    """
+    unknown = [member for member in members if member not in examples]
+    if unknown and len(unknown) < len(members):
+        raise MethodError(
+            f"number of training examples unknown for {', '.join(unknown)}, though it is given for other "
+            "members: give all of them, or none"
+        )
+    return {member: examples.get(member, 1) for member in members}
+
+
 def statistic(
     weight: Weight, kind: str, shape: Sequence[int], *, nonnegative: bool, base: bool = False
 ) -> dict[str, Tensor]:

@@ -11,10 +11,9 @@ from torch import Tensor
 from merging.errors import MethodError
 from merging.kernels.blockwise import Scratch, spans
 from merging.methods.averaging.task_arithmetic import TaskArithmetic
-from merging.methods.checks import target
 from merging.methods.depth import depth
 from merging.methods.method import METHODS, Context, Method, Parameter, Prepared, Weight, modifier, register
-from merging.methods.modified import Modified, modify
+from merging.methods.modified import Modified, PreparedModified, modify
 from merging.recipe import Value
 
 
@@ -93,7 +92,7 @@ def lines(inner: Method) -> Method:
     return modify(Lines, "lines", inner, f"{inner.summary}, growing with depth", own)
 
 
-class PreparedLines(Prepared):
+class PreparedLines(PreparedModified):
     """A method's state, and how deep each weight lies.
 
     Args:
@@ -103,32 +102,19 @@ class PreparedLines(Prepared):
     """
 
     def __init__(self, weights: Sequence[Weight], prepared: Prepared, layers: int) -> None:
-        self._weights = tuple(weights)
-        self._prepared = prepared
+        super().__init__(weights, prepared)
         self._layers = layers
-        self._scratch = Scratch()
-
-    def report(self) -> dict[str, float]:
-        """The figures of the method that is scaled."""
-        return self._prepared.report()
 
     @torch.no_grad()
     def merge(self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]) -> None:
-        """Merges, then scales in place; in float32 also where the result is rounded to another dtype."""
-        staged = {weight.name: self._stage(weight, target(out, weight)) for weight in self._weights}
-        self._prepared.merge(scaling, parameters, staged)
-        for weight in self._weights:
+        """Merges, then scales in place."""
+        staged = self.staged(out)
+        self.prepared.merge(scaling, parameters, staged)
+        for weight in self.weights:
             scale = float(parameters["a"]) + float(parameters["b"]) * self._depth(weight)
-            merged = staged[weight.name]
             if scale != 1:
-                _scale_step(weight.base, merged, scale, self._scratch)
-            if merged is not out[weight.name]:
-                out[weight.name].copy_(merged)
-
-    def _stage(self, weight: Weight, destination: Tensor) -> Tensor:
-        if destination.dtype == torch.float32 and destination.is_contiguous():
-            return destination
-        return self._scratch.take(f"merged {weight.name}", *destination.shape, device=destination.device)
+                _scale_step(weight.base, staged[weight.name], scale, self.scratch)
+        self.write(staged, out)
 
     def _depth(self, weight: Weight) -> float:
         """Where the weight is: l / (L − 1), from 0 to 1."""

@@ -4,8 +4,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+
 from merging.errors import MethodError
-from merging.methods.method import Method, Parameter
+from merging.kernels.blockwise import Scratch
+from merging.methods.checks import target
+from merging.methods.method import Method, Parameter, Prepared, Weight
 from merging.recipe import GROUP, Recipe, Value
 
 
@@ -61,6 +66,45 @@ class Modified(Method):
     def refine(self, weights: Iterable[Any], survey: Any, parameters: Mapping[str, Value]) -> Any:
         """That of the method that is modified."""
         return self.inner.refine(weights, survey, parameters)
+
+
+class PreparedModified(Prepared):
+    """The weights, and the state of the method that is modified.
+
+    What it merges is worked on in float32, also where the result is rounded to another dtype.
+
+    Args:
+        weights: The weights to merge.
+        prepared: The state of the method that is modified.
+    """
+
+    def __init__(self, weights: Sequence[Weight], prepared: Prepared) -> None:
+        self.weights = tuple(weights)
+        self.prepared = prepared
+        self.scratch = Scratch()
+
+    def report(self) -> dict[str, float]:
+        """The figures of the method that is modified."""
+        return self.prepared.report()
+
+    def staged(self, out: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the other method merges into, by name, float32: the tensor to write to itself, or a buffer.
+
+        Raises:
+            MethodError: A tensor to write to is missing, or of another shape.
+        """
+        return {weight.name: self._stage(weight.name, target(out, weight)) for weight in self.weights}
+
+    def write(self, staged: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
+        """Copies what lies in buffers."""
+        for name, merged in staged.items():
+            if merged is not out[name]:
+                out[name].copy_(merged)
+
+    def _stage(self, name: str, destination: Tensor) -> Tensor:
+        if destination.dtype == torch.float32 and destination.is_contiguous():
+            return destination
+        return self.scratch.take(f"merged {name}", *destination.shape, device=destination.device)
 
 
 def modify(

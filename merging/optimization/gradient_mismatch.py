@@ -13,9 +13,9 @@ from merging.evaluation.shared_weights import share_weights
 from merging.mergers import weight_groups
 from merging.mergers.material import Material
 from merging.methods import METHODS
+from merging.methods.checks import example_counts
 from merging.recipe import BASE, REFERENCES, Recipe
-from merging.statistics.likelihood import IGNORED
-from merging.tasks.task import Task
+from merging.tasks.task import IGNORED, Task
 
 
 @dataclass(frozen=True)
@@ -51,20 +51,15 @@ class Weighing:
         reference = recipe.method in REFERENCES
         self.members = tuple(sorted(members)) if reference else recipe.members
         plain = Recipe("", dict.fromkeys(self.members, 1.0)) if reference else recipe
-        counts = material.examples
-        if (unknown := [m for m in self.members if m not in counts]) and len(unknown) < len(self.members):
-            raise MethodError(
-                f"number of training examples unknown for {', '.join(unknown)}, though it is given for other "
-                "members: give all of them, or none"
-            )
+        counts = example_counts(material.examples, self.members)
         self._scales = {
-            name: {member: factor * counts.get(member, 1) for member, factor in factors.items()}
+            name: {member: factor * counts[member] for member, factor in factors.items()}
             for names, factors in weight_groups.split(material.pool.weights, plain)
             for name in names
         }
         self._delta, fisher = (1.0, False) if reference else METHODS[recipe.method].prior(recipe.parameters)
         self._fisher = material.statistics.get("fisher", {}).get(BASE) if fisher else None
-        self._count = counts.get(BASE, 1)
+        self._count = material.examples.get(BASE, 1)
         if fisher and self._fisher is None:
             raise MethodError("the gradient mismatch of this recipe needs the statistic 'fisher' of the base, its H_0")
         if fisher and not self._delta > 0:

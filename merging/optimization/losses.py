@@ -10,8 +10,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from merging.checkpoints.pool import Pool
 from merging.errors import TaskError
 from merging.evaluation.shared_weights import SharedWeights, share_weights
-from merging.statistics.likelihood import IGNORED
-from merging.tasks.task import Batch, Split, Task
+from merging.tasks.task import IGNORED, Batch, Split, Task
 
 Loss = Literal["expected_error", "cross_entropy", "distil"]
 """1 − p of the label, a smooth stand-in for accuracy; − log p of the label; KL divergence from the task's own member, which

@@ -13,6 +13,7 @@ from merging.propagation.residual import Sights
 from merging.propagation.used_positions import Rows, used_rows
 from merging.statistics.capture.hooks import differentiable
 from merging.statistics.capture.layers import decoder_layers, decoder_mask
+from merging.statistics.capture.verification import probe_gradient
 from merging.tasks.task import Batch, Task
 
 
@@ -76,8 +77,7 @@ def _gradients(logits: Tensor, edges: Mapping[str, GradientEdge]) -> dict[str, T
     """The gradient of a sum over all logits, each with a weight of its own, for each layer's output."""
     if not logits.requires_grad:
         return dict.fromkeys(edges)
-    weights = torch.linspace(-1, 2, logits.numel(), dtype=logits.dtype, device=logits.device).view_as(logits)
-    found = torch.autograd.grad((logits * weights).sum(), list(edges.values()), allow_unused=True)
+    found = torch.autograd.grad(logits, list(edges.values()), probe_gradient(logits), allow_unused=True)
     return dict(zip(edges, found, strict=True))
 
 

@@ -16,7 +16,8 @@ from merging.propagation.execution_order import Call, trace
 from merging.propagation.merged_layers import Layer, merged_layers
 from merging.propagation.paused_forward import Place, Stop, Stream
 from merging.propagation.settings import PropagationSettings
-from merging.statistics.capture.layers import decoder_layers, decoder_mask
+from merging.statistics.capture.hooks import without_cache
+from merging.statistics.capture.layers import decoder_mask
 from merging.statistics.capture.linear_calls import LinearCalls, inspect_calls
 from merging.statistics.capture.single_examples import single_examples
 from merging.tasks.task import Batch, Task
@@ -67,11 +68,13 @@ class MemberPasses:
             )
         device = next(iter(out.values())).device
         self.member, self._task, self._settings, self._device = member, task, settings, device
-        self._own = _uncached(task.load_model()).to(device).eval()
+        self._own = task.load_model().to(device).eval()
         merged = task.load_model()
         shared = share_weights(merged, pool, pool.members[member], out)
         shared.require_no_copies()
-        self._merged = _uncached(merged).to(device).eval()
+        self._merged = merged.to(device).eval()
+        for model in (self._own, self._merged):
+            without_cache(model)
         self.layers: Mapping[str, Layer] = merged_layers(self._merged, out)
         stop = min(settings.examples, task.size("train"))
         (few,) = task.batches("train", 0, min(TRACED, stop), TRACED)
@@ -138,8 +141,7 @@ class MemberPasses:
     def _inspected(self, paths: Mapping[str, str], few: Batch) -> LinearCalls:
         """Which layers read in a batch what single examples do not make them read."""
         modules = {self._own.get_submodule(path): name for path, name in paths.items()}
-        decoding = decoder_layers(self._own, self._task.logits, modules, few)
-        return inspect_calls(self._own, self._task.logits, modules, decoding, few)
+        return inspect_calls(self._own, self._task.logits, modules, few)
 
     def _wanted(self, name: str, own: Stop, merged: Stop, take: Callable[[Tensor], Tensor]) -> Tensor:
         """What a layer should put out: the member's output, and what the residual stream has lost so far."""
@@ -156,12 +158,3 @@ class MemberPasses:
         layer = self.layers[name]
         module: Any = model.get_submodule(layer.path)
         return layer.output(module.weight, module.bias if layer.bias else None, rows)
-
-
-def _uncached(model: nn.Module) -> nn.Module:
-    """The model, told not to keep the keys and values that only generation needs."""
-    for module in model.modules():
-        config: Any = getattr(module, "config", None)
-        if getattr(config, "use_cache", False):
-            config.use_cache = False
-    return model

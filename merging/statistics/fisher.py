@@ -1,7 +1,7 @@
 """Diagonal Fisher information of a member on its own data (METHODS: F_t), per example and per class."""
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from merging.checkpoints.models.parameter_names import checkpoint_names, in_checkpoint
 from merging.statistics.capture.layers import device_of, means, token_count
 from merging.statistics.capture.per_example import PerExample
-from merging.statistics.likelihood import LikelihoodSettings, objectives, settings_key
+from merging.statistics.likelihood import LikelihoodSettings, objectives
 from merging.statistics.statistic import Partial, Statistic, StatisticSettings, register
 from merging.tasks.task import Batch, Task
 
@@ -66,7 +66,3 @@ class Fisher(Statistic):
             StatisticsError: It was computed over no examples, or holds NaN or Inf.
         """
         return means(self.kind, partial)
-
-    def key(self) -> dict[str, Any]:
-        """What, beside weights and data, the numbers depend on."""
-        return {"statistic": self.kind, "version": self.version, **settings_key(self.settings)}

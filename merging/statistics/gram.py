@@ -8,23 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from merging.errors import StatisticsError
-from merging.statistics.capture.layers import (
-    decoder_layers,
-    device_of,
-    layer_names,
-    means,
-    transposed_names,
-    uncovered,
-)
-from merging.statistics.capture.linear_calls import LinearCalls, UnaccountableRowsError, given, inspect_calls, real_mask
-from merging.statistics.capture.single_examples import single_examples
-from merging.statistics.gram_sums import GramSums
-from merging.statistics.statistic import Partial, Statistic, register
+from merging.statistics.capture.layers import device_of, layer_names, transposed_names, uncovered
+from merging.statistics.capture.linear_calls import LinearCalls, given, inspect_calls, real_mask
+from merging.statistics.gram_sums import GramStatistic, GramSums
+from merging.statistics.statistic import Partial, register
 from merging.tasks.task import Batch, Task
 
 
 @register
-class Gram(Statistic):
+class Gram(GramStatistic):
     """G = (1/tokens) Xᵀ X [in, in] for every linear layer's weight, X its inputs at real tokens.
 
     Layers that are given the same tensors (query, key and value) have one Gram, under the name of the first. A weight
@@ -34,21 +26,13 @@ class Gram(Statistic):
     kind: ClassVar[str] = "gram"
     version: ClassVar[int] = 2
 
-    def measure(self, model: nn.Module, task: Task, batches: Iterable[Batch]) -> Partial:
-        """One forward pass a batch, or an example where single examples' rows cannot be told in a batch.
-
-        Of the first batch two examples run twice more, and once backward, to find that out.
+    def accumulate(self, model: nn.Module, task: Task, batches: Iterable[Batch], *, alone: bool) -> Partial:
+        """One forward pass a batch, or an example.
 
         Raises:
             StatisticsError: Layers share an input in one pass and not in another.
+            UnaccountableRowsError: See `GramStatistic`.
         """
-        read = list(batches)
-        try:
-            return self._measure(model, task, read, alone=False)
-        except UnaccountableRowsError:
-            return self._measure(model, task, read, alone=True)
-
-    def _measure(self, model: nn.Module, task: Task, batches: Iterable[Batch], *, alone: bool) -> Partial:
         layers = layer_names(model)
         recorder: _Recorder | None = None
         with torch.no_grad():
@@ -56,10 +40,9 @@ class Gram(Statistic):
                 for batch in batches:
                     batch = batch.to(device_of(model))
                     if recorder is None:
-                        decoding = decoder_layers(model, task.logits, layers, batch)
-                        calls = inspect_calls(model, task.logits, layers, decoding, batch)
-                        recorder = _Recorder(layers, decoding, calls)
-                    for part in single_examples(batch, unpadded=True) if alone or calls.alone else (batch,):
+                        calls = inspect_calls(model, task.logits, layers, batch)
+                        recorder = _Recorder(layers, calls)
+                    for part in calls.parts(batch, alone=alone):
                         recorder.start(part)
                         task.logits(model, part)
             finally:
@@ -67,21 +50,13 @@ class Gram(Statistic):
                     recorder.close()
         return Partial() if recorder is None else recorder.partial(model)
 
-    def finalize(self, partial: Partial) -> dict[str, Tensor]:
-        """Means over real tokens, float32 [in, in], by the weight's name, without those of `shared` names.
-
-        Raises:
-            StatisticsError: It was computed over no examples, or holds NaN or Inf.
-        """
-        return means(self.kind, partial)
-
 
 class _Recorder:
     """Sees what goes into each layer."""
 
-    def __init__(self, layers: dict[nn.Module, str], decoding: set[nn.Module], calls: LinearCalls) -> None:
+    def __init__(self, layers: dict[nn.Module, str], calls: LinearCalls) -> None:
         self._layers = {layer: name for layer, name in layers.items() if name not in calls.incomplete}
-        self._decoding = decoding
+        self._decoding = calls.decoding
         self._holders = {name: holder for name, holder in calls.holders.items() if name not in calls.incomplete}
         self._holding = set(self._holders.values())
         self._sums = GramSums()

@@ -1,10 +1,14 @@
-"""Sums of rowsᵀ @ rows, half of which follows from the other half."""
+"""Sums of rowsᵀ @ rows, half of which follows from the other half, and the statistics that are made of them."""
 
-from torch import Tensor, float32, promote_types
+from abc import abstractmethod
+from collections.abc import Iterable
 
-from merging.statistics.capture.layers import real_rows, token_count
-from merging.statistics.statistic import Partial
-from merging.tasks.task import Batch
+from torch import Tensor, float32, nn, promote_types
+
+from merging.statistics.capture.layers import means, real_rows, token_count
+from merging.statistics.capture.linear_calls import UnaccountableRowsError
+from merging.statistics.statistic import Partial, Statistic
+from merging.tasks.task import Batch, Task
 
 LEAST_BLOCK = {"cpu": 256}
 """Blocks on the diagonal that are no longer worth cutting; elsewhere `LEAST_BLOCK_ELSEWHERE`."""
@@ -46,6 +50,46 @@ class GramSums:
         sums = {name: (value.triu() + value.triu(1).T).cpu() for name, value in self._sums.items()}
         named = tuple(name for name in transposed if name in sums or name in shared)
         return Partial(sums, self._counts, shared=shared, transposed=named)
+
+
+class GramStatistic(Statistic):
+    """Grams of what linear layers read, or of gradients at what they put out, at real tokens."""
+
+    def measure(self, model: nn.Module, task: Task, batches: Iterable[Batch]) -> Partial:
+        """Batch by batch, or example by example where single examples' rows cannot be told in a batch.
+
+        Of the first batch two examples run twice more, and once backward, to find that out.
+
+        Raises:
+            StatisticsError: See `accumulate`.
+        """
+        read = list(batches)
+        try:
+            return self.accumulate(model, task, read, alone=False)
+        except UnaccountableRowsError:
+            return self.accumulate(model, task, read, alone=True)
+
+    @abstractmethod
+    def accumulate(self, model: nn.Module, task: Task, batches: Iterable[Batch], *, alone: bool) -> Partial:
+        """The sums over some batches.
+
+        Args:
+            model: See `measure`.
+            task: See `measure`.
+            batches: On the CPU.
+            alone: Run every example by itself, without padding.
+
+        Raises:
+            UnaccountableRowsError: Rows of padding cannot be told, and the examples do not run alone.
+        """
+
+    def finalize(self, partial: Partial) -> dict[str, Tensor]:
+        """Means over real tokens, float32 [D, D], by the weight's name, without those of `shared` names.
+
+        Raises:
+            StatisticsError: It was computed over no examples, or holds NaN or Inf.
+        """
+        return means(self.kind, partial)
 
 
 def _add_upper(out: Tensor, rows: Tensor) -> None:

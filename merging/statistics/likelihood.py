@@ -10,10 +10,7 @@ from torch.nn import functional as F
 
 from merging.errors import StatisticsError
 from merging.statistics.statistic import StatisticSettings
-from merging.tasks.task import Batch, Likelihood
-
-IGNORED = -100
-"""The label of a position where there is nothing to predict."""
+from merging.tasks.task import IGNORED, Batch, Likelihood
 
 
 class LikelihoodSettings(StatisticSettings):
@@ -30,11 +27,10 @@ class LikelihoodSettings(StatisticSettings):
         """The estimator for examples that have one label, or one for every token."""
         return self.estimator or ("exact" if one_label else "sampled")
 
-
-def settings_key(settings: LikelihoodSettings) -> dict[str, Any]:
-    """The settings that the numbers depend on: the seed only where something is drawn."""
-    left_out = {"batch_size"} if settings.estimator in ("sampled", None) else {"batch_size", "seed"}
-    return settings.model_dump(mode="json", exclude=left_out)
+    def key(self) -> dict[str, Any]:
+        """The settings that the numbers depend on: the seed only where something is drawn."""
+        left_out = {"batch_size"} if self.estimator in ("sampled", None) else {"batch_size", "seed"}
+        return self.model_dump(mode="json", exclude=left_out)
 
 
 def objectives(

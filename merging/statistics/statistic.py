@@ -1,7 +1,7 @@
 """What a statistic is: sums over examples that can be taken in any order and on any machine."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -20,6 +20,10 @@ class StatisticSettings(BaseModel):
 
     examples: int = Field(256, ge=1, description="Examples of a member's training split to compute it from.")
     batch_size: int = Field(16, ge=1, description="Examples per step; changes rounding only.")
+
+    def key(self) -> dict[str, Any]:
+        """The settings that the numbers depend on, JSON-like."""
+        return self.model_dump(mode="json", exclude={"batch_size"})
 
 
 @dataclass
@@ -98,7 +102,7 @@ class Statistic(ABC):
     """Raised whenever the same settings give other numbers: part of the cache's key."""
     settings_type: ClassVar[type[StatisticSettings]] = StatisticSettings
 
-    def __init__(self, settings: Any) -> None:
+    def __init__(self, settings: StatisticSettings) -> None:
         self.settings = settings
 
     @abstractmethod
@@ -124,8 +128,7 @@ class Statistic(ABC):
 
     def key(self) -> dict[str, Any]:
         """What, beside weights and data, the numbers depend on."""
-        settings: Mapping[str, Any] = self.settings.model_dump(mode="json", exclude={"batch_size"})
-        return {"statistic": self.kind, "version": self.version, **settings}
+        return {"statistic": self.kind, "version": self.version, **self.settings.key()}
 
 
 STATISTICS: Registry[type[Statistic]] = Registry("statistic", StatisticsError)

@@ -17,6 +17,7 @@ from merging.checkpoints.models import skeleton
 from merging.checkpoints.models.parameter_names import Loading, loading, remember_names
 from merging.errors import CheckpointError, StorageError, TaskError
 from merging.io import addresses, documents, local_copies, storage
+from merging.io.addresses import in_words
 from merging.io.documents import is_number
 from merging.io.prefetch import download
 
@@ -102,7 +103,7 @@ def blank_model(head: str, model_class: str, base: str = "") -> tuple[nn.Module,
     except TaskError:
         raise
     except Exception as error:  # transformers raises all kinds
-        raise TaskError(f"{head} cannot be loaded as {model_class}: {_first_line(error)}") from error
+        raise TaskError(f"{head} cannot be loaded as {model_class}: {in_words(error)}") from error
     if found.misfits:
         name, (has, wants) = next(iter(found.misfits.items()))
         raise TaskError(
@@ -231,7 +232,7 @@ def load_tokenizer(head: str, base: str = "") -> Any:
             )
     except Exception as error:  # transformers raises all kinds
         raise TaskError(
-            f"the tokenizer of {head} cannot be loaded ({_first_line(error)}): save the base model's tokenizer there"
+            f"the tokenizer of {head} cannot be loaded ({in_words(error)}): save the base model's tokenizer there"
         ) from error
     if len(tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)) < 2:
         # of a directory without its vocabulary, transformers makes one that knows no words, and says nothing
@@ -259,7 +260,7 @@ def load_image_processor(head: str, base: str = "") -> Any:
             )
     except Exception as error:  # transformers raises all kinds
         raise TaskError(
-            f"the image processor of {head} cannot be loaded ({_first_line(error)}): save the base model's "
+            f"the image processor of {head} cannot be loaded ({in_words(error)}): save the base model's "
             f"{IMAGE_PROCESSOR} there"
         ) from error
 
@@ -301,7 +302,7 @@ def load_model(head: str, model_class: str, *, base: str = "", hollow: Collectio
                 )
             )
     except Exception as error:  # transformers raises all kinds
-        raise TaskError(f"{head} cannot be loaded as {model_class}: {_first_line(error)}") from error
+        raise TaskError(f"{head} cannot be loaded as {model_class}: {in_words(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise _incomplete(head, model, missing, str((getattr(model.config, "architectures", None) or ["?"])[0]))
     live: nn.Module = model.eval()
@@ -378,7 +379,3 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 
 from merging.errors import StorageError, TaskError
 from merging.io import storage
-from merging.io.documents import as_object, parse_json
+from merging.io.documents import as_object, is_text, parse_json
+from merging.tasks.task import IGNORED
 
 FORMATS = (".parquet", ".csv", ".jsonl", ".ndjson")
 SHOWN, LONGEST = 5, 100
@@ -73,7 +74,7 @@ def read_examples(paths: Sequence[str], columns: Columns, classes: Sequence[str]
     """
     frame = read_table(paths, columns.all, columns.texts)
     problems = [problem for column in columns.texts for problem in text_problems(frame[column], column)]
-    labels = np.full(len(frame), -100)
+    labels = np.full(len(frame), IGNORED)
     if columns.label is not None:
         labels = class_indices(frame[columns.label], columns.label, classes, problems)
     if columns.label is not None and not problems and len(np.unique(labels)) < 2:
@@ -163,24 +164,13 @@ def _read_json_lines(text: str) -> pd.DataFrame:
 
 def text_problems(values: "pd.Series[Any]", column: str) -> list[str]:
     """What is wrong with a column of texts, the first bad row named."""
-    wrong = [row for row, value in enumerate(values) if not _is_text(value)]
+    wrong = [row for row, value in enumerate(values) if not is_text(value)]
     if not wrong:
         return []
     return [
         f"column '{column}' holds no text in {len(wrong)} of {len(values)} rows "
         f"(first in row {wrong[0] + 1}: {repr(values.iloc[wrong[0]])[:LONGEST]}); remove those rows or name another column"
     ]
-
-
-def _is_text(value: object) -> bool:
-    """Whether a tokenizer can read it: JSON may also hold halves of characters."""
-    if not isinstance(value, str):
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def class_indices(

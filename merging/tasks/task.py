@@ -18,6 +18,8 @@ from merging.tasks.predictions import Floats, Predictions
 
 Split = Literal["train", "validation", "test"]
 Likelihood = Literal["categorical", "bernoulli", "gaussian"]
+IGNORED = -100
+"""The label of a position where there is nothing to predict."""
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
@@ -38,7 +40,7 @@ class Batch:
 
     Args:
         inputs: Keyword arguments of the model's `forward`, without labels.
-        labels: Class indices [N] or [N, S]; −100 where there is nothing to predict. Of several labels at once 0 and 1,
+        labels: Class indices [N] or [N, S]; `IGNORED` where there is nothing to predict. Of several labels at once 0 and 1,
             of a regression numbers, both in the shape of the logits.
         indices: Positions of the examples in their split [N].
         mask: Which positions are real tokens [N, S]; None where every position counts.

@@ -38,9 +38,14 @@ class Free(Declared):
     scale_free = True
 
 
-for toy in (Curve, Free):
-    if toy.name not in METHODS:
-        METHODS.register(toy.name, toy())
+@pytest.fixture(scope="module", autouse=True)
+def toys():
+    """The toys, registered while a module's tests run: other modules list the methods when they are collected."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(METHODS, "_entries", dict.copy(METHODS._entries))
+        for toy in (Curve, Free):
+            METHODS.register(toy.name, toy())
+        yield
 
 
 class Threads:

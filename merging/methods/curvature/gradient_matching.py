@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from merging.errors import MethodError
-from merging.methods.checks import chosen
+from merging.methods.checks import chosen, example_counts
 from merging.methods.curvature.diagonal import Curvature, Diagonal
 from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
 from merging.recipe import BASE, Recipe, Value
@@ -88,14 +88,7 @@ class PreparedGradientMatching(Prepared):
 
     def __init__(self, weights: Sequence[Weight], examples: Mapping[str, int]) -> None:
         self._diagonal = Diagonal(weights)
-        members = self._diagonal.members
-        unknown = [member for member in members if member not in examples]
-        if unknown and len(unknown) < len(members):
-            raise MethodError(
-                f"number of training examples unknown for {', '.join(unknown)}, though it is given for other "
-                "members: give all of them, or none"
-            )
-        self._examples = {member: float(examples.get(member, 1)) for member in members}
+        self._examples = example_counts(examples, self._diagonal.members)
         self._base_examples = float(examples.get(BASE, 1))
 
     def report(self) -> dict[str, float]:
@@ -116,7 +109,7 @@ class PreparedGradientMatching(Prepared):
         curvature = Curvature(
             members,
             [scaling[member] for member in members],
-            [self._examples[member] for member in members],
+            [float(self._examples[member]) for member in members],
             base_scale=self._base_examples if with_fisher else 0.0,
             delta=float(parameters["delta"]),
             clamp=bool(parameters["clamp"]),

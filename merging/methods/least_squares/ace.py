@@ -19,7 +19,7 @@ STRONGEST = 0.3
 
 @register
 class Ace(Method):
-    """θ_0 + Σ α_t τ̃_t (Σ̂_t + ε I) M⁻¹ for every matrix [out, in], M = Σ (Σ̂_s + ε I) + 1 c (ACE-Merging, 2026).
+    """θ_0 + Σ α_t τ̃_t (Σ̂_t + ε I) M⁻¹ for every matrix [out, in], M = Σ (Σ̂_s + ε I) + 1 c (Xu et al. 2026, ACE-Merging).
 
     τ̃_t is τ_t less its mean over outputs; Σ̂_t = τ̃_tᵀ τ̃_t over its trace stands for the Gram of the member's inputs; c has
     the mean of each column of Σ Σ̂_s. The trace normalises always: the authors' switch on the variance of log ‖τ‖² depends
@@ -63,11 +63,13 @@ class PreparedAce(PreparedTaskVectorGrams):
         """Without the refinement."""
         return not parameters["refine"]
 
-    def term(self, moved: Tensor, parameters: Mapping[str, Value]) -> tuple[Tensor, Tensor]:
-        """τ̃ (Σ̂ + ε I) and Σ̂."""
-        centred = moved - moved.mean(1, keepdim=True)
-        gram = normalised_gram(centred)
-        return centred @ gram + float(parameters["epsilon"]) * centred, gram
+    def centred(self, moved: Tensor) -> Tensor:
+        """τ̃."""
+        return moved - moved.mean(1, keepdim=True)
+
+    def term(self, moved: Tensor, gram: Tensor, parameters: Mapping[str, Value]) -> Tensor:
+        """τ̃ (Σ̂ + ε I)."""
+        return moved @ gram + float(parameters["epsilon"]) * moved
 
     def solver(self, total: Tensor, members: int, parameters: Mapping[str, Value]) -> Callable[[Tensor], Tensor]:
         """By LU, for M is not symmetric."""
@@ -90,7 +92,7 @@ class PreparedAce(PreparedTaskVectorGrams):
         mixed = step.clone()
         for member, factor in factors.items():
             moved = batch.moved({member: factor}, self.scratch)
-            gram = normalised_gram(moved - moved.mean(1, keepdim=True))
+            gram = normalised_gram(self.centred(moved))
             mixed += moved @ (gram - total / len(factors))
         first = max(int(STRONGEST * batch.rank), 1)
         left, sizes, right = (part[..., :first] for part in triples(mixed))

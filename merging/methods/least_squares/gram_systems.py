@@ -10,6 +10,7 @@ from torch import Tensor
 from merging.errors import MethodError
 from merging.kernels.blockwise import Scratch, accumulate, difference, weighted_sum
 from merging.methods.checks import statistic, target
+from merging.methods.depth import is_embedding
 from merging.methods.method import Weight
 
 CPU_BYTES = 1 << 24
@@ -168,6 +169,16 @@ def batches(weights: Sequence[Weight], scratch: Scratch) -> list[Batch]:
         size = max(1, most // (8 * inputs * inputs))
         made += [Batch(systems[start : start + size], scratch) for start in range(0, len(systems), size)]
     return made
+
+
+def averaged_layers(rest: Sequence[Weight]) -> dict[str, float]:
+    """`averaged_layers`, for a report: how many matrices besides embeddings have no Gram (a mixture's experts).
+
+    Args:
+        rest: The weights that have none and are the members' mean.
+    """
+    matrices = sum(weight.base.dim() > 1 and not is_embedding(weight.name) for weight in rest)
+    return {"averaged_layers": float(matrices)} if matrices else {}
 
 
 def grams_of(weight: Weight) -> dict[str, Tensor]:

@@ -10,9 +10,9 @@ from torch import Tensor
 from merging.kernels.blockwise import Scratch
 from merging.methods.averaging.weighted_sum import mean_step
 from merging.methods.checks import check_weights, chosen
-from merging.methods.depth import is_embedding
+from merging.methods.latest import Latest
 from merging.methods.least_squares.cholesky import factor, solve
-from merging.methods.least_squares.gram_systems import batches
+from merging.methods.least_squares.gram_systems import averaged_layers, batches
 from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
 from merging.recipe import Value
 
@@ -79,14 +79,10 @@ class Solution:
     """What some members' weights move by.
 
     Args:
-        members: The members.
-        rho: ρ.
         moved: Of every batch: what all move by together, or u_t of each; [B, out, in] float32.
         report: How far ridges were needed.
     """
 
-    members: tuple[str, ...]
-    rho: float
     moved: list[list[Tensor]]
     report: dict[str, float]
 
@@ -104,17 +100,13 @@ class PreparedRegMean(Prepared):
         self._batches = batches(weights, self._scratch)
         solved = {weight.name for batch in self._batches for system in batch.systems for weight in system.weights}
         self._rest = [weight for weight in weights if weight.name not in solved]
-        self._averaged = sum(weight.base.dim() > 1 and not is_embedding(weight.name) for weight in self._rest)
         self._report: dict[str, float] = {}
-        self._kept: dict[bool, Solution] = {}
+        # whether each member's part is kept apart → the solution for factors of 1
+        self._kept: dict[bool, Latest[Solution]] = {False: Latest(), True: Latest()}
 
     def report(self) -> dict[str, float]:
-        """`ridge`, the largest share of a diagonal that was added; `ridged_layers`, in how many systems.
-
-        `averaged_layers`: matrices besides embeddings that have no Gram (a mixture's experts) and are the members' mean.
-        """
-        averaged = {"averaged_layers": float(self._averaged)} if self._averaged else {}
-        return self._report | averaged
+        """`ridge`, the largest share of a diagonal that was added; `ridged_layers`, in how many systems; `averaged_layers`."""
+        return self._report | averaged_layers(self._rest)
 
     @torch.no_grad()
     def merge(self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]) -> None:
@@ -145,11 +137,8 @@ class PreparedRegMean(Prepared):
 
     def _solution(self, members: tuple[str, ...], rho: float, *, apart: bool) -> Solution:
         """The solution for factors of 1; kept until other members or another ρ are asked for."""
-        kept = self._kept.get(apart)
-        if kept is None or (kept.members, kept.rho) != (members, rho):
-            self._kept.pop(apart, None)  # before the new one takes memory
-            self._kept[apart] = self._solve(members, [1.0] * len(members), rho, apart=apart)
-        return self._kept[apart]
+        ones = [1.0] * len(members)
+        return self._kept[apart].get((members, rho), lambda: self._solve(members, ones, rho, apart=apart))
 
     def _solve(self, members: tuple[str, ...], factors: Sequence[float], rho: float, *, apart: bool) -> Solution:
         """(Σ α_t G̃_t)⁻¹ Σ α_t G̃_t τ_tᵀ of every batch, summed over members or for each."""
@@ -165,4 +154,4 @@ class PreparedRegMean(Prepared):
             pull = ridges[:, None] * scale.square()
             rights = (batch.right(members, factors, part, rho, pull) for part in parts)
             every.append([solve(cholesky, scale, right.mT).mT.float().contiguous() for right in rights])
-        return Solution(members, rho, every, report)
+        return Solution(every, report)

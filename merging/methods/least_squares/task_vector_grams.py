@@ -25,14 +25,19 @@ class PreparedTaskVectorGrams(PreparedSpectral):
 
     oriented = True
 
-    @abstractmethod
-    def term(self, moved: Tensor, parameters: Mapping[str, Value]) -> tuple[Tensor, Tensor]:
-        """A member's R_t [B, out, in] and its Σ̂_t [B, in, in].
+    def centred(self, moved: Tensor) -> Tensor:
+        """What a member's Gram is of, of its τ_t [B, out, in]."""
+        return moved
+
+    def term(self, moved: Tensor, gram: Tensor, parameters: Mapping[str, Value]) -> Tensor:
+        """A member's R_t [B, out, in].
 
         Args:
-            moved: τ_t [B, out, in]; may be overwritten.
+            moved: What `centred` gives [B, out, in].
+            gram: Σ̂_t, its Gram of trace 1 [B, in, in].
             parameters: The candidate's.
         """
+        return moved @ gram
 
     @abstractmethod
     def solver(self, total: Tensor, members: int, parameters: Mapping[str, Value]) -> Callable[[Tensor], Tensor]:
@@ -60,7 +65,7 @@ class PreparedTaskVectorGrams(PreparedSpectral):
         batch, members = self.batches[index], list(scalings[0])
         total: Tensor | None = None
         for member in members:
-            _, gram = self.term(batch.moved({member: 1.0}, self.scratch), parameters)
+            gram = normalised_gram(self.centred(batch.moved({member: 1.0}, self.scratch)))
             total = gram if total is None else total.add_(gram)
         assert total is not None
         solve = self.solver(total, len(members), parameters)
@@ -68,5 +73,6 @@ class PreparedTaskVectorGrams(PreparedSpectral):
             right = torch.zeros_like(batch.moved({}, self.scratch))
             for member, factor in factors.items():
                 if factor:
-                    right.add_(self.term(batch.moved({member: 1.0}, self.scratch), parameters)[0], alpha=factor)
+                    moved = self.centred(batch.moved({member: 1.0}, self.scratch))
+                    right.add_(self.term(moved, normalised_gram(moved), parameters), alpha=factor)
             yield self.finish(solve(right), batch, factors, total, parameters)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from merging.methods.least_squares.task_vector_grams import PreparedTaskVectorGrams, normalised_gram
+from merging.methods.least_squares.task_vector_grams import PreparedTaskVectorGrams
 from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
 from merging.recipe import Value
 
@@ -48,11 +48,6 @@ class Wudi(Method):
 
 class PreparedWudi(PreparedTaskVectorGrams):
     """Base and members as they are stored."""
-
-    def term(self, moved: Tensor, parameters: Mapping[str, Value]) -> tuple[Tensor, Tensor]:
-        """τ Σ̂ and Σ̂."""
-        gram = normalised_gram(moved)
-        return moved @ gram, gram
 
     def solver(self, total: Tensor, members: int, parameters: Mapping[str, Value]) -> Callable[[Tensor], Tensor]:
         """By eigenvalues."""

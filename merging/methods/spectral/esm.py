@@ -2,16 +2,16 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from merging.methods.depth import is_embedding
-from merging.methods.least_squares.gram_systems import grams_of
+from merging.methods.latest import Latest
+from merging.methods.least_squares.gram_systems import averaged_layers, grams_of
 from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
 from merging.methods.spectral.singular_vectors import Matrix, PreparedSpectral, norms, polar, triples
+from merging.methods.spherical.inner_products import Products, added, inner_products
 from merging.recipe import Value
 
 POWER = 0.15
@@ -22,7 +22,7 @@ ROUNDING = 2 * torch.finfo(torch.float32).eps
 
 @register
 class Esm(Method):
-    """θ_0 + 2 mean σ(U) mean σ(V) polar(U) polar(V) for every matrix with a Gram (essential subspace merging, 2026).
+    """θ_0 + 2 mean σ(U) mean σ(V) polar(U) polar(V) for every matrix with a Gram (Li et al. 2026, essential subspace).
 
     P_t and λ_t are the eigenvectors and eigenvalues of τ_t G_t τ_tᵀ: directions of what the task vector adds to the outputs
     on the member's own inputs. Of each of T members the first k = out / T enter, weighted by w = λ^0.15 over its mean: side
@@ -46,19 +46,13 @@ class Esm(Method):
         ),
     }
 
-    def survey(self, weights: Iterable[Weight]) -> "Survey":
+    def survey(self, weights: Iterable[Weight]) -> Products:
         """Inner products of the task vectors of every matrix with a Gram."""
-        products = {}
-        for weight in weights:
-            if weight.statistics.get("gram"):
-                taus = [(weight.members[m].double() - weight.base.double()).reshape(-1) for m in sorted(weight.members)]
-                one_by_one = [[float(a @ b) for b in taus[: i + 1]] for i, a in enumerate(taus)]
-                products[weight.name] = dict(zip(sorted(weight.members), one_by_one, strict=True))
-        return Survey(products)
+        return inner_products(weight for weight in weights if weight.statistics.get("gram"))
 
-    def combine(self, first: "Survey | None", second: "Survey | None") -> "Survey":
+    def combine(self, first: Products | None, second: Products | None) -> Products:
         """All of them."""
-        return Survey({**(first.products if first else {}), **(second.products if second else {})})
+        return added(first or {}, second or {})
 
     def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
         """Looks at all Grams.
@@ -69,31 +63,22 @@ class Esm(Method):
         return PreparedEsm(weights, self.survey(weights) if context.survey is None else context.survey)
 
 
-@dataclass(frozen=True)
-class Survey:
-    """How task vectors of all matrices lie to one another.
+def layer_scales(products: Products, places: Sequence[int]) -> dict[str, float]:
+    """Weight → (‖Σ τ_t‖ / mean ‖Σ τ_t‖)² of some members, the mean taken over the same matrix of all layers.
 
     Args:
-        products: Weight → member → its inner products with members up to itself, in sorted order.
+        products: Of every matrix of the model.
+        places: Where the members are among all.
     """
-
-    products: Mapping[str, Mapping[str, Sequence[float]]]
-
-    def scales(self, members: Sequence[str]) -> dict[str, float]:
-        """Weight → (‖Σ τ_t‖ / mean ‖Σ τ_t‖)² of some members, the mean taken over the same matrix of all layers."""
-        kinds: dict[str, dict[str, float]] = {}
-        for name in sorted(self.products):
-            rows = self.products[name]
-            place = {member: index for index, member in enumerate(sorted(rows))}
-            total = 0.0
-            for index, one in enumerate(members):
-                total += sum((1 + (one != other)) * rows[one][place[other]] for other in members[: index + 1])
-            kinds.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), {})[name] = max(total, 0.0) ** 0.5
-        scales = {}
-        for sizes in kinds.values():
-            mean = sum(sizes.values()) / len(sizes)
-            scales.update({name: (size / mean) ** 2 if mean > 0 else 1.0 for name, size in sizes.items()})
-        return scales
+    kinds: dict[str, dict[str, float]] = {}
+    for name in sorted(products):
+        total = float(products[name][places][:, places].sum())
+        kinds.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), {})[name] = max(total, 0.0) ** 0.5
+    scales = {}
+    for sizes in kinds.values():
+        mean = sum(sizes.values()) / len(sizes)
+        scales.update({name: (size / mean) ** 2 if mean > 0 else 1.0 for name, size in sizes.items()})
+    return scales
 
 
 class PreparedEsm(PreparedSpectral):
@@ -101,23 +86,23 @@ class PreparedEsm(PreparedSpectral):
 
     Args:
         weights: The weights to merge.
-        survey: Of the whole model.
+        products: Inner products of the task vectors of every matrix with a Gram of the whole model.
     """
 
     oriented = True
 
-    def __init__(self, weights: Sequence[Weight], survey: Survey) -> None:
-        self._survey = survey
+    def __init__(self, weights: Sequence[Weight], products: Products) -> None:
         super().__init__(weights)
-        self._averaged = sum(w.base.dim() > 1 and not is_embedding(w.name) and not grams_of(w) for w in weights)
+        self._products = products
+        self._scales: Latest[dict[str, float]] = Latest()
 
     def matrices(self, weight: Weight) -> list[Matrix]:
         """Those that have Grams."""
         return [Matrix(weight)] if grams_of(weight) and weight.base.numel() else []
 
     def report(self) -> dict[str, float]:
-        """`averaged_layers`: matrices besides embeddings that have no Gram (a mixture's experts) and are the members' mean."""
-        return {"averaged_layers": float(self._averaged)} if self._averaged else {}
+        """`averaged_layers`."""
+        return averaged_layers(self.rest)
 
     def steps(
         self, index: int, scalings: Sequence[Mapping[str, float]], parameters: Mapping[str, Value]
@@ -139,7 +124,7 @@ class PreparedEsm(PreparedSpectral):
         mean = torch.stack(sizes).mean(0)
         ratios = [(size / torch.where(mean > 0, mean, 1.0)).square() for size in sizes]
         outputs, strength = polar(torch.cat(lefts, dim=2))
-        layers = self._survey.scales(members) if parameters["layers"] else {}
+        layers = self._layer_scales(members) if parameters["layers"] else {}
         scale = 2 * strength * strength.new_tensor([layers.get(row.weight.name, 1.0) for row in batch.rows])
         for factors in scalings:
             shares = [factors[member] * ratio[:, None, None] for member, ratio in zip(members, ratios, strict=True)]
@@ -148,6 +133,11 @@ class PreparedEsm(PreparedSpectral):
             mean = columns.mean(1, keepdim=True)
             inputs, size = polar(stacked * (columns / torch.where(mean > 0, mean, 1.0)).square()[:, None, :])
             yield outputs @ inputs * (scale * size)[:, None, None]
+
+    def _layer_scales(self, members: Sequence[str]) -> dict[str, float]:
+        """See `layer_scales`; kept until other members are asked for."""
+        places = [self.members.index(member) for member in members]
+        return self._scales.get(places, lambda: layer_scales(self._products, places))
 
 
 def _root(grams: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
-from merging.methods.spectral.singular_vectors import PreparedSpectral, directions, inverse
+from merging.methods.spectral.singular_vectors import PreparedSpectral, polar
 from merging.recipe import Value
 
 
@@ -48,12 +48,9 @@ class PreparedIsoC(PreparedSpectral):
     def steps(
         self, index: int, scalings: Sequence[Mapping[str, float]], parameters: Mapping[str, Value]
     ) -> Iterator[Tensor]:
-        """σ̄ U Vᵀ = σ̄ A V Σ⁻¹ Vᵀ of every scaling's sum A."""
+        """σ̄ U Vᵀ of every scaling's sum."""
         batch = self.batches[index]
+        rank = max(round(float(parameters["rank"]) * batch.rank), 1)
         for factors in scalings:
-            moved = batch.moved(factors, self.scratch)
-            values, vectors = directions(moved)
-            values[:, max(round(float(parameters["rank"]) * batch.rank), 1) :] = 0.0
-            mean = values.sum(1) / (values > 0).sum(1).clamp(min=1)
-            flat = (vectors * (inverse(values) * mean[:, None])[:, None, :]) @ vectors.mT
-            yield moved @ flat
+            factor, mean = polar(batch.moved(factors, self.scratch), rank)
+            yield factor.mul_(mean[:, None, None])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
-from merging.methods.spectral.singular_vectors import PreparedSpectral, norms, triples, whitening
+from merging.methods.spectral.singular_vectors import PreparedSpectral, mean_size, norms, polar, triples
 from merging.recipe import Value
 
 
@@ -72,5 +72,4 @@ class PreparedIsoCts(PreparedSpectral):
                 values.append(size[..., :each])
                 rights.append(right[..., :each])
             left, size, right = torch.cat(lefts, dim=2), torch.cat(values, dim=1), torch.cat(rights, dim=2)
-            mean = size.sum(1) / (size > 0).sum(1).clamp(min=1)
-            yield (left @ whitening(left) * mean[:, None, None]) @ (right @ whitening(right)).mT
+            yield polar(left)[0] * mean_size(size)[:, None, None] @ polar(right)[0].mT

@@ -19,6 +19,7 @@ from torch import Tensor
 from merging.kernels.blockwise import Scratch, accumulate, weighted_sum
 from merging.methods.averaging.weighted_sum import mean_step
 from merging.methods.checks import check_weights, chosen, target
+from merging.methods.latest import Latest
 from merging.methods.method import Prepared, Weight
 from merging.recipe import Value
 
@@ -147,47 +148,35 @@ def norms(matrices: Tensor) -> Tensor:
     return matrices.square().sum((1, 2)).sqrt()
 
 
-def whitening(columns: Tensor) -> Tensor:
-    """(CᵀC)^-½ [B, k, k] of columns C [B, m, k], also where these are not independent.
+def polar(matrices: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
+    """The polar factor U Vᵀ of A = U Σ Vᵀ, the nearest matrix with orthogonal columns (or rows), and the mean of Σ.
 
-    The pseudo-inverse root: what several columns have in common they share, and columns of 0 stay 0. C (CᵀC)^-½ is the
-    polar factor U Vᵀ of C = U Σ Vᵀ.
+    Without directions that are rounding: what columns have in common they share, and columns of 0 stay 0.
+
+    Args:
+        matrices: A [B, m, n], float64.
+        rank: How many directions, the strongest, both are taken over; by default all.
+
+    Returns:
+        U Vᵀ [B, m, n] and the mean [B], 0 where A is.
     """
-    squares, vectors = torch.linalg.eigh(columns.mT @ columns)
-    kept = squares > 1e-10 * squares[:, -1:]
-    roots = torch.where(kept, squares, 1.0).rsqrt() * kept
-    root: Tensor = (vectors * roots[:, None, :]) @ vectors.mT
-    return root
-
-
-def polar(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """U Vᵀ of A = U Σ Vᵀ [B, m, n], and the mean of Σ [B]; without directions that are rounding."""
     wide = matrices.shape[1] < matrices.shape[2]
     tall = matrices.mT if wide else matrices
     values, vectors = directions(tall)
-    factor = tall @ (vectors * inverse(values)[:, None, :]) @ vectors.mT
-    mean = values.sum(1) / (values > 0).sum(1).clamp(min=1)
-    return factor.mT if wide else factor, mean
+    if rank is not None:
+        values[:, rank:] = 0.0
+    factor = tall @ ((vectors * inverse(values)[:, None, :]) @ vectors.mT)
+    return factor.mT if wide else factor, mean_size(values)
+
+
+def mean_size(values: Tensor) -> Tensor:
+    """The mean [B] of those of B matrices' singular values [B, r] that are no noise; 0 where all are."""
+    return values.sum(1) / (values > 0).sum(1).clamp(min=1)
 
 
 def inverse(values: Tensor) -> Tensor:
     """1 / x, and 0 for 0."""
     return torch.where(values > 0, 1 / values, 0.0)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What matrices move by at factors of 1, which any candidate of these members and parameters only scales.
-
-    Args:
-        members: The members.
-        parameters: The candidate's parameters.
-        moved: Of every batch: what all members move it by, or each alone; [B, out, in] float32.
-    """
-
-    members: tuple[str, ...]
-    parameters: Mapping[str, Value]
-    moved: list[list[Tensor]]
 
 
 class PreparedSpectral(Prepared):
@@ -207,8 +196,9 @@ class PreparedSpectral(Prepared):
         self.scratch = Scratch()
         found = {weight.name: self.matrices(weight) for weight in weights}
         self.batches = batches_of([matrix for each in found.values() for matrix in each], oriented=self.oriented)
-        self._rest = [weight for weight in weights if not found[weight.name]]
-        self._kept: dict[bool, Kept] = {}
+        self.rest = [weight for weight in weights if not found[weight.name]]
+        # whether each member's part is kept apart → of every batch, what members move it by; [B, out, in] float32
+        self._kept: dict[bool, Latest[list[list[Tensor]]]] = {False: Latest(), True: Latest()}
 
     def matrices(self, weight: Weight) -> list[Matrix]:
         """The matrices of a weight that are merged by their singular vectors; none where it is the mean."""
@@ -235,7 +225,7 @@ class PreparedSpectral(Prepared):
         shared = len(set(factors.values())) == 1
         moved: Iterable[list[Tensor]]
         if shared or self.is_sum(parameters):
-            moved = self._solution(tuple(factors), parameters, apart=not shared).moved
+            moved = self._solution(tuple(factors), parameters, apart=not shared)
             scales = list(factors.values())[: 1 if shared else None]
         else:
             moved, scales = self._moved([factors], parameters), [1.0]
@@ -243,18 +233,16 @@ class PreparedSpectral(Prepared):
             for row, (matrix, destination) in enumerate(zip(batch.rows, written, strict=True)):
                 terms = [(part[row], scale) for part, scale in zip(parts, scales, strict=True)]
                 weighted_sum([(matrix.of(matrix.weight.base), 1.0), *terms], destination, self.scratch)
-        mean_step(self._rest, factors, out, self.scratch)
+        mean_step(self.rest, factors, out, self.scratch)
 
-    def _solution(self, members: tuple[str, ...], parameters: Mapping[str, Value], *, apart: bool) -> Kept:
-        """What factors of 1 move by; kept until other members or parameters are asked for."""
-        kept = self._kept.get(apart)
-        if kept is None or (kept.members, kept.parameters) != (members, dict(parameters)):
-            self._kept.pop(apart, None)  # before the new one takes memory
-            ones = dict.fromkeys(members, 1.0)
-            alone = [{member: float(member == one) for member in members} for one in members]
-            moved = list(self._moved(alone if apart else [ones], parameters))
-            self._kept[apart] = Kept(members, dict(parameters), moved)
-        return self._kept[apart]
+    def _solution(
+        self, members: tuple[str, ...], parameters: Mapping[str, Value], *, apart: bool
+    ) -> list[list[Tensor]]:
+        """What factors of 1 move by, of every batch; kept until other members or parameters are asked for."""
+        alone = [{member: float(member == one) for member in members} for one in members]
+        scalings = alone if apart else [dict.fromkeys(members, 1.0)]
+        key = members, dict(parameters)
+        return self._kept[apart].get(key, lambda: list(self._moved(scalings, parameters)))
 
     def _moved(
         self, scalings: Sequence[Mapping[str, float]], parameters: Mapping[str, Value]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
-from merging.methods.spectral.singular_vectors import PreparedSpectral, directions, inverse, whitening
+from merging.methods.spectral.singular_vectors import PreparedSpectral, directions, inverse, polar
 from merging.recipe import Value
 
 
@@ -77,8 +77,8 @@ class PreparedTsvM(PreparedSpectral):
             lefts.append(moved @ (vectors * inverse(values)[:, None, :]))
             rights.append(vectors * (values > 0)[:, None, :])
             sizes.append(values)
-        left, right, size = torch.cat(lefts, dim=2), torch.cat(rights, dim=2), torch.cat(sizes, dim=1)
-        left, right = left @ whitening(left), right @ whitening(right)
+        left, right = (polar(torch.cat(parts, dim=2))[0] for parts in (lefts, rights))
+        size = torch.cat(sizes, dim=1)
         for factors in scalings:
             scale = size.new_tensor([factors[member] for member in members]).repeat_interleave(each)
             used = scale.nonzero().squeeze(1)

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from merging.errors import MethodError
 from merging.methods.method import register
 from merging.methods.spherical.interpolation import Spherical, of_weights
 from merging.methods.spherical.multi_slerp import on_sphere
@@ -30,6 +29,5 @@ class Karcher(Spherical):
         Raises:
             MethodError: A negative weight, with which there is no such point.
         """
-        if (shares < 0).any():
-            raise MethodError("karcher has no mean with negative scaling factors: use factors ≥ 0")
-        return torch.cat([on_sphere(of_weights(products)[:-1, :-1], shares), torch.zeros_like(shares[:1])])
+        factors = on_sphere(of_weights(products)[:-1, :-1], shares, self.name)
+        return torch.cat([factors, torch.zeros_like(shares[:1])])

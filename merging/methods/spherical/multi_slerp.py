@@ -31,18 +31,22 @@ class MultiSlerp(Spherical):
         Raises:
             MethodError: A negative weight, with which there is no such point.
         """
-        if (shares < 0).any():
-            raise MethodError("multi_slerp has no mean with negative scaling factors: use factors ≥ 0")
-        return around_base(on_sphere(products[:-1, :-1], shares))
+        return around_base(on_sphere(products[:-1, :-1], shares, self.name))
 
 
-def on_sphere(products: Tensor, shares: Tensor) -> Tensor:
+def on_sphere(products: Tensor, shares: Tensor, method: str) -> Tensor:
     """Coefficients of vectors whose sum has their mean direction and length; the linear mean's where two are opposite.
 
     Args:
         products: Inner products of the vectors [T, T], float64.
-        shares: Their weights [T], not negative, sum 1.
+        shares: Their weights [T], sum 1.
+        method: Name of the method, for an error message.
+
+    Raises:
+        MethodError: A negative weight, with which there is no mean.
     """
+    if (shares < 0).any():
+        raise MethodError(f"{method} has no mean with negative scaling factors: use factors ≥ 0")
     lengths = products.diagonal().clamp(min=0).sqrt()
     moved = (lengths > 0) & (shares > 0)
     cosines = products[moved][:, moved] / lengths[moved] / lengths[moved][:, None]

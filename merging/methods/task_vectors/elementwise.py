@@ -1,7 +1,7 @@
 """Merges of task vectors whose entries don't know of one another: θ_0 + f(τ_1 … τ_T), block by block."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -84,6 +84,19 @@ OF_AGREE = {"all": "all", "elected": "sum", "elected_mean": "mean"}
 LAMBDA = Parameter(1.0, "scale of the merged task vector", search=False)
 LARGEST = torch.finfo(torch.float32).max
 """Times itself, and times any number but 0, it is as good as infinite, and 0 times it is 0."""
+
+
+def task_vectors(weight: Weight, members: Sequence[str], scratch: Scratch) -> Iterator[tuple[int, Tensor]]:
+    """A weight's task vectors [T, n] float32 block by block, in one buffer, each with the index of its first entry there."""
+    values = [weight.members[member].reshape(-1) for member in members]
+    start = 0
+    for before, *after in cut((weight.base.reshape(-1), *values), step_of(weight.base.device, rows=4 * len(members))):
+        wide = widened(before, scratch)
+        deltas = scratch.take("deltas", len(members), before.numel(), device=before.device)
+        for row, value in zip(deltas, after, strict=True):
+            difference(value, wide, row)
+        yield start, deltas
+        start += before.numel()
 
 
 def total(deltas: Tensor, factors: Tensor, scratch: Scratch) -> Tensor:

@@ -6,9 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from merging.kernels.blockwise import Scratch, cut, difference, step_of, widened
+from merging.kernels.blockwise import Scratch
+from merging.methods.latest import Latest
 from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
-from merging.methods.task_vectors.elementwise import Block, Deltas, combined
+from merging.methods.task_vectors.elementwise import Block, Deltas, combined, task_vectors
 from merging.recipe import Value
 
 MOVED = Parameter(1e-5, "magnitude above which a member moves an entry", low=1e-6, high=1e-3, log=True, minimum=0.0)
@@ -16,7 +17,7 @@ MOVED = Parameter(1e-5, "magnitude above which a member moves an entry", low=1e-
 
 @register
 class Ram(Method):
-    """θ_0 + Σ α_t m_t ∘ τ_t / Σ_s m_s, m_t the entries that member t moves, |τ_t| > ε (reinforced agent merging, 2026).
+    """θ_0 + Σ α_t m_t ∘ τ_t / Σ_s m_s, m_t the entries that member t moves, |τ_t| > ε (Yuan et al. 2026, reinforced agents).
 
     Entries that one member alone moves are not diluted by the others.
     """
@@ -70,20 +71,17 @@ class PreparedRam(Deltas):
         def block(weight: Weight, start: int, deltas: Tensor) -> Tensor:
             torch.ops.aten.hardshrink.out(deltas, epsilon, out=deltas)
             count = movers(deltas, self.scratch)
-            self.raise_own(weight, members, count, deltas, parameters)
+            if scales := self.own_scales(weight, members, parameters):
+                alone = count == 1
+                for row, scale in zip(deltas, scales, strict=True):
+                    row.mul_(torch.where(alone, scale, 1.0))
             return combined(deltas, factors, "all", self.scratch).div_(count.clamp_(min=1))
 
         return block
 
-    def raise_own(
-        self,
-        weight: Weight,
-        members: Sequence[str],
-        count: Tensor,
-        deltas: Tensor,
-        parameters: Mapping[str, Value],
-    ) -> None:
-        """Scales what one member alone moves, in place."""
+    def own_scales(self, weight: Weight, members: Sequence[str], parameters: Mapping[str, Value]) -> Sequence[float]:
+        """What the entries that one member alone moves are multiplied by, per member; empty for nothing."""
+        return ()
 
 
 class PreparedRamPlus(PreparedRam):
@@ -91,45 +89,26 @@ class PreparedRamPlus(PreparedRam):
 
     def __init__(self, weights: Sequence[Weight]) -> None:
         super().__init__(weights)
-        self._counted_for: tuple[tuple[str, ...], float] | None = None
-        self._shared: dict[str, Tensor] = {}
+        self._ratios: Latest[Tensor] = Latest()
         self._looking = Scratch()  # a look comes while a block is at hand
 
-    def raise_own(
-        self,
-        weight: Weight,
-        members: Sequence[str],
-        count: Tensor,
-        deltas: Tensor,
-        parameters: Mapping[str, Value],
-    ) -> None:
-        """By 1 + r min(ρ, α)."""
-        alone = count == 1
-        ratios = self._ratios(weight, members, float(parameters["epsilon"]))
-        scales = 1 + float(parameters["r"]) * ratios.clamp(max=float(parameters["alpha"]))
-        for row, scale in zip(deltas, scales.tolist(), strict=True):
-            row.mul_(torch.where(alone, scale, 1.0))
+    def own_scales(self, weight: Weight, members: Sequence[str], parameters: Mapping[str, Value]) -> Sequence[float]:
+        """1 + r min(ρ, α)."""
+        epsilon = float(parameters["epsilon"])
+        ratios = self._ratios.get(
+            (tuple(members), epsilon), lambda: self._ratio(weight, members, epsilon), place=weight.name
+        )
+        scales: list[float] = (1 + float(parameters["r"]) * ratios.clamp(max=float(parameters["alpha"]))).tolist()
+        return scales
 
-    def _ratios(self, weight: Weight, members: Sequence[str], epsilon: float) -> Tensor:
+    def _ratio(self, weight: Weight, members: Sequence[str], epsilon: float) -> Tensor:
         """Entries that a member shares, over those that are its own, one at least [T]."""
-        key = tuple(members), epsilon
-        if key != self._counted_for:
-            self._counted_for = key
-            self._shared.clear()
-        if weight.name not in self._shared:
-            shared, own = torch.zeros(2, len(members), dtype=torch.float64, device=weight.base.device)
-            values = [weight.members[member].reshape(-1) for member in members]
-            step = step_of(weight.base.device, rows=2 * len(members))
-            for before, *after in cut((weight.base.reshape(-1), *values), step):
-                wide = widened(before, self._looking)
-                counted = self._looking.take("counted", len(members), before.numel(), device=before.device)
-                for row, value in zip(counted, after, strict=True):
-                    difference(value, wide, row)
-                count = movers(torch.ops.aten.hardshrink.out(counted, epsilon, out=counted), self._looking)
-                moved = counted.ne_(0)
-                alone = count.eq(1).float()
-                mine = torch.mv(moved, alone)
-                own += mine
-                shared += moved.sum(dim=1).sub_(mine)
-            self._shared[weight.name] = shared / own.clamp(min=1)
-        return self._shared[weight.name]
+        shared, own = torch.zeros(2, len(members), dtype=torch.float64, device=weight.base.device)
+        for _, deltas in task_vectors(weight, members, self._looking):
+            count = movers(torch.ops.aten.hardshrink.out(deltas, epsilon, out=deltas), self._looking)
+            moved = deltas.ne_(0)
+            mine = torch.mv(moved, count.eq(1).float())
+            own += mine
+            shared += moved.sum(dim=1).sub_(mine)
+        ratio: Tensor = shared / own.clamp(min=1)
+        return ratio

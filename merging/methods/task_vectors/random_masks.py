@@ -7,9 +7,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from merging.kernels import cpu
+from merging.methods.latest import Latest
 from merging.methods.method import Weight
 
-LEVELS = 1 << 16
+LEVELS = cpu.LEVELS
 """Distinct values of a random number: probabilities are multiples of 1 / LEVELS."""
 _11, _14, _15, _17 = (np.uint32(shift) for shift in (11, 14, 15, 17))
 PIECE = 1 << 16
@@ -27,7 +29,7 @@ def drawn(key: int, other: int, start: int, stop: int) -> npt.NDArray[np.uint16]
 
     Two neighbours, the first with an even index, share the 32 bits that are mixed from half its index and the keys by
     xor with what is shifted down and multiplication by odd numbers (the finalizer of a hash function): so a number depends
-    neither on the device nor on what else is drawn. The compiled loops do the same (`loops.chance`).
+    neither on the device nor on what else is drawn. The compiled loops do the same (`loops.random_bits`).
     """
     pairs = np.arange(start >> 1, (stop + 1) >> 1, dtype=np.uint64)
     x: npt.NDArray[np.uint32] = pairs.astype(np.uint32) ^ np.uint32(key)
@@ -43,23 +45,21 @@ class Chance:
     """One uniform number of 16 bits for each entry; those of the last seed asked for are kept."""
 
     def __init__(self) -> None:
-        self._seed = -1
-        self._kept: dict[tuple[str, str, int], Tensor] = {}
+        self._kept: Latest[Tensor] = Latest()
 
     def numbers(self, seed: int, member: str, weight: Weight) -> Tensor:
         """Numbers −32768 … 32767, int16, one for each entry of the weight, flat and on its device."""
-        if seed != self._seed:
-            self._seed = seed
-            self._kept.clear()
-        place = member, weight.name, weight.start
-        if place not in self._kept:
-            found, size = keys(seed, member, weight.name), weight.base.numel()
-            numbers = np.empty(size, np.uint16)
-            for start in range(0, size, PIECE):
-                stop = min(start + PIECE, size)
-                numbers[start:stop] = drawn(*found, weight.start + start, weight.start + stop)
-            self._kept[place] = torch.from_numpy((numbers ^ LEVELS // 2).view(np.int16)).to(weight.base.device)
-        return self._kept[place]
+        return self._kept.get(seed, lambda: _numbers(seed, member, weight), place=(member, weight.name, weight.start))
+
+
+def _numbers(seed: int, member: str, weight: Weight) -> Tensor:
+    """See `Chance.numbers`."""
+    found, size = keys(seed, member, weight.name), weight.base.numel()
+    numbers = np.empty(size, np.uint16)
+    for start in range(0, size, PIECE):
+        stop = min(start + PIECE, size)
+        numbers[start:stop] = drawn(*found, weight.start + start, weight.start + stop)
+    return torch.from_numpy((numbers ^ LEVELS // 2).view(np.int16)).to(weight.base.device)
 
 
 def level(probability: float) -> int:

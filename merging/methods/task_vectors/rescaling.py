@@ -1,12 +1,15 @@
 """What makes up for the entries that are dropped from a task vector at random."""
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from merging.kernels.blockwise import Scratch, cut, difference, step_of, widened
+from merging.kernels.blockwise import Scratch
+from merging.methods.latest import Latest
 from merging.methods.method import Parameter, Weight
+from merging.methods.task_vectors.elementwise import task_vectors
 
 RESCALE = Parameter(
     "probability",
@@ -22,8 +25,7 @@ class NormRatios:
     """‖τ‖₁ over ‖m ∘ τ‖₁ of whole weights, kept for the latest masks."""
 
     def __init__(self) -> None:
-        self._masks: Hashable = None
-        self._kept: dict[tuple[str, str], float] = {}
+        self._kept: Latest[float] = Latest()
         self._scratch = Scratch()  # a look comes while a block is at hand
 
     def of(self, weight: Weight, members: Sequence[str], masks: Sequence[Hashable], mask: Mask) -> list[float]:
@@ -36,23 +38,15 @@ class NormRatios:
             mask: Applies them.
         """
         key = tuple(zip(members, masks, strict=True))
-        if key != self._masks:
-            self._masks = key
-            self._kept.clear()
-        for member in members:
-            if (weight.name, member) not in self._kept:
-                self._kept[weight.name, member] = self._ratio(weight, member, mask)
-        return [self._kept[weight.name, member] for member in members]
+        return [
+            self._kept.get(key, partial(self._ratio, weight, member, mask), place=(weight.name, member))
+            for member in members
+        ]
 
     def _ratio(self, weight: Weight, member: str, mask: Mask) -> float:
         before, after = torch.zeros(2, dtype=torch.float64, device=weight.base.device)
-        first = 0
-        pieces = cut((weight.base.reshape(-1), weight.members[member].reshape(-1)), step_of(weight.base.device, rows=4))
-        for base, value in pieces:
-            row = self._scratch.take("row", base.numel(), device=base.device)
-            difference(value, widened(base, self._scratch), row)
+        for first, (row,) in task_vectors(weight, [member], self._scratch):
             before += row.abs().sum()
             mask(weight, member, first, row)
             after += row.abs().sum()
-            first += base.numel()
         return float(before / after) if after > 0 else 1.0

@@ -1,14 +1,15 @@
 """SCE: select entries by variance, calculate coefficients by squared magnitudes, erase minority signs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from merging.kernels.blockwise import Scratch, cut, difference, smallest, step_of, widened
+from merging.kernels.blockwise import Scratch, smallest
+from merging.methods.latest import Latest
 from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
-from merging.methods.task_vectors.elementwise import LARGEST, Block, Deltas, total
+from merging.methods.task_vectors.elementwise import LARGEST, Block, Deltas, task_vectors, total
 from merging.methods.task_vectors.random_masks import LEVELS, Chance, level
 from merging.methods.task_vectors.top_k import EVERYBODY, SEED
 from merging.recipe import Value
@@ -47,8 +48,7 @@ class PreparedSce(Deltas):
         super().__init__(weights)
         self._chance = Chance()
         self._looking = Scratch()  # a look comes while a block is at hand
-        self._selected_for: tuple[tuple[str, ...], float] | None = None
-        self._selected: dict[str, tuple[Tensor | None, Tensor]] = {}
+        self._selected: Latest[tuple[Tensor | None, Tensor]] = Latest()
 
     def plan(self, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]) -> Block:
         """Selects, elects, and merges what agrees, by α_t η_t."""
@@ -56,7 +56,8 @@ class PreparedSce(Deltas):
         largest = max(factors) or 1.0
 
         def block(weight: Weight, start: int, deltas: Tensor) -> Tensor:
-            mask, squares = self._select(weight, members, share)
+            key = tuple(members), share
+            mask, squares = self._selected.get(key, lambda: self._select(weight, members, share), place=weight.name)
             if mask is not None:
                 deltas.mul_(mask[start : start + deltas.shape[1]])
             votes = deltas.new_tensor([factor / largest for factor in factors])
@@ -73,22 +74,16 @@ class PreparedSce(Deltas):
 
     def _select(self, weight: Weight, members: Sequence[str], share: float) -> tuple[Tensor | None, Tensor]:
         """The selected entries [n], bool, or None for all; every member's Σ τ² over them [T], float64."""
-        key = tuple(members), share
-        if key != self._selected_for:
-            self._selected_for = key
-            self._selected.clear()
-        if weight.name not in self._selected:
-            mask = None if share >= 1 else self._mask(weight, members, share)
-            squares = torch.zeros(len(members), dtype=torch.float64, device=weight.base.device)
-            for start, deltas in self._deltas(weight, members):
-                kept = deltas if mask is None else deltas * mask[start : start + deltas.shape[1]]
-                squares += kept.double().square_().sum(dim=1)
-            self._selected[weight.name] = mask, squares
-        return self._selected[weight.name]
+        mask = None if share >= 1 else self._mask(weight, members, share)
+        squares = torch.zeros(len(members), dtype=torch.float64, device=weight.base.device)
+        for start, deltas in task_vectors(weight, members, self._looking):
+            kept = deltas if mask is None else deltas * mask[start : start + deltas.shape[1]]
+            squares += kept.double().square_().sum(dim=1)
+        return mask, squares
 
     def _mask(self, weight: Weight, members: Sequence[str], share: float) -> Tensor | None:
         variance = torch.empty(weight.base.numel(), device=weight.base.device)
-        for start, deltas in self._deltas(weight, members):
+        for start, deltas in task_vectors(weight, members, self._looking):
             wide = deltas.double()
             squares = wide.square().sum(dim=0).mul_(len(members))
             spread = squares - wide.sum(dim=0).square_()
@@ -104,15 +99,3 @@ class PreparedSce(Deltas):
         if chance < LEVELS:
             equal &= self._chance.numbers(SEED, EVERYBODY, weight) < chance - LEVELS // 2
         return mask.logical_or_(equal)
-
-    def _deltas(self, weight: Weight, members: Sequence[str]) -> Iterator[tuple[int, Tensor]]:
-        """Task vectors [T, n] float32 block by block, in one buffer, each with the flat index of its first entry."""
-        values = [weight.members[member].reshape(-1) for member in members]
-        start = 0
-        for before, *after in cut((weight.base.reshape(-1), *values), step_of(weight.base.device, 4 * len(members))):
-            wide = widened(before, self._looking)
-            deltas = self._looking.take("deltas", len(members), before.numel(), device=before.device)
-            for row, value in zip(deltas, after, strict=True):
-                difference(value, wide, row)
-            yield start, deltas
-            start += before.numel()

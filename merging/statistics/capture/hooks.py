@@ -10,14 +10,24 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
-@contextmanager
-def differentiable(model: nn.Module, *, parameters: bool) -> Iterator[None]:
-    """Within it, gradients are recorded, parameters take part as told, and no keys and values are cached."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+def without_cache(model: nn.Module) -> list[Any]:
+    """Tells a model not to keep the keys and values that only generation needs.
+
+    Returns:
+        The configurations that were changed.
+    """
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
     for config in caching:
         config.use_cache = False
+    return caching
+
+
+@contextmanager
+def differentiable(model: nn.Module, *, parameters: bool) -> Iterator[None]:
+    """Within it, gradients are recorded, parameters take part as told, and no keys and values are cached."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    caching = without_cache(model)
     model.requires_grad_(parameters)
     try:
         with torch.enable_grad():

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from merging.checkpoints.models.parameter_names import checkpoint_names, conv1d, saved_names
 from merging.errors import StatisticsError
 from merging.statistics.capture.modules import Logits, first_example
-from merging.statistics.likelihood import IGNORED
 from merging.statistics.statistic import Partial
-from merging.tasks.task import Batch
+from merging.tasks.task import IGNORED, Batch
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from merging.checkpoints.models.parameter_names import conv1d
 from merging.errors import StatisticsError
 from merging.statistics.capture.hooks import differentiable
-from merging.statistics.capture.layers import decoder_mask, real_rows
+from merging.statistics.capture.layers import decoder_layers, decoder_mask, real_rows
 from merging.statistics.capture.modules import Logits
 from merging.statistics.capture.single_examples import padding_token, single_examples, unlike_pair
 from merging.statistics.capture.verification import differs, probe_gradient
@@ -24,6 +24,7 @@ class LinearCalls:
     """How a model's linear layers run.
 
     Args:
+        decoding: The layers that run at the positions of an encoder–decoder's decoder.
         alone: Whether examples must run one at a time, without padding: some layer reads what is shared by the batch
             (DeBERTa's relative embeddings), or rows of which nobody can say whose they are (experts).
         holders: Weight's name → the first weight's whose layer is given the very same tensors in every call.
@@ -31,10 +32,15 @@ class LinearCalls:
         unlike: Names of weights whose rows in a batch are not those of its examples.
     """
 
+    decoding: frozenset[nn.Module]
     alone: bool
     holders: Mapping[str, str]
     incomplete: frozenset[str]
     unlike: frozenset[str]
+
+    def parts(self, batch: Batch, *, alone: bool) -> Iterator[Batch]:
+        """What to run of a batch: all of it, or its examples one by one, where they must or are told to run `alone`."""
+        return single_examples(batch, unpadded=True) if alone or self.alone else iter((batch,))
 
 
 class UnaccountableRowsError(StatisticsError):
@@ -75,9 +81,7 @@ def real_mask(name: str, value: Tensor, batch: Batch, decoding: bool) -> Tensor 
     )
 
 
-def inspect_calls(
-    model: nn.Module, logits: Logits, layers: Mapping[nn.Module, str], decoding: Collection[nn.Module], batch: Batch
-) -> LinearCalls:
+def inspect_calls(model: nn.Module, logits: Logits, layers: Mapping[nn.Module, str], batch: Batch) -> LinearCalls:
     """Runs two examples of a batch, one of them padded, together and alone, forward and once backward.
 
     Products Xᵀ(X r) with a fixed r must be the same of both, and Gᵀ(X r) must be the weight's gradient times r.
@@ -86,9 +90,9 @@ def inspect_calls(
         model: The model, in evaluation mode, on the batch's device.
         logits: Runs the model on a batch.
         layers: Layer → its weight's name.
-        decoding: The layers that run at a decoder's positions.
         batch: The first batch.
     """
+    decoding = decoder_layers(model, logits, layers, batch)
     pair = unlike_pair(batch, padding_token(model))
     together, alone = _Sketch(layers, decoding), _Sketch(layers, decoding)
     with differentiable(model, parameters=True), together.watching(pair):
@@ -106,6 +110,7 @@ def inspect_calls(
     if len(batch.indices) > 1:
         holders = {name: holder for name, holder in holders.items() if alone.holders().get(name) == holder}
     return LinearCalls(
+        frozenset(decoding),
         len(batch.indices) == 1 or bool(unlike),
         holders,
         incomplete,

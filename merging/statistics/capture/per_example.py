@@ -24,8 +24,7 @@ from merging.statistics.capture.modules import Logits, Unit, find_units
 from merging.statistics.capture.per_sample_grads import Computed, Piece, add_squares, add_weighted
 from merging.statistics.capture.single_examples import padding_token, single_examples, unlike_pair
 from merging.statistics.capture.verification import differs, probe_gradient
-from merging.statistics.likelihood import IGNORED
-from merging.tasks.task import Batch
+from merging.tasks.task import IGNORED, Batch
 
 logger = logging.getLogger(__name__)
 

@@ -15,13 +15,17 @@ def single_examples(batch: Batch, *, unpadded: bool = False) -> Iterator[Batch]:
         batch: N examples.
         unpadded: Cut what has the mask's extents behind each example's last real token.
     """
-    count = len(batch.indices)
-    for number in range(count):
-        rows = slice(number, number + 1)
-        inputs = {name: value[rows] if value.shape[:1] == (count,) else value for name, value in batch.inputs.items()}
-        mask = None if batch.mask is None else batch.mask[rows]
-        one = Batch(inputs, batch.labels[rows], batch.indices[rows], mask)
+    for number in range(len(batch.indices)):
+        one = _some(batch, slice(number, number + 1))
         yield _unpadded(one) if unpadded else one
+
+
+def _some(batch: Batch, places: slice | list[int]) -> Batch:
+    """Some of a batch's examples, with all inputs that hold no row an example."""
+    count = len(batch.indices)
+    inputs = {name: value[places] if value.shape[:1] == (count,) else value for name, value in batch.inputs.items()}
+    mask = None if batch.mask is None else batch.mask[places]
+    return Batch(inputs, batch.labels[places], batch.indices[places], mask)
 
 
 def padding_token(model: nn.Module) -> int:
@@ -48,10 +52,7 @@ def unlike_pair(batch: Batch, pad: int = 0) -> Batch:
         places = [int(lengths.argmin()), int(lengths.argmax())]
         if places[0] == places[1]:
             places = [0, 1]
-    inputs = {n: v[places] if v.shape[:1] == (count,) else v for n, v in batch.inputs.items()}
-    mask = None if batch.mask is None else batch.mask[places]
-    pair = Batch(inputs, batch.labels[places], batch.indices[places], mask)
-    return _shortened(pair, pad)
+    return _shortened(_some(batch, places), pad)
 
 
 def _shortened(pair: Batch, pad: int) -> Batch:

@@ -10,9 +10,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from merging.tasks.language.language_task import IGNORED, LIKELIHOODS, Example, LanguageSettings, LanguageTask, padded
+from merging.tasks.language.language_task import LIKELIHOODS, Example, LanguageSettings, LanguageTask, padded
 from merging.tasks.language.prompts import Encoded, encode
-from merging.tasks.task import Batch, register
+from merging.tasks.task import IGNORED, Batch, register
 
 
 class CausalLMSettings(LanguageSettings):
@@ -71,13 +71,13 @@ class CausalLM(LanguageTask):
             self.tokenizer,
             example.prompt,
             example.completions[number],
-            settings.max_length,
+            self.max_length,
             delimiter=settings.delimiter,
             chat=settings.chat and bool(example.prompt),
             ends=settings.end,
         )
 
-    def make_batch(self, encoded: Sequence[Encoded], places: npt.NDArray[np.int64]) -> Batch:
+    def joined(self, encoded: Sequence[Encoded], places: npt.NDArray[np.int64]) -> Batch:
         """Sequences without their last token, padded on the left, so that all completions end side by side."""
         ids, mask = padded([sequence.ids[:-1] for sequence in encoded], self.tokenizer.pad_token_id, left=True)
         keep = max(sequence.targets for sequence in encoded)

@@ -15,17 +15,15 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from merging.checkpoints.adapters.patterns import compiled
-from merging.checkpoints.models.parameter_names import Loading
 from merging.errors import CheckpointError, TaskError
 from merging.io import hashing
 from merging.io.documents import is_number, is_text
-from merging.tasks.head import blank_model, load_model, load_tokenizer, tokenizer_identity
+from merging.tasks.file_task import TextTask, longest_first
+from merging.tasks.head import tokenizer_identity
 from merging.tasks.language.answers import GRADES, corpus_score, extracted
-from merging.tasks.language.prompts import longest_first, render, template_columns
+from merging.tasks.language.prompts import render, template_columns
 from merging.tasks.predictions import Floats, Predictions
-from merging.tasks.task import Batch, Score, Split, Task, TaskSettings, score_of
-
-IGNORED = -100
+from merging.tasks.task import IGNORED, Batch, Score, Split, TaskSettings, score_of
 
 Likelihood: TypeAlias = Literal["log_likelihood", "neg_perplexity"]
 Choice: TypeAlias = Literal["accuracy", "accuracy_norm", "accuracy_unconditional"]
@@ -134,17 +132,10 @@ class Encoding(Protocol):
         ...
 
 
-class LanguageTask(Task):
+class LanguageTask(TextTask[list[Example]]):
     """A task on prompts and completions; see `Task`."""
 
-    has_predictions: ClassVar[bool] = True
     one_label: ClassVar[bool] = False
-    model_class: ClassVar[str]
-
-    def __init__(self, name: str, settings: LanguageSettings, head: str) -> None:
-        super().__init__(name, settings, head)
-        self.settings: Any = settings
-        self._examples: dict[Split, list[Example]] = {}
 
     @abstractmethod
     def encoded(self, example: Example, number: int) -> Any:
@@ -155,7 +146,7 @@ class LanguageTask(Task):
         """
 
     @abstractmethod
-    def make_batch(self, encoded: Sequence[Any], places: npt.NDArray[np.int64]) -> Batch:
+    def joined(self, encoded: Sequence[Any], places: npt.NDArray[np.int64]) -> Batch:
         """Encodings side by side, the tokens of completions as labels [N, K]."""
 
     @abstractmethod
@@ -174,36 +165,19 @@ class LanguageTask(Task):
                         raise self.error(f"{split}, row {row}: {error}") from error
         if self.settings.judged_by in ("chrf", "bleu"):
             corpus_score(self.settings.judged_by, ["a"], ["a"])  # for the library
-        lacking = {"train": "no statistics can be computed for it", "test": "its winner is known on validation only"}
-        return [
-            f"task '{self.name}' has no {split} split: {lack}"
-            for split, lack in lacking.items()
-            if split not in self.settings.data
-        ]
-
-    def load_model(self) -> nn.Module:
-        """See `Task.load_model`."""
-        return self.load_skeleton(())
+        return self.missing_splits()
 
     def load_skeleton(self, merged: Collection[str]) -> nn.Module:
         """See `Task.load_skeleton`."""
-        model = load_model(self.head, self.model_class, base=self.base, hollow=merged)
+        model = super().load_skeleton(merged)
         config: Any = model.config
         config.use_cache = False
         return model
-
-    def blank_model(self) -> tuple[nn.Module, Loading]:
-        """See `Task.blank_model`."""
-        return blank_model(self.head, self.model_class, self.base)
 
     @property
     def is_below_zero(self) -> bool:
         """Of log-likelihoods and negative perplexities; see `Task.is_below_zero`."""
         return self.settings.judged_by in LIKELIHOODS
-
-    def size(self, split: Split) -> int:
-        """See `Task.size`."""
-        return len(self.split(split)) if split in self.settings.data else 0
 
     def data_fingerprint(self, split: Split) -> str:
         """Content hash of the examples, of how they are encoded and judged, and of the tokenizer."""
@@ -216,7 +190,7 @@ class LanguageTask(Task):
     ) -> Predictions:
         """See `Task.predict`."""
         started = time.perf_counter()
-        examples = [self.split(split)[place] for place in self._order(split)[positions]]
+        examples = [self.split(split)[place] for place in self.order(split)[positions]]
         device = next(model.parameters()).device
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             if self.settings.choices is not None:
@@ -243,37 +217,22 @@ class LanguageTask(Task):
             return score_of(predictions, metric, measured=corpus_score(metric, *texts))
         return score_of(predictions, metric)
 
-    def batches(self, split: Split, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
-        """Prompts with their right completions, whose tokens are the labels; see `Task.batches`."""
-        order = self._order(split)[start:stop]
-        for first in range(0, len(order), batch_size):
-            places = order[first : first + batch_size]
-            examples = self._answered(split, places)
-            yield self.make_batch([self.encoded(example, example.right) for example in examples], places)
+    def read(self, paths: Sequence[str]) -> list[Example]:
+        """See `FileTask.read`."""
+        return _read(paths, self.settings)
+
+    def make_batch(self, split: Split, places: npt.NDArray[np.int64]) -> Batch:
+        """Prompts with their right completions, whose tokens are the labels; see `FileTask.make_batch`."""
+        examples = self._answered(split, places)
+        return self.joined([self.encoded(example, example.right) for example in examples], places)
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The head's tokenizer."""
-        tokenizer = load_tokenizer(self.head, self.base)
+        """The head's tokenizer, which can pad; see `TextTask.tokenizer`."""
+        tokenizer = super().tokenizer
         if tokenizer.pad_token_id is None:
             raise self.error("the tokenizer has neither a padding nor an end-of-text token: give it one")
         return tokenizer
-
-    def split(self, split: Split) -> list[Example]:
-        """A split's examples, read once."""
-        if split not in self._examples:
-            if split not in self.settings.data:
-                raise self.error(f"`data` names no {split} split: add one")
-            paths = self.settings.data[split]
-            try:
-                self._examples[split] = _read([paths] if isinstance(paths, str) else paths, self.settings)
-            except TaskError as error:
-                raise self.error(f"{split}: {error}") from error
-        return self._examples[split]
-
-    def error(self, message: str) -> TaskError:
-        """An error of this task."""
-        return TaskError(f"task '{self.name}': {message}")
 
     def _likelihoods(self, model: nn.Module, examples: Sequence[Example]) -> Predictions:
         """Of each example's completion: mean log-likelihood per token."""
@@ -356,7 +315,7 @@ class LanguageTask(Task):
         device = next(model.parameters()).device
         sums, tokens, entropies = np.zeros((3, len(encoded)))
         for places in longest_first([encoding.size for encoding in encoded], self.settings.batch_size):
-            batch = self.make_batch([encoded[place] for place in places], np.array(places)).to(device)
+            batch = self.joined([encoded[place] for place in places], np.array(places)).to(device)
             for place, logits, labels in zip(places, self.logits(model, batch), batch.labels, strict=True):
                 targets = labels != IGNORED
                 log_p = log_softmax(logits[targets].float(), dim=-1)
@@ -364,10 +323,6 @@ class LanguageTask(Task):
                 tokens[place] = targets.sum()
                 entropies[place] = -(log_p.exp() * log_p).sum(-1).nan_to_num().double().mean()
         return sums, tokens, entropies
-
-    def _order(self, split: Split) -> npt.NDArray[np.int64]:
-        """The fixed order that `limit` and `batches` count in."""
-        return np.random.default_rng(0).permutation(len(self.split(split)))
 
 
 def _read(paths: Sequence[str], settings: LanguageSettings) -> list[Example]:

@@ -89,7 +89,10 @@ def encode(
         raise TaskError(f"the completion {completion.strip()[:40]!r} has no token of its own: name another column")
     if (over := len(ids) - max_length) > 0:
         if len(ids) - start >= max_length:
-            raise TaskError(f"the completion has {len(ids) - start} tokens, `max_length` is {max_length}: raise it")
+            raise TaskError(
+                f"the completion has {len(ids) - start} tokens, `max_length` is {max_length}: raise it where the model "
+                "reads more, or shorten the completion"
+            )
         ids, start = ids[over:], start - over
     return Encoded(tuple(ids), start)
 
@@ -177,12 +180,6 @@ def _power(base: Any, exponent: Any) -> Any:
     if abs(exponent) > MAX_EXPONENT or abs(base) > 1 << 64:
         raise ValueError(f"an exponent above {MAX_EXPONENT}")
     return base**exponent
-
-
-def longest_first(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Places in batches of at most `size`, the longest first, so that batches need little padding."""
-    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
-    return [order[first : first + size] for first in range(0, len(order), size)]
 
 
 def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:

@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from merging.errors import TaskError
-from merging.tasks.language.language_task import IGNORED, Example, LanguageSettings, LanguageTask, padded
-from merging.tasks.task import Batch, register
+from merging.tasks.language.language_task import Example, LanguageSettings, LanguageTask, padded
+from merging.tasks.task import IGNORED, Batch, register
 
 
 class Seq2SeqSettings(LanguageSettings):
@@ -52,11 +52,6 @@ class Seq2Seq(LanguageTask):
     model_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
     settings: Seq2SeqSettings
 
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Logits at the decoder's positions [N, K, V]."""
-        logits: Tensor = model(**batch.inputs).logits
-        return logits
-
     def representation(self, model: nn.Module, batch: Batch) -> Tensor:
         """The encoder's last hidden states [N, S, D]."""
         encoder: Any = model.get_encoder()  # type: ignore[operator]
@@ -66,18 +61,21 @@ class Seq2Seq(LanguageTask):
 
     def encoded(self, example: Example, number: int) -> _Pair:
         """See `LanguageTask.encoded`. A source that is too long loses its end; a target must fit."""
-        limit = self.settings.max_length
+        limit = self.max_length
         source = list(self.tokenizer(example.prompt)["input_ids"])
         target = list(self.tokenizer(text_target=example.completions[number])["input_ids"])
         if not target or not example.completions[number].strip():
             raise TaskError(f"the target {example.completions[number][:40]!r} has no token: name another column")
         if len(target) > limit:
-            raise TaskError(f"the target has {len(target)} tokens, `max_length` is {limit}: raise it")
+            raise TaskError(
+                f"the target has {len(target)} tokens, `max_length` is {limit}: raise it where the model reads more, or "
+                "shorten the target"
+            )
         if len(source) > limit:
             source = [*source[: limit - 1], source[-1]]
         return _Pair(tuple(source), tuple(target))
 
-    def make_batch(self, encoded: Sequence[_Pair], places: npt.NDArray[np.int64]) -> Batch:
+    def joined(self, encoded: Sequence[_Pair], places: npt.NDArray[np.int64]) -> Batch:
         """Sources and targets padded on the right; the decoder reads targets shifted by its start token."""
         padding = self.tokenizer.pad_token_id
         ids, mask = padded([pair.source for pair in encoded], padding, left=False)

@@ -12,6 +12,7 @@ from PIL import Image, ImageFilter
 from merging.errors import TaskError
 from merging.io import addresses, storage
 from merging.tasks.labelled_texts import class_indices, read_table
+from merging.tasks.task import IGNORED
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
@@ -87,7 +88,7 @@ def _table(path: str, image: str, label: str | None, classes: Sequence[str]) -> 
             raise TaskError(f"{path}, row {row}: column '{image}' holds no encoded image: store the file's bytes")
         encoded.append(content)
     problems: list[str] = []
-    labels = np.full(len(frame), -100)
+    labels = np.full(len(frame), IGNORED)
     if label is not None:
         labels = class_indices(frame[label], label, classes, problems)
     if problems:

@@ -142,7 +142,7 @@ def test_a_merge_on_a_device_is_the_merge(configuration, tiny_pool, tmp_path, me
 
 
 def test_a_device_that_is_not_here_is_refused_before_anything_is_read(configuration, tmp_path):
-    for device in ("cuda:63", "abacus"):
+    for device in ("cuda:63", "abacus", "hpu", "meta"):
         code, told = call("merge", configuration(), "--out", tmp_path / "out", "--device", device)
         assert code == 2
         assert f"--device: '{device}' cannot be used here" in told

@@ -3,10 +3,13 @@ import torch
 import yaml
 
 from flows.campaign.export import in_words
-from flows.config.recipe_file import dump_recipe, load_recipe
+from flows.config.recipe_file import RecipeFile, dump_recipe, load_recipe
+from flows.config.yaml_file import validate
 from merging.checkpoints.pool import Pool
 from merging.errors import MethodError, SettingsError, StatisticsError
 from merging.mergers.material import subset_fingerprint
+from merging.methods import METHODS
+from merging.methods.mergekit_names import MERGEKIT_NAMES
 from merging.recipe import Recipe
 from merging.statistics.statistic import Partial
 from merging.statistics.statistics_file import save_tensors
@@ -131,3 +134,17 @@ def test_the_largest_distance_survives_a_round_trip(load, text, bound, tmp_path)
     written = dump_recipe("base", members, file.recipe(), max_distance=file.max_distance)
     (tmp_path / "again.yaml").write_text(written)
     assert load_recipe(str(tmp_path / "again.yaml")).max_distance == bound
+
+
+@pytest.mark.parametrize("name", MERGEKIT_NAMES)
+def test_mergekit_s_names_are_methods_of_a_recipe_and_hints_elsewhere(name):
+    method, implied = MERGEKIT_NAMES[name]
+    value = {"base": "b", "members": {"a": "a"}, "method": name}
+    recipe = validate(RecipeFile, value, "recipe")
+    assert (recipe.method, recipe.parameters) == (method, dict(implied))
+    recipe.recipe()
+    for key in implied:
+        with pytest.raises(SettingsError, match=f"'{name}' is '{method}' with {key}"):
+            validate(RecipeFile, value | {"parameters": {key: "elected_mean"}}, "recipe")
+    with pytest.raises(MethodError, match=f"unknown method '{name}'. It is mergekit's name of '{method}'"):
+        METHODS[name]

@@ -107,3 +107,14 @@ def test_slices_are_small_and_as_many_as_asked_for(members, parts, sizes):
     found = list(validation.slices([str(number) for number in range(members)], parts))
     assert [len(part) for part in found] == sizes
     assert [name for part in found for name in part] == [str(number) for number in range(members)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_head_that_is_not_finite_is_named(tiny_pool, save_member, tmp_path, value):
+    bad = save_member(tmp_path / "bad", tiny_pool["base"], seed=5)
+    tensors = load_file(bad / "model.safetensors")
+    tensors["classifier.weight"][1, 2] = value
+    save_file(tensors, bad / "model.safetensors", {"format": "pt"})
+    pool = Pool.open(str(tiny_pool["base"]), {"one": str(tiny_pool["one"]), "bad": str(bad)})
+    with pytest.raises(PoolError, match=r"bad: 'classifier\.weight' of its head holds NaN or Inf"):
+        check_weights(pool)

@@ -47,7 +47,6 @@ def test_recipe_after_recipe_leaves_no_trace(material):
     assert all(torch.equal(value, kept[name]) for name, value in out.items())
 
 
-OURS = [name for name in METHODS if type(METHODS[name]).__module__.startswith("merging.")]
 GROUPS = {"depth": ("layers:0", "layers:1-"), "shared input cut": ("*query.weight", "*bias", "*")}
 
 
@@ -98,7 +97,7 @@ def grouped(recipe, groups, step=0.0):
 @pytest.mark.parametrize(
     ("method", "parameters", "groups"),
     [
-        *((name, {"iterations": 3} if name == "mats" else {}, "depth") for name in OURS),
+        *((name, {"iterations": 3} if name == "mats" else {}, "depth") for name in METHODS),
         ("regmean", {"factors": "gram"}, "shared input cut"),
         ("mats", {"iterations": 3}, "shared input cut"),
     ],

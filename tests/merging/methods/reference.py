@@ -471,35 +471,41 @@ def svd(matrix, size=None):
     return u[:, :rank], s[:rank], vh[:rank]
 
 
-def iso_c(weights, scaling, parameters, examples):
-    merged = {}
-    for w in weights:
-        base, tau = f64(w)
-        total = sum(a * tau[m] for m, a in scaling.items())
-        if base.dim() != 2:
-            merged[w.name] = base + total / len(scaling)
-            continue
-        u, s, vh = svd(total)
-        kept = round(parameters["rank"] * min(base.shape))
-        merged[w.name] = base + s[:kept].mean() * u[:, :kept] @ vh[:kept]
-    return merged
-
-
-def tsv_m(weights, scaling, parameters, examples):
+def each_matrix(weights, scaling, step):
+    """θ_0 + what `step` makes of a matrix's task vectors [out, in]; what is no matrix is the mean."""
     merged = {}
     for w in weights:
         base, tau = f64(w)
         if base.dim() != 2:
             merged[w.name] = base + sum(a * tau[m] for m, a in scaling.items()) / len(scaling)
             continue
-        each = max(int(parameters["rank"] * min(base.shape) / len(scaling)), 1)
-        parts = {m: svd(tau[m]) for m in scaling}
+        moved = step({m: tau[m].T if w.transposed else tau[m] for m in scaling})
+        merged[w.name] = base + (moved.T if w.transposed else moved)
+    return merged
+
+
+def iso_c(weights, scaling, parameters, examples):
+    def step(tau):
+        total = sum(a * tau[m] for m, a in scaling.items())
+        u, s, vh = svd(total)
+        kept = round(parameters["rank"] * min(total.shape))
+        return s[:kept].mean() * u[:, :kept] @ vh[:kept]
+
+    return each_matrix(weights, scaling, step)
+
+
+def tsv_m(weights, scaling, parameters, examples):
+    def step(tau):
+        parts = {m: svd(v) for m, v in tau.items()}
+        rank = min(next(iter(tau.values())).shape)
+        each = max(int(parameters["rank"] * rank / len(scaling)), 1)
         u = torch.cat([parts[m][0][:, :each] for m in scaling], dim=1)
         s = torch.cat([a * parts[m][1][:each] for m, a in scaling.items()])
         vh = torch.cat([parts[m][2][:each] for m in scaling], dim=0)
         (p, _, qh), (x, _, yh) = svd(u), svd(vh)
-        merged[w.name] = base + p @ qh @ torch.diag(s) @ x @ yh
-    return merged
+        return p @ qh @ torch.diag(s) @ x @ yh
+
+    return each_matrix(weights, scaling, step)
 
 
 def polar(matrix):
@@ -508,26 +514,20 @@ def polar(matrix):
 
 
 def iso_cts(weights, scaling, parameters, examples):
-    merged = {}
-    for w in weights:
-        base, tau = f64(w)
-        moved = {m: a * tau[m] for m, a in scaling.items()}
-        if base.dim() != 2:
-            merged[w.name] = base + sum(moved.values()) / len(scaling)
-            continue
-        moved = {m: v.T if w.transposed else v for m, v in moved.items()}
-        r = min(base.shape)
+    def step(tau):
+        moved = [a * tau[m] for m, a in scaling.items()]
+        r = min(moved[0].shape)
         own = round((r - int(parameters["common"] * r)) / len(scaling))
         k = r - own * len(scaling)
-        u, s, vh = svd(sum(moved.values()))
+        u, s, vh = svd(sum(moved))
         u, s, vh = u[:, :k], s[:k], vh[:k]
-        parts = [svd(v - u @ u.T @ v, v.norm()) for v in moved.values()]
+        parts = [svd(v - u @ u.T @ v, v.norm()) for v in moved]
         left = torch.cat([*(p[0][:, :own] for p in parts), u], dim=1)
         values = torch.cat([*(p[1][:own] for p in parts), s])
         right = torch.cat([*(p[2][:own] for p in parts), vh])
-        step = values.mean() * polar(left) @ polar(right)
-        merged[w.name] = base + (step.T if w.transposed else step)
-    return merged
+        return values.mean() * polar(left) @ polar(right)
+
+    return each_matrix(weights, scaling, step)
 
 
 def own_gram(tau):
@@ -536,43 +536,32 @@ def own_gram(tau):
 
 
 def ace(weights, scaling, parameters, examples):
-    merged = {}
-    for w in weights:
-        base, tau = f64(w)
-        if base.dim() != 2:
-            merged[w.name] = base + sum(a * tau[m] for m, a in scaling.items()) / len(scaling)
-            continue
-        tau = {m: v.T if w.transposed else v for m, v in tau.items()}
+    def step(tau):
         centred = {m: v - v.mean(0) for m, v in tau.items()}
-        gram = {m: own_gram(centred[m]) for m in scaling}
-        n = len(base.T if not w.transposed else base)
+        gram = {m: own_gram(v) for m, v in centred.items()}
+        together = sum(gram.values())
+        n = len(together)
         ridge = parameters["epsilon"] * torch.eye(n, dtype=torch.float64)
         column = torch.ones(n, 1, dtype=torch.float64)
-        together = sum(gram.values())
         system = sum(g + ridge for g in gram.values()) + column @ (column.T @ together / n)
-        step = sum(a * centred[m] @ (gram[m] + ridge) for m, a in scaling.items()) @ torch.linalg.inv(system)
+        moved = sum(a * centred[m] @ (gram[m] + ridge) for m, a in scaling.items()) @ torch.linalg.inv(system)
         if parameters["refine"]:
-            rest = sum(a * tau[m] @ (gram[m] - together / len(scaling)) for m, a in scaling.items()) + step
+            rest = sum(a * tau[m] @ (gram[m] - together / len(scaling)) for m, a in scaling.items()) + moved
             u, s, vh = svd(rest)
-            k = int(0.3 * min(base.shape))
-            step = step + s[:k].mean() * u[:, :k] @ vh[:k]
-        merged[w.name] = base + (step.T if w.transposed else step)
-    return merged
+            k = int(0.3 * min(rest.shape))
+            moved = moved + s[:k].mean() * u[:, :k] @ vh[:k]
+        return moved
+
+    return each_matrix(weights, scaling, step)
 
 
 def wudi(weights, scaling, parameters, examples):
-    merged = {}
-    for w in weights:
-        base, tau = f64(w)
-        if base.dim() != 2:
-            merged[w.name] = base + sum(a * tau[m] for m, a in scaling.items()) / len(scaling)
-            continue
-        tau = {m: v.T if w.transposed else v for m, v in tau.items()}
-        gram = {m: own_gram(tau[m]) for m in scaling}
+    def step(tau):
+        gram = {m: own_gram(v) for m, v in tau.items()}
         inverse = torch.linalg.pinv(sum(gram.values()), rtol=parameters["filter"], hermitian=True)
-        step = sum(a * tau[m] @ gram[m] for m, a in scaling.items()) @ inverse
-        merged[w.name] = base + (step.T if w.transposed else step)
-    return merged
+        return sum(a * tau[m] @ gram[m] for m, a in scaling.items()) @ inverse
+
+    return each_matrix(weights, scaling, step)
 
 
 def esm(weights, scaling, parameters, examples):

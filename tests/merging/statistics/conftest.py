@@ -18,8 +18,7 @@ from transformers import (
 )
 
 from merging.statistics import Partial, Statistic, measure_shard
-from merging.statistics.likelihood import IGNORED
-from merging.tasks.task import Batch, Score, Task, TaskSettings
+from merging.tasks.task import IGNORED, Batch, Score, Task, TaskSettings
 
 
 class TinyTask(Task):

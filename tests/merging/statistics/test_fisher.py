@@ -9,9 +9,8 @@ from transformers import MixtralConfig, MixtralForSequenceClassification
 from merging.checkpoints.models.parameter_names import checkpoint_names
 from merging.errors import StatisticsError
 from merging.statistics import Fisher, LikelihoodSettings, Partial, measure
-from merging.statistics.likelihood import IGNORED
 from merging.tasks.head import load_model
-from merging.tasks.task import Batch, Task
+from merging.tasks.task import IGNORED, Batch, Task
 
 
 def fisher(estimator: str = "exact", batch_size: int = 3, **options: int) -> Fisher:

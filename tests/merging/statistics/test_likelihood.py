@@ -2,13 +2,12 @@ import pytest
 import torch
 
 from merging.statistics.likelihood import (
-    IGNORED,
     LikelihoodSettings,
     multinomial_factor,
     objectives,
     sampled_labels,
 )
-from merging.tasks.task import Batch
+from merging.tasks.task import IGNORED, Batch
 
 
 @pytest.mark.parametrize("classes", [2, 3, 7])

@@ -5,8 +5,7 @@ from torch.nn import functional as F
 
 from merging.statistics import Fisher, LikelihoodSettings, OutputGram, OutputGramSettings, measure
 from merging.statistics.capture.layers import layer_names
-from merging.statistics.likelihood import IGNORED
-from merging.tasks.task import Task
+from merging.tasks.task import IGNORED, Task
 
 
 def output_gram(estimator: str = "exact", batch_size: int = 3, **options: int) -> OutputGram:

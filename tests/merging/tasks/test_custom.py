@@ -288,4 +288,4 @@ def test_keys_of_columns_are_no_secrets():
         {"key": "a_long_name_of_a_column"},
         {"command": ["--batch", "8", "--key", "text"]},
     ):
-        CustomSettings(evaluator="a:b", arguments=arguments)
+        assert CustomSettings(evaluator="a:b", arguments=arguments).arguments == arguments

@@ -83,7 +83,7 @@ def test_scores_are_those_of_single_sentences_without_padding(make, metric, batc
     task = make(examples, metric=metric, batch_size=batch_size)
     task.check()
     model = task.load_model()
-    log_p = [brute(model, task._tokenizer, row) for row in examples]
+    log_p = [brute(model, task.tokenizer, row) for row in examples]
     own = [[TAGS[n] for n in p.argmax(-1)] for p in log_p]
     true = [row["tags"] for row in examples]
     predictions = task.predict(model, "validation", np.arange(9))
@@ -174,7 +174,7 @@ def test_tags_of_other_types_are_one_error(make, tag):
 
 def test_names_and_positions_of_tags_may_be_mixed(make):
     task = make([{"words": ["an", "ran"], "tags": ["B-PER", 2]}])
-    assert task._split("validation")[0].tags == (1, 2)
+    assert task.split("validation")[0].tags == (1, 2)
 
 
 def test_halves_of_characters_are_no_words(make):
@@ -185,8 +185,8 @@ def test_halves_of_characters_are_no_words(make):
 @pytest.mark.parametrize("word", ["10\u00a0000", "a\u2028b", "a\x85b", "a\x0bb"])
 def test_columns_are_apart_by_blanks_and_tabs_alone(make, word):
     task = make(f"\ufeff{word} X B-PER\r\nran X O\r\n", name="rows.conll")
-    assert task._split("validation")[0].words == (word, "ran")
+    assert task.split("validation")[0].words == (word, "ran")
 
 
 def test_words_with_blanks_in_columns_apart_by_tabs(make):
-    assert make("bob an\tB-PER\nran\tO\n", name="rows.conll")._split("validation")[0].words == ("bob an", "ran")
+    assert make("bob an\tB-PER\nran\tO\n", name="rows.conll").split("validation")[0].words == ("bob an", "ran")
