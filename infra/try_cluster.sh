@@ -2,7 +2,7 @@
 # Starts a two-node Ray cluster with token authentication and an S3 server (moto) with a bucket on this machine, runs a command
 # that knows of them, and ends them. From an environment with mergequest's `dev` extra:
 #   infra/try_cluster.sh mergequest submit my.yaml --out s3://mergequest/runs/mine
-#   infra/try_cluster.sh bash    # and look around: mergequest campaign status s3://mergequest/runs/mine
+#   infra/try_cluster.sh bash    # and look around: mergequest status s3://mergequest/runs/mine
 # Dashboard and S3 listen on loopback only; Ray's nodes, if there is to be more than one, on every interface, and ask for the token.
 # Settings: CPUS_PER_NODE (1), and the ports GCS_PORT (and three after it), DASHBOARD_PORT, METRICS_PORT, S3_PORT, below 10000.
 set -euo pipefail

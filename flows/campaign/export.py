@@ -4,7 +4,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -13,6 +13,7 @@ from safetensors.torch import save
 from flows.campaign.open_campaign import Opened
 from flows.config.recipe_file import RECIPE, dump_recipe
 from flows.report.table import Cell, factor_of, text
+from flows.versions import code_version
 from merging.io import addresses
 from merging.mergers.disk import merge_to_disk
 from merging.mergers.material import Material, head_tensors, open_statistics
@@ -133,11 +134,3 @@ def versions() -> dict[str, str]:
     for package in ("torch", "transformers", "optuna", "ray", "dppy", "safetensors"):
         found[package] = version(package)
     return found
-
-
-def code_version() -> str:
-    """Mergequest's version; of an uninstalled working directory, what is known of it."""
-    try:
-        return version("mergequest")
-    except PackageNotFoundError:
-        return "unknown"

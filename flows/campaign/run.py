@@ -7,7 +7,7 @@ from flows.campaign.distil import Files, distil
 from flows.campaign.evaluators import evaluators
 from flows.campaign.examples import choosing_anchors, confirm, make_planner, search_split
 from flows.campaign.executor import RayExecutor
-from flows.campaign.export import code_version, export
+from flows.campaign.export import export
 from flows.campaign.needed_statistics import cache_of, joined, member_statistics, require_sources, solutions
 from flows.campaign.open_campaign import Opened, open_campaign
 from flows.campaign.selection import prepare_selection, require_kernel, select_subsets
@@ -23,6 +23,7 @@ from flows.directory.progress import Display
 from flows.directory.search_progress import Watch
 from flows.report.table import plain_average
 from flows.report.test_answers import KeptOutcomes
+from flows.versions import code_version
 from merging.checkpoints.directories.manifest import require_replaceable
 from merging.errors import SearchError, SettingsError
 from merging.io import addresses, atomic, documents, hashing, storage

@@ -138,7 +138,7 @@ def facts(directory: Directory, campaign: Campaign, rows: Sequence[Row] = ()) ->
         tasks={name: f"{task.kind}, {task.judged_by}".replace("_", " ") for name, task in campaign.tasks.items()},
         phases=directory.read_timings(),
         commands=[
-            f"mergequest campaign run {directory / 'campaign.yaml'} --out NEW_DIRECTORY",
+            f"mergequest run {directory / 'campaign.yaml'} --out NEW_DIRECTORY",
             f"mergequest merge {addresses.join(directory.best, 'recipe.yaml')} --out NEW_DIRECTORY",
         ],
         recipe=exported_recipe(directory, rows),

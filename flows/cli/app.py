@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 # Numpy solves small systems here. Its threads would each spin for a tenth of a second when it is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+OLD_GROUP = "campaign"
+"""What stood before `run`, `resume`, `status` and `check`; this version still reads it, with a note."""
 LOOK = 5.0
-"""Seconds between two looks of `campaign status --watch`."""
+"""Seconds between two looks of `status --watch`."""
 
 
 class Commands(TyperGroup):
@@ -44,18 +46,27 @@ class Commands(TyperGroup):
             )
             raise typer.Exit(130) from None
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that a line begins with; `campaign run` is what `run` was called."""
+        if args[:1] != [OLD_GROUP]:
+            return super().resolve_command(ctx, args)
+        rest = args[1:]
+        if not rest or rest[0].startswith("-"):
+            typer.echo(ctx.get_help())
+            raise typer.Exit
+        new = f"{ctx.command_path} {rest[0]}"
+        typer.secho(f"note: '{ctx.command_path} {OLD_GROUP} {rest[0]}' is '{new}' now", fg="yellow", err=True)
+        return super().resolve_command(ctx, rest)
+
 
 app = typer.Typer(
     cls=Commands,
     help="Search for the best merge of fine-tuned models.",
-    epilog="Start with `mergequest init my.yaml`, then `mergequest campaign run my.yaml`.",
+    epilog="Start with `mergequest init my.yaml`, then `mergequest run my.yaml`.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-campaign_app = typer.Typer(help="Run campaigns, look at them, and go on with them.", no_args_is_help=True)
-app.add_typer(campaign_app, name="campaign")
-
 File = Annotated[
     str, typer.Argument(help="Campaign file (YAML); `mergequest init` writes one.", metavar="CAMPAIGN.yaml")
 ]
@@ -67,12 +78,33 @@ Address = Annotated[
         help="Ray cluster to join (`auto`, or HOST:PORT); by default RAY_ADDRESS, else a local one for this run."
     ),
 ]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="A setting in place of the file's, checked as if it stood there (`--set search.candidates=200`); may be given "
+        "again.",
+        metavar="KEY=VALUE",
+    ),
+]
+Candidates = Annotated[int | None, typer.Option(help="Candidates to evaluate: `--set search.candidates=N`.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors and results.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from flows.versions import code_version
+
+        typer.echo(f"mergequest {code_version()}")
+        raise typer.Exit
 
 
 @app.callback()
 def _options(
     traceback: Annotated[bool, typer.Option("--traceback", help="Show Python's traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
 ) -> None:
     if traceback:
         os.environ["MERGEQUEST_TRACEBACK"] = "1"
@@ -83,22 +115,29 @@ def init(
     file: Annotated[str, typer.Argument(help="File to write.", metavar="CAMPAIGN.yaml")] = "campaign.yaml",
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
-    """Writes a commented campaign file to start from, with every setting and its default."""
+    """Writes a commented campaign file to start from, with every setting and its default.
+
+    Beside it lies the file's JSON schema, which editors complete and check it by.
+    """
     from flows.cli.template import campaign_template
+    from flows.config.campaign_schema import SCHEMA_FILE, campaign_schema
+    from flows.config.yaml_file import parent
     from merging.errors import SettingsError
-    from merging.io import atomic, storage
+    from merging.io import addresses, atomic, storage
 
     if storage.exists(file) and not force:
         raise SettingsError(f"{file} is there already: --force replaces it")
     atomic.write_text(file, campaign_template())
-    typer.echo(f"Wrote {file}. Name your base, members and tasks in it, then: mergequest campaign run {file}")
+    atomic.write_json(addresses.join(parent(file), SCHEMA_FILE), campaign_schema())
+    typer.echo(f"Wrote {file}. Name your base, members and tasks in it, then: mergequest run {file}")
 
 
-@campaign_app.command("run")
-def campaign_run(
+@app.command()
+def run(
     file: File,
     out: Out = None,
-    candidates: Annotated[int | None, typer.Option(help="Candidates to evaluate, instead of the file's.")] = None,
+    candidates: Candidates = None,
+    settings: Set = None,
     address: Address = None,
     quiet: Quiet = False,
 ) -> None:
@@ -106,30 +145,34 @@ def campaign_run(
     _join(address)
     from flows.campaign.run import run
 
-    _finish(run(_load(file, out, candidates), _display(quiet)))
+    typer.echo(run(_load(file, out, candidates, settings), _display(quiet)))
 
 
-@campaign_app.command("resume")
-def campaign_resume(
+@app.command()
+def resume(
     directory: Where,
-    candidates: Annotated[int | None, typer.Option(help="A new budget, to search on.")] = None,
+    candidates: Annotated[int | None, typer.Option(help="A new budget: `--set search.candidates=N`.")] = None,
+    settings: Set = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Measure candidates that failed again, when the cause is mended.")
     ] = False,
     address: Address = None,
     quiet: Quiet = False,
 ) -> None:
-    """Goes on with a campaign that was stopped or killed; no finished candidate is lost or repeated."""
+    """Goes on with a campaign that was stopped or killed; no finished candidate is lost or repeated.
+
+    Budgets and resources may be set anew (`--set search.seconds=3600`): the search goes on with them.
+    """
     _join(address)
     from flows.campaign.run import run
     from flows.directory.campaign_directory import Directory
 
-    campaign = Directory(directory).campaign()
-    _finish(run(_with(campaign, directory, candidates), _display(quiet), retry_failed=retry_failed))
+    campaign = _with(Directory(directory).campaign(), directory, candidates, settings)
+    typer.echo(run(campaign, _display(quiet), retry_failed=retry_failed))
 
 
-@campaign_app.command("status")
-def campaign_status(
+@app.command()
+def status(
     directory: Where,
     json: Annotated[bool, typer.Option("--json", help="One JSON object per look.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Look every few seconds until the campaign ends.")] = False,
@@ -140,21 +183,34 @@ def campaign_status(
     from flows.cli.status import read_status
 
     while True:
-        status = read_status(directory)
+        found = read_status(directory)
         if watch and not json and sys.stdout.isatty():
             Console().clear()
-        typer.echo(status.as_json() if json else status.as_text())
-        if not watch or not status.may_change:
+        typer.echo(found.as_json() if json else found.as_text())
+        if not watch or not found.may_change:
             return
         time.sleep(LOOK)
 
 
-@campaign_app.command("check")
-def campaign_check(file: File) -> None:
+@app.command("ls")
+def list_campaigns(
+    prefix: Annotated[
+        str, typer.Argument(help="A directory or address, or how names in one begin.", metavar="PREFIX")
+    ] = "runs",
+    json: Annotated[bool, typer.Option("--json", help="One JSON object per campaign.")] = False,
+) -> None:
+    """Lists the campaigns below a directory or address, with how far each is."""
+    from flows.cli.ls import print_campaigns
+
+    print_campaigns(prefix, json)
+
+
+@app.command()
+def check(file: File, settings: Set = None) -> None:
     """Opens and compares everything that a campaign names, and computes nothing."""
     from flows.campaign.run import check
 
-    check(_load(file, None, None), _display(False))
+    check(_load(file, None, None, settings), _display(False))
     typer.echo("Nothing is wrong with it.")
 
 
@@ -167,6 +223,7 @@ def statistics(
     out: Annotated[
         str | None, typer.Option("--out", help="Directory for the files; by default the campaign's.")
     ] = None,
+    settings: Set = None,
     address: Address = None,
     quiet: Quiet = False,
 ) -> None:
@@ -174,17 +231,17 @@ def statistics(
     _join(address)
     from flows.campaign.run import compute_statistics
 
-    for path in compute_statistics(_load(file, None, None), kind, out, _display(quiet)):
+    for path in compute_statistics(_load(file, None, None, settings), kind, out, _display(quiet)):
         typer.echo(path)
 
 
 @app.command()
-def select(file: File, out: Out = None, address: Address = None, quiet: Quiet = False) -> None:
+def select(file: File, out: Out = None, settings: Set = None, address: Address = None, quiet: Quiet = False) -> None:
     """Selects subsets of members by quality and diversity, and prints them, with q and S."""
     _join(address)
     from flows.campaign.run import run_selection
 
-    selection = run_selection(_load(file, out, None), _display(quiet))
+    selection = run_selection(_load(file, out, None, settings), _display(quiet))
     for line in selection.as_text():
         typer.echo(line)
 
@@ -265,6 +322,7 @@ def evaluate(
     mismatch: Annotated[
         bool, typer.Option(help="Show the gradient mismatch at each recipe's factors, from unlabelled train examples.")
     ] = False,
+    settings: Set = None,
     address: Address = None,
     quiet: Quiet = False,
 ) -> None:
@@ -272,7 +330,7 @@ def evaluate(
     _join(address)
     from flows.cli.evaluate import evaluate as score
 
-    score(_load(file, None, None), what, split, _display(quiet), mismatch)
+    score(_load(file, None, None, settings), what, split, _display(quiet), mismatch)
 
 
 @app.command()
@@ -306,11 +364,19 @@ def portfolio(
 
 
 @app.command()
-def methods() -> None:
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One of them, shown whole.", metavar="[NAME]")] = None,
+    json: Annotated[bool, typer.Option("--json", help="A JSON array, or the object of NAME.")] = False,
+) -> None:
     """Lists the merge methods, what they need, and their parameters."""
-    from flows.cli.catalogue import print_methods
+    from flows.cli.catalogue import print_method, print_methods, print_methods_json
 
-    print_methods()
+    if json:
+        print_methods_json(name)
+    elif name is not None:
+        print_method(name)
+    else:
+        print_methods()
 
 
 @app.command()
@@ -320,7 +386,8 @@ def submit(
         str, typer.Option(help="Dashboard of the cluster (http://HOST:8265).")
     ] = "http://127.0.0.1:8265",
     out: Out = None,
-    candidates: Annotated[int | None, typer.Option(help="Candidates to evaluate, instead of the file's.")] = None,
+    candidates: Candidates = None,
+    settings: Set = None,
     what: Annotated[str, typer.Option(help="campaign, statistics, or merge (FILE is a recipe then).")] = "campaign",
     follow: Annotated[bool, typer.Option(help="Show the job's log until it ends, and exit as it does.")] = True,
 ) -> None:
@@ -331,7 +398,7 @@ def submit(
     """
     from flows.cli.submit import submit as send
 
-    raise typer.Exit(send(file, address, out, follow, candidates, what))
+    raise typer.Exit(send(file, address, out, follow, _assignments(candidates, settings), what))
 
 
 @app.command()
@@ -349,7 +416,7 @@ def quickstart(
     _join(address)
     from flows.quickstart.quickstart import run
 
-    _finish(run(pool, directory, cache, candidates, _display(quiet)))
+    typer.echo(run(pool, directory, cache, candidates, _display(quiet)))
 
 
 def main() -> None:
@@ -372,26 +439,27 @@ def _display(quiet: bool) -> "Display":
     return Display(Console(stderr=True, quiet=quiet))
 
 
-def _load(file: str, out: str | None, candidates: int | None) -> "Campaign":
+def _load(file: str, out: str | None, candidates: int | None, settings: list[str] | None) -> "Campaign":
     from flows.config.campaign_file import load_campaign
 
-    return _with(load_campaign(file), out, candidates)
+    return _with(load_campaign(file, _assignments(candidates, settings)), out)
 
 
-def _with(campaign: "Campaign", out: str | None, candidates: int | None) -> "Campaign":
+def _assignments(candidates: int | None, settings: list[str] | None) -> list[str]:
+    """What the command line sets in place of the file's settings."""
+    return [*(settings or []), *([] if candidates is None else [f"search.candidates={candidates}"])]
+
+
+def _with(
+    campaign: "Campaign", out: str | None, candidates: int | None = None, settings: list[str] | None = None
+) -> "Campaign":
     """The campaign with what the command line says instead."""
     from flows.config.campaign_file import Campaign
+    from flows.config.overrides import with_overrides
     from flows.config.yaml_file import validate
     from merging.io import addresses
 
-    settings = campaign.model_dump(mode="json")
+    changed = with_overrides(campaign.model_dump(mode="json"), _assignments(candidates, settings))
     if out is not None:
-        settings["directory"] = addresses.absolute(out)
-    if candidates is not None:
-        settings["search"]["candidates"] = candidates
-    return validate(Campaign, settings, "command line")
-
-
-def _finish(text: str) -> None:
-    """What a campaign ends with: the table and the places."""
-    typer.echo(text)
+        changed["directory"] = addresses.absolute(out)
+    return validate(Campaign, changed, "command line")

@@ -5,6 +5,7 @@ python -m flows.cli.reference [DIRECTORY]
 
 import importlib
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup
 from flows.cli.app import app
 from flows.cli.methods_page import methods_page
 from flows.cli.template import settings_reference
+from flows.config.campaign_schema import SCHEMA_FILE, campaign_schema
 from flows.report.table import markdown_line
 from search.ledger.row import SCHEMA, VERSION, Row
 
@@ -132,12 +134,18 @@ def api_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def schema_text() -> str:
+    """The campaign file's schema, for editors."""
+    return json.dumps(campaign_schema(), indent=1, ensure_ascii=False) + "\n"
+
+
 PAGES = {
     "campaign.md": settings_reference,
     "methods.md": methods_page,
     "cli.md": cli_page,
     "columns.md": columns_page,
     "api.md": api_page,
+    SCHEMA_FILE: schema_text,
 }
 """File in docs/ → what writes it."""
 

@@ -1,4 +1,4 @@
-"""`mergequest campaign status`: how far a campaign is, from its directory alone, on any machine that can read it."""
+"""`mergequest status`: how far a campaign is, from its directory alone, on any machine that can read it."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -120,7 +120,7 @@ class Status:
             return "and at work"
         if self.ended is not None:
             return f"when it ended: {self.ended}"
-        return f"in '{self.phase}': killed or cut off? Once it is gone, `mergequest campaign resume` goes on"
+        return f"in '{self.phase}': killed or cut off? Once it is gone, `mergequest resume` goes on"
 
 
 def read_status(path: str, now: datetime | None = None) -> Status:

@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +31,7 @@ PACKAGES = ("flows", "merging", "ray_tasks", "search")
 
 
 def submit(
-    file: str, address: str, out: str | None, follow: bool, candidates: int | None = None, what: str = "campaign"
+    file: str, address: str, out: str | None, follow: bool, settings: Sequence[str] = (), what: str = "campaign"
 ) -> int:
     """Sends work to a cluster.
 
@@ -42,7 +43,7 @@ def submit(
         address: The cluster's dashboard (`http://HOST:8265`).
         out: The directory to fill, instead of the file's; a merge needs one.
         follow: Print the job's log until it ends.
-        candidates: Candidates to evaluate, instead of the file's.
+        settings: What is set in place of the campaign file's settings, as `search.candidates=200`.
         what: What to do with the file: `campaign`, `statistics` or `merge`.
 
     Returns:
@@ -51,7 +52,7 @@ def submit(
     Raises:
         MergequestError: The file is wrong, or the cluster cannot be reached or refuses the token.
     """
-    job_of = prepare(what, file, out, candidates)
+    job_of = prepare(what, file, out, settings)
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -108,7 +109,7 @@ class Job:
         return f"python -u -m flows.cli {shlex.join(self.command)}"
 
 
-def prepare(what: str, file: str, out: str | None, candidates: int | None = None) -> Job:
+def prepare(what: str, file: str, out: str | None, settings: Sequence[str] = ()) -> Job:
     """The job that `submit` sends, with its file resolved.
 
     Raises:
@@ -116,8 +117,8 @@ def prepare(what: str, file: str, out: str | None, candidates: int | None = None
     """
     if what not in get_args(What):
         raise SettingsError(f"--what: unknown '{what}'. {did_you_mean(what, list(get_args(What)))}")
-    if candidates is not None and what != "campaign":
-        raise SettingsError(f"--candidates goes with a campaign, not with --what {what}: leave it out")
+    if settings and what == "merge":
+        raise SettingsError("--set and --candidates go with a campaign file, not with --what merge: leave them out")
     refuse_secret("FILE", file)
     refuse_secret("--out", out or "")
     if what == "merge":
@@ -127,15 +128,13 @@ def prepare(what: str, file: str, out: str | None, candidates: int | None = None
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         # reads and merges on the node itself, which must not be a head that is kept free of work
         return Job(("merge", RECIPE, "--out", place), RECIPE, text, 1, f"{recipe.method} into {place}")
-    settings = load_campaign(file).model_dump(mode="json")
+    resolved = load_campaign(file, settings).model_dump(mode="json")
     if out is not None and what == "campaign":
-        settings["directory"] = addresses.absolute(out)
-    if candidates is not None:
-        settings["search"]["candidates"] = candidates
-    campaign = validate(Campaign, settings, file)
+        resolved["directory"] = addresses.absolute(out)
+    campaign = validate(Campaign, resolved, file)
     if what == "campaign":
         says = f"{campaign.name} into {campaign.directory}"
-        return Job(("campaign", "run", CAMPAIGN_FILE), CAMPAIGN_FILE, dump(campaign), 0, says)
+        return Job(("run", CAMPAIGN_FILE), CAMPAIGN_FILE, dump(campaign), 0, says)
     there = () if out is None else ("--out", addresses.absolute(out))
     return Job(
         ("statistics", CAMPAIGN_FILE, *there), CAMPAIGN_FILE, dump(campaign), 0, f"statistics of {campaign.name}"

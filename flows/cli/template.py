@@ -9,13 +9,15 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from flows.config.campaign_file import Campaign
+from flows.config.campaign_schema import SCHEMA_FILE
 from flows.report.table import markdown_line
 
 WIDTH = 110
 ORIGIN = (
-    "Written from the program's own model of the file; `mergequest init` writes an example with all of it. Paths are relative "
-    "to the file; unknown keys, and keys that stand twice, are errors. `mergequest campaign check` opens and compares "
-    "everything that the file names, and finds what a run would stop at."
+    "Written from the program's own model of the file; `mergequest init` writes an example with all of it, and beside it "
+    "[the schema](campaign.schema.json) by which editors complete and check the file. Paths are relative to the file; unknown "
+    "keys, and keys that stand twice, are errors. `--set search.candidates=200` on the command line stands in place of the "
+    "file's setting. `mergequest check` opens and compares everything that the file names, and finds what a run would stop at."
 )
 LATER = (
     "A campaign's directory keeps the file as it was resolved. Budgets (`search.candidates`, `seconds`, `patience` and the "
@@ -50,7 +52,8 @@ EXAMPLES: dict[str, Any] = {
 def campaign_template() -> str:
     """A campaign file with every setting, its default and what it is for."""
     head = [
-        "# A mergequest campaign. Run it with: mergequest campaign run THIS_FILE",
+        f"# yaml-language-server: $schema={SCHEMA_FILE}",
+        "# A mergequest campaign. Run it with: mergequest run THIS_FILE",
         "# Paths are relative to this file. Lines that begin with `# name: null` show a setting that is not set.",
         "",
     ]

@@ -1,11 +1,13 @@
 """The campaign file: one model that documents, checks and completes what a user asks for."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
 from flows.config.files_from import FilesFrom
+from flows.config.overrides import with_overrides
 from flows.config.pool_settings import BaseCheckpoint, MaxDistance, MemberSettings, MergeVocabulary, resolve_pool
 from flows.config.search_settings import SearchSettings
 from flows.config.sections import (
@@ -244,14 +246,18 @@ class Campaign(Settings):
         return settings
 
 
-def load_campaign(path: str) -> Campaign:
+def load_campaign(path: str, overrides: Sequence[str] = ()) -> Campaign:
     """A campaign file with its defaults filled in and its paths made absolute, relative to the file.
+
+    Args:
+        path: The file.
+        overrides: Settings in place of the file's, as `search.candidates=200`; paths in them are relative to the file, too.
 
     Raises:
         SettingsError: It is missing, or something in it is wrong: every mistake is in the message.
     """
     root = parent(path)
-    campaign = validate(Campaign, load_yaml(path), path)
+    campaign = validate(Campaign, with_overrides(load_yaml(path), overrides), path)
     settings = campaign.model_dump(mode="json")
     with said_in(path):
         settings["directory"] = resolve(campaign.directory or addresses.join("runs", campaign.name), root)

@@ -64,9 +64,7 @@ class Directory:
             SettingsError: It holds none.
         """
         if not storage.exists(self / CAMPAIGN_FILE):
-            raise SettingsError(
-                f"{self.path} holds no campaign (no {CAMPAIGN_FILE}): start one with `mergequest campaign run`"
-            )
+            raise SettingsError(f"{self.path} holds no campaign (no {CAMPAIGN_FILE}): start one with `mergequest run`")
         return load_campaign(self / CAMPAIGN_FILE)
 
     def check(self, campaign: Campaign) -> None:
@@ -88,7 +86,7 @@ class Directory:
                 changed = ", ".join(_differences(there, campaign))
                 raise LedgerError(
                     f"{self.path} holds another campaign ('{there.name}'; it differs in {changed}). Choose another directory "
-                    f"with --out, or go on with that one: mergequest campaign resume {quote(self.path)}"
+                    f"with --out, or go on with that one: mergequest resume {quote(self.path)}"
                 )
         elif [name for name in storage.list_dir(self.path) if not name.startswith(".") and name not in KNOWN]:
             raise LedgerError(f"{self.path} is not empty and holds no campaign: choose another directory with --out")

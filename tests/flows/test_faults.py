@@ -84,11 +84,11 @@ def campaign(tiny_pool, tmp_path):
 
 
 class Driver:
-    """`mergequest campaign run` in a process group of its own, as a terminal starts it."""
+    """`mergequest run` in a process group of its own, as a terminal starts it."""
 
     def __init__(self, file, directory, environment):
         self.directory = directory
-        command = [sys.executable, "-m", "flows.cli", "campaign", "run", str(file)]
+        command = [sys.executable, "-m", "flows.cli", "run", str(file)]
         self.log = file.with_suffix(".log")
         self.process = subprocess.Popen(
             command,

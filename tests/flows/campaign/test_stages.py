@@ -1,4 +1,4 @@
-"""A stage that has nothing to work on is refused by `campaign check`, and a run stops there too."""
+"""A stage that has nothing to work on is refused by `check`, and a run stops there too."""
 
 import pytest
 import yaml

@@ -11,6 +11,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+import jsonschema
 import pandas as pd
 import psutil
 import pytest
@@ -24,6 +25,8 @@ from flows.cli.app import app
 from flows.config.campaign_file import load_campaign
 from flows.directory.campaign_directory import Directory
 from flows.directory.progress import Display
+from flows.versions import code_version
+from merging.methods import METHODS
 from search.ledger.ledger import Ledger
 from search.ledger.row import Row
 
@@ -42,14 +45,14 @@ def test_help_answers_without_the_heavy_packages():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     output, status = mergequest("--help")
     assert status == 0
-    assert "mergequest campaign run my.yaml" in output
+    assert "mergequest run my.yaml" in output
 
 
 def test_init_writes_a_file_that_loads(tmp_path):
     file = tmp_path / "my.yaml"
     output, status = mergequest("init", file)
     assert status == 0
-    assert f"campaign run {file}" in output.replace("\n", "")
+    assert f"mergequest run {file}" in output.replace("\n", "")
     assert yaml.safe_load(file.read_text())["search"]["candidates"] == 64
     before = file.read_text()
     output, status = mergequest("init", file)
@@ -57,16 +60,109 @@ def test_init_writes_a_file_that_loads(tmp_path):
     assert "--force" in output
 
 
+def test_init_writes_the_schema_that_editors_read(tmp_path):
+    """It takes what the file takes, short forms included, and refuses an unknown key and a wrong type."""
+    file = tmp_path / "my.yaml"
+    mergequest("init", file)
+    first = file.read_text().splitlines()[0]
+    schema = json.loads((tmp_path / first.partition("$schema=")[2]).read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    settings = yaml.safe_load(file.read_text())
+    short = settings | {"members": {"amazon": "a", "nyt": {"checkpoint": "b"}}, "search": {"methods": {"ties": None}}}
+    for good in (settings, short, load_campaign(str(file)).model_dump(mode="json")):
+        jsonschema.validate(good, schema)
+    for bad in ({"membres": {}}, {"search": {"candidates": "many"}}, {"distil": {"step": 3}}, {"tasks": {"a b": {}}}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(settings | bad, schema)
+
+
+def test_settings_of_the_command_line_stand_in_the_file_s_place(campaign_file):
+    """Of any kind, in short forms too, and below names with dots; what is wrong with one is said as of the file."""
+    file = campaign_file(
+        members={"v1.5": "x"}, tasks={"v1.5": {"kind": "custom", "evaluator": "a:b", "model_class": "M"}}
+    )
+    assignments = [
+        "search.candidates=7",
+        "search.objective=[mean, worst]",
+        "members.v1.5.examples=12",
+        "distil.steps=3",
+    ]
+    found = load_campaign(str(file), [*assignments, "search.seconds=null", "base=other", "search.candidates=9"])
+    assert (found.search.candidates, found.search.objectives, found.distil.steps) == (9, ("mean", "worst"), 3)
+    assert (found.members["v1.5"].examples, found.search.seconds) == (12, None)
+    assert found.base == str(file.parent / "other")
+    methods = load_campaign(
+        str(file), ["search.methods=[ties, linear]", "search.methods.ties.scaling=0.5"]
+    ).search.methods
+    assert list(methods) == ["ties", "linear"]
+    for assignment, said in (
+        ("search.candidate=7", "search.candidate: unknown key. Did you mean 'candidates'?"),
+        ("search.candidates=many", "search.candidates: "),
+        ("search.candidates", "expected KEY=VALUE"),
+        ("=3", "expected KEY=VALUE"),
+        ("search.candidates={", "is not valid YAML"),
+        ("name.more=1", "'name' is 'tiny' there, and has no keys"),
+        ("tasks.v1.5.evaluator.x=1", "'tasks.v1.5.evaluator' is 'a:b' there"),
+        ("search.storage=postgresql://user:secret@host/db", "password"),
+    ):
+        output, status = mergequest("check", file, "--set", assignment)
+        assert (status, said in " ".join(output.split())) == (2, True), output
+        assert "secret" not in output.replace("--set", "")
+
+
+def test_the_version_and_one_method_are_told():
+    assert mergequest("--version") == (f"mergequest {code_version()}\n", 0)
+    output, status = mergequest("methods", "ties")
+    assert (status, "density" in output, "breadcrumbs" in output) == (0, True, False)
+    output, status = mergequest("methods", "tiess")
+    assert (status, "Did you mean 'ties'?" in output.replace("\n", " ")) == (2, True)
+    every = json.loads(mergequest("methods", "--json")[0])
+    one = json.loads(mergequest("methods", "ties", "--json")[0])
+    assert one in every
+    assert one["parameters"]["density"]["default"] == METHODS["ties"].parameters["density"].default
+    assert {method["name"] for method in every} >= {"average", "regmean"}
+    assert next(method for method in every if method["name"] == "regmean")["statistics"] == ["gram"]
+
+
+def test_the_old_spelling_still_works_with_a_note(campaign_file):
+    file = campaign_file(base="nowhere")
+    old, new = mergequest("campaign", "check", file), mergequest("check", file)
+    note = "note: 'mergequest campaign check' is 'mergequest check' now\n"
+    assert old[1] == new[1] == 2
+    assert old[0].split("\n", 1)[0].endswith("now")
+    assert old[0].split("\n", 1)[1] == new[0], note
+    assert mergequest("campaign", "--help") == mergequest("--help")
+
+
+def test_ls_shows_the_campaigns_below_a_place(campaign_file, tmp_path):
+    for name, place in (("first", "runs/first"), ("second", "runs/vision/second"), ("third", "else")):
+        campaign = load_campaign(str(campaign_file(name=name, directory=place)))
+        Directory(campaign.directory).claim(campaign, {})
+    (tmp_path / "runs/broken").mkdir()
+    (tmp_path / "runs/broken/campaign.yaml").write_text("name: [")
+    (tmp_path / "runs/broken/pool.json").write_text("{}")
+
+    def seen(prefix):
+        lines = [json.loads(line) for line in mergequest("ls", prefix, "--json")[0].splitlines()]
+        return {Path(line["directory"]).name: line.get("state", "error" in line) for line in lines}
+
+    assert seen(tmp_path / "runs") == {"broken": True, "first": "unfinished", "second": "unfinished"}
+    assert seen(f"{tmp_path}/runs/v") == {"second": "unfinished"}
+    assert seen(tmp_path / "else") == {"else": "unfinished"}
+    output, status = mergequest("ls", tmp_path / "runs")
+    assert (status, "unreadable" in output, "0/" in output) == (0, True, True)
+    output, status = mergequest("ls", tmp_path / "nothing")
+    assert (status, "no campaign's directory" in output.replace("\n", " ")) == (2, True)
+
+
 def test_bad_input_is_one_message_and_exit_code_2(tmp_path):
     file = tmp_path / "bad.yaml"
     file.write_text("base: x\nmembres: {}\n")
-    done = subprocess.run([*COMMAND, "campaign", "run", str(file)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*COMMAND, "run", str(file)], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "membres: unknown key. Did you mean 'members'?" in done.stderr
     assert "Traceback" not in done.stderr
-    asked = subprocess.run(
-        [*COMMAND, "--traceback", "campaign", "run", str(file)], capture_output=True, text=True, check=False
-    )
+    asked = subprocess.run([*COMMAND, "--traceback", "run", str(file)], capture_output=True, text=True, check=False)
     assert asked.returncode != 0
     assert "Traceback" in asked.stderr
 
@@ -78,7 +174,7 @@ def test_methods_lists_what_there_is():
 
 
 def test_check_computes_nothing(campaign_file, tmp_path):
-    output, status = mergequest("campaign", "check", campaign_file(directory="out"))
+    output, status = mergequest("check", campaign_file(directory="out"))
     assert status == 0, output
     assert "Nothing is wrong" in output
     assert not (tmp_path / "out").exists()
@@ -87,7 +183,7 @@ def test_check_computes_nothing(campaign_file, tmp_path):
 def test_check_finds_what_a_run_would_stop_at_later(campaign_file, tiny_campaign, tmp_path):
     """Without it, these come after minutes: a missing split when statistics begin, a full place when they end."""
     (tmp_path / "file").write_text("")
-    output, status = mergequest("campaign", "check", campaign_file(directory="file"))
+    output, status = mergequest("check", campaign_file(directory="file"))
     assert (status, "file is a file; name a directory" in output.replace("\n", "")) == (2, True)
     one = tiny_campaign["tasks"]["one"]
     bare = one | {"data": {split: file for split, file in one["data"].items() if split != "train"}}
@@ -95,10 +191,10 @@ def test_check_finds_what_a_run_would_stop_at_later(campaign_file, tiny_campaign
         {"search": {"methods": ["fisher"]}, "selection": {"mode": "all"}},
         {"search": {"methods": ["average"]}},
     ):
-        output, status = mergequest("campaign", "check", campaign_file(tasks={"one": bare}, directory="out", **changes))
+        output, status = mergequest("check", campaign_file(tasks={"one": bare}, directory="out", **changes))
         assert (status, "task 'one' has no train examples" in output.replace("\n", " ")) == (2, True), output
     elsewhere = {**tiny_campaign["search"], "storage": f"sqlite:///{tmp_path}/nowhere/study.db"}
-    output, status = mergequest("campaign", "check", campaign_file(search=elsewhere, directory="out"))
+    output, status = mergequest("check", campaign_file(search=elsewhere, directory="out"))
     assert (status, "the study's storage cannot be opened" in output.replace("\n", " ")) == (2, True), output
 
 
@@ -107,7 +203,7 @@ def test_members_that_are_the_base_or_one_another_are_told(campaign_file, tiny_c
     shutil.copytree(tiny_campaign["base"], tmp_path / "same")
     members |= {"same": {"checkpoint": str(tmp_path / "same")}}
     output, status = mergequest(
-        "campaign", "check", campaign_file(members=members, selection={"mode": "all"}, search={"methods": ["average"]})
+        "check", campaign_file(members=members, selection={"mode": "all"}, search={"methods": ["average"]})
     )
     shown = " ".join(output.split())
     assert status == 0, output
@@ -136,12 +232,12 @@ def test_a_campaign_whose_members_or_data_were_replaced_is_not_gone_on_with(
     directory, display = Directory(str(tmp_path / "out")), Display(Console(quiet=True))
     opened = open_campaign(campaign, display)
     directory.claim(campaign, opened.fingerprints)
-    assert mergequest("campaign", "check", file)[1] == 0
+    assert mergequest("check", file)[1] == 0
     now = datetime.now(UTC)
     Ledger(directory.ledger, "tiny").append(
         Row("tiny", "a", "validation", "reference", "complete", "base", (), {}, {}, started=now, finished=now)
     )
-    assert mergequest("campaign", "check", file)[1] == 0
+    assert mergequest("check", file)[1] == 0
     if place == "checkpoint":
         weights = load_file(tmp_path / "one" / "model.safetensors")
         weights["bert.pooler.dense.bias"] += 1e-3
@@ -149,7 +245,7 @@ def test_a_campaign_whose_members_or_data_were_replaced_is_not_gone_on_with(
     else:
         frame = pd.read_parquet(tmp_path / "validation.parquet")
         frame[1:].to_parquet(tmp_path / "validation.parquet")
-    output, status = mergequest("campaign", "check", file)
+    output, status = mergequest("check", file)
     said = {
         "checkpoint": "'one' is not the checkpoint that",
         "data": "task 'one': the validation examples are not those",
@@ -158,7 +254,7 @@ def test_a_campaign_whose_members_or_data_were_replaced_is_not_gone_on_with(
 
 
 def test_status_of_nothing(tmp_path):
-    output, status = mergequest("campaign", "status", tmp_path)
+    output, status = mergequest("status", tmp_path)
     assert status == 2
     assert "holds no campaign" in output.replace("\n", " ")
 
@@ -281,13 +377,13 @@ def test_killed_and_resumed_equals_unbroken(campaign_file, tmp_path):
     search = {"candidates": 9, "methods": ["average", "ties", "fisher"]}
     settings = {"selection": {"mode": "all"}, "test": {"top": 1}, "resources": {"evaluators": 1}}
     file = str(campaign_file(search=search, **settings))
-    unbroken = start("campaign", "run", file, "--out", str(tmp_path / "unbroken"))
+    unbroken = start("run", file, "--out", str(tmp_path / "unbroken"))
     wait_for_rows(tmp_path / "unbroken" / "ledger", 1, unbroken)  # it ends beside the others
     moments = random.Random(0)
     ledger = tmp_path / "broken" / "ledger"
     for _ in range(2):
         seen = len(rows_of(ledger))
-        broken = start("campaign", "run", file, "--out", str(tmp_path / "broken"))
+        broken = start("run", file, "--out", str(tmp_path / "broken"))
         wait_for_rows(ledger, seen + 1 + moments.randrange(4), broken)
         time.sleep(moments.random() / 5)
         finished = rows_of(ledger)
@@ -299,7 +395,7 @@ def test_killed_and_resumed_equals_unbroken(campaign_file, tmp_path):
         assert not alive
         after = rows_of(ledger)
         assert all(identity(after[key]) == identity(row) for key, row in finished.items())
-    resumed = start("campaign", "resume", str(tmp_path / "broken"))
+    resumed = start("resume", str(tmp_path / "broken"))
     for process in (resumed, unbroken):
         output, _ = process.communicate(timeout=400)
         assert process.returncode == 0, output
@@ -308,7 +404,7 @@ def test_killed_and_resumed_equals_unbroken(campaign_file, tmp_path):
         for name in ("unbroken", "broken")
     )
     assert first == second
-    assert json.loads(mergequest("campaign", "status", tmp_path / "broken", "--json")[0])["state"] == "finished"
+    assert json.loads(mergequest("status", tmp_path / "broken", "--json")[0])["state"] == "finished"
 
 
 @pytest.mark.slow
@@ -316,7 +412,7 @@ def test_an_interruption_leaves_a_campaign_that_resumes(campaign_file, tmp_path)
     search = {"candidates": 5000, "sampler": "random", "methods": ["average", "ties"]}  # more than it will measure
     settings = {"selection": {"mode": "all"}, "test": {"top": 1}, "resources": {"evaluators": 1}}
     file = str(campaign_file(search=search, **settings))
-    process = start("campaign", "run", file, "--out", str(tmp_path / "out"))
+    process = start("run", file, "--out", str(tmp_path / "out"))
     wait_for_rows(tmp_path / "out" / "ledger", 8, process)
     family = offspring(process)
     os.kill(process.pid, signal.SIGINT)
@@ -328,10 +424,10 @@ def test_an_interruption_leaves_a_campaign_that_resumes(campaign_file, tmp_path)
     assert not alive
     assert not list((tmp_path / "out").rglob("*.tmp"))
     rows = len(Ledger(str(tmp_path / "out" / "ledger")).rows())
-    output, status = mergequest("campaign", "status", tmp_path / "out")
+    output, status = mergequest("status", tmp_path / "out")
     assert status == 0
     assert "unfinished" in output
-    again = start("campaign", "resume", str(tmp_path / "out"), "--candidates", "12")
+    again = start("resume", str(tmp_path / "out"), "--candidates", "12")
     output, _ = again.communicate(timeout=400)
     assert again.returncode == 0, output
     assert len(Ledger(str(tmp_path / "out" / "ledger")).rows()) > rows

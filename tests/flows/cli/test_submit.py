@@ -137,7 +137,7 @@ def checkout(tmp_path):
 def plain_submission(url):
     """Ray's own command, from a checkout."""
     command = [RAY, "job", "submit", "--address", url, "--working-dir", ".", "--"]
-    return [*command, "python", "-m", "flows.cli", "campaign", "run", "my.yaml"]
+    return [*command, "python", "-m", "flows.cli", "run", "my.yaml"]
 
 
 def rows_of(directory):
@@ -272,7 +272,7 @@ def test_no_cluster_there(campaign_file, tmp_path):
     [
         (("merges",), "unknown 'merges'. Did you mean 'merge'"),
         (("merge",), "needs a directory to write"),
-        (("statistics", "out", 5), "--candidates goes with a campaign"),
+        (("merge", "out", ["seed=5"]), "--set and --candidates go with a campaign file"),
     ],
 )
 def test_what_makes_no_sense_is_not_sent(campaign_file, arguments, message):

@@ -86,7 +86,7 @@ def test_a_custom_evaluator_there_comes_last(place, campaign_file):
     )
     settings["tasks"]["one"] = custom
     (directory / "my.yaml").write_text(yaml.safe_dump(settings))
-    run([*SCRIPT, "campaign", "run", "my.yaml", "--quiet"], directory)
+    run([*SCRIPT, "run", "my.yaml", "--quiet"], directory)
     rows = Ledger(str(directory / "out" / "ledger")).rows()
     assert {row.status for row in rows} == {"complete"}, [row.error for row in rows]
     assert all(row.scores["one"] > 0 for row in rows)

@@ -229,7 +229,7 @@ def test_facts_are_told(make):
         "members": {name: f"checkpoints/{name}" for name in make.tasks},
         "tasks": {"movie": "accuracy on 500 examples"},
         "phases": {"statistics": 75.0, "search": 4000.0},
-        "commands": ["mergequest campaign run mine.yaml"],
+        "commands": ["mergequest run mine.yaml"],
         "versions": {"torch": "2.13.0"},
         "notes": ["one note"],
         "written": "2026-01-05",
@@ -238,7 +238,7 @@ def test_facts_are_told(make):
     page = Page(html)
     assert "1 min 15 s" in page.sections["phases"]
     assert "1 h 06 min" in page.sections["phases"]
-    assert "mergequest campaign run mine.yaml" in page.sections["reproduce"]
+    assert "mergequest run mine.yaml" in page.sections["reproduce"]
     assert "checkpoint: checkpoints/amazon" in page.sections["reproduce"]
     assert "2.13.0" in page.sections["versions"]
     assert "one note" in page.sections["versions"]
