@@ -49,7 +49,7 @@ def test_the_method_of_one_s_own_works_as_it_is_written(monkeypatch):
     assert out["w"].tolist() == [2.0, 2.0, 3.5]
 
 
-@pytest.mark.parametrize("page", ["language-models.md", "vision.md", "tagging.md"])
+@pytest.mark.parametrize("page", ["classification.md", "language-models.md", "vision.md", "tagging.md"])
 def test_the_tasks_in_the_guides_are_valid(page):
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
     files = [yaml.safe_load(textwrap.dedent(block)) for block in blocks]

@@ -113,6 +113,7 @@ class Opened:
             "checkpoints": self.pool.fingerprints(),
             "configurations": self.pool.configurations(),
             "data": data,
+            "metrics": {name: task.judged_by for name, task in self.tasks.items()},
             "relative_distance": {name: round(value, 6) for name, value in self.distances.items()},
             "merged": len(self.pool.weights),
             "heads": {name: list(member.head) for name, member in self.pool.members.items()},

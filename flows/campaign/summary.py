@@ -130,12 +130,16 @@ def facts(directory: Directory, campaign: Campaign, rows: Sequence[Row] = ()) ->
         campaign: The campaign.
         rows: Its ledger.
     """
+    metrics = directory.metrics()
     return Facts(
         name=campaign.name,
         objective=", ".join(campaign.search.objectives),
         base=campaign.base,
         members={name: member.checkpoint for name, member in campaign.members.items()},
-        tasks={name: f"{task.kind}, {task.judged_by}".replace("_", " ") for name, task in campaign.tasks.items()},
+        tasks={
+            name: f"{task.kind}, {metrics.get(name, task.judged_by)}".replace("_", " ")
+            for name, task in campaign.tasks.items()
+        },
         phases=directory.read_timings(),
         commands=[
             f"mergequest run {directory / 'campaign.yaml'} --out NEW_DIRECTORY",

@@ -138,6 +138,10 @@ class Directory:
         atomic.write_text(self / CAMPAIGN_FILE, dump(campaign))
         atomic.write_json(self / POOL, dict(pool))
 
+    def metrics(self) -> dict[str, str]:
+        """Task → its metric's name, where the campaign was opened once."""
+        return documents.read_as(self / POOL, _metrics) if storage.exists(self / POOL) else {}
+
     def is_finished(self, campaign: Campaign) -> bool:
         """Whether this very budget was spent here, and what it led to is still there."""
         places = (self / DONE, self.report, addresses.join(self.best, "config.json"))
@@ -203,6 +207,11 @@ def _fingerprints(value: Any) -> dict[str, Any]:
     for name, config in configurations.items():
         check_config(config, MAX_TENSORS, name)
     return {"checkpoints": dict(value["checkpoints"]), "data": data, "configurations": configurations}
+
+
+def _metrics(value: Any) -> dict[str, str]:
+    """The metrics in `pool.json`."""
+    return {str(task): str(metric) for task, metric in value.get("metrics", {}).items()}
 
 
 def _seconds(value: Any) -> dict[str, float]:

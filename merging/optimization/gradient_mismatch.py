@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
 
 from merging.errors import MethodError
 from merging.evaluation.shared_weights import share_weights
@@ -15,6 +14,7 @@ from merging.mergers.material import Material
 from merging.methods import METHODS
 from merging.methods.checks import example_counts
 from merging.recipe import BASE, REFERENCES, Recipe
+from merging.tasks.likelihood import divergences
 from merging.tasks.task import IGNORED, Task
 
 
@@ -91,9 +91,9 @@ def gradient_mismatch(
     """The gradient mismatch itself, from unlabelled training examples.
 
     ℓ_t(θ) is the mean over member t's examples of −Σ_c p_t(c|x) log p_θ(c|x): the cross-entropy under the labels that the
-    member itself predicts, in expectation. No label of the data is used, ∇ℓ_t(θ_t) is 0 exactly, and the Hessian of ℓ_t at
-    θ_t is the exact Fisher, so that `quadratic_mismatch` is this to first order in θ − θ_t. For sequences, log p is summed
-    over an example's target tokens.
+    member itself predicts, in expectation; of several labels summed over these, of numbers half the squared difference. No
+    label of the data is used, ∇ℓ_t(θ_t) is 0 exactly, and the Hessian of ℓ_t at θ_t is the exact Fisher, so that
+    `quadratic_mismatch` is this to first order in θ − θ_t. For sequences, log p is summed over an example's target tokens.
 
     Args:
         material: Base and members, and how many training examples each has (s_t).
@@ -123,10 +123,11 @@ def gradient_mismatch(
         for batch in task.batches("train", 0, stop, batch_size):
             batch = batch.to(device)
             with torch.no_grad():
-                wanted = task.logits(own, batch).float().softmax(-1)
+                wanted = task.logits(own, batch).float()
             with torch.enable_grad():
-                terms = -(wanted * log_softmax(task.logits(merged, batch).float(), -1)).sum(-1)
-                (terms[batch.labels != IGNORED] if terms.dim() > 1 else terms).sum().backward()  # type: ignore[no-untyped-call]
+                # as the cross-entropy but for what does not depend on the merged weights
+                terms = divergences(task.likelihood(merged), task.logits(merged, batch).float(), wanted)
+                (terms[batch.labels != IGNORED] if batch.is_sequential else terms).sum().backward()  # type: ignore[no-untyped-call]
         parts = {
             name: weighing.divided(name, gradient * (weighing.scale(name, member) / stop))
             for name, gradient in shared.take_gradients().items()

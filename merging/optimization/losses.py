@@ -5,16 +5,16 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from merging.checkpoints.pool import Pool
 from merging.errors import TaskError
 from merging.evaluation.shared_weights import SharedWeights, share_weights
+from merging.tasks.likelihood import divergences, losses
 from merging.tasks.task import IGNORED, Batch, Split, Task
 
 Loss = Literal["expected_error", "cross_entropy", "distil"]
-"""1 − p of the label, a smooth stand-in for accuracy; − log p of the label; KL divergence from the task's own member, which
-needs no labels."""
+"""1 − p of the label, a smooth stand-in for accuracy (see `likelihood.surrogates`); − log p of the label, or the loss that
+transformers trains several labels or numbers with; KL divergence from the task's own member, which needs no labels."""
 
 
 class Endless:
@@ -98,19 +98,19 @@ class GradientModels:
 
     def _task_loss(self, number: int, batch: Batch) -> Tensor:
         """A task's mean loss on a batch."""
-        task = self._tasks[number]
-        logits = task.logits(self._models[number], batch).flatten(0, -2)
-        labels = batch.labels.flatten()
+        task, model = self._tasks[number], self._models[number]
+        likelihood, logits, labels = task.likelihood(model), task.logits(model, batch), batch.labels
+        wanted = logits
         if self._loss == "distil":
             with torch.no_grad():
-                wanted = task.logits(self._teachers[number], batch).flatten(0, -2)
-            if batch.labels.dim() > 1:  # of sequences, target positions alone: what is said of padding means nothing
-                targets = labels != IGNORED
-                logits, wanted = logits[targets], wanted[targets]
-            difference = kl_div(log_softmax(logits, -1), log_softmax(wanted, -1), reduction="sum", log_target=True)
-            return difference / max(len(logits), 1)
+                wanted = task.logits(self._teachers[number], batch)
+        if batch.is_sequential:  # target positions alone: what is said of padding means nothing
+            targets = labels != IGNORED
+            logits, wanted, labels = logits[targets], wanted[targets], labels[targets]
+        if self._loss == "distil":
+            return divergences(likelihood, logits, wanted).sum() / max(len(logits), 1)
+        known = labels.isfinite().all(1) if labels.is_floating_point() else labels != IGNORED
+        logits, labels = logits[known], labels[known]
         if self._loss == "cross_entropy":
-            return cross_entropy(logits, labels)
-        known = labels >= 0
-        chance = log_softmax(logits[known], dim=-1).gather(1, labels[known, None])
-        return 1.0 - chance.exp().mean()
+            return losses(likelihood, logits, labels).mean()
+        return 1.0 - task.surrogates(model, logits, labels).mean()

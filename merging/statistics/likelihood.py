@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from merging.errors import StatisticsError
 from merging.statistics.statistic import StatisticSettings
-from merging.tasks.task import IGNORED, Batch, Likelihood
+from merging.tasks.likelihood import Likelihood
+from merging.tasks.task import IGNORED, Batch
 
 
 class LikelihoodSettings(StatisticSettings):
@@ -121,7 +122,7 @@ def _observed(logits: Tensor, batch: Batch, likelihood: Likelihood) -> Tensor:
             f"the task gives logits {list(logits.shape)} for labels {list(batch.labels.shape)}, and estimator 'empirical' "
             "needs a label for each of several outputs. Use exact, or sampled"
         )
-    wrong = ~labels.isfinite() | (labels == IGNORED)
+    wrong = ~labels.isfinite() if batch.labels.is_floating_point() else labels == IGNORED
     if likelihood == "bernoulli":
         wrong = wrong | ((labels != 0) & (labels != 1))
     if wrong.any():

@@ -1,29 +1,39 @@
-"""One class per example, whatever is classified: settings, predictions and scores of classifiers."""
+"""What a head says of a whole example, whatever is classified: one class, several labels, or numbers; settings and scores."""
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterable
-from typing import Annotated, Any, Protocol, TypeVar
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import AfterValidator, Field
-from torch import nn
-from torch.nn.functional import log_softmax
+from torch import Tensor, nn
 
 from merging.errors import TaskError
+from merging.registry import did_you_mean
 from merging.tasks.file_task import E, FileTask
-from merging.tasks.metrics import METRICS, Floats, Labels, each, is_mean, measure
+from merging.tasks.head import problem_type
+from merging.tasks.likelihood import Likelihood, entropies, losses, surrogates
+from merging.tasks.metrics import METRICS, METRICS_OF, MULTI_LABEL, REGRESSION, Labels
 from merging.tasks.predictions import Predictions
-from merging.tasks.task import Batch, Score, Split, score_of
+from merging.tasks.task import SPLITS, Batch, Score, Split, TaskSettings, score_of
+
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+LIKELIHOODS: Mapping[str, Likelihood] = {
+    "single_label_classification": "categorical",
+    "multi_label_classification": "bernoulli",
+    "regression": "gaussian",
+}
+"""transformers' `problem_type` → what logits are parameters of."""
 
 
 def _known(name: str) -> str:
-    try:
-        METRICS[name]
-    except TaskError as error:
-        raise ValueError(str(error)) from error
+    known = sorted({name for metrics in METRICS_OF.values() for name in metrics})
+    if name not in known:
+        raise ValueError(f"unknown metric '{name}'. {did_you_mean(name, known)}")
     return name
 
 
@@ -34,13 +44,42 @@ def _each_once(names: list[str]) -> list[str]:
 
 
 Metric = Annotated[str, AfterValidator(_known)]
-"""A name in `METRICS`."""
-ClassNames = Annotated[list[str], Field(min_length=2), AfterValidator(_each_once)]
-"""Names of a head's classes, in its order."""
+"""A metric's name, of whatever kind of label."""
+ClassNames = Annotated[list[str], Field(min_length=1), AfterValidator(_each_once)]
+"""Names of a head's outputs, in its order."""
+LABEL = (
+    "Column of the label: a class's name, or its position in the head; of several labels a list of these, or of true and "
+    "false; of a regression a number. Or a list of columns, one for each of the head's outputs. null for unlabelled "
+    "calibration data."
+)
+METRIC = (
+    f"What is maximised. Of one class: {', '.join(METRICS)}; of several labels: {', '.join(MULTI_LABEL)}; of numbers: "
+    f"{', '.join(REGRESSION)}. Default: the first of these."
+)
+PROBLEM_TYPE = (
+    "Of the head: single_label_classification, multi_label_classification (each label yes or no by itself), regression. "
+    "Default: its configuration's, else regression for one output and one class for several."
+)
+
+
+class ClassifierSettings(TaskSettings):
+    """What tasks have in common whose examples are judged as a whole."""
+
+    label: str | Annotated[list[str], Field(min_length=1)] | None = Field("label", description=LABEL)
+    labels: ClassNames | None = Field(
+        None, description="Names of the classes in the head's order; default: the head's `id2label`."
+    )
+    problem_type: ProblemType | None = Field(None, description=PROBLEM_TYPE)
+    metric: Metric | None = Field(None, description=METRIC)
+
+    @property
+    def judged_by(self) -> str:
+        """The metric's name; where head and file leave it open, that of one class."""
+        return self.metric or next(iter(METRICS_OF[LIKELIHOODS[self.problem_type or "single_label_classification"]]))
 
 
 class _Labelled(Protocol):
-    label: str | None
+    label: str | list[str] | None
     data: Any
 
 
@@ -55,7 +94,7 @@ def labels_where_judged(settings: S) -> S:
 
 
 class Classifier(FileTask[E]):
-    """A task whose examples have one class each; see `Task`."""
+    """A task whose examples each have one class, several labels, or numbers; see `Task`."""
 
     @abstractmethod
     def evaluation_batches(
@@ -63,60 +102,152 @@ class Classifier(FileTask[E]):
     ) -> Iterable[tuple[Batch, npt.NDArray[np.int64]]]:
         """Examples by their places in the split [N], in batches, each with the ranks of its examples among these."""
 
+    @abstractmethod
+    def labels_of(self, split: Split) -> Labels:
+        """A split's labels, [N] or [N, C]."""
+
+    @cached_property
+    def outputs(self) -> Likelihood:
+        """What the head's logits are parameters of, by the settings or the head.
+
+        Raises:
+            TaskError: The head has none, or one output of which several classes are asked.
+        """
+        try:
+            own = self.settings.problem_type or problem_type(self.head, self.base)
+        except TaskError as error:
+            raise self.error(str(error)) from error
+        count = len(self.classes)
+        if own is None:
+            own = "regression" if count == 1 else "single_label_classification"
+        if own not in LIKELIHOODS:
+            raise self.error(
+                f"`problem_type` in the config.json of {self.head} is {str(own)[:100]!r}: one of {', '.join(LIKELIHOODS)}"
+            )
+        if own == "single_label_classification" and count < 2:
+            raise self.error(
+                f"the head of {self.head} has one output, which is no choice among classes: name `problem_type`, regression or "
+                "multi_label_classification"
+            )
+        return LIKELIHOODS[own]
+
+    def likelihood(self, model: nn.Module) -> Likelihood:
+        """See `Task.likelihood`."""
+        return self.outputs
+
+    @cached_property
+    def metric(self) -> str:
+        """The metric's name.
+
+        Raises:
+            TaskError: It does not fit the head.
+        """
+        known = METRICS_OF[self.outputs]
+        name = self.settings.metric or next(iter(known))
+        if name not in known:
+            kind = {"categorical": "one class an example", "bernoulli": "several labels", "gaussian": "numbers"}
+            raise self.error(
+                f"`metric: {name}` does not fit the head of {self.head}, which gives {kind[self.outputs]} (`problem_type`): "
+                f"name one of {', '.join(known)}"
+            )
+        return str(name)
+
+    @property
+    def judged_by(self) -> str:
+        """The metric's name, which head and settings decide together."""
+        return self.metric
+
+    @property
+    def can_be_negative(self) -> bool:
+        """See `Task.can_be_negative`."""
+        return not METRICS_OF[self.outputs][self.metric].positive
+
+    @cached_property
+    def spread(self) -> float:
+        """The standard deviation of a regression's labels, on validation where there is that split; 1 of all others."""
+        if self.outputs != "gaussian":
+            return 1.0
+        split: Split = "validation" if "validation" in self.settings.data else self._first_split
+        found = float(np.std(self.labels_of(split), axis=0).mean())
+        return found if np.isfinite(found) and found > 0 else 1.0
+
+    @property
+    def _first_split(self) -> Split:
+        return next(split for split in SPLITS if split in self.settings.data)
+
+    def surrogates(self, model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+        """See `Task.surrogates`."""
+        return surrogates(self.outputs, logits, labels, self.spread)
+
     def predict(
         self, model: nn.Module, split: Split, positions: npt.NDArray[np.int64], *, precision: str = "float32"
     ) -> Predictions:
         """See `Task.predict`. Loss and metric are computed in float64 from the model's logits."""
         started = time.perf_counter()
         device = next(model.parameters()).device
-        parts, labels, ranks = [], [], []
+        parts, ranks = [], []
+        places = self.order(split)[positions]
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            for batch, own in self.evaluation_batches(split, self.order(split)[positions]):
+            for batch, own in self.evaluation_batches(split, places):
                 parts.append(self.logits(model, batch.to(device)).double())
-                labels.append(batch.labels)
                 ranks.append(own)
         back = np.argsort(np.concatenate(ranks))
         logits = torch.cat(parts).cpu()[back]
+        if logits.shape[1] != len(self.classes):
+            raise self.error(
+                f"the model gives {logits.shape[1]} numbers for an example, the head names {len(self.classes)}"
+            )
         if wrong := int((~logits.isfinite().all(dim=1)).sum()):
             raise self.error(f"the model gave NaN or Inf for {wrong} of {len(logits)} {split} examples")
-        true = torch.cat(labels)[back].numpy()
-        seconds = time.perf_counter() - started
-        return classified(self.settings.metric, true, log_softmax(logits, dim=1).numpy(), seconds)
+        labels = self.labels_of(split)[places]
+        return judged(self.metric, labels, logits, self.outputs, self.spread, time.perf_counter() - started)
 
     def score(self, predictions: Predictions) -> Score:
         """See `Task.score`."""
-        metric = self.settings.metric
-        return score_of(predictions, metric, measured=None if is_mean(metric) else measured(metric, predictions))
+        return scored(self.metric, predictions, self.outputs)
 
 
-def classified(metric: str, labels: Labels, log_probabilities: Floats, seconds: float = 0.0) -> Predictions:
-    """What a classifier's log-probabilities are worth, example by example.
+def batch_labels(labels: Labels) -> Tensor:
+    """Labels as batches have them: class indices int64 [N], or float32 [N, C]."""
+    return torch.from_numpy(labels if labels.ndim == 1 else labels.astype(np.float32))
 
-    The surrogate is p_y, the probability of the true class: smooth where right and wrong are not.
+
+def judged(
+    metric: str,
+    labels: Labels,
+    logits: Tensor,
+    likelihood: Likelihood = "categorical",
+    spread: float = 1.0,
+    seconds: float = 0.0,
+) -> Predictions:
+    """What a head's logits are worth, example by example.
 
     Args:
-        metric: A name in `METRICS`.
-        labels: Class indices [N].
-        log_probabilities: [N, C].
+        metric: A name among the likelihood's metrics.
+        labels: Class indices [N], or 0 and 1, or numbers [N, C].
+        logits: [N, C], float64.
+        likelihood: What they are parameters of.
+        spread: See `merging.tasks.likelihood.surrogates`.
         seconds: Wall time that it took.
     """
-    log_true: Floats = log_probabilities[np.arange(len(labels)), labels]
-    probabilities = np.exp(log_probabilities)
-    averaged = each(metric, labels, probabilities)
-    # 0 · log 0 is 0
-    terms = np.multiply(probabilities, log_probabilities, out=np.zeros_like(probabilities), where=probabilities > 0)
+    true = torch.from_numpy(labels)
+    smooth = surrogates(likelihood, logits, true, spread).numpy()
+    entropy = entropies(likelihood, logits)
+    outputs = (logits.softmax(-1) if likelihood == "categorical" else logits).numpy()
+    averaged = METRICS_OF[likelihood][metric].each(labels, outputs)
     return Predictions(
-        values=np.exp(log_true) if averaged is None else averaged,
-        surrogates=np.exp(log_true),
-        losses=-log_true,
-        entropies=-terms.sum(axis=1),
-        payload={"labels": labels, "log_probabilities": log_probabilities},
+        values=smooth if averaged is None else averaged,
+        surrogates=smooth,
+        losses=losses(likelihood, logits, true).numpy(),
+        entropies=None if entropy is None else entropy.numpy(),
+        payload={"labels": labels, "outputs": outputs},
         seconds=seconds,
     )
 
 
-def measured(metric: str, predictions: Predictions) -> tuple[float, float]:
-    """A metric of a classifier's predictions and its standard error; see `merging.tasks.metrics.measure`."""
+def scored(metric: str, predictions: Predictions, likelihood: Likelihood = "categorical") -> Score:
+    """The score of what `judged` gave; a metric of all predictions together has a bootstrap's standard error."""
+    found = METRICS_OF[likelihood][metric]
     labels: npt.NDArray[Any] = predictions.payload["labels"]
-    log_probabilities: npt.NDArray[Any] = predictions.payload["log_probabilities"]
-    return measure(metric, labels, np.exp(log_probabilities))
+    outputs: npt.NDArray[Any] = predictions.payload["outputs"]
+    return score_of(predictions, metric, measured=None if found.is_mean else found.measure(labels, outputs, 0))

@@ -53,11 +53,7 @@ def class_names(
     Raises:
         TaskError: There is no configuration or no head, or another number of `labels` than outputs.
     """
-    try:
-        adapted = is_adapter(head)
-        config = open_checkpoint(head, base).config if adapted else read_settings(addresses.join(head, CONFIG))
-    except (CheckpointError, StorageError) as error:
-        raise TaskError(f"the head has no configuration: {error}") from error
+    config = _configuration(head, base)
     architecture = str((config.get("architectures") or ["model of unknown architecture"])[0])
     if not architecture.endswith(suffix):
         raise TaskError(
@@ -68,20 +64,29 @@ def class_names(
     found: Mapping[str, str] = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     if not isinstance(found, dict) or set(found) != {str(number) for number in range(len(found))}:
         raise TaskError(f"`id2label` in the config.json of {head} does not name classes 0, 1, …: {found}")
-    if len(found) < 2:
-        raise TaskError(f"the head of {head} has one output, a regression: it does not classify")
-    if (problem := config.get("problem_type")) in ("multi_label_classification", "regression"):
-        kind = "several labels at once" if problem.startswith("multi") else "numbers"
-        raise TaskError(
-            f"the head of {head} gives {kind} (`problem_type: {problem}`), not one class an example: score it by a custom "
-            "task, or correct `problem_type` in its config.json"
-        )
     if labels is not None and len(labels) != len(found):
         raise TaskError(f"`labels` names {len(labels)} classes, the head of {head} has {len(found)}")
     names = labels or [str(found[key]) for key in sorted(found, key=int)]
     if len(set(names)) < len(names):
         raise TaskError(f"the head of {head} has two classes of the same name: name them all by `labels`")
     return names
+
+
+def problem_type(head: str, base: str = "") -> str | None:
+    """What a head's configuration says that its outputs are, in transformers' words; None where it says nothing.
+
+    Raises:
+        TaskError: There is no configuration.
+    """
+    found = _configuration(head, base).get("problem_type")
+    return None if found is None else str(found)
+
+
+def _configuration(head: str, base: str) -> Mapping[str, Any]:
+    try:
+        return open_checkpoint(head, base).config if is_adapter(head) else read_settings(addresses.join(head, CONFIG))
+    except (CheckpointError, StorageError) as error:
+        raise TaskError(f"the head has no configuration: {error}") from error
 
 
 def blank_model(head: str, model_class: str, base: str = "") -> tuple[nn.Module, Loading]:

@@ -1,12 +1,10 @@
-"""Labelled texts from Parquet, CSV and JSON lines: read, checked, and turned into class indices."""
+"""Labelled texts from Parquet, CSV and JSON lines: read, checked, and their labels turned into numbers."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
@@ -15,11 +13,10 @@ import pyarrow.parquet as pq
 from merging.errors import StorageError, TaskError
 from merging.io import storage
 from merging.io.documents import as_object, is_text, parse_json
-from merging.tasks.task import IGNORED
+from merging.tasks.labels import LONGEST, label_columns, nothing_to_measure, quoted, read_labels
+from merging.tasks.likelihood import Likelihood
 
 FORMATS = (".parquet", ".csv", ".jsonl", ".ndjson")
-SHOWN, LONGEST = 5, 100
-"""Of a message: values, and characters of a value."""
 BATCH = 1 << 16
 """Rows of a Parquet file that are read at once."""
 MAX_TABLE = 8 << 30
@@ -32,7 +29,7 @@ class Columns:
 
     text: str
     text_pair: str | None
-    label: str | None
+    label: str | Sequence[str] | None
 
     @property
     def texts(self) -> list[str]:
@@ -42,7 +39,7 @@ class Columns:
     @property
     def all(self) -> list[str]:
         """All of them."""
-        return [*self.texts, *([self.label] if self.label is not None else [])]
+        return [*self.texts, *label_columns(self.label)]
 
 
 @dataclass(frozen=True)
@@ -51,34 +48,35 @@ class Examples:
 
     Args:
         texts: One list for each text column, N strings each.
-        labels: Class indices [N]; −100 where there are no labels.
+        labels: Class indices [N]; −100 where there are no labels. Of several labels or numbers [N, C], and NaN.
     """
 
     texts: tuple[list[str], ...]
-    labels: npt.NDArray[np.int64]
+    labels: npt.NDArray[Any]
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
-def read_examples(paths: Sequence[str], columns: Columns, classes: Sequence[str]) -> Examples:
+def read_examples(
+    paths: Sequence[str], columns: Columns, classes: Sequence[str], likelihood: Likelihood = "categorical"
+) -> Examples:
     """Reads a split from one or more files, in the order given.
 
     Args:
         paths: Files, local or at any fsspec address; the suffix names the format.
         columns: Which columns to read.
         classes: The head's classes, in order. String labels are looked up here; integer labels are positions.
+        likelihood: What the head's logits are parameters of.
 
     Raises:
         TaskError: A file, column, text or label is missing or unusable; all bad rows are told at once.
     """
     frame = read_table(paths, columns.all, columns.texts)
     problems = [problem for column in columns.texts for problem in text_problems(frame[column], column)]
-    labels = np.full(len(frame), IGNORED)
-    if columns.label is not None:
-        labels = class_indices(frame[columns.label], columns.label, classes, problems)
-    if columns.label is not None and not problems and len(np.unique(labels)) < 2:
-        problems.append(f"all {len(labels)} examples have the label '{classes[labels[0]]}': nothing can be measured")
+    labels = read_labels(frame, columns.label, classes, likelihood, problems)
+    if columns.label is not None and not problems:
+        problems += nothing_to_measure(labels, classes)
     if problems:
         raise TaskError("; ".join(f"{', '.join(paths)}: {problem}" for problem in problems))
     return Examples(tuple(frame[column].tolist() for column in columns.texts), labels)
@@ -129,7 +127,7 @@ def _read_file(path: str, columns: Sequence[str], texts: Sequence[str]) -> pd.Da
     if not names:
         raise TaskError(f"{path}: there are no rows")
     if missing := [name for name in columns if name not in names]:
-        raise TaskError(f"{path} has no column {_quoted(missing)}; it has {_quoted(names)}")
+        raise TaskError(f"{path} has no column {quoted(missing)}; it has {quoted(names)}")
     chosen: pd.DataFrame = frame[list(columns)]
     return chosen
 
@@ -171,38 +169,3 @@ def text_problems(values: "pd.Series[Any]", column: str) -> list[str]:
         f"column '{column}' holds no text in {len(wrong)} of {len(values)} rows "
         f"(first in row {wrong[0] + 1}: {repr(values.iloc[wrong[0]])[:LONGEST]}); remove those rows or name another column"
     ]
-
-
-def class_indices(
-    values: "pd.Series[Any]", column: str, classes: Sequence[str], problems: list[str]
-) -> npt.NDArray[np.int64]:
-    """Labels as positions in `classes`; those that are none are added to the problems, with their counts."""
-    positions: dict[str | int, int] = {name: index for index, name in enumerate(classes)}
-    if not any(name.isdecimal() for name in classes):
-        positions |= {index: index for index in range(len(classes))}
-    else:  # numbers among the names: an integer that is read from a CSV is a name then
-        positions |= {int(name): index for name, index in positions.items() if str(name).isdecimal()}
-    raw = values.tolist()
-    labels = [_class_index(value, positions) for value in raw]
-    strange = Counter(repr(value)[:LONGEST] for value, label in zip(raw, labels, strict=True) if label is None)
-    if strange:
-        shown = ", ".join(f"{value} ({count:,} examples)" for value, count in strange.most_common(SHOWN))
-        more = f" and {len(strange) - SHOWN} more" if len(strange) > SHOWN else ""
-        problems.append(
-            f"column '{column}' holds labels outside the head's {len(classes)} classes: {shown}{more}. "
-            f"The classes are {_quoted(list(classes))}, or 0 … {len(classes) - 1}; "
-            "`labels` names them in the head's order"
-        )
-    return np.array([-1 if label is None else label for label in labels], dtype=np.int64)
-
-
-def _class_index(value: Any, positions: Mapping[str | int, int]) -> int | None:
-    """The class that a name, or an integer stored as any type of number, stands for."""
-    if isinstance(value, str):
-        return positions.get(value)
-    return positions.get(int(value)) if isinstance(value, int | float) and value == value // 1 else None
-
-
-def _quoted(names: Sequence[str]) -> str:
-    shown = ", ".join(f"'{str(name)[:LONGEST]}'" for name in names[:20])
-    return f"{shown}, … ({len(names)} in all)" if len(names) > 20 else shown

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from merging.checkpoints.models.parameter_names import Loading
 from merging.errors import TaskError
 from merging.registry import Registry
+from merging.tasks.likelihood import Likelihood, surrogates
 from merging.tasks.predictions import Floats, Predictions
 
 Split = Literal["train", "validation", "test"]
-Likelihood = Literal["categorical", "bernoulli", "gaussian"]
 IGNORED = -100
 """The label of a position where there is nothing to predict."""
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -41,7 +41,7 @@ class Batch:
     Args:
         inputs: Keyword arguments of the model's `forward`, without labels.
         labels: Class indices [N] or [N, S]; `IGNORED` where there is nothing to predict. Of several labels at once 0 and 1,
-            of a regression numbers, both in the shape of the logits.
+            of a regression numbers, both in floating point and in the shape of the logits; NaN where there is none.
         indices: Positions of the examples in their split [N].
         mask: Which positions are real tokens [N, S]; None where every position counts.
     """
@@ -50,6 +50,11 @@ class Batch:
     labels: Tensor
     indices: Tensor
     mask: Tensor | None = None
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether there is a label at every position, and not what belongs to the whole example."""
+        return self.labels.dim() > 1 and not self.labels.is_floating_point()
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on another device."""
@@ -164,6 +169,16 @@ class Task(ABC):
         """Whether all its scores are: they have no ratio that grows with them."""
         return False
 
+    @property
+    def judged_by(self) -> str:
+        """The metric's name."""
+        return str(self.settings.judged_by)
+
+    @property
+    def can_be_negative(self) -> bool:
+        """Whether some of its scores may be below zero."""
+        return True
+
     @abstractmethod
     def data_fingerprint(self, split: Split) -> str:
         """Content hash of a split's examples and of how they are prepared for the model."""
@@ -234,6 +249,19 @@ class Task(ABC):
             return "bernoulli"
         one_output = getattr(config, "num_labels", None) == 1 and type(model).__name__.endswith("Classification")
         return "gaussian" if problem == "regression" or (problem is None and one_output) else "categorical"
+
+    def surrogates(self, model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+        """What `Predictions.surrogates` are made of, differentiable.
+
+        Args:
+            model: Gave the logits.
+            logits: [N, C].
+            labels: As in a batch, with none missing.
+
+        Returns:
+            [N].
+        """
+        return surrogates(self.likelihood(model), logits, labels)
 
     def representation(self, model: nn.Module, batch: Batch) -> Tensor:
         """Last hidden states [N, S, D] of the backbone, before any head."""

@@ -1,4 +1,4 @@
-"""Texts, or pairs of texts, in classes."""
+"""Texts, or pairs of texts: in classes, with several labels, or with numbers."""
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,21 +13,22 @@ from torch import Tensor, nn
 from merging.checkpoints.adapters.adapter import is_adapter
 from merging.errors import TaskError
 from merging.io import hashing
-from merging.tasks.classification import Classifier, ClassNames, Metric, labels_where_judged
+from merging.tasks.classification import Classifier, ClassifierSettings, batch_labels, labels_where_judged
 from merging.tasks.file_task import TextTask, longest_first
 from merging.tasks.head import (
     has_tokenizer,
     tokenizer_identity,
 )
-from merging.tasks.metrics import METRICS
-from merging.tasks.task import SPLITS, Batch, Split, TaskSettings, register
+from merging.tasks.labels import label_columns
+from merging.tasks.metrics import Labels
+from merging.tasks.task import SPLITS, Batch, Split, register
 
 if TYPE_CHECKING:
     from merging.tasks.labelled_texts import Examples
 
 
-class TextClassificationSettings(TaskSettings):
-    """Texts, or pairs of texts, in classes."""
+class TextClassificationSettings(ClassifierSettings):
+    """Texts, or pairs of texts: one class each, several labels, or numbers (a regression)."""
 
     kind: Literal["text_classification"] = Field(
         "text_classification",
@@ -40,21 +41,12 @@ class TextClassificationSettings(TaskSettings):
     )
     text: str = Field("text", description="Column of the text.")
     text_pair: str | None = Field(None, description="Column of a second text, for tasks on pairs.")
-    label: str | None = Field(
-        "label",
-        description="Column of the label: a class's name, or its position in the head; null for unlabelled calibration data.",
-    )
-    labels: ClassNames | None = Field(
-        None,
-        description="Names of the classes in the head's order; default: the head's `id2label`.",
-    )
-    metric: Metric = Field("accuracy", description=f"What is maximised: {', '.join(METRICS)}.")
     max_length: int = Field(128, ge=2, description="Tokens that a text is cut to.")
     batch_size: int = Field(64, ge=1, description="Examples per step of evaluation; does not change the score.")
 
     @model_validator(mode="after")
     def _columns_of_their_own(self) -> "TextClassificationSettings":
-        columns = [name for name in (self.text, self.text_pair, self.label) if name is not None]
+        columns = [*filter(None, (self.text, self.text_pair)), *label_columns(self.label)]
         if len(set(columns)) < len(columns):
             raise ValueError("`text`, `text_pair` and `label` name columns, each another one")
         return self
@@ -81,7 +73,7 @@ class TextClassification(Classifier["Examples"], TextTask["Examples"]):
         with _collected(problems):
             _ = self.tokenizer
         with _collected(problems):
-            _ = self.classes
+            _ = self.metric
             with _collected(problems):
                 _ = self.max_length
             for split in self.settings.data:
@@ -106,18 +98,24 @@ class TextClassification(Classifier["Examples"], TextTask["Examples"]):
         examples = self.split(split)
         prepared = [
             examples.texts,
-            examples.labels.tolist(),
+            examples.labels.tolist() if np.isfinite(examples.labels).all() else None,
             self.max_length,
             tokenizer_identity(self.tokenizer),
         ]
-        return hashing.fingerprint(prepared)
+        # of one class as ever, so that statistics that were computed keep their names
+        others = [] if self.outputs == "categorical" else [self.outputs, self.spread]
+        return hashing.fingerprint([*prepared, *others])
 
     def read(self, paths: Sequence[str]) -> "Examples":
         """See `FileTask.read`."""
         from merging.tasks.labelled_texts import Columns, read_examples  # with pandas, which takes a second
 
         columns = Columns(self.settings.text, self.settings.text_pair, self.settings.label)
-        return read_examples(paths, columns, self.classes)
+        return read_examples(paths, columns, self.classes, self.outputs)
+
+    def labels_of(self, split: Split) -> Labels:
+        """See `Classifier.labels_of`."""
+        return self.split(split).labels
 
     def make_batch(self, split: Split, places: npt.NDArray[np.int64]) -> Batch:
         """See `FileTask.make_batch`."""
@@ -146,7 +144,7 @@ class TextClassification(Classifier["Examples"], TextTask["Examples"]):
         inputs: dict[str, Tensor] = dict(self.tokenizer.pad(rows, return_tensors="pt"))
         return Batch(
             inputs=inputs,
-            labels=torch.from_numpy(self.split(split).labels[positions]),
+            labels=batch_labels(self.labels_of(split)[positions]),
             indices=torch.from_numpy(positions),
             mask=inputs["attention_mask"].bool(),
         )

@@ -55,8 +55,10 @@ def uncovered(model: nn.Module, covered: Collection[str]) -> tuple[str, ...]:
 
 
 def token_count(batch: Batch) -> int:
-    """Real tokens of a batch; without a mask, its targets."""
-    return int((batch.labels != IGNORED).sum() if batch.mask is None else batch.mask.sum())
+    """Real tokens of a batch; without a mask, its targets, or examples where these are no class indices."""
+    if batch.mask is not None:
+        return int(batch.mask.sum())
+    return len(batch.labels) if batch.labels.is_floating_point() else int((batch.labels != IGNORED).sum())
 
 
 def real_rows(value: Tensor, mask: Tensor | None) -> Tensor:

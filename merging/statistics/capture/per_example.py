@@ -184,7 +184,7 @@ class PerExample:
         if way in self._verified:
             return True
         seed = probe_gradient(output)
-        if batch.labels.dim() > 1 and batch.labels.shape == output.shape[:-1]:
+        if batch.is_sequential and batch.labels.shape == output.shape[:-1]:
             seed = seed * (batch.labels != IGNORED)[..., None]
         weights = torch.linspace(0.5, 1.5, self._examples, dtype=output.dtype)[_shuffled(self._examples)]
         weights = weights.to(output.device)

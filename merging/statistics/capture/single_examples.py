@@ -57,7 +57,7 @@ def unlike_pair(batch: Batch, pad: int = 0) -> Batch:
 
 def _shortened(pair: Batch, pad: int) -> Batch:
     mask = pair.mask
-    if mask is None or mask.dim() != 2 or not bool(mask.all()) or mask.shape[1] < 4 or pair.labels.dim() > 1:
+    if mask is None or mask.dim() != 2 or not bool(mask.all()) or mask.shape[1] < 4 or pair.is_sequential:
         return pair
     shorter = mask.clone()
     shorter[0, -1] = False
@@ -85,5 +85,6 @@ def _unpadded(one: Batch) -> Batch:
         return value[:, :width] if value.shape[:2] == shape else value
 
     inputs = {name: value if name.startswith("decoder_") else cut(value) for name, value in one.inputs.items()}
-    labels = one.labels if "decoder_input_ids" in inputs else cut(one.labels)
+    is_cut = one.is_sequential and "decoder_input_ids" not in inputs
+    labels = cut(one.labels) if is_cut else one.labels
     return Batch(inputs, labels, one.indices, cut(one.mask))

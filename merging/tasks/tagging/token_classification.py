@@ -69,7 +69,8 @@ class TokenClassification(TextTask[list[_Sentence]]):
 
     def check(self) -> list[str]:
         """Reads all splits, the head's tags and its tokenizer; see `Task.check`."""
-        _ = self.classes
+        if len(self.classes) < 2:
+            raise self.error(f"the head of {self.head} has one output: there is no tag to choose")
         self.blank_model()
         cut = 0
         for split in self.settings.data:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from merging.errors import TaskError
 from merging.io import hashing, storage
-from merging.tasks.classification import Classifier, ClassNames, Metric, labels_where_judged
+from merging.tasks.classification import Classifier, ClassifierSettings, batch_labels, labels_where_judged
 from merging.tasks.head import load_image_processor
-from merging.tasks.metrics import METRICS
-from merging.tasks.task import Batch, Split, TaskSettings, register
+from merging.tasks.metrics import Labels
+from merging.tasks.task import Batch, Split, register
 
 if TYPE_CHECKING:
     from merging.tasks.vision.pictures import Images
@@ -29,7 +29,7 @@ KEPT = 1 << 30
 Corruption = Literal["motion_blur", "impulse_noise", "gaussian_noise", "pixelate", "spatter", "contrast", "jpeg"]
 
 
-class ImageClassificationSettings(TaskSettings):
+class ImageClassificationSettings(ClassifierSettings):
     """Images in classes, from Parquet files with encoded images or from folders with a folder for each class."""
 
     kind: Literal["image_classification"] = Field("image_classification", description="image_classification.")
@@ -38,14 +38,6 @@ class ImageClassificationSettings(TaskSettings):
         description="Split (train, validation, test) → Parquet file, folder of class folders, or a list of these.",
     )
     image: str = Field("image", description="Column of the encoded image: bytes, or Hugging Face's Image feature.")
-    label: str | None = Field(
-        "label",
-        description="Column of the label: a class's name, or its position in the head; null for unlabelled calibration data.",
-    )
-    labels: ClassNames | None = Field(
-        None, description="Names of the classes in the head's order; default: the head's `id2label`."
-    )
-    metric: Metric = Field("accuracy", description=f"What is maximised: {', '.join(METRICS)}.")
     corruption: Corruption | None = Field(
         None, description="Corrupt validation and test images, for a table of robustness beside the task itself."
     )
@@ -69,7 +61,7 @@ class ImageClassification(Classifier["Images"]):
 
     def check(self) -> list[str]:
         """Reads and decodes all splits, the head's classes and its processor; see `Task.check`."""
-        _ = self.classes
+        _ = self.metric
         self.blank_model()
         extents: dict[tuple[int, ...], tuple[Split, int]] = {}
         for split in self.settings.data:
@@ -119,10 +111,10 @@ class ImageClassification(Classifier["Images"]):
         digest = hashlib.sha256()
         for content in images.encoded:
             digest.update(storage.read_bytes(content) if isinstance(content, str) else content)
-        settings = self.settings.model_dump(mode="json", include={"corruption", "severity", "metric"})
-        return hashing.fingerprint(
-            [digest.hexdigest(), images.labels.tolist(), settings, self._processor.to_json_string()]
-        )
+        settings = self.settings.model_dump(mode="json", include={"corruption", "severity"}) | {"metric": self.metric}
+        labels = images.labels.tolist() if np.isfinite(images.labels).all() else None
+        others = [] if self.outputs == "categorical" else [self.outputs, self.spread]
+        return hashing.fingerprint([digest.hexdigest(), labels, settings, self._processor.to_json_string(), *others])
 
     def representation(self, model: nn.Module, batch: Batch) -> Tensor:
         """The backbone's last hidden states [N, S, D]; of a convolutional one, its last feature map, place by place."""
@@ -137,12 +129,16 @@ class ImageClassification(Classifier["Images"]):
         """See `FileTask.read`; images are decoded when they are needed."""
         from merging.tasks.vision.pictures import read_images  # with pandas, which takes a second
 
-        return read_images(paths, self.settings.image, self.settings.label, self.classes)
+        return read_images(paths, self.settings.image, self.settings.label, self.classes, self.outputs)
+
+    def labels_of(self, split: Split) -> Labels:
+        """See `Classifier.labels_of`."""
+        return self.split(split).labels
 
     def make_batch(self, split: Split, places: npt.NDArray[np.int64]) -> Batch:
         """See `FileTask.make_batch`; every position counts."""
         pixels = torch.stack([self._pixels(split, int(place)) for place in places])
-        labels = torch.from_numpy(self.split(split).labels[places])
+        labels = batch_labels(self.labels_of(split)[places])
         return Batch({"pixel_values": pixels}, labels, torch.from_numpy(places))
 
     def evaluation_batches(

@@ -11,8 +11,9 @@ from PIL import Image, ImageFilter
 
 from merging.errors import TaskError
 from merging.io import addresses, storage
-from merging.tasks.labelled_texts import class_indices, read_table
-from merging.tasks.task import IGNORED
+from merging.tasks.labelled_texts import read_table
+from merging.tasks.labels import label_columns, read_labels
+from merging.tasks.likelihood import Likelihood
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
@@ -32,12 +33,12 @@ class Images:
     Args:
         encoded: Each image's file, or where it lies [N].
         names: What each is called in messages [N].
-        labels: Class indices [N].
+        labels: Class indices [N]; of several labels or numbers [N, C].
     """
 
     encoded: Sequence[bytes | str]
     names: Sequence[str]
-    labels: npt.NDArray[np.int64]
+    labels: npt.NDArray[Any]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,19 +60,33 @@ class Images:
             raise TaskError(f"{self.names[place]} is no image that can be read: {str(error)[:300]}") from error
 
 
-def read_images(paths: Sequence[str], image: str, label: str | None, classes: Sequence[str]) -> Images:
+def read_images(
+    paths: Sequence[str],
+    image: str,
+    label: str | Sequence[str] | None,
+    classes: Sequence[str],
+    likelihood: Likelihood = "categorical",
+) -> Images:
     """Reads a split: Parquet files with encoded images, or folders with one folder of images per class.
 
     Args:
         paths: Files or folders, local or at any fsspec address.
         image: Column of the images: bytes, or Hugging Face's Image feature (`bytes`, `path`).
-        label: Column of the labels; None where there are none (−100).
+        label: Column of the labels, or columns; None where there are none (−100, NaN).
         classes: The head's classes, in order.
+        likelihood: What the head's logits are parameters of; a folder says one class an image.
 
     Raises:
         TaskError: A file, folder, column, image or label is missing or unusable.
     """
-    parts = [_folder(path, classes) if storage.is_dir(path) else _table(path, image, label, classes) for path in paths]
+    parts = []
+    for path in paths:
+        is_folder = storage.is_dir(path)
+        if is_folder and likelihood != "categorical":
+            raise TaskError(
+                f"{path}: folders of images say one class an image; the head wants more: use a Parquet file"
+            )
+        parts.append(_folder(path, classes) if is_folder else _table(path, image, label, classes, likelihood))
     encoded = [content for part in parts for content in part.encoded]
     if not encoded:
         raise TaskError(f"{', '.join(paths)}: there are no images")
@@ -79,8 +94,10 @@ def read_images(paths: Sequence[str], image: str, label: str | None, classes: Se
     return Images(encoded, names, np.concatenate([part.labels for part in parts]))
 
 
-def _table(path: str, image: str, label: str | None, classes: Sequence[str]) -> Images:
-    frame = read_table([path], [image, *([label] if label is not None else [])])
+def _table(
+    path: str, image: str, label: str | Sequence[str] | None, classes: Sequence[str], likelihood: Likelihood
+) -> Images:
+    frame = read_table([path], [image, *label_columns(label)])
     encoded: list[bytes | str] = []
     for row, value in enumerate(frame[image], start=1):
         content = value.get("bytes") or value.get("path") if isinstance(value, Mapping) else value
@@ -88,9 +105,7 @@ def _table(path: str, image: str, label: str | None, classes: Sequence[str]) -> 
             raise TaskError(f"{path}, row {row}: column '{image}' holds no encoded image: store the file's bytes")
         encoded.append(content)
     problems: list[str] = []
-    labels = np.full(len(frame), IGNORED)
-    if label is not None:
-        labels = class_indices(frame[label], label, classes, problems)
+    labels = read_labels(frame, label, classes, likelihood, problems)
     if problems:
         raise TaskError(f"{path}: {'; '.join(problems)}")
     return Images(encoded, [f"{path}, row {row}" for row in range(1, len(encoded) + 1)], labels)

@@ -4,14 +4,14 @@ import pytest
 from flows.report.test_answers import KeptOutcomes
 from merging.evaluation.steps import Trace
 from merging.recipe import Recipe
-from merging.tasks.metrics import is_mean
+from merging.tasks.metrics import METRICS
 from merging.tasks.task import Score
 from search.candidate import Candidate, Measurement, Outcome
 
 
 def outcome(metrics):
     values = {task: np.linspace(0, 1, 5, dtype=np.float32) for task in metrics}
-    scores = {task: Score(0.5, 0.1, 5, metric, is_mean=is_mean(metric)) for task, metric in metrics.items()}
+    scores = {task: Score(0.5, 0.1, 5, metric, is_mean=METRICS[metric].is_mean) for task, metric in metrics.items()}
     found = Measurement(scores, trace=Trace([scores], values, values))
     return Outcome(Candidate(Recipe("base", {}), "test", "final"), found)
 

@@ -15,6 +15,9 @@ class Positions:
     def __init__(self, task):
         self._task, self.name = task, task.name
 
+    def likelihood(self, model):
+        return "categorical"
+
     def load_model(self):
         return self._task.load_model()
 

@@ -1,10 +1,13 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import f1_score
 
 from merging.errors import TaskError
 from merging.tasks import CustomSettings, make_task
-from merging.tasks.classification import classified, measured
+from merging.tasks.classification import judged, scored
 from merging.tasks.predictions import Predictions
 from merging.tasks.task import score_of
 
@@ -14,7 +17,7 @@ PROBABILITIES = np.array([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [0.5, 0.5, 0.0]])
 
 def predictions(metric="accuracy"):
     with np.errstate(divide="ignore"):
-        return classified(metric, LABELS, np.log(PROBABILITIES), 0.5)
+        return judged(metric, LABELS, torch.from_numpy(np.log(PROBABILITIES)), seconds=0.5)
 
 
 def test_one_number_per_example():
@@ -35,7 +38,8 @@ def test_parts_joined_are_the_whole():
     joined = Predictions.join([whole.take(np.array([0])), whole.take(np.array([1, 2]))])
     for name in ("values", "surrogates", "losses", "entropies"):
         assert (getattr(joined, name) == getattr(whole, name)).all()
-    assert measured("macro_f1", joined) == measured("macro_f1", whole)
+    found, expected = (vars(scored("macro_f1", each)) for each in (joined, replace(whole, seconds=0.0)))
+    assert found == pytest.approx(expected, nan_ok=True)
     assert Predictions.join([whole, whole]).seconds == 1.0
     assert Predictions.join([whole, Predictions(np.zeros(2))]).losses is None
 
@@ -65,7 +69,7 @@ def test_steps_add_up_to_the_evaluation(make_text_task, frames, metric):
     assert some.values == pytest.approx(everything.values, abs=1e-5)
     assert some.losses == pytest.approx(everything.losses, abs=1e-5)
     if metric == "macro_f1":
-        labels, answers = some.payload["labels"], some.payload["log_probabilities"].argmax(1)
+        labels, answers = some.payload["labels"], some.payload["outputs"].argmax(1)
         expected = f1_score(labels, answers, average="macro", zero_division=0.0)
         assert task.score(some).value == pytest.approx(expected)
 

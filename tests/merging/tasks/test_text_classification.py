@@ -234,9 +234,9 @@ def test_check_wants_a_validation_split(make_text_task, frames):
     ("changes", "message"),
     [
         ({"architectures": ["BertModel"]}, "is a BertModel, without a classification head"),
-        ({"id2label": {"0": "LABEL_0"}}, "has one output, a regression"),
-        ({"problem_type": "multi_label_classification"}, "several labels at once"),
-        ({"problem_type": "regression"}, "not one class an example"),
+        ({"id2label": {"0": "LABEL_0"}}, "where its configuration wants"),
+        ({"problem_type": "multi_label_classification"}, "a list is needed"),
+        ({"problem_type": "regression"}, "a list is needed"),
         ({"id2label": {"0": "a", "1": "b"}}, r"labels outside the head's 2 classes"),
         ({"id2label": {"a": 0, "b": 1, "c": 2}}, r"`id2label` in the config.json of .* does not name classes 0, 1"),
         ({"id2label": ["a", "b", "c"]}, "does not name classes 0, 1"),

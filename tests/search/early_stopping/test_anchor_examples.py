@@ -3,7 +3,7 @@ import pytest
 
 from merging.evaluation.steps import Trace
 from merging.recipe import Recipe
-from merging.tasks.metrics import is_mean
+from merging.tasks.metrics import METRICS
 from merging.tasks.task import Score
 from search.candidate import ANCHORS, Candidate, Measurement, Outcome
 from search.early_stopping.anchor_examples import Anchors, Traces, choose, make_anchors
@@ -51,7 +51,9 @@ def test_all_examples_give_the_score_itself(world):
 def trace_of(chosen, metric="accuracy"):
     chosen = np.asarray(chosen, np.float32)
     right = (chosen > 0.5).astype(np.float32)
-    score = Score(float(right.mean()), 0.1, len(chosen), metric, 0.5, 1 - float(chosen.mean()), is_mean=is_mean(metric))
+    score = Score(
+        float(right.mean()), 0.1, len(chosen), metric, 0.5, 1 - float(chosen.mean()), is_mean=METRICS[metric].is_mean
+    )
     losses = -np.log(np.maximum(chosen, np.finfo(np.float32).tiny))
     return Trace([{"x": score}], {"x": right}, {"x": chosen}, {"x": losses})
 

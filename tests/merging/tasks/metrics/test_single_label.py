@@ -3,7 +3,13 @@ import pytest
 from sklearn import metrics as sk
 
 from merging.errors import TaskError
-from merging.tasks.metrics import METRICS, Counts, measure, resample
+from merging.tasks.metrics import METRICS
+from merging.tasks.metrics.single_label import Counts, resample
+
+
+def measure(name, labels, probabilities, seed=0):
+    return METRICS[name].measure(labels, probabilities, seed)
+
 
 BOOTSTRAPPED = ["macro_f1", "micro_f1", "weighted_f1", "balanced_accuracy", "matthews"]
 

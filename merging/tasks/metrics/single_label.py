@@ -1,36 +1,15 @@
-"""What a classifier's predictions are worth: scikit-learn's metrics by name, each with a standard error."""
+"""What predictions of one class an example are worth: scikit-learn's metrics by name, each with a standard error."""
 
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from merging.errors import TaskError
 from merging.registry import Registry
-
-Labels = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
-
-RESAMPLES = 200
-
-
-@dataclass(frozen=True)
-class OfEachExample:
-    """A metric that is the mean of one number an example; its standard error is that of a mean.
-
-    Args:
-        values: (labels [N], probabilities [N, C]) → [N]; greater is better.
-    """
-
-    values: Callable[[Labels, Floats], Floats]
-
-    def measure(self, labels: Labels, probabilities: Floats, seed: int) -> tuple[float, float]:
-        """The mean and s/√N; for accuracy s² = a(1 − a), the exact variance of a right or wrong answer."""
-        values = self.values(labels, probabilities)
-        return float(values.mean()), float(values.std() / np.sqrt(len(values)))
+from merging.tasks.metrics.metric import RESAMPLES, Floats, Labels, Metric, OfEachExample, ratio
 
 
 @dataclass(frozen=True)
@@ -55,18 +34,26 @@ class OfPredictions:
     Args:
         function: scikit-learn's (labels [N], predictions [N]) → value; greater is better.
         of_counts: The same metric of each resample [B], fast enough to be asked of hundreds.
+        percent: See `Metric`.
+        positive: See `Metric`.
     """
 
+    is_mean: ClassVar[bool] = False
     function: Callable[[Labels, Labels], Any]
     of_counts: Callable[[Counts], Floats]
+    percent: bool = True
+    positive: bool = True
 
-    def measure(self, labels: Labels, probabilities: Floats, seed: int) -> tuple[float, float]:
+    def each(self, labels: Labels, outputs: Floats) -> None:
+        """There is none; see `Metric.each`."""
+
+    def measure(self, labels: Labels, outputs: Floats, seed: int) -> tuple[float, float]:
         """The value, and its spread over resampled examples (Efron 1979)."""
-        predictions = probabilities.argmax(axis=1)
+        predictions = outputs.argmax(axis=1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a class without examples or predictions counts as 0
             value = float(self.function(labels, predictions))
-        resampled = self.of_counts(resample(labels, predictions, probabilities.shape[1], RESAMPLES, seed))
+        resampled = self.of_counts(resample(labels, predictions, outputs.shape[1], RESAMPLES, seed))
         return value, float(resampled.std(ddof=1))
 
 
@@ -82,13 +69,8 @@ def resample(labels: Labels, predictions: Labels, classes: int, resamples: int, 
     return Counts(draws @ (of_label * of_prediction), draws @ of_label, draws @ of_prediction)
 
 
-def _ratio(over: Floats, under: Floats) -> Floats:
-    """The quotient, 0 where both are 0."""
-    return np.divide(over, under, out=np.zeros_like(over), where=under > 0)
-
-
 def _f1(counts: Counts) -> Floats:
-    return _ratio(2 * counts.right, counts.labelled + counts.predicted)
+    return ratio(2 * counts.right, counts.labelled + counts.predicted)
 
 
 def _macro_f1(counts: Counts) -> Floats:
@@ -108,7 +90,7 @@ def _micro_f1(counts: Counts) -> Floats:
 
 
 def _balanced_accuracy(counts: Counts) -> Floats:
-    mean: Floats = _ratio(counts.right, counts.labelled).sum(axis=1) / (counts.labelled > 0).sum(axis=1)
+    mean: Floats = ratio(counts.right, counts.labelled).sum(axis=1) / (counts.labelled > 0).sum(axis=1)
     return mean
 
 
@@ -117,7 +99,7 @@ def _matthews(counts: Counts) -> Floats:
     total = counts.labelled.sum(axis=1)
     over = counts.right.sum(axis=1) * total - (counts.labelled * counts.predicted).sum(axis=1)
     spreads = [total**2 - np.square(margin).sum(axis=1) for margin in (counts.labelled, counts.predicted)]
-    return _ratio(over, np.sqrt(spreads[0] * spreads[1]))
+    return ratio(over, np.sqrt(spreads[0] * spreads[1]))
 
 
 def _right(labels: Labels, probabilities: Floats) -> Floats:
@@ -141,53 +123,11 @@ def _scikit(name: str, **arguments: Any) -> Callable[[Labels, Labels], float]:
     return function
 
 
-METRICS: Registry[OfEachExample | OfPredictions] = Registry("metric", TaskError)
+METRICS: Registry[Metric] = Registry("metric", TaskError)
 METRICS.register("accuracy", OfEachExample(_right))
-METRICS.register("neg_log_loss", OfEachExample(_log_probability))
+METRICS.register("neg_log_loss", OfEachExample(_log_probability, percent=False, positive=False))
 METRICS.register("macro_f1", OfPredictions(_scikit("f1_score", average="macro", zero_division=0.0), _macro_f1))
 METRICS.register("micro_f1", OfPredictions(_scikit("f1_score", average="micro", zero_division=0.0), _micro_f1))
 METRICS.register("weighted_f1", OfPredictions(_scikit("f1_score", average="weighted", zero_division=0.0), _weighted_f1))
 METRICS.register("balanced_accuracy", OfPredictions(_scikit("balanced_accuracy_score"), _balanced_accuracy))
-METRICS.register("matthews", OfPredictions(_scikit("matthews_corrcoef"), _matthews))
-
-
-def measure(name: str, labels: Labels, probabilities: Floats, seed: int = 0) -> tuple[float, float]:
-    """A metric and its standard error over the choice of examples.
-
-    Args:
-        name: The metric's name in `METRICS`.
-        labels: Class indices [N].
-        probabilities: [N, C].
-        seed: Of the bootstrap, for metrics that have no formula.
-
-    Returns:
-        The value, greater is better, and its standard error.
-
-    Raises:
-        TaskError: There is no such metric.
-    """
-    return METRICS[name].measure(labels, probabilities, seed)
-
-
-def each(name: str, labels: Labels, probabilities: Floats) -> Floats | None:
-    """The number of each example that a metric averages [N]; None for a metric of all predictions together.
-
-    Args:
-        name: The metric's name in `METRICS`.
-        labels: Class indices [N].
-        probabilities: [N, C].
-
-    Raises:
-        TaskError: There is no such metric.
-    """
-    metric = METRICS[name]
-    return metric.values(labels, probabilities) if isinstance(metric, OfEachExample) else None
-
-
-def is_mean(name: str) -> bool:
-    """Whether a metric is the mean of one number per example.
-
-    Raises:
-        TaskError: There is no such metric.
-    """
-    return isinstance(METRICS[name], OfEachExample)
+METRICS.register("matthews", OfPredictions(_scikit("matthews_corrcoef"), _matthews, positive=False))

@@ -1,0 +1,86 @@
+"""What a metric is: a number of labels and of what a model said of them, with a standard error."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Labels = npt.NDArray[Any]
+Floats = npt.NDArray[np.float64]
+
+RESAMPLES = 200
+"""Of a bootstrap."""
+
+
+class Metric(Protocol):
+    """A metric; greater is better.
+
+    Outputs [N, C] are the probabilities of classes, the logits of several labels, or numbers.
+    """
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether it is the mean of one number per example."""
+        ...
+
+    @property
+    def percent(self) -> bool:
+        """Whether it is a share, which is read as per cent."""
+        ...
+
+    @property
+    def positive(self) -> bool:
+        """Whether no value lies below 0."""
+        ...
+
+    def each(self, labels: Labels, outputs: Floats) -> Floats | None:
+        """The number of each example that the metric averages [N]; None for a metric of all predictions together."""
+        ...
+
+    def measure(self, labels: Labels, outputs: Floats, seed: int) -> tuple[float, float]:
+        """The value and its standard error over the choice of examples."""
+        ...
+
+
+@dataclass(frozen=True)
+class OfEachExample:
+    """A metric that is the mean of one number an example; its standard error is that of a mean.
+
+    Args:
+        values: (labels [N] or [N, C], outputs [N, C]) → [N]; greater is better.
+        percent: See `Metric`.
+        positive: See `Metric`.
+    """
+
+    is_mean: ClassVar[bool] = True
+    values: Callable[[Labels, Floats], Floats]
+    percent: bool = True
+    positive: bool = True
+
+    def each(self, labels: Labels, outputs: Floats) -> Floats | None:
+        """See `Metric.each`."""
+        return self.values(labels, outputs)
+
+    def measure(self, labels: Labels, outputs: Floats, seed: int) -> tuple[float, float]:
+        """The mean and s/√N; for accuracy s² = a(1 − a), the exact variance of a right or wrong answer."""
+        values = self.values(labels, outputs)
+        return float(values.mean()), float(values.std() / np.sqrt(len(values)))
+
+
+def draws(weights: Floats, seed: int) -> Floats:
+    """How often each of some kinds of examples is drawn in each resample [RESAMPLES, K] (Efron 1979).
+
+    Args:
+        weights: How many examples there are of each kind [K].
+        seed: Of the draw.
+    """
+    total = int(weights.sum())
+    drawn: Floats = np.random.default_rng(seed).multinomial(total, weights / total, size=RESAMPLES).astype(np.float64)
+    return drawn
+
+
+def ratio(over: Floats, under: Floats) -> Floats:
+    """The quotient, 0 where both are 0."""
+    return np.divide(over, under, out=np.zeros_like(over), where=under > 0)

@@ -1,0 +1,78 @@
+"""What predictions of several labels an example are worth: scikit-learn's metrics by name, each with a standard error.
+
+A label is predicted where its logit is above 0, its probability above one half.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from merging.errors import TaskError
+from merging.registry import Registry
+from merging.tasks.metrics.metric import Floats, Labels, Metric, OfEachExample, draws, ratio
+
+
+@dataclass(frozen=True)
+class F1:
+    """F1 over all examples; its standard error is a bootstrap's.
+
+    Args:
+        of_counts: (right [B, C], labelled and predicted together [B, C]) → [B].
+        percent: See `Metric`.
+        positive: See `Metric`.
+    """
+
+    is_mean: ClassVar[bool] = False
+    of_counts: Callable[[Floats, Floats], Floats]
+    percent: bool = True
+    positive: bool = True
+
+    def each(self, labels: Labels, outputs: Floats) -> None:
+        """There is none; see `Metric.each`."""
+
+    def measure(self, labels: Labels, outputs: Floats, seed: int) -> tuple[float, float]:
+        """The value, and its spread over resampled examples (Efron 1979)."""
+        predicted = outputs > 0
+        right, both = labels * predicted, labels + predicted
+        drawn = draws(np.ones(len(labels)), seed)
+        value = self.of_counts(right.sum(0, keepdims=True), both.sum(0, keepdims=True))
+        return float(value[0]), float(self.of_counts(drawn @ right, drawn @ both).std(ddof=1))
+
+
+def _micro(right: Floats, both: Floats) -> Floats:
+    return ratio(2 * right.sum(1), both.sum(1))
+
+
+def _macro(right: Floats, both: Floats) -> Floats:
+    mean: Floats = ratio(2 * right, both).mean(1)
+    return mean
+
+
+def _samples_f1(labels: Labels, outputs: Floats) -> Floats:
+    predicted = outputs > 0
+    return ratio(2 * (labels * predicted).sum(1), (labels + predicted).sum(1))
+
+
+def _same(labels: Labels, outputs: Floats) -> Floats:
+    return np.where(((outputs > 0) == labels).all(1), 1.0, 0.0)
+
+
+def _share(labels: Labels, outputs: Floats) -> Floats:
+    share: Floats = ((outputs > 0) == labels).mean(1)
+    return share
+
+
+def _log_probability(labels: Labels, outputs: Floats) -> Floats:
+    mean: Floats = -np.logaddexp(0, np.where(labels > 0, -outputs, outputs)).mean(1)
+    return mean
+
+
+MULTI_LABEL: Registry[Metric] = Registry("metric of several labels", TaskError)
+MULTI_LABEL.register("micro_f1", F1(_micro))
+MULTI_LABEL.register("macro_f1", F1(_macro))
+MULTI_LABEL.register("samples_f1", OfEachExample(_samples_f1))
+MULTI_LABEL.register("subset_accuracy", OfEachExample(_same))
+MULTI_LABEL.register("hamming_accuracy", OfEachExample(_share))
+MULTI_LABEL.register("neg_log_loss", OfEachExample(_log_probability, percent=False, positive=False))
