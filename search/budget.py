@@ -10,10 +10,12 @@ from typing import Literal
 from search.ledger.row import Row
 from search.objective import best, point, violation
 
-Ending = Literal["candidates", "examples", "seconds", "plateau", "exhausted"]
-"""Why a search ended: its candidates, examples or time are spent; its best has not got better for long; its
-sampler has nothing new to propose."""
+Ending = Literal["candidates", "examples", "seconds", "gpu_hours", "cpu_hours", "plateau", "exhausted"]
+"""Why a search ended: its candidates, examples, time or hours of processors are spent; its best has not got better
+for long; its sampler has nothing new to propose."""
 
+HOURS: tuple[Literal["gpu_hours", "cpu_hours"], ...] = ("gpu_hours", "cpu_hours")
+"""Columns of what a candidate cost."""
 RECENT = 50
 """How many rows the rate is taken from."""
 
@@ -26,6 +28,8 @@ class Budget:
         candidates: Rows of baselines and proposals, failed ones included; all baselines are measured in any case.
         seconds: After so many seconds nothing new is proposed, those of earlier runs included.
         examples: After so many evaluated examples, all tasks together, nothing new is proposed.
+        gpu_hours: After so many GPU hours of its candidates nothing new is proposed.
+        cpu_hours: The same of CPUs.
         patience: So many candidates in a row that did not improve the best are a plateau.
         min_delta: By how much more than the best so far an improvement must be, in any of the objectives.
         identical_errors: So many equal errors in a row are no accident.
@@ -36,6 +40,8 @@ class Budget:
     candidates: int
     seconds: float | None = None
     examples: int | None = None
+    gpu_hours: float | None = None
+    cpu_hours: float | None = None
     patience: int | None = None
     min_delta: float = 0.0
     identical_errors: int = 5
@@ -97,6 +103,8 @@ class Tally:
         self.total, self.done, self.examples = total, 0, 0
         self.best: Row | None = None
         self._dearest = 0
+        self._hours = dict.fromkeys(HOURS, 0.0)
+        self._longest = dict.fromkeys(HOURS, 0.0)
         self._since = 0
         self._marks: tuple[float, ...] = ()
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT)
@@ -121,6 +129,10 @@ class Tally:
             return "candidates"
         if limits.examples is not None and self.examples + under_way * self._dearest >= limits.examples:
             return "examples"
+        for kind in HOURS:
+            limit = getattr(limits, kind)
+            if limit is not None and self._hours[kind] + under_way * self._longest[kind] >= limit:
+                return kind
         if limits.seconds is not None and self._clock() - self._started >= limits.seconds:
             return "seconds"
         if limits.patience is not None and self._since >= limits.patience:
@@ -137,6 +149,10 @@ class Tally:
             left.append(max(0, self.total - self.done) / rate)
             if self._budget.examples is not None and now > before:
                 left.append(max(0, self._budget.examples - now) * span / (now - before))
+            for kind, spent in self._hours.items():
+                limit = getattr(self._budget, kind)
+                if limit is not None and self.done and spent:
+                    left.append(max(0.0, limit - spent) * self.done / spent / rate)
             if self._budget.seconds is not None:
                 left.append(max(0.0, self._budget.seconds - (self._clock() - self._started)))
         return Progress(
@@ -148,6 +164,10 @@ class Tally:
         self.done += 1
         self.examples += cost
         self._dearest = max(self._dearest, cost)
+        for kind in HOURS:
+            hours = getattr(row, kind) or 0.0
+            self._hours[kind] += hours
+            self._longest[kind] = max(self._longest[kind], hours)
         self.best = next(iter(best([self.best, row] if self.best else [row], split=self._split)), None)
         self._since += 1
         if row.objective is None or violation(row) > 0:

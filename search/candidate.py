@@ -80,6 +80,8 @@ class Outcome:
         lost: The worker was lost, not the candidate's fault: it is tried again.
         started: When work on it began.
         finished: When its last score was there.
+        cpu_hours: CPUs held for it, times hours; None where nobody counts.
+        gpu_hours: The same of GPUs.
     """
 
     candidate: Candidate
@@ -88,6 +90,8 @@ class Outcome:
     lost: bool = False
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     finished: datetime = field(default_factory=lambda: datetime.now(UTC))
+    cpu_hours: float | None = None
+    gpu_hours: float | None = None
 
 
 class Executor(Protocol):
@@ -179,6 +183,8 @@ def make_row(
         report=dict(found.report),
         merge_seconds=found.merge_seconds,
         evaluate_seconds=found.evaluate_seconds,
+        cpu_hours=outcome.cpu_hours,
+        gpu_hours=outcome.gpu_hours,
         started=outcome.started,
         finished=outcome.finished,
         worker=found.worker,

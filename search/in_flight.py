@@ -30,6 +30,7 @@ class InFlight:
         self._executor = executor
         self._retries = retries
         self._losses: dict[tuple[str, str], int] = {}
+        self._lost: dict[tuple[str, str], Outcome] = {}
 
     def __len__(self) -> int:
         return len(self._losses)
@@ -55,10 +56,12 @@ class InFlight:
             key = _key(outcome.candidate)
             if key not in self._losses:
                 continue  # of an earlier search that was given up
+            outcome = _with_cost_of(outcome, self._lost.pop(key, None))
             if not outcome.lost:
                 final.append(outcome)
             elif self._losses[key] < self._retries:
                 self._losses[key] += 1
+                self._lost[key] = outcome
                 self._executor.submit(outcome.candidate)
                 continue
             else:
@@ -68,6 +71,17 @@ class InFlight:
                 final.append(replace(outcome, measurement=None, error=error, lost=False))
             del self._losses[key]
         return final
+
+
+def _with_cost_of(outcome: Outcome, lost: Outcome | None) -> Outcome:
+    """An outcome that says what the attempts before it cost, too."""
+    if lost is None:
+        return outcome
+    cpu, gpu = (
+        None if before is None and now is None else (before or 0.0) + (now or 0.0)
+        for before, now in ((lost.cpu_hours, outcome.cpu_hours), (lost.gpu_hours, outcome.gpu_hours))
+    )
+    return replace(outcome, cpu_hours=cpu, gpu_hours=gpu)
 
 
 def to_row(outcome: Outcome, objective: Objective | None, provenance: Provenance) -> Row:

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import cast
 
 from merging.errors import MergequestError
@@ -74,9 +75,10 @@ class RayExecutor:
 
     def _outcome(self, done: Finished) -> Outcome:
         candidate = self._out.pop(done.ticket)
+        crew, hours = self._evaluators.crew, done.seconds / 3600
+        outcome = Outcome(candidate, started=done.started, cpu_hours=crew.threads * hours, gpu_hours=crew.gpus * hours)
         if done.measurement is None:
-            error = EvaluationError(done.error or "no answer")
-            return Outcome(candidate, error=error, lost=done.lost, started=done.started)
+            return replace(outcome, error=EvaluationError(done.error or "no answer"), lost=done.lost)
         found = done.measurement
         measured = Measurement(
             scores=found.scores,
@@ -87,7 +89,7 @@ class RayExecutor:
             trace=found.trace,
             pruned=found.stopped,
         )
-        outcome = Outcome(candidate, measured, started=done.started)
+        outcome = replace(outcome, measurement=measured)
         if self._planner is None:
             return outcome
         try:
@@ -95,4 +97,4 @@ class RayExecutor:
         except MergequestError:
             raise
         except Exception as error:  # answers are the user's own code's: numbers of another kind, or of fewer examples
-            return Outcome(candidate, error=EvaluationError(described(error)), started=done.started)
+            return replace(outcome, measurement=None, error=EvaluationError(described(error)))

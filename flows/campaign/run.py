@@ -30,7 +30,7 @@ from merging.io import addresses, atomic, documents, hashing, storage
 from merging.methods import METHODS
 from merging.recipe import base_recipe, member_recipe
 from merging.statistics import STATISTICS
-from ray_tasks.connect import Cluster, connect
+from ray_tasks.connect import Cluster, connect, gpus_each
 from search.budget import Budget, Ending
 from search.candidate import Candidate, Provenance
 from search.constraints import make_constraints
@@ -48,6 +48,8 @@ ENDINGS: Mapping[Ending, str] = {
     "candidates": "every candidate of the budget was measured",
     "examples": "the search ended with its budget of examples",
     "seconds": "the search ended with its budget of time",
+    "gpu_hours": "the search ended with its budget of GPU hours",
+    "cpu_hours": "the search ended with its budget of CPU hours",
     "plateau": "the search ended on a plateau: the best candidate has not got better for long",
     "exhausted": "the sampler has nothing new to propose: the search space is exhausted",
 }
@@ -178,6 +180,10 @@ def run_selection(campaign: Campaign, display: Display) -> Selection:
 def _work(opened: Opened, directory: Directory, cluster: Cluster, ledger: Ledger, display: Display) -> None:
     """Everything that needs a cluster."""
     campaign = opened.campaign
+    if campaign.search.gpu_hours is not None and not gpus_each(campaign.resources.gpus):
+        raise SettingsError(
+            "search.gpu_hours: evaluators have no GPU here (resources.gpus); search.cpu_hours counts CPUs"
+        )
     with display.phase("Statistics"):
         statistics: Files = member_statistics(opened, opened.kinds, cache_of(opened.campaign), display)
         statistics = joined(statistics, solutions(opened, cache_of(opened.campaign), display))
@@ -265,6 +271,8 @@ def _search(
         settings.candidates,
         seconds=settings.seconds,
         examples=settings.budget_examples,
+        gpu_hours=settings.gpu_hours,
+        cpu_hours=settings.cpu_hours,
         patience=settings.patience,
         min_delta=settings.min_delta,
         identical_errors=settings.identical_errors,

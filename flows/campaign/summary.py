@@ -16,6 +16,7 @@ from flows.config.campaign_file import Campaign
 from flows.config.recipe_file import RECIPE, load_recipe
 from flows.directory.campaign_directory import Directory
 from flows.report import significance, table
+from flows.report.cost import cost_in_words
 from flows.report.page import Facts, render
 from flows.report.significance import Compared
 from flows.report.table import TableRow
@@ -146,6 +147,7 @@ def facts(directory: Directory, campaign: Campaign, rows: Sequence[Row] = ()) ->
             f"mergequest merge {addresses.join(directory.best, 'recipe.yaml')} --out NEW_DIRECTORY",
         ],
         recipe=exported_recipe(directory, rows),
+        notes=[hours] if (hours := cost_in_words(rows)) else [],
         versions=versions(),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )

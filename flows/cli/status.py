@@ -9,6 +9,7 @@ from typing import Any
 from flows.config.campaign_file import CAMPAIGN_FILE
 from flows.directory.campaign_directory import Directory
 from flows.directory.heartbeat import BEAT, FILE
+from flows.report.cost import hours_in_words
 from flows.report.table import objective_of
 from merging.errors import StorageError
 from merging.io import documents, storage
@@ -54,6 +55,8 @@ class Status:
         seconds_silent: How long ago that is.
         ended: How the driver's run ended: `finished`, `interrupted`, or an error; None while it runs.
         last: When the last row was written.
+        cpu_hours: CPU hours of all rows.
+        gpu_hours: GPU hours of all rows.
     """
 
     name: str
@@ -81,6 +84,8 @@ class Status:
     seconds_silent: float | None
     ended: str | None
     last: str | None
+    cpu_hours: float
+    gpu_hours: float
 
     @property
     def may_change(self) -> bool:
@@ -111,6 +116,8 @@ class Status:
             lines.append(
                 f"driver {self.driver}: last sign of life {_ago(self.seconds_silent or 0.0)} ago, {self._what()}"
             )
+        if cost := hours_in_words(self.cpu_hours, self.gpu_hours):
+            lines.append(cost)
         if self.last is not None:
             lines.append(f"last row {self.last}")
         return "\n".join(lines)
@@ -185,6 +192,8 @@ def read_status(path: str, now: datetime | None = None) -> Status:
         seconds_silent=round(silent, 1) if silent is not None else None,
         ended=pulse.get("ended"),
         last=max(row.finished for row in rows).isoformat(timespec="seconds") if rows else None,
+        cpu_hours=sum(row.cpu_hours or 0.0 for row in rows),
+        gpu_hours=sum(row.gpu_hours or 0.0 for row in rows),
     )
 
 
@@ -209,6 +218,8 @@ def _opening(pulse: dict[str, Any], now: datetime) -> Status:
             "heard": pulse["heard"],
             "seconds_silent": round(silent, 1),
             "ended": pulse.get("ended"),
+            "cpu_hours": 0.0,
+            "gpu_hours": 0.0,
         }
     )
 

@@ -38,6 +38,8 @@ BUDGETS = (
     "candidates",
     "seconds",
     "budget_examples",
+    "gpu_hours",
+    "cpu_hours",
     "patience",
     "min_delta",
     "storage",

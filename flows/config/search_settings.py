@@ -78,6 +78,13 @@ class SearchSettings(Settings):
     budget_examples: int | None = Field(
         None, ge=1, description="Stop asking for candidates after so many evaluated examples, all tasks together."
     )
+    gpu_hours: float | None = Field(
+        None,
+        gt=0,
+        description="Stop asking for candidates after so many GPU hours of them, those of earlier runs included (the ledger's "
+        "`gpu_hours`).",
+    )
+    cpu_hours: float | None = Field(None, gt=0, description="The same of CPU hours.")
     patience: int | None = Field(
         None, ge=1, description="Stop after so many candidates in a row that did not improve the best one."
     )

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -113,6 +114,7 @@ class Answer:
         error: Type and message of the failure.
         worker: Who did it.
         started: When work on it began.
+        seconds: How long it took.
         lost: Whether trying again may help.
         unreachable: Whether the evaluator is cut off from the shards, and of no more use.
         fault: Whether the failure is about the machine, and says nothing of the recipe: its kind or its text tells.
@@ -122,6 +124,7 @@ class Answer:
     error: str | None
     worker: str
     started: datetime
+    seconds: float = 0.0
     lost: bool = False
     unreachable: bool = False
     fault: bool = False
@@ -169,7 +172,12 @@ class Evaluator:
 
     def measure(self, assignment: Assignment) -> Answer:
         """Merges and evaluates; whatever goes wrong is part of the answer."""
-        started = datetime.now(UTC)
+        started, begin = datetime.now(UTC), time.perf_counter()
+        answer = self._answer(assignment, started)
+        answer.seconds = time.perf_counter() - begin
+        return answer
+
+    def _answer(self, assignment: Assignment, started: datetime) -> Answer:
         try:
             self.build()
             assert self._models is not None

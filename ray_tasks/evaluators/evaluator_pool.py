@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -42,6 +42,7 @@ class Finished:
         error: Type and message of the failure.
         lost: Whether its worker died, so that trying again may help.
         worker: Who did it.
+        seconds: How long evaluators were at work on it, in vain or not.
     """
 
     ticket: str
@@ -50,6 +51,7 @@ class Finished:
     error: str | None = None
     lost: bool = False
     worker: str | None = None
+    seconds: float = 0.0
 
 
 @dataclass
@@ -109,6 +111,7 @@ class EvaluatorPool:
     _again: deque[Assignment] = field(default_factory=deque, init=False)
     _open: set[str] = field(default_factory=set, init=False)
     _displaced: Counter[str] = field(default_factory=Counter, init=False)
+    _spent: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float), init=False)
     _killed: Counter[tuple[str, str]] = field(default_factory=Counter, init=False)
     _receivers: dict[Any, Receiver] = field(default_factory=dict, init=False)
     _faults: FaultRecord = field(default_factory=FaultRecord, init=False)
@@ -228,7 +231,7 @@ class EvaluatorPool:
     def close(self) -> None:
         """Ends the evaluators."""
         self.crew.close()
-        for held in (self._queues, self._works, self._again, self._open, self._receivers, self._faults):
+        for held in (self._queues, self._works, self._again, self._open, self._spent, self._receivers, self._faults):
             held.clear()
         self._look()
 
@@ -262,6 +265,7 @@ class EvaluatorPool:
             self._start_clock(actor)
             return []
         self._remove(actor, but=work)
+        self._count_seconds(work)
         error = f"TimeoutError: not measured within {self.seconds:g} s (search.candidate_seconds)"
         return self._finished(work.assignment.ticket, work.started, None, error)
 
@@ -297,6 +301,7 @@ class EvaluatorPool:
         self._start_clock(work.actor)
         if answer is None:
             return []
+        self._spent[ticket] += answer.seconds
         if self.shards is not None and answer.unreachable:
             self._remove(work.actor)
             self.crew.count_death(str(answer.error))
@@ -336,6 +341,7 @@ class EvaluatorPool:
         displaced = getattr(error, "preempted", False) or work.node not in {node["NodeID"] for node in alive_nodes()}
         unreachable = isinstance(error, ray.exceptions.ActorUnavailableError)
         self._remove(work.actor, but=work)
+        self._count_seconds(work)
         if self.metrics:
             self.metrics.lost()
         if displaced:
@@ -362,13 +368,18 @@ class EvaluatorPool:
         works = [self._works.pop(reference) for reference in self._queues.pop(actor)]
         self._again.extend(work.assignment for work in works if work is not but and not work.recalled)
 
+    def _count_seconds(self, work: _Work) -> None:
+        """Counts what an evaluator that is gone spent on the assignment whose turn it was."""
+        self._spent[work.assignment.ticket] += max(0.0, (datetime.now(UTC) - work.started).total_seconds())
+
     def _finished(self, ticket: str, *what: Any, **more: Any) -> list[Finished]:
         """What came of an assignment; nothing where it was recalled too late, and had come back already."""
+        seconds = self._spent.pop(ticket, 0.0)
         if ticket not in self._open:
             return []
         self._open.remove(ticket)
         self._faults.forget_assignment(ticket)
-        return [Finished(ticket, *what, **more)]
+        return [Finished(ticket, *what, **{**more, "seconds": seconds})]
 
 
 def _ready(references: list[Any], timeout: float) -> list[Any]:

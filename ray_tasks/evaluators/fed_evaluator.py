@@ -99,7 +99,8 @@ class FedEvaluator(Evaluator):
             return Answer(None, "a shard was lost before its part of the merge arrived", self._worker, now, lost=True)
         if wrong := sorted((result for result in loaded[1] if result.error), key=lambda result: result.lost):
             unreachable = any(result.unreachable for result in wrong)
-            return Answer(None, wrong[0].error, self._worker, now, wrong[0].lost or unreachable, unreachable)
+            lost = wrong[0].lost or unreachable
+            return Answer(None, wrong[0].error, self._worker, now, lost=lost, unreachable=unreachable)
         try:
             self.build()
         except Exception as error:

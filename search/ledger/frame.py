@@ -25,6 +25,8 @@ _PLAIN = (
     "objective",
     "merge_seconds",
     "evaluate_seconds",
+    "cpu_hours",
+    "gpu_hours",
     "started",
     "finished",
     "worker",

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from merging.errors import LedgerError, MergequestError
 from merging.io import addresses, atomic, storage
 from merging.io.documents import as_object, parse_json
-from search.ledger.row import SCHEMA, VERSION, Origin, Row, Status
+from search.ledger.row import READABLE, SCHEMA, VERSION, Origin, Row, Status
 
 VERSION_KEY = b"mergequest.ledger"
 READERS = 16
@@ -150,7 +150,7 @@ class Ledger:
             found = (table.schema.metadata or {}).get(VERSION_KEY, b"").decode()
         except UNREADABLE as error:
             raise LedgerError(f"{path} is not a readable Parquet file ({_reason(error)}); {aside}") from error
-        if found != str(VERSION):
+        if found not in READABLE:
             kind = f"a ledger of version {found}" if found else "not a ledger's file"
             raise LedgerError(
                 f"{path} is {kind}, and this mergequest writes version {VERSION}: read it with pandas, "

@@ -9,7 +9,9 @@ import pyarrow as pa
 
 from merging.recipe import Recipe
 
-VERSION = 1
+VERSION = 2
+READABLE = ("1", "2")
+"""Versions of files that are read: 1 lacks the columns of cost, which are null then."""
 
 Status = Literal["complete", "failed", "pruned"]
 Origin = Literal["reference", "anchor", "search", "final"]
@@ -41,6 +43,8 @@ SCHEMA = pa.schema(
         pa.field("report", pa.map_(pa.string(), pa.float64()), nullable=False),
         pa.field("merge_seconds", pa.float64()),
         pa.field("evaluate_seconds", pa.float64()),
+        pa.field("cpu_hours", pa.float64()),
+        pa.field("gpu_hours", pa.float64()),
         pa.field("started", pa.timestamp("us", tz="UTC"), nullable=False),
         pa.field("finished", pa.timestamp("us", tz="UTC"), nullable=False),
         pa.field("worker", pa.string()),
@@ -84,6 +88,8 @@ class Row:
         report: Name → the method's own figure on the merge (a ridge that was added).
         merge_seconds: Wall time of the merge.
         evaluate_seconds: Wall time of the evaluation, all tasks.
+        cpu_hours: CPUs that its evaluator held, times the hours that it was at work on it, lost attempts included.
+        gpu_hours: The same of GPUs, or shares of one.
         started: When work on it began.
         finished: When its last score was there.
         worker: Host, process and device that did it.
@@ -114,6 +120,8 @@ class Row:
     report: Mapping[str, float] = field(default_factory=dict)
     merge_seconds: float | None = None
     evaluate_seconds: float | None = None
+    cpu_hours: float | None = None
+    gpu_hours: float | None = None
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     finished: datetime = field(default_factory=lambda: datetime.now(UTC))
     worker: str | None = None

@@ -20,6 +20,8 @@ def row(objective, examples=10, violations=None, **objectives):
         objectives=objectives,
         violations=violations or {},
         examples={"x": examples, "y": examples},
+        cpu_hours=0.5,
+        gpu_hours=0.25,
     )
 
 
@@ -51,6 +53,11 @@ def test_rate_and_time_left(clock):
         clock.now += 3
         few.add(row(0.1))
     assert few.progress().seconds_left == pytest.approx(41)  # 50 seconds, 9 of them gone; the examples last 48
+    hours = Tally(Budget(100, gpu_hours=3.0), [row(0.1)], 100, clock=clock)
+    for _ in range(3):
+        clock.now += 4
+        hours.add(row(0.1))
+    assert hours.progress().seconds_left == pytest.approx(8 * 4)  # 2 of 3 hours are left: eight candidates
 
 
 @pytest.mark.parametrize(
@@ -60,6 +67,11 @@ def test_rate_and_time_left(clock):
         (Budget(5), 2, "candidates"),
         (Budget(9, examples=61), 0, None),
         (Budget(9, examples=61), 1, "examples"),
+        (Budget(9, gpu_hours=0.75), 0, "gpu_hours"),
+        (Budget(9, gpu_hours=1.0), 0, None),
+        (Budget(9, gpu_hours=1.0), 1, "gpu_hours"),
+        (Budget(9, cpu_hours=1.5), 0, "cpu_hours"),
+        (Budget(9, cpu_hours=2.5), 1, None),
         (Budget(9, seconds=4.0), 0, "seconds"),
         (Budget(9, seconds=6.0), 0, None),
         (Budget(9, patience=2), 0, "plateau"),

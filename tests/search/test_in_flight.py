@@ -5,7 +5,7 @@ import pytest
 from merging.recipe import Recipe
 from merging.tasks.task import Score
 from search.candidate import Candidate, Measurement, Outcome, Provenance
-from search.in_flight import to_row
+from search.in_flight import InFlight, to_row
 from search.ledger.ledger import Ledger
 from search.objective import make_objective
 
@@ -46,3 +46,31 @@ def test_an_answer_that_no_row_holds_is_a_failed_candidate(tmp_path, measurement
     (found,) = Ledger(str(tmp_path), "demo").rows()
     assert (found.status, told in (found.error or "")) == ("failed", True), found.error
     assert len(found.error) <= 2000
+
+
+class Loses:
+    """Loses a candidate twice, then measures it; says what each attempt cost."""
+
+    capacity = 1
+
+    def __init__(self):
+        self.attempts = []
+
+    def submit(self, candidate):
+        self.attempts.append(candidate)
+
+    def wait(self, timeout):
+        lost = len(self.attempts) < 3
+        what = {"error": ValueError("gone")} if lost else {"measurement": answer()}
+        return [Outcome(self.attempts[-1], lost=lost, cpu_hours=0.5, gpu_hours=0.25, **what)]
+
+
+@pytest.mark.parametrize(("retries", "hours"), [(5, 1.5), (1, 1.0)])
+def test_lost_attempts_are_part_of_what_a_candidate_cost(retries, hours):
+    flight, final = InFlight(Loses(), retries), []
+    flight.submit(CANDIDATE)
+    while len(flight):
+        final += flight.wait()
+    row = to_row(final[0], None, Provenance("demo"))
+    assert (row.cpu_hours, row.gpu_hours) == (hours, hours / 2)
+    assert row.status == ("complete" if retries == 5 else "failed")

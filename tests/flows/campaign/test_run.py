@@ -22,7 +22,7 @@ from flows.directory.campaign_directory import Directory
 from flows.directory.progress import Display
 from flows.report.test_answers import KeptOutcomes
 from merging.checkpoints.checkpoint import Checkpoint
-from merging.errors import LedgerError, MergequestError, PoolError, StatisticsError, TaskError
+from merging.errors import LedgerError, MergequestError, PoolError, SettingsError, StatisticsError, TaskError
 from merging.statistics import StatisticsFile
 from search.ledger.ledger import Ledger
 from search.objective import best
@@ -65,6 +65,10 @@ def test_the_ledger_is_read_by_pandas_as_it_stands(finished):
     assert (frame.status == "complete").all(), frame.error.dropna().tolist()
     assert {len(scores) for scores in frame.scores} == {3}
     assert frame.data.nunique() == 1
+    held = (frame.finished - frame.started).dt.total_seconds() / 3600
+    assert (frame.cpu_hours > 0).all()
+    assert (frame.cpu_hours <= held + 1e-3).all()
+    assert (frame.gpu_hours == 0).all()
 
 
 def test_no_search_ends_below_its_anchors(finished):
@@ -247,6 +251,28 @@ def test_status_and_report_from_the_directory_alone(finished):
     page = Path(write_report(str(directory))).read_text()
     assert len(page) == pytest.approx(len(before), rel=0.01)
     assert "tiny" in page
+    hours = sum(row.cpu_hours for row in Ledger(str(directory / "ledger")).rows())
+    assert status.cpu_hours == pytest.approx(hours)
+    assert f"{hours:.3g} CPU hours" in page
+    assert f"{hours:.3g} CPU hours" in status.as_text()
+
+
+def test_hours_of_processors_are_a_budget_that_a_resume_goes_on_with(finished, tmp_path):
+    directory, _ = finished
+    shutil.copytree(directory, tmp_path / "out")
+    campaign = load_campaign(str(directory / "campaign.yaml"), ["search.candidates=1000", "resources.evaluators=1"])
+    campaign = campaign.model_copy(update={"directory": str(tmp_path / "out")})
+    rows = Ledger(str(tmp_path / "out/ledger")).rows()
+    spent = sum(row.cpu_hours for row in rows if row.split == "validation" and row.origin in ("anchor", "search"))
+    with pytest.raises(SettingsError, match="gpu_hours: evaluators have no GPU"):
+        run(campaign.model_copy(update={"search": campaign.search.model_copy(update={"gpu_hours": 1.0})}), Display())
+    for budget, more in ((spent, 0), (spent * 1.5, 1)):
+        search = campaign.search.model_copy(update={"cpu_hours": budget})
+        run(campaign.model_copy(update={"search": search}), Display())
+        after = Ledger(str(tmp_path / "out/ledger")).rows()
+        tried = [row for row in after if row.split == "validation" and row.origin in ("anchor", "search")]
+        assert 14 + more <= len(tried) < 14 + 30 * more + 1
+        assert sum(row.cpu_hours for row in tried) < budget + max(row.cpu_hours for row in tried)
 
 
 def test_one_failing_candidate_is_a_row(campaign_file, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from merging.errors import LedgerError
 from merging.recipe import Recipe
-from search.ledger.ledger import Ledger
+from search.ledger.ledger import Ledger, to_table
 from search.ledger.row import SCHEMA, Row
 
 PARAMETERS = {"density": 0.2, "steps": 3, "trim": "global", "normalize": True}
@@ -161,6 +161,16 @@ def test_another_schema_version_is_refused(tmp_path, metadata, message):
     pq.write_table(pa.table({"campaign": ["demo"]}).replace_schema_metadata(metadata), tmp_path / "a.parquet")
     with pytest.raises(LedgerError, match=message):
         Ledger(str(tmp_path))
+
+
+def test_a_ledger_without_costs_is_read_and_gone_on_with(tmp_path):
+    """Version 1 lacks the columns `cpu_hours` and `gpu_hours`."""
+    table = to_table([replace(FULL, cpu_hours=None, gpu_hours=None)]).drop_columns(["cpu_hours", "gpu_hours"])
+    pq.write_table(table.replace_schema_metadata({"mergequest.ledger": "1"}), tmp_path / "a.parquet")
+    ledger = Ledger(str(tmp_path))
+    assert ledger.rows() == [replace(FULL, cpu_hours=None, gpu_hours=None)]
+    ledger.append(later := replace(FULL, candidate="later", cpu_hours=1.5, gpu_hours=0.5))
+    assert {row.candidate: row for row in Ledger(str(tmp_path)).rows()}["later"] == later
 
 
 def test_a_damaged_file_is_named(tmp_path):
