@@ -14,10 +14,10 @@ import torch
 
 from flows.config.campaign_file import load_campaign
 from flows.quickstart.sentiment import LABELS
-from flows.quickstart.training import TrainingSettings, train_member
 from merging.checkpoints.pool import Pool
 from merging.io import atomic, storage
 from merging.mergers.material import Material, open_statistics, subset_fingerprint
+from merging.optimization.fine_tuning import TrainingSettings, train_member
 from merging.propagation import PropagationSettings, propagate
 from merging.statistics import STATISTICS, Partial, measure, save, save_tensors
 from merging.tasks import make_task

@@ -215,6 +215,35 @@ def check(file: File, settings: Set = None) -> None:
 
 
 @app.command()
+def train(
+    file: Annotated[
+        str,
+        typer.Argument(
+            help="Train file (base, tasks, training), or a campaign file whose members are missing (YAML).",
+            metavar="FILE",
+        ),
+    ],
+    together: Annotated[
+        str | None, typer.Option(help="Also train one model on all tasks together, under this name.", metavar="NAME")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", help="Directory of the members, instead of the train file's `out`.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data, instead of the file's.", min=1)] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak rate, instead of the file's.", min=0)] = None,
+    seed: Annotated[int | None, typer.Option(help="Of heads and order, instead of the file's.", min=0)] = None,
+    address: Address = None,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tunes the members of a pool on their tasks, any kind that gives logits; what is there already is used again."""
+    _join(address)
+    from flows.cli.train import train as fine_tune
+
+    for path in fine_tune(file, together, out, epochs, learning_rate, seed, _display(quiet)):
+        typer.echo(path)
+
+
+@app.command()
 def statistics(
     file: File,
     kind: Annotated[

@@ -1,6 +1,6 @@
 """The campaign file: one model that documents, checks and completes what a user asks for."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import yaml
@@ -23,6 +23,7 @@ from merging.checkpoints.validation import MAX_DISTANCE
 from merging.errors import MergequestError, SettingsError
 from merging.io import addresses, hashing
 from merging.methods import METHODS
+from merging.optimization.fine_tuning import TrainingSettings
 from merging.recipe import BASE, GROUP
 from merging.registry import did_you_mean
 from merging.tasks import TASKS, AnyTaskSettings
@@ -100,6 +101,10 @@ class Campaign(Settings):
         "is measured and reported beside the merge that it started from.",
     )
     test: TestSettings = Field(default_factory=TestSettings, description=TestSettings.__doc__)
+    training: TrainingSettings = Field(
+        default_factory=TrainingSettings,
+        description="How `mergequest train` fine-tunes members that are missing, and the baselines that are trained.",
+    )
     resources: ResourceSettings = Field(default_factory=ResourceSettings, description=ResourceSettings.__doc__)
     seed: int = Field(0, ge=0, lt=1 << 63, description="Of sampler, selection and sampled statistics.")
 
@@ -241,7 +246,7 @@ class Campaign(Settings):
 
     def lasting(self) -> dict[str, Any]:
         """The settings that make two runs the same campaign: everything but budget, resources and place."""
-        settings = self.model_dump(mode="json", exclude={"directory", "resources", "test", "files_from"})
+        settings = self.model_dump(mode="json", exclude={"directory", "resources", "test", "files_from", "training"})
         for budget in BUDGETS:
             settings["search"].pop(budget)
         settings["statistics"].pop("cache")
@@ -268,12 +273,17 @@ def load_campaign(path: str, overrides: Sequence[str] = ()) -> Campaign:
         if settings["statistics"]["cache"]:
             settings["statistics"]["cache"] = resolve(settings["statistics"]["cache"], root)
         calibration = [member["calibration"] for member in settings["members"].values() if member["calibration"]]
-        for task in (*settings["tasks"].values(), *calibration):
-            for split, files in task.get("data", {}).items():
-                task["data"][split] = (
-                    resolve(files, root) if isinstance(files, str) else [resolve(file, root) for file in files]
-                )
+        resolve_data([*settings["tasks"].values(), *calibration], root)
     return validate(Campaign, settings, path)
+
+
+def resolve_data(tasks: Iterable[dict[str, Any]], root: str) -> None:
+    """Makes the paths of tasks' data absolute, relative to `root`; the settings as JSON has them are changed."""
+    for task in tasks:
+        for split, files in task.get("data", {}).items():
+            task["data"][split] = (
+                resolve(files, root) if isinstance(files, str) else [resolve(file, root) for file in files]
+            )
 
 
 def dump(campaign: Campaign) -> str:

@@ -17,9 +17,9 @@ from PIL import Image
 
 from flows.quickstart.fetch import Package, Progress, fetch, members, read_members, run_with
 from flows.quickstart.shipped_pool import Files, Pool, cut, written
-from flows.quickstart.training import TrainingSettings
 from merging.errors import StorageError
 from merging.io import atomic
+from merging.optimization.fine_tuning import TrainingSettings
 from merging.tasks.task import Split
 
 VIT = Package(

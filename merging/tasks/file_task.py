@@ -101,6 +101,20 @@ class FileTask(Task, Generic[E]):
         """The fixed order that `limit` and `batches` count in [N]: shuffled, for files may be sorted by label."""
         return np.random.default_rng(0).permutation(len(self.split(split)))
 
+    @classmethod
+    def data_classes(cls, settings: Any) -> list[str]:
+        """Classes that a new head needs for the train split: those of `labels`, else those in the data, sorted.
+
+        Numbered classes are named by their numbers, from 0 to the highest. Empty where heads have no classes.
+
+        Args:
+            settings: The task's.
+
+        Raises:
+            TaskError: The data are unusable.
+        """
+        return []
+
     @cached_property
     def classes(self) -> Sequence[str]:
         """Names of the head's classes, in its order.

@@ -1,18 +1,21 @@
 """Columns of labels as numbers: one class an example, several labels at once, or numbers."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from merging.errors import TaskError
 from merging.tasks.likelihood import Likelihood
 from merging.tasks.task import IGNORED
 
 SHOWN, LONGEST = 5, 100
 """Of a message: values, and characters of a value."""
+MAX_CLASSES = 1 << 16
+"""Of a head: a label beyond is no class's number."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -80,6 +83,50 @@ def class_indices(
             "`labels` names them in the head's order"
         )
     return np.array([-1 if label is None else label for label in labels], dtype=np.int64)
+
+
+def output_names(values: Sequence[Any], likelihood: Likelihood, where: str) -> list[str]:
+    """Names of the outputs that a new head needs for a column of labels: classes, labels, or numbers by their places.
+
+    Raises:
+        TaskError: See `classes_among`.
+    """
+    if likelihood == "categorical":
+        return classes_among(values, where)
+    first = values[0] if len(values) else 0.0
+    width = len(first) if hasattr(first, "__len__") and not isinstance(first, str) else 1
+    if likelihood == "gaussian":
+        return [str(number) for number in range(width)]
+    entries = [entry for value in values for entry in (value if hasattr(value, "__len__") else [value])]
+    flags = all(isinstance(entry, bool | float | np.bool_ | np.floating) for entry in entries)
+    return [str(number) for number in range(width)] if flags else classes_among(entries, where, least=1)
+
+
+def classes_among(values: Iterable[Any], where: str, *, least: int = 2) -> list[str]:
+    """The classes that labels are of, sorted: names, or numbers from 0 to the highest.
+
+    Args:
+        values: Labels.
+        where: What holds them, for messages.
+        least: How many classes are needed.
+
+    Raises:
+        TaskError: Some are neither, or there are fewer classes.
+    """
+    found = {value.item() if isinstance(value, np.generic) else value for value in values}
+    if found and all(isinstance(value, str) and value for value in found):
+        names = sorted(found)
+    else:
+        numbers = [value for value in found if isinstance(value, int | float) and value == value // 1 and value >= 0]
+        if len(numbers) < len(found) or max(numbers, default=0) >= MAX_CLASSES:
+            strange = sorted(repr(value)[:LONGEST] for value in found if value not in numbers)
+            raise TaskError(
+                f"{where} holds {', '.join(strange[:SHOWN]) or max(numbers)}: names of classes, or numbers from 0, are needed"
+            )
+        names = [str(number) for number in range(int(max(numbers, default=-1)) + 1)]
+    if len(names) < least:
+        raise TaskError(f"{where} holds {len(names)} class{'es' * (not names)}: there is nothing to tell apart")
+    return names
 
 
 def nothing_to_measure(labels: npt.NDArray[Any], classes: Sequence[str]) -> list[str]:

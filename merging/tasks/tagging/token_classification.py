@@ -67,6 +67,17 @@ class TokenClassification(TextTask[list[_Sentence]]):
         self.settings: TokenClassificationSettings = settings
         self._encoded: dict[tuple[Split, int], tuple[list[int], list[int]]] = {}
 
+    @classmethod
+    def data_classes(cls, settings: Any) -> list[str]:
+        """See `FileTask.data_classes`."""
+        from merging.tasks.labelled_texts import classes_among  # with pandas, which takes a second
+
+        if settings.labels is not None:
+            return list(settings.labels)
+        paths = [settings.data["train"]] if isinstance(settings.data["train"], str) else settings.data["train"]
+        tags = [tag for path in paths for _, own in _rows(path, settings) for tag in own]
+        return classes_among(tags, ", ".join(paths))
+
     def check(self) -> list[str]:
         """Reads all splits, the head's tags and its tokenizer; see `Task.check`."""
         if len(self.classes) < 2:
@@ -177,7 +188,7 @@ class TokenClassification(TextTask[list[_Sentence]]):
 
 def _read(path: str, settings: TokenClassificationSettings, classes: Sequence[str]) -> list[_Sentence]:
     """A file's sentences; the first bad one is named."""
-    rows = _conll(path) if path.lower().endswith(CONLL) else _table(path, settings)
+    rows = _rows(path, settings)
     positions: dict[Any, int] = {name: place for place, name in enumerate(classes)}
     positions |= {place: place for place in range(len(classes)) if place not in positions}
     sentences = []
@@ -195,6 +206,11 @@ def _read(path: str, settings: TokenClassificationSettings, classes: Sequence[st
     if not sentences:
         raise TaskError(f"{path}: there are no sentences")
     return sentences
+
+
+def _rows(path: str, settings: TokenClassificationSettings) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Words and tags of a file's sentences."""
+    return _conll(path) if path.lower().endswith(CONLL) else _table(path, settings)
 
 
 def _table(path: str, settings: TokenClassificationSettings) -> Iterator[tuple[list[Any], list[Any]]]:

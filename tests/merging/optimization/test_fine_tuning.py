@@ -13,12 +13,20 @@ from transformers import (
 )
 
 from flows.quickstart.sentiment import LABELS
-from flows.quickstart.training import TrainingSettings, bucketed, joined, train_member
 from merging.checkpoints.checkpoint import Checkpoint
 from merging.checkpoints.pool import Pool
-from merging.errors import CheckpointError
+from merging.errors import CheckpointError, TaskError
+from merging.optimization.fine_tuning import (
+    Lesson,
+    TrainingSettings,
+    bucketed,
+    joined,
+    train_member,
+    train_together,
+)
 from merging.tasks import (
     CausalLMSettings,
+    TextClassification,
     TextClassificationSettings,
     TokenClassificationSettings,
     make_task,
@@ -72,7 +80,7 @@ def test_same_inputs_same_bits(member, tiny_pool, train, tmp_path):
 
 
 def test_another_seed_gives_another_member(member, tiny_pool, train, tmp_path):
-    settings = TrainingSettings(**{**SETTINGS.__dict__, "seed": 1})
+    settings = SETTINGS.model_copy(update={"seed": 1})
     other = train_member(tiny_pool["base"], task_on(train), tmp_path / "other", settings, labels=LABELS).path
     assert Checkpoint.open(str(other)).fingerprint != Checkpoint.open(str(member)).fingerprint
 
@@ -157,3 +165,80 @@ def test_bucketed_takes_each_example_once_and_saves_padding():
     assert padded < 1.15 * lengths.sum()
     firsts = [lengths[batch].mean() for batch in batches]
     assert firsts != sorted(firsts)
+
+
+def test_tasks_of_one_head_are_trained_as_one_set(tiny_pool, train, tmp_path):
+    """Two halves trained together are what all examples are: one model, one head, as many steps."""
+    frame = pd.read_parquet(train)
+    halves = {}
+    for name, part in (("first", frame[::2]), ("second", frame[1::2])):
+        part.to_parquet(tmp_path / f"{name}.parquet")
+        halves[name] = Lesson(task_on(tmp_path / f"{name}.parquet"), LABELS)
+    steps = []
+    found = train_together(
+        tiny_pool["base"], halves, tmp_path / "all", SETTINGS, lambda done, total, loss: steps.append(total)
+    )
+    assert found.places == {"first": tmp_path / "all", "second": tmp_path / "all"}
+    assert steps[-1] == 12 * len(frame) // 8
+    task = make_task("one", TextClassificationSettings(data={"validation": str(train)}), str(tmp_path / "all"))
+    assert task.evaluate(task.load_model(), "validation").value > 0.9
+    assert train_together(tiny_pool["base"], halves, tmp_path / "all", SETTINGS).reused
+
+
+def test_tasks_of_unlike_heads_share_a_backbone(tiny_pool, train, tmp_path):
+    pd.DataFrame({"words": [["good", "film"], ["bad", "book"]] * 8, "tags": [["A", "N"]] * 16}).to_parquet(
+        tmp_path / "tags.parquet"
+    )
+    tags = TokenClassificationSettings(data={"train": str(tmp_path / "tags.parquet")}, metric="token_accuracy")
+    lessons = {"sentiment": Lesson(task_on(train), LABELS), "tags": Lesson(tags, ["N", "A"])}
+    found = train_together(tiny_pool["base"], lessons, tmp_path / "all", SETTINGS)
+    assert found.places == {name: tmp_path / "all" / name for name in lessons}
+    first, second = (Checkpoint.open(str(found.places[name])) for name in lessons)
+    base = Checkpoint.open(str(tiny_pool["base"]))
+    both = [name for name in first.tensors if name in second.tensors and "classifier" not in name]
+    assert both
+    assert all(first.read(name).equal(second.read(name)) for name in both)
+    assert any(not first.read(name).equal(base.read(name)) for name in both if name in base.tensors)
+    for name, settings in {"sentiment": task_on(train), "tags": tags}.items():
+        task = make_task(name, settings, str(found.places[name]))
+        assert task.evaluate(task.load_model(), "train").value > 0.9
+
+
+def test_a_head_of_other_classes_is_replaced(member, train, tmp_path):
+    kept, renewed = (
+        train_member(
+            member, task_on(train), tmp_path / name, TrainingSettings(learning_rate=1e-12, head_factor=1), labels=labels
+        ).path
+        for name, labels in (("kept", LABELS), ("renewed", ("x", "y", "z")))
+    )
+    before = Checkpoint.open(str(member)).read("classifier.weight")
+    assert torch.allclose(Checkpoint.open(str(kept)).read("classifier.weight"), before)
+    assert not torch.allclose(Checkpoint.open(str(renewed)).read("classifier.weight"), before, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("labels", "wanted"),
+    [
+        (["b", "a", "b"], ["a", "b"]),
+        ([2, 0, 0], ["0", "1", "2"]),
+        ([0, 0, 0], None),
+        ([0, 1, -1], None),
+        ([0.5, 1, 2], None),
+    ],
+)
+def test_classes_of_data(labels, wanted, tmp_path):
+    pd.DataFrame({"text": ["x"] * len(labels), "label": labels}).to_parquet(tmp_path / "t.parquet")
+    settings = task_on(tmp_path / "t.parquet")
+    if wanted is None:
+        with pytest.raises(TaskError, match=r"t\.parquet"):
+            TextClassification.data_classes(settings)
+    else:
+        assert TextClassification.data_classes(settings) == wanted
+
+
+def test_training_that_diverges_says_so(tiny_pool, train, tmp_path):
+    with pytest.raises(TaskError, match="learning_rate"):
+        train_member(
+            tiny_pool["base"], task_on(train), tmp_path / "m", TrainingSettings(learning_rate=1e38), labels=LABELS
+        )
+    assert not (tmp_path / "m").exists()

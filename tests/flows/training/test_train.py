@@ -1,0 +1,99 @@
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from flows.cli.app import app
+from flows.config.campaign_file import load_campaign
+from flows.config.train_file import load_train_file
+from flows.training.train import lesson
+from merging.checkpoints.checkpoint import Checkpoint
+from merging.checkpoints.pool import Pool
+from merging.errors import SettingsError
+from merging.tasks import TextClassificationSettings
+
+
+def train(*words: object) -> str:
+    result = CliRunner().invoke(app, ["train", *map(str, words), "--quiet"])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture
+def file(tiny_pool, write_texts, tmp_path) -> Path:
+    for task, seed in (("alpha", 0), ("beta", 1)):
+        for split in ("train", "validation", "test"):
+            write_texts(tmp_path / f"{task}.{split}.parquet", 24, seed=seed)
+    tasks = {
+        task: {
+            "data": {split: f"{task}.{split}.parquet" for split in ("train", "validation", "test")},
+            "max_length": 16,
+        }
+        for task in ("alpha", "beta")
+    }
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump({"base": str(tiny_pool["base"]), "tasks": tasks, "out": "members"}))
+    return path
+
+
+@pytest.mark.slow
+def test_members_of_a_train_file_become_a_campaign(file, tmp_path):
+    settings = yaml.safe_load(file.read_text())
+    settings |= {"shared_head": True, "partition": {"task": "beta", "parts": 2}, "together": "all"}
+    file.write_text(yaml.safe_dump(settings))
+    places = train(file).split()
+    names = ["alpha", "beta-1", "beta-2", "all", "campaign.yaml"]
+    assert places == [str(tmp_path / "members" / name) for name in names]
+    before = {name: (tmp_path / "members" / name / "model.safetensors").stat().st_mtime_ns for name in names[:-1]}
+    campaign = load_campaign(places[-1])
+    assert (list(campaign.members), list(campaign.tasks)) == (["alpha", "beta-1", "beta-2"], ["alpha", "beta"])
+    assert [campaign.source_of(name) for name in campaign.members] == [
+        "alpha",
+        "beta-1-calibration",
+        "beta-2-calibration",
+    ]
+    pool = Pool.open(campaign.base, {name: member.checkpoint for name, member in campaign.members.items()})
+    assert "classifier.weight" in pool.weights
+    assert not any(member.head for member in pool.members.values())
+    train(file)  # nothing is trained again
+    assert before == {
+        name: (tmp_path / "members" / name / "model.safetensors").stat().st_mtime_ns for name in names[:-1]
+    }
+    # a member that got lost, and one of other settings, are trained from the campaign file
+    whole = Checkpoint.open(campaign.members["alpha"].checkpoint).fingerprint
+    train(places[-1], "--epochs", 2)
+    assert Checkpoint.open(campaign.members["alpha"].checkpoint).fingerprint != whole
+
+
+def test_labels_are_those_of_the_base_where_its_head_has_them(tiny_pool, tmp_path):
+    for name, labels in (
+        ("numbers", [0, 1, 2]),
+        ("names", ["LABEL_0", "LABEL_2", "LABEL_0"]),
+        ("others", ["x", "y", "x"]),
+    ):
+        pd.DataFrame({"text": ["a", "b", "c"], "label": labels}).to_parquet(tmp_path / f"{name}.parquet")
+    found = {
+        name: lesson(
+            str(tiny_pool["three"]), TextClassificationSettings(data={"train": str(tmp_path / f"{name}.parquet")})
+        ).labels
+        for name in ("numbers", "names", "others")
+    }
+    assert found == {"numbers": (), "names": (), "others": ["x", "y"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": {"gamma": ["x", "y"]}}, "labels: unknown task 'gamma'"),
+        ({"own_head": ["alpha"], "shared_head": True}, "shared_head"),
+        ({"partition": {"task": "gamma", "parts": 2}}, "partition.task"),
+        ({"together": "alpha"}, "'alpha' is taken"),
+        ({"training": {"epochs": 0}}, "training.epochs"),
+        ({"tasks": {"t": {"kind": "custom", "evaluator": "m:f"}}}, "gives logits"),
+    ],
+)
+def test_a_file_that_cannot_be_right_is_refused(file, changes, message):
+    with pytest.raises(SettingsError, match=message):
+        load_train_file({**yaml.safe_load(file.read_text()), **changes}, str(file))
