@@ -74,8 +74,8 @@ class TrainFile(Settings):
             if self.partition.task not in self.tasks:
                 hint = did_you_mean(self.partition.task, list(self.tasks))
                 raise ValueError(f"partition.task: unknown task '{self.partition.task}'. {hint}")
-            if getattr(self.tasks[self.partition.task], "label", None) is None:
-                raise ValueError("partition.task: parts differ in classes, and this kind of task has no `label` column")
+            if not isinstance(getattr(self.tasks[self.partition.task], "label", None), str):
+                raise ValueError("partition.task: parts differ in classes, and it has no `label` column")
         taken = {*self.tasks, *(["base"] if self.shared_head else [])}
         if self.together in taken:
             raise ValueError(f"together: '{self.together}' is taken")

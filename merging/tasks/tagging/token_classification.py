@@ -70,7 +70,7 @@ class TokenClassification(TextTask[list[_Sentence]]):
     @classmethod
     def data_classes(cls, settings: Any) -> list[str]:
         """See `FileTask.data_classes`."""
-        from merging.tasks.labelled_texts import classes_among  # with pandas, which takes a second
+        from merging.tasks.labels import classes_among  # with pandas, which takes a second
 
         if settings.labels is not None:
             return list(settings.labels)
