@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from merging.checkpoints.pool import Pool
 from merging.errors import TaskError
 from merging.evaluation.shared_weights import SharedWeights, share_weights
+from merging.statistics.capture.layers import layer_names
 from merging.tasks.likelihood import divergences, losses
 from merging.tasks.task import IGNORED, Batch, Split, Task
 
@@ -42,8 +43,54 @@ class Endless:
         return next(self._task.batches(self._split, start, self._next, self._size))
 
 
-class GradientModels:
+class SharedModels:
     """Live models, one per task, on shared merged weights that take gradients.
+
+    Args:
+        pool: Base and members.
+        tasks: What the models are of.
+        owners: Task → the member whose head it has.
+        device: Where models run.
+    """
+
+    def __init__(self, pool: Pool, tasks: Sequence[Task], owners: Mapping[str, str], device: torch.device) -> None:
+        self.weights = {name: torch.empty(info.shape, device=device) for name, info in pool.weights.items()}
+        """The merged weights, to be overwritten by whoever merges, float32."""
+        self.models: list[nn.Module] = []
+        """A model for each task, in evaluation mode: without dropout."""
+        self._shared: list[SharedWeights] = []
+        for task in tasks:
+            model = task.load_model().requires_grad_(False).eval()
+            shared = share_weights(model, pool, pool.members[owners[task.name]], self.weights)
+            shared.track_gradients()
+            self._shared.append(shared)
+            self.models.append(model.to(device))
+        for shared in self._shared:
+            shared.check(self.weights)
+
+    @property
+    def linear(self) -> set[str]:
+        """Names of the weights of linear layers."""
+        names = {(value.data_ptr(), value.numel()): name for name, value in self.weights.items()}
+        found = {
+            names.get((module.weight.data_ptr(), module.weight.numel()))
+            for model in self.models
+            for module in layer_names(model)
+            if isinstance(module.weight, Tensor)
+        }
+        return {name for name in found if name is not None}
+
+    def take_gradients(self) -> dict[str, Tensor]:
+        """The gradients of all models, summed by weight; they are cleared."""
+        found: dict[str, Tensor] = {}
+        for shared in self._shared:
+            for name, gradient in shared.take_gradients().items():
+                found[name] = found[name].add_(gradient) if name in found else gradient
+        return found
+
+
+class GradientModels:
+    """Losses of live models on shared merged weights, and their gradients in them.
 
     Args:
         pool: Base and members.
@@ -56,22 +103,11 @@ class GradientModels:
     def __init__(
         self, pool: Pool, tasks: Sequence[Task], owners: Mapping[str, str], loss: Loss, device: torch.device
     ) -> None:
-        self.weights = {name: torch.empty(info.shape, device=device) for name, info in pool.weights.items()}
-        """The merged weights, to be overwritten by whoever merges, float32."""
+        self._shared = SharedModels(pool, tasks, owners, device)
+        self.weights, self._models = self._shared.weights, self._shared.models
         self._tasks, self._loss, self._device = tasks, loss, device
-        self._models: list[nn.Module] = []
-        self._teachers: list[nn.Module] = []
-        self._shared: list[SharedWeights] = []
-        for task in tasks:
-            model = task.load_model().requires_grad_(False)
-            shared = share_weights(model, pool, pool.members[owners[task.name]], self.weights)
-            shared.track_gradients()
-            self._shared.append(shared)
-            self._models.append(model.to(device))
-            if loss == "distil":
-                self._teachers.append(task.load_model().requires_grad_(False).to(device))
-        for shared in self._shared:
-            shared.check(self.weights)
+        own = tasks if loss == "distil" else ()
+        self._teachers = [task.load_model().requires_grad_(False).to(device) for task in own]
 
     def gradients(self, batches: Sequence[Batch]) -> tuple[float, dict[str, Tensor]]:
         """The mean loss over tasks, a batch each, and its gradient in the merged weights, float32.
@@ -86,15 +122,7 @@ class GradientModels:
             total += float(loss.detach())
         if total != total:
             raise TaskError("the loss is NaN: the merged model's logits are not finite")
-        return total, self._take()
-
-    def _take(self) -> dict[str, Tensor]:
-        """The gradients of all models, summed by weight; they are cleared."""
-        found: dict[str, Tensor] = {}
-        for shared in self._shared:
-            for name, gradient in shared.take_gradients().items():
-                found[name] = found[name] + gradient if name in found else gradient
-        return found
+        return total, self._shared.take_gradients()
 
     def _task_loss(self, number: int, batch: Batch) -> Tensor:
         """A task's mean loss on a batch."""

@@ -70,6 +70,10 @@ class FileTask(Task, Generic[E]):
         for first in range(0, len(order), batch_size):
             yield self.make_batch(split, order[first : first + batch_size])
 
+    def batch(self, split: Split, places: npt.NDArray[np.int64]) -> Batch:
+        """See `Task.batch`."""
+        return self.make_batch(split, self.order(split)[places])
+
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """See `Task.logits`."""
         logits: Tensor = model(**batch.inputs).logits

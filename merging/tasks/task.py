@@ -237,6 +237,14 @@ class Task(ABC):
         """Examples [start, stop) of a split's fixed shuffled order, in batches on the CPU."""
         raise TaskError(f"task '{self.name}' ({self.kind}) has no batches to compute statistics from")
 
+    def batch(self, split: Split, places: npt.NDArray[np.int64]) -> Batch:
+        """Any examples by their places in a split's fixed shuffled order [N], as one batch on the CPU."""
+        raise TaskError(f"task '{self.name}' ({self.kind}) has no batches to train on")
+
+    def with_all_targets(self, batch: Batch) -> Batch:
+        """A batch that has a target at every real token, where the kind of task can have one there."""
+        return batch
+
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Unnormalised log-probabilities [N, C] or [N, S, C], matching `batch.labels`."""
         raise TaskError(f"task '{self.name}' ({self.kind}) has no logits to compute statistics from")

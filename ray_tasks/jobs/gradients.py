@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from merging.evaluation.live_models import best_device
+from merging.io import storage
 from merging.mergers.linear_basis import compute_basis
 from merging.mergers.resident import ResidentMerger
 from merging.optimization import descent, distillation, quadratic_model
@@ -39,10 +40,12 @@ def distil(
 ) -> str:
     """`merging.optimization.distillation.distil`, kept as a statistics file of the kind `distilled`.
 
+    Teachers' outputs are kept beside the file; so is, while it is made, how far it is.
+
     Args:
         setup: Pool, statistics and tasks.
         start: The merge to start from.
-        settings: Steps and step size.
+        settings: What to do.
         key: What the numbers depend on, kept in the file.
         path: The file to write.
         checkpoint: Fingerprint of base and members.
@@ -53,10 +56,15 @@ def distil(
         The path.
     """
     tasks, owners = _sources(setup)
-    material = setup.material(resident=True)
-    weights = distillation.distil(material, tasks, owners, start, settings, best_device(), _share(report))
-    counts = {"examples": settings.steps * settings.batch * len(tasks)}
-    save_tensors(path, "distilled", key, weights, Partial(counts=counts), checkpoint=checkpoint, data=data)
+    material, resume = setup.material(resident=True), f"{path}.part"
+    cache = path.rpartition("/")[0]
+    found = distillation.distil(
+        material, tasks, owners, start, settings, best_device(), report, cache=cache, resume=resume
+    )
+    about = {**key, "steps": found.steps, "best": found.best, "looks": [[k.step, k.held_out] for k in found.looks]}
+    counts = Partial(counts={"examples": found.examples})
+    save_tensors(path, "distilled", about, found.weights, counts, checkpoint=checkpoint, data=data)
+    storage.remove(resume)
     return path
 
 

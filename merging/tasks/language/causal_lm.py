@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -57,6 +58,12 @@ class CausalLM(LanguageTask):
             inputs["logits_to_keep"] = keep
         logits: Tensor = model(**inputs).logits
         return logits[:, -keep:]
+
+    def with_all_targets(self, batch: Batch) -> Batch:
+        """Every token that follows another is a target; see `Task.with_all_targets`."""
+        ids, real = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
+        labels = torch.cat([ids[:, 1:], batch.labels[:, -1:]], dim=1)
+        return replace(batch, labels=torch.where(real, labels, IGNORED))
 
     def representation(self, model: nn.Module, batch: Batch) -> Tensor:
         """The backbone's last hidden states [N, S, D]."""

@@ -70,8 +70,8 @@ def test_only_linear_methods_descend(tiny_material):
 
 
 def test_distillation_brings_outputs_nearer_to_the_members(tiny_material):
-    settings = DistillationSettings(steps=15, batch=12, learning_rate=1e-3)
-    weights = distil(tiny_material.material, tiny_material.tasks, tiny_material.owners, START, settings, CPU)
+    settings = DistillationSettings(steps=15, batch=36, learning_rate=1e-3)
+    weights = distil(tiny_material.material, tiny_material.tasks, tiny_material.owners, START, settings, CPU).weights
     before = whole_loss(tiny_material, START, "distil")[0]
     models = GradientModels(tiny_material.material.pool, tiny_material.tasks, tiny_material.owners, "distil", CPU)
     for name, value in models.weights.items():
