@@ -46,6 +46,8 @@ with open("recipe.yaml", "w") as file:
     yaml.safe_dump(recipe, file)
 EOF
 "$work/venv/bin/mergequest" --help >/dev/null
+"$work/venv/bin/python" -m mergequest --version
+"$work/venv/bin/python" -P -c 'import mergequest as mq; mq.merge("recipe.yaml", "from-python")'
 "$work/venv/bin/mergequest" init my.yaml
 "$work/venv/bin/mergequest" merge recipe.yaml --out merged
 test -s merged/model.safetensors

@@ -55,12 +55,12 @@ ENDINGS: Mapping[Ending, str] = {
 }
 
 
-def run(campaign: Campaign, display: Display, *, retry_failed: bool = False) -> str:
+def run(campaign: Campaign, display: Display | None = None, *, retry_failed: bool = False) -> str:
     """Runs a campaign in its directory, or goes on with it; what is there already is not done again.
 
     Args:
         campaign: The campaign.
-        display: Shows progress.
+        display: Shows progress; by default on standard error.
         retry_failed: Whether candidates that failed are measured again.
 
     Returns:
@@ -69,7 +69,7 @@ def run(campaign: Campaign, display: Display, *, retry_failed: bool = False) -> 
     Raises:
         MergequestError: Something is wrong with the input, before any work; or the search cannot go on.
     """
-    directory = _directory(campaign)
+    directory, display = _directory(campaign), display or Display()
     directory.check(campaign)
     with directory.locked():
         display.timings = directory.read_timings()
@@ -94,15 +94,19 @@ def run(campaign: Campaign, display: Display, *, retry_failed: bool = False) -> 
     return summary(directory)
 
 
-def check(campaign: Campaign, display: Display) -> None:
+def check(campaign: Campaign, display: Display | None = None) -> None:
     """Opens and compares everything that a campaign names, and computes nothing.
+
+    Args:
+        campaign: The campaign.
+        display: Shows progress; by default on standard error.
 
     Raises:
         MergequestError: What `run` would stop at before or between its phases.
     """
     directory = _directory(campaign)
     directory.check(campaign)
-    opened, _ = _opened(campaign, directory, display)
+    opened, _ = _opened(campaign, directory, display or Display())
     _require_searchable(opened, directory)
 
 

@@ -52,9 +52,9 @@ class Output:
 def merge_recipe(
     path: str,
     out: str,
-    dtype: str | None,
-    gigabytes: float,
-    display: Display,
+    dtype: str | None = None,
+    gigabytes: float = 1.0,
+    display: Display | None = None,
     mismatch: bool = False,
     threads: int | None = None,
     output: Output | None = None,
@@ -66,7 +66,7 @@ def merge_recipe(
         out: The directory to write, whole or not at all; an earlier merge that is there is replaced, nothing else.
         dtype: Name of the output dtype; None for the recipe's, or the base's.
         gigabytes: Working memory; local checkpoints are read by memory map, which takes none of it.
-        display: Shows progress.
+        display: Shows progress; by default on standard error.
         mismatch: Also shows the gradient mismatch (with the recipe's own factors) that Fisher information predicts.
         threads: Weights merged side by side; None for as many as there are processors.
         output: How it is written; None for the defaults.
@@ -74,7 +74,7 @@ def merge_recipe(
     Raises:
         MergequestError: Something is wrong with the recipe, a checkpoint or a statistic; nothing was written.
     """
-    output = output or Output()
+    output, display = output or Output(), display or Display()
     if dtype is not None and dtype not in DTYPES:
         raise SettingsError(f"unknown dtype '{dtype}'. {did_you_mean(dtype, list(DTYPES))}")
     shard_size = None if output.shard_size is None else parse_size(output.shard_size)

@@ -23,14 +23,8 @@ from flows.report.table import markdown_line
 from search.ledger.row import SCHEMA, VERSION, Row
 
 API = {
-    "Run a campaign": [
-        "flows.config.campaign_file.load_campaign",
-        "flows.campaign.run.check",
-        "flows.campaign.run.run",
-        "flows.campaign.run.compute_statistics",
-    ],
-    "Merge a recipe": [
-        "flows.config.recipe_file.load_recipe",
+    "Compute statistics": ["flows.campaign.run.compute_statistics"],
+    "Merge in memory": [
         "merging.recipe.Recipe",
         "merging.checkpoints.pool.Pool",
         "merging.mergers.material.Material",
@@ -38,9 +32,6 @@ API = {
         "merging.mergers.disk.merge_to_disk",
     ],
     "Read a ledger": [
-        "search.ledger.frame.load",
-        "search.ledger.frame.candidates",
-        "search.ledger.frame.best_by_method",
         "search.ledger.frame.distinct",
         "search.ledger.analysis.best",
         "search.ledger.analysis.pareto_front",
@@ -64,7 +55,7 @@ API = {
         "merging.statistics.Statistic",
     ],
 }
-"""What programs may call, by purpose; everything else may change without notice."""
+"""What programs may call besides `mergequest` itself, by purpose; everything else may change without notice."""
 
 
 def cli_page() -> str:
@@ -112,8 +103,12 @@ def api_page() -> str:
         "",
         "Written from the docstrings. These names keep their meaning between versions; everything else may change.",
     ]
-    for heading, names in API.items():
+    package = importlib.import_module("mergequest")
+    every = {"mergequest": [f"mergequest.{name}" for name in package.__all__], **API}
+    for heading, names in every.items():
         lines += ["", f"## {heading}"]
+        if heading == "mergequest":
+            lines += ["", _docstring(package)]
         for dotted in names:
             module, name = dotted.rsplit(".", 1)
             value = getattr(importlib.import_module(module), name)
@@ -175,7 +170,9 @@ def _parameter_row(parameter: Any) -> str:
 
 
 def _signature(name: str, value: Any) -> str:
-    """A call as it is written, one parameter a line where it is long."""
+    """A call as it is written, one parameter a line where it is long; of an error, its name."""
+    if inspect.isclass(value) and issubclass(value, Exception):
+        return name
     parameters = [_written(parameter) for parameter in inspect.signature(value).parameters.values()]
     line = f"{name}({', '.join(parameters)})"
     return line if len(line) <= 100 else f"{name}(\n    " + ",\n    ".join(parameters) + ",\n)"

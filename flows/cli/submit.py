@@ -27,7 +27,7 @@ What = Literal["campaign", "statistics", "merge"]
 
 AGENT_SECONDS = 60.0
 """A head's dashboard answers some seconds before it takes jobs."""
-PACKAGES = ("flows", "merging", "ray_tasks", "search")
+PACKAGES = ("flows", "mergequest", "merging", "ray_tasks", "search")
 
 
 def submit(
@@ -106,7 +106,7 @@ class Job:
     @property
     def entrypoint(self) -> str:
         """The shell's line: the cluster's python runs the code that was sent, whatever version is installed there."""
-        return f"python -u -m flows.cli {shlex.join(self.command)}"
+        return f"python -u -m mergequest {shlex.join(self.command)}"
 
 
 def prepare(what: str, file: str, out: str | None, settings: Sequence[str] = ()) -> Job:

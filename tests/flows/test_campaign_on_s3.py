@@ -147,7 +147,7 @@ def test_a_server_that_checks_signatures(files, rclone_endpoint, s3_at):
 
     wrong = "marked-wrong-secret"
     s3_at(rclone_endpoint, secret=wrong, bucket=False)
-    command = [sys.executable, "-m", "flows.cli", "run", there]
+    command = [sys.executable, "-m", "mergequest", "run", there]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "denied" in done.stderr

@@ -88,7 +88,7 @@ class Driver:
 
     def __init__(self, file, directory, environment):
         self.directory = directory
-        command = [sys.executable, "-m", "flows.cli", "run", str(file)]
+        command = [sys.executable, "-m", "mergequest", "run", str(file)]
         self.log = file.with_suffix(".log")
         self.process = subprocess.Popen(
             command,

@@ -30,7 +30,7 @@ from merging.methods import METHODS
 from search.ledger.ledger import Ledger
 from search.ledger.row import Row
 
-COMMAND = [sys.executable, "-m", "flows.cli"]
+COMMAND = [sys.executable, "-m", "mergequest"]
 
 
 def mergequest(*arguments, **options):

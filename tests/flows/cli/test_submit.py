@@ -107,7 +107,7 @@ def run(command, environment, cwd):
 
 
 def submission(file, url, *arguments):
-    return [sys.executable, "-m", "flows.cli", "submit", str(file), "--address", url, *arguments]
+    return [sys.executable, "-m", "mergequest", "submit", str(file), "--address", url, *arguments]
 
 
 def submit(file, url, environment, cwd, *arguments):
@@ -137,7 +137,7 @@ def checkout(tmp_path):
 def plain_submission(url):
     """Ray's own command, from a checkout."""
     command = [RAY, "job", "submit", "--address", url, "--working-dir", ".", "--"]
-    return [*command, "python", "-m", "flows.cli", "run", "my.yaml"]
+    return [*command, "python", "-m", "mergequest", "run", "my.yaml"]
 
 
 def rows_of(directory):
@@ -293,4 +293,4 @@ def test_a_merge_travels_with_absolute_paths_and_asks_for_a_processor(tiny_campa
         name: member["checkpoint"] for name, member in tiny_campaign["members"].items()
     }
     assert job.cpus == 1
-    assert job.entrypoint == f"python -u -m flows.cli merge recipe.yaml --out {tmp_path}/merged"
+    assert job.entrypoint == f"python -u -m mergequest merge recipe.yaml --out {tmp_path}/merged"
