@@ -12,7 +12,8 @@ from safetensors.torch import save
 
 from flows.campaign.open_campaign import Opened
 from flows.config.recipe_file import RECIPE, dump_recipe
-from flows.report.table import Cell, factor_of, text
+from flows.report.scales import Scales, scales_of
+from flows.report.table import Cell, text
 from flows.versions import code_version
 from merging.io import addresses
 from merging.mergers.disk import merge_to_disk
@@ -98,7 +99,7 @@ def model_card(opened: Opened, recipe: Recipe, table: str, row: Row | None) -> s
         factors={member: in_words(factors) for member, factors in nested(recipe.scaling).items()},
         table=table,
         row=row,
-        cell=_score,
+        cell=lambda row, task: _score(row, task, scales_of(opened.campaign.tasks)),
         owners=owners_of_heads(opened),
         fingerprints=opened.pool.fingerprints(),
         architecture=opened.pool.base.architecture if opened.pool.base.architecture.isidentifier() else "unknown",
@@ -116,9 +117,9 @@ def public_name(path: str) -> str:
     return addresses.base_name(path) if addresses.is_local(path) else path
 
 
-def _score(row: Row, task: str) -> str:
+def _score(row: Row, task: str, scales: Scales) -> str:
     """A row's score on a task as it is read."""
-    return text(Cell(row.scores[task], row.standard_errors.get(task, math.nan)), factor_of(list(row.scores.values())))
+    return text(Cell(row.scores[task], row.standard_errors.get(task, math.nan), scales.of_task(task)))
 
 
 def in_words(factors: float | Mapping[str, float]) -> str:

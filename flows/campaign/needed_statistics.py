@@ -225,7 +225,7 @@ def _estimated(task: Task, kind: str, settings: StatisticSettings) -> StatisticS
             f"{field}: 'exact' is for one label an example, and '{task.name}' ({task.kind}) has one for every token: set it to "
             "sampled or empirical, or leave it out"
         )
-    if estimator == "empirical" and getattr(task.settings, "label", "") is None:
+    if estimator == "empirical" and not task.settings.is_labelled:
         raise StatisticsError(
             f"{field}: 'empirical' needs labels, and '{task.name}' has none: set it to exact or sampled, or leave it out"
         )

@@ -11,7 +11,7 @@ from flows.campaign.export import export
 from flows.campaign.needed_statistics import cache_of, joined, member_statistics, require_sources, solutions
 from flows.campaign.open_campaign import Opened, open_campaign
 from flows.campaign.selection import prepare_selection, require_kernel, select_subsets
-from flows.campaign.stages import require_stages
+from flows.campaign.stages import divides_by_unknown, require_stages
 from flows.campaign.starts import starts
 from flows.campaign.summary import summary, tables_as_markdown, write_report
 from flows.campaign.weight_checks import keep
@@ -188,6 +188,11 @@ def _work(opened: Opened, directory: Directory, cluster: Cluster, ledger: Ledger
         raise SettingsError(
             "search.gpu_hours: evaluators have no GPU here (resources.gpus); search.cpu_hours counts CPUs"
         )
+    if divides_by_unknown(opened):
+        # a reference of 0 or below ends the campaign: better before the statistics than after
+        with evaluators(opened, {}, cluster, display) as executor:
+            _references(opened, directory, executor, ledger, display)
+        _objective(opened, ledger)
     with display.phase("Statistics"):
         statistics: Files = member_statistics(opened, opened.kinds, cache_of(opened.campaign), display)
         statistics = joined(statistics, solutions(opened, cache_of(opened.campaign), display))

@@ -77,6 +77,12 @@ def _linear_methods(opened: Opened) -> Iterator[str]:
             yield recipe.method
 
 
+def divides_by_unknown(opened: Opened) -> bool:
+    """Whether an objective divides by scores that may turn out to be 0 or negative, which only measuring tells."""
+    search, tasks = opened.campaign.search, opened.tasks
+    return "normalized" in search.objectives and any(task.can_be_negative for task in tasks.values())
+
+
 def _require_scores(opened: Opened) -> None:
     """Objectives read scores that some kinds of task do not give, or divide by scores that are negative."""
     search, tasks = opened.campaign.search, list(opened.tasks)
@@ -85,6 +91,13 @@ def _require_scores(opened: Opened) -> None:
         counted = [plain] if plain in tasks else tasks
         if plain == "weighted":
             counted = [task for task in tasks if search.weights.get(task)]
+        if plain == "normalized":
+            owned = {opened.campaign.task_of(member) for member in opened.pool.members}
+            if lacking := [task for task in tasks if task not in owned]:
+                raise SettingsError(
+                    f"search.objective: '{objective}' divides by the score of each task's own member, and task '{lacking[0]}' "
+                    f"has none: give a member `task: {lacking[0]}`, or use 'mean' or 'worst'"
+                )
         for name in counted:
             if expected and not opened.tasks[name].has_surrogates:
                 raise SettingsError(

@@ -18,6 +18,7 @@ from flows.directory.campaign_directory import Directory
 from flows.report import significance, table
 from flows.report.cost import cost_in_words
 from flows.report.page import Facts, render
+from flows.report.scales import scales_of
 from flows.report.significance import Compared
 from flows.report.table import TableRow
 from flows.report.test_answers import KeptOutcomes
@@ -79,7 +80,7 @@ def tables_as_rich(directory: Directory, campaign: Campaign, width: int) -> list
 
 def _tables(directory: Directory, campaign: Campaign) -> tuple[list[TableRow], list[Compared]]:
     rows = Ledger(directory.ledger, campaign.name).rows()
-    lines = table.results_table(rows, list(campaign.tasks))
+    lines = table.results_table(rows, list(campaign.tasks), scales_of(campaign.tasks))
     return lines, significance.compare(lines, KeptOutcomes(directory.outcomes).read)
 
 
@@ -141,6 +142,7 @@ def facts(directory: Directory, campaign: Campaign, rows: Sequence[Row] = ()) ->
             name: f"{task.kind}, {metrics.get(name, task.judged_by)}".replace("_", " ")
             for name, task in campaign.tasks.items()
         },
+        scales=scales_of(campaign.tasks),
         phases=directory.read_timings(),
         commands=[
             f"mergequest run {directory / 'campaign.yaml'} --out NEW_DIRECTORY",

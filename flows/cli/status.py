@@ -10,6 +10,7 @@ from flows.config.campaign_file import CAMPAIGN_FILE
 from flows.directory.campaign_directory import Directory
 from flows.directory.heartbeat import BEAT, FILE
 from flows.report.cost import hours_in_words
+from flows.report.scales import scales_of
 from flows.report.table import objective_of
 from merging.errors import StorageError
 from merging.io import documents, storage
@@ -149,7 +150,7 @@ def read_status(path: str, now: datetime | None = None) -> Status:
     tried = [row for row in rows if row.split == split and row.origin in ("anchor", "search")]
     confirmed, estimated = best(rows, len(rows)), best(rows, len(rows), ANCHORS)
     top = confirmed or estimated
-    objective = objective_of(top[0]) if top else None
+    objective = objective_of(top[0], scales_of(campaign.tasks)) if top else None
     pulse = _pulse(directory)
     heard = datetime.fromisoformat(pulse["heard"]) if pulse else None
     now = now or datetime.now(UTC)

@@ -14,7 +14,8 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from flows.report import figures, significance, table
-from flows.report.figures.style import number, objective_axis
+from flows.report.figures.style import number
+from flows.report.scales import Scales, percent
 from flows.report.table import TableRow
 from flows.report.test_answers import Values
 from search.candidate import ANCHORS, searched_split
@@ -36,6 +37,7 @@ class Facts(TypedDict, total=False):
         base: Path of the base checkpoint.
         members: Member → path of its checkpoint.
         tasks: Task → a few words on it (kind, metric, numbers of examples).
+        scales: How scores are shown.
         phases: Phase of the campaign → seconds of wall time.
         commands: Command lines that reproduce the campaign.
         recipe: The winner's recipe as it was exported, with all files that its merge reads.
@@ -49,6 +51,7 @@ class Facts(TypedDict, total=False):
     base: str
     members: Mapping[str, str]
     tasks: Mapping[str, str]
+    scales: Scales
     phases: Mapping[str, float]
     commands: Sequence[str]
     recipe: str
@@ -63,6 +66,7 @@ NO_FACTS: Facts = {
     "base": "",
     "members": {},
     "tasks": {},
+    "scales": Scales(),
     "phases": {},
     "commands": (),
     "recipe": "",
@@ -92,8 +96,8 @@ def render(
         outcomes: Candidate → what was kept of single test examples, for paired differences.
     """
     given: Facts = {**NO_FACTS, **(facts or {})}
-    looks = figures.Looks(rows)
-    lines = table.results_table(rows, tasks)
+    looks = figures.Looks(rows, given["scales"])
+    lines = table.results_table(rows, tasks, given["scales"])
     compared = significance.compare(lines, outcomes)
     ranked = distinct(best(rows, len(rows)))
     estimated = {row.candidate: row for row in best(rows, len(rows), ANCHORS)}
@@ -105,7 +109,7 @@ def render(
         "importance": figures.importance(rows, study),
         "share": figures.share(rows),
         "similarity": figures.similarity(selection),
-        "profile": figures.profile(rows, tasks, TOP),
+        "profile": figures.profile(rows, tasks, looks, TOP),
         "seconds": figures.seconds(rows, looks),
         "timeline": figures.timeline(rows, looks),
     }
@@ -117,8 +121,7 @@ def render(
         columns=table.columns(lines),
         caption=table.caption(lines),
         warning=table.warning(lines),
-        times=table.factor(lines),
-        shown_times=objective_axis([*ranked, *estimated.values()])[0],
+        objective_percent=percent(table.objective_scale([*ranked, *estimated.values()], looks.scales)),
         text=table.text,
         in_words=table.in_words,
         number=number,
@@ -133,7 +136,7 @@ def render(
         recipe=given["recipe"] or (_recipe(ranked[0], given) if ranked else ""),
         top=(ranked or distinct(estimated.values()))[:TOP],
         estimated=estimated,
-        objective_of=table.objective_of,
+        objective_of=lambda row: table.objective_of(row, looks.scales),
         line_of={line.row.candidate: line for line in lines},
         selection=selection,
         failures=_failures(rows),

@@ -9,7 +9,8 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from flows.report.table import NOTHING, Cell, TableRow, factor, markdown_line, text
+from flows.report.scales import digits, percent
+from flows.report.table import NOTHING, Cell, TableRow, markdown_line, text
 from flows.report.test_answers import Values
 
 COLUMNS = ("validation", "test", "test − validation", "winner − this")
@@ -24,11 +25,13 @@ class Difference:
         standard_error: Over the choice of test examples.
         is_paired: Whether the examples were compared one by one, in every task. Where a metric is no mean over examples, or
             single answers were not kept, the error is that of two independent samples, which is mostly too large.
+        times: What it is multiplied by to be read.
     """
 
     value: float
     standard_error: float
     is_paired: bool
+    times: int = 100
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ def compare(lines: Sequence[TableRow], outcomes: Callable[[str], Values]) -> lis
         validation, test = line.validation, line.mean
         if validation is None or test is None or line.kind == "base":
             continue
-        change = Cell(test.value - validation.value, hypot(validation.standard_error, test.standard_error))
+        error = hypot(validation.standard_error, test.standard_error)
+        change = Cell(test.value - validation.value, error, test.times)
         behind = None if line is winner else difference(winner, line, own, outcomes(line.row.candidate))
         found.append(Compared(line, validation, test, change, behind))
     return sorted(found, key=lambda entry: (entry.line is not winner, -entry.validation.value))
@@ -88,48 +92,55 @@ def difference(winner: TableRow, other: TableRow, own: Values, others: Values) -
     The variance of a task's difference is that of the mean of the examples' differences, s²/N: what both get right or
     wrong adds nothing to it. Tasks are independent of each other.
     """
-    values, variances, is_paired = [], [], True
+    values, variances, scales, is_paired = [], [], set[int](), True
     for task, cell in winner.scores.items():
         against = other.scores[task]
         if cell is None or against is None:
             return None
         values.append(cell.value - against.value)
+        scales.add(cell.times)
         if task in own and task in others and len(own[task]) == len(others[task]) > 1:
             gaps = own[task].astype(np.float64) - others[task]
             variances.append(float(gaps.var(ddof=1)) / len(gaps))
         else:
             is_paired = False
             variances.append(cell.standard_error**2 + against.standard_error**2)
-    return Difference(sum(values) / len(values), sqrt(sum(variances)) / len(values), is_paired)
+    times = scales.pop() if len(scales) == 1 else 1
+    return Difference(sum(values) / len(values), sqrt(sum(variances)) / len(values), is_paired, times)
 
 
-def cells(entry: Compared, times: int) -> list[str]:
+def scale(compared: Sequence[Compared]) -> int:
+    """What the means are multiplied by to be read."""
+    return compared[0].test.times if compared else 1
+
+
+def cells(entry: Compared) -> list[str]:
     """A line's cells as they are read, in the order of `COLUMNS`."""
-    change = signed(entry.change.value, entry.change.standard_error, times)
-    return [text(entry.validation, times), text(entry.test, times), change, in_words(entry.behind, times)]
+    change = signed(entry.change.value, entry.change.standard_error, entry.change.times)
+    return [text(entry.validation), text(entry.test), change, in_words(entry.behind)]
 
 
-def in_words(behind: Difference | None, times: int) -> str:
+def in_words(behind: Difference | None) -> str:
     """A difference as it is read: `+1.2 ± 0.6`."""
     if behind is None:
         return NOTHING
-    return signed(behind.value, behind.standard_error, times) + ("" if behind.is_paired else " (unpaired)")
+    return signed(behind.value, behind.standard_error, behind.times) + ("" if behind.is_paired else " (unpaired)")
 
 
 def signed(value: float, error: float, times: int) -> str:
     """A difference and its standard error as they are read."""
-    digits = 1 if times == 100 else 3
-    shown = f"{value * times:+.{digits}f}".replace("-", "−")
-    return f"{shown} ± {error * times:.{digits}f}" if isfinite(error) else shown
+    places = digits(times)
+    shown = f"{value * times:+.{places}f}".replace("-", "−")
+    return f"{shown} ± {error * times:.{places}f}" if isfinite(error) else shown
 
 
 def caption(compared: Sequence[Compared]) -> str:
     """What the numbers are, and what they say."""
-    percent = " × 100" if factor([entry.line for entry in compared]) == 100 else ""
     is_paired = all(entry.behind.is_paired for entry in compared if entry.behind is not None)
     return (
-        f"Means over tasks{percent} ± standard error. The winner was chosen by validation: where it falls more from validation "
-        "to test than models that nothing chose (members, plain average), that much of its lead was luck. Winner − this "
+        f"Means over tasks{percent(scale(compared))} ± standard error. The winner was chosen by validation: where it falls "
+        "more from validation to test than models that nothing chose (members, plain average), that much of its lead was luck. "
+        "Winner − this "
         "compares the answers to the same test examples."
         + ("" if is_paired else " Unpaired: single answers were not kept, or the metric is no mean over examples.")
     )
@@ -137,20 +148,18 @@ def caption(compared: Sequence[Compared]) -> str:
 
 def as_rich(compared: Sequence[Compared]) -> RichTable:
     """The foremost lines for the terminal."""
-    times = factor([entry.line for entry in compared])
     rich = RichTable(caption=caption(compared), caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     rich.add_column("validation beside test")
     for name in COLUMNS:
         rich.add_column(Text(name), justify="right", no_wrap=True)
     for entry in foremost(compared):
         style = "green" if entry.line.kind == "winner" else None
-        rich.add_row(Text(entry.line.label), *map(Text, cells(entry, times)), style=style)
+        rich.add_row(Text(entry.line.label), *map(Text, cells(entry)), style=style)
     return rich
 
 
 def as_markdown(compared: Sequence[Compared]) -> str:
     """The foremost lines in GitHub's Markdown."""
-    times = factor([entry.line for entry in compared])
     lines = [markdown_line(["model", *COLUMNS]), markdown_line([":--", *("--:" for _ in COLUMNS)])]
-    lines += [markdown_line([entry.line.label, *cells(entry, times)]) for entry in foremost(compared)]
+    lines += [markdown_line([entry.line.label, *cells(entry)]) for entry in foremost(compared)]
     return "\n".join([*lines, "", caption(compared), ""])

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from flows.report.scales import Scales, digits, percent
 from search.ledger.distinct import distinct, weights_of
 from search.ledger.row import Row
 from search.objective import best
@@ -23,10 +24,17 @@ NOTHING = "–"
 
 @dataclass(frozen=True)
 class Cell:
-    """A score and its standard error, NaN where that is unknown."""
+    """A score.
+
+    Args:
+        value: The score.
+        standard_error: NaN where it is unknown.
+        times: What it is multiplied by to be read.
+    """
 
     value: float
     standard_error: float
+    times: int = 100
 
 
 @dataclass(frozen=True)
@@ -69,13 +77,20 @@ def plain_average(rows: Sequence[Row], split: str = "validation") -> Row | None:
     return max(averages, key=lambda row: (len(row.members), row.origin == "anchor"), default=None)
 
 
-def objective_of(row: Row) -> Cell | None:
+def objective_of(row: Row, scales: Scales) -> Cell | None:
     """A row's objective; its standard error is known where it is the mean over tasks."""
     if row.objective is None:
         return None
-    mean = _mean(_scores(row, list(row.scores)))
+    mean = _mean(_scores(row, list(row.scores), scales))
     is_mean = mean is not None and isclose(mean.value, row.objective, rel_tol=1e-9)
-    return Cell(row.objective, mean.standard_error if mean is not None and is_mean else float("nan"))
+    error = mean.standard_error if mean is not None and is_mean else float("nan")
+    return Cell(row.objective, error, objective_scale([row], scales))
+
+
+def objective_scale(rows: Sequence[Row], scales: Scales) -> int:
+    """What the objective of a campaign's rows is multiplied by to be read."""
+    row = next((row for row in rows if row.objective is not None), None)
+    return 100 if row is None else scales.of_objective(next(iter(row.objectives), ""), row.scores)
 
 
 def in_words(method: str) -> str:
@@ -83,7 +98,7 @@ def in_words(method: str) -> str:
     return method.replace("_", " ")
 
 
-def results_table(rows: Sequence[Row], tasks: Sequence[str]) -> list[TableRow]:
+def results_table(rows: Sequence[Row], tasks: Sequence[str], scales: Scales | None = None) -> list[TableRow]:
     """The table of base, members, plain average, best of each method, runners-up on test, and the winner.
 
     A merge has one line, though it was found twice: the plain average that is the best of its method is only the plain
@@ -92,7 +107,9 @@ def results_table(rows: Sequence[Row], tasks: Sequence[str]) -> list[TableRow]:
     Args:
         rows: The ledger, in order; complete rows are used.
         tasks: The columns.
+        scales: How they are shown; by default as shares.
     """
+    scales = scales or Scales()
     complete = [row for row in rows if row.status == "complete"]
     lines: dict[object, tuple[str, Kind, Row]] = {}
 
@@ -122,12 +139,12 @@ def results_table(rows: Sequence[Row], tasks: Sequence[str]) -> list[TableRow]:
     if ranked:
         is_average = average is not None and weights_of(average) == winner
         add(f"winner: {'plain average' if is_average else in_words(ranked[0].method)}", "winner", ranked[0])
-    return _mark_best([_line(*line, complete, tasks) for line in lines.values()], [*tasks, MEAN, WORST])
+    return _mark_best([_line(*line, complete, tasks, scales) for line in lines.values()], [*tasks, MEAN, WORST])
 
 
-def _line(label: str, kind: Kind, row: Row, complete: Sequence[Row], tasks: Sequence[str]) -> TableRow:
+def _line(label: str, kind: Kind, row: Row, complete: Sequence[Row], tasks: Sequence[str], scales: Scales) -> TableRow:
     splits = {other.split: other for other in complete if other.candidate == row.candidate}
-    scores = _scores(splits.get("test"), tasks)
+    scores = _scores(splits.get("test"), tasks, scales)
     known = {task: cell for task, cell in scores.items() if cell is not None}
     worst = min(known, key=lambda task: known[task].value) if len(known) == len(tasks) and tasks else None
     return TableRow(
@@ -138,15 +155,15 @@ def _line(label: str, kind: Kind, row: Row, complete: Sequence[Row], tasks: Sequ
         mean=_mean(scores),
         worst=known[worst] if worst is not None else None,
         worst_task=worst,
-        validation=_mean(_scores(splits.get("validation"), tasks)),
+        validation=_mean(_scores(splits.get("validation"), tasks, scales)),
     )
 
 
-def _scores(row: Row | None, tasks: Sequence[str]) -> dict[str, Cell | None]:
+def _scores(row: Row | None, tasks: Sequence[str], scales: Scales) -> dict[str, Cell | None]:
     if row is None:
         return dict.fromkeys(tasks)
     return {
-        task: Cell(row.scores[task], row.standard_errors.get(task, float("nan")))
+        task: Cell(row.scores[task], row.standard_errors.get(task, float("nan")), scales.of_task(task))
         if isfinite(row.scores.get(task, float("nan")))
         else None
         for task in tasks
@@ -159,7 +176,8 @@ def _mean(scores: dict[str, Cell | None]) -> Cell | None:
     if not cells or len(cells) < len(scores):
         return None
     error = sqrt(sum(cell.standard_error**2 for cell in cells)) / len(cells)
-    return Cell(sum(cell.value for cell in cells) / len(cells), error)
+    scales = {cell.times for cell in cells}
+    return Cell(sum(cell.value for cell in cells) / len(cells), error, scales.pop() if len(scales) == 1 else 1)
 
 
 def _mark_best(table: list[TableRow], columns: Sequence[str]) -> list[TableRow]:
@@ -178,31 +196,20 @@ def _mark_best(table: list[TableRow], columns: Sequence[str]) -> list[TableRow]:
     ]
 
 
-def factor(table: Sequence[TableRow]) -> int:
-    """What scores are multiplied by to be read: 100 where all lie within ±1, else 1."""
-    cells = [cell for line in table for cell in (*line.scores.values(), line.validation) if cell is not None]
-    return factor_of([cell.value for cell in cells])
-
-
-def factor_of(scores: Sequence[float]) -> int:
-    """100 where all scores lie within ±1, else 1."""
-    return 100 if all(abs(score) <= 1 for score in scores) else 1
-
-
-def text(cell: Cell | None, times: int, *, exact: bool = True) -> str:
+def text(cell: Cell | None, *, exact: bool = True) -> str:
     """A score as it is read: `72.8 ± 0.6`, or without its standard error."""
     if cell is None:
         return NOTHING
-    digits = 1 if times == 100 else 3
-    value = f"{cell.value * times:.{digits}f}"
+    places = digits(cell.times)
+    value = f"{cell.value * cell.times:.{places}f}"
     is_known = exact and isfinite(cell.standard_error)
-    return f"{value} ± {cell.standard_error * times:.{digits}f}" if is_known else value
+    return f"{value} ± {cell.standard_error * cell.times:.{places}f}" if is_known else value
 
 
-def shown(line: TableRow, column: str, times: int, *, exact: bool = True) -> str:
+def shown(line: TableRow, column: str, *, exact: bool = True) -> str:
     """A line's cell as it is read; the worst task's with the task's name."""
     name = f" ({line.worst_task})" if column == WORST and line.worst_task is not None else ""
-    return text(line.cell(column), times, exact=exact) + name
+    return text(line.cell(column), exact=exact) + name
 
 
 def columns(table: Sequence[TableRow]) -> list[str]:
@@ -212,10 +219,20 @@ def columns(table: Sequence[TableRow]) -> list[str]:
 
 def caption(table: Sequence[TableRow]) -> str:
     """What the numbers are, in one sentence."""
-    percent = " × 100" if factor(table) == 100 else ""
     if not any(cell for line in table for cell in line.scores.values()):
-        return f"Nothing has been measured on test yet; validation mean{percent} ± standard error."
-    return f"Test scores{percent} ± standard error; the winner was chosen on validation, then measured once."
+        means = {line.validation.times for line in table if line.validation is not None}
+        return (
+            f"Nothing has been measured on test yet; validation mean{percent(max(means, default=1))} ± standard error."
+        )
+    return f"Test scores{_percent(table)} ± standard error; the winner was chosen on validation, then measured once."
+
+
+def _percent(table: Sequence[TableRow]) -> str:
+    """What the caption says of the scales of a table's columns."""
+    scales = {task: cell.times for line in table for task, cell in line.scores.items() if cell is not None}
+    if len(set(scales.values())) == 1:
+        return percent(next(iter(scales.values())))
+    return f" (× 100 of {', '.join(task for task, times in scales.items() if times != 1)})"
 
 
 def warning(table: Sequence[TableRow]) -> str | None:
@@ -230,13 +247,12 @@ def warning(table: Sequence[TableRow]) -> str | None:
     better = [(line, cell) for line, cell in known if line.kind in ("base", "member") and cell.value > winner.value]
     if not better:
         return None
-    times = factor(table)
     line, cell = max(better, key=lambda entry: entry[1].value)
     sources = [other for other, _ in known if other.kind in ("base", "member")]
     whose = "the base and every member" if len(better) == len(sources) else line.label
     return (
-        f"The winner is WORSE than {whose}: its mean over tasks on validation is {text(winner, times, exact=False)}, that of "
-        f"{line.label} {text(cell, times, exact=False)}. No merge that was tried keeps what the models could before; use "
+        f"The winner is WORSE than {whose}: its mean over tasks on validation is {text(winner, exact=False)}, that of "
+        f"{line.label} {text(cell, exact=False)}. No merge that was tried keeps what the models could before; use "
         f"{line.label} as it is, or search on."
     )
 
@@ -259,7 +275,7 @@ def as_rich(table: Sequence[TableRow], width: int | None = None) -> RichTable:
 
 def _as_rich(table: Sequence[TableRow], names: Sequence[str], exact: Sequence[str]) -> RichTable:
     """These columns, those of `exact` with standard errors."""
-    times, left_out = factor(table), len(columns(table)) - len(names)
+    left_out = len(columns(table)) - len(names)
     more = f" The {left_out} tasks are in the report." if left_out else ""
     rich = RichTable(caption=caption(table) + more, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     rich.add_column("model")
@@ -267,8 +283,7 @@ def _as_rich(table: Sequence[TableRow], names: Sequence[str], exact: Sequence[st
         rich.add_column(Text(name), justify="right")
     for line in table:
         cells = [
-            Text(shown(line, name, times, exact=name in exact), style="bold" if name in line.best else "")
-            for name in names
+            Text(shown(line, name, exact=name in exact), style="bold" if name in line.best else "") for name in names
         ]
         rich.add_row(Text(line.label), *cells, style="green" if line.kind == "winner" else None)
     return rich
@@ -282,12 +297,11 @@ def _width(table: RichTable) -> int:
 
 def as_markdown(table: Sequence[TableRow]) -> str:
     """The table in GitHub's Markdown; the best of each column is bold."""
-    times = factor(table)
     names = columns(table)
     head = ["model", *names]
     lines = [markdown_line(head), markdown_line([":--", *("--:" for _ in names)])]
     for line in table:
-        cells = [shown(line, name, times) for name in names]
+        cells = [shown(line, name) for name in names]
         bold = [f"**{cell}**" if name in line.best else cell for name, cell in zip(names, cells, strict=True)]
         lines.append(markdown_line([line.label, *bold]))
     return "\n".join([*lines, "", caption(table), ""])

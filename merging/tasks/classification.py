@@ -79,6 +79,16 @@ class ClassifierSettings(TaskSettings):
         """The metric's name; where head and file leave it open, that of one class."""
         return self.metric or next(iter(METRICS_OF[LIKELIHOODS[self.problem_type or "single_label_classification"]]))
 
+    @property
+    def is_labelled(self) -> bool:
+        """See `TaskSettings.is_labelled`."""
+        return self.label is not None
+
+    @property
+    def is_percent(self) -> bool:
+        """Whether the metric is a share, which a name says for every kind of label."""
+        return all(known[self.judged_by].percent for known in METRICS_OF.values() if self.judged_by in known)
+
 
 class _Labelled(Protocol):
     label: str | list[str] | None

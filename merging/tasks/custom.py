@@ -60,6 +60,7 @@ class CustomSettings(TaskSettings):
         "where the function is called, and what it holds is never saved. Secrets written out are refused.",
     )
     metric: str = Field("score", min_length=1, description="What the function's number is called in tables.")
+    percent: bool = Field(False, description="Whether the number is a share, which tables show × 100.")
     model_class: str = Field(
         "AutoModel",
         description="Class in `transformers` that loads the checkpoint. What is merged must be in some task's model, and all "
@@ -70,6 +71,12 @@ class CustomSettings(TaskSettings):
         description="Split → number of examples, for tables and budgets; a split that is left out where others are named does "
         "not exist. Without any, validation and test are measured whole.",
     )
+
+    @property
+    def is_percent(self) -> bool:
+        """See `TaskSettings.is_percent`."""
+        return self.percent
+
     _directory: str = PrivateAttr(default_factory=os.getcwd)  # travels to the workers, which may have another
 
     @field_validator("arguments")

@@ -33,6 +33,16 @@ class TaskSettings(BaseModel):
         """The metric's name, also where the file leaves it to the kind of task."""
         return str(getattr(self, "metric", "score"))
 
+    @property
+    def is_labelled(self) -> bool:
+        """Whether examples have labels."""
+        return True
+
+    @property
+    def is_percent(self) -> bool:
+        """Whether scores are shares, which are read as per cent."""
+        return False
+
 
 @dataclass(frozen=True)
 class Batch:

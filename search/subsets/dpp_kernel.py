@@ -17,7 +17,8 @@ TOLERANCE = 1e-8
 def quality(scores: Mapping[str, float], base_scores: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
     """Relative gain of every member over the base: q = max(0, (score − base) / |base|).
 
-    A determinant is blind to the sign of q: unclamped, a member worse than the base would look good.
+    A determinant is blind to the sign of q: unclamped, a member worse than the base would look good. Where the base scores 0
+    on some member's task, no relative gain is defined, and q is the plain gain of all members, which a note says.
 
     Args:
         scores: Member → its validation score on its own task.
@@ -27,8 +28,7 @@ def quality(scores: Mapping[str, float], base_scores: Mapping[str, float]) -> tu
         Member → q, and notes naming the members with q = 0, which no subset but the whole pool will hold.
 
     Raises:
-        SelectionError: A base score is missing or 0; a score is not finite; no member is better
-            than the base.
+        SelectionError: A base score is missing; a score is not finite; no member is better than the base.
     """
     gains: dict[str, float] = {}
     for name, score in scores.items():
@@ -38,18 +38,21 @@ def quality(scores: Mapping[str, float], base_scores: Mapping[str, float]) -> tu
                 f"quality of member '{name}' needs finite scores, not {score} (member) and {base} (base); "
                 "evaluate both on its task, or set the selection's quality to 'equal'"
             )
-        if base == 0:
-            raise SelectionError(
-                f"the base scores 0 on the task of member '{name}', so that no relative gain is "
-                "defined; set the selection's quality to 'equal', or the selection's mode to 'all'"
-            )
-        gains[name] = (score - base) / abs(base)
+        gains[name] = score - base
+    flat = [name for name in gains if base_scores[name] == 0]
+    if not flat:
+        gains = {name: gain / abs(base_scores[name]) for name, gain in gains.items()}
     if not any(gain > 0 for gain in gains.values()):
         raise SelectionError(
             f"no member is better than the base on its own validation data ({', '.join(sorted(gains))}); "
             "set the selection's quality to 'equal', or the selection's mode to 'all'"
         )
     notes = [
+        f"quality is the plain gain over the base, for the base scores 0 on the task of member '{name}', which no gain is "
+        "relative to: where tasks' metrics are of different size, set the selection's quality to 'equal'"
+        for name in flat[:1]
+    ]
+    notes += [
         f"member '{name}' is selected only where all members are: it scores {scores[name]:.4g} on its task, where the "
         f"base scores {base_scores[name]:.4g}"
         for name, gain in gains.items()

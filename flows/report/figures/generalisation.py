@@ -6,8 +6,9 @@ from typing import Any
 import plotly.graph_objects as go
 
 from flows.report.figures.style import NEUTRAL, Looks, finish, plain
-from flows.report.significance import Compared, in_words
-from flows.report.table import factor, text
+from flows.report.scales import percent
+from flows.report.significance import Compared, in_words, scale
+from flows.report.table import text
 
 NAMES = {"member": "members", "average": "plain average", "method": "best of a method", "runner-up": "runners-up"}
 
@@ -16,7 +17,7 @@ def beside(compared: Sequence[Compared], looks: Looks) -> Any:
     """Test against validation with standard errors, the winner ringed; None where nothing was measured on both."""
     if not compared:
         return None
-    times = factor([entry.line for entry in compared])
+    times = scale(compared)
     ends = [cell.value * times for entry in compared for cell in (entry.validation, entry.test)]
     figure = go.Figure()
     figure.add_scatter(
@@ -41,7 +42,7 @@ def beside(compared: Sequence[Compared], looks: Looks) -> Any:
             name=plain(own[0].line.label) if winner else NAMES[kind],
             text=["winner"] if winner else None,
             textposition="top center",
-            hovertext=[_words(entry, times) for entry in own],
+            hovertext=[_words(entry) for entry in own],
             marker={
                 "color": [looks.color(entry.line.row.method) for entry in own],
                 "symbol": [looks.mark(entry.line.row.method) for entry in own],
@@ -50,12 +51,11 @@ def beside(compared: Sequence[Compared], looks: Looks) -> Any:
             },
             hovertemplate="%{hovertext}<extra></extra>",
         )
-    scale = " × 100" if times == 100 else ""
     return finish(
         figure,
         420,
-        xaxis={"title": f"validation mean{scale}"},
-        yaxis={"title": f"test mean{scale}"},
+        xaxis={"title": f"validation mean{percent(times)}"},
+        yaxis={"title": f"test mean{percent(times)}"},
     )
 
 
@@ -64,10 +64,7 @@ def _whiskers(errors: Sequence[float]) -> dict[str, Any]:
     return {"array": list(errors), "thickness": 1, "color": NEUTRAL}
 
 
-def _words(entry: Compared, times: int) -> str:
+def _words(entry: Compared) -> str:
     """A line's numbers, for what appears under the pointer."""
-    behind = f"<br>winner − this: {in_words(entry.behind, times)}" if entry.behind else ""
-    return (
-        f"<b>{plain(entry.line.label)}</b><br>validation {text(entry.validation, times)}<br>"
-        f"test {text(entry.test, times)}{behind}"
-    )
+    behind = f"<br>winner − this: {in_words(entry.behind)}" if entry.behind else ""
+    return f"<b>{plain(entry.line.label)}</b><br>validation {text(entry.validation)}<br>test {text(entry.test)}{behind}"

@@ -7,8 +7,9 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from flows.report.figures.style import NEUTRAL, SCALE, STRONG, finish, plain
-from flows.report.table import factor_of, in_words, plain_average
+from flows.report.figures.style import NEUTRAL, SCALE, STRONG, Looks, finish, plain
+from flows.report.scales import digits
+from flows.report.table import in_words, plain_average
 from search.candidate import searched_split
 from search.ledger.distinct import distinct
 from search.ledger.row import Row
@@ -94,7 +95,7 @@ def similarity(selection: Selection | None) -> Any:
     return finish(figure, 150 + 38 * len(names), showlegend=False, bargap=0.35)
 
 
-def profile(rows: Sequence[Row], tasks: Sequence[str], top: int = 10) -> Any:
+def profile(rows: Sequence[Row], tasks: Sequence[str], looks: Looks, top: int = 10) -> Any:
     """Validation scores of the best candidates, task by task, coloured by the gain over the plain average."""
     shown = distinct(best(rows, len(rows)))[:top]
     if not shown or not tasks:
@@ -103,8 +104,7 @@ def profile(rows: Sequence[Row], tasks: Sequence[str], top: int = 10) -> Any:
     scores = np.array([[row.scores.get(task, np.nan) for task in tasks] for row in shown])
     start = np.array([average.scores.get(task, np.nan) if average else np.nan for task in tasks])
     known = bool(np.isfinite(start).all())
-    times = factor_of(scores[np.isfinite(scores)].tolist())
-    digits = 1 if times == 100 else 3
+    times = np.array([looks.scales.of_task(task) for task in tasks])
     colors = (scores - start if known else scores) * times
     reach = max(float(np.nanmax(np.abs(colors))), 1e-9)
     title = "gain" if known else "score"
@@ -114,7 +114,10 @@ def profile(rows: Sequence[Row], tasks: Sequence[str], top: int = 10) -> Any:
             z=colors.tolist(),
             x=[plain(task) for task in tasks],
             y=labels,
-            text=[[f"{value * times:.{digits}f}" for value in line] for line in scores],
+            text=[
+                [f"{value * scale:.{digits(scale)}f}" for value, scale in zip(line, times.tolist(), strict=True)]
+                for line in scores
+            ],
             texttemplate="%{text}" if len(tasks) <= MOST_WRITTEN else None,
             hovertemplate="%{y}<br>%{x}: %{text}<extra></extra>",
             colorscale="RdBu" if known else SCALE,

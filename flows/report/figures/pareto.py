@@ -6,7 +6,8 @@ from typing import Any
 import plotly.graph_objects as go
 
 from flows.report.figures.style import NEUTRAL, Looks, describe, finish, plain, thin
-from flows.report.table import factor_of, in_words
+from flows.report.scales import percent
+from flows.report.table import in_words
 from search.ledger.row import Row
 from search.objective import best, pareto
 
@@ -19,12 +20,12 @@ def front(rows: Sequence[Row], looks: Looks) -> Any:
     if not ranked:
         return None
     first, second = list(ranked[0].objectives)[:2]
-    times = factor_of([row.objectives[name] for row in ranked for name in (first, second)])
+    scales = [looks.scales.of_objective(name, ranked[0].scores) for name in (first, second)]
     figure = go.Figure()
     chosen = pareto(ranked)
     figure.add_scatter(
-        x=[row.objectives[first] * times for row in chosen],
-        y=[row.objectives[second] * times for row in chosen],
+        x=[row.objectives[first] * scales[0] for row in chosen],
+        y=[row.objectives[second] * scales[1] for row in chosen],
         mode="lines+markers",
         name="Pareto front",
         line={"color": NEUTRAL, "width": 2},
@@ -35,13 +36,13 @@ def front(rows: Sequence[Row], looks: Looks) -> Any:
     for method in sorted({row.method for row in points}):
         own = [row for row in points if row.method == method]
         figure.add_scatter(
-            x=[row.objectives[first] * times for row in own],
-            y=[row.objectives[second] * times for row in own],
+            x=[row.objectives[first] * scales[0] for row in own],
+            y=[row.objectives[second] * scales[1] for row in own],
             text=[describe(row) for row in own],
             mode="markers",
             name=plain(in_words(method)),
             marker={"color": looks.color(method), "symbol": looks.mark(method), "size": 8, "opacity": 0.8},
             hovertemplate="%{text}<extra></extra>",
         )
-    scale = " × 100" if times == 100 else ""
-    return finish(figure, 420, xaxis={"title": f"{plain(first)}{scale}"}, yaxis={"title": f"{plain(second)}{scale}"})
+    titles = [plain(name) + percent(times) for name, times in zip((first, second), scales, strict=True)]
+    return finish(figure, 420, xaxis={"title": titles[0]}, yaxis={"title": titles[1]})

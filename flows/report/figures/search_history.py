@@ -40,7 +40,7 @@ def history(rows: Sequence[Row], looks: Looks) -> Any:
     done = finished(rows)
     if not done:
         return None
-    times, title = objective_axis(done)
+    times, title = objective_axis(done, looks)
     is_estimated = done[0].split == ANCHORS
     place = {row.candidate: i for i, row in enumerate(done, start=1)}
     figure = go.Figure()
@@ -111,7 +111,7 @@ def scaling(rows: Sequence[Row], looks: Looks) -> Any:
     by_method = {method: own for method, own in by_method.items() if _varies(own)}
     if not by_method:
         return None
-    times, title = objective_axis(done)
+    times, title = objective_axis(done, looks)
     shared = all(len(set(row.scaling.values())) <= 1 for own in by_method.values() for row in own)
     counts = Counter(key for row in done for key in row.scaling)
     grouped = {key.partition(GROUP)[0] for key in counts if GROUP in key}

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from flows.report.table import factor_of, in_words
+from flows.report.scales import Scales, percent
+from flows.report.table import in_words, objective_scale
 from merging.recipe import nested
 from search.candidate import ANCHORS
 from search.ledger.row import Row
@@ -24,9 +25,11 @@ class Looks:
 
     Args:
         rows: All rows; the order of their methods' names decides.
+        scales: How scores are shown; by default as shares.
     """
 
-    def __init__(self, rows: Iterable[Row]) -> None:
+    def __init__(self, rows: Iterable[Row], scales: Scales | None = None) -> None:
+        self.scales = scales or Scales()
         methods = {row.method for row in rows if row.origin in ("anchor", "search")}
         self._order = {method: i for i, method in enumerate(sorted(methods))}
 
@@ -69,11 +72,11 @@ def describe(row: Row) -> str:
     )
 
 
-def objective_axis(rows: Sequence[Row]) -> tuple[int, str]:
+def objective_axis(rows: Sequence[Row], looks: Looks) -> tuple[int, str]:
     """What objectives are multiplied by to be read, and the title of their axis, which says where they are estimates."""
-    times = factor_of([row.objective for row in rows if row.objective is not None])
+    times = objective_scale(rows, looks.scales)
     estimated = "estimated " if any(row.split == ANCHORS for row in rows) else ""
-    return times, f"{estimated}validation objective" + (" × 100" if times == 100 else "")
+    return times, f"{estimated}validation objective" + percent(times)
 
 
 def thin(rows: Sequence[Row], most: int) -> list[Row]:

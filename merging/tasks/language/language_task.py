@@ -104,6 +104,11 @@ class LanguageSettings(TaskSettings):
         return self.judged_by not in (*LIKELIHOODS, *CHOICES)
 
     @property
+    def is_percent(self) -> bool:
+        """All but likelihoods are shares."""
+        return self.judged_by not in LIKELIHOODS
+
+    @property
     def judged_by(self) -> str:
         """The metric's name."""
         return self.metric or ("accuracy" if self.choices is not None else "log_likelihood")
@@ -178,6 +183,11 @@ class LanguageTask(TextTask[list[Example]]):
     def is_below_zero(self) -> bool:
         """Of log-likelihoods and negative perplexities; see `Task.is_below_zero`."""
         return self.settings.judged_by in LIKELIHOODS
+
+    @property
+    def can_be_negative(self) -> bool:
+        """See `Task.can_be_negative`."""
+        return self.is_below_zero
 
     def data_fingerprint(self, split: Split) -> str:
         """Content hash of the examples, of how they are encoded and judged, and of the tokenizer."""

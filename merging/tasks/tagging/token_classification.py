@@ -48,6 +48,11 @@ class TokenClassificationSettings(TaskSettings):
     max_length: int = Field(256, ge=2, description="Tokens that a sentence is cut to; tags beyond are not predicted.")
     batch_size: int = Field(32, ge=1, description="Sentences per step of evaluation; does not change the score.")
 
+    @property
+    def is_percent(self) -> bool:
+        """Both metrics are shares."""
+        return True
+
 
 @dataclass(frozen=True)
 class _Sentence:
@@ -61,6 +66,7 @@ class TokenClassification(TextTask[list[_Sentence]]):
     kind: ClassVar[str] = "token_classification"
     model_class: ClassVar[str] = "AutoModelForTokenClassification"
     one_label: ClassVar[bool] = False
+    can_be_negative: ClassVar[bool] = False
 
     def __init__(self, name: str, settings: TokenClassificationSettings, head: str) -> None:
         super().__init__(name, settings, head)

@@ -101,3 +101,18 @@ def test_every_stage_works_on_them_under_a_judge_of_one_s_own(judged_elsewhere, 
     file = StatisticsFile.open(str(path))
     for name, value in expected.items():
         assert file.read(name).sub(value).abs().max() <= 1e-6 * value.abs().max() + 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_an_objective_that_divides_by_a_negative_score_ends_before_statistics(judged_elsewhere, tmp_path, monkeypatch):
+    (tmp_path / "my_judge.py").write_text(JUDGE.replace("float(weight[n])", "-1.0 - n"))
+    campaign = judged_elsewhere(
+        search={"candidates": 4, "methods": {"regmean": {}}, "objective": "normalized"},
+        selection={"mode": "all"},
+        resources={"evaluators": 1},
+    )
+    with pytest.raises(SettingsError, match="divides by the score of each task's own member.*use 'mean'"):
+        run(campaign, Display())
+    assert not list((tmp_path / "out").glob("statistics/*"))
+    assert len(pd.read_parquet(tmp_path / "out" / "ledger")) == 4

@@ -62,6 +62,14 @@ def test_what_would_do_nothing_or_stop_later_is_refused(checked, changes, words)
         checked(**changes)
 
 
+def test_normalized_needs_a_member_of_each_task_s_own(checked, tiny_campaign):
+    more = {**tiny_campaign["tasks"], "other": tiny_campaign["tasks"]["two"]}
+    changes = {"tasks": more, "task_heads": {"other": "two"}}
+    with pytest.raises(SettingsError, match="task 'other' has none: give a member `task: other`"):
+        checked(search={**PLAIN, "objective": "normalized"}, **changes)
+    checked(search={**PLAIN, "objective": "mean"}, **changes)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

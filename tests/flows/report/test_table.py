@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from flows.report import table
+from flows.report.scales import Scales
 from flows.report.table import as_markdown, as_rich, plain_average, results_table
 
 
@@ -144,9 +145,27 @@ def test_scores_beyond_one_are_shown_as_they_are(make):
     final = make.row(
         "ties", {"nyt": 1.0}, 0.5, split="test", origin="final", scores={"nyt": 23.456}, standard_errors={}
     )
-    text = as_markdown(results_table([row, final], ["nyt"]))
+    text = as_markdown(results_table([row, final], ["nyt"], Scales({"nyt": 1})))
     assert "**23.456**" in text
     assert "× 100" not in text
+
+
+def test_every_column_has_the_scale_of_its_metric(make):
+    """A share near 1 beside a loss of the same size: what they are says their metrics, not their values."""
+    scores, errors = {"nyt": 0.5, "movie": -0.25}, {"nyt": 0.01, "movie": 0.02}
+    rows = [
+        make.row("ties", {"nyt": 1.0}, 0.125, split=split, origin=origin, scores=scores, standard_errors=errors)
+        for split, origin in (("validation", "search"), ("test", "final"))
+    ]
+    text = as_markdown(results_table(rows, ["nyt", "movie"], Scales({"nyt": 100, "movie": 1})))
+    assert "50.0 ± 1.0" in text
+    assert "-0.250 ± 0.020" in text
+    assert "0.125 ± 0.011" in text  # the mean of unlike things
+    assert "(× 100 of nyt)" in text
+    scales = Scales({"nyt": 100, "movie": 1})
+    assert [scales.of_objective(name, ["nyt", "movie"]) for name in ("mean", "nyt", "movie")] == [1, 100, 1]
+    assert [scales.of_objective(name, ["nyt", "movie"]) for name in ("normalized", "expected_mean")] == [100, 100]
+    assert Scales({"nyt": 1}).of_objective("mean", ["nyt"]) == 1
 
 
 def test_a_score_that_is_missing_leaves_the_mean_open(make):

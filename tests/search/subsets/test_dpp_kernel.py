@@ -31,10 +31,16 @@ def test_quality_drops_and_names_members_worse_than_the_base():
     assert "'worse'" in notes[0]
 
 
+def test_a_base_that_scores_0_leaves_plain_gains():
+    q, notes = dpp_kernel.quality({"a": 0.9, "b": 0.75}, {"a": 0.0, "b": 0.5})
+    assert q == {"a": pytest.approx(0.9), "b": pytest.approx(0.25)}
+    assert "plain gain" in notes[0]
+    assert "'a'" in notes[0]
+
+
 @pytest.mark.parametrize(
     ("scores", "base", "words"),
     [
-        ({"a": 0.9}, {"a": 0.0}, "'a'.*equal"),
         ({"a": 0.9}, {}, "'a'.*finite"),
         ({"a": float("nan")}, {"a": 0.5}, "'a'.*finite"),
         ({"a": 0.4, "b": 0.5}, {"a": 0.5, "b": 0.5}, "no member is better.*a, b.*equal"),
