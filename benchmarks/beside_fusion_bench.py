@@ -186,7 +186,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, Measured]:
         parameters = method.complete(Recipe(name, scaling, METHODS[name].get("parameters", {}))).parameters
         for chosen in (weights[-1:], weights):  # the first loads what is compiled
             start = time.process_time()
-            prepared = method.prepare(chosen, Context(survey=method.survey(chosen)))
+            prepared = method.prepare(chosen, Context(global_stats=method.global_pass(chosen)))
             prepared.merge(scaling, parameters, out)
             first = time.process_time() - start
         result = torch.cat([value.flatten() for value in out.values()])

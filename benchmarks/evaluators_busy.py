@@ -22,7 +22,7 @@ from merging.tasks.task import Score
 from ray_tasks.connect import connect
 from ray_tasks.evaluators.evaluator import Assignment
 from ray_tasks.evaluators.evaluator_pool import EvaluatorPool, Finished
-from ray_tasks.evaluators.lifecycle import Crew
+from ray_tasks.evaluators.lifecycle import EvaluatorGroup
 from search.budget import Budget
 from search.candidate import Provenance
 from search.ledger.ledger import Ledger
@@ -75,7 +75,7 @@ def _scores(number: int) -> Measurement:
 def measure(evaluators: int, candidates: int, sleep: float, sampler: str) -> str:
     """One search; a line of the table."""
     space = Space({method: MethodSpace() for method in METHODS}, MEMBERS, None, "per_member")
-    pool = LightPool(Crew(sleep, evaluators, threads=0, kind=Sleeper))
+    pool = LightPool(EvaluatorGroup(sleep, evaluators, threads=0, kind=Sleeper))
     with tempfile.TemporaryDirectory() as place:
         ledger = Ledger(str(Path(place) / "ledger"), "busy")
         try:

@@ -93,7 +93,7 @@ class Candidates:
         self._out, self._device = out, device
 
         def prepare() -> None:
-            self._prepared = method.prepare(weights, Context(survey=method.survey(weights)))
+            self._prepared = method.prepare(weights, Context(global_stats=method.global_pass(weights)))
 
         self.ready = seconds(prepare, device)
         self.times: list[float] = []

@@ -19,7 +19,7 @@ from scipy.stats import binomtest, spearmanr
 from flows.config.campaign_file import load_campaign
 from merging.checkpoints.pool import Pool
 from merging.evaluation.live_models import LiveModels, best_device
-from merging.evaluation.steps import Plan, Trace
+from merging.evaluation.steps import EvaluationPlan, Trace
 from merging.mergers.material import Material, open_statistics
 from merging.tasks import make_task
 from merging.tasks.task import Score
@@ -56,7 +56,7 @@ def outcomes(directory: str, rows: Sequence[Row]) -> dict[str, Trace]:
         examples = {name: sizes[task] for name in members if (task := campaign.task_of(name))}
         live = LiveModels(Material(pool, open_statistics(pool, files), examples), tasks, owners, best_device())
         for row in missing:
-            trace = live.measure(row.recipe, "validation", plan=Plan()).trace
+            trace = live.measure(row.recipe, "validation", plan=EvaluationPlan()).trace
             assert trace is not None
             found[row.candidate] = trace.as_dict()
             cache.write_text(json.dumps(found))

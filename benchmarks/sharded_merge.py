@@ -5,7 +5,7 @@
 Random weights in the shapes of a Llama's layers, as checkpoints under `--directory`. A sharded candidate is timed from its
 recipe's being sent to its weights' lying in the model; `waiting` is what an evaluator sees of that: the copy alone, since
 the merge runs while the candidate before is measured. Shards have one thread each, as has the process that they are compared
-with; prepared state and surveys are there before the clock starts.
+with; prepared state and global statistics are there before the clock starts.
 """
 
 import argparse

@@ -66,23 +66,23 @@ def member_recipe(member: str) -> Recipe:
 
 def nested(scaling: Mapping[str, float]) -> dict[str, float | dict[str, float]]:
     """Scaling factors as a recipe file has them: member → its factor, or group → factor; members and groups sorted."""
-    found: dict[str, float | dict[str, float]] = {}
+    by_member: dict[str, float | dict[str, float]] = {}
     for key in sorted(scaling):
         member, grouped, group = key.partition(GROUP)
-        groups = found.setdefault(member, {}) if grouped else None
+        groups = by_member.setdefault(member, {}) if grouped else None
         if isinstance(groups, dict):
             groups[group] = scaling[key]
         else:
-            found[key] = scaling[key]
-    return found
+            by_member[key] = scaling[key]
+    return by_member
 
 
 def flat(scaling: Mapping[str, float | Mapping[str, float]]) -> dict[str, float]:
     """Scaling factors by `member` or `member@group`, however they were written; the inverse of `nested`."""
-    found: dict[str, float] = {}
+    factors_of: dict[str, float] = {}
     for member, factors in scaling.items():
         if isinstance(factors, Mapping):
-            found |= {f"{member}{GROUP}{group}": factor for group, factor in factors.items()}
+            factors_of |= {f"{member}{GROUP}{group}": factor for group, factor in factors.items()}
         else:
-            found[member] = factors
-    return found
+            factors_of[member] = factors
+    return factors_of

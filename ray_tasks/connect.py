@@ -81,7 +81,7 @@ class Cluster:
         return f"Ray {self.address}: {self.nodes} node{'s' * (self.nodes > 1)}, {self.cpus} CPUs{gpus}"
 
 
-class Job(JobConfig):  # type: ignore[misc]  # Ray's class has no type
+class DriverConfig(JobConfig):  # type: ignore[misc]  # Ray's class has no type
     """A job whose workers search the same modules as any Python on their node.
 
     Ray puts the driver's working directory first on its workers' path, so that a `search/` or `yaml.py` in it would be
@@ -115,7 +115,13 @@ def connect() -> Iterator[Cluster]:
     environment = {"env_vars": _worker_environment()}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(**options, job_config=Job(), runtime_env=environment, logging_level=logging.ERROR, log_to_driver=False)
+        ray.init(
+            **options,
+            job_config=DriverConfig(),
+            runtime_env=environment,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
     except (Exception, SystemExit) as error:  # where a process of Ray's own does not start, it raises no one type
         ray.shutdown()
         if chosen:
@@ -180,18 +186,18 @@ def _worker_environment() -> dict[str, str]:
     """`WORKER_ENVIRONMENT`, but for what the job that this process runs in says otherwise: Ray refuses to hear it twice."""
     try:
         job = json.loads(os.environ.get(JOB_CONFIG, "{}"))
-        told = (job.get("runtime_env") or {}).get("env_vars") or {}
+        given = (job.get("runtime_env") or {}).get("env_vars") or {}
     except (ValueError, AttributeError):
-        told = {}
-    return {name: value for name, value in WORKER_ENVIRONMENT.items() if name not in told}
+        given = {}
+    return {name: value for name, value in WORKER_ENVIRONMENT.items() if name not in given}
 
 
-def evaluators_for(cluster: Cluster, asked: int | None, threads: int, gpus: float | None, bytes_each: int) -> int:
+def evaluators_for(cluster: Cluster, wanted: int | None, threads: int, gpus: float | None, bytes_each: int) -> int:
     """How many evaluators to start: as many as were asked for, or as the cluster holds.
 
     Args:
         cluster: What there is.
-        asked: A number that a user set; where nodes may join, the cluster need not hold so many yet.
+        wanted: A number that a user set; where nodes may join, the cluster need not hold so many yet.
         threads: CPUs of an evaluator.
         gpus: GPUs of an evaluator; 0 for none.
         bytes_each: Estimated memory of an evaluator.
@@ -199,8 +205,8 @@ def evaluators_for(cluster: Cluster, asked: int | None, threads: int, gpus: floa
     Raises:
         ClusterError: Not one fits, or what was asked for does not.
     """
-    if asked and cluster.may_grow:
-        return asked
+    if wanted and cluster.may_grow:
+        return wanted
     limit = cluster.places(threads, gpus or 0.0)
     if limit < 1 and cluster.may_grow:
         raise ClusterError(
@@ -208,18 +214,18 @@ def evaluators_for(cluster: Cluster, asked: int | None, threads: int, gpus: floa
             "ask for them with resources.evaluators, and for which GPUs with resources.gpus; else lower resources.threads "
             "or resources.gpus"
         )
-    if limit < 1 or (asked or 0) > limit:
+    if limit < 1 or (wanted or 0) > limit:
         what = f"{gpus:g} GPUs and {threads} CPUs" if gpus else f"{threads} CPUs"
         raise ClusterError(
-            f"{asked or 1} evaluators of {what} do not fit {cluster.describe()}: lower resources.evaluators, "
+            f"{wanted or 1} evaluators of {what} do not fit {cluster.describe()}: lower resources.evaluators, "
             "resources.threads or resources.gpus"
         )
-    return asked or room_for(cluster, threads, gpus or 0.0, bytes_each)
+    return wanted or room_for(cluster, threads, gpus or 0.0, bytes_each)
 
 
-def gpus_each(asked: float | None) -> float:
+def gpus_each(wanted: float | None) -> float:
     """GPUs of a process: what a user set, else one where the cluster has any."""
-    return asked if asked is not None else float(bool(ray.cluster_resources().get("GPU")))
+    return wanted if wanted is not None else float(bool(ray.cluster_resources().get("GPU")))
 
 
 def room_for(cluster: Cluster, threads: int, gpus: float, bytes_each: int) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal, Protocol
 
-from merging.evaluation.steps import Plan, Trace
+from merging.evaluation.steps import EvaluationPlan, Trace
 from merging.recipe import Recipe
 from merging.tasks.task import Score
 from search.budget import Progress
@@ -114,7 +114,7 @@ class Executor(Protocol):
 class Planner(Protocol):
     """Says on which examples candidates are measured, and learns from what was found."""
 
-    def plan(self, candidate: Candidate) -> Plan | None:
+    def plan(self, candidate: Candidate) -> EvaluationPlan | None:
         """How to measure a candidate, asked when an evaluator is free for it; None for every example at once."""
         ...
 
@@ -153,41 +153,41 @@ def make_row(
 ) -> Row:
     """The ledger's row of an outcome; failed where there is an error, pruned where measuring was given up."""
     candidate, recipe = outcome.candidate, outcome.candidate.recipe
-    found = outcome.measurement or Measurement({})
-    scores = found.scores
+    measurement = outcome.measurement or Measurement({})
+    scores = measurement.scores
     proxies = {f"entropy:{task}": score.entropy for task, score in scores.items() if math.isfinite(score.entropy)}
     objective = next(iter(objectives.values()), None)
-    if found.pruned and objective is not None:
+    if measurement.pruned and objective is not None:
         proxies[PARTIAL] = objective
     return Row(
         campaign=provenance.campaign,
         candidate=recipe.identity,
         split=candidate.split,
         origin=candidate.origin,
-        status="failed" if error is not None else "pruned" if found.pruned else "complete",
+        status="failed" if error is not None else "pruned" if measurement.pruned else "complete",
         method=recipe.method,
         members=recipe.members,
         scaling={key: recipe.scaling[key] for key in sorted(recipe.scaling)},
         parameters=dict(recipe.parameters),
         trial=candidate.trial,
         error=error,
-        objective=objective if error is None and not found.pruned else None,
-        objectives=dict(objectives) if error is None and not found.pruned else {},
+        objective=objective if error is None and not measurement.pruned else None,
+        objectives=dict(objectives) if error is None and not measurement.pruned else {},
         violations=dict(violations or {}),
         scores={task: score.value for task, score in scores.items()},
         standard_errors={task: score.standard_error for task, score in scores.items()},
         losses={task: score.loss for task, score in scores.items()},
         expected_errors={task: score.expected_error for task, score in scores.items()},
         examples={task: score.examples for task, score in scores.items()},
-        proxies=proxies | dict(found.proxies),
-        report=dict(found.report),
-        merge_seconds=found.merge_seconds,
-        evaluate_seconds=found.evaluate_seconds,
+        proxies=proxies | dict(measurement.proxies),
+        report=dict(measurement.report),
+        merge_seconds=measurement.merge_seconds,
+        evaluate_seconds=measurement.evaluate_seconds,
         cpu_hours=outcome.cpu_hours,
         gpu_hours=outcome.gpu_hours,
         started=outcome.started,
         finished=outcome.finished,
-        worker=found.worker,
+        worker=measurement.worker,
         code=provenance.code,
         data=provenance.data,
     )

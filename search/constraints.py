@@ -76,12 +76,12 @@ def violations(
     Raises:
         KeyError: A task that is bounded has no score, or no reference.
     """
-    found = {}
+    by_name = {}
     for constraint in constraints:
         for task in constraint.over(sorted(scores)):
             bound = constraint.floor if constraint.drop is None else references[task] - constraint.drop
-            found[_name(constraint, task)] = (0.0 if bound is None else bound) - scores[task]
-    return found
+            by_name[_name(constraint, task)] = (0.0 if bound is None else bound) - scores[task]
+    return by_name
 
 
 def make_constraints(

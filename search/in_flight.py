@@ -140,14 +140,14 @@ def measure(
     """
     wanted = list(candidates)
     missing = {_key(c): c for c in wanted if not ledger.has(*_key(c))}
-    queue, flight = deque(missing.values()), InFlight(executor, retries)
-    while queue or len(flight):
-        while queue and flight.has_room:
-            flight.submit(queue.popleft())
-        for outcome in flight.wait():
+    queue, in_flight = deque(missing.values()), InFlight(executor, retries)
+    while queue or len(in_flight):
+        while queue and in_flight.has_room:
+            in_flight.submit(queue.popleft())
+        for outcome in in_flight.wait():
             ledger.append(to_row(outcome, objective, provenance))
-    found = {(row.candidate, row.split): row for row in ledger.rows()}
-    return [found[_key(candidate)] for candidate in wanted]
+    rows = {(row.candidate, row.split): row for row in ledger.rows()}
+    return [rows[_key(candidate)] for candidate in wanted]
 
 
 def _key(candidate: Candidate) -> tuple[str, str]:

@@ -90,7 +90,7 @@ class _Search:
         self._study, self._space, self._sampler, self._ledger = study, space, sampler, ledger
         self._objective, self._provenance, self._split = objective, provenance, split
         self._budget, self._observer = budget, observer
-        self._flight = InFlight(executor, budget.retries)
+        self._in_flight = InFlight(executor, budget.retries)
         self._ahead: Candidate | None = None
         self._trials: dict[int, Trial] = {}
         baselines = space.baselines()
@@ -113,9 +113,9 @@ class _Search:
         while True:
             self._submit(self._next)
             self._ahead = self._ahead or self._next()
-            if not len(self._flight):
+            if not len(self._in_flight):
                 return self._ending or "candidates"
-            outcomes = self._flight.wait()
+            outcomes = self._in_flight.wait()
             try:
                 self._submit(lambda: None)  # what was asked ahead goes out before anything is written
             finally:
@@ -123,15 +123,15 @@ class _Search:
 
     def _submit(self, more: Callable[[], Candidate | None]) -> None:
         """Keeps evaluators busy: with the candidate that was asked ahead, then with `more` of them."""
-        while self._flight.has_room and (candidate := self._ahead or more()) is not None:
+        while self._in_flight.has_room and (candidate := self._ahead or more()) is not None:
             self._ahead = None
-            self._flight.submit(candidate)
+            self._in_flight.submit(candidate)
 
     def _next(self) -> Candidate | None:
         """The next candidate to measure; None where there is none for now."""
         if self._unheard:
             return Candidate(self._unheard.popleft(), self._split, "anchor")
-        spent = self._tally.spent(len(self._flight) + (self._ahead is not None))
+        spent = self._tally.spent(len(self._in_flight) + (self._ahead is not None))
         if not self._study.has_waiting:
             # Decided anew once nothing is under way: the last rows may hold an improvement.
             self._ending = "exhausted" if self._exhausted else spent
@@ -145,7 +145,7 @@ class _Search:
             if recipe is None:
                 continue
             origin = cast(Origin, trial.user_attrs.get(ORIGIN, "search"))
-            held = self._flight.holds(recipe, self._split)
+            held = self._in_flight.holds(recipe, self._split)
             if not held and not self._ledger.has(recipe.identity, self._split):
                 self._known = 0
                 if CANDIDATE not in trial.user_attrs:

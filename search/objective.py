@@ -111,14 +111,14 @@ def own_scores(
         split: Which split's scores.
         expected: 1 − expected error instead of the score.
     """
-    found: dict[str, float] = {}
+    highest: dict[str, float] = {}
     for row in rows:
         if row.origin == "reference" and row.status == "complete" and row.split == split and len(row.members) == 1:
             task = tasks_of.get(row.members[0], "")
             scores = {t: 1 - error for t, error in row.expected_errors.items()} if expected else row.scores
             if task in scores:
-                found[task] = max(scores[task], found.get(task, -math.inf))
-    return found
+                highest[task] = max(scores[task], highest.get(task, -math.inf))
+    return highest
 
 
 def violation(row: Row) -> float:

@@ -61,26 +61,26 @@ def plan(trials: Sequence[FrozenTrial], wanted: Wanted, *, same_space: bool = Fa
     planned = [_settled(trial, rows, space, objectives) for trial in agreed]
     if planned and planned[-1] is None:
         planned.pop()  # killed while it was being proposed: its number is asked again, with the same seed
-    found = [trial or create_trial(state=TrialState.FAIL) for trial in planned]
-    there = {trial.user_attrs.get(CANDIDATE) for trial in found}
+    complete = [trial or create_trial(state=TrialState.FAIL) for trial in planned]
+    there = {trial.user_attrs.get(CANDIDATE) for trial in complete}
     missing = [row for row in rows.values() if row.candidate not in there]
     taken = {row.trial for row in missing}
-    free = (number for number in count(len(found)) if number not in taken)
+    free = (number for number in count(len(complete)) if number not in taken)
     places = [(next(free) if row.trial is None else row.trial, row) for row in missing]
     for number, row in sorted(places, key=lambda place: place[0]):
         # Numbers without a row keep their place: the next proposal has the number that it would have had.
-        found += [create_trial(state=TrialState.FAIL) for _ in range(number - len(found))]
-        found.append(_from_row(row, space, objectives))
+        complete += [create_trial(state=TrialState.FAIL) for _ in range(number - len(complete))]
+        complete.append(_from_row(row, space, objectives))
     baselines = {recipe.identity for recipe in space.baselines()}
-    waiting = {trial.user_attrs.get(CANDIDATE) for trial in found if trial.state == TrialState.WAITING}
+    waiting = {trial.user_attrs.get(CANDIDATE) for trial in complete if trial.state == TrialState.WAITING}
     for recipe in (recipe for recipe in wanted.again if recipe.identity not in waiting):
         origin = "anchor" if recipe.identity in baselines else "search"
-        found.append(_waiting(space.params(recipe), {CANDIDATE: recipe.identity, ORIGIN: origin}))
-    there = {trial.user_attrs.get(CANDIDATE) for trial in found}
+        complete.append(_waiting(space.params(recipe), {CANDIDATE: recipe.identity, ORIGIN: origin}))
+    there = {trial.user_attrs.get(CANDIDATE) for trial in complete}
     for recipe in space.baselines():
         if recipe in space and recipe.identity not in there:
-            found.append(_waiting(space.params(recipe), {CANDIDATE: recipe.identity, ORIGIN: "anchor"}))
-    return found
+            complete.append(_waiting(space.params(recipe), {CANDIDATE: recipe.identity, ORIGIN: "anchor"}))
+    return complete
 
 
 def _is_heard(row: Row, space: Space) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from flows.campaign.open_campaign import Opened
+from flows.campaign.open_campaign import OpenCampaign
 from flows.directory.progress import Display
 from merging.io import addresses, hashing, storage
 from merging.mergers.material import subset_fingerprint
@@ -15,7 +15,9 @@ from ray_tasks.jobs.parallel import each
 Files = Mapping[str, tuple[str, ...]]
 
 
-def distil(opened: Opened, statistics: Files, start: Recipe, cache: str, display: Display) -> tuple[Recipe, Files]:
+def distil(
+    opened: OpenCampaign, statistics: Files, start: Recipe, cache: str, display: Display
+) -> tuple[Recipe, Files]:
     """Distils into a recipe's merge, unless that was done.
 
     Args:

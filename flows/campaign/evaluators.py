@@ -6,14 +6,14 @@ from dataclasses import replace
 
 from flows.campaign.distil import Files
 from flows.campaign.executor import RayExecutor
-from flows.campaign.open_campaign import Opened
+from flows.campaign.open_campaign import OpenCampaign
 from flows.campaign.regime import is_sharded, shards_of
 from flows.directory.progress import Display
 from ray_tasks.connect import Cluster, evaluators_for, gpus_each, room_for
 from ray_tasks.evaluators.evaluator import Evaluator
 from ray_tasks.evaluators.evaluator_pool import EvaluatorPool
 from ray_tasks.evaluators.fed_evaluator import FedEvaluator
-from ray_tasks.evaluators.lifecycle import Crew
+from ray_tasks.evaluators.lifecycle import EvaluatorGroup
 from ray_tasks.evaluators.prometheus import EvaluatorMetrics
 
 RESTARTS = 3
@@ -21,7 +21,7 @@ RESTARTS = 3
 
 
 @contextmanager
-def evaluators(opened: Opened, statistics: Files, cluster: Cluster, display: Display) -> Iterator[RayExecutor]:
+def evaluators(opened: OpenCampaign, statistics: Files, cluster: Cluster, display: Display) -> Iterator[RayExecutor]:
     """Evaluators for the block, as many as fit, with threads and memory said."""
     resources, cluster = opened.campaign.resources, cluster.now()  # statistics may have made it grow
     gpus = gpus_each(resources.gpus)
@@ -32,7 +32,7 @@ def evaluators(opened: Opened, statistics: Files, cluster: Cluster, display: Dis
     grows = resources.evaluators is None and cluster.may_grow
     setup = opened.setup(statistics)
     with shards_of(opened, setup, count, display) if is_fed else nullcontext() as shards:
-        crew = Crew(
+        group = EvaluatorGroup(
             replace(setup, parts=shards.parts) if shards else setup,
             count,
             resources.threads,
@@ -44,7 +44,7 @@ def evaluators(opened: Opened, statistics: Files, cluster: Cluster, display: Dis
             memory=int((resources.memory or 0.0) * 1e9),
         )
         pool = EvaluatorPool(
-            crew, opened.campaign.search.candidate_seconds, shards, EvaluatorMetrics(opened.campaign.name)
+            group, opened.campaign.search.candidate_seconds, shards, EvaluatorMetrics(opened.campaign.name)
         )
         display.pulse.phase, display.pulse.evaluators = "Evaluators", lambda: (pool.there, pool.at_work)
         try:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from math import ceil
 
 from flows.campaign.executor import RayExecutor
-from flows.campaign.open_campaign import Opened
+from flows.campaign.open_campaign import OpenCampaign
 from flows.directory.campaign_directory import Directory
 from flows.report.table import plain_average
 from merging.io import storage
@@ -22,12 +22,12 @@ STEPS = {"wilcoxon": 8, "halving": 4}
 """In how many steps the largest task is measured, where the campaign file does not say."""
 
 
-def search_split(opened: Opened) -> str:
+def search_split(opened: OpenCampaign) -> str:
     """The split that the search's candidates are measured on."""
     return ANCHORS if opened.campaign.search.anchor_examples else "validation"
 
 
-def make_planner(opened: Opened, objective: Objective, directory: Directory, ledger: Ledger) -> Planner | None:
+def make_planner(opened: OpenCampaign, objective: Objective, directory: Directory, ledger: Ledger) -> Planner | None:
     """What says on which examples the search's candidates are measured; None for all."""
     settings = opened.campaign.search
     if settings.anchor_examples:
@@ -38,7 +38,7 @@ def make_planner(opened: Opened, objective: Objective, directory: Directory, led
 
 @contextmanager
 def choosing_anchors(
-    opened: Opened, directory: Directory, executor: RayExecutor, references: Sequence[Candidate]
+    opened: OpenCampaign, directory: Directory, executor: RayExecutor, references: Sequence[Candidate]
 ) -> Iterator[None]:
     """Keeps what references are found to say of single examples within the block, and chooses anchor examples by that.
 
@@ -55,18 +55,20 @@ def choosing_anchors(
     traces = Traces()
     with executor.planned(traces):
         yield
-        missing = [candidate for candidate in references if candidate.recipe.identity not in traces.found]
-        flight = InFlight(executor, opened.campaign.resources.retries)
-        while missing or len(flight):
-            while missing and flight.has_room:
-                flight.submit(missing.pop())
-            flight.wait()
-    found = [traces.found[c.recipe.identity] for c in references if c.recipe.identity in traces.found]
-    make_anchors(found, count, opened.campaign.seed).write(_anchors_file(directory))
+        missing = [candidate for candidate in references if candidate.recipe.identity not in traces.by_recipe]
+        in_flight = InFlight(executor, opened.campaign.resources.retries)
+        while missing or len(in_flight):
+            while missing and in_flight.has_room:
+                in_flight.submit(missing.pop())
+            in_flight.wait()
+    reference_traces = [
+        traces.by_recipe[c.recipe.identity] for c in references if c.recipe.identity in traces.by_recipe
+    ]
+    make_anchors(reference_traces, count, opened.campaign.seed).write(_anchors_file(directory))
 
 
 def confirm(
-    opened: Opened, executor: RayExecutor, ledger: Ledger, objective: Objective, provenance: Provenance
+    opened: OpenCampaign, executor: RayExecutor, ledger: Ledger, objective: Objective, provenance: Provenance
 ) -> list[Row]:
     """Measures on the whole validation set what the anchor examples found best: overall, of each method, plain average.
 
@@ -86,7 +88,7 @@ def _anchors_file(directory: Directory) -> str:
     return directory / "anchors.safetensors"
 
 
-def _largest(opened: Opened) -> int:
+def _largest(opened: OpenCampaign) -> int:
     """Validation examples of the task that has most, as far as they are measured."""
     limit = opened.campaign.search.examples
     sizes = [task.size("validation") for task in opened.tasks.values()]

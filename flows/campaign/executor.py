@@ -75,19 +75,21 @@ class RayExecutor:
 
     def _outcome(self, done: Finished) -> Outcome:
         candidate = self._out.pop(done.ticket)
-        crew, hours = self._evaluators.crew, done.seconds / 3600
-        outcome = Outcome(candidate, started=done.started, cpu_hours=crew.threads * hours, gpu_hours=crew.gpus * hours)
+        group, hours = self._evaluators.group, done.seconds / 3600
+        outcome = Outcome(
+            candidate, started=done.started, cpu_hours=group.threads * hours, gpu_hours=group.gpus * hours
+        )
         if done.measurement is None:
             return replace(outcome, error=EvaluationError(done.error or "no answer"), lost=done.lost)
-        found = done.measurement
+        measurement = done.measurement
         measured = Measurement(
-            scores=found.scores,
-            merge_seconds=found.merge_seconds,
-            evaluate_seconds=found.evaluate_seconds,
+            scores=measurement.scores,
+            merge_seconds=measurement.merge_seconds,
+            evaluate_seconds=measurement.evaluate_seconds,
             worker=done.worker,
-            report=found.report,
-            trace=found.trace,
-            pruned=found.stopped,
+            report=measurement.report,
+            trace=measurement.trace,
+            pruned=measurement.stopped,
         )
         outcome = replace(outcome, measurement=measured)
         if self._planner is None:

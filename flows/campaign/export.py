@@ -10,7 +10,7 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors.torch import save
 
-from flows.campaign.open_campaign import Opened
+from flows.campaign.open_campaign import OpenCampaign
 from flows.config.recipe_file import RECIPE, dump_recipe
 from flows.report.scales import Scales, scales_of
 from flows.report.table import Cell, text
@@ -26,7 +26,7 @@ HEAD = "head.safetensors"
 
 
 def export(
-    opened: Opened,
+    opened: OpenCampaign,
     statistics: Mapping[str, tuple[str, ...]],
     recipe: Recipe,
     path: str,
@@ -76,13 +76,13 @@ def export(
     return merge_to_disk(material, recipe, path, dtype=dtype, extra=extra)
 
 
-def owners_of_heads(opened: Opened) -> dict[str, str]:
+def owners_of_heads(opened: OpenCampaign) -> dict[str, str]:
     """Task → its owner, where that keeps tensors for the task."""
     owners = opened.campaign.owners()
     return {task: owner for task, owner in owners.items() if opened.pool.members[owner].head}
 
 
-def model_card(opened: Opened, recipe: Recipe, table: str, row: Row | None) -> str:
+def model_card(opened: OpenCampaign, recipe: Recipe, table: str, row: Row | None) -> str:
     """The card of a merged model: members, method, parameters, scores, versions, and how to load it."""
     templates = Environment(
         loader=PackageLoader("flows"),
@@ -131,7 +131,7 @@ def in_words(factors: float | Mapping[str, float]) -> str:
 
 def versions() -> dict[str, str]:
     """What ran: mergequest, Python and the libraries that results depend on."""
-    found = {"mergequest": code_version(), "python": platform.python_version()}
+    by_package = {"mergequest": code_version(), "python": platform.python_version()}
     for package in ("torch", "transformers", "optuna", "ray", "dppy", "safetensors"):
-        found[package] = version(package)
-    return found
+        by_package[package] = version(package)
+    return by_package

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from flows.campaign.open_campaign import Opened
+from flows.campaign.open_campaign import OpenCampaign
 from flows.config.campaign_file import Campaign
 from flows.directory.progress import Display
 from merging.checkpoints.checkpoint import Checkpoint
@@ -22,7 +22,9 @@ def cache_of(campaign: Campaign) -> str:
     return campaign.statistics.cache or addresses.join(campaign.directory or ".", "statistics")
 
 
-def member_statistics(opened: Opened, kinds: Sequence[str], cache: str, display: Display) -> dict[str, tuple[str, ...]]:
+def member_statistics(
+    opened: OpenCampaign, kinds: Sequence[str], cache: str, display: Display
+) -> dict[str, tuple[str, ...]]:
     """Files of the given kinds for every member: published ones as they are, the rest computed where they are missing.
 
     For the base, too, where a method asks for its own.
@@ -43,15 +45,15 @@ def member_statistics(opened: Opened, kinds: Sequence[str], cache: str, display:
     own_kinds = [kind for kind in opened.base_kinds if kind in kinds]
     jobs = _jobs(opened, published, kinds, own_kinds, cache)
     run(jobs.values(), opened, display)
-    found = {
+    by_member = {
         member: tuple(published[member].get(kind) or jobs[member, kind].path for kind in kinds)
         for member in opened.pool.members
     }
     base = tuple(published[BASE].get(kind) or jobs[BASE, kind].path for kind in own_kinds)
-    return found | ({BASE: base} if base else {})
+    return by_member | ({BASE: base} if base else {})
 
 
-def require_sources(opened: Opened) -> None:
+def require_sources(opened: OpenCampaign) -> None:
     """Looks whether all statistics that the campaign will ask for have a file or data; computes nothing.
 
     Raises:
@@ -64,7 +66,7 @@ def require_sources(opened: Opened) -> None:
             _own_job(opened, member, "gram", cache)
 
 
-def solutions(opened: Opened, cache: str, display: Display) -> dict[str, tuple[str, ...]]:
+def solutions(opened: OpenCampaign, cache: str, display: Display) -> dict[str, tuple[str, ...]]:
     """Files with the solutions that the campaign's methods ask for of all members together, computed where missing.
 
     Returns:
@@ -108,7 +110,7 @@ def joined(first: Mapping[str, tuple[str, ...]], second: Mapping[str, tuple[str,
     return {who: (*first.get(who, ()), *second.get(who, ())) for who in {**first, **second}}
 
 
-def representations(opened: Opened, cache: str, display: Display) -> dict[str, dict[str, str]]:
+def representations(opened: OpenCampaign, cache: str, display: Display) -> dict[str, dict[str, str]]:
     """Files with every member's representations of the same examples: some of a split of each task, `selection.examples`.
 
     Of train examples, calibration data stand in for the tasks of members that have them.
@@ -126,7 +128,7 @@ def representations(opened: Opened, cache: str, display: Display) -> dict[str, d
     return {member: {source: jobs[member, source].path for source in shown} for member in opened.pool.members}
 
 
-def require_representations(opened: Opened) -> None:
+def require_representations(opened: OpenCampaign) -> None:
     """Looks whether `representations` would find its examples and models; computes nothing.
 
     Raises:
@@ -139,7 +141,7 @@ def require_representations(opened: Opened) -> None:
             _require_own_source(opened, member)
 
 
-def run(jobs: Iterable[Job], opened: Opened, display: Display) -> None:
+def run(jobs: Iterable[Job], opened: OpenCampaign, display: Display) -> None:
     """Computes the jobs whose files are not there yet."""
     resources, settings = opened.campaign.resources, opened.campaign.statistics
     todo = [job for job in jobs if not storage.exists(job.path)]
@@ -156,34 +158,34 @@ def run(jobs: Iterable[Job], opened: Opened, display: Display) -> None:
         )
 
 
-def published_statistics(opened: Opened) -> Mapping[str, Mapping[str, str]]:
+def published_statistics(opened: OpenCampaign) -> Mapping[str, Mapping[str, str]]:
     """Member → kind → path of the files that the campaign names, each checked against its checkpoint.
 
     Raises:
         StatisticsError: A file is damaged, belongs to another checkpoint, or is the second one of its kind.
     """
-    found: dict[str, dict[str, str]] = {member: {} for member in (BASE, *opened.pool.members)}
+    published: dict[str, dict[str, str]] = {member: {} for member in (BASE, *opened.pool.members)}
     named = {member: settings.statistics for member, settings in opened.campaign.members.items()}
     for who, paths in (named | {BASE: opened.campaign.base_data.statistics}).items():
         for path in paths:
             file = StatisticsFile.open(path)
             checkpoint = _checkpoint(opened, who)
             file.check(checkpoint.fingerprint, checkpoint.tensors)
-            one = found[who].setdefault(file.kind, path)
+            one = published[who].setdefault(file.kind, path)
             if one != path:
                 raise StatisticsError(
                     f"{who} has two files with the statistic '{file.kind}', {one} and {path}: name one of them"
                 )
-    return found
+    return published
 
 
-def published_files(opened: Opened) -> dict[str, tuple[str, ...]]:
+def published_files(opened: OpenCampaign) -> dict[str, tuple[str, ...]]:
     """Member → paths of the files that the campaign names."""
-    return {member: tuple(found.values()) for member, found in published_statistics(opened).items() if found}
+    return {member: tuple(files.values()) for member, files in published_statistics(opened).items() if files}
 
 
 def _jobs(
-    opened: Opened,
+    opened: OpenCampaign,
     published: Mapping[str, Mapping[str, str]],
     kinds: Sequence[str],
     base_kinds: Sequence[str],
@@ -199,7 +201,7 @@ def _jobs(
     return jobs | {(BASE, kind): _base_job(opened, kind, cache) for kind in base_kinds if kind not in published[BASE]}
 
 
-def _own_job(opened: Opened, member: str, kind: str, cache: str) -> Job:
+def _own_job(opened: OpenCampaign, member: str, kind: str, cache: str) -> Job:
     """A statistic of a member on its own examples."""
     source = opened.campaign.source_of(member)
     if source is None or not opened.sources[source].has_logits:
@@ -232,13 +234,13 @@ def _estimated(task: Task, kind: str, settings: StatisticSettings) -> StatisticS
     return settings.model_copy(update={"estimator": estimator})
 
 
-def _own_model(opened: Opened, member: str, source: str) -> BoundTask:
+def _own_model(opened: OpenCampaign, member: str, source: str) -> BoundTask:
     """A source that loads the member's own model."""
     settings, _ = opened.campaign.sources()[source]
     return BoundTask(source, settings, opened.pool.members[member].checkpoint.path, opened.campaign.base)
 
 
-def _base_job(opened: Opened, kind: str, cache: str) -> Job:
+def _base_job(opened: OpenCampaign, kind: str, cache: str) -> Job:
     """A statistic of the base on its own data, with its own head."""
     campaign = opened.campaign
     task = campaign.base_data.task
@@ -257,12 +259,12 @@ def _base_job(opened: Opened, kind: str, cache: str) -> Job:
         ) from error
 
 
-def _checkpoint(opened: Opened, who: str) -> Checkpoint:
+def _checkpoint(opened: OpenCampaign, who: str) -> Checkpoint:
     """A member's checkpoint, or the base."""
     return opened.pool.base if who == BASE else opened.pool.members[who].checkpoint
 
 
-def _require_own_source(opened: Opened, member: str) -> str:
+def _require_own_source(opened: OpenCampaign, member: str) -> str:
     """The source that a member's model is loaded by."""
     own = opened.campaign.source_of(member)
     if own is None or not opened.sources[own].has_logits:
@@ -273,7 +275,7 @@ def _require_own_source(opened: Opened, member: str) -> str:
     return own
 
 
-def _representation_job(opened: Opened, member: str, source: str, cache: str) -> Job:
+def _representation_job(opened: OpenCampaign, member: str, source: str, cache: str) -> Job:
     """A member's representations of any source's examples, as that source's own head prepares them."""
     campaign, shown = opened.campaign, _shown(opened)[source]
     settings = campaign.sources()[source][0] if source in campaign.sources() else campaign.tasks[source]
@@ -283,14 +285,14 @@ def _representation_job(opened: Opened, member: str, source: str, cache: str) ->
     return _job(opened, member, "representation", data, model, prefix, campaign.selection.examples)
 
 
-def _shown(opened: Opened) -> Mapping[str, Task]:
+def _shown(opened: OpenCampaign) -> Mapping[str, Task]:
     """Whose examples all members are shown: the sources of statistics, or the tasks where they are to be of another split."""
     shown = opened.sources if opened.campaign.selection.examples == "train" else opened.tasks
     return {name: task for name, task in shown.items() if task.has_logits}
 
 
 def _job(
-    opened: Opened, member: str, kind: str, data: BoundTask, model: BoundTask, prefix: str, split: Split = "train"
+    opened: OpenCampaign, member: str, kind: str, data: BoundTask, model: BoundTask, prefix: str, split: Split = "train"
 ) -> Job:
     """The job whose file's name tells everything that its contents depend on."""
     known = {**opened.tasks, **opened.sources}[data.name]

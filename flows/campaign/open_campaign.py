@@ -27,7 +27,7 @@ from search.space.search_space import Space
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenCampaign:
     """A campaign's pool and tasks, checked.
 
     Args:
@@ -67,16 +67,16 @@ class Opened:
 
     def examples(self) -> dict[str, int]:
         """Member, or `base` → number of training examples behind it, where that is known."""
-        found = {}
+        counts = {}
         for member, settings in self.campaign.members.items():
             source = self.campaign.source_of(member)
             size = settings.examples or (self.sources[source].size("train") if source else 0)
             if size:
-                found[member] = size
+                counts[member] = size
         own = self.campaign.base_data
         if size := own.examples or (self.tasks[own.task].size("train") if own.task else 0):
-            found[BASE] = size
-        return found
+            counts[BASE] = size
+        return counts
 
     def task_of(self, member: str) -> Task | None:
         """A member's own task, bound to its own checkpoint; None where it has none here."""
@@ -132,7 +132,7 @@ class Opened:
 
     def _methods(self) -> dict[str, MethodSpace]:
         """The campaign's methods; defaults that follow the architecture are spelled out."""
-        found = {}
+        methods = {}
         for name, given in self.campaign.search.methods.items():
             usual = METHODS[name].defaults(self.pool.model_type)
             own = {
@@ -140,8 +140,8 @@ class Opened:
                 for key, spec in METHODS[name].parameters.items()
                 if usual[key] != spec.default and key not in given.parameters and not spec.search
             }
-            found[name] = given.model_copy(update={"parameters": {**given.parameters, **own}}) if own else given
-        return found
+            methods[name] = given.model_copy(update={"parameters": {**given.parameters, **own}}) if own else given
+        return methods
 
     def evaluator_bytes(self, *, sharded: bool = False) -> int:
         """Estimated memory of an evaluator: models, and for every method one float32 copy of each member's weights.
@@ -157,7 +157,7 @@ class Opened:
         return (1 << 30) + weights * (2 + (waiting if sharded else copies))
 
 
-def open_campaign(campaign: Campaign, display: Display, directory: str | None = None) -> Opened:
+def open_campaign(campaign: Campaign, display: Display, directory: str | None = None) -> OpenCampaign:
     """Opens and checks pool and tasks.
 
     Args:
@@ -216,7 +216,7 @@ def open_campaign(campaign: Campaign, display: Display, directory: str | None = 
         f"  {pool.base.architecture}: {len(pool.members)} members, {len(pool.weights)} merged weights "
         f"({size / 1e6:.0f} MB), {len(heads)} tensors kept per task, {len(tasks)} tasks"
     )
-    opened = Opened(campaign, pool, tasks, sources, distances)
+    opened = OpenCampaign(campaign, pool, tasks, sources, distances)
     opened.space()  # for the errors that it raises
     if opened.base_kinds and campaign.base_data == BaseData():
         raise SettingsError(

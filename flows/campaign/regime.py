@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from flows.campaign.open_campaign import Opened
+from flows.campaign.open_campaign import OpenCampaign
 from flows.directory.progress import Display
 from ray_tasks.connect import Cluster
 from ray_tasks.evaluators.evaluator import Setup
@@ -11,7 +11,7 @@ from ray_tasks.sharded.placement import Node, device_memory, nodes, plan, sharde
 from ray_tasks.sharded.shards import Shards
 
 
-def is_sharded(opened: Opened, cluster: Cluster, gpus: float) -> bool:
+def is_sharded(opened: OpenCampaign, cluster: Cluster, gpus: float) -> bool:
     """Whether the campaign's pool lies in shards.
 
     On one node without GPUs shards would hold what a single evaluator holds, so that nothing is gained.
@@ -30,7 +30,7 @@ def is_sharded(opened: Opened, cluster: Cluster, gpus: float) -> bool:
 
 
 @contextmanager
-def shards_of(opened: Opened, setup: Setup, evaluators: int, display: Display) -> Iterator[Shards]:
+def shards_of(opened: OpenCampaign, setup: Setup, evaluators: int, display: Display) -> Iterator[Shards]:
     """The pool's shards for the block; what lies where is said before it is read.
 
     Args:
@@ -43,11 +43,11 @@ def shards_of(opened: Opened, setup: Setup, evaluators: int, display: Display) -
         ClusterError: The cluster cannot hold them.
     """
     resources = opened.campaign.resources
-    found: list[Node] = nodes()
+    alive: list[Node] = nodes()
     made = plan(
         setup.material(),
         list(opened.campaign.search.methods),
-        found,
+        alive,
         evaluators=evaluators,
         threads=resources.threads,
         shards=resources.shards,

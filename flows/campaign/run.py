@@ -9,7 +9,7 @@ from flows.campaign.examples import choosing_anchors, confirm, make_planner, sea
 from flows.campaign.executor import RayExecutor
 from flows.campaign.export import export
 from flows.campaign.needed_statistics import cache_of, joined, member_statistics, require_sources, solutions
-from flows.campaign.open_campaign import Opened, open_campaign
+from flows.campaign.open_campaign import OpenCampaign, open_campaign
 from flows.campaign.selection import prepare_selection, require_kernel, select_subsets
 from flows.campaign.stages import divides_by_unknown, require_stages
 from flows.campaign.starts import starts
@@ -20,7 +20,7 @@ from flows.config.yaml_file import require_writable
 from flows.directory.campaign_directory import Directory
 from flows.directory.heartbeat import heartbeat
 from flows.directory.progress import Display
-from flows.directory.search_progress import Watch
+from flows.directory.search_progress import ProgressDisplay
 from flows.report.table import plain_average
 from flows.report.test_answers import KeptOutcomes
 from flows.versions import code_version
@@ -117,7 +117,7 @@ def _directory(campaign: Campaign) -> Directory:
 
 def _opened(
     campaign: Campaign, directory: Directory, display: Display, retry_failed: bool = False
-) -> tuple[Opened, Ledger]:
+) -> tuple[OpenCampaign, Ledger]:
     """Pool and tasks of a campaign, and what its directory has of it, looked through for what would stop it later."""
     opened = open_campaign(campaign, display, directory.path)
     directory.check_pool(opened.fingerprints)
@@ -125,7 +125,7 @@ def _opened(
     return opened, Ledger(directory.ledger, campaign.name, retry_failed=retry_failed)
 
 
-def _require_searchable(opened: Opened, directory: Directory) -> None:
+def _require_searchable(opened: OpenCampaign, directory: Directory) -> None:
     require_sources(opened)
     require_stages(opened)
     require_replaceable(directory.best)
@@ -181,7 +181,7 @@ def run_selection(campaign: Campaign, display: Display) -> Selection:
                 return _selection(opened, references, directory, executor, ledger, display)
 
 
-def _work(opened: Opened, directory: Directory, cluster: Cluster, ledger: Ledger, display: Display) -> None:
+def _work(opened: OpenCampaign, directory: Directory, cluster: Cluster, ledger: Ledger, display: Display) -> None:
     """Everything that needs a cluster."""
     campaign = opened.campaign
     if campaign.search.gpu_hours is not None and not gpus_each(campaign.resources.gpus):
@@ -220,7 +220,7 @@ def _work(opened: Opened, directory: Directory, cluster: Cluster, ledger: Ledger
 
 
 def _references(
-    opened: Opened, directory: Directory, executor: RayExecutor, ledger: Ledger, display: Display
+    opened: OpenCampaign, directory: Directory, executor: RayExecutor, ledger: Ledger, display: Display
 ) -> list[Row]:
     """The base and every member as they are, on validation."""
     recipes = [base_recipe(), *(member_recipe(member) for member in opened.pool.members)]
@@ -233,7 +233,7 @@ def _references(
 
 
 def _selection(
-    opened: Opened,
+    opened: OpenCampaign,
     references: Sequence[Row],
     directory: Directory,
     executor: RayExecutor,
@@ -263,7 +263,7 @@ def _selection(
 
 
 def _search(
-    opened: Opened,
+    opened: OpenCampaign,
     statistics: Files,
     selection: Selection,
     directory: Directory,
@@ -316,7 +316,7 @@ def _search(
             objective,
             _provenance(opened),
             budget,
-            Watch(bar, display.pulse),
+            ProgressDisplay(bar, display.pulse),
             history=memories(settings.sampler, settings.sampler_arguments, settings.history),
             split=split,
             describe=lambda recipe: {**predict(recipe), **cost.get(recipe.identity, {})},
@@ -330,7 +330,7 @@ def _search(
             confirm(opened, executor, ledger, objective, _provenance(opened))
 
 
-def _test(opened: Opened, directory: Directory, executor: RayExecutor, ledger: Ledger, display: Display) -> None:
+def _test(opened: OpenCampaign, directory: Directory, executor: RayExecutor, ledger: Ledger, display: Display) -> None:
     """What the table shows, once, on test: references, the plain average, each method's best, the best of all."""
     if without := [name for name, task in opened.tasks.items() if not task.has_split("test")]:
         display.note(f"no test split of {', '.join(without)}: the table stays with validation")
@@ -349,7 +349,7 @@ def _test(opened: Opened, directory: Directory, executor: RayExecutor, ledger: L
         measure(candidates, executor, ledger, None, _provenance(opened), opened.campaign.resources.retries)
 
 
-def _objective(opened: Opened, ledger: Ledger) -> Objective:
+def _objective(opened: OpenCampaign, ledger: Ledger) -> Objective:
     tasks_of = {member: task for member in opened.pool.members if (task := opened.campaign.task_of(member))}
     settings, tasks = opened.campaign.search, list(opened.tasks)
     rows = ledger.rows()
@@ -365,5 +365,5 @@ def _objective(opened: Opened, ledger: Ledger) -> Objective:
     return make_objective(settings.objectives, tasks, own, expected, settings.weights, bounds)
 
 
-def _provenance(opened: Opened) -> Provenance:
+def _provenance(opened: OpenCampaign) -> Provenance:
     return Provenance(opened.campaign.name, code_version(), hashing.fingerprint(opened.fingerprints))

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flows.campaign.needed_statistics import representations, require_representations
-from flows.campaign.open_campaign import Opened
+from flows.campaign.open_campaign import OpenCampaign
 from flows.config.sections import SelectionSettings
 from flows.directory.progress import Display
 from merging.checkpoints.delta_products import inner_products
@@ -21,7 +21,7 @@ from search.subsets.choose_subsets import Selection, select
 from search.subsets.greedy import Scores, greedy_forward, greedy_soup
 
 
-def prepare_selection(opened: Opened, cache: str, display: Display) -> None:
+def prepare_selection(opened: OpenCampaign, cache: str, display: Display) -> None:
     """Computes what `select_subsets` will read, while the cluster is free for it."""
     settings = opened.campaign.selection
     if _needs_kernel(opened) and settings.similarity == "representation" and len(opened.pool.members) > 1:
@@ -29,7 +29,7 @@ def prepare_selection(opened: Opened, cache: str, display: Display) -> None:
 
 
 def select_subsets(
-    opened: Opened, references: Sequence[Row], cache: str, display: Display, scores: Scores
+    opened: OpenCampaign, references: Sequence[Row], cache: str, display: Display, scores: Scores
 ) -> Selection:
     """Selects as the campaign file says.
 
@@ -68,7 +68,7 @@ def select_subsets(
     )
 
 
-def require_kernel(opened: Opened) -> None:
+def require_kernel(opened: OpenCampaign) -> None:
     """Looks whether q and S, where they are asked for, have what they are made from; computes nothing.
 
     Raises:
@@ -86,21 +86,21 @@ def require_kernel(opened: Opened) -> None:
         require_representations(opened)
 
 
-def _require_task(opened: Opened, member: str) -> str:
+def _require_task(opened: OpenCampaign, member: str) -> str:
     task = opened.campaign.task_of(member)
     if task is None:
         raise SelectionError(f"'{member}' has no task to measure its quality on: set selection.quality to 'equal'")
     return task
 
 
-def _require_logits(opened: Opened) -> None:
+def _require_logits(opened: OpenCampaign) -> None:
     if not any(task.has_logits for task in opened.sources.values()):
         raise SelectionError(
             "no task gives representations (custom evaluators only): set selection.similarity to 'task-vector'"
         )
 
 
-def _needs_kernel(opened: Opened) -> bool:
+def _needs_kernel(opened: OpenCampaign) -> bool:
     """Whether q and S are asked for: by the mode, or by the sampler that draws by them."""
     campaign = opened.campaign
     return campaign.selection.mode.startswith(("dpp", "every")) or campaign.search.sampler == QUALITY_DIVERSITY
@@ -116,7 +116,7 @@ def _named_subsets(settings: SelectionSettings, members: Sequence[str], scores: 
     return [subset for subset in path if len(subset) in settings.sizes] if settings.sizes else path[1:] or path
 
 
-def member_quality(opened: Opened, references: Sequence[Row]) -> tuple[dict[str, float], list[str]]:
+def member_quality(opened: OpenCampaign, references: Sequence[Row]) -> tuple[dict[str, float], list[str]]:
     """Q of every member: its relative gain over the base on its own task, or 1 where the file says `equal`.
 
     Raises:
@@ -137,7 +137,7 @@ def member_quality(opened: Opened, references: Sequence[Row]) -> tuple[dict[str,
     return dpp_kernel.quality(scores, base_scores)
 
 
-def member_similarity(opened: Opened, cache: str, display: Display) -> dpp_kernel.Matrix:
+def member_similarity(opened: OpenCampaign, cache: str, display: Display) -> dpp_kernel.Matrix:
     """S as the campaign file says."""
     settings = opened.campaign.selection
     members = list(opened.pool.members)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from flows.campaign.open_campaign import Opened
+from flows.campaign.open_campaign import OpenCampaign
 from merging.errors import SettingsError
 from merging.mergers.linear_basis import is_linear
 from merging.optimization.quadratic_model import CURVATURES
@@ -10,7 +10,7 @@ from merging.tasks.task import Split, Task
 from search.objective import split_name
 
 
-def require_stages(opened: Opened) -> None:
+def require_stages(opened: OpenCampaign) -> None:
     """Looks whether distillation, gradient descent, theory and the objectives have what they need; computes nothing.
 
     Raises:
@@ -41,7 +41,7 @@ def _require_batches(tasks: Mapping[str, Task], stage: str, split: Split) -> Non
         raise SettingsError(f"{stage}: task '{without[0]}' has no {split} examples: add them, or leave `{stage}` out")
 
 
-def _require_linear(opened: Opened) -> None:
+def _require_linear(opened: OpenCampaign) -> None:
     """Gradient descent starts from methods that are linear in their factors."""
     settings = opened.campaign.search.gradient
     if settings is None or settings.start is not None:
@@ -59,7 +59,7 @@ def _require_linear(opened: Opened) -> None:
         )
 
 
-def _require_curvature(opened: Opened) -> None:
+def _require_curvature(opened: OpenCampaign) -> None:
     """Theory predicts from Fisher or Gram statistics, for linear methods."""
     search = opened.campaign.search
     if not search.theory:
@@ -71,19 +71,19 @@ def _require_curvature(opened: Opened) -> None:
         )
 
 
-def _linear_methods(opened: Opened) -> Iterator[str]:
+def _linear_methods(opened: OpenCampaign) -> Iterator[str]:
     for recipe in opened.space().baselines():
         if is_linear(recipe) and recipe.method in opened.campaign.search.methods:
             yield recipe.method
 
 
-def divides_by_unknown(opened: Opened) -> bool:
+def divides_by_unknown(opened: OpenCampaign) -> bool:
     """Whether an objective divides by scores that may turn out to be 0 or negative, which only measuring tells."""
     search, tasks = opened.campaign.search, opened.tasks
     return "normalized" in search.objectives and any(task.can_be_negative for task in tasks.values())
 
 
-def _require_scores(opened: Opened) -> None:
+def _require_scores(opened: OpenCampaign) -> None:
     """Objectives read scores that some kinds of task do not give, or divide by scores that are negative."""
     search, tasks = opened.campaign.search, list(opened.tasks)
     for objective in search.objectives:

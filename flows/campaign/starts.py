@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from flows.campaign.distil import Files
-from flows.campaign.open_campaign import Opened
+from flows.campaign.open_campaign import OpenCampaign
 from flows.directory.campaign_directory import Directory
 from flows.directory.progress import Display
 from merging.io import atomic, documents, hashing, storage
@@ -54,19 +54,19 @@ class Predictor:
 
     def __call__(self, recipe: Recipe) -> dict[str, float]:
         """`theory:<member>` → predicted excess of its loss; empty where there is no model of such recipes."""
-        found = (self.forms or {}).get(_key(recipe))
+        forms = (self.forms or {}).get(_key(recipe))
         subset = recipe.members != self.members
-        if found is None or (subset and recipe.method != "task_arithmetic"):
+        if forms is None or (subset and recipe.method != "task_arithmetic"):
             return {}
         factors = np.zeros((len(self.names), len(self.members)))
         for own, scaling in weight_groups.split(self.names, recipe):
             for member, factor in scaling.items():
                 factors[[self.names.index(name) for name in own], self.members.index(member)] = factor
-        return {f"theory:{member}": form(factors) for member, form in found.items()}
+        return {f"theory:{member}": form(factors) for member, form in forms.items()}
 
 
 def starts(
-    opened: Opened,
+    opened: OpenCampaign,
     statistics: Files,
     space: Space,
     directory: Directory,
@@ -85,13 +85,13 @@ def starts(
     if not storage.exists(path):
         linear = [recipe for recipe in space.baselines() if is_linear(recipe) and recipe.members == space.members]
         linear = [recipe for recipe in linear if recipe.method in opened.campaign.search.methods]
-        found, about = _theory(opened, statistics, space, linear, display)
-        found += _gradient(opened, statistics, space, linear, display)
+        proposed, about = _theory(opened, statistics, space, linear, display)
+        proposed += _gradient(opened, statistics, space, linear, display)
         atomic.write_json(
             path,
             {
                 "starts": [
-                    {**start.recipe.as_dict(), "stage": start.stage, "examples": start.examples} for start in found
+                    {**start.recipe.as_dict(), "stage": start.stage, "examples": start.examples} for start in proposed
                 ],
                 "theory": about,
             },
@@ -100,7 +100,7 @@ def starts(
 
 
 def _theory(
-    opened: Opened,
+    opened: OpenCampaign,
     statistics: Files,
     space: Space,
     linear: Sequence[Recipe],
@@ -114,7 +114,7 @@ def _theory(
     calls = {_key(recipe): (opened.setup(statistics), recipe, [names for names, _ in parts], kind) for recipe in linear}
     with display.bar("percent of the quadratic models", 100) as bar:
         forms = dict(each(gradients.predict, calls, gpus=0.0, progress=lambda share: bar.reach(int(100 * share))))
-    found = []
+    proposed = []
     for recipe in linear if opened.campaign.search.theory_starts else ():
         models = list(forms[_key(recipe)].values())
         for shared in (True, False):
@@ -124,7 +124,7 @@ def _theory(
                 for row, (_, keys) in enumerate(parts)
                 for member, key in keys.items()
             }
-            found.append(Start(space.nearest(Recipe(recipe.method, scaling, recipe.parameters)), "theory"))
+            proposed.append(Start(space.nearest(Recipe(recipe.method, scaling, recipe.parameters)), "theory"))
             if space.scaling == "shared":
                 break
     about = {
@@ -135,11 +135,11 @@ def _theory(
             key: {member: form.as_dict() for member, form in models.items()} for key, models in sorted(forms.items())
         },
     }
-    return found, about
+    return proposed, about
 
 
 def _gradient(
-    opened: Opened,
+    opened: OpenCampaign,
     statistics: Files,
     space: Space,
     linear: Sequence[Recipe],
@@ -159,7 +159,7 @@ def _gradient(
     setup = opened.setup(statistics)
     calls = {_key(recipe): (setup, _spread(space, recipe), settings.descent()) for recipe in chosen}
     with display.bar("percent of the gradient descent", 100) as bar:
-        found = dict(
+        waypoints = dict(
             each(
                 gradients.descend,
                 calls,
@@ -172,7 +172,7 @@ def _gradient(
     return [
         Start(space.nearest(point.recipe), "gradient", point.examples)
         for recipe in chosen
-        for point in found[_key(recipe)]
+        for point in waypoints[_key(recipe)]
     ]
 
 
@@ -193,15 +193,15 @@ def _key(recipe: Recipe) -> str:
 
 
 def _read(value: Mapping[str, Any]) -> tuple[list[Start], Predictor]:
-    found = [
+    saved = [
         Start(Recipe(entry["method"], entry["scaling"], entry["parameters"]), entry["stage"], entry["examples"])
         for entry in value["starts"]
     ]
     about = value["theory"]
     if not about:
-        return found, Predictor()
+        return saved, Predictor()
     forms = {
         key: {member: Quadratic.from_dict(form) for member, form in models.items()}
         for key, models in about["forms"].items()
     }
-    return found, Predictor(tuple(about["names"]), tuple(about["members"]), forms)
+    return saved, Predictor(tuple(about["names"]), tuple(about["members"]), forms)

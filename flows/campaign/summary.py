@@ -116,12 +116,12 @@ def exported_recipe(directory: Directory, rows: Sequence[Row]) -> str:
     if winner is None or not storage.exists(path):
         return ""
     try:
-        found = load_recipe(path)
-        if found.recipe().identity != winner.candidate:
+        exported = load_recipe(path)
+        if exported.recipe().identity != winner.candidate:
             return ""
     except MergequestError:
         return ""
-    return yaml.safe_dump(found.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(exported.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
 
 
 def facts(directory: Directory, campaign: Campaign, rows: Sequence[Row] = ()) -> Facts:

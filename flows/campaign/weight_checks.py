@@ -30,17 +30,17 @@ def examined(campaign: Campaign, pool: Pool, directory: str | None, display: Dis
     """
     if directory is not None:
         fact_cache.learn(_read(directory))
-    found = validation.recall(pool)
-    if missing := [member for member in pool.members if member not in found]:
+    findings = validation.recall(pool)
+    if missing := [member for member in pool.members if member not in findings]:
         if "RAY_ADDRESS" not in os.environ and campaign.resources.regime != "sharded":
             pool.copy_here()  # evaluators run on this machine, and would each read it all from afar once more
         size = sum(pool.members[member].checkpoint.nbytes for member in missing)
         with display.bar(f"members read ({size / 1e9:.2g} GB)", len(missing)) as bar:
             for part in _over_cluster(campaign, pool, missing) if _is_worth_it(pool, size) else _here(pool, missing):
                 validation.keep(pool, part)
-                found |= part
+                findings |= part
                 bar.advance(len(part))
-    return validation.distances(pool, found, campaign.max_distance)
+    return validation.distances(pool, findings, campaign.max_distance)
 
 
 def known(pool: Pool) -> dict[str, str]:
@@ -73,8 +73,8 @@ def _here(pool: Pool, members: list[str]) -> Iterator[dict[str, Finding]]:
 
 def _over_cluster(campaign: Campaign, pool: Pool, members: list[str]) -> Iterator[dict[str, Finding]]:
     from ray_tasks.connect import connect  # a second, with Ray
-    from ray_tasks.jobs.check_weights import Files, examine
+    from ray_tasks.jobs.check_weights import PoolPaths, examine
 
     paths = {name: member.checkpoint for name, member in campaign.members.items()}
     with connect():
-        yield from examine(pool, Files(campaign.base, paths, campaign.heads, campaign.vocabulary), members)
+        yield from examine(pool, PoolPaths(campaign.base, paths, campaign.heads, campaign.vocabulary), members)

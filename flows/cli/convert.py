@@ -51,10 +51,10 @@ def convert_configuration(path: str, out: str | None, display: Display) -> str:
     value = load_yaml(path)
     if not is_mergekit(value):
         raise SettingsError(f"{path} is no mergekit configuration, which has a `merge_method`")
-    found = from_mergekit(value, path)
-    for note in found.notes:
+    translation = from_mergekit(value, path)
+    for note in translation.notes:
         display.note(note)
-    recipe = found.recipe
+    recipe = translation.recipe
     if out is not None and parent(out) != parent(path):
 
         def moved(model: str) -> str:
@@ -125,4 +125,4 @@ def _files(path: str) -> list[str]:
     """Paths of all files below a directory, relative to it."""
     system, inner = addresses.file_system(path)
     root = inner.rstrip("/") + "/"
-    return sorted(found.removeprefix(root) for found in map(str, system.find(inner)))
+    return sorted(file.removeprefix(root) for file in map(str, system.find(inner)))

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from flows.campaign.evaluators import evaluators
 from flows.campaign.needed_statistics import published_files
-from flows.campaign.open_campaign import Opened, open_campaign
+from flows.campaign.open_campaign import OpenCampaign, open_campaign
 from flows.config.campaign_file import Campaign
 from flows.config.recipe_file import load_recipe
 from flows.config.yaml_file import validate
@@ -57,12 +57,12 @@ def evaluate(campaign: Campaign, what: Sequence[str], split: str, display: Displ
         with evaluators(opened, published_files(opened), cluster, display) as executor:
             names = {recipe.identity: name for name, recipe in recipes.items()}
             queue = deque(recipes.values())
-            flight = InFlight(executor, campaign.resources.retries)
+            in_flight = InFlight(executor, campaign.resources.retries)
             with display.bar("models", len(queue)) as bar:
-                while queue or len(flight):
-                    while queue and flight.has_room:
-                        flight.submit(Candidate(queue.popleft(), split))
-                    for outcome in flight.wait():
+                while queue or len(in_flight):
+                    while queue and in_flight.has_room:
+                        in_flight.submit(Candidate(queue.popleft(), split))
+                    for outcome in in_flight.wait():
                         bar.advance()
                         name = names[outcome.candidate.recipe.identity]
                         if outcome.measurement is None:
@@ -102,7 +102,7 @@ def _recipe(name: str, campaign: Campaign, joined: dict[str, dict[str, dict[str,
     return file.recipe()
 
 
-def _mismatches(opened: Opened, recipes: dict[str, Recipe], display: Display) -> dict[str, Mismatch]:
+def _mismatches(opened: OpenCampaign, recipes: dict[str, Recipe], display: Display) -> dict[str, Mismatch]:
     """Each model's gradient mismatch over the tasks of all members that have one with data."""
     campaign = opened.campaign
     tasks = {
@@ -115,22 +115,22 @@ def _mismatches(opened: Opened, recipes: dict[str, Recipe], display: Display) ->
     setup = opened.setup(published_files(opened))
     calls = {name: (setup, tasks, recipe) for name, recipe in recipes.items()}
     with display.bar("gradients", 100) as bar:
-        found = each(
+        norms = each(
             measure_mismatch, calls, cpus=campaign.resources.threads, progress=lambda s: bar.reach(int(100 * s))
         )
-        return dict(found)
+        return dict(norms)
 
 
 def _print(scores: dict[str, dict[str, Score]], norms: dict[str, Mismatch], order: list[str], tasks: list[str]) -> None:
     """A table: models down, tasks across; and one of gradient mismatches, if they were asked for."""
     table = Table("model", *tasks, "mean")
     for name in order:
-        found = [scores[name][task] for task in tasks]
-        mean = sum(score.value for score in found) / len(found)
-        table.add_row(name, *(f"{score.value:.4f} ± {score.standard_error:.4f}" for score in found), f"{mean:.4f}")
+        own = [scores[name][task] for task in tasks]
+        mean = sum(score.value for score in own) / len(own)
+        table.add_row(name, *(f"{score.value:.4f} ± {score.standard_error:.4f}" for score in own), f"{mean:.4f}")
     Console().print(table)
     if norms:
-        members = sorted({member for found in norms.values() for member in found.members})
+        members = sorted({member for mismatch in norms.values() for member in mismatch.members})
         mismatches = Table("gradient mismatch", *members, "all")
         for name in order:
             mismatches.add_row(

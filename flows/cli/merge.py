@@ -142,9 +142,9 @@ def merge_recipe(
             if "." not in name:  # of all weights, not of each
                 display.note(f"{name}: {value:.3g}")
         if mismatch:
-            found = quadratic_mismatch(material, Checkpoint.open(out).read, recipe)
-            terms = ", ".join(f"{member} {norm:.3g}" for member, norm in found.members.items())
-            display.note(f"gradient mismatch, as Fisher information predicts it: {found.total:.3g} ({terms})")
+            norms = quadratic_mismatch(material, Checkpoint.open(out).read, recipe)
+            terms = ", ".join(f"{member} {norm:.3g}" for member, norm in norms.members.items())
+            display.note(f"gradient mismatch, as Fisher information predicts it: {norms.total:.3g} ({terms})")
 
 
 def parse_size(text: str) -> tuple[int, bool]:
@@ -156,13 +156,13 @@ def parse_size(text: str) -> tuple[int, bool]:
     Raises:
         SettingsError: It is no such size.
     """
-    found = re.fullmatch(r"(\d{1,12})([kmb]|[kmg]b)?", text.strip().lower())
-    if not found or not int(found[1]):
+    match = re.fullmatch(r"(\d{1,12})([kmb]|[kmg]b)?", text.strip().lower())
+    if not match or not int(match[1]):
         raise SettingsError(
             f"--out-shard-size: '{text}' is no size: write parameters (5B, 500M, 1000) or bytes (2GB, 500MB)"
         )
-    unit = found[2] or ""
-    return int(found[1]) * {"": 1, **UNITS, **BYTES}[unit], unit in BYTES
+    unit = match[2] or ""
+    return int(match[1]) * {"": 1, **UNITS, **BYTES}[unit], unit in BYTES
 
 
 def shard_bytes(size: tuple[int, bool] | None, pool: Pool, dtype: str | None) -> int:
@@ -196,10 +196,10 @@ def _show_translation(path: str, display: Display) -> None:
     """Says what a mergekit configuration becomes."""
     value = load_yaml(path)
     if is_mergekit(value):
-        found = from_mergekit(value, path)
+        translation = from_mergekit(value, path)
         display.say(f"{path} is mergekit's. As a recipe:\n")
-        display.say(yaml.safe_dump(found.recipe, sort_keys=False, allow_unicode=True))
-        for note in found.notes:
+        display.say(yaml.safe_dump(translation.recipe, sort_keys=False, allow_unicode=True))
+        for note in translation.notes:
             display.note(note)
 
 

@@ -86,7 +86,7 @@ def submit(
 
 
 @dataclass(frozen=True)
-class Job:
+class Submission:
     """What is sent.
 
     Args:
@@ -109,7 +109,7 @@ class Job:
         return f"python -u -m mergequest {shlex.join(self.command)}"
 
 
-def prepare(what: str, file: str, out: str | None, settings: Sequence[str] = ()) -> Job:
+def prepare(what: str, file: str, out: str | None, settings: Sequence[str] = ()) -> Submission:
     """The job that `submit` sends, with its file resolved.
 
     Raises:
@@ -127,21 +127,21 @@ def prepare(what: str, file: str, out: str | None, settings: Sequence[str] = ())
         recipe, place = load_recipe(file), addresses.absolute(out)
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         # reads and merges on the node itself, which must not be a head that is kept free of work
-        return Job(("merge", RECIPE, "--out", place), RECIPE, text, 1, f"{recipe.method} into {place}")
+        return Submission(("merge", RECIPE, "--out", place), RECIPE, text, 1, f"{recipe.method} into {place}")
     resolved = load_campaign(file, settings).model_dump(mode="json")
     if out is not None and what == "campaign":
         resolved["directory"] = addresses.absolute(out)
     campaign = validate(Campaign, resolved, file)
     if what == "campaign":
         says = f"{campaign.name} into {campaign.directory}"
-        return Job(("run", CAMPAIGN_FILE), CAMPAIGN_FILE, dump(campaign), 0, says)
+        return Submission(("run", CAMPAIGN_FILE), CAMPAIGN_FILE, dump(campaign), 0, says)
     there = () if out is None else ("--out", addresses.absolute(out))
-    return Job(
+    return Submission(
         ("statistics", CAMPAIGN_FILE, *there), CAMPAIGN_FILE, dump(campaign), 0, f"statistics of {campaign.name}"
     )
 
 
-def _send(client: Any, job: Job, place: str) -> str:
+def _send(client: Any, job: Submission, place: str) -> str:
     """Submits, and waits for a cluster that is still starting."""
     deadline = time.monotonic() + AGENT_SECONDS
     while True:
@@ -159,7 +159,7 @@ def _send(client: Any, job: Job, place: str) -> str:
             time.sleep(1.0)
 
 
-def pack(job: Job, place: Path) -> None:
+def pack(job: Submission, place: Path) -> None:
     """Writes what a job needs: the program's packages and the resolved file."""
     for name in PACKAGES:
         spec = find_spec(name)

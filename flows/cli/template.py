@@ -131,8 +131,8 @@ def _entry_models(field: FieldInfo) -> list[type[BaseModel]]:
         return []
     entry = get_args(field.annotation)[1]
     entry = get_args(entry)[0] if get_origin(entry) is Annotated else entry
-    found = get_args(entry) or (entry,)
-    return [model for model in found if isinstance(model, type) and issubclass(model, BaseModel)]
+    alternatives = get_args(entry) or (entry,)
+    return [model for model in alternatives if isinstance(model, type) and issubclass(model, BaseModel)]
 
 
 def _default(field: FieldInfo) -> Any:

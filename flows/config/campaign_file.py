@@ -175,10 +175,10 @@ class Campaign(Settings):
 
     def _examples_are_told_apart(self) -> None:
         """Looks whether any task gives predictions of single examples, where the search asks for some of them."""
-        asked = "anchor_examples" if self.search.anchor_examples else "pruning"
+        setting = "anchor_examples" if self.search.anchor_examples else "pruning"
         wanted = self.search.anchor_examples or self.search.pruning != "none"
         if wanted and not any(TASKS[task.kind][0].has_predictions for task in self.tasks.values()):
-            raise ValueError(f"search.{asked}: every task here is measured whole; leave it out")
+            raise ValueError(f"search.{setting}: every task here is measured whole; leave it out")
 
     def _search_can_start(self) -> None:
         """Makes sampler and space once, for the errors that they raise."""
@@ -234,11 +234,11 @@ class Campaign(Settings):
 
     def owners(self) -> dict[str, str]:
         """Task → the member whose head it is evaluated with."""
-        found: dict[str, str] = {}
+        first_of: dict[str, str] = {}
         for member in self.members:
             if (task := self.task_of(member)) is not None:
-                found.setdefault(task, member)
-        return {task: owner for task in self.tasks if (owner := self.task_heads.get(task, found.get(task, "")))}
+                first_of.setdefault(task, member)
+        return {task: owner for task in self.tasks if (owner := self.task_heads.get(task, first_of.get(task, "")))}
 
     def identity(self) -> str:
         """Hash of what makes two runs the same campaign."""

@@ -37,12 +37,12 @@ class GradientStart(Settings):
             MethodError: Method, parameter or value is unknown or out of bounds, or the method is not linear.
         """
         given = Recipe(self.method, flat(self.scaling), self.parameters)
-        found = METHODS[self.method].complete(given)
-        if not is_linear(found):
+        complete = METHODS[self.method].complete(given)
+        if not is_linear(complete):
             raise MethodError(
                 f"'{self.method}' is not linear in its scaling factors, so that there is no gradient to follow"
             )
-        return replace(found, parameters={name: found.parameters[name] for name in self.parameters})
+        return replace(complete, parameters={name: complete.parameters[name] for name in self.parameters})
 
 
 class GradientSettings(DescentSettings):

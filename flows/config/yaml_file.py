@@ -148,9 +148,9 @@ def require_writable(path: str) -> None:
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
-        told = error.strerror or error
+        reason = error.strerror or error
         raise SettingsError(
-            f"there is no right to write in {parent} ({told}): choose another place with --out"
+            f"there is no right to write in {parent} ({reason}): choose another place with --out"
         ) from error
 
 
@@ -168,10 +168,12 @@ def validate(model: type[Model], value: Mapping[str, Any], where: str) -> Model:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        told = [redacted(_explain(model, entry)) for entry in error.errors(include_url=False)]
-        lines = [f"  - {line if len(line) <= MAX_LINE else line[:MAX_LINE] + ' …'}" for line in told[:MAX_LINES]]
-        lines += [f"  … and {len(told) - MAX_LINES} more"] if len(told) > MAX_LINES else []
-        raise SettingsError(f"{where}: {len(told)} mistake{'s' * (len(told) > 1)}:\n" + "\n".join(lines)) from error
+        mistakes = [redacted(_explain(model, entry)) for entry in error.errors(include_url=False)]
+        lines = [f"  - {line if len(line) <= MAX_LINE else line[:MAX_LINE] + ' …'}" for line in mistakes[:MAX_LINES]]
+        lines += [f"  … and {len(mistakes) - MAX_LINES} more"] if len(mistakes) > MAX_LINES else []
+        raise SettingsError(
+            f"{where}: {len(mistakes)} mistake{'s' * (len(mistakes) > 1)}:\n" + "\n".join(lines)
+        ) from error
 
 
 def _explain(model: type[BaseModel], entry: Any) -> str:
@@ -190,8 +192,8 @@ def _explain(model: type[BaseModel], entry: Any) -> str:
         return f"{above}: a name is needed, and YAML reads one of them as {entry['input']!r}: write it in quotes"
     place = place.removesuffix(".[key]")
     if entry.get("ctx", {}).get("pattern") == NAME:
-        found = repr(entry["input"])
-        return f"{place}: a name has letters, digits and . _ - only, and begins with a letter or digit (found {found})"
+        given = repr(entry["input"])
+        return f"{place}: a name has letters, digits and . _ - only, and begins with a letter or digit (found {given})"
     message = WORDS.get(entry["type"], str(entry["msg"]).removeprefix("Value error, "))
     shown = "" if isinstance(entry["input"], dict) else f" (found {entry['input']!r})"
     return f"{place}: {message}{shown}" if place else message

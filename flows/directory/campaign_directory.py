@@ -98,11 +98,11 @@ class Directory:
         rows = Ledger(self.ledger, there.name).rows()
         return _differences(there, campaign) == ["selection"] and all(row.origin == "reference" for row in rows)
 
-    def check_pool(self, found: Mapping[str, Any]) -> None:
+    def check_pool(self, facts: Mapping[str, Any]) -> None:
         """Looks whether base, members and evaluation data are those that the ledger's scores were measured on.
 
         Args:
-            found: `Opened.fingerprints` of what is there now.
+            facts: `OpenCampaign.fingerprints` of what is there now.
 
         Raises:
             PoolError: A checkpoint has changed since.
@@ -112,20 +112,20 @@ class Directory:
             return
         before = documents.read_as(self / POOL, _fingerprints)
         remedy = "Put back what was there, or run the campaign anew in another directory"
-        for name, checkpoint in found["checkpoints"].items():
+        for name, checkpoint in facts["checkpoints"].items():
             if before["checkpoints"].get(name) != checkpoint:
                 raise PoolError(
                     f"'{name}' is not the checkpoint that this campaign was run on: its scores say nothing of the one that is "
                     f"there now. {remedy}"
                 )
-        for name, config in found["configurations"].items():
+        for name, config in facts["configurations"].items():
             known = before.get("configurations", {}).get(name)
             for field, one, other in differences(known, config) if known is not None else ():
                 raise PoolError(
                     f"'{name}': config.json has {field} = {other!r}, and had {one!r} when this campaign was run: its scores "
                     f"say nothing of the model that is there now. {remedy}"
                 )
-        for task, splits in found["data"].items():
+        for task, splits in facts["data"].items():
             for split, examples in splits.items():
                 if before["data"].get(task, {}).get(split) != examples:
                     raise TaskError(

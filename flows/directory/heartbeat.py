@@ -79,10 +79,10 @@ def heartbeat(directory: str, pulse: Pulse, name: str = "", every: float = BEAT)
     try:
         yield
     except BaseException as error:
-        told = (
+        reason = (
             f": {storable(str(error))}" if isinstance(error, MergequestError) else ""
         )  # what others say may hold anything
-        ended = "interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__ + told
+        ended = "interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__ + reason
         raise
     finally:
         done.set()

@@ -71,17 +71,17 @@ def _take(path: str, mine: dict[str, Any], what: str) -> None:
     """Becomes the holder."""
     if atomic.create(path, _encoded(mine, 0)):
         return
-    found = _read(path)
-    if found is not None and not is_gone(found):
-        seen, until = found, time.monotonic() + SILENCE
+    holder = _read(path)
+    if holder is not None and not is_gone(holder):
+        seen, until = holder, time.monotonic() + SILENCE
         while time.monotonic() < until:
             time.sleep(min(BEAT / 10, 1.0))
-            found = _read(path)
-            if found is None:
+            holder = _read(path)
+            if holder is None:
                 break
-            if found != seen:
+            if holder != seen:
                 raise LedgerError(
-                    f"another mergequest is running {what}: process {found.get('pid')} on {found.get('host')}. Wait for it, "
+                    f"another mergequest is running {what}: process {holder.get('pid')} on {holder.get('host')}. Wait for it, "
                     "or stop it there"
                 )
     with suppress(StorageError):
@@ -99,8 +99,8 @@ def _beat(path: str, mine: dict[str, Any], done: threading.Event, lost: threadin
     while not done.wait(BEAT):
         number += 1
         try:
-            found = _read(path)
-            if found is not None and found.get("owner") != mine["owner"]:
+            holder = _read(path)
+            if holder is not None and holder.get("owner") != mine["owner"]:
                 lost.set()
                 signal.pthread_kill(threading.main_thread().ident or 0, TAKEN)
                 return
@@ -112,12 +112,12 @@ def _beat(path: str, mine: dict[str, Any], done: threading.Event, lost: threadin
 def _read(path: str) -> dict[str, Any] | None:
     """What the lease says; None where there is none."""
     try:
-        found = documents.read_json(path)
+        holder = documents.read_json(path)
     except StorageError:
         if storage.exists(path):
             raise
         return None
-    return found if isinstance(found, dict) else {}
+    return holder if isinstance(holder, dict) else {}
 
 
 def _encoded(mine: dict[str, Any], beat: int) -> bytes:

@@ -10,7 +10,7 @@ from search.ledger.row import Row
 
 
 @dataclass
-class Watch:
+class ProgressDisplay:
     """Shows the search's progress."""
 
     bar: Bar

@@ -97,9 +97,9 @@ def fetch(package: Package, cache: Path, progress: Progress) -> Path:
         download(package, Path(directory))
         fetched = Path(directory) / package.file
         if not fetched.exists():
-            found = ", ".join(sorted(file.name for file in Path(directory).iterdir())) or "nothing"
+            present = ", ".join(sorted(file.name for file in Path(directory).iterdir())) or "nothing"
             raise StorageError(
-                f"{package.client} downloaded {found} in place of {package.file}: check the configured index"
+                f"{package.client} downloaded {present} in place of {package.file}: check the configured index"
             )
         check_hash(fetched, package.sha256)
         fetched.replace(target)
@@ -113,9 +113,9 @@ def check_hash(file: Path, sha256: str) -> None:
         StorageError: They differ.
     """
     with file.open("rb") as opened:
-        found = hashlib.file_digest(opened, "sha256").hexdigest()
-    if found != sha256:
-        raise StorageError(f"{file} has SHA-256 {found}, not the pinned {sha256}: delete it and fetch it again")
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if digest != sha256:
+        raise StorageError(f"{file} has SHA-256 {digest}, not the pinned {sha256}: delete it and fetch it again")
 
 
 def fetch_base(cache: Path, progress: Progress) -> Path:
@@ -144,10 +144,10 @@ def read_members(package: Path, names: Collection[str]) -> dict[str, bytes]:
     Raises:
         StorageError: The package is damaged, or lacks one of them.
     """
-    found = dict(members(package, lambda name: name in names))
-    if missing := sorted(set(names) - set(found)):
+    contents = dict(members(package, lambda name: name in names))
+    if missing := sorted(set(names) - set(contents)):
         raise StorageError(f"{package} lacks {missing[0]}: delete it and fetch it again")
-    return found
+    return contents
 
 
 def members(package: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:

@@ -16,7 +16,7 @@ import pandas as pd
 from PIL import Image
 
 from flows.quickstart.fetch import Package, Progress, fetch, members, read_members, run_with
-from flows.quickstart.shipped_pool import Files, Pool, cut, written
+from flows.quickstart.shipped_pool import Files, ShippedPool, cut, written
 from merging.errors import StorageError
 from merging.io import atomic
 from merging.optimization.fine_tuning import TrainingSettings
@@ -201,15 +201,15 @@ def clip_art(package: Path, folders: Mapping[str, Sequence[str]]) -> list[Pictur
     def wanted(name: str) -> bool:
         return name.endswith(".png") and any(name.startswith(folder) for folder in class_of)
 
-    found: dict[str, list[bytes]] = {name: [] for name in folders}
+    by_label: dict[str, list[bytes]] = {name: [] for name in folders}
     seen: set[str] = set()
     for name, content in sorted(members(package, wanted)):
         digest = hashlib.sha256(content).hexdigest()
         if content and _pixels(content) <= LARGEST and digest not in seen:
             seen.add(digest)
-            found[next(label for folder, label in class_of.items() if name.startswith(folder))].append(content)
+            by_label[next(label for folder, label in class_of.items() if name.startswith(folder))].append(content)
     pictures = []
-    for label, contents in found.items():
+    for label, contents in by_label.items():
         random.Random(0).shuffle(contents)
         pictures += [(_on_white(content), label) for content in contents[:MOST]]
     return pictures
@@ -270,7 +270,7 @@ LABELS: Mapping[str, Sequence[str]] = {
     "signs": tuple(SIGNS),
 }
 
-IMAGES = Pool(
+IMAGES = ShippedPool(
     about="a ViT-S of DINOv2's shape, and digits, clothes, clip art of things and of signs",
     base=fetch_vit,
     data=_data,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from flows.quickstart.fetch import Package, Progress, fetch, read_members, run_with
-from flows.quickstart.shipped_pool import Files, Pool, cut, written
+from flows.quickstart.shipped_pool import Files, ShippedPool, cut, written
 from flows.quickstart.tagging import BROWN, parse, texts
 from merging.errors import StorageError
 from merging.io import atomic
@@ -120,7 +120,7 @@ def glosses(raw: str) -> list[Gloss]:
     Raises:
         StorageError: A line has another form.
     """
-    found = []
+    nouns = []
     for number, line in enumerate(raw.splitlines(), start=1):
         if line.startswith("  "):
             continue
@@ -130,8 +130,8 @@ def glosses(raw: str) -> list[Gloss]:
             raise StorageError(f"line {number} is no entry of WordNet: {line[:80]!r}")
         text = gloss.split(";")[0].strip()
         if columns[1] in TOPICS and text and len(text.split()) <= MOST_WORDS:
-            found.append(Gloss(re.sub(r"\(\w+\)$", "", columns[4]).replace("_", " "), TOPICS[columns[1]], text))
-    return found
+            nouns.append(Gloss(re.sub(r"\(\w+\)$", "", columns[4]).replace("_", " "), TOPICS[columns[1]], text))
+    return nouns
 
 
 def word_classes(tagged: Mapping[str, str], generator: random.Random) -> list[Question]:
@@ -154,8 +154,8 @@ def genres(tagged: Mapping[str, str], generator: random.Random) -> list[Question
     most = min(map(len, by_genre))
     return [
         Question(text, f"{_plain(words)}\nThis sentence is from a text of", names, label)
-        for label, found in enumerate(by_genre)
-        for name in generator.sample(found, most)
+        for label, own_texts in enumerate(by_genre)
+        for name in generator.sample(own_texts, most)
         for text, words, _ in _sentences({name: tagged[name]}, name[1])
     ]
 
@@ -167,8 +167,8 @@ def topics(nouns: Sequence[Gloss], generator: random.Random) -> list[Question]:
     most = min(map(len, by_topic.values()))
     return [
         Question(noun.word, f"Definition: {noun.text}\nThis is a kind of", names, names.index(noun.topic))
-        for found in by_topic.values()
-        for noun in generator.sample(found, most)
+        for members in by_topic.values()
+        for noun in generator.sample(members, most)
     ]
 
 
@@ -176,9 +176,9 @@ def definitions(nouns: Sequence[Gloss], generator: random.Random) -> list[Questi
     """Which animal or food is defined, among others of its topic."""
     questions = []
     for topic in ("animal", "food"):
-        found = {noun.word: noun for noun in nouns if noun.topic == topic}
-        for noun in found.values():
-            others = [word for word in generator.sample(sorted(found), CHOICES) if word != noun.word][: CHOICES - 1]
+        by_word = {noun.word: noun for noun in nouns if noun.topic == topic}
+        for noun in by_word.values():
+            others = [word for word in generator.sample(sorted(by_word), CHOICES) if word != noun.word][: CHOICES - 1]
             choices = [noun.word, *others]
             generator.shuffle(choices)
             prompt = f"Definition: {noun.text}\nThe word for this is"
@@ -246,7 +246,7 @@ def _name(skill: str) -> str:
     return skill.replace(" ", "_")
 
 
-LANGUAGE = Pool(
+LANGUAGE = ShippedPool(
     about="SmolLM2-135M, and four-choice questions on word classes, topics, genres and definitions",
     base=fetch_smollm,
     data=_data,

@@ -14,7 +14,7 @@ from flows.directory.progress import Display
 from flows.quickstart.images import IMAGES
 from flows.quickstart.language import LANGUAGE
 from flows.quickstart.sentiment import SENTIMENT
-from flows.quickstart.shipped_pool import Files, Pool
+from flows.quickstart.shipped_pool import Files, ShippedPool
 from flows.quickstart.tagging import TAGGING
 from merging.errors import SettingsError
 from merging.io import addresses
@@ -24,7 +24,7 @@ from merging.tasks import AnyTaskSettings
 from ray_tasks.connect import connect
 from ray_tasks.jobs.parallel import each
 
-POOLS: Mapping[str, Pool] = {"sentiment": SENTIMENT, "tagging": TAGGING, "images": IMAGES, "language": LANGUAGE}
+POOLS: Mapping[str, ShippedPool] = {"sentiment": SENTIMENT, "tagging": TAGGING, "images": IMAGES, "language": LANGUAGE}
 NAMES: Mapping[str, str] = {"sentiment": "quickstart"}
 """Pool → its campaign's name where that is another."""
 
@@ -60,7 +60,7 @@ def run(pool: str, directory: str | None, cache: str, candidates: int | None, di
         return run_campaign(campaign, display)
 
 
-def train_members(pool: Pool, base: Path, files: Files, members: Path, display: Display) -> None:
+def train_members(pool: ShippedPool, base: Path, files: Files, members: Path, display: Display) -> None:
     """Fine-tunes a member on each task, one a core, unless they are there."""
     calls = {
         task: (base, task_settings(pool, parts), members / task, pool.training, pool.labels.get(task, ()))
@@ -72,14 +72,16 @@ def train_members(pool: Pool, base: Path, files: Files, members: Path, display: 
             display.say(f"  {name}: {how}")
 
 
-def task_settings(pool: Pool, files: Mapping[Any, Path]) -> AnyTaskSettings:
+def task_settings(pool: ShippedPool, files: Mapping[Any, Path]) -> AnyTaskSettings:
     """A task of a pool with its data."""
     given = {**pool.task, "data": {str(split): str(file) for split, file in files.items()}}
     settings: AnyTaskSettings = TypeAdapter(AnyTaskSettings).validate_python(given)
     return settings
 
 
-def make_campaign(pool: Pool, name: str, root: Path, base: Path, files: Files, candidates: int | None) -> Campaign:
+def make_campaign(
+    pool: ShippedPool, name: str, root: Path, base: Path, files: Files, candidates: int | None
+) -> Campaign:
     """The pool's campaign, a file that a user can take as an example."""
     settings: dict[str, Any] = {
         "name": name,

@@ -12,7 +12,7 @@ import pandas as pd
 
 from flows.config.search_settings import DEFAULT_METHODS
 from flows.quickstart.fetch import VADER, Progress, fetch, fetch_base
-from flows.quickstart.shipped_pool import Files, Pool, cut, written
+from flows.quickstart.shipped_pool import Files, ShippedPool, cut, written
 from merging.errors import StorageError
 from merging.optimization.fine_tuning import TrainingSettings
 from merging.tasks.task import Split
@@ -151,7 +151,7 @@ def _data(cache: Path, directory: Path, progress: Progress) -> Files:
     return write_splits(fetch(VADER, cache, progress), directory)
 
 
-SENTIMENT = Pool(
+SENTIMENT = ShippedPool(
     about="MiniLM, and the sentiment of four domains",
     base=fetch_base,
     data=_data,

@@ -19,7 +19,7 @@ Files = dict[str, dict[Split, Path]]
 
 
 @dataclass(frozen=True)
-class Pool:
+class ShippedPool:
     """A pool that is built from nothing.
 
     Args:

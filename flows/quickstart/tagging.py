@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from flows.quickstart.fetch import Package, Progress, fetch, fetch_base, members
-from flows.quickstart.shipped_pool import Files, Pool, cut, written
+from flows.quickstart.shipped_pool import Files, ShippedPool, cut, written
 from merging.errors import StorageError
 from merging.optimization.fine_tuning import TrainingSettings
 from merging.tasks.task import Split
@@ -112,7 +112,7 @@ def _data(cache: Path, directory: Path, progress: Progress) -> Files:
     return write_tagged(fetch(BROWN, cache, progress), directory)
 
 
-TAGGING = Pool(
+TAGGING = ShippedPool(
     about="MiniLM, and parts of speech in four genres of the Brown corpus",
     base=fetch_base,
     data=_data,

@@ -96,7 +96,7 @@ def render(
         outcomes: Candidate → what was kept of single test examples, for paired differences.
     """
     given: Facts = {**NO_FACTS, **(facts or {})}
-    looks = figures.Looks(rows, given["scales"])
+    looks = figures.Palette(rows, given["scales"])
     lines = table.results_table(rows, tasks, given["scales"])
     compared = significance.compare(lines, outcomes)
     ranked = distinct(best(rows, len(rows)))
@@ -126,7 +126,7 @@ def render(
         in_words=table.in_words,
         number=number,
         headline=_headline(lines),
-        compared=significance.foremost(compared),
+        compared=significance.headline_rows(compared),
         comparison_columns=significance.COLUMNS,
         comparison_caption=significance.caption(compared),
         comparison_cells=significance.cells,
@@ -168,11 +168,11 @@ def _as_script(value: Any) -> str:
 
 def _headline(lines: Sequence[TableRow]) -> dict[str, TableRow]:
     """The lines that a reader looks for first, by what they are: winner, average, member."""
-    found: dict[str, TableRow] = {line.kind: line for line in lines if line.kind in ("winner", "average")}
+    by_kind: dict[str, TableRow] = {line.kind: line for line in lines if line.kind in ("winner", "average")}
     members = [line for line in lines if line.kind == "member" and line.validation is not None]
     if members:  # chosen as the winner was: by validation
-        found["member"] = max(members, key=lambda line: line.validation.value if line.validation else 0.0)
-    return found
+        by_kind["member"] = max(members, key=lambda line: line.validation.value if line.validation else 0.0)
+    return by_kind
 
 
 def _counts(rows: Sequence[Row]) -> dict[str, float]:

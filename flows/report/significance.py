@@ -63,7 +63,7 @@ def compare(lines: Sequence[TableRow], outcomes: Callable[[str], Values]) -> lis
     winner = next((line for line in lines if line.kind == "winner" and line.mean is not None), None)
     if winner is None:
         return []
-    own, found = outcomes(winner.row.candidate), []
+    own, compared = outcomes(winner.row.candidate), []
     for line in lines:
         validation, test = line.validation, line.mean
         if validation is None or test is None or line.kind == "base":
@@ -71,11 +71,11 @@ def compare(lines: Sequence[TableRow], outcomes: Callable[[str], Values]) -> lis
         error = hypot(validation.standard_error, test.standard_error)
         change = Cell(test.value - validation.value, error, test.times)
         behind = None if line is winner else difference(winner, line, own, outcomes(line.row.candidate))
-        found.append(Compared(line, validation, test, change, behind))
-    return sorted(found, key=lambda entry: (entry.line is not winner, -entry.validation.value))
+        compared.append(Compared(line, validation, test, change, behind))
+    return sorted(compared, key=lambda entry: (entry.line is not winner, -entry.validation.value))
 
 
-def foremost(compared: Sequence[Compared]) -> list[Compared]:
+def headline_rows(compared: Sequence[Compared]) -> list[Compared]:
     """The few to look at first: winner, runners-up, the best of another method, the plain average, the best member.
 
     All are chosen by validation, as the winner was.
@@ -147,19 +147,19 @@ def caption(compared: Sequence[Compared]) -> str:
 
 
 def as_rich(compared: Sequence[Compared]) -> RichTable:
-    """The foremost lines for the terminal."""
+    """The most important rows for the terminal."""
     rich = RichTable(caption=caption(compared), caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     rich.add_column("validation beside test")
     for name in COLUMNS:
         rich.add_column(Text(name), justify="right", no_wrap=True)
-    for entry in foremost(compared):
+    for entry in headline_rows(compared):
         style = "green" if entry.line.kind == "winner" else None
         rich.add_row(Text(entry.line.label), *map(Text, cells(entry)), style=style)
     return rich
 
 
 def as_markdown(compared: Sequence[Compared]) -> str:
-    """The foremost lines in GitHub's Markdown."""
+    """The most important rows in GitHub's Markdown."""
     lines = [markdown_line(["model", *COLUMNS]), markdown_line([":--", *("--:" for _ in COLUMNS)])]
-    lines += [markdown_line([entry.line.label, *cells(entry)]) for entry in foremost(compared)]
+    lines += [markdown_line([entry.line.label, *cells(entry)]) for entry in headline_rows(compared)]
     return "\n".join([*lines, "", caption(compared), ""])

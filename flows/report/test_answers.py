@@ -8,7 +8,7 @@ import numpy.typing as npt
 from safetensors.numpy import save
 
 from merging.checkpoints.formats.safetensors_file import read_arrays
-from merging.evaluation.steps import Plan
+from merging.evaluation.steps import EvaluationPlan
 from merging.io import addresses, atomic, storage
 from search.candidate import Candidate, Outcome
 
@@ -28,18 +28,18 @@ class KeptOutcomes:
     def __init__(self, path: str) -> None:
         self._path = path
 
-    def plan(self, candidate: Candidate) -> Plan | None:
+    def plan(self, candidate: Candidate) -> EvaluationPlan | None:
         """See `Planner.plan`."""
-        return Plan()
+        return EvaluationPlan()
 
     def learn(self, outcome: Outcome) -> Outcome:
         """Keeps an outcome's values; see `Planner.learn`."""
-        found = outcome.measurement
-        if found is not None and found.trace is not None:
+        measurement = outcome.measurement
+        if measurement is not None and measurement.trace is not None:
             values = {
                 task: np.ascontiguousarray(own, np.float32)
-                for task, own in found.trace.values.items()
-                if found.scores[task].is_mean
+                for task, own in measurement.trace.values.items()
+                if measurement.scores[task].is_mean
             }
             atomic.write_bytes(self._file(outcome.candidate.recipe.identity), save(values))
         return outcome

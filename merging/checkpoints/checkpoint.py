@@ -198,22 +198,22 @@ class Digest:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self._found: dict[str, list[Any]] = {}
+        self._entries: dict[str, list[Any]] = {}
 
     @property
     def names(self) -> Collection[str]:
         """What was added."""
-        return self._found.keys()
+        return self._entries.keys()
 
     def add(self, name: str, value: Tensor) -> None:
         """Takes a tensor as it is stored."""
         info = self.checkpoint.tensors[name]
         data = value.reshape(-1).view(torch.uint8).numpy()
-        self._found[name] = [name, str(info.dtype), list(info.shape), hashlib.sha256(data.data).hexdigest()]
+        self._entries[name] = [name, str(info.dtype), list(info.shape), hashlib.sha256(data.data).hexdigest()]
 
     def fingerprint(self) -> str:
         """The fingerprint, once all tensors were added."""
-        return hashing.fingerprint(sorted(self._found.values()))
+        return hashing.fingerprint(sorted(self._entries.values()))
 
 
 def read_settings(path: str) -> dict[str, Any]:

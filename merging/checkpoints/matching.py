@@ -108,43 +108,43 @@ def _small_roots(checkpoint: Checkpoint) -> set[str]:
     return {root for root, nbytes in sizes.items() if nbytes * 20 < checkpoint.nbytes}
 
 
-def merged_names(base: Checkpoint, found: Mapping[str, Matched], notes: list[str]) -> list[str]:
+def merged_names(base: Checkpoint, matched: Mapping[str, Matched], notes: list[str]) -> list[str]:
     """The floating-point names that base and members share; what some members keep as a head, all keep.
 
     Args:
         base: The base.
-        found: The members; what they keep now is added to their heads.
+        matched: The members; what they keep now is added to their heads.
         notes: What only the base has is added.
 
     Returns:
         The base's names, in its order.
     """
     kept: set[str] = set()
-    for member in found.values():
+    for member in matched.values():
         heads = set(member.head)
         kept |= {key for key in base.tensors if key not in member.names and key in heads}
     merged = []
     for key, info in base.tensors.items():
         if not info.dtype.is_floating_point or key in kept or is_buffer(key, info.shape):
             continue
-        if any(key in member.names for member in found.values()):
+        if any(key in member.names for member in matched.values()):
             merged.append(key)
         else:
             notes.append(f"'{key}' is only in the base, and is left as it is")
-    for member in found.values():
+    for member in matched.values():
         member.head += [member.names[key] for key in kept if key in member.names]
     return merged
 
 
-def label_problems(base: Checkpoint, found: Mapping[str, Matched], merged: Sequence[str]) -> list[str]:
+def label_problems(base: Checkpoint, matched: Mapping[str, Matched], merged: Sequence[str]) -> list[str]:
     """Heads that would be merged though their rows are other classes in a member than in the first that names them."""
     labels = {"the base": _class_names(base)} | {
-        f"'{name}'": _class_names(one.checkpoint) for name, one in found.items()
+        f"'{name}'": _class_names(one.checkpoint) for name, one in matched.items()
     }
     first = next(((who, names) for who, names in labels.items() if names is not None), None)
     if first is None:
         return []
-    problems = (_label_problem(base, *first, name, member, merged) for name, member in found.items())
+    problems = (_label_problem(base, *first, name, member, merged) for name, member in matched.items())
     return [problem for problem in problems if problem is not None]
 
 
@@ -186,17 +186,17 @@ def _under_largest_root(base: Checkpoint, names: Mapping[str, str]) -> set[str]:
 
 def _class_names(checkpoint: Checkpoint) -> list[str] | None:
     """The names of a head's classes in order; None where the configuration has none but transformers' own."""
-    found = checkpoint.config.get("id2label")
-    if not isinstance(found, Mapping) or not all(str(key).isdigit() for key in found):
+    labels = checkpoint.config.get("id2label")
+    if not isinstance(labels, Mapping) or not all(str(key).isdigit() for key in labels):
         return None
-    names = [str(found[key]) for key in sorted(found, key=int)]
+    names = [str(labels[key]) for key in sorted(labels, key=int)]
     return None if all(name == f"LABEL_{number}" for number, name in enumerate(names)) else names
 
 
-def absent(base: Checkpoint, found: Mapping[str, Matched], merged: Sequence[str]) -> list[str]:
+def absent(base: Checkpoint, matched: Mapping[str, Matched], merged: Sequence[str]) -> list[str]:
     """Weights that some members have and others lack; a module that one lacks altogether can stay out of the merge."""
     problems = []
-    for name, member in found.items():
+    for name, member in matched.items():
         lacking = [key for key in merged if key not in member.names] if member.names else []
         present = {key.rpartition(".")[0].split(".", 1)[0] for key in member.names}
         for key in lacking:

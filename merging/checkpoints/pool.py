@@ -98,14 +98,14 @@ class Pool:
         notes: list[str] = []
         origin, opened = settle_ties(origin, opened, notes)
         origin, opened, files = settle_vocabulary(origin, opened, vocabulary, notes)
-        found = {}
+        matched = {}
         for name, checkpoint in opened.items():
             problems += _config_problems(origin, name, checkpoint)
-            found[name] = match(origin, name, checkpoint, heads, problems)
-        merged = merged_names(origin, found, notes)
-        problems += absent(origin, found, merged)
-        problems += label_problems(origin, found, merged)
-        for name, member in found.items():
+            matched[name] = match(origin, name, checkpoint, heads, problems)
+        merged = merged_names(origin, matched, notes)
+        problems += absent(origin, matched, merged)
+        problems += label_problems(origin, matched, merged)
+        for name, member in matched.items():
             dtypes = {str(member.checkpoint.tensors[member.names[key]].dtype) for key in merged if key in member.names}
             dtypes |= {str(origin.tensors[key].dtype) for key in merged}
             if len(dtypes) > 1:
@@ -127,7 +127,7 @@ class Pool:
             name: Member(
                 name, member.checkpoint, {key: member.names[key] for key in merged}, member.head_in_file_order()
             )
-            for name, member in found.items()
+            for name, member in matched.items()
         }
         notes += [note for owner in trimmed.values() for note in _left_out(owner, origin, heads)]
         return cls(origin, trimmed, {key: origin.tensors[key] for key in merged}, tuple(notes), files)

@@ -15,7 +15,7 @@ from merging.checkpoints.view import View
 
 
 @dataclass(frozen=True)
-class Rows:
+class TokenRows:
     """Where the rows of a merged embedding lie in a checkpoint's own.
 
     Args:
@@ -30,11 +30,11 @@ class Rows:
 
     def apply(self, value: Tensor) -> Tensor:
         """The checkpoint's tensor with the merge's rows, in its own dtype."""
-        found = value.index_select(self.dim, self.index.clamp(min=0))
+        picked = value.index_select(self.dim, self.index.clamp(min=0))
         absent = (self.index < 0).nonzero()[:, 0]
         if len(absent):
-            found.index_copy_(self.dim, absent, self.missing().index_select(self.dim, absent).to(found.dtype))
-        return found
+            picked.index_copy_(self.dim, absent, self.missing().index_select(self.dim, absent).to(picked.dtype))
+        return picked
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Renumbered(View):
         moves_tokens: Whether a token of its own tokenizer has another row in the merge, or none.
     """
 
-    rows: Mapping[str, Rows]
+    rows: Mapping[str, TokenRows]
     moves_tokens: bool
 
     def read(self, name: str) -> Tensor:
@@ -86,7 +86,7 @@ class Mean:
     Args:
         shape: Of the merge's tensor.
         dim: The dimension that counts tokens.
-        own: The base's own rows, as in `Rows.index`.
+        own: The base's own rows, as in `TokenRows.index`.
         parts: Each member's checkpoint, its name of the tensor, and its rows.
     """
 
@@ -111,7 +111,9 @@ def resized(shape: Sequence[int], dim: int, size: int) -> tuple[int, ...]:
     return tuple(size if d == dim else extent for d, extent in enumerate(shape))
 
 
-def renumbered(checkpoint: Checkpoint, rows: Mapping[str, Rows], tokens: Tokens | None, *, resize: bool) -> Renumbered:
+def renumbered(
+    checkpoint: Checkpoint, rows: Mapping[str, TokenRows], tokens: Tokens | None, *, resize: bool
+) -> Renumbered:
     """A checkpoint with these rows.
 
     Args:
@@ -122,15 +124,15 @@ def renumbered(checkpoint: Checkpoint, rows: Mapping[str, Rows], tokens: Tokens 
     """
     moves = False
     tensors = dict(checkpoint.tensors)
-    for name, found in rows.items():
+    for name, token_rows in rows.items():
         info = tensors[name]
-        places = torch.tensor(sorted(tokens.ids.values()) if tokens is not None else range(info.shape[found.dim]))
-        within = places[places < len(found.index)]
-        moves = moves or len(within) < len(places) or not torch.equal(found.index[within], within)
-        shape = resized(info.shape, found.dim, len(found.index))
+        places = torch.tensor(sorted(tokens.ids.values()) if tokens is not None else range(info.shape[token_rows.dim]))
+        within = places[places < len(token_rows.index)]
+        moves = moves or len(within) < len(places) or not torch.equal(token_rows.index[within], within)
+        shape = resized(info.shape, token_rows.dim, len(token_rows.index))
         tensors[name] = TensorInfo(name, info.dtype, shape, "", 0, math.prod(shape) * info.dtype.itemsize)
     config = dict(checkpoint.config)
     if resize and rows:
-        config = vocab_size.replaced(config, max(len(found.index) for found in rows.values()))
+        config = vocab_size.replaced(config, max(len(token_rows.index) for token_rows in rows.values()))
     names = {name: name for name in checkpoint.tensors}
     return Renumbered(checkpoint.path, config, tensors, {}, checkpoint, names, dict(rows), moves)

@@ -34,25 +34,25 @@ def settle_ties(
     everyone = {"": base, **members}
     if not _may_share(everyone):
         return base, dict(members)
-    found = {who: _names(checkpoint) for who, checkpoint in everyone.items()}
+    by_owner = {who: _names(checkpoint) for who, checkpoint in everyone.items()}
     names: dict[str, dict[str, str]] = {who: {key: key for key in c.tensors} for who, c in everyone.items()}
     parted: list[str] = []
-    groups = [_classes(group, found) for group in _joined([own.shared for own in found.values()])]
+    groups = [_classes(group, by_owner) for group in _joined([own.shared for own in by_owner.values()])]
     config = base.config
-    if found[""].shared and any(len(classes) > 1 for classes in groups):
+    if by_owner[""].shared and any(len(classes) > 1 for classes in groups):
         config = skeleton.untied(base.config)
         if config != base.config:
-            groups = _untied_too(groups, found, _names(replace(base, config=config)))
+            groups = _untied_too(groups, by_owner, _names(replace(base, config=config)))
     for classes in groups:
         for same, stored in classes:
-            kept = next((n for who, rep in stored.items() for n in same if found[who].stored.get(n) == rep), same[0])
-            for who, own in found.items():
+            kept = next((n for who, rep in stored.items() for n in same if by_owner[who].stored.get(n) == rep), same[0])
+            for who, own in by_owner.items():
                 for name in same:
                     names[who].pop(own.spelled(name), None)
                 if who in stored:
                     names[who][own.spelled(kept)] = stored[who]
         if len(classes) > 1:
-            parted += sorted(f"'{found[''].spelled(same[0])}'" for same, _ in classes)
+            parted += sorted(f"'{by_owner[''].spelled(same[0])}'" for same, _ in classes)
     if parted:
         notes.append(
             f"{' and '.join(parted)} are apart in some of base and members: the merge has both, and does not tie them"
@@ -60,14 +60,14 @@ def settle_ties(
     return (
         _seen(base, names[""], config),
         {
-            who: _seen(c, names[who], skeleton.untied(c.config) if parted and found[who].shared else c.config)
+            who: _seen(c, names[who], skeleton.untied(c.config) if parted and by_owner[who].shared else c.config)
             for who, c in members.items()
         },
     )
 
 
 @dataclass(frozen=True)
-class _Names:
+class _TiedNames:
     """What a checkpoint's own model makes of its tensors; names are the model's, without the backbone's prefix.
 
     Args:
@@ -89,20 +89,20 @@ _Classes = list[tuple[list[str], dict[str, str]]]
 """Names that are one weight, and the stored tensor of each checkpoint that has it, for every weight of a group."""
 
 
-def _holders(name: str, found: Mapping[str, _Names]) -> dict[str, str]:
+def _holders(name: str, by_owner: Mapping[str, _TiedNames]) -> dict[str, str]:
     """The stored tensor under a name, of every checkpoint that has one."""
     return {
         who: own.shared.get(name, own.stored.get(name, ""))
-        for who, own in found.items()
+        for who, own in by_owner.items()
         if name in own.shared or name in own.stored
     }
 
 
-def _classes(group: Sequence[str], found: Mapping[str, _Names]) -> _Classes:
+def _classes(group: Sequence[str], by_owner: Mapping[str, _TiedNames]) -> _Classes:
     """Names that are one weight in every checkpoint that has them, with the stored tensor of each that has it."""
     classes: _Classes = []
     for name in group:
-        held = _holders(name, found)
+        held = _holders(name, by_owner)
         for same, stored in classes:
             if all(stored.get(who, rep) == rep for who, rep in held.items()):
                 same.append(name)
@@ -113,7 +113,7 @@ def _classes(group: Sequence[str], found: Mapping[str, _Names]) -> _Classes:
     return classes
 
 
-def _untied_too(groups: Sequence[_Classes], found: Mapping[str, _Names], untied: _Names) -> list[_Classes]:
+def _untied_too(groups: Sequence[_Classes], by_owner: Mapping[str, _TiedNames], untied: _TiedNames) -> list[_Classes]:
     """Groups of names, where those are apart that a configuration without ties does not tie any more (BERT's output bias)."""
     parted: list[_Classes] = []
     for classes in groups:
@@ -122,7 +122,7 @@ def _untied_too(groups: Sequence[_Classes], found: Mapping[str, _Names], untied:
             if len({untied.shared.get(name, name) for name in same}) == 1:
                 parted[-1].append((same, stored))
             else:
-                parted[-1] += [([name], _holders(name, found)) for name in same]
+                parted[-1] += [([name], _holders(name, by_owner)) for name in same]
     return parted
 
 
@@ -159,7 +159,7 @@ def _said(config: Mapping[str, Any]) -> Iterator[bool]:
             yield from _said(value)
 
 
-def _names(checkpoint: Checkpoint) -> _Names:
+def _names(checkpoint: Checkpoint) -> _TiedNames:
     """What a checkpoint's own model makes of its tensors; of one that transformers does not know, nothing is tied.
 
     As transformers loads it: a name that is not stored has the tensor of one that is, and names that are stored with
@@ -168,7 +168,7 @@ def _names(checkpoint: Checkpoint) -> _Names:
     try:
         model = skeleton.build(checkpoint.path, checkpoint.config, checkpoint.architecture)
     except CheckpointError:
-        return _Names({key: key for key in checkpoint.tensors}, {}, {})
+        return _TiedNames({key: key for key in checkpoint.tensors}, {}, {})
     prefix = backbone_prefix(model)
     stored: dict[str, str] = {}
     for key, live in skeleton.live_names(model, checkpoint.tensors).items():
@@ -181,7 +181,7 @@ def _names(checkpoint: Checkpoint) -> _Names:
         for name in names if there else ():
             own = stored.get(name, there[0])
             shared[name] = there[0] if are_equal(checkpoint, there[0], own) else own
-    return _Names(stored, saved, shared)
+    return _TiedNames(stored, saved, shared)
 
 
 def are_equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
@@ -202,10 +202,10 @@ def are_equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
 def _joined(shared: Sequence[Mapping[str, str]]) -> list[list[str]]:
     """Names that any checkpoint ties to each other, group by group, each name in one group."""
     groups: list[set[str]] = []
-    for found in shared:
+    for stored_of in shared:
         own: dict[str, set[str]] = defaultdict(set)
-        for name, stored in found.items():
+        for name, stored in stored_of.items():
             own[stored].add(name)
         groups += own.values()
-    order = [name for found in shared for name in found]
+    order = [name for stored_of in shared for name in stored_of]
     return [sorted(group, key=order.index) for group in joined(groups)]

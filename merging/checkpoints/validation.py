@@ -80,11 +80,11 @@ def slices(members: Sequence[str], parts: int = 1) -> Iterator[tuple[str, ...]]:
 def recall(pool: Pool) -> dict[str, Finding]:
     """What is known of members since an earlier reading, if neither their files nor the base's have changed since."""
     with ThreadPoolExecutor(ASKED_AT_ONCE) as threads:
-        told = dict(
+        cached = dict(
             zip(pool.members, threads.map(lambda who: fact_cache.recalled(key(pool, who)), pool.members), strict=True)
         )
-    found = {member: _from_json(fact) for member, fact in told.items() if fact is not None}
-    return {member: finding for member, finding in found.items() if finding is not None}
+    findings = {member: _from_json(fact) for member, fact in cached.items() if fact is not None}
+    return {member: finding for member, finding in findings.items() if finding is not None}
 
 
 def keep(pool: Pool, findings: Mapping[str, Finding]) -> None:
@@ -119,18 +119,18 @@ def distances(
         raise PoolError(
             f"unusable weights ({len(problems)} tensors):\n{shown}\nCopy the checkpoint again, or leave it out"
         )
-    found = {
+    by_member = {
         member: (findings[member].square / max(findings[member].base_square, 1e-30)) ** 0.5 for member in pool.members
     }
     bound = inf if max_distance is None else max_distance
-    far = [f"{name} ({distance:.2f})" for name, distance in found.items() if distance > bound]
+    far = [f"{name} ({distance:.2f})" for name, distance in by_member.items() if distance > bound]
     if far:
         raise PoolError(
             f"not fine-tuned from the base {pool.base.path}: {', '.join(far)}. The number is ‖θ_t − θ_0‖ / ‖θ_0‖, which "
             f"stays far below {MAX_DISTANCE} in fine-tuning. Name the base that these members were trained from; or, if "
             f"members so far from it are meant, set `max_distance` (now {bound:g}; null for no bound)"
         )
-    return found
+    return by_member
 
 
 def check_weights(pool: Pool, most: int | None = None, max_distance: float | None = MAX_DISTANCE) -> dict[str, float]:
@@ -147,10 +147,10 @@ def check_weights(pool: Pool, most: int | None = None, max_distance: float | Non
     Raises:
         PoolError: NaN or Inf, named by tensor and member; or a member that was not fine-tuned from this base.
     """
-    found: dict[str, Finding] = {}
+    findings: dict[str, Finding] = {}
     for group in slices(list(pool.members)):
-        found |= examine(pool, group, most)
-    return distances(pool, found, max_distance)
+        findings |= examine(pool, group, most)
+    return distances(pool, findings, max_distance)
 
 
 class _Reading:

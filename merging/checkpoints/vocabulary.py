@@ -18,7 +18,7 @@ from merging.checkpoints.formats.tokenizer_json import (
 )
 from merging.checkpoints.models import skeleton
 from merging.checkpoints.models.renaming import backbone_prefix
-from merging.checkpoints.renumbered import Mean, Rows, Stored, renumbered, resized
+from merging.checkpoints.renumbered import Mean, Stored, TokenRows, renumbered, resized
 from merging.errors import CheckpointError, PoolError
 
 Vocabulary: TypeAlias = Literal["base", "union"]
@@ -28,7 +28,7 @@ MAX_LISTED = 8
 
 @dataclass(frozen=True)
 class _Placed:
-    """Where a checkpoint has the rows of one of the merge's tensors: its name of it, the rest as in `Rows`."""
+    """Where a checkpoint has the rows of one of the merge's tensors: its name of it, the rest as in `TokenRows`."""
 
     name: str
     dim: int
@@ -93,13 +93,13 @@ def settle_vocabulary(
         for key, place in rows[""].items():
             parts = [(members[who], own[key].name, own[key].index) for who, own in rows.items() if who and key in own]
             shape = resized(base.tensors[place.name].shape, place.dim, len(place.index))
-            filled[place.name] = Rows(place.dim, place.index, Mean(shape, place.dim, place.index, parts))
+            filled[place.name] = TokenRows(place.dim, place.index, Mean(shape, place.dim, place.index, parts))
         seen = renumbered(base, filled, ours, resize=True)
     views = dict(members)
     for who in members:
         if who in rows and (who in touched or added):
             own = {
-                place.name: Rows(place.dim, place.index, Stored(seen, axes[""][key][0]))
+                place.name: TokenRows(place.dim, place.index, Stored(seen, axes[""][key][0]))
                 for key, place in rows[who].items()
             }
             views[who] = renumbered(members[who], own, tokens.get(who, ours), resize=bool(added))
@@ -138,13 +138,13 @@ def _axes(checkpoint: Checkpoint) -> dict[str, tuple[str, int]]:
         return {}
     known = [skeleton.tensors(model) for model in models]
     prefix = backbone_prefix(models[0])
-    found = {}
+    axes = {}
     for name, live in skeleton.live_names(models[0], checkpoint.tensors).items():
         one, more = (tensors[live].shape for tensors in known)
         grown = [dim for dim, (before, after) in enumerate(zip(one, more, strict=True)) if before != after]
         if len(grown) == 1 and len(checkpoint.tensors[name].shape) == len(one):
-            found[live.removeprefix(prefix)] = (name, grown[0])
-    return found
+            axes[live.removeprefix(prefix)] = (name, grown[0])
+    return axes
 
 
 def _index(
@@ -181,15 +181,15 @@ def _differ(ours: Tokens, theirs: Tokens | None) -> bool:
 
 def _added(ours: Tokens | None, theirs: Mapping[str, Tokens | None]) -> dict[str, tuple[str, int]]:
     """Token that the base lacks → the first member that has it and its row there, in the members' order."""
-    found: dict[str, tuple[str, int]] = {}
+    added: dict[str, tuple[str, int]] = {}
     if ours is None:
-        return found
+        return added
     for who, tokens in theirs.items():
         if tokens is not None:
             for token, row in sorted(tokens.ids.items(), key=lambda pair: pair[1]):
                 if token not in ours.ids:
-                    found.setdefault(token, (who, row))
-    return found
+                    added.setdefault(token, (who, row))
+    return added
 
 
 def _notes(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from merging.checkpoints.pool import Pool
 from merging.errors import PoolError, TaskError
 from merging.evaluation.shared_weights import SHOWN, SharedWeights, sharing_model
-from merging.evaluation.steps import Plan, Trace
+from merging.evaluation.steps import EvaluationPlan, Trace
 from merging.evaluation.untouched import Contents, structure
 from merging.mergers.material import Material
 from merging.mergers.resident import ResidentMerger
@@ -102,7 +102,9 @@ class LiveModels:
         refuse_unmeasured(tasks, {name: shared.dropped for name, shared in self._shared.items()})
         self._source = source(material, self._out)
 
-    def measure(self, recipe: Recipe, split: Split, limit: int | None = None, plan: Plan | None = None) -> Measurement:
+    def measure(
+        self, recipe: Recipe, split: Split, limit: int | None = None, plan: EvaluationPlan | None = None
+    ) -> Measurement:
         """Merges, then evaluates every task.
 
         Args:
@@ -165,7 +167,7 @@ class LiveModels:
                     "its score is not that of the merge: have it work on a copy (`copy.deepcopy(model)`)"
                 )
 
-    def _in_steps(self, plan: Plan, split: Split, limit: int | None) -> tuple[Trace, bool]:
+    def _in_steps(self, plan: EvaluationPlan, split: Split, limit: int | None) -> tuple[Trace, bool]:
         """The trace of a measurement, and whether the plan's gate ended it early.
 
         A task that gives no predictions of chosen examples is measured whole, before the first step's end.
@@ -197,7 +199,7 @@ def _trace(scores: Sequence[Mapping[str, Score]], predictions: Mapping[str, Pred
     """The trace after these steps' scores."""
 
     def each(name: str) -> dict[str, npt.NDArray[np.float32]]:
-        arrays = {task: getattr(found, name) for task, found in predictions.items()}
+        arrays = {task: getattr(prediction, name) for task, prediction in predictions.items()}
         return {task: array.astype(np.float32) for task, array in arrays.items() if array is not None}
 
     return Trace(scores, each("values"), each("surrogates"), each("losses"))

@@ -122,14 +122,14 @@ class SharedWeights:
 
     def take_gradients(self) -> dict[str, Tensor]:
         """The gradients of the merged weights by the base's name; they are cleared. A weight that is not used has none."""
-        found = {}
+        gradients = {}
         for name, value in self.plain:
             if value.grad is not None:
-                found[name] = value.grad
+                gradients[name] = value.grad
                 value.grad = None
         for packed in self.packed:
-            found |= packed.take_gradients()
-        return found
+            gradients |= packed.take_gradients()
+        return gradients
 
 
 def sharing_model(

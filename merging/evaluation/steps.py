@@ -44,13 +44,13 @@ class Trace:
         }
 
     @classmethod
-    def from_dict(cls, found: Mapping[str, Any]) -> "Trace":
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Trace":
         """The inverse of `as_dict`."""
         return cls(
-            [{task: Score(**score) for task, score in step.items()} for step in found["scores"]],
-            _arrays(found["values"]),
-            _arrays(found["surrogates"]),
-            _arrays(found["losses"]),
+            [{task: Score(**score) for task, score in step.items()} for step in fields["scores"]],
+            _arrays(fields["values"]),
+            _arrays(fields["surrogates"]),
+            _arrays(fields["losses"]),
         )
 
 
@@ -67,7 +67,7 @@ Gate: TypeAlias = Callable[[Trace], bool]
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """Which examples a candidate is measured on, and in which steps.
 
     Args:
@@ -87,7 +87,7 @@ class Plan:
             sizes: Task → examples of the split to measure, where `positions` names none.
         """
         places = {task: self.positions.get(task, np.arange(size)) for task, size in sizes.items()}
-        most = max((len(found) for found in places.values()), default=0)
+        most = max((len(own) for own in places.values()), default=0)
         step = self.step or max(most, 1)
         for first in range(0, most, step):
-            yield {task: found[first : first + step] for task, found in places.items() if first < len(found)}
+            yield {task: own[first : first + step] for task, own in places.items() if first < len(own)}

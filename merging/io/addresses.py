@@ -111,8 +111,8 @@ def file_system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         system, inner = url_to_fs(str(local_path(path)) if is_local(path) else path)
     except (ImportError, ValueError) as error:
-        told = redacted(str(error))
-        raise StorageError(f"cannot open {path}: {told}. Is the package of that protocol installed?") from error
+        reason = redacted(str(error))
+        raise StorageError(f"cannot open {path}: {reason}. Is the package of that protocol installed?") from error
     except Exception as error:  # what a store's own client raises: no credentials, no account, …
         raise StorageError(f"cannot open {path}: {in_words(error)}") from error
     return system, inner

@@ -81,8 +81,8 @@ def made_from(value: Any, build: Callable[[Any], T], path: str) -> T:
     try:
         return build(value)
     except (MergequestError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        told = str(error) if isinstance(error, MergequestError) else f"{type(error).__name__}: {error}"
-        raise StorageError(f"{path} is damaged, or was not written by mergequest ({told[:300]})") from error
+        reason = str(error) if isinstance(error, MergequestError) else f"{type(error).__name__}: {error}"
+        raise StorageError(f"{path} is damaged, or was not written by mergequest ({reason[:300]})") from error
 
 
 def _read_bounded(path: str, most: int) -> bytes:
@@ -183,14 +183,14 @@ def is_text(value: object) -> TypeGuard[str]:
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object, whose keys must differ: which of two entries counts is nobody's to say."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
                 raise ValueError(f"'{key[:100]}' stands there twice")
             seen.add(key)
-    return found
+    return entries
 
 
 def _integer(digits: str) -> int:

@@ -26,8 +26,8 @@ def _left(mount: Path, own: Path) -> Iterator[int]:
     """What each limited control group above this process has left."""
     names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
     for directory, (limit, usage, inactive) in [
-        *((found, ("memory.max", "memory.current", "inactive_file")) for found in _groups(mount, own, "")),
-        *((found, names) for found in _groups(mount / "memory", own, "memory")),
+        *((group, ("memory.max", "memory.current", "inactive_file")) for group in _groups(mount, own, "")),
+        *((group, names) for group in _groups(mount / "memory", own, "memory")),
     ]:
         with suppress(OSError, ValueError):  # no such file, or `max`
             most = int((directory / limit).read_text())

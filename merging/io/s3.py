@@ -174,8 +174,8 @@ def explained(error: Exception, bucket: str | None, effort: str) -> Exception:
             errno.EIO, f"there is no bucket '{bucket}': create it, or correct the address or AWS_ENDPOINT_URL"
         )
     if _may_pass(error):
-        told = f"the server answers {named}" if status else f"the server is not to be reached ({type(error).__name__})"
-        return OSError(errno.EIO, f"{told}, after {effort}: check AWS_ENDPOINT_URL and the network, then run it again")
+        what = f"the server answers {named}" if status else f"the server is not to be reached ({type(error).__name__})"
+        return OSError(errno.EIO, f"{what}, after {effort}: check AWS_ENDPOINT_URL and the network, then run it again")
     if isinstance(error, UNIDENTIFIED):
         return OSError(errno.EACCES, f"there are no usable credentials ({type(error).__name__}): set {CREDENTIALS}")
     if status in (401, 403) or (isinstance(error.__cause__, ClientError) and isinstance(error, PermissionError)):

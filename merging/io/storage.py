@@ -49,10 +49,10 @@ def list_dir(path: str) -> list[str]:
     with named(path, "list"):
         system.invalidate_cache(inner)
         try:
-            found = system.ls(inner, detail=False)
+            entries = system.ls(inner, detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted({base_name(entry) for entry in found} - {base_name(inner), ""})
+        return sorted({base_name(entry) for entry in entries} - {base_name(inner), ""})
 
 
 def list_files(path: str, *, hidden: bool = True) -> dict[str, int]:
@@ -76,12 +76,12 @@ def list_files(path: str, *, hidden: bool = True) -> dict[str, int]:
     with named(path, "list"):
         system.invalidate_cache(inner)
         try:
-            found = system.find(inner, detail=True)
+            entries = system.find(inner, detail=True)
         except (FileNotFoundError, NotADirectoryError):
             return {}
         root_name = inner.strip("/") + "/"
         below_root = {
-            name.lstrip("/").removeprefix(root_name): int(info.get("size") or 0) for name, info in found.items()
+            name.lstrip("/").removeprefix(root_name): int(info.get("size") or 0) for name, info in entries.items()
         }
         return dict(sorted((name, size) for name, size in below_root.items() if name and not name.endswith("/")))
 
@@ -144,9 +144,9 @@ def size(path: str) -> int:
     """
     if is_local(path):
         with named(path, "read"):
-            found = local_path(path).stat()
-            _require_regular(path, found.st_mode)
-            return found.st_size
+            status = local_path(path).stat()
+            _require_regular(path, status.st_mode)
+            return status.st_size
     system, inner = file_system(path)
     with named(path, "read"):
         return int(system.size(inner))
@@ -163,10 +163,10 @@ def checksum(path: str) -> str:
     """
     if is_local(path):
         with named(path, "read"):
-            found = local_path(path).stat()
-        if time.time() - max(found.st_mtime, found.st_ctime) < SETTLED:
+            status = local_path(path).stat()
+        if time.time() - max(status.st_mtime, status.st_ctime) < SETTLED:
             return ""
-        return f"{found.st_dev}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
+        return f"{status.st_dev}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
     system, inner = file_system(path)
     with named(path, "read"):
         info = system.info(inner)

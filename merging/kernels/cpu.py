@@ -16,9 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from merging.kernels.loops import BLOCK, BRAIN, FULL, GROUP, HALF, STRIDE, TILE, machine
+from merging.kernels.loops import BFLOAT16, BLOCK, FLOAT16, FLOAT32, GROUP, STRIDE, TILE, machine
 
-KINDS = {torch.float32: FULL, torch.bfloat16: BRAIN, torch.float16: HALF}
+KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 """What a row is to the loops, by its dtype."""
 ENTRIES = ("all", "sum", "mean")
 """What is added up of task vectors: everything, what has the elected sign, or the mean of that."""
@@ -193,10 +193,10 @@ def within(
     inputs = (_at(rows), _at(kinds), len(values), 0, base.numel(), _at(limits), _at(rooms), _at(above))
     machine.loop("magnitude_counts.within")(*_row(base), *inputs)
     # numpy lists what is true at many times the speed of numbers
-    found = [np.flatnonzero(part != 0) for part in counts]
+    places_of = [np.flatnonzero(part != 0) for part in counts]
     return [
         (int(higher), (places + low).astype(np.int32), part[places].astype(np.int64))
-        for higher, (low, _), places, part in zip(above, bands, found, counts, strict=True)
+        for higher, (low, _), places, part in zip(above, bands, places_of, counts, strict=True)
     ]
 
 

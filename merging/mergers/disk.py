@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from merging.checkpoints.checkpoint import CONFIG, Checkpoint
-from merging.checkpoints.directories.writer import SHARD_BYTES, Files, Write, lay_out, new_checkpoint
+from merging.checkpoints.directories.writer import SHARD_BYTES, WeightFiles, Write, lay_out, new_checkpoint
 from merging.checkpoints.pool import Pool
 from merging.checkpoints.view import View
 from merging.errors import MethodError, PoolError
@@ -80,7 +80,7 @@ def merge_to_disk(
     outlines = [(name, merger.dtype(name), info.shape) for name, info in pool.base.tensors.items()]
     shards = lay_out(outlines, max_shard_bytes)
     parts = partition(pool, shards, min(share, PART_ENTRIES), stretches=merger.can_stretch)
-    merger.survey(parts, share, threads)
+    merger.global_pass(parts, share, threads)
     done, total = 0, sum(part.entries for part in parts)
     with new_checkpoint(path, shards, like=pool.base, extra=_small(pool, dtype, extra)) as files:
         writing = threads + 1  # one waits for the disk
@@ -171,13 +171,13 @@ def _narrowed(material: Material, recipe: Recipe) -> Material:
     pool = material.pool
     members = {name: pool.members[name] for name in recipe.members}
     statistics = {
-        kind: {who: file for who, file in found.items() if who in members or who not in pool.members}
-        for kind, found in material.statistics.items()
+        kind: {who: file for who, file in files.items() if who in members or who not in pool.members}
+        for kind, files in material.statistics.items()
     }
     return replace(
         material,
         pool=replace(pool, members=members),
-        statistics={kind: found for kind, found in statistics.items() if found},
+        statistics={kind: files for kind, files in statistics.items() if files},
     )
 
 
@@ -197,7 +197,7 @@ class _Merger:
         self.report: dict[str, float] = {}
         self._recipe = recipe
         self._dtype = dtype
-        self._survey: Any = None
+        self._global_stats: Any = None
         self._own = threading.local()
         self._lock = threading.Lock()
         checkpoints = self.pool.base, *(member.checkpoint for member in self.pool.members.values())
@@ -216,25 +216,25 @@ class _Merger:
         stored = self.pool.base.tensors[name].dtype
         return self._dtype or stored if name in self.pool.weights else stored
 
-    def survey(self, parts: Sequence[Part], share: int, threads: int) -> None:
+    def global_pass(self, parts: Sequence[Part], share: int, threads: int) -> None:
         """Learns what the method must know of all weights before any is merged."""
         method, parameters = self.method, self._recipe.parameters
         alone = [[part] for part in parts if any(name in self.pool.weights for name in part.names)]
-        if type(method).survey is not Method.survey:
-            found = side_by_side(lambda run: method.sample(self._read(run[0]), parameters), alone, share, threads)
-            self._survey = reduce(method.combine, found)
-        while type(method).refine is not Method.refine and (answers := self._refined(alone, share, threads)):
-            self._survey = reduce(method.combine, answers, self._survey)
+        if type(method).global_pass is not Method.global_pass:
+            samples = side_by_side(lambda run: method.sample(self._read(run[0]), parameters), alone, share, threads)
+            self._global_stats = reduce(method.combine, samples)
+        while type(method).second_pass is not Method.second_pass and (answers := self._refined(alone, share, threads)):
+            self._global_stats = reduce(method.combine, answers, self._global_stats)
 
     def _refined(self, alone: Sequence[list[Part]], share: int, threads: int) -> list[Any]:
-        """What the method adds to its survey, part by part; nothing once it knows enough."""
-        survey, parameters = self._survey, self._recipe.parameters
+        """What the method adds to its global statistics, part by part; nothing once it knows enough."""
+        global_stats, parameters = self._global_stats, self._recipe.parameters
         more = side_by_side(
-            lambda run: self.method.refine(self._read(run[0]), survey, parameters), alone, share, threads
+            lambda run: self.method.second_pass(self._read(run[0]), global_stats, parameters), alone, share, threads
         )
         return [answer for answer in more if answer is not None]
 
-    def write(self, files: Files, run: Sequence[Part]) -> int:
+    def write(self, files: WeightFiles, run: Sequence[Part]) -> int:
         """Merges and writes some parts of one file.
 
         Returns:
@@ -258,7 +258,9 @@ class _Merger:
         out, stretches = self._room(part)
         for names, scaling in split(out, self._recipe) if out else ():
             weights = list(self._weights(part, names))
-            prepared = running_statistics.prepare(self.method, weights, Context(self.material.examples, self._survey))
+            prepared = running_statistics.prepare(
+                self.method, weights, Context(self.material.examples, self._global_stats)
+            )
             prepared.merge(scaling, self._recipe.parameters, out)
             with self._lock:
                 self.report = joined([self.report, prepared.report()])
@@ -286,7 +288,7 @@ class _Merger:
                 weight,
                 base=cut(weight.base),
                 members={member: cut(value) for member, value in weight.members.items()},
-                statistics={k: {who: cut(v) for who, v in found.items()} for k, found in weight.statistics.items()},
+                statistics={k: {who: cut(v) for who, v in values.items()} for k, values in weight.statistics.items()},
                 start=part.start,
             )
 
@@ -303,7 +305,7 @@ class _Merger:
         shapes = {name: self.pool.weights[name].shape for name in part.names if name in self.pool.weights}
         if part.stop is not None:
             shapes = dict.fromkeys(shapes, (part.entries,))
-        found: list[tuple[str, int, int]] = []
+        places: list[tuple[str, int, int]] = []
         stretches: list[list[int]] = []
         end = 0
         for name, shape in shapes.items():
@@ -312,17 +314,17 @@ class _Merger:
             if not stretches or place != sum(stretches[-1][::2]):
                 end += (place - end) % BLOCK
                 stretches.append([place, end, 0])
-            found.append((name, end, end + need))
+            places.append((name, end, end + need))
             stretches[-1][2] += need
             end += need
         room = self._own.scratch.take("out", end + BLOCK, device=torch.device("cpu"), dtype=torch.uint8)
         room = room[-room.data_ptr() % BLOCK :]
-        out = {name: room[start:stop].view(self.dtype(name)).view(shapes[name]) for name, start, stop in found}
+        out = {name: room[start:stop].view(self.dtype(name)).view(shapes[name]) for name, start, stop in places}
         return out, [(place, room[start : start + need]) for place, start, need in stretches]
 
     def _announce(self, part: Part) -> None:
         """Has the system start to read a part, unless an earlier look left it mapped, or it is in memory anyway."""
-        if not self._is_cached and not (self._stays_mapped and self._survey is not None):
+        if not self._is_cached and not (self._stays_mapped and self._global_stats is not None):
             self._advise(part, mmap.MADV_WILLNEED)
 
     def _leave(self, part: Part) -> None:

@@ -107,42 +107,42 @@ class Material:
                 name,
                 self.pool.base_weight(name).to(device),
                 {member: self.pool.member_weight(member, name).to(device) for member in self.pool.members},
-                {kind: {who: move(v) for who, v in found.items()} for kind, found in statistics.items() if found},
+                {kind: {who: move(v) for who, v in values.items()} for kind, values in statistics.items() if values},
                 transposed=self._transposed(name) or ("layout" in extras and name in self.pool.transposed),
                 factors=self._factors(name, device) if "factors" in extras else {},
             )
 
-    def survey(self, names: Iterable[str], method: Method, device: torch.device) -> Any:
+    def global_pass(self, names: Iterable[str], method: Method, device: torch.device) -> Any:
         """A method's facts about some of the weights, found on a device."""
-        return method.survey(parameters_of(self.weights(names, method.kinds, device, method.extras)))
+        return method.global_pass(parameters_of(self.weights(names, method.kinds, device, method.extras)))
 
-    def prepare(self, names: Sequence[str], method: Method, survey: Any, device: torch.device) -> Prepared:
-        """A method's state for some of the weights, given the survey of all."""
+    def prepare(self, names: Sequence[str], method: Method, global_stats: Any, device: torch.device) -> Prepared:
+        """A method's state for some of the weights, given the global statistics of all."""
         weights = list(self.weights(names, method.kinds, device, method.extras))
-        return running_statistics.prepare(method, weights, Context(self.examples, survey, self.pool.model_type))
+        return running_statistics.prepare(method, weights, Context(self.examples, global_stats, self.pool.model_type))
 
     def _transposed(self, name: str) -> bool:
         """Whether any statistics file says that this weight is stored [in, out]."""
         return any(
             self.pool.members[who].names[name] in file.transposed
-            for found in self.statistics.values()
-            for who, file in found.items()
+            for files in self.statistics.values()
+            for who, file in files.items()
             if who in self.pool.members
         )
 
     def _factors(self, name: str, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
         """Member → what its adapter adds to a weight, of those that do not hold it in full."""
-        found = {member: self.pool.member_factors(member, name) for member in self.pool.members}
-        return {who: (pair[0].to(device), pair[1].to(device)) for who, pair in found.items() if pair is not None}
+        pairs = {member: self.pool.member_factors(member, name) for member in self.pool.members}
+        return {who: (pair[0].to(device), pair[1].to(device)) for who, pair in pairs.items() if pair is not None}
 
     def _statistic(self, kind: str, name: str) -> dict[str, Tensor]:
         """A weight's statistic of each member that has one, in the file's own tensor objects."""
-        found = {}
+        values = {}
         for who, file in self.statistics[kind].items():
             own = self._own_name(who, name)
             if own in file.names:
-                found[who] = file.read(own)
-        return found
+                values[who] = file.read(own)
+        return values
 
     def _own_name(self, who: str, name: str) -> str:
         """A weight's name in the statistics of a member, or of somebody else."""
@@ -166,7 +166,7 @@ def open_statistics(pool: Pool, files: Mapping[str, Sequence[str]]) -> dict[str,
     Raises:
         StatisticsError: A file is damaged, belongs to another checkpoint, or is the second one of its kind.
     """
-    found: dict[str, dict[str, StatisticsFile]] = {}
+    by_kind: dict[str, dict[str, StatisticsFile]] = {}
     solutions = {METHODS[name].solution for name in METHODS}
     for who, paths in files.items():
         for path in paths:
@@ -181,12 +181,12 @@ def open_statistics(pool: Pool, files: Mapping[str, Sequence[str]]) -> dict[str,
                 file.check(checkpoint.fingerprint, checkpoint.tensors)
             else:
                 file.check(subset_fingerprint(pool, who.split("+")))
-            one = found.setdefault(file.kind, {}).setdefault(who, file)
+            one = by_kind.setdefault(file.kind, {}).setdefault(who, file)
             if one.path != path:
                 raise StatisticsError(
                     f"{who} has two files with the statistic '{file.kind}', {one.path} and {path}: name one of them"
                 )
-    return found
+    return by_kind
 
 
 def subset_fingerprint(pool: Pool, members: Sequence[str]) -> str:

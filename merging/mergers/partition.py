@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from merging.checkpoints.directories.writer import Files, Shard
+from merging.checkpoints.directories.writer import FileLayout, WeightFiles
 from merging.checkpoints.pool import Pool
 
 Result = TypeVar("Result")
@@ -25,14 +25,14 @@ class Part:
         entries: Number of entries to merge.
     """
 
-    shard: Shard
+    shard: FileLayout
     names: tuple[str, ...]
     entries: int
     start: int = 0
     stop: int | None = None
 
 
-def partition(pool: Pool, shards: Sequence[Shard], most: int, *, stretches: bool) -> list[Part]:
+def partition(pool: Pool, shards: Sequence[FileLayout], most: int, *, stretches: bool) -> list[Part]:
     """All tensors of the output files, cut into parts.
 
     Args:
@@ -62,7 +62,7 @@ def partition(pool: Pool, shards: Sequence[Shard], most: int, *, stretches: bool
     return parts
 
 
-def runs(parts: Sequence[Part], files: Files) -> list[list[Part]]:
+def runs(parts: Sequence[Part], files: WeightFiles) -> list[list[Part]]:
     """Parts that one thread merges one after another: those of a file that must be written in order."""
     if not files.in_order:
         return [[part] for part in parts]

@@ -50,9 +50,9 @@ class ResidentMerger:
             for name, target in self._out.items():
                 target.copy_(pool.member_weight(member, name) if member else pool.base_weight(name))
             return {}
-        found = weight_groups.split(self._out, complete)
-        scaling = {name: factors for names, factors in found for name in names}
-        kept = self._prepare(METHODS[complete.method], complete.parameters, [names for names, _ in found])
+        groups = weight_groups.split(self._out, complete)
+        scaling = {name: factors for names, factors in groups for name in names}
+        kept = self._prepare(METHODS[complete.method], complete.parameters, [names for names, _ in groups])
         for names, prepared in zip(kept.parts, kept.prepared, strict=True):
             prepared.merge(scaling[names[0]], complete.parameters, self._out)
         return joined(prepared.report() for prepared in kept.prepared)
@@ -65,33 +65,33 @@ class ResidentMerger:
         for number, names in enumerate(kept.parts):
             for name in names:
                 finer.setdefault((number, group[name]), []).append(name)
-        survey = kept.survey if kept.prepared else self._survey(method)
+        global_stats = kept.global_stats if kept.prepared else self._global_pass(method)
         refined, in_parts = None, self._is_part or len(finer) > 1
         if in_parts and (kept.refined_for != parameters or len(finer) > len(kept.parts)):
-            refined = self._refine(method, survey, parameters)
+            refined = self._second_pass(method, global_stats, parameters)
             # some ask again, knowing the answer; parts of a model cannot know all answers
             while not self._is_part and refined is not None:
-                more = self._refine(method, method.combine(survey, refined), parameters)
+                more = self._second_pass(method, method.combine(global_stats, refined), parameters)
                 if more is None:
                     break
                 refined = method.combine(refined, more)
         if not kept.prepared or len(finer) > len(kept.parts) or refined is not None:
             kept.prepared.clear()  # before the new state takes memory
-            kept.parts, kept.survey = list(finer.values()), survey
+            kept.parts, kept.global_stats = list(finer.values()), global_stats
             kept.refined_for = dict(parameters) if in_parts else None
-            seen = survey if refined is None else method.combine(survey, refined)
+            seen = global_stats if refined is None else method.combine(global_stats, refined)
             for names in kept.parts:
                 kept.prepared.append(self._material.prepare(names, method, seen, self._device))
         return kept
 
-    def _survey(self, method: Method) -> Any:
-        """The survey of all weights of the model."""
-        return self._material.survey(self._out, method, self._device)
+    def _global_pass(self, method: Method) -> Any:
+        """The global statistics of all weights of the model."""
+        return self._material.global_pass(self._out, method, self._device)
 
-    def _refine(self, method: Method, survey: Any, parameters: Mapping[str, Value]) -> Any:
+    def _second_pass(self, method: Method, global_stats: Any, parameters: Mapping[str, Value]) -> Any:
         """What a candidate's merge asks besides of all weights of the model."""
         weights = parameters_of(self._material.weights(self._out, method.kinds, self._device, method.extras))
-        return method.refine(weights, survey, parameters)
+        return method.second_pass(weights, global_stats, parameters)
 
 
 @dataclass
@@ -101,23 +101,23 @@ class _Kept:
     Args:
         parts: Weights' names, part by part.
         prepared: The state for each part; none before the first recipe.
-        survey: The survey of all weights.
-        refined_for: The parameters that the parts' survey was refined for, if the method asks for that.
+        global_stats: The global statistics of all weights.
+        refined_for: The parameters that the parts' global statistics were refined for, if the method asks for that.
     """
 
     parts: list[list[str]]
     prepared: list[Prepared] = field(default_factory=list)
-    survey: Any = None
+    global_stats: Any = None
     refined_for: Mapping[str, Value] | None = None
 
 
 def joined(reports: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """A method's figures on a merge from those on its parts: the largest of each; counts (`…_layers`, `…_entries`) add up."""
-    found: dict[str, float] = {}
+    totals: dict[str, float] = {}
     for report in reports:
         for name, value in report.items():
             if name.endswith(("_layers", "_entries")):
-                found[name] = found.get(name, 0.0) + value
+                totals[name] = totals.get(name, 0.0) + value
             else:
-                found[name] = max(found.get(name, value), value)
-    return found
+                totals[name] = max(totals.get(name, value), value)
+    return totals

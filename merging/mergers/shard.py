@@ -16,14 +16,14 @@ from merging.methods import METHODS, Method
 from merging.recipe import REFERENCES, Recipe, Value
 
 
-def surveys(method: str) -> bool:
+def needs_global_pass(method: str) -> bool:
     """Whether a recipe's method must have looked at all weights before any is merged."""
-    return method not in REFERENCES and type(METHODS[method]).survey is not Method.survey
+    return method not in REFERENCES and type(METHODS[method]).global_pass is not Method.global_pass
 
 
-def refines(method: str) -> bool:
+def needs_second_pass(method: str) -> bool:
     """Whether a method may ask more of all weights for a candidate."""
-    return method not in REFERENCES and type(METHODS[method]).refine is not Method.refine
+    return method not in REFERENCES and type(METHODS[method]).second_pass is not Method.second_pass
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class KeptMaterial(Material):
 class ShardMerger(ResidentMerger):
     """Merges some of a pool's weights, bit for bit as all together are merged.
 
-    What a method must know of all weights is told: each shard surveys its own, everybody is told all surveys, and so with what
-    a candidate asks besides.
+    Global statistics are exchanged: each shard passes over its own weights and receives what all the others have, and the
+    same again in the second pass.
 
     Args:
         material: Pool and statistics; only what belongs to the named weights is read.
@@ -92,7 +92,7 @@ class ShardMerger(ResidentMerger):
         pieces = self.values.split([size.numel() for size in sizes])  # type: ignore[no-untyped-call]
         out = {name: piece.view(size) for name, piece, size in zip(names, pieces, sizes, strict=True)}
         super().__init__(KeptMaterial.of(material), out)
-        self._surveys: dict[str, Any] = {}
+        self._global_stats: dict[str, Any] = {}
         self._more: Any = None
 
     def read(self) -> None:
@@ -104,33 +104,33 @@ class ShardMerger(ResidentMerger):
             for member in pool.members:
                 pool.member_weight(member, name)
 
-    def survey(self, method: str) -> dict[str, Any]:
-        """A method's survey of every single weight: added up in one order, they give what all together give."""
+    def global_pass(self, method: str) -> dict[str, Any]:
+        """A method's global statistics of every single weight: added up in one order, they give what all together give."""
         chosen = METHODS[method]
         weights = parameters_of(self._material.weights(self._out, chosen.kinds, self._device, chosen.extras))
-        return {weight.name: chosen.survey([weight]) for weight in weights}
+        return {weight.name: chosen.global_pass([weight]) for weight in weights}
 
     def knows(self, method: str) -> bool:
         """Whether there is nothing that this merger must be told of a method."""
-        return not surveys(method) or method in self._surveys
+        return not needs_global_pass(method) or method in self._global_stats
 
-    def settle(self, method: str, found: Sequence[Mapping[str, Any]]) -> None:
-        """Tells what all shards' surveys are."""
-        every = {name: survey for part in found for name, survey in part.items()}
+    def settle(self, method: str, parts: Sequence[Mapping[str, Any]]) -> None:
+        """Tells what all shards' global statistics are."""
+        every = {name: global_stats for part in parts for name, global_stats in part.items()}
         ordered = [every[name] for name in self._material.pool.weights if name in every]
-        self._surveys[method] = reduce(METHODS[method].combine, ordered)
+        self._global_stats[method] = reduce(METHODS[method].combine, ordered)
 
-    def refine(self, recipe: Recipe) -> Any:
-        """What this shard's weights add to the survey for a recipe; None for nothing."""
+    def second_pass(self, recipe: Recipe) -> Any:
+        """What this shard's weights add to the global statistics for a recipe; None for nothing."""
         complete = self._material.check(recipe)
-        return super()._refine(METHODS[recipe.method], self._surveys[recipe.method], complete.parameters)
+        return super()._second_pass(METHODS[recipe.method], self._global_stats[recipe.method], complete.parameters)
 
     def merge_part(self, recipe: Recipe, more: Sequence[Any] = ()) -> dict[str, float]:
         """Overwrites this shard's weights with the recipe's.
 
         Args:
             recipe: What to merge.
-            more: What all shards' `refine` gave for it.
+            more: What all shards' `second_pass` gave for it.
 
         Returns:
             The method's figures on this part of the merge.
@@ -138,12 +138,12 @@ class ShardMerger(ResidentMerger):
         Raises:
             MethodError: The recipe is wrong, or has no merge.
         """
-        told = [answer for answer in more if answer is not None]
-        self._more = reduce(METHODS[recipe.method].combine, told) if told else None
+        answers = [answer for answer in more if answer is not None]
+        self._more = reduce(METHODS[recipe.method].combine, answers) if answers else None
         return self.merge(recipe)
 
-    def _survey(self, method: Method) -> Any:
-        return self._surveys.get(method.name)
+    def _global_pass(self, method: Method) -> Any:
+        return self._global_stats.get(method.name)
 
-    def _refine(self, method: Method, survey: Any, parameters: Mapping[str, Value]) -> Any:
+    def _second_pass(self, method: Method, global_stats: Any, parameters: Mapping[str, Value]) -> Any:
         return self._more

@@ -14,7 +14,7 @@ Stored: TypeAlias = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
-class Place:
+class ShardContent:
     """What lies in one shard.
 
     Args:
@@ -30,7 +30,7 @@ class Place:
     merged_bytes: int
 
 
-def place(material: Material, methods: Sequence[str], shards: int) -> list[Place]:
+def place(material: Material, methods: Sequence[str], shards: int) -> list[ShardContent]:
     """The pool in shards of about equal bytes, weights that share a statistic together, so that nothing is read twice.
 
     Args:
@@ -41,12 +41,12 @@ def place(material: Material, methods: Sequence[str], shards: int) -> list[Place
     stored = _stored(material)
     units = [_unit(material, methods, names, stored) for names in _together(stored)]
     units.sort(key=lambda unit: (-unit.held_bytes, unit.names))
-    loads: list[list[Place]] = [[] for _ in range(max(1, min(shards, len(units))))]
+    loads: list[list[ShardContent]] = [[] for _ in range(max(1, min(shards, len(units))))]
     for unit in units:
-        min(loads, key=lambda load: sum(found.held_bytes for found in load)).append(unit)
+        min(loads, key=lambda load: sum(content.held_bytes for content in load)).append(unit)
     order = {name: number for number, name in enumerate(material.pool.weights)}
     return [
-        Place(
+        ShardContent(
             tuple(sorted((name for unit in load for name in unit.names), key=order.__getitem__)),
             sum(unit.read_bytes for unit in load),
             sum(unit.held_bytes for unit in load),
@@ -59,33 +59,33 @@ def place(material: Material, methods: Sequence[str], shards: int) -> list[Place
 def _stored(material: Material) -> dict[str, dict[Stored, int]]:
     """The statistics of every weight as they are stored, and how many entries each has."""
     members = material.pool.members
-    found: dict[str, dict[Stored, int]] = {name: {} for name in material.pool.weights}
+    by_name: dict[str, dict[Stored, int]] = {name: {} for name in material.pool.weights}
     for kind, files in material.statistics.items():
         for who, file in files.items():
             known = set(file.names)
-            for name, own in found.items():
+            for name, own in by_name.items():
                 called = members[who].names[name] if who in members else name
                 if called in known:
                     own[kind, who, file.shared.get(called, called)] = prod(file.shape(called))
-    return found
+    return by_name
 
 
 def _together(stored: Mapping[str, Mapping[Stored, int]]) -> list[list[str]]:
     """Weights in sets of which no two share a statistic."""
     first: dict[Stored, str] = {}
-    found = {name: [name] for name in stored}
+    group_of = {name: [name] for name in stored}
     for name, own in stored.items():
         for key in own:
-            one, other = found[first.setdefault(key, name)], found[name]
+            one, other = group_of[first.setdefault(key, name)], group_of[name]
             if one is not other:
                 one += other
-                found |= dict.fromkeys(other, one)
-    return list({id(names): names for names in found.values()}.values())
+                group_of |= dict.fromkeys(other, one)
+    return list({id(names): names for names in group_of.values()}.values())
 
 
 def _unit(
     material: Material, methods: Sequence[str], names: Sequence[str], stored: Mapping[str, Mapping[Stored, int]]
-) -> Place:
+) -> ShardContent:
     """Some weights by themselves.
 
     Methods that need statistics are counted with one float32 copy of every member, for what they prepare; the others refer
@@ -98,4 +98,4 @@ def _unit(
         read += sum(member.checkpoint.tensors[member.names[name]].nbytes for name in names)
     read += FLOAT32 * sum({key: size for name in names for key, size in stored[name].items()}.values())
     prepared = sum(bool(METHODS[method].requires) for method in methods) * len(pool.members)
-    return Place(tuple(names), read, read + FLOAT32 * entries * (1 + prepared), FLOAT32 * entries)
+    return ShardContent(tuple(names), read, read + FLOAT32 * entries * (1 + prepared), FLOAT32 * entries)

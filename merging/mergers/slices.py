@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from merging.checkpoints.checkpoint import CONFIG, Checkpoint
-from merging.checkpoints.directories.writer import SHARD_BYTES, Files, Shard, lay_out, new_checkpoint
+from merging.checkpoints.directories.writer import SHARD_BYTES, FileLayout, WeightFiles, lay_out, new_checkpoint
 from merging.checkpoints.formats.configuration import resolved_config
 from merging.checkpoints.models import skeleton
 from merging.checkpoints.pool import Pool
@@ -65,10 +65,10 @@ def layers(text: str) -> tuple[int, int | None]:
     Raises:
         MethodError: It is written otherwise.
     """
-    found = re.fullmatch(r"(\d{1,6})(-(\d{1,6})?)?", text)
-    if found is None or (found[3] and int(found[3]) < int(found[1])):
+    match = re.fullmatch(r"(\d{1,6})(-(\d{1,6})?)?", text)
+    if match is None or (match[3] and int(match[3]) < int(match[1])):
         raise MethodError(f"'{text}' names no layers: write '3', '0-2', or '9-' to the end")
-    return int(found[1]), int(found[3]) if found[3] else None if found[2] else int(found[1])
+    return int(match[1]), int(match[3]) if match[3] else None if match[2] else int(match[1])
 
 
 def write_slices(
@@ -144,8 +144,8 @@ def _stack(base: Checkpoint) -> tuple[str, int, str | None]:
     counts = {config[key] for key in COUNTS if key in config}
     stacks: dict[str, set[int]] = {}
     for name in base.tensors:
-        if found := NUMBER.search(name):
-            stacks.setdefault(name[: found.start(1)], set()).add(int(found[1]))
+        if match := NUMBER.search(name):
+            stacks.setdefault(name[: match.start(1)], set()).add(int(match[1]))
     chosen = [prefix for prefix, numbers in stacks.items() if counts == {len(numbers)} == {max(numbers) + 1}]
     if len(chosen) != 1:
         which = f"several ({', '.join(chosen)})" if chosen else "none"
@@ -192,8 +192,8 @@ def _pieces(
         _known(pool, owner, "rest")
     own: dict[int, list[tuple[str, str]]] = {}
     for name in pool.base.tensors:
-        if (found := NUMBER.search(name)) and name[: found.start(1)] == prefix:
-            own.setdefault(int(found[1]), []).append((name, name[found.end(1) :]))
+        if (match := NUMBER.search(name)) and name[: match.start(1)] == prefix:
+            own.setdefault(int(match[1]), []).append((name, name[match.end(1) :]))
     idle = {(number, pattern) for number, (_, _, part) in enumerate(picks) for pattern in part.scale}
     stacked: dict[str, _Piece] = {}
     for number, (source, layer, part) in enumerate(picks):
@@ -264,8 +264,8 @@ def _level(config: Mapping[str, Any] | None, level: str | None, base: Checkpoint
             f"{base.path}: transformers cannot read its config.json with another number of layers, or does not know "
             f"'{base.config.get('model_type')}'"
         )
-    found: Mapping[str, Any] = config if level is None else config[level]
-    return found
+    level_config: Mapping[str, Any] = config if level is None else config[level]
+    return level_config
 
 
 def _check(base: Checkpoint, config: Mapping[str, Any], pieces: Mapping[str, _Piece]) -> None:
@@ -277,7 +277,7 @@ def _check(base: Checkpoint, config: Mapping[str, Any], pieces: Mapping[str, _Pi
     """
     old = skeleton.build(base.path, base.config, base.architecture)
     new = skeleton.build(base.path, config, base.architecture)
-    (before, known), (after, asked) = (
+    (before, known), (after, needed) = (
         (
             skeleton.live_names(model, names),
             {k: tuple(v.shape) for k, v in model.named_parameters(remove_duplicate=False)},
@@ -285,21 +285,21 @@ def _check(base: Checkpoint, config: Mapping[str, Any], pieces: Mapping[str, _Pi
         for model, names in ((old, list(base.tensors)), (new, list(pieces)))
     )
     spare = known.keys() - before.values()
-    if missing := sorted(asked.keys() - after.values() - spare):
+    if missing := sorted(needed.keys() - after.values() - spare):
         raise MethodError(
             f"the layers do not fit: in this order the model needs '{missing[0]}', which they have not. Layers of "
             "different kinds keep their places (first dense, then experts)"
         )
     for name, piece in pieces.items():
         was, now = before.get(piece.original), after.get(name)
-        if (was is None) != (now is None) or (was in known and now in asked and known[was] != asked[now]):
+        if (was is None) != (now is None) or (was in known and now in needed and known[was] != needed[now]):
             raise MethodError(
                 f"the layers do not fit: '{piece.original}' would be '{name}', where the model needs "
-                f"{list(asked[now]) if now in asked else 'no such weight'}"
+                f"{list(needed[now]) if now in needed else 'no such weight'}"
             )
 
 
-def _write(pool: Pool, files: Files, shard: Shard, pieces: Mapping[str, _Piece]) -> int:
+def _write(pool: Pool, files: WeightFiles, shard: FileLayout, pieces: Mapping[str, _Piece]) -> int:
     """Writes a file; returns its number of entries."""
     entries = 0
     with files.open(shard) as put:

@@ -135,11 +135,11 @@ def _groups(names: tuple[str, ...], keys: tuple[str, ...]) -> Groups:
     for key in keys:
         member, _, group = key.partition(GROUP)
         members.setdefault(member, []).append((group, key))
-    found: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    by_groups: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for name in names:
         own = tuple((member, _key(member, groups, name)) for member, groups in members.items())
-        found.setdefault(own, []).append(name)
-    return tuple((tuple(own), keys) for keys, own in found.items())
+        by_groups.setdefault(own, []).append(name)
+    return tuple((tuple(own), keys) for keys, own in by_groups.items())
 
 
 def _key(member: str, groups: Sequence[tuple[str, str]], name: str) -> str:
@@ -174,9 +174,9 @@ def _matcher(group: str) -> Callable[[str], bool]:
         if not group:
             raise MethodError(f"a scaling factor names no group after '{GROUP}': write a pattern, 'layers:0-2' or '*'")
         return partial(_fits, pattern=group)
-    found = re.fullmatch(r"(\d+)(?:(-)(\d*))?", group.removeprefix(LAYERS))
-    first = int(found[1]) if found else 0
-    last = first if found and not found[2] else float(found[3] or inf) if found else -1
+    match = re.fullmatch(r"(\d+)(?:(-)(\d*))?", group.removeprefix(LAYERS))
+    first = int(match[1]) if match else 0
+    last = first if match and not match[2] else float(match[3] or inf) if match else -1
     if last < first:
         raise MethodError(f"'{group}' names no layers: write 'layers:3', 'layers:0-2', or 'layers:9-' to the end")
     return lambda name: first <= depth(name) <= last

@@ -87,15 +87,15 @@ def statistic(
     Raises:
         MethodError: A member lacks it, or its is of another shape, negative, NaN or Inf.
     """
-    found = weight.statistics.get(kind, {})
-    if not any(member in found for member in weight.members):
+    own = weight.statistics.get(kind, {})
+    if not any(member in own for member in weight.members):
         return {}
     remedy = f"Compute the {kind} statistic of this member again, or leave the member out"
     values = {}
-    for member in [*sorted(weight.members), *([BASE] if base and BASE in found else [])]:
-        if member not in found:
+    for member in [*sorted(weight.members), *([BASE] if base and BASE in own else [])]:
+        if member not in own:
             raise MethodError(f"{member}: no {kind} for '{weight.name}', which other members have. {remedy}")
-        value = found[member]
+        value = own[member]
         if list(value.shape) != list(shape):
             raise MethodError(
                 f"{member}: {kind} of '{weight.name}' has shape {list(value.shape)}, not {list(shape)}: it "

@@ -32,19 +32,19 @@ class CoreSpace(Modified):
         """Never: an entry is a product of factors."""
         return False
 
-    def survey(self, weights: Iterable[Weight]) -> "Survey":
+    def global_pass(self, weights: Iterable[Weight]) -> "FactorStatistics":
         """Gram matrices of all members' factors, from which any subset's cores follow."""
-        return Survey({weight.name: _grams(weight) for weight in weights if _has_factors(weight)})
+        return FactorStatistics({weight.name: _grams(weight) for weight in weights if _has_factors(weight)})
 
-    def sample(self, weights: Iterable[Weight], parameters: Mapping[str, Value]) -> "Survey":
+    def sample(self, weights: Iterable[Weight], parameters: Mapping[str, Value]) -> "FactorStatistics":
         """The survey."""
-        return self.survey(weights)
+        return self.global_pass(weights)
 
-    def combine(self, first: "Survey | None", second: "Survey | None") -> "Survey":
+    def combine(self, first: "FactorStatistics | None", second: "FactorStatistics | None") -> "FactorStatistics":
         """Those of all weights."""
-        return Survey({**(first.grams if first else {}), **(second.grams if second else {})})
+        return FactorStatistics({**(first.grams if first else {}), **(second.grams if second else {})})
 
-    def refine(self, weights: Iterable[Weight], survey: Any, parameters: Mapping[str, Value]) -> None:
+    def second_pass(self, weights: Iterable[Weight], global_stats: Any, parameters: Mapping[str, Value]) -> None:
         """Nothing: all cores of the model are small, and whoever merges a part of it has them all."""
         return
 
@@ -54,8 +54,8 @@ class CoreSpace(Modified):
         Raises:
             MethodError: The method looks at the whole model at once, and a member holds a weight in full.
         """
-        survey = self.survey(weights) if context.survey is None else context.survey
-        return PreparedCore(weights, self.inner, survey, context)
+        global_stats = self.global_pass(weights) if context.global_stats is None else context.global_stats
+        return PreparedCore(weights, self.inner, global_stats, context)
 
 
 @modifier("core")
@@ -101,7 +101,7 @@ class FactorGrams:
 
 
 @dataclass(frozen=True)
-class Survey:
+class FactorStatistics:
     """Weight → Gram matrices of its factors, of every weight that no member holds in full."""
 
     grams: Mapping[str, FactorGrams]
@@ -149,12 +149,14 @@ class PreparedCore(Prepared):
         context: What else is known of it.
     """
 
-    def __init__(self, weights: Sequence[Weight], inner: Method, survey: Survey, context: Context) -> None:
+    def __init__(
+        self, weights: Sequence[Weight], inner: Method, global_stats: FactorStatistics, context: Context
+    ) -> None:
         self._members = check_weights(weights)
         self._weights = tuple(weights)
         self._inner = inner
-        self._survey = survey
-        self._context = replace(context, survey=None)
+        self._global_stats = global_stats
+        self._context = replace(context, global_stats=None)
         self._scratch = Scratch()
         self._whole = [weight for weight in weights if not _has_factors(weight)]
         self._kept: Subset | None = None
@@ -196,8 +198,8 @@ class PreparedCore(Prepared):
             return self._kept
         self._kept = None  # before the new one takes memory
         device = self._weights[0].base.device
-        found = {name: _core(name, grams, members, device) for name, grams in self._survey.grams.items()}
-        cores = {name: one for name, one in found.items() if one is not None}
+        of_weight = {name: _core(name, grams, members, device) for name, grams in self._global_stats.grams.items()}
+        cores = {name: one for name, one in of_weight.items() if one is not None}
         bases = {}
         for weight in self._weights:
             if weight.name in cores:
@@ -220,9 +222,9 @@ def _has_factors(weight: Weight) -> bool:
 
 def _looks_at_all(method: Method) -> bool:
     """Whether a method must have looked at all weights before any is merged, but for counting layers."""
-    if isinstance(method, Modified) and type(method).survey in (Modified.survey, Lines.survey):
+    if isinstance(method, Modified) and type(method).global_pass in (Modified.global_pass, Lines.global_pass):
         return _looks_at_all(method.inner)
-    return type(method).survey is not Method.survey
+    return type(method).global_pass is not Method.global_pass
 
 
 def _grams(weight: Weight) -> FactorGrams:
@@ -232,8 +234,8 @@ def _grams(weight: Weight) -> FactorGrams:
     left = torch.cat([weight.factors[member][0].double() for member in members], dim=1)
     right = torch.cat([weight.factors[member][1].double() for member in members])
     reading = left if weight.transposed else right.mT
-    found = weight.statistics.get("gram", {}) if sum(ranks.values()) else {}
-    inputs = {m: (reading.mT @ found[m].double() @ reading).cpu() for m in members if m in found}
+    grams = weight.statistics.get("gram", {}) if sum(ranks.values()) else {}
+    inputs = {m: (reading.mT @ grams[m].double() @ reading).cpu() for m in members if m in grams}
     return FactorGrams(ranks, (left.mT @ left).cpu(), (right @ right.mT).cpu(), weight.transposed, inputs)
 
 
@@ -250,8 +252,8 @@ def _core(name: str, grams: FactorGrams, members: Sequence[str], device: torch.d
         moved[member] = (product.mT if grams.transposed else product).float().to(device)
     inputs = left if grams.transposed else right
     statistics = {m: (inputs.mT @ grams.inputs[m][columns][:, columns] @ inputs).to(device) for m in grams.inputs}
-    found = {"gram": {m: value for m, value in statistics.items() if m in members}} if statistics else {}
-    weight = Weight(name, torch.zeros_like(moved[members[0]]), moved, found)
+    given = {"gram": {m: value for m, value in statistics.items() if m in members}} if statistics else {}
+    weight = Weight(name, torch.zeros_like(moved[members[0]]), moved, given)
     return Core(weight, left.to(device), right.mT.to(device))
 
 

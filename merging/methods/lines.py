@@ -35,9 +35,9 @@ class Lines(Modified):
     }
     inner: ClassVar[Method] = METHODS[TaskArithmetic.name]
 
-    def survey(self, weights: Iterable[Weight]) -> tuple[int, Any]:
-        """Number of layers seen, and the survey of the method that is scaled."""
-        return self._seen(weights, self.inner.survey)
+    def global_pass(self, weights: Iterable[Weight]) -> tuple[int, Any]:
+        """Number of layers seen, and the global statistics of the method that is scaled."""
+        return self._seen(weights, self.inner.global_pass)
 
     def sample(self, weights: Iterable[Weight], parameters: Mapping[str, Value]) -> tuple[int, Any]:
         """Number of layers seen, and the sample of the method that is scaled."""
@@ -54,28 +54,28 @@ class Lines(Modified):
                 yield weight
 
         rest = counted()
-        found = look(rest)
-        for _ in rest:  # a method that needs no survey has left them all
+        inner = look(rest)
+        for _ in rest:  # a method that needs no global pass has left them all
             pass
-        return layers, found
+        return layers, inner
 
     def combine(self, first: tuple[int, Any] | None, second: tuple[int, Any] | None) -> tuple[int, Any]:
-        """The larger number; both of the inner surveys."""
+        """The larger number; both of the inner global statistics."""
         (one, some), (other, more) = first or (1, None), second or (1, None)
         return max(one, other), self.inner.combine(some, more)
 
-    def refine(
-        self, weights: Iterable[Weight], survey: tuple[int, Any], parameters: Mapping[str, Value]
+    def second_pass(
+        self, weights: Iterable[Weight], global_stats: tuple[int, Any], parameters: Mapping[str, Value]
     ) -> tuple[int, Any] | None:
-        """More of the inner survey."""
-        layers, found = survey
-        more = self.inner.refine(weights, found, parameters)
+        """More of the inner global statistics."""
+        layers, inner = global_stats
+        more = self.inner.second_pass(weights, inner, parameters)
         return None if more is None else (layers, more)
 
     def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
         """What the method that is scaled prepares."""
-        layers, found = self.survey(weights) if context.survey is None else context.survey
-        prepared = self.inner.prepare(weights, replace(context, survey=found))
+        layers, inner = self.global_pass(weights) if context.global_stats is None else context.global_stats
+        prepared = self.inner.prepare(weights, replace(context, global_stats=inner))
         return PreparedLines(weights, prepared, layers)
 
 

@@ -110,12 +110,12 @@ class Context:
 
     Args:
         examples: Number of training examples behind each member (and `BASE`, where known).
-        survey: The combined `Method.survey` of all weights of the model, whatever part of them is being prepared.
+        global_stats: The combined `Method.global_pass` of all weights of the model, whatever part of them is being prepared.
         model_type: Of the base's configuration.
     """
 
     examples: Mapping[str, int] = field(default_factory=dict)
-    survey: Any = None
+    global_stats: Any = None
     model_type: str = ""
 
 
@@ -167,9 +167,9 @@ class Method(ABC):
     per_member: ClassVar[tuple[str, ...]] = ()
     """Parameters that a recipe may give for one member alone, as `density@amazon`, beside or instead of one for all."""
     elementwise: ClassVar[bool] = False
-    """Whether, given the survey, an entry's merge needs no other entry, so that a weight may be merged in stretches.
+    """Whether, given the global statistics, an entry's merge needs no other entry, so that a weight may be merged in stretches.
 
-    `survey` and `combine` then take stretches, too: two of one weight add up."""
+    `global_pass` and `combine` then take stretches, too: two of one weight add up."""
 
     def is_elementwise(self, parameters: Mapping[str, Value]) -> bool:
         """Whether a merge with these parameters is: some ask for whole rows, or for a whole weight's norm."""
@@ -200,7 +200,7 @@ class Method(ABC):
         """Whether a merge with these parameters is θ_0 + Σ α_t u_t, u_t independent of the scaling factors α."""
         return False
 
-    def survey(self, weights: Iterable[Weight]) -> Any:
+    def global_pass(self, weights: Iterable[Weight]) -> Any:
         """Facts about all weights of the model that merging any of them needs (a norm, a histogram).
 
         Surveys of parts are combined with `combine`, so that the parts may lie on different machines.
@@ -208,29 +208,29 @@ class Method(ABC):
         return None
 
     def sample(self, weights: Iterable[Weight], parameters: Mapping[str, Value]) -> Any:
-        """The survey for one candidate alone, which may be an estimate that `refine` makes exact.
+        """The global statistics for one candidate alone, which may be an estimate that `second_pass` makes exact.
 
-        It is combined with `combine`; `refine` is asked with it until it gives None.
+        It is combined with `combine`; `second_pass` is asked with it until it gives None.
         """
-        return self.survey(weights)
+        return self.global_pass(weights)
 
     def combine(self, first: Any, second: Any) -> Any:
-        """The survey of two disjoint sets of weights, from the surveys of each; associative and commutative."""
+        """The global statistics of two disjoint sets of weights, from those of each; associative and commutative."""
         return None
 
-    def refine(self, weights: Iterable[Weight], survey: Any, parameters: Mapping[str, Value]) -> Any:
-        """More of the survey: what one candidate's merge asks of all weights, and no survey can foresee.
+    def second_pass(self, weights: Iterable[Weight], global_stats: Any, parameters: Mapping[str, Value]) -> Any:
+        """More of the global statistics: what one candidate's merge asks of all weights, and no global pass can foresee.
 
         It is asked for where the model is prepared in parts that are not at hand together. What all parts answer is
-        combined with the survey.
+        combined with the global statistics.
 
         Args:
             weights: Some of the pool's weights.
-            survey: The combined survey of all.
+            global_stats: The combined global statistics of all.
             parameters: The candidate's.
 
         Returns:
-            None where the survey says enough; then no weight has been looked at.
+            None where the global statistics say enough; then no weight has been looked at.
         """
         return None
 
@@ -240,7 +240,7 @@ class Method(ABC):
 
         Args:
             weights: Some of the pool's weights, or all, on the device that will merge.
-            context: What is known of the whole pool; `context.survey` covers the whole model.
+            context: What is known of the whole pool; `context.global_stats` covers the whole model.
 
         Raises:
             MethodError: A statistic is missing or has another shape than its weight asks for.
@@ -288,7 +288,7 @@ class Method(ABC):
         Raises:
             MethodError: A parameter is one for all members, a member takes no part, or a value is out of bounds.
         """
-        found: dict[str, Value] = {}
+        values: dict[str, Value] = {}
         for key, value in recipe.parameters.items():
             name, grouped, member = key.partition(GROUP)
             if not grouped or name not in self.parameters:
@@ -305,8 +305,8 @@ class Method(ABC):
                         f"'{name}{GROUP}{member.partition(GROUP)[0]}'"
                     )
                 raise MethodError(f"'{key}': '{member}' takes no part. {did_you_mean(member, list(recipe.members))}")
-            found[key] = self.parameters[name].check(key, value)
-        return found
+            values[key] = self.parameters[name].check(key, value)
+        return values
 
 
 def of_member(parameters: Mapping[str, Value], name: str, member: str) -> float:

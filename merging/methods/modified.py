@@ -51,9 +51,9 @@ class Modified(Method):
         """Where the method that is modified is."""
         return self.inner.is_elementwise(parameters)
 
-    def survey(self, weights: Iterable[Any]) -> Any:
+    def global_pass(self, weights: Iterable[Any]) -> Any:
         """That of the method that is modified."""
-        return self.inner.survey(weights)
+        return self.inner.global_pass(weights)
 
     def sample(self, weights: Iterable[Any], parameters: Mapping[str, Value]) -> Any:
         """That of the method that is modified."""
@@ -63,9 +63,9 @@ class Modified(Method):
         """That of the method that is modified."""
         return self.inner.combine(first, second)
 
-    def refine(self, weights: Iterable[Any], survey: Any, parameters: Mapping[str, Value]) -> Any:
+    def second_pass(self, weights: Iterable[Any], global_stats: Any, parameters: Mapping[str, Value]) -> Any:
         """That of the method that is modified."""
-        return self.inner.refine(weights, survey, parameters)
+        return self.inner.second_pass(weights, global_stats, parameters)
 
 
 class PreparedModified(Prepared):

@@ -89,7 +89,7 @@ def descend(
     factors = torch.tensor([complete.scaling[key] for key in keys], dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([factors], lr=settings.learning_rate)
     batches = [Endless(task, "train" if settings.loss == "distil" else "validation", settings.batch) for task in tasks]
-    found: list[Waypoint] = []
+    waypoints: list[Waypoint] = []
     stretch: list[tuple[Tensor, float]] = []
     examples = 0
     for step in range(settings.steps):
@@ -106,13 +106,15 @@ def descend(
                 factors.grad[keys.index(places[name][member])] += products[index]
         adam.step()
         stretch.append((factors.detach().clone(), loss))
-        if (step + 1) * settings.waypoints // settings.steps > len(found):
+        if (step + 1) * settings.waypoints // settings.steps > len(waypoints):
             mean = torch.stack([kept for kept, _ in stretch]).mean(0)
             away = sum(kept for _, kept in stretch) / len(stretch)
-            found.append(Waypoint(Recipe(complete.method, _scaling(keys, mean), complete.parameters), away, examples))
+            waypoints.append(
+                Waypoint(Recipe(complete.method, _scaling(keys, mean), complete.parameters), away, examples)
+            )
             stretch = []
         progress(step + 1, settings.steps)
-    return found
+    return waypoints
 
 
 def _scaling(keys: Sequence[str], factors: Tensor) -> dict[str, float]:

@@ -70,8 +70,8 @@ def quadratics(material: Material, basis: Basis, groups: Sequence[Sequence[str]]
     Raises:
         MethodError: A member lacks the statistic.
     """
-    found = material.statistics.get(kind, {})
-    if missing := [member for member in basis.members if member not in found]:
+    by_member = material.statistics.get(kind, {})
+    if missing := [member for member in basis.members if member not in by_member]:
         raise MethodError(f"the quadratic model needs the statistic '{kind}' of {', '.join(missing)}")
     count = len(basis.members)
     forms = {

@@ -50,7 +50,7 @@ class Equations:
         """Whether all sums are finite numbers."""
         return all(bool(total.isfinite().all()) for total in self._sums)
 
-    def solve(self, ridge: float, biased: bool, name: str) -> "Solution":
+    def solve(self, ridge: float, biased: bool, name: str) -> "LeastSquaresUpdate":
         """Minimises ‖X̂ Δ − E‖² + λ ‖Δ‖², λ = ridge × the mean of diag(X̂ᵀX̂); a bias is not held back.
 
         Args:
@@ -69,11 +69,11 @@ class Equations:
         delta = solve(factors, scale, right.clone()[None])[0]
         left = missed - ((2 * right - gram @ delta) * delta).sum()
         before, after = (float(part.clamp_min(0) / wanted.clamp_min(1e-30)) for part in (missed, left))
-        return Solution(delta, before, after, float(added[0]))
+        return LeastSquaresUpdate(delta, before, after, float(added[0]))
 
 
 @dataclass(frozen=True)
-class Solution:
+class LeastSquaresUpdate:
     """What least squares found.
 
     Args:
@@ -88,6 +88,6 @@ class Solution:
     after: float
     added: float
 
-    def to(self, device: str | torch.device) -> "Solution":
+    def to(self, device: str | torch.device) -> "LeastSquaresUpdate":
         """The same on another device."""
         return replace(self, delta=self.delta.to(device))

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from merging.propagation.paused_forward import Place
+from merging.propagation.paused_forward import HookPoint
 from merging.propagation.residual import Sights
-from merging.propagation.used_positions import Rows, used_rows
+from merging.propagation.used_positions import UsedPositions, used_rows
 from merging.statistics.capture.hooks import differentiable
 from merging.statistics.capture.layers import decoder_layers, decoder_mask
 from merging.statistics.capture.verification import probe_gradient
@@ -33,9 +33,9 @@ class Call:
     path: str
     order: int
     source: int
-    rows: Rows
+    rows: UsedPositions
     decoding: bool
-    residual: Place | None
+    residual: HookPoint | None
 
 
 def trace(model: nn.Module, task: Task, layers: Mapping[str, str], batch: Batch) -> dict[str, Call]:
@@ -77,8 +77,8 @@ def _gradients(logits: Tensor, edges: Mapping[str, GradientEdge]) -> dict[str, T
     """The gradient of a sum over all logits, each with a weight of its own, for each layer's output."""
     if not logits.requires_grad:
         return dict.fromkeys(edges)
-    found = torch.autograd.grad(logits, list(edges.values()), probe_gradient(logits), allow_unused=True)
-    return dict(zip(edges, found, strict=True))
+    gradients = torch.autograd.grad(logits, list(edges.values()), probe_gradient(logits), allow_unused=True)
+    return dict(zip(edges, gradients, strict=True))
 
 
 class _Tracer:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from merging.checkpoints.pool import Pool
 from merging.errors import MethodError
-from merging.propagation.equations import Equations, Solution
-from merging.propagation.member import Plan
-from merging.propagation.member_group import Crew
+from merging.propagation.equations import Equations, LeastSquaresUpdate
+from merging.propagation.member import PassPlan
+from merging.propagation.member_group import MemberGroup
 from merging.propagation.settings import PropagationSettings
 from merging.registry import did_you_mean
 from merging.tasks.task import Task
@@ -82,21 +82,21 @@ def propagate(
     """
     settings = settings or PropagationSettings()
     chosen = checked(pool, tasks, members, settings)
-    crew = Crew(pool, tasks, chosen, plain_mean(pool, chosen, device), settings)
-    groups = shared_inputs(crew.plans)
+    everyone = MemberGroup(pool, tasks, chosen, plain_mean(pool, chosen, device), settings)
+    groups = shared_inputs(everyone.plans)
     fits = []
     try:
-        crew.begin(groups)
+        everyone.begin(groups)
         for done, group in enumerate(groups):
             progress(done, len(groups))
-            total = crew.equations(group)
-            solution = solved(group, crew.plans, total, settings)
-            crew.apply(group, solution)
-            fits.append(described(group, crew.plans, total.rows, solution, settings))
+            total = everyone.equations(group)
+            solution = solved(group, everyone.plans, total, settings)
+            everyone.apply(group, solution)
+            fits.append(described(group, everyone.plans, total.rows, solution, settings))
         progress(len(groups), len(groups))
     finally:
-        crew.end()
-    return Propagation(crew.out, tuple(fits))
+        everyone.end()
+    return Propagation(everyone.out, tuple(fits))
 
 
 def checked(pool: Pool, tasks: Container[str], members: Sequence[str], settings: PropagationSettings) -> list[str]:
@@ -134,7 +134,7 @@ def plain_mean(pool: Pool, members: Sequence[str], device: str | torch.device) -
     return merged
 
 
-def shared_inputs(plans: Sequence[Plan]) -> list[tuple[str, ...]]:
+def shared_inputs(plans: Sequence[PassPlan]) -> list[tuple[str, ...]]:
     """The weights of layers that every member runs once, by the input that they share, in the order of running.
 
     Layers whose rows differ (a query of which only CLS counts, keys of which all tokens do) are solved apart.
@@ -144,21 +144,23 @@ def shared_inputs(plans: Sequence[Plan]) -> list[tuple[str, ...]]:
     """
     first = plans[0]
     common = [name for name in first.calls if all(name in plan.calls for plan in plans)]
-    found: dict[object, list[str]] = {}
+    groups: dict[object, list[str]] = {}
     for name in common:
         calls = [plan.calls[name] for plan in plans]
         key = tuple((call.source, call.rows) for call in calls), first.layers[name].bias is None
-        found.setdefault(key, []).append(name)
+        groups.setdefault(key, []).append(name)
     for plan in plans[1:]:
         if [name for name in plan.calls if name in common] != common:
             raise MethodError(
                 f"{plan.member} runs its layers in another order than {first.member}, so that they "
                 "cannot be merged one after another: use regmean"
             )
-    return [tuple(group) for group in found.values()]
+    return [tuple(group) for group in groups.values()]
 
 
-def solved(group: Sequence[str], plans: Sequence[Plan], total: Equations, settings: PropagationSettings) -> Solution:
+def solved(
+    group: Sequence[str], plans: Sequence[PassPlan], total: Equations, settings: PropagationSettings
+) -> LeastSquaresUpdate:
     """Solves a group of layers.
 
     Raises:
@@ -168,7 +170,11 @@ def solved(group: Sequence[str], plans: Sequence[Plan], total: Equations, settin
 
 
 def described(
-    group: Sequence[str], plans: Sequence[Plan], rows: int, solution: Solution, settings: PropagationSettings
+    group: Sequence[str],
+    plans: Sequence[PassPlan],
+    rows: int,
+    solution: LeastSquaresUpdate,
+    settings: PropagationSettings,
 ) -> Fit:
     """What to tell of a group's solution."""
     repairing = settings.update == "propagated" and any(plan.calls[name].residual for plan in plans for name in group)

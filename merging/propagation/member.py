@@ -14,7 +14,7 @@ from merging.evaluation.shared_weights import share_weights
 from merging.propagation.equations import Equations
 from merging.propagation.execution_order import Call, trace
 from merging.propagation.merged_layers import Layer, merged_layers
-from merging.propagation.paused_forward import Place, Stop, Stream
+from merging.propagation.paused_forward import HookPoint, Stop, Stream
 from merging.propagation.settings import PropagationSettings
 from merging.statistics.capture.hooks import without_cache
 from merging.statistics.capture.layers import decoder_mask
@@ -27,7 +27,7 @@ TRACED = 8
 
 
 @dataclass(frozen=True)
-class Plan:
+class PassPlan:
     """What is known of a member's passes before they begin.
 
     Args:
@@ -80,16 +80,18 @@ class MemberPasses:
         (few,) = task.batches("train", 0, min(TRACED, stop), TRACED)
         paths = {layer.path: name for name, layer in self.layers.items()}
         few = few.to(device)
-        found = self._inspected(paths, few)
+        inspected = self._inspected(paths, few)
         calls = trace(self._own, task, paths, few)
-        self.calls: Mapping[str, Call] = {name: call for name, call in calls.items() if name not in found.incomplete}
-        self.plan = Plan(member, self.layers, self.calls)
+        self.calls: Mapping[str, Call] = {
+            name: call for name, call in calls.items() if name not in inspected.incomplete
+        }
+        self.plan = PassPlan(member, self.layers, self.calls)
         batches = [batch.to(device) for batch in task.batches("train", 0, stop, settings.batch_size)]
-        if not found.unlike.isdisjoint(self.calls):
+        if not inspected.unlike.isdisjoint(self.calls):
             batches = [one for batch in batches for one in single_examples(batch, unpadded=True)]
         self._batches = batches
         self._streams: list[Stream] = []
-        self._last: dict[Place, str] = {}
+        self._last: dict[HookPoint, str] = {}
 
     def begin(self, groups: Sequence[Sequence[str]]) -> None:
         """Starts the passes, which will stop before the first layer of each group of weights."""

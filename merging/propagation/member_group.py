@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from merging.checkpoints.pool import Pool
-from merging.propagation.equations import Equations, Solution
-from merging.propagation.member import MemberPasses, Plan
+from merging.propagation.equations import Equations, LeastSquaresUpdate
+from merging.propagation.member import MemberPasses, PassPlan
 from merging.propagation.settings import PropagationSettings
 from merging.tasks.task import Task
 
 
-class Crew:
+class MemberGroup:
     """Members that are led from layer to layer together.
 
     Args:
@@ -36,7 +36,7 @@ class Crew:
         self.out = out
         self._settings = settings
         self._passes = [MemberPasses(pool, member, tasks[member], out, settings) for member in members]
-        self.plans: list[Plan] = [passes.plan for passes in self._passes]
+        self.plans: list[PassPlan] = [passes.plan for passes in self._passes]
 
     def begin(self, groups: Sequence[Sequence[str]]) -> None:
         """Starts all passes; `groups` are the weights of layers that share an input, in the order of running."""
@@ -56,7 +56,7 @@ class Crew:
             total.add_mean(passes.equations(group), self._settings.factors.get(passes.member, 1.0))
         return total
 
-    def apply(self, group: Sequence[str], solution: Solution) -> None:
+    def apply(self, group: Sequence[str], solution: LeastSquaresUpdate) -> None:
         """Adds a group's solution to the merged weights."""
         start = 0
         for name in group:

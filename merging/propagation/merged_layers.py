@@ -52,22 +52,22 @@ def merged_layers(model: nn.Module, out: Mapping[str, Tensor]) -> dict[str, Laye
     """
     names = {(value.data_ptr(), value.numel()): name for name, value in out.items()}
     paths = {module: path for path, module in model.named_modules()}
-    found: dict[str, Layer] = {}
+    layers: dict[str, Layer] = {}
     twice = set()
     for module in layer_names(model):
         weight = _name_of(module.weight, names)
         if weight is None:
             continue
-        if weight in found:
+        if weight in layers:
             twice.add(weight)
         bias = getattr(module, "bias", None)
-        found[weight] = Layer(
+        layers[weight] = Layer(
             paths[module],
             weight,
             None if bias is None else _name_of(bias, names),
             isinstance(module, conv1d()),
         )
-    return {name: layer for name, layer in found.items() if name not in twice}
+    return {name: layer for name, layer in layers.items() if name not in twice}
 
 
 def _name_of(value: Any, names: Mapping[tuple[int, int], str]) -> str | None:

@@ -13,7 +13,7 @@ from merging.errors import MethodError
 
 
 @dataclass(frozen=True)
-class Place:
+class HookPoint:
     """Where a tensor passes: into or out of a module that runs once.
 
     Args:
@@ -37,7 +37,7 @@ class Stop:
     """
 
     input: Tensor
-    kept: dict[Place, Tensor]
+    kept: dict[HookPoint, Tensor]
 
 
 class Stream:
@@ -54,7 +54,7 @@ class Stream:
     """
 
     def __init__(
-        self, model: nn.Module, runs: Sequence[Callable[[], object]], stops: Sequence[str], places: Sequence[Place]
+        self, model: nn.Module, runs: Sequence[Callable[[], object]], stops: Sequence[str], places: Sequence[HookPoint]
     ) -> None:
         self._walks = [_Walk(run) for run in runs]
         self._current = _Walk(_nothing)
@@ -98,7 +98,7 @@ class Stream:
     def _stop(self, path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda layer, args: self._current.pause(path, args[0])
 
-    def _watch(self, place: Place) -> Callable[[Any], None]:
+    def _watch(self, place: HookPoint) -> Callable[[Any], None]:
         def keep(values: Any) -> None:
             self._current.kept[place] = tree_flatten(values)[0][place.leaf]
 
@@ -114,7 +114,7 @@ class _Walk:
     """One pass, in a thread that starts with the first step."""
 
     run: Callable[[], object]
-    kept: dict[Place, Tensor] = field(default_factory=dict)
+    kept: dict[HookPoint, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._go, self._stands = Semaphore(0), Semaphore(0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from merging.propagation.paused_forward import Place
+from merging.propagation.paused_forward import HookPoint
 
 SAMPLES = 256
 """Entries of a tensor that stand for it."""
@@ -23,7 +23,7 @@ class _Sight:
     """A tensor that passed: when, where, and some of its entries in float64."""
 
     order: int
-    place: Place
+    place: HookPoint
     shape: tuple[int, ...]
     entries: Tensor
 
@@ -42,10 +42,12 @@ class Sights:
         self._calls[path, output] += 1
         for leaf, value in enumerate(tree_flatten(values)[0]):
             if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
-                self._seen.append(_Sight(self._order, Place(path, output, leaf), tuple(value.shape), _entries(value)))
+                self._seen.append(
+                    _Sight(self._order, HookPoint(path, output, leaf), tuple(value.shape), _entries(value))
+                )
         return self._order
 
-    def residual(self, path: str, before: int) -> Place | None:
+    def residual(self, path: str, before: int) -> HookPoint | None:
         """Where the tensor passes that a layer's output is added to.
 
         Args:
@@ -56,7 +58,7 @@ class Sights:
             The last such place, of a module that runs once; None where no sum is found (the output is normalised or
             scaled first, or goes into no residual stream).
         """
-        written = next((sight for sight in self._seen if sight.place == Place(path, True, 0)), None)
+        written = next((sight for sight in self._seen if sight.place == HookPoint(path, True, 0)), None)
         if written is None:
             return None
         alike = [sight for sight in self._seen if sight.shape == written.shape]

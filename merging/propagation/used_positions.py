@@ -9,7 +9,7 @@ from merging.statistics.capture.layers import real_rows
 
 
 @dataclass(frozen=True)
-class Rows:
+class UsedPositions:
     """A rule for the positions that count.
 
     Args:
@@ -33,10 +33,10 @@ class Rows:
         return value[torch.isin(rank, torch.tensor(self.ranks, device=rank.device))]
 
 
-ALL = Rows()
+ALL = UsedPositions()
 
 
-def used_rows(gradient: Tensor | None, mask: Tensor | None) -> Rows:
+def used_rows(gradient: Tensor | None, mask: Tensor | None) -> UsedPositions:
     """The rule that some examples show: where the logits' gradient for a layer's output is not zero.
 
     Args:
@@ -56,7 +56,7 @@ def used_rows(gradient: Tensor | None, mask: Tensor | None) -> Rows:
         rank = _ranks(real, from_end)
         first, *others = ({int(n) for n in row[there]} for row, there in zip(rank, used, strict=True))
         if all(other == first for other in others):
-            return Rows(tuple(sorted(first)), from_end)
+            return UsedPositions(tuple(sorted(first)), from_end)
     return ALL
 
 

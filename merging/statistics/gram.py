@@ -79,9 +79,9 @@ class _Recorder:
 
     def partial(self, model: nn.Module) -> Partial:
         """What was seen."""
-        found = self._sums.partial(self._shared, transposed_names(self._layers))
-        found.uncovered = uncovered(model, {*found.sums, *found.shared})
-        return found
+        partial = self._sums.partial(self._shared, transposed_names(self._layers))
+        partial.uncovered = uncovered(model, {*partial.sums, *partial.shared})
+        return partial
 
     def _see(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self._batch is not None

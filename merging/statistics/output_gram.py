@@ -58,8 +58,8 @@ class OutputGram(GramStatistic):
             if output.shape[-1] > self.settings.largest:
                 return None
             tapped: Tensor
-            tapped, found = tap(output, len(output))
-            edges.extend((layer, edge) for edge in found if edge is not None)
+            tapped, tapped_edges = tap(output, len(output))
+            edges.extend((layer, edge) for edge in tapped_edges if edge is not None)
             # What follows may change its input in place, and would lose the edge.
             return tapped.clone() if tapped is output else tapped
 
@@ -77,10 +77,10 @@ class OutputGram(GramStatistic):
                     todo = objectives(task.logits(model, part), part, self.settings, likelihood)
                     places = [edge for _, edge in edges]
                     for number, objective in enumerate(todo, start=1):
-                        found = torch.autograd.grad(
+                        gradients = torch.autograd.grad(
                             objective, places, retain_graph=number < len(todo), allow_unused=True
                         )
-                        for (layer, _), gradient in zip(edges, found, strict=True):
+                        for (layer, _), gradient in zip(edges, gradients, strict=True):
                             if gradient is not None:
                                 name = layers[layer]
                                 mask = real_mask(name, gradient, part, layer in calls.decoding)

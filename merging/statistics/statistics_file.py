@@ -166,10 +166,10 @@ class StatisticsFile:
                 raise StatisticsError(
                     f"{self.path} has a {self.kind} of '{name}', which the checkpoint lacks: compute it again"
                 )
-            found, expected = self.shape(name), self._expected(name, tensors[name].shape)
-            if found != expected:
+            shape, expected = self.shape(name), self._expected(name, tensors[name].shape)
+            if shape != expected:
                 raise StatisticsError(
-                    f"{self.path}: the {self.kind} of '{name}' has shape {list(found)}, its weight asks for "
+                    f"{self.path}: the {self.kind} of '{name}' has shape {list(shape)}, its weight asks for "
                     f"{list(expected)}: compute it again"
                 )
 

@@ -66,7 +66,7 @@ def secret_in(value: Any, key: str = "") -> str | None:
     elif isinstance(value, list | tuple):
         options = (before if isinstance(before, str) and before.startswith("-") else "" for before in ("", *value))
         entries = [(option.lstrip("-") or key, inner) for option, inner in zip(options, value, strict=False)]
-    return next((found for name, inner in entries if (found := secret_in(inner, str(name))) is not None), None)
+    return next((secret for name, inner in entries if (secret := secret_in(inner, str(name))) is not None), None)
 
 
 def _names_secret(key: str, value: str) -> bool:

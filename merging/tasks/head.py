@@ -61,12 +61,12 @@ def class_names(
             f"name a checkpoint that was fine-tuned with AutoModel{suffix}"
         )
     # transformers leaves out what is its default
-    found: Mapping[str, str] = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-    if not isinstance(found, dict) or set(found) != {str(number) for number in range(len(found))}:
-        raise TaskError(f"`id2label` in the config.json of {head} does not name classes 0, 1, …: {found}")
-    if labels is not None and len(labels) != len(found):
-        raise TaskError(f"`labels` names {len(labels)} classes, the head of {head} has {len(found)}")
-    names = labels or [str(found[key]) for key in sorted(found, key=int)]
+    id2label: Mapping[str, str] = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    if not isinstance(id2label, dict) or set(id2label) != {str(number) for number in range(len(id2label))}:
+        raise TaskError(f"`id2label` in the config.json of {head} does not name classes 0, 1, …: {id2label}")
+    if labels is not None and len(labels) != len(id2label):
+        raise TaskError(f"`labels` names {len(labels)} classes, the head of {head} has {len(id2label)}")
+    names = labels or [str(id2label[key]) for key in sorted(id2label, key=int)]
     if len(set(names)) < len(names):
         raise TaskError(f"the head of {head} has two classes of the same name: name them all by `labels`")
     return names
@@ -104,27 +104,27 @@ def blank_model(head: str, model_class: str, base: str = "") -> tuple[nn.Module,
     try:
         with quiet():
             model = _blank(checkpoint, _loader(model_class))
-            found = loading(model, {name: info.shape for name, info in checkpoint.tensors.items()})
+            plan = loading(model, {name: info.shape for name, info in checkpoint.tensors.items()})
     except TaskError:
         raise
     except Exception as error:  # transformers raises all kinds
         raise TaskError(f"{head} cannot be loaded as {model_class}: {in_words(error)}") from error
-    if found.misfits:
-        name, (has, wants) = next(iter(found.misfits.items()))
+    if plan.misfits:
+        name, (has, wants) = next(iter(plan.misfits.items()))
         raise TaskError(
             f"{head}: '{name}' of {type(model).__name__} is {list(has)}, where its configuration wants {list(wants)}: name a "
             "checkpoint whose config.json is its own"
         )
     for name, part in model.named_children():
         own = {f"{name}.{local}" for local in part.state_dict()}
-        if own and own <= set(found.missing) and name != getattr(model, "base_model_prefix", ""):
+        if own and own <= set(plan.missing) and name != getattr(model, "base_model_prefix", ""):
             raise TaskError(
                 f"{head} lacks the weights of '{name}', the head of {type(model).__name__}: name a checkpoint that was "
                 f"fine-tuned with this head{_or_its_class(model, checkpoint.architecture)}"
             )
-    if found.missing:
-        raise _incomplete(head, model, found.missing, checkpoint.architecture)
-    return model, found
+    if plan.missing:
+        raise _incomplete(head, model, plan.missing, checkpoint.architecture)
+    return model, plan
 
 
 def _blank(checkpoint: Checkpoint, loader: Any) -> nn.Module:
@@ -210,13 +210,13 @@ def token_limit(head: str, tokenizer: Any, model: Any) -> int:
 
 def _positions(model: Any) -> float:
     """Positions that a model has learnt, which nothing can be read beyond; infinite where it needs no such table."""
-    found = float("inf")
+    most = float("inf")
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and POSITIONS.search(name):
             # RoBERTa counts from behind its padding, OPT and BART from 2
             first = getattr(module, "offset", None) or (0 if module.padding_idx is None else module.padding_idx + 1)
-            found = min(found, module.num_embeddings - first)
-    return found
+            most = min(most, module.num_embeddings - first)
+    return most
 
 
 def load_tokenizer(head: str, base: str = "") -> Any:

@@ -13,7 +13,7 @@ import torch
 from merging.checkpoints.pool import Pool
 from merging.checkpoints.vocabulary import Vocabulary
 from merging.evaluation.live_models import LiveModels, MakeSource, Measurement, best_device
-from merging.evaluation.steps import Plan
+from merging.evaluation.steps import EvaluationPlan
 from merging.faults import is_fault, tells_of_device
 from merging.io import fact_cache
 from merging.io.secrets import described
@@ -97,7 +97,7 @@ class Assignment:
     recipe: Recipe
     split: Split
     limit: int | None = None
-    plan: Plan | None = None
+    plan: EvaluationPlan | None = None
 
     @property
     def candidate(self) -> tuple[str, str]:

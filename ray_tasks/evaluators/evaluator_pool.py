@@ -1,4 +1,4 @@
-"""Work for a crew of evaluators: handed to whoever is free, and tried again where it is lost with one."""
+"""Work for a group of evaluators: handed to whoever is free, and tried again where it is lost with one."""
 
 import math
 import time
@@ -17,7 +17,7 @@ from ray_tasks.cluster_errors import reason
 from ray_tasks.connect import alive_nodes
 from ray_tasks.evaluators.evaluator import Answer, Assignment
 from ray_tasks.evaluators.faults import FaultRecord
-from ray_tasks.evaluators.lifecycle import Crew
+from ray_tasks.evaluators.lifecycle import EvaluatorGroup
 from ray_tasks.evaluators.prometheus import EvaluatorMetrics
 from ray_tasks.sharded.shards import Receiver, Shards
 
@@ -96,13 +96,13 @@ class EvaluatorPool:
     how the next is measured.
 
     Args:
-        crew: The evaluators.
+        group: The evaluators.
         seconds: Wall time of one assignment; None for no limit.
-        shards: Who merges, where evaluators do not; the crew's `kind` has a `load(identity, *results)` then.
+        shards: Who merges, where evaluators do not; the group's `kind` has a `load(identity, *results)` then.
         metrics: Counts what they do.
     """
 
-    crew: Crew
+    group: EvaluatorGroup
     seconds: float | None = None
     shards: Shards | None = None
     metrics: EvaluatorMetrics | None = None
@@ -127,12 +127,12 @@ class EvaluatorPool:
             ClusterError: They die, or the cluster has no room for a single one within `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
-        while self.there < self.crew.evaluators and time.monotonic() < deadline:
-            self.crew.reconcile()
+        while self.there < self.group.evaluators and time.monotonic() < deadline:
+            self.group.reconcile()
             pause = max(0.0, min(1.0, deadline - time.monotonic()))
-            if not self.crew.building:
+            if not self.group.building:
                 time.sleep(pause)
-            for reference in _ready(list(self.crew.building), pause):
+            for reference in _ready(list(self.group.building), pause):
                 self._add(reference)
                 if self.there:
                     deadline = min(deadline, time.monotonic() + grace)
@@ -153,7 +153,7 @@ class EvaluatorPool:
     @property
     def there(self) -> int:
         """How many evaluators are built."""
-        return self.crew.there
+        return self.group.there
 
     @property
     def at_work(self) -> int:
@@ -181,11 +181,11 @@ class EvaluatorPool:
         order = [actor for actor in self._queues if not there or actor in there]
         free = [actor for actor in order if len(self._queues[actor]) < self._depth]
         return min(
-            free, key=lambda actor: (self.crew.node(actor) in (after or ()), len(self._queues[actor])), default=None
+            free, key=lambda actor: (self.group.node(actor) in (after or ()), len(self._queues[actor])), default=None
         )
 
     def _hand(self, assignment: Assignment, actor: Any) -> None:
-        work = _Work(actor, self.crew.node(actor), assignment, datetime.now(UTC))
+        work = _Work(actor, self.group.node(actor), assignment, datetime.now(UTC))
         if self.shards is not None:
             results = self.shards.merge(assignment.recipe, self._receivers.get(actor))
             work.awaits = actor.load.remote(assignment.recipe.identity, *results)
@@ -201,14 +201,14 @@ class EvaluatorPool:
         Raises:
             ClusterError: Evaluators die as fast as they are replaced, and none is left.
         """
-        self.crew.reconcile()
+        self.group.reconcile()
         self._recall()
         self._look()
         finished = []
-        if not self.there and not self.crew.building:
+        if not self.there and not self.group.building:
             time.sleep(min(timeout, REST))
-        for reference in _ready([*self._works, *self.crew.building], timeout):
-            if reference in self.crew.building:
+        for reference in _ready([*self._works, *self.group.building], timeout):
+            if reference in self.group.building:
                 self._add(reference)
             elif reference in self._works:  # not withdrawn meanwhile, with an evaluator that was lost
                 finished += self._collect(reference)
@@ -230,7 +230,7 @@ class EvaluatorPool:
 
     def close(self) -> None:
         """Ends the evaluators."""
-        self.crew.close()
+        self.group.close()
         for held in (self._queues, self._works, self._again, self._open, self._spent, self._receivers, self._faults):
             held.clear()
         self._look()
@@ -238,14 +238,14 @@ class EvaluatorPool:
     @property
     def _depth(self) -> int:
         """How many assignments each evaluator has at most."""
-        return 1 + (AHEAD if self.crew.evaluators > 1 or self.shards is not None else 0)
+        return 1 + (AHEAD if self.group.evaluators > 1 or self.shards is not None else 0)
 
     def _look(self) -> None:
         if self.metrics:
             self.metrics.look(self.there, self.at_work)
 
     def _add(self, reference: Any) -> None:
-        if (actor := self.crew.add(reference)) is not None:
+        if (actor := self.group.add(reference)) is not None:
             self._queues[actor] = deque()
             if self.shards is not None and self.shards.parts:
                 self._receivers[actor] = Receiver(actor.address.remote())
@@ -304,14 +304,14 @@ class EvaluatorPool:
         self._spent[ticket] += answer.seconds
         if self.shards is not None and answer.unreachable:
             self._remove(work.actor)
-            self.crew.count_death(str(answer.error))
+            self.group.count_death(str(answer.error))
         elif answer.fault:
             return self._fault(work, answer)
         else:
-            self.crew.count_answer()
+            self.group.count_answer()
             self._killed.pop(work.assignment.candidate, None)
             for node in self._faults.answered(ticket, work.actor):
-                self.crew.blame(node, self._faults.last_error)
+                self.group.blame(node, self._faults.last_error)
         self._displaced.pop(ticket, None)
         if answer.lost and self.shards is not None:
             self.shards.forget()
@@ -346,23 +346,23 @@ class EvaluatorPool:
             self.metrics.lost()
         if displaced:
             idle = [actor for actor, queue in self._queues.items() if not queue]
-            for actor in [actor for actor in idle if self.crew.node(actor) == work.node]:
+            for actor in [actor for actor in idle if self.group.node(actor) == work.node]:
                 self._remove(actor)
         if displaced and self._displaced[ticket] < DISPLACED:
-            self.crew.count_lost_node()
+            self.group.count_lost_node()
             self._displaced[ticket] += 1
             self._again.append(work.assignment)
             return []
         if not displaced and not unreachable:
             self._killed[work.assignment.candidate] += 1
             if self._killed[work.assignment.candidate] == 1:  # the same one again tells of the candidate alone
-                self.crew.count_death(why)
+                self.group.count_death(why)
         self._displaced.pop(ticket, None)
         return self._finished(ticket, work.started, None, why, lost=True)
 
     def _remove(self, actor: Any, but: _Work | None = None) -> None:
         """Ends an evaluator, if it is not dead, and has it replaced at once; what waited there goes elsewhere."""
-        self.crew.remove(actor)
+        self.group.remove(actor)
         self._receivers.pop(actor, None)
         self._faults.forget_evaluator(actor)
         works = [self._works.pop(reference) for reference in self._queues.pop(actor)]

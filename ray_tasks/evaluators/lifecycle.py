@@ -27,7 +27,7 @@ SILENCE = 30.0
 
 
 @dataclass
-class Crew:
+class EvaluatorGroup:
     """Who is there to work.
 
     Evaluators count from when they are built: where the cluster has no room for one, it joins when there is room, and

@@ -14,7 +14,7 @@ from ray_tasks.jobs.parallel import each
 
 
 @dataclass(frozen=True)
-class Files:
+class PoolPaths:
     """Where a pool lies.
 
     Args:
@@ -31,7 +31,7 @@ class Files:
 
 
 def examine(
-    pool: Pool, files: Files, members: Sequence[str], progress: Callable[[float], None] = lambda share: None
+    pool: Pool, files: PoolPaths, members: Sequence[str], progress: Callable[[float], None] = lambda share: None
 ) -> Iterator[dict[str, Finding]]:
     """Reads members and base once over all nodes, and recognises them here.
 
@@ -53,17 +53,17 @@ def examine(
     calls: dict[str, tuple[Any, ...]] = {
         group[0]: (files, group, names) for group in validation.slices(members, workers)
     }
-    for _, (found, facts) in each(_examine, calls, gpus=0.0, progress=progress):
+    for _, (findings, facts) in each(_examine, calls, gpus=0.0, progress=progress):
         fact_cache.learn(facts)
-        yield found
+        yield findings
 
 
 def _examine(
-    files: Files, members: Sequence[str], names: Sequence[str], report: Callable[[float], None]
+    files: PoolPaths, members: Sequence[str], names: Sequence[str], report: Callable[[float], None]
 ) -> tuple[dict[str, Finding], dict[str, str]]:
     """Findings, and facts for the driver; nothing but the pool's common weights is compared."""
     whole = Pool.open(files.base, files.members, files.heads, files.vocabulary)
     pool = Pool(whole.base, whole.members, {name: whole.weights[name] for name in names}, whole.notes)
-    found = validation.examine(pool, members)
+    findings = validation.examine(pool, members)
     checkpoints = [pool.base, *(pool.members[member].checkpoint for member in members)]
-    return found, fact_cache.known(checkpoint.identity for checkpoint in checkpoints)
+    return findings, fact_cache.known(checkpoint.identity for checkpoint in checkpoints)

@@ -13,10 +13,10 @@ from merging.checkpoints.vocabulary import Vocabulary
 from merging.errors import ClusterError
 from merging.evaluation.live_models import best_device
 from merging.propagation import Fit, PropagationSettings
-from merging.propagation.equations import Equations, Solution
+from merging.propagation.equations import Equations, LeastSquaresUpdate
 from merging.propagation.layerwise import checked, described, plain_mean, shared_inputs, solved
-from merging.propagation.member import Plan
-from merging.propagation.member_group import Crew
+from merging.propagation.member import PassPlan
+from merging.propagation.member_group import MemberGroup
 from merging.statistics import Partial, save_tensors
 from ray_tasks.cluster_errors import surfaced
 from ray_tasks.connect import describe_cluster
@@ -55,7 +55,7 @@ class PropagationJob:
 def solve(
     job: PropagationJob,
     *,
-    crews: int | None = None,
+    processes: int | None = None,
     threads: int = 1,
     gpus: float = 0.0,
     retries: int = 3,
@@ -69,7 +69,7 @@ def solve(
 
     Args:
         job: What to solve.
-        crews: Actors, at most one per member; by default as many as the cluster has room for. The solution does not
+        processes: Actors, at most one per member; by default as many as the cluster has room for. The solution does not
             depend on their number but for rounding.
         threads: CPUs and torch threads of each.
         gpus: GPUs of each.
@@ -85,7 +85,7 @@ def solve(
     """
     for attempt in range(retries + 1):
         try:
-            return _attempt(job, crews or describe_cluster().places(threads, gpus), threads, gpus, progress)
+            return _attempt(job, processes or describe_cluster().places(threads, gpus), threads, gpus, progress)
         except ClusterError:
             if attempt == retries:
                 raise
@@ -93,10 +93,10 @@ def solve(
 
 
 def _attempt(
-    job: PropagationJob, crews: int, threads: int, gpus: float, progress: Callable[[float], None]
+    job: PropagationJob, processes: int, threads: int, gpus: float, progress: Callable[[float], None]
 ) -> tuple[Fit, ...]:
-    kind: Any = ray.remote(num_cpus=threads, num_gpus=gpus)(_CrewActor)
-    actors = [kind.remote(job, members, threads) for members in _parted(sorted(job.members), crews)]
+    kind: Any = ray.remote(num_cpus=threads, num_gpus=gpus)(_MemberGroupActor)
+    actors = [kind.remote(job, members, threads) for members in _parted(sorted(job.members), processes)]
     try:
         with surfaced("computing the propagated solution"):
             plans = [plan for part in ray.get([actor.plans.remote() for actor in actors]) for plan in part]
@@ -123,33 +123,33 @@ def _parted(members: Sequence[str], parts: int) -> list[list[str]]:
     return [list(members[start:stop]) for start, stop in pairwise(bounds)]
 
 
-class _CrewActor:
-    """A crew in a process of its own; what leaves it lies on the CPU."""
+class _MemberGroupActor:
+    """A group of members in a process of its own; what leaves it lies on the CPU."""
 
     def __init__(self, job: PropagationJob, members: list[str], threads: int) -> None:
         torch.set_num_threads(threads)
         self._job, self._members = job, members
-        self._all: list[Plan] = []
+        self._all: list[PassPlan] = []
 
-    def plans(self) -> list[Plan]:
+    def plans(self) -> list[PassPlan]:
         """Opens pool and tasks; what is known of the members' passes."""
         job = self._job
         pool = Pool.open(job.base, job.members, job.heads, job.vocabulary)
         everyone = checked(pool, job.tasks, list(job.members), job.settings)
         tasks = {member: job.tasks[member].open() for member in self._members}
-        self._crew = Crew(pool, tasks, self._members, plain_mean(pool, everyone, best_device()), job.settings)
-        return self._crew.plans
+        self._group = MemberGroup(pool, tasks, self._members, plain_mean(pool, everyone, best_device()), job.settings)
+        return self._group.plans
 
-    def begin(self, groups: list[tuple[str, ...]], plans: list[Plan]) -> None:
+    def begin(self, groups: list[tuple[str, ...]], plans: list[PassPlan]) -> None:
         """Starts the passes, knowing those of all members."""
         self._all = plans
-        self._crew.begin(groups)
+        self._group.begin(groups)
 
     def equations(self, group: tuple[str, ...]) -> Equations:
-        """The sum over the crew's members."""
-        return self._crew.equations(group).to("cpu")
+        """The sum over the group's members."""
+        return self._group.equations(group).to("cpu")
 
-    def solve(self, group: tuple[str, ...], *sums: Equations) -> tuple[Solution, Fit]:
+    def solve(self, group: tuple[str, ...], *sums: Equations) -> tuple[LeastSquaresUpdate, Fit]:
         """The solution for all members, and what to tell of it."""
         total = Equations(best_device())
         for part in sums:
@@ -157,9 +157,9 @@ class _CrewActor:
         solution = solved(group, self._all, total, self._job.settings).to("cpu")
         return solution, described(group, self._all, total.rows, solution, self._job.settings)
 
-    def apply(self, group: tuple[str, ...], solution: Solution) -> None:
+    def apply(self, group: tuple[str, ...], solution: LeastSquaresUpdate) -> None:
         """Overwrites the group's weights."""
-        self._crew.apply(group, solution)
+        self._group.apply(group, solution)
 
     def save(self, fits: list[Fit]) -> None:
         """Writes the merged weights."""
@@ -168,7 +168,7 @@ class _CrewActor:
             "examples": job.settings.examples * len(job.members),
             "tokens": max((fit.rows for fit in fits), default=0),
         }
-        tensors = {name: value.cpu() for name, value in self._crew.out.items()}
+        tensors = {name: value.cpu() for name, value in self._group.out.items()}
         save_tensors(
             job.path, "propagated", job.key, tensors, Partial(counts=counts), checkpoint=job.checkpoint, data=job.data
         )

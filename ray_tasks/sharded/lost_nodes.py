@@ -15,7 +15,7 @@ SILENCE = 30.0
 """Seconds without a place for a shard after which that is said, and again after four times as long."""
 
 
-class Watch:
+class NodeWatch:
     """What is known of the places, and what has been said of it.
 
     Args:
@@ -40,13 +40,13 @@ class Watch:
         if lost:
             self._homeless |= dict.fromkeys(lost, now + SILENCE)
             self._say(f"a node was lost, and {_named(lost)} with it: read again where there is room")
-        found = [number for number in self._homeless if nodes[number] in alive]
-        for number in found:
+        returned = [number for number in self._homeless if nodes[number] in alive]
+        for number in returned:
             self._nodes[number] = nodes[number]
             del self._homeless[number]
-        if found:
-            places = sorted({alive[nodes[number]] for number in found})
-            self._say(f"{_named(found)} found room on {', '.join(places)}")
+        if returned:
+            places = sorted({alive[nodes[number]] for number in returned})
+            self._say(f"{_named(returned)} found room on {', '.join(places)}")
         if waiting := [number for number, when in self._homeless.items() if now >= when]:
             self._say(f"no node has room for {_named(waiting)}: waiting for one to join")
             self._homeless |= dict.fromkeys(waiting, now + 4 * SILENCE)
@@ -60,7 +60,7 @@ def watched(nodes: Callable[[], Sequence[str]], say: Callable[[str], None]) -> I
         nodes: Gives the node of each shard.
         say: Told of changes, from a thread of its own.
     """
-    watch, done = Watch(nodes(), say), threading.Event()
+    watch, done = NodeWatch(nodes(), say), threading.Event()
 
     def keep_looking() -> None:
         while not done.wait(LOOK):

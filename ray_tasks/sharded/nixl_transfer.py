@@ -169,12 +169,12 @@ def require_direct() -> None:
     """
     probe = ray.remote(num_cpus=0, max_retries=0)(_missing)
     names = addresses()
-    asked = {
+    checks = {
         node: probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
         for node in names
     }
-    ray.wait(list(asked.values()), num_returns=len(asked), timeout=CHECK_SECONDS)
-    for node, reference in asked.items():
+    ray.wait(list(checks.values()), num_returns=len(checks), timeout=CHECK_SECONDS)
+    for node, reference in checks.items():
         try:
             wrong = ray.get(reference, timeout=0)
         except ray.exceptions.GetTimeoutError:

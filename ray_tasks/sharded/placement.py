@@ -12,7 +12,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from merging.errors import ClusterError
 from merging.mergers.material import Material
-from merging.mergers.shard_planning import Place, place
+from merging.mergers.shard_planning import ShardContent, place
 from ray_tasks.connect import alive_nodes
 from ray_tasks.sharded.lost_nodes import addresses, watched
 from ray_tasks.sharded.nixl_transfer import require_direct
@@ -46,7 +46,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ShardPlan:
     """What lies in each shard, and what that takes.
 
     Args:
@@ -56,7 +56,7 @@ class Plan:
         direct: Whether merged weights are written straight into evaluators' memory, and take no object store.
     """
 
-    places: Sequence[Place]
+    places: Sequence[ShardContent]
     evaluators: int
     threads: int
     direct: bool = False
@@ -64,12 +64,12 @@ class Plan:
     @property
     def bundles(self) -> list[int]:
         """Bytes of each shard's process."""
-        return [PROCESS_BYTES + found.held_bytes for found in self.places]
+        return [PROCESS_BYTES + content.held_bytes for content in self.places]
 
     @property
     def merged_bytes(self) -> int:
         """Bytes of one candidate's weights."""
-        return sum(found.merged_bytes for found in self.places)
+        return sum(content.merged_bytes for content in self.places)
 
     def check(self, nodes: Sequence[Node]) -> None:
         """Whether these nodes hold it.
@@ -107,7 +107,7 @@ class Plan:
         for number, node in enumerate(nodes):
             held.setdefault(node, []).append(number)
         read = {node: sum(self.places[n].read_bytes for n in numbers) for node, numbers in held.items()}
-        slowest = max(found.read_bytes for found in self.places)
+        slowest = max(content.read_bytes for content in self.places)
         lines = [
             f"  sharded: {len(nodes)} shard{'s' * (len(nodes) > 1)} on {len(held)} node{'s' * (len(held) > 1)} read "
             f"{_gigabytes(sum(read.values()))} once, in about {max(read.values()) / READ_RATE:.0f} s"
@@ -146,20 +146,20 @@ def device_memory(gpus: float) -> int:
 def plan(
     material: Material,
     methods: Sequence[str],
-    found: Sequence[Node],
+    cluster_nodes: Sequence[Node],
     *,
     evaluators: int,
     threads: int = 1,
     shards: int | None = None,
     shard_memory: int | None = None,
     direct: bool = False,
-) -> Plan:
+) -> ShardPlan:
     """Cuts a pool into as many shards as asked for, or as nodes and memory need.
 
     Args:
         material: Pool and statistics.
         methods: Names of the methods that will be asked for.
-        found: The cluster's nodes.
+        cluster_nodes: The cluster's nodes.
         evaluators: How many evaluators are fed.
         threads: Torch threads of a shard.
         shards: How many; by default one per node, or as many as `shard_memory` asks for.
@@ -169,25 +169,25 @@ def plan(
     Raises:
         ClusterError: The cluster cannot hold it, or a shard exceeds `shard_memory`.
     """
-    limit = shard_memory or int(SHARE * min(node.memory for node in found))
-    count = shards or len(found)
-    made = Plan(place(material, methods, count), evaluators, threads, direct)
+    limit = shard_memory or int(SHARE * min(node.memory for node in cluster_nodes))
+    count = shards or len(cluster_nodes)
+    made = ShardPlan(place(material, methods, count), evaluators, threads, direct)
     while max(made.bundles) > limit and shards is None and len(made.places) == count:
         count = max(count + 1, ceil(sum(p.held_bytes for p in made.places) / max(limit - PROCESS_BYTES, 1)))
         count = min(count, len(material.pool.weights) + 1)
-        made = Plan(place(material, methods, count), evaluators, threads, direct)
+        made = ShardPlan(place(material, methods, count), evaluators, threads, direct)
     if max(made.bundles) > limit and shard_memory is not None:
         raise ClusterError(
             f"a shard takes {_gigabytes(max(made.bundles))}, {_gigabytes(PROCESS_BYTES)} of it for its process, and "
             f"resources.shard_memory allows {_gigabytes(limit)}: allow more, or set more resources.shards"
         )
-    made.check(found)
+    made.check(cluster_nodes)
     return made
 
 
 @contextmanager
 def sharded(
-    material: Callable[[], Material], made: Plan, retries: int, say: Callable[[str], None] = lambda text: None
+    material: Callable[[], Material], made: ShardPlan, retries: int, say: Callable[[str], None] = lambda text: None
 ) -> Iterator[Shards]:
     """A plan's shards for the block: memory is reserved, the plan is told, and the pool is read.
 

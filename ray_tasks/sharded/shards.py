@@ -17,8 +17,8 @@ from ray.util.placement_group import placement_group_table, remove_placement_gro
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from merging.mergers.material import Material
-from merging.mergers.shard import ShardMerger, refines, surveys
-from merging.mergers.shard_planning import FLOAT32, Place
+from merging.mergers.shard import ShardMerger, needs_global_pass, needs_second_pass
+from merging.mergers.shard_planning import FLOAT32, ShardContent
 from merging.recipe import Recipe, Value
 from ray_tasks.cluster_errors import surfaced
 from ray_tasks.sharded.nixl_transfer import Address, UnreachableError, Writer
@@ -94,32 +94,32 @@ class Shard:
         self._number = number
         self._writer: Writer | None = None
         self._opened: ShardMerger | None = None
-        self._surveys: dict[str, ShardReply] = {}
+        self._global_stats: dict[str, ShardReply] = {}
         self._failed: dict[str, str] = {}
 
     def read(self) -> None:
         """Reads base and members; raises what is wrong with them."""
         self._merger.read()
 
-    def survey(self, method: str) -> ShardReply:
-        """A method's survey of this shard's weights; made once."""
-        if method not in self._surveys:
-            self._surveys[method] = self._reply(lambda: self._merger.survey(method))
-        return self._surveys[method]
+    def global_pass(self, method: str) -> ShardReply:
+        """A method's global statistics of this shard's weights; made once."""
+        if method not in self._global_stats:
+            self._global_stats[method] = self._reply(lambda: self._merger.global_pass(method))
+        return self._global_stats[method]
 
-    def settle(self, method: str, *found: ShardReply) -> None:
-        """Takes all shards' surveys."""
+    def settle(self, method: str, *replies: ShardReply) -> None:
+        """Takes all shards' global statistics."""
         self._failed.pop(method, None)
-        if errors := [reply.error for reply in found if reply.error]:
+        if errors := [reply.error for reply in replies if reply.error]:
             self._failed[method] = errors[0]
         elif not self._merger.knows(method):
-            self._merger.settle(method, [reply.value for reply in found])
+            self._merger.settle(method, [reply.value for reply in replies])
 
-    def refine(self, recipe: Recipe) -> ShardReply:
-        """What a recipe asks of this shard's weights beside the survey."""
+    def second_pass(self, recipe: Recipe) -> ShardReply:
+        """What a recipe asks of this shard's weights beside the global statistics."""
         if recipe.method in self._failed or not self._merger.knows(recipe.method):
             return ShardReply()  # the merge says why
-        return self._reply(lambda: self._merger.refine(recipe))
+        return self._reply(lambda: self._merger.second_pass(recipe))
 
     def merge(self, recipe: Recipe, address: Address | None, turn: int, *more: ShardReply) -> ShardResult:
         """This shard's part of a recipe's merge; written to the evaluator of an address, if there is one."""
@@ -177,7 +177,7 @@ class Shards:
     def __init__(
         self,
         material: Callable[[], Material],
-        places: Sequence[Place],
+        places: Sequence[ShardContent],
         group: Any,
         threads: int,
         retries: int,
@@ -187,7 +187,7 @@ class Shards:
         self.parts = tuple(place.merged_bytes // FLOAT32 for place in places) if direct else ()
         """Entries of each shard's part, for the evaluators that these are written to; empty otherwise."""
         self._settled: set[str] = set()
-        self._asked: dict[str, tuple[Mapping[str, Value], list[Any]]] = {}
+        self._refined_for: dict[str, tuple[Mapping[str, Value], list[Any]]] = {}
         self.actors = [
             # no CPUs: merges take turns with evaluation on nodes without a GPU, and idle elsewhere
             ray.remote(Shard)
@@ -224,21 +224,21 @@ class Shards:
             receiver: The evaluator that the weights are written to; without one, the results hold them.
         """
         actors, method = self.actors, recipe.method
-        if surveys(method) and method not in self._settled:
-            found = [actor.survey.remote(method) for actor in actors]
+        if needs_global_pass(method) and method not in self._settled:
+            replies = [actor.global_pass.remote(method) for actor in actors]
             for actor in actors:
-                actor.settle.remote(method, *found)
+                actor.settle.remote(method, *replies)
             self._settled.add(method)
-        if refines(method) and self._asked.get(method, (None, []))[0] != recipe.parameters:
-            self._asked[method] = recipe.parameters, [actor.refine.remote(recipe) for actor in actors]
-        _, more = self._asked.get(method, (None, []))
+        if needs_second_pass(method) and self._refined_for.get(method, (None, []))[0] != recipe.parameters:
+            self._refined_for[method] = recipe.parameters, [actor.second_pass.remote(recipe) for actor in actors]
+        _, more = self._refined_for.get(method, (None, []))
         address, turn = (None, 0) if receiver is None else (receiver.address, receiver.turn())
         return [actor.merge.remote(recipe, address, turn, *more) for actor in actors]
 
     def forget(self) -> None:
         """After a loss: a shard that was started again must be told what it knew."""
         self._settled.clear()
-        self._asked.clear()
+        self._refined_for.clear()
 
     def close(self) -> None:
         """Ends the shards and gives their memory back."""

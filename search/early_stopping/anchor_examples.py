@@ -19,7 +19,7 @@ import numpy.typing as npt
 from safetensors.numpy import save
 
 from merging.checkpoints.formats.safetensors_file import read_arrays
-from merging.evaluation.steps import Plan, Positions, Trace
+from merging.evaluation.steps import EvaluationPlan, Positions, Trace
 from merging.io import atomic, documents
 from merging.tasks.task import Score
 from search.candidate import ANCHORS, Candidate, Outcome
@@ -114,19 +114,19 @@ class Anchors:
     def __init__(self, tasks: Mapping[str, TaskAnchors]) -> None:
         self.tasks = tasks
 
-    def plan(self, candidate: Candidate) -> Plan | None:
+    def plan(self, candidate: Candidate) -> EvaluationPlan | None:
         """See `Planner.plan`."""
         if candidate.split != ANCHORS:
             return None
-        return Plan(positions={task: anchors.positions for task, anchors in self.tasks.items()})
+        return EvaluationPlan(positions={task: anchors.positions for task, anchors in self.tasks.items()})
 
     def learn(self, outcome: Outcome) -> Outcome:
         """Puts estimates in the place of scores; see `Planner.learn`."""
-        found = outcome.measurement
-        if found is None or found.trace is None or outcome.candidate.split != ANCHORS:
+        measurement = outcome.measurement
+        if measurement is None or measurement.trace is None or outcome.candidate.split != ANCHORS:
             return outcome
-        scores = {task: self._estimate(task, score, found.trace) for task, score in found.scores.items()}
-        return replace(outcome, measurement=replace(found, scores=scores))
+        scores = {task: self._estimate(task, score, measurement.trace) for task, score in measurement.scores.items()}
+        return replace(outcome, measurement=replace(measurement, scores=scores))
 
     def _estimate(self, task: str, score: Score, trace: Trace) -> Score:
         if task not in self.tasks:
@@ -160,7 +160,9 @@ class Anchors:
         tasks = sorted({name.rpartition("/")[0] for name in tensors})
         names = TaskAnchors.__match_args__
         return documents.made_from(
-            tensors, lambda found: cls({t: TaskAnchors(*(found[f"{t}/{name}"] for name in names)) for t in tasks}), path
+            tensors,
+            lambda stored: cls({t: TaskAnchors(*(stored[f"{t}/{name}"] for name in names)) for t in tasks}),
+            path,
         )
 
 
@@ -188,14 +190,14 @@ class Traces:
     """
 
     def __init__(self) -> None:
-        self.found: dict[str, Trace] = {}
+        self.by_recipe: dict[str, Trace] = {}
 
-    def plan(self, candidate: Candidate) -> Plan | None:
+    def plan(self, candidate: Candidate) -> EvaluationPlan | None:
         """See `Planner.plan`."""
-        return Plan()
+        return EvaluationPlan()
 
     def learn(self, outcome: Outcome) -> Outcome:
         """See `Planner.learn`."""
         if outcome.measurement is not None and outcome.measurement.trace is not None:
-            self.found[outcome.candidate.recipe.identity] = outcome.measurement.trace
+            self.by_recipe[outcome.candidate.recipe.identity] = outcome.measurement.trace
         return outcome

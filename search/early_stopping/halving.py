@@ -5,7 +5,7 @@ from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from merging.evaluation.steps import Plan, Trace
+from merging.evaluation.steps import EvaluationPlan, Trace
 from search.candidate import Candidate, Outcome
 from search.ledger.row import Row
 from search.objective import Objective, Part
@@ -33,29 +33,29 @@ class Halving:
         self._value, self._step, self._eta = decisive(objective), step, eta
         self._rungs: dict[int, list[float]] = {}
         for row in rows:
-            self._note({name: found for name, found in row.proxies.items() if name.startswith(RUNG)})
+            self._note({name: value for name, value in row.proxies.items() if name.startswith(RUNG)})
 
-    def plan(self, candidate: Candidate) -> Plan | None:
+    def plan(self, candidate: Candidate) -> EvaluationPlan | None:
         """See `Planner.plan`."""
         if not is_stepwise(candidate):
             return None
-        rungs = {examples: tuple(found) for examples, found in self._rungs.items()}
+        rungs = {examples: tuple(values) for examples, values in self._rungs.items()}
         gate = Behind(rungs, self._value, self._step, self._eta) if candidate.origin == "search" else None
-        return Plan(self._step, gate)
+        return EvaluationPlan(self._step, gate)
 
     def learn(self, outcome: Outcome) -> Outcome:
         """Notes the objective at every rung; see `Planner.learn`."""
-        found = outcome.measurement
-        if found is None or found.trace is None or not is_stepwise(outcome.candidate):
+        measurement = outcome.measurement
+        if measurement is None or measurement.trace is None or not is_stepwise(outcome.candidate):
             return outcome
-        values = [self._value(scores) for scores in found.trace.scores]
+        values = [self._value(scores) for scores in measurement.trace.scores]
         reached = {
             f"{RUNG}{number * self._step}": value
             for number, value in enumerate(values, start=1)
             if is_rung(number, self._eta) and math.isfinite(value)
         }
         self._note(reached)
-        return replace(outcome, measurement=replace(found, proxies={**found.proxies, **reached}))
+        return replace(outcome, measurement=replace(measurement, proxies={**measurement.proxies, **reached}))
 
     def _note(self, reached: Mapping[str, float]) -> None:
         for name, value in reached.items():

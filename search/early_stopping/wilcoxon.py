@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import wilcoxon
 
-from merging.evaluation.steps import Plan, Trace
+from merging.evaluation.steps import EvaluationPlan, Trace
 from merging.io import addresses, atomic, documents, storage
 from merging.tasks.task import Score
 from search.candidate import Candidate, Outcome, Planner, Policy
@@ -66,24 +66,24 @@ class Wilcoxon:
             if violation(row) == 0 and storage.exists(self._file(row.candidate)):
                 self._bar = documents.read_as(self._file(row.candidate), Trace.from_dict)
 
-    def plan(self, candidate: Candidate) -> Plan | None:
+    def plan(self, candidate: Candidate) -> EvaluationPlan | None:
         """See `Planner.plan`."""
         if not is_stepwise(candidate):
             return None
         if self._bar is None or candidate.origin != "search":
-            return Plan(self._step)
-        return Plan(self._step, WorseThan(self._bar, self._value, self._threshold))
+            return EvaluationPlan(self._step)
+        return EvaluationPlan(self._step, WorseThan(self._bar, self._value, self._threshold))
 
     def learn(self, outcome: Outcome) -> Outcome:
         """Remembers the best; see `Planner.learn`."""
-        found = outcome.measurement
-        if found is None or found.trace is None or found.pruned or not is_stepwise(outcome.candidate):
+        measurement = outcome.measurement
+        if measurement is None or measurement.trace is None or measurement.pruned or not is_stepwise(outcome.candidate):
             return outcome
-        value = self._value(found.scores)
-        holds = all(violation <= 0 for violation in self._objective.violations(found.scores).values())
+        value = self._value(measurement.scores)
+        holds = all(violation <= 0 for violation in self._objective.violations(measurement.scores).values())
         if math.isfinite(value) and holds and (self._bar is None or value > self._value(self._bar.scores[-1])):
-            self._bar = found.trace
-            text = json.dumps(found.trace.as_dict(), separators=(",", ":"))
+            self._bar = measurement.trace
+            text = json.dumps(measurement.trace.as_dict(), separators=(",", ":"))
             atomic.write_text(self._file(outcome.candidate.recipe.identity), text)
         return outcome
 
@@ -144,8 +144,8 @@ def paired_differences(trace: Trace, bar: Trace, value: Part) -> npt.NDArray[np.
 
 def p_worse(differences: npt.NDArray[np.float64]) -> float:
     """The probability of differences as far below zero as these [N], were they as likely above it."""
-    found = differences[differences != 0]
-    return float(wilcoxon(found, alternative="less").pvalue) if len(found) else 1.0
+    nonzero = differences[differences != 0]
+    return float(wilcoxon(nonzero, alternative="less").pvalue) if len(nonzero) else 1.0
 
 
 def _slope(value: Part, scores: Mapping[str, Score], task: str, metric: bool, size: float = 1e-3) -> float:

@@ -27,26 +27,26 @@ FEWEST = 10
 """PED-ANOVA asks what the best tenth has in common: of fewer candidates that is less than one."""
 
 
-def best(found: pd.DataFrame, top: int = 1, split: str = "validation") -> pd.DataFrame:
+def best(table: pd.DataFrame, top: int = 1, split: str = "validation") -> pd.DataFrame:
     """The best complete candidates on a split, at most `top`; of merges that were found twice, one."""
-    return distinct(candidates(found, split)).head(top).reset_index(drop=True)
+    return distinct(candidates(table, split)).head(top).reset_index(drop=True)
 
 
-def pareto_front(found: pd.DataFrame, by: Sequence[str] | None = None, split: str = "validation") -> pd.DataFrame:
+def pareto_front(table: pd.DataFrame, by: Sequence[str] | None = None, split: str = "validation") -> pd.DataFrame:
     """The complete candidates that no other one beats: none is as good in every column and better in one.
 
     Candidates that break a constraint are left out where there is one that breaks none.
 
     Args:
-        found: A tidy frame.
+        table: A tidy frame.
         by: Columns to maximise; by default the objectives where there are several, else every task's score.
         split: Where they were measured.
 
     Returns:
         The front, best objective first.
     """
-    ranked = distinct(candidates(found, split))
-    ranked = ranked[ranked["breach"] <= ranked["breach"].min()]
+    ranked = distinct(candidates(table, split))
+    ranked = ranked[ranked["violation"] <= ranked["violation"].min()]
     objectives = list(columns(ranked, "objective").values())
     chosen = (
         list(by) if by is not None else objectives if len(objectives) > 1 else list(columns(ranked, "score").values())
@@ -57,7 +57,7 @@ def pareto_front(found: pd.DataFrame, by: Sequence[str] | None = None, split: st
     return front.reset_index(drop=True)
 
 
-def validation_beside_test(found: pd.DataFrame) -> pd.DataFrame:
+def validation_beside_test(table: pd.DataFrame) -> pd.DataFrame:
     """What was measured on both splits: how much of what validation promised is there on test.
 
     The winner was chosen by validation; base, members and the methods' defaults (`origin` `reference` and `anchor`) were
@@ -69,9 +69,9 @@ def validation_beside_test(found: pd.DataFrame) -> pd.DataFrame:
     """
     kept = ["candidate", "origin", "method", "members", "mean"]
     halves = {
-        split: found[(found["split"] == split) & (found["status"] == "complete")] for split in ("validation", "test")
+        split: table[(table["split"] == split) & (table["status"] == "complete")] for split in ("validation", "test")
     }
-    tasks = list(columns(found, "standard_error").values())
+    tasks = list(columns(table, "standard_error").values())
     for split, half in halves.items():
         squares = (half[tasks].astype(np.float64) ** 2).sum(axis=1, skipna=False)
         halves[split] = half[kept].assign(variance=squares / max(1, len(tasks)) ** 2)
@@ -116,7 +116,7 @@ def make_evaluator(name: Evaluator) -> BaseImportanceEvaluator:
     return MeanDecreaseImpurityImportanceEvaluator(seed=0) if name == "impurity" else PedAnovaImportanceEvaluator()
 
 
-def marginal_effects(found: pd.DataFrame) -> pd.DataFrame:
+def marginal_effects(table: pd.DataFrame) -> pd.DataFrame:
     """What each member and each method does to the objective of the search's complete candidates.
 
     `difference` is the plain one, with the company that the search gave it: a good method's members look good.
@@ -127,7 +127,7 @@ def marginal_effects(found: pd.DataFrame) -> pd.DataFrame:
         A row for each, methods first: `kind`, `name`, `count`, `mean_with`, `mean_without`, `difference`, `adjusted`,
         `standard_error`.
     """
-    tried = candidates(found, searched_split(found))
+    tried = candidates(table, searched_split(table))
     methods = pd.get_dummies(tried["method"]).sort_index(axis=1).astype(float)
     members = tried["members"].str.get_dummies(MEMBERS_JOINT).sort_index(axis=1).astype(float)
     objective = tried["objective"].to_numpy()
@@ -156,20 +156,20 @@ def marginal_effects(found: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def evaluations_to_target(found: pd.DataFrame, targets: Sequence[float]) -> pd.DataFrame:
+def evaluations_to_target(table: pd.DataFrame, targets: Sequence[float]) -> pd.DataFrame:
     """How much a campaign had spent when its best candidate reached each target, as `search.ledger.frame.history` has it.
 
     Returns:
         A row for each target: `target`, `candidates` and `examples` evaluated and `seconds` until then, the reaching
         candidate included; missing where it was never reached.
     """
-    told = history(found)
+    tried = history(table)
     lines: list[dict[str, Any]] = []
     for target in targets:
-        reached = np.flatnonzero(told["best"].to_numpy(dtype=np.float64) >= target)
+        reached = np.flatnonzero(tried["best"].to_numpy(dtype=np.float64) >= target)
         line: dict[str, Any] = {"target": target, "candidates": pd.NA, "examples": pd.NA, "seconds": np.nan}
         if len(reached):
-            at = told.iloc[int(reached[0])]
+            at = tried.iloc[int(reached[0])]
             line |= {"candidates": int(reached[0]) + 1, "examples": int(at["spent"]), "seconds": float(at["seconds"])}
         lines.append(line)
     return pd.DataFrame(lines, columns=["target", "candidates", "examples", "seconds"]).astype(
@@ -189,21 +189,21 @@ def compare(campaigns: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         evaluated and `seconds` taken.
     """
     lines = []
-    for name, found in campaigns.items():
-        told, ranked = history(found), candidates(found)
+    for name, rows in campaigns.items():
+        tried, ranked = history(rows), candidates(rows)
         line: dict[str, Any] = {
             "campaign": name,
-            "candidates": len(told),
-            "failed": int((told["status"] == "failed").sum()),
-            "examples": int(told["spent"].iloc[-1]) if len(told) else 0,
-            "seconds": float(told["seconds"].iloc[-1]) if len(told) else 0.0,
+            "candidates": len(tried),
+            "failed": int((tried["status"] == "failed").sum()),
+            "examples": int(tried["spent"].iloc[-1]) if len(tried) else 0,
+            "seconds": float(tried["seconds"].iloc[-1]) if len(tried) else 0.0,
         }
         if len(ranked):
             winner = ranked.iloc[0]
-            tested = found[(found["split"] == "test") & (found["candidate"] == winner["candidate"])]
+            tested = rows[(rows["split"] == "test") & (rows["candidate"] == winner["candidate"])]
             line |= {key: winner[key] for key in ("method", "members", "objective")}
             line["test"] = float(tested["mean"].iloc[0]) if len(tested) else np.nan
-            line["at"] = int(np.flatnonzero(told["candidate"] == winner["candidate"])[0]) + 1
+            line["at"] = int(np.flatnonzero(tried["candidate"] == winner["candidate"])[0]) + 1
         lines.append(line)
     names = ["campaign", "candidates", "failed", "method", "members", "objective", "test", "at", "examples", "seconds"]
     table = pd.DataFrame(lines, columns=names)
@@ -224,13 +224,13 @@ def load_study(directory: str) -> optuna.Study:
     return optuna.load_study(study_name=optuna.get_all_study_names(storage)[0], storage=storage)
 
 
-def as_study(found: pd.DataFrame) -> optuna.Study:
+def as_study(table: pd.DataFrame) -> optuna.Study:
     """The search's complete candidates as a study in memory, for whatever Optuna can do with one.
 
     Parameters are named as the search names them; their ranges are those that were seen, and those that never vary
     are left out. A campaign of several objectives gives a study of several.
     """
-    tried = candidates(found, searched_split(found)).sort_values("finished", kind="stable")
+    tried = candidates(table, searched_split(table)).sort_values("finished", kind="stable")
     trials = [_parameters(line) for line in tried.to_dict("records")]
     seen: dict[str, set[Any]] = {}
     for parameters in trials:
@@ -269,14 +269,14 @@ def _least_squares(parts: np.ndarray, objective: np.ndarray, methods: int) -> tu
 def _parameters(line: Mapping[Any, Any]) -> dict[str, Any]:
     """A candidate's parameters as the search names them."""
     method = line["method"]
-    found = {"method": method, "members": line["members"]}
+    parameters = {"method": method, "members": line["members"]}
     for column, value in line.items():
         prefix, _, name = str(column).partition(".")
         if prefix in ("scaling", "parameter") and name and not pd.isna(value):
             number = isinstance(value, int | float) and not isinstance(value, bool)
             middle = "scaling." if prefix == "scaling" else ""
-            found[f"{method}.{middle}{name}"] = float(value) if number else value
-    return found
+            parameters[f"{method}.{middle}{name}"] = float(value) if number else value
+    return parameters
 
 
 def _distribution(values: set[Any]) -> BaseDistribution:

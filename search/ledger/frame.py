@@ -73,34 +73,34 @@ def frame(rows: Sequence[Row]) -> pd.DataFrame:
     `violation.<constraint>`, `proxy.<name>`, `report.<name>`. What a row lacks is NaN.
     """
     records = [_record(row) for row in sorted(rows, key=lambda row: (row.split, row.finished))]
-    found = pd.DataFrame.from_records(records)
+    table = pd.DataFrame.from_records(records)
     for name in (*_PLAIN, "members", "size", "mean", "worst"):
-        if name not in found:
-            found[name] = None
+        if name not in table:
+            table[name] = None
     first = [*_PLAIN[:8], "members", "size", "objective", "mean", "worst", *_PLAIN[9:]]
-    others = sorted((str(name) for name in found if name not in first), key=_place)
-    found = found[[*first, *others]]
-    return found.astype({"trial": "Int64", "objective": "float64", "mean": "float64", "worst": "float64"})
+    others = sorted((str(name) for name in table if name not in first), key=_place)
+    table = table[[*first, *others]]
+    return table.astype({"trial": "Int64", "objective": "float64", "mean": "float64", "worst": "float64"})
 
 
-def candidates(found: pd.DataFrame, split: str = "validation") -> pd.DataFrame:
+def candidates(table: pd.DataFrame, split: str = "validation") -> pd.DataFrame:
     """Complete baselines and proposals on a split, best first: those that break no constraint, then by objective.
 
-    Of equal ones the earliest is first. The column `breach` says by how much constraints are broken in all.
+    Of equal ones the earliest is first. The column `violation` says by how much constraints are broken in all.
     """
-    chosen = found[
-        (found["split"] == split) & (found["status"] == "complete") & found["origin"].isin(["anchor", "search"])
+    chosen = table[
+        (table["split"] == split) & (table["status"] == "complete") & table["origin"].isin(["anchor", "search"])
     ]
-    breach = chosen[list(columns(chosen, "violation").values())].clip(lower=0).sum(axis=1)
-    chosen = chosen.assign(breach=breach)
+    violation = chosen[list(columns(chosen, "violation").values())].clip(lower=0).sum(axis=1)
+    chosen = chosen.assign(violation=violation)
     order = chosen.assign(trial=chosen["trial"].fillna(-1))
-    index = order.sort_values(["breach", "objective", "trial"], ascending=[True, False, True], kind="stable").index
+    index = order.sort_values(["violation", "objective", "trial"], ascending=[True, False, True], kind="stable").index
     return chosen.loc[index]
 
 
-def searched_split(found: pd.DataFrame) -> str:
+def searched_split(table: pd.DataFrame) -> str:
     """The split that the search measured its candidates on: `anchors`, estimates from few examples, or validation."""
-    return ANCHORS if (found["split"] == ANCHORS).any() else "validation"
+    return ANCHORS if (table["split"] == ANCHORS).any() else "validation"
 
 
 def distinct(ranked: pd.DataFrame) -> pd.DataFrame:
@@ -109,17 +109,17 @@ def distinct(ranked: pd.DataFrame) -> pd.DataFrame:
     if not tasks:
         return ranked
     losses = [rounded(dict(zip(tasks, line, strict=True))) for line in ranked[list(tasks.values())].to_numpy(float)]
-    told = ranked[["method", "members", *columns(ranked, "score").values()]].assign(losses=list(map(str, losses)))
+    compared = ranked[["method", "members", *columns(ranked, "score").values()]].assign(losses=list(map(str, losses)))
     unknown = pd.Series([None in line.values() for line in losses], index=ranked.index, dtype=bool)
-    return ranked[unknown | ~told.duplicated()]
+    return ranked[unknown | ~compared.duplicated()]
 
 
-def best_by_method(found: pd.DataFrame, split: str = "validation") -> pd.DataFrame:
+def best_by_method(table: pd.DataFrame, split: str = "validation") -> pd.DataFrame:
     """The best complete candidate of each method, the best method first."""
-    return candidates(found, split).drop_duplicates("method").reset_index(drop=True)
+    return candidates(table, split).drop_duplicates("method").reset_index(drop=True)
 
 
-def history(found: pd.DataFrame) -> pd.DataFrame:
+def history(table: pd.DataFrame) -> pd.DataFrame:
     """Candidates as the search measured them, in the order in which they finished, with what was reached and spent.
 
     Where the search measured few examples (`split` is `anchors`), objectives are estimates: the best of them is likely
@@ -128,7 +128,7 @@ def history(found: pd.DataFrame) -> pd.DataFrame:
     Columns besides the frame's: `best`, the best objective; `spent`, examples evaluated; `seconds`, since the first of
     them began.
     """
-    chosen = found[(found["split"] == searched_split(found)) & found["origin"].isin(["anchor", "search"])]
+    chosen = table[(table["split"] == searched_split(table)) & table["origin"].isin(["anchor", "search"])]
     chosen = chosen.sort_values("finished", kind="stable").reset_index(drop=True)
     examples = chosen[list(columns(chosen, "examples").values())].sum(axis=1)
     since = pd.to_datetime(chosen["finished"]) - pd.to_datetime(chosen["started"]).min()
@@ -137,17 +137,17 @@ def history(found: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def shares(found: pd.DataFrame, top: float = 0.1) -> pd.Series:
+def shares(table: pd.DataFrame, top: float = 0.1) -> pd.Series:
     """How often each member takes part in the best candidates.
 
     Args:
-        found: A tidy frame.
+        table: A tidy frame.
         top: Which share of the complete candidates of the search counts as the best; at least one does.
 
     Returns:
         Member → share of these candidates in 0 … 1, largest first.
     """
-    ranked = candidates(found, searched_split(found))
+    ranked = candidates(table, searched_split(table))
     chosen = ranked.head(max(1, round(top * len(ranked))))
     taking_part = chosen["members"].str.split(MEMBERS_JOINT, regex=False).explode().value_counts()
     everyone = ranked["members"].str.split(MEMBERS_JOINT, regex=False).explode().unique()
@@ -155,9 +155,9 @@ def shares(found: pd.DataFrame, top: float = 0.1) -> pd.Series:
     return counts.sort_values(ascending=False, kind="stable").rename(None).rename_axis(None)
 
 
-def columns(found: pd.DataFrame, prefix: str) -> dict[str, str]:
+def columns(table: pd.DataFrame, prefix: str) -> dict[str, str]:
     """The columns of a prefix (`score`, `scaling`, `parameter`, …): what follows it → the column's name."""
-    return {name.removeprefix(f"{prefix}."): name for name in map(str, found.columns) if name.startswith(f"{prefix}.")}
+    return {name.removeprefix(f"{prefix}."): name for name in map(str, table.columns) if name.startswith(f"{prefix}.")}
 
 
 def _record(row: Row) -> dict[str, Any]:

@@ -65,8 +65,8 @@ class Ledger:
             name for name in storage.list_dir(path) if name.endswith(".parquet") and not name.startswith((".", "_"))
         ]
         with ThreadPoolExecutor(READERS) as readers:
-            found = [row for rows in readers.map(self._read, names) for row in rows]
-        for row in sorted(found, key=lambda row: (row.finished, row.trial or 0)):
+            every = [row for rows in readers.map(self._read, names) for row in rows]
+        for row in sorted(every, key=lambda row: (row.finished, row.trial or 0)):
             self._check(row)
             earlier = self._rows.get(key := (row.candidate, row.split))
             if earlier is None or earlier.status == "failed":
@@ -147,11 +147,11 @@ class Ledger:
         try:
             raw = io.BytesIO(storage.read_bytes(path))
             table = pq.ParquetFile(raw, page_checksum_verification=True).read(use_threads=False)
-            found = (table.schema.metadata or {}).get(VERSION_KEY, b"").decode()
+            version = (table.schema.metadata or {}).get(VERSION_KEY, b"").decode()
         except UNREADABLE as error:
             raise LedgerError(f"{path} is not a readable Parquet file ({_reason(error)}); {aside}") from error
-        if found not in READABLE:
-            kind = f"a ledger of version {found}" if found else "not a ledger's file"
+        if version not in READABLE:
+            kind = f"a ledger of version {version}" if version else "not a ledger's file"
             raise LedgerError(
                 f"{path} is {kind}, and this mergequest writes version {VERSION}: read it with pandas, "
                 f"and give a new campaign another directory"

@@ -38,18 +38,18 @@ def slices(source: optuna.Study | pd.DataFrame, parameters: Sequence[str] | None
     )
 
 
-def pareto_front(found: pd.DataFrame, x: str | None = None, y: str | None = None) -> Any:
+def pareto_front(table: pd.DataFrame, x: str | None = None, y: str | None = None) -> Any:
     """Two columns against each other, with the candidates that no other one beats in both.
 
     Args:
-        found: A tidy frame.
+        table: A tidy frame.
         x: A column; by default the first task's score.
         y: Another; by default the second task's.
     """
-    tasks = list(columns(found, "score").values())
+    tasks = list(columns(table, "score").values())
     across, up = x or tasks[0], y or tasks[min(1, len(tasks) - 1)]
-    tried = candidates(found)
-    front = analysis.pareto_front(found, [across, up]).sort_values(across)
+    tried = candidates(table)
+    front = analysis.pareto_front(table, [across, up]).sort_values(across)
     figure = go.Figure()
     for name, shown, mode in (("candidates", tried, "markers"), ("front", front, "lines+markers")):
         figure.add_scatter(
@@ -62,9 +62,9 @@ def pareto_front(found: pd.DataFrame, x: str | None = None, y: str | None = None
     return figure.update_layout(title="Pareto front", xaxis_title=across, yaxis_title=up)
 
 
-def best(found: pd.DataFrame, top: int = 5) -> Any:
+def best(table: pd.DataFrame, top: int = 5) -> Any:
     """Each task's score of the best candidates on validation, with standard errors."""
-    ranked = analysis.best(found, top)
+    ranked = analysis.best(table, top)
     tasks = columns(ranked, "score")
     figure = go.Figure()
     for place, line in enumerate(ranked.to_dict("records"), start=1):
@@ -81,9 +81,9 @@ def best(found: pd.DataFrame, top: int = 5) -> Any:
     )
 
 
-def validation_beside_test(found: pd.DataFrame) -> Any:
+def validation_beside_test(table: pd.DataFrame) -> Any:
     """Test against validation of what was measured on both, as `analysis.validation_beside_test` has it."""
-    both = analysis.validation_beside_test(found)
+    both = analysis.validation_beside_test(table)
     figure = go.Figure()
     for origin, own in both.groupby("origin", sort=False):
         figure.add_scatter(
@@ -101,9 +101,9 @@ def validation_beside_test(found: pd.DataFrame) -> Any:
     )
 
 
-def marginal_effects(found: pd.DataFrame) -> Any:
+def marginal_effects(table: pd.DataFrame) -> Any:
     """Adjusted effects of methods and members with their standard errors, as `analysis.marginal_effects` has them."""
-    effects = analysis.marginal_effects(found)
+    effects = analysis.marginal_effects(table)
     figure = go.Figure()
     for kind in ("method", "member"):
         own = effects[effects["kind"] == kind][::-1]
@@ -125,8 +125,8 @@ def compare(campaigns: Mapping[str, pd.DataFrame], spent: str = "candidates") ->
         spent: `candidates`, `examples` or `seconds`.
     """
     figure = go.Figure()
-    for name, found in campaigns.items():
-        line = told(found)
+    for name, rows in campaigns.items():
+        line = told(rows)
         along = {"candidates": range(1, len(line) + 1), "examples": line["spent"], "seconds": line["seconds"]}[spent]
         figure.add_scatter(x=list(along), y=line["best"].to_list(), mode="lines", line={"shape": "hv"}, name=name)
     return figure.update_layout(xaxis_title=SPENT[spent], yaxis_title="best objective", showlegend=True)

@@ -52,8 +52,8 @@ class Recent:
 
     def trials(self) -> list[FrozenTrial]:
         """See `Memory`."""
-        found = {trial.number: trial for trial in (*self._latest, *(entry[-1] for entry in self._best))}
-        return [found[number] for number in sorted(found)]
+        by_number = {trial.number: trial for trial in (*self._latest, *(entry[-1] for entry in self._best))}
+        return [by_number[number] for number in sorted(by_number)]
 
 
 class Generations:

@@ -167,8 +167,8 @@ def memories(
 
 def _sampled(trial: FrozenTrial) -> Mark | None:
     """The generation of a trial that CMA-ES proposed, by any of its variants; it has no parents but a distribution."""
-    found = (trial.system_attrs.get(f"{variant}:generation") for variant in ("cma", "sepcma", "cmawm"))
-    return next(((generation, ()) for generation in found if generation is not None), None)
+    generations = (trial.system_attrs.get(f"{variant}:generation") for variant in ("cma", "sepcma", "cmawm"))
+    return next(((generation, ()) for generation in generations if generation is not None), None)
 
 
 def _quality_diversity(seed: int, arguments: dict[str, Any], number: int, selection: Selection) -> BaseSampler:

@@ -17,8 +17,8 @@ BRED = "bred"
 
 def _union(trials: Iterable[FrozenTrial]) -> dict[str, BaseDistribution]:
     """All parameters that any of the trials has, those that are fixed left out."""
-    found = {name: entry for trial in trials for name, entry in trial.distributions.items()}
-    return {name: found[name] for name in sorted(found) if not found[name].single()}
+    every = {name: entry for trial in trials for name, entry in trial.distributions.items()}
+    return {name: every[name] for name in sorted(every) if not every[name].single()}
 
 
 class UnionQMCSampler(QMCSampler):
@@ -55,10 +55,10 @@ class _OneOfEachKind:
         return getattr(self._study, name)
 
     def _get_trials(self, *arguments: Any, **named: Any) -> list[FrozenTrial]:
-        found: dict[frozenset[str], FrozenTrial] = {}
+        by_kind: dict[frozenset[str], FrozenTrial] = {}
         for trial in self._study._get_trials(*arguments, **named):
-            found.setdefault(frozenset(trial.distributions), trial)
-        return list(found.values())
+            by_kind.setdefault(frozenset(trial.distributions), trial)
+        return list(by_kind.values())
 
 
 class ChosenMethodTPESampler(TPESampler):
@@ -79,10 +79,10 @@ class ChosenMethodTPESampler(TPESampler):
         if not self._group:
             return super().sample_relative(study, trial, search_space)
         shared = {name: entry for name, entry in search_space.items() if "." not in name}
-        found = super().sample_relative(study, trial, shared)
-        prefix = f"{found['method']}." if "method" in found else ""
+        sampled = super().sample_relative(study, trial, shared)
+        prefix = f"{sampled['method']}." if "method" in sampled else ""
         own = {n: entry for n, entry in search_space.items() if n not in shared and n.startswith(prefix)}
-        return found | super().sample_relative(study, trial, own)
+        return sampled | super().sample_relative(study, trial, own)
 
 
 def bred(trial: FrozenTrial) -> Mark | None:
@@ -156,9 +156,9 @@ def _alike(parents: Sequence[FrozenTrial], one: FrozenTrial) -> list[FrozenTrial
         lambda own: own.params.get("method"),
     )
     for kind in kinds:
-        found = [own for own in parents if kind(own) == kind(one)]
-        if len(found) > 1:
-            return found
+        alike = [own for own in parents if kind(own) == kind(one)]
+        if len(alike) > 1:
+            return alike
     return list(parents)
 
 

@@ -168,12 +168,12 @@ class Space:
         at its defaults (moved into the space where it leaves them out) for all members, or for its first subset where
         it takes fewer, those that know most of the members first.
         """
-        found = [METHODS["average"].default_recipe(self.members), *self._starts]
+        recipes = [METHODS["average"].default_recipe(self.members), *self._starts]
         for name, searched in sorted(self._methods.items(), key=lambda entry: _knowledge(entry[1]), reverse=True):
             most = searched.method.most_members
             takes_all = most is None or len(self.members) <= most
-            found.append(self._recipe(name, self.members if takes_all else self._subsets[self._allowed(name)[0]], {}))
-        return list({recipe.identity: recipe for recipe in found}.values())
+            recipes.append(self._recipe(name, self.members if takes_all else self._subsets[self._allowed(name)[0]], {}))
+        return list({recipe.identity: recipe for recipe in recipes}.values())
 
     def keys(self, recipe: Recipe) -> tuple[str, ...]:
         """The keys of the scaling factors that the search varies for a recipe's members."""
@@ -225,17 +225,17 @@ class Space:
 
     def _find_allowed(self, method: str) -> tuple[str, ...]:
         most = self._methods[method].method.most_members
-        found = tuple(key for key, subset in self._subsets.items() if most is None or len(subset) <= most)
+        keys = tuple(key for key, subset in self._subsets.items() if most is None or len(subset) <= most)
         if self._methods[method].takes_solution:  # there is one of all members only
-            found = tuple(key for key in found if self._subsets[key] == self.members)
-            if not found:
+            keys = tuple(key for key in keys if self._subsets[key] == self.members)
+            if not keys:
                 raise SettingsError(f"method '{method}' merges all members, and no subset has them: leave it out")
-        if not found:
+        if not keys:
             raise SettingsError(
                 f"method '{method}' takes {most} members at most, and every subset has more: leave it out, or select "
                 f"subsets of {most}"
             )
-        return found
+        return keys
 
     def _members_name(self, method: str) -> str:
         """The parameter that chooses the subset: the same for all methods that can take every one."""
@@ -249,17 +249,19 @@ class Space:
     def _below(self, method: str, subset: Sequence[str]) -> dict[str, BaseDistribution]:
         """What is chosen once method and subset are known."""
         searched = self._methods[method]
-        found = {
+        distributions = {
             f"{method}.{name}": domain.distribution(is_whole(searched.method.parameters[name]))
             for name, domain in searched.parameters.items()
         }
         # Where a shared factor cancels, so does the only member's.
         if self.scaling != "shared" and not (searched.method.scale_free and len(subset) == 1):
             factors = searched.factors(subset, self.groups)
-            found |= {f"{method}.scaling.{key}": domain.distribution(whole=False) for key, domain in factors.items()}
+            distributions |= {
+                f"{method}.scaling.{key}": domain.distribution(whole=False) for key, domain in factors.items()
+            }
         elif self.scaling == "shared" and not searched.method.scale_free:
-            found[f"{method}.scaling"] = searched.scaling.distribution(whole=False)
-        return {name: distribution for name, distribution in found.items() if distribution is not None}
+            distributions[f"{method}.scaling"] = searched.scaling.distribution(whole=False)
+        return {name: distribution for name, distribution in distributions.items() if distribution is not None}
 
     def _recipe(self, method: str, subset: Sequence[str], values: Mapping[str, Any]) -> Recipe:
         """The recipe of these values; the nearest to the method's defaults where there is none."""

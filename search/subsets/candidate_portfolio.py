@@ -37,14 +37,16 @@ def portfolio(rows: Sequence[Row], k: int, tolerance: float = 0.02) -> list[Row]
     """
     if k < 1 or not tolerance > 0:
         raise SelectionError(f"a portfolio has at least 1 candidate and a tolerance above 0, not {k} and {tolerance}")
-    found = distinct(best(rows, len(rows)))[:MOST]
-    found = [row for row in found if violation(row) <= violation(found[0])]  # the best keep every constraint, if any do
-    if not found:
+    ranked = distinct(best(rows, len(rows)))[:MOST]
+    ranked = [
+        row for row in ranked if violation(row) <= violation(ranked[0])
+    ]  # the best keep every constraint, if any do
+    if not ranked:
         raise SelectionError("no candidate has been measured yet: a portfolio is chosen from those that were")
-    S = similarity(found)
-    heights = np.array([row.objective for row in found], dtype=np.float64)
+    S = similarity(ranked)
+    heights = np.array([row.objective for row in ranked], dtype=np.float64)
     order = dpp.greedy_order(S, min(k, dpp.rank(S)), (heights - heights[0]) / tolerance)
-    return [found[i] for i in order]
+    return [ranked[i] for i in order]
 
 
 def similarity(rows: Sequence[Row]) -> Matrix:

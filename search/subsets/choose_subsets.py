@@ -156,12 +156,12 @@ def select(
             raise SelectionError(f"mode '{mode}' needs quality and similarity of the members; or take mode 'all'")
         wanted = _sizes(L, sizes, remarks)
         if mode == "every":
-            found = _every(L, wanted, seed, remarks)
+            drawn = _every(L, wanted, seed, remarks)
         elif mode == "dpp-map":
-            found = [dpp.map_subset(L, k) for k in wanted]
+            drawn = [dpp.map_subset(L, k) for k in wanted]
         else:
-            found = [subset for k in wanted for subset in _draw(L, k, seed, draws)]
-        chosen = [tuple(sorted(members[i] for i in subset)) for subset in found]
+            drawn = [subset for k in wanted for subset in _draw(L, k, seed, draws)]
+        chosen = [tuple(sorted(members[i] for i in subset)) for subset in drawn]
     else:
         raise SelectionError(f"unknown mode '{mode}'. {did_you_mean(mode, list(get_args(Mode)))}")
     everyone = tuple(sorted(members))

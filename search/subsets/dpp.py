@@ -36,7 +36,7 @@ def log_determinant(matrix: Matrix, subset: Sequence[int]) -> float:
 
 def log_determinants(matrix: Matrix, subsets: Sequence[Sequence[int]]) -> npt.NDArray[np.float64]:
     """`log_determinant` of many subsets, those of a size at once [subsets]."""
-    found = np.empty(len(subsets))
+    values_of = np.empty(len(subsets))
     lengths = np.array([len(subset) for subset in subsets])
     for k in np.unique(lengths):
         places = np.flatnonzero(lengths == k).tolist()
@@ -44,8 +44,8 @@ def log_determinants(matrix: Matrix, subsets: Sequence[Sequence[int]]) -> npt.ND
         values = np.linalg.eigvalsh(matrix[index[:, :, None], index[:, None, :]])
         singular = values[:, 0] <= values[:, -1] * k * np.finfo(np.float64).eps
         with np.errstate(invalid="ignore", divide="ignore"):
-            found[places] = np.where(singular, -np.inf, np.log(values).sum(axis=1))
-    return found
+            values_of[places] = np.where(singular, -np.inf, np.log(values).sum(axis=1))
+    return values_of
 
 
 def map_exact(matrix: Matrix, k: int) -> tuple[int, ...]:

@@ -32,16 +32,16 @@ def greedy_forward(members: Sequence[str], scores: Scores, most: int | None = No
     while len(path) < min(most or len(members), len(members)):
         so_far = path[-1] if path else ()
         steps = [tuple(sorted((*so_far, name))) for name in members if name not in so_far]
-        found = dict(_measured(steps, scores))
-        if not found:
+        measured = dict(_measured(steps, scores))
+        if not measured:
             if path:
                 break
             raise SelectionError("no member could be merged and measured alone: see the `error` column of the ledger")
-        best = max(found, key=found.__getitem__)
-        if most is None and found[best] <= height:
+        best = max(measured, key=measured.__getitem__)
+        if most is None and measured[best] <= height:
             break
         path.append(best)
-        height = found[best]
+        height = measured[best]
     return path
 
 

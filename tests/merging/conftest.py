@@ -141,13 +141,13 @@ def merge():
             replace(method.default_recipe(list(scaling)), scaling=scaling, parameters=parameters or {})
         )
         pieces = [weights[i::parts] for i in range(parts)]
-        survey = None
+        global_stats = None
         for piece in pieces:
-            part = method.survey(piece)
-            survey = part if survey is None else method.combine(survey, part)
+            part = method.global_pass(piece)
+            global_stats = part if global_stats is None else method.combine(global_stats, part)
         out = {w.name: torch.full(w.base.shape, float("nan"), dtype=dtype) for w in weights}
         for piece in pieces:
-            prepared = method.prepare(piece, Context(examples=examples, survey=survey))
+            prepared = method.prepare(piece, Context(examples=examples, global_stats=global_stats))
             prepared.merge(recipe.scaling, recipe.parameters, {w.name: out[w.name] for w in piece})
         return out
 

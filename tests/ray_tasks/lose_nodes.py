@@ -52,7 +52,7 @@ def main():
 
     with connect() as cluster:
         pool = EvaluatorPool(
-            lifecycle.Crew(
+            lifecycle.EvaluatorGroup(
                 None, 1, threads=1, restarts=0, room=lambda: room_for(cluster.now(), 1, 0.0, 1), say=say, kind=Sleeper
             )
         )

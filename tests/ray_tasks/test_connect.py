@@ -33,9 +33,9 @@ def test_a_cluster_of_several_nodes_has_room_for_what_its_memory_holds(memory, g
 
 def test_a_cluster_that_starts_empty_is_asked_for_what_is_said():
     head = Cluster("127.0.0.1:6379", nodes=1, cpus=0, gpus=0.0)
-    assert evaluators_for(head, asked=8, threads=1, gpus=1.0, bytes_each=10_000) == 8
+    assert evaluators_for(head, wanted=8, threads=1, gpus=1.0, bytes_each=10_000) == 8
     with pytest.raises(ClusterError, match=r"resources\.evaluators, and for which GPUs with resources\.gpus"):
-        evaluators_for(head, asked=None, threads=1, gpus=0.0, bytes_each=10_000)
+        evaluators_for(head, wanted=None, threads=1, gpus=0.0, bytes_each=10_000)
 
 
 @pytest.mark.parametrize(

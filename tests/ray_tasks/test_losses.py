@@ -14,7 +14,7 @@ import pytest
 
 from merging.errors import ClusterError
 from ray_tasks.evaluators.evaluator_pool import EvaluatorPool, ray
-from ray_tasks.evaluators.lifecycle import Crew
+from ray_tasks.evaluators.lifecycle import EvaluatorGroup
 from ray_tasks.jobs.parallel import each
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -53,8 +53,8 @@ def make_pool(local_ray):
     pools = []
 
     def make(evaluators, seconds=None, **changes):
-        crew = Crew(evaluators=evaluators, **({"setup": None, "threads": 0, "kind": Light} | changes))
-        pools.append(EvaluatorPool(crew, seconds))
+        group = EvaluatorGroup(evaluators=evaluators, **({"setup": None, "threads": 0, "kind": Light} | changes))
+        pools.append(EvaluatorPool(group, seconds))
         return pools[-1]
 
     yield make
@@ -144,7 +144,7 @@ def test_one_that_cannot_be_built_is_an_error_only_where_none_could(make_pool, m
     monkeypatch.setattr("ray_tasks.evaluators.lifecycle.LOOK", 0.1)
     pool = make_pool(1, restarts=0)
     pool.start()
-    pool.crew.setup, pool.crew.evaluators = "broken", 2
+    pool.group.setup, pool.group.evaluators = "broken", 2
     pool.submit(work("long", 3.0))
     assert [done.error for done in until(lambda: not pool.at_work, pool)] == ["measured long"]
     assert pool.there == 1

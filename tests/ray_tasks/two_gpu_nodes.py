@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 
 from ray_tasks.connect import connect, evaluators_for, gpus_each
 from ray_tasks.evaluators.evaluator_pool import EvaluatorPool
-from ray_tasks.evaluators.lifecycle import Crew
+from ray_tasks.evaluators.lifecycle import EvaluatorGroup
 from ray_tasks.jobs.parallel import each
 
 
@@ -42,19 +42,19 @@ def main():
         found["first order"] = [*dict(each(devices, dict.fromkeys("abc", ()))).values()]
         found["sharing"] = [gpus for _, gpus in dict(each(devices, {"a": ()}, gpus=0.0)).values()]
         count = evaluators_for(cluster, None, 1, 0.4, 1)
-        pool = EvaluatorPool(Crew(None, count, gpus=0.4, kind=Idle))
+        pool = EvaluatorPool(EvaluatorGroup(None, count, gpus=0.4, kind=Idle))
         found["evaluators"] = count, pool.start(timeout=60.0, grace=30.0)
         pool.close()
         said = []
-        crew = Crew(None, 2, gpus=1.0, kind=Idle, say=said.append)
+        group = EvaluatorGroup(None, 2, gpus=1.0, kind=Idle, say=said.append)
         (sick,) = (node["NodeID"] for node in ray.nodes() if node["Resources"].get("GPU") == 1)
-        crew.blame(sick, "CUDA error: x")
+        group.blame(sick, "CUDA error: x")
         found["after one"] = list(said)
-        crew.blame(sick, "CUDA error: y")
+        group.blame(sick, "CUDA error: y")
         found["after two"] = said
-        pool = EvaluatorPool(crew)
+        pool = EvaluatorPool(group)
         pool.start(timeout=60.0)
-        found["on the sick node"] = sum(node == sick for node in crew._nodes.values()), pool.there
+        found["on the sick node"] = sum(node == sick for node in group._nodes.values()), pool.there
         pool.close()
     nodes.shutdown()
     print(json.dumps(found))

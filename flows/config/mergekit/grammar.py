@@ -56,7 +56,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Slice:
+class SliceEntry:
     """Consecutive layers of the merge.
 
     Args:
@@ -93,7 +93,7 @@ class Configuration:
 
     method: str
     base: Model | None
-    slices: tuple[Slice, ...]
+    slices: tuple[SliceEntry, ...]
     parameters: Params
 
     @property
@@ -120,7 +120,7 @@ class Configuration:
         named = (entry.get("filter") for entry in entries if isinstance(entry, Mapping))
         return list(dict.fromkeys(str(text) for text in named if text not in (None, "*")))
 
-    def settings(self, part: Slice, model: Model | None) -> list[tuple[str, Params]]:
+    def settings(self, part: SliceEntry, model: Model | None) -> list[tuple[str, Params]]:
         """Where a slice's parameters may stand, the narrowest place first; a model's own only if one is named."""
         own = [(source.place, source.parameters) for source in part.sources if source.model == model]
         return [*own, (part.place, part.parameters), ("parameters", self.parameters)]
@@ -153,7 +153,7 @@ def read(value: Mapping[str, Any], diagnostics: Diagnostics) -> Configuration:
     return Configuration(method, base, slices, _parameters(value, "", diagnostics))
 
 
-def _slices(value: Mapping[str, Any], base: Model | None, diagnostics: Diagnostics) -> tuple[Slice, ...]:
+def _slices(value: Mapping[str, Any], base: Model | None, diagnostics: Diagnostics) -> tuple[SliceEntry, ...]:
     """`models` as one slice of all layers, or `slices`."""
     whole, parts = value.get("models"), value.get("slices")
     if value.get("modules") is not None:
@@ -162,7 +162,7 @@ def _slices(value: Mapping[str, Any], base: Model | None, diagnostics: Diagnosti
         diagnostics.problem("models", "either `models` or `slices` is needed, and not both")
         return ()
     if parts is None:
-        return (Slice(_sources(whole, "models", ("model", "parameters"), diagnostics), {}, ""),)
+        return (SliceEntry(_sources(whole, "models", ("model", "parameters"), diagnostics), {}, ""),)
     if not isinstance(parts, list):
         diagnostics.problem("slices", "expected a list")
         return ()
@@ -177,7 +177,7 @@ def _slices(value: Mapping[str, Any], base: Model | None, diagnostics: Diagnosti
         if own is not None and base is not None and read_model(own, f"{where}.base_model", diagnostics) != base:
             diagnostics.problem(f"{where}.base_model", "a merge has one base: name the file's `base_model`")
         sources = _sources(part.get("sources"), f"{where}.sources", SOURCE_KEYS, diagnostics)
-        slices.append(Slice(sources, _parameters(part, where, diagnostics), where))
+        slices.append(SliceEntry(sources, _parameters(part, where, diagnostics), where))
     return tuple(slices)
 
 

@@ -6,7 +6,7 @@ from glob import escape
 from typing import Any
 
 from flows.config.mergekit.diagnostics import Diagnostics
-from flows.config.mergekit.grammar import Configuration, Model, Params, Slice
+from flows.config.mergekit.grammar import Configuration, Model, Params, SliceEntry
 from flows.config.mergekit.groups import by_pattern
 from flows.config.mergekit.weights import Resolver, count_layers, note_idle_filters, position
 from merging.methods.depth import NUMBER, depth
@@ -62,14 +62,14 @@ def slices_of(
     return {"slices": entries} | ({"rest": first} if first != BASE else {})
 
 
-def _scales(configuration: Configuration, part: Slice) -> list[tuple[str, Params]]:
+def _scales(configuration: Configuration, part: SliceEntry) -> list[tuple[str, Params]]:
     """Where a slice's scale is given, the narrowest place first."""
     settings = configuration.settings(part, part.sources[0].model)
     return [(place, parameters) for place, parameters in settings if parameters.get("scale") is not None]
 
 
 def _pieces(
-    part: Slice,
+    part: SliceEntry,
     scales: Sequence[tuple[str, Params]],
     names: Sequence[str],
     filters: Sequence[str],

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from flows.config.mergekit.diagnostics import Diagnostics
-from flows.config.mergekit.grammar import Configuration, Model, Params, Slice
+from flows.config.mergekit.grammar import Configuration, Model, Params, SliceEntry
 from flows.config.mergekit.methods import METHODS, REQUIRED, MergekitMethod
 from merging.methods.depth import NUMBER, depth
 
@@ -34,7 +34,7 @@ class Resolver:
     diagnostics: Diagnostics
 
     def parameters(
-        self, defaults: Mapping[str, Any], part: Slice, model: Model | None, name: str, t: float
+        self, defaults: Mapping[str, Any], part: SliceEntry, model: Model | None, name: str, t: float
     ) -> Resolved:
         """Parameters of one weight.
 
@@ -95,7 +95,7 @@ def by_weight(
     method, slices = METHODS[configuration.method], configuration.slices
     resolver = Resolver(configuration, diagnostics)
 
-    def resolved(part: Slice, name: str, t: float) -> tuple[Resolved, list[Resolved]]:
+    def resolved(part: SliceEntry, name: str, t: float) -> tuple[Resolved, list[Resolved]]:
         shared = resolver.parameters(method.shared, part, None, name, t)
         return shared, [resolver.parameters(method.own, part, model, name, t) for model in models]
 
@@ -161,8 +161,8 @@ def _spans(configuration: Configuration, layers: int, diagnostics: Diagnostics) 
 
 
 def _position(
-    name: str, layers: Mapping[str, int], slices: Sequence[Slice], spans: Sequence[tuple[int, int]]
-) -> tuple[Slice, float]:
+    name: str, layers: Mapping[str, int], slices: Sequence[SliceEntry], spans: Sequence[tuple[int, int]]
+) -> tuple[SliceEntry, float]:
     """The slice that a weight belongs to, and how deep in it."""
     number = NUMBER.search(name)
     if number is None:

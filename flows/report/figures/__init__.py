@@ -4,11 +4,11 @@ from flows.report.figures.generalisation import beside
 from flows.report.figures.members import profile, share, similarity
 from flows.report.figures.pareto import front
 from flows.report.figures.search_history import history, importance, scaling
-from flows.report.figures.style import Looks
+from flows.report.figures.style import Palette
 from flows.report.figures.timing import seconds, timeline
 
 __all__ = [
-    "Looks",
+    "Palette",
     "beside",
     "front",
     "history",

@@ -5,7 +5,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from flows.report.figures.style import NEUTRAL, Looks, finish, plain
+from flows.report.figures.style import NEUTRAL, Palette, finish, plain
 from flows.report.scales import percent
 from flows.report.significance import Compared, in_words, scale
 from flows.report.table import text
@@ -13,7 +13,7 @@ from flows.report.table import text
 NAMES = {"member": "members", "average": "plain average", "method": "best of a method", "runner-up": "runners-up"}
 
 
-def beside(compared: Sequence[Compared], looks: Looks) -> Any:
+def beside(compared: Sequence[Compared], looks: Palette) -> Any:
     """Test against validation with standard errors, the winner ringed; None where nothing was measured on both."""
     if not compared:
         return None

@@ -7,7 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from flows.report.figures.style import NEUTRAL, SCALE, STRONG, Looks, finish, plain
+from flows.report.figures.style import NEUTRAL, SCALE, STRONG, Palette, finish, plain
 from flows.report.scales import digits
 from flows.report.table import in_words, plain_average
 from search.candidate import searched_split
@@ -95,7 +95,7 @@ def similarity(selection: Selection | None) -> Any:
     return finish(figure, 150 + 38 * len(names), showlegend=False, bargap=0.35)
 
 
-def profile(rows: Sequence[Row], tasks: Sequence[str], looks: Looks, top: int = 10) -> Any:
+def profile(rows: Sequence[Row], tasks: Sequence[str], looks: Palette, top: int = 10) -> Any:
     """Validation scores of the best candidates, task by task, coloured by the gain over the plain average."""
     shown = distinct(best(rows, len(rows)))[:top]
     if not shown or not tasks:

@@ -5,7 +5,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from flows.report.figures.style import NEUTRAL, Looks, describe, finish, plain, thin
+from flows.report.figures.style import NEUTRAL, Palette, describe, finish, plain, thin
 from flows.report.scales import percent
 from flows.report.table import in_words
 from search.ledger.row import Row
@@ -14,7 +14,7 @@ from search.objective import best, pareto
 MOST_POINTS = 2000
 
 
-def front(rows: Sequence[Row], looks: Looks) -> Any:
+def front(rows: Sequence[Row], looks: Palette) -> Any:
     """The first two objectives of every candidate, the Pareto front of all as a line; None for one objective."""
     ranked = [row for row in best(rows, len(rows)) if len(row.objectives) > 1]
     if not ranked:

@@ -9,7 +9,7 @@ import optuna
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from flows.report.figures.style import NEUTRAL, STRONG, Looks, describe, finish, objective_axis, plain, thin
+from flows.report.figures.style import NEUTRAL, STRONG, Palette, describe, finish, objective_axis, plain, thin
 from flows.report.table import in_words, plain_average
 from merging.mergers.weight_groups import factor
 from merging.recipe import GROUP
@@ -32,7 +32,7 @@ def finished(rows: Sequence[Row]) -> list[Row]:
     return sorted(best(rows, len(rows), searched_split(rows)), key=lambda row: row.finished)
 
 
-def history(rows: Sequence[Row], looks: Looks) -> Any:
+def history(rows: Sequence[Row], looks: Palette) -> Any:
     """Objective of every candidate in the order of finishing, and the best so far; None before the first.
 
     Where candidates are estimates from anchor examples, those that were confirmed on everything stand beside them.
@@ -101,7 +101,7 @@ def history(rows: Sequence[Row], looks: Looks) -> Any:
     )
 
 
-def scaling(rows: Sequence[Row], looks: Looks) -> Any:
+def scaling(rows: Sequence[Row], looks: Palette) -> Any:
     """Objective against scaling factor, a row of panels for each method; None where no factor varies."""
     done = finished(rows)
     by_method = {

@@ -20,7 +20,7 @@ SCALE = "Cividis"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 
-class Looks:
+class Palette:
     """Colours and marks of the methods of a ledger.
 
     Args:
@@ -72,7 +72,7 @@ def describe(row: Row) -> str:
     )
 
 
-def objective_axis(rows: Sequence[Row], looks: Looks) -> tuple[int, str]:
+def objective_axis(rows: Sequence[Row], looks: Palette) -> tuple[int, str]:
     """What objectives are multiplied by to be read, and the title of their axis, which says where they are estimates."""
     times = objective_scale(rows, looks.scales)
     estimated = "estimated " if any(row.split == ANCHORS for row in rows) else ""

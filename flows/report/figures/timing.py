@@ -6,7 +6,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from flows.report.figures.style import Looks, describe, finish, plain
+from flows.report.figures.style import Palette, describe, finish, plain
 from flows.report.table import in_words
 from search.candidate import searched_split
 from search.ledger.row import Row
@@ -15,7 +15,7 @@ MOST_BARS = 3000
 PANELS = (("merge_seconds", "seconds of merge"), ("evaluate_seconds", "seconds of evaluation"))
 
 
-def seconds(rows: Sequence[Row], looks: Looks) -> Any:
+def seconds(rows: Sequence[Row], looks: Palette) -> Any:
     """Histograms of the seconds that merge and evaluation took; None where none was measured."""
     split = searched_split(rows)
     done = [row for row in rows if row.origin in ("anchor", "search") and row.split == split]
@@ -40,7 +40,7 @@ def seconds(rows: Sequence[Row], looks: Looks) -> Any:
     return finish(figure, 320, barmode="stack", bargap=0.08)
 
 
-def timeline(rows: Sequence[Row], looks: Looks) -> Any:
+def timeline(rows: Sequence[Row], looks: Palette) -> Any:
     """What each worker evaluated when, in minutes from the first; None where no worker is known."""
     known = sorted((row for row in rows if row.worker), key=lambda row: row.started)[-MOST_BARS:]
     if not known:

@@ -64,8 +64,8 @@ class AdapterCheckpoint(Checkpoint):
             raise CheckpointError(f"{file.path} holds no tensors: copy the adapter again")
         if own is not None:
             check_config(own, len(base.tensors) + len(file.tensors), addresses.join(path, CONFIG))
-        found = adapted(path, settings, own, base, file)
-        return cls(path, found.config, found.tensors, {file.path: file}, base, found)
+        adapter = adapted(path, settings, own, base, file)
+        return cls(path, adapter.config, adapter.tensors, {file.path: file}, base, adapter)
 
     def read(self, name: str) -> Tensor:
         """A tensor on the CPU: the base's or the adapter's own, with scaling · B @ A added where the adapter has factors.

@@ -104,7 +104,7 @@ def adapted(
 
 def _choose(
     path: str, settings: Mapping[str, Any], own: dict[str, Any] | None, base: Checkpoint, file: SafetensorsFile
-) -> "_Names":
+) -> "_AdapterNames":
     """The names in an adapter's file as those of the first class that knows them all."""
     config = {**base.config, **(own or {})}
     mapped = (settings.get("auto_mapping") or {}).get("base_model_class")
@@ -116,7 +116,7 @@ def _choose(
     for name, auto in candidates:
         try:
             model, complete = _skeleton(path, config, name, auto, file)
-            return _Names(path, base, file, settings, model, complete)
+            return _AdapterNames(path, base, file, settings, model, complete)
         except CheckpointError as error:
             errors.append(error)
     raise errors[0]
@@ -169,7 +169,7 @@ def _rows(model: nn.Module, file: SafetensorsFile) -> int:
     return 0
 
 
-class _Names:
+class _AdapterNames:
     """Finds what the names in an adapter's file mean.
 
     Args:
@@ -262,7 +262,7 @@ class _Names:
             model = skeleton.build(self._path, config, type(self._model).__name__)
             still = set(skeleton.shared_names(model))
             parted |= {names for names in self._tied if names not in still}
-        found: dict[str, tuple[str, ...]] = {}
+        groups: dict[str, tuple[str, ...]] = {}
         for live in self._saved:
             sharing = tied.get(live, (live,))
             if (
@@ -270,8 +270,8 @@ class _Names:
                 or sharing in parted
                 or live == next((name for name in sharing if name in self._stored), sharing[0])
             ):
-                found[live] = sharing
-        return found, config
+                groups[live] = sharing
+        return groups, config
 
     def _are_one(self, names: Sequence[str]) -> bool:
         """Whether the base has one weight under these names: transformers does not tie what is stored with different values."""

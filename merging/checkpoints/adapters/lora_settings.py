@@ -42,8 +42,8 @@ def refuse_unknown(path: str, settings: Mapping[str, Any]) -> None:
     kind = settings.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(f"{path} is a {kind} adapter, and only LoRA is read as a member. {REMEDY}")
-    if found := [key for key in NOT_PLAIN if settings.get(key)]:
-        raise CheckpointError(f"{path} is a LoRA with {found[0]} = {settings[found[0]]!r}. {REMEDY}")
+    if unknown := [key for key in NOT_PLAIN if settings.get(key)]:
+        raise CheckpointError(f"{path} is a LoRA with {unknown[0]} = {settings[unknown[0]]!r}. {REMEDY}")
     start = settings.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(MOVES_BASE):
         raise CheckpointError(f"{path} was initialised by '{start}', which changes the base's weights too. {REMEDY}")

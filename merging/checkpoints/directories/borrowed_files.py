@@ -90,8 +90,8 @@ def borrowed_files(
 
 def chat_template(path: str) -> str | None:
     """A checkpoint's default chat template; None where it has none."""
-    found = _templates(path).get("default") if storage.is_dir(path) else None
-    return found if isinstance(found, str) else None
+    template = _templates(path).get("default") if storage.is_dir(path) else None
+    return template if isinstance(template, str) else None
 
 
 def without_tokenizer(base: Checkpoint) -> Files:
@@ -104,7 +104,7 @@ def notes_on_files(base: Checkpoint, members: Mapping[str, Checkpoint]) -> list[
     notes = list(companions(base.path)[1])
     templates = {name: _templates(member.path) for name, member in members.items() if _matching(member, TOKENIZER)}
     ours = _templates(base.path)
-    if other := [name for name, found in templates.items() if found and found != ours]:
+    if other := [name for name, theirs in templates.items() if theirs and theirs != ours]:
         what = "differ from the base's" if ours else "are there, and the base has none"
         notes.append(
             f"chat templates of {', '.join(other)} {what}: the merge has the base's, unless `files_from.chat_template` names "
@@ -135,22 +135,22 @@ def _matching(checkpoint: Checkpoint, patterns: tuple[str, ...]) -> list[str]:
 
 def _templates(path: str) -> dict[str, Any]:
     """A checkpoint's chat templates by name, wherever they stand."""
-    found: dict[str, Any] = {}
+    templates: dict[str, Any] = {}
     inside = _json(path, TOKENIZER_CONFIG).get(CHAT_TEMPLATE)
     if isinstance(inside, list):
-        found |= {str(entry.get("name")): entry.get("template") for entry in inside if isinstance(entry, dict)}
+        templates |= {str(entry.get("name")): entry.get("template") for entry in inside if isinstance(entry, dict)}
     elif inside is not None:
-        found["default"] = inside
+        templates["default"] = inside
     if (text := _json(path, f"{CHAT_TEMPLATE}.json").get(CHAT_TEMPLATE)) is not None:
-        found["default"] = text
+        templates["default"] = text
     folder = "additional_chat_templates"
     places = {"default": f"{CHAT_TEMPLATE}.jinja"} | {
         name.removesuffix(".jinja"): f"{folder}/{name}" for name in storage.list_dir(addresses.join(path, folder))
     }
     for name, place in places.items():
         if storage.exists(addresses.join(path, place)):
-            found[name] = storage.read_text(addresses.join(path, place))
-    return found
+            templates[name] = storage.read_text(addresses.join(path, place))
+    return templates
 
 
 def _json(path: str, name: str) -> dict[str, Any]:
@@ -170,8 +170,8 @@ def _require_same_tokens(base: Checkpoint, member: Checkpoint) -> None:
     Raises:
         PoolError: It does not.
     """
-    found = [read_tokens(checkpoint.path) for checkpoint in (base, member)]
-    ours, theirs = (tokens.ids if tokens is not None else {} for tokens in found)
+    both = [read_tokens(checkpoint.path) for checkpoint in (base, member)]
+    ours, theirs = (tokens.ids if tokens is not None else {} for tokens in both)
     moved = [token for token, number in theirs.items() if token in ours and ours[token] != number]
     if moved:
         raise PoolError(

@@ -26,7 +26,7 @@ def written(path: str) -> dict[str, int | str]:
     """Files that the last merge into a directory wrote, or was about to; weights by size, the others by content hash."""
     try:
         files = documents.read_json(addresses.join(path, MANIFEST))["files"]
-        return {str(name): told for name, told in files.items() if isinstance(told, int | str)}
+        return {str(name): record for name, record in files.items() if isinstance(record, int | str)}
     except (StorageError, KeyError, TypeError, AttributeError):
         return {}
 
@@ -59,7 +59,7 @@ def require_replaceable(path: str) -> None:
 
 
 def _is_ours(path: str, name: str, size: int, known: Mapping[str, int | str]) -> bool:
-    told = known.get(name)
-    if isinstance(told, int):
-        return size <= told  # less of it where the merge was killed
-    return told is not None and told == hashing.file_fingerprint(addresses.join(path, name))
+    record = known.get(name)
+    if isinstance(record, int):
+        return size <= record  # less of it where the merge was killed
+    return record is not None and record == hashing.file_fingerprint(addresses.join(path, name))

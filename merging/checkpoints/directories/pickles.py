@@ -66,16 +66,16 @@ def _read_shards(path: str, listed: list[str]) -> dict[str, Tensor]:
         files = sorted(set(weight_map.values()))
     except (StorageError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{place} is not an index of weight files ({error})") from error
-    found: dict[str, Tensor] = {}
+    tensors_read: dict[str, Tensor] = {}
     for file in files:
         require_beside(place, file, listed)
         tensors = _read(addresses.join(path, file))
-        if twice := found.keys() & tensors.keys():
+        if twice := tensors_read.keys() & tensors.keys():
             raise CheckpointError(f"{path}: '{min(twice)}' stands in two of its files")
-        found |= tensors
-    if missing := weight_map.keys() - found.keys():
+        tensors_read |= tensors
+    if missing := weight_map.keys() - tensors_read.keys():
         raise CheckpointError(f"{path} lacks '{min(missing)}', which its index names: copy it again")
-    return found
+    return tensors_read
 
 
 def _read(path: str) -> dict[str, Tensor]:

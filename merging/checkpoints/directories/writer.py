@@ -29,7 +29,7 @@ Write = Callable[[int, Tensor], None]
 
 
 @dataclass(frozen=True)
-class Shard:
+class FileLayout:
     """A safetensors file before it is written.
 
     Args:
@@ -48,7 +48,7 @@ class Shard:
         return max((info.stop for info in self.tensors.values()), default=len(self.header))
 
 
-def lay_out(outlines: Sequence[Outline], max_bytes: int = SHARD_BYTES) -> tuple[Shard, ...]:
+def lay_out(outlines: Sequence[Outline], max_bytes: int = SHARD_BYTES) -> tuple[FileLayout, ...]:
     """Consecutive tensors in files that stay below `max_bytes`, unless one tensor does not.
 
     Within a file, tensors with wider entries come first, so that each is aligned to its own width.
@@ -73,7 +73,7 @@ def _nbytes(outline: Outline) -> int:
     return torch.Size(outline[2]).numel() * outline[1].itemsize
 
 
-def _shard(file: str, outlines: Sequence[Outline]) -> Shard:
+def _shard(file: str, outlines: Sequence[Outline]) -> FileLayout:
     """The layout of one file (the safetensors format: length of the header, header as JSON, bytes of the tensors)."""
     words = {dtype: word for word, dtype in DTYPES.items()}
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -86,7 +86,7 @@ def _shard(file: str, outlines: Sequence[Outline]) -> Shard:
     text += b" " * (-(8 + len(text)) % BLOCK)  # tensors begin with a block, in the file and in whoever maps it
     header = struct.pack("<Q", len(text)) + text
     starts = [0, *stops[:-1]]
-    return Shard(
+    return FileLayout(
         file,
         header,
         {
@@ -96,7 +96,7 @@ def _shard(file: str, outlines: Sequence[Outline]) -> Shard:
     )
 
 
-class Files(ABC):
+class WeightFiles(ABC):
     """The weight files of a checkpoint that is being written.
 
     Args:
@@ -106,15 +106,15 @@ class Files(ABC):
     in_order: bool
     """Whether a file's bytes must be written from its first to its last."""
 
-    def __init__(self, shards: tuple[Shard, ...]) -> None:
+    def __init__(self, shards: tuple[FileLayout, ...]) -> None:
         self.shards = shards
 
     @abstractmethod
-    def open(self, shard: Shard) -> AbstractContextManager[Write]:
+    def open(self, shard: FileLayout) -> AbstractContextManager[Write]:
         """A context in which a file's tensors are written; it ends when all its bytes are."""
 
 
-class LocalFiles(Files):
+class LocalFiles(WeightFiles):
     """Files whose space is taken at once, so that threads write to any place, and a full disk is found at the start.
 
     Args:
@@ -124,7 +124,7 @@ class LocalFiles(Files):
 
     in_order = False
 
-    def __init__(self, shards: tuple[Shard, ...], directory: Path) -> None:
+    def __init__(self, shards: tuple[FileLayout, ...], directory: Path) -> None:
         super().__init__(shards)
         self._files: dict[str, UnbufferedFile] = {}
         try:
@@ -137,7 +137,7 @@ class LocalFiles(Files):
             raise
 
     @contextmanager
-    def open(self, shard: Shard) -> Iterator[Write]:
+    def open(self, shard: FileLayout) -> Iterator[Write]:
         """Any number of threads may write to a file."""
         file = self._files[shard.name]
         yield lambda place, value: file.write(place, _bytes(value))
@@ -154,7 +154,7 @@ class LocalFiles(Files):
             self._files.clear()
 
 
-class RemoteFiles(Files):
+class RemoteFiles(WeightFiles):
     """Files that are uploaded while they are written, each as one stream.
 
     Args:
@@ -164,12 +164,12 @@ class RemoteFiles(Files):
 
     in_order = True
 
-    def __init__(self, shards: tuple[Shard, ...], path: str) -> None:
+    def __init__(self, shards: tuple[FileLayout, ...], path: str) -> None:
         super().__init__(shards)
         self._path = path
 
     @contextmanager
-    def open(self, shard: Shard) -> Iterator[Write]:
+    def open(self, shard: FileLayout) -> Iterator[Write]:
         """The file appears when the block ends well."""
         with atomic.open_new(addresses.join(self._path, shard.name)) as stream:
             stream.write(shard.header)
@@ -186,8 +186,12 @@ class RemoteFiles(Files):
 
 @contextmanager
 def new_checkpoint(
-    path: str, shards: tuple[Shard, ...], *, like: Checkpoint, extra: Mapping[str, str | bytes | None] | None = None
-) -> Iterator[Files]:
+    path: str,
+    shards: tuple[FileLayout, ...],
+    *,
+    like: Checkpoint,
+    extra: Mapping[str, str | bytes | None] | None = None,
+) -> Iterator[WeightFiles]:
     """A model directory that is there when the block ends well, and not otherwise.
 
     A local one is a neighbour under another name until then; an earlier merge at `path` is replaced. Elsewhere nothing
@@ -229,22 +233,22 @@ def new_checkpoint(
 
 
 def _small_files(
-    shards: Sequence[Shard], like: Checkpoint, extra: Mapping[str, str | bytes | None]
+    shards: Sequence[FileLayout], like: Checkpoint, extra: Mapping[str, str | bytes | None]
 ) -> dict[str, bytes]:
     """All files of a model directory but its weights; `config.json` is the last."""
-    found: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}
     if len(shards) > 1:
         total = sum(info.nbytes for shard in shards for info in shard.tensors.values())
         weight_map = {name: shard.name for shard in shards for name in shard.tensors}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        found[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
+        contents[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
     given = {name: content.encode() if isinstance(content, str) else content for name, content in extra.items()}
     for name in companions(like.path)[0]:
         if name not in given:
-            found[name] = storage.read_bytes(addresses.join(like.path, name))
-    found |= {name: content for name, content in given.items() if content is not None}
-    found = {name: _without_code(name, content) for name, content in found.items()}
-    return {**{name: content for name, content in found.items() if name != CONFIG}, CONFIG: found[CONFIG]}
+            contents[name] = storage.read_bytes(addresses.join(like.path, name))
+    contents |= {name: content for name, content in given.items() if content is not None}
+    contents = {name: _without_code(name, content) for name, content in contents.items()}
+    return {**{name: content for name, content in contents.items() if name != CONFIG}, CONFIG: contents[CONFIG]}
 
 
 def _without_code(name: str, content: bytes) -> bytes:

@@ -158,13 +158,13 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Dif
     resolved = [resolved_config(config) for config in (first, second)]
     own_code = "auto_map" in first or "auto_map" in second
     if resolved[0] is None or resolved[1] is None:
-        found = list(_raw(function_of(first), function_of(second)))
+        entries = list(_raw(function_of(first), function_of(second)))
     else:
         declared = None if own_code else _declared(str(first["model_type"]))
-        found = list(_compared(resolved[0], resolved[1], declared, ""))
+        entries = list(_compared(resolved[0], resolved[1], declared, ""))
     one, other = (config.get("architectures") for config in (first, second))
     heads = one == other and any("Classification" in str(name) for name in one or [])
-    ends = [(entry, entry[0].rpartition(".")[2]) for entry in found]
+    ends = [(entry, entry[0].rpartition(".")[2]) for entry in entries]
     return [
         entry
         for entry, end in ends

@@ -77,7 +77,7 @@ def _settings(config: Mapping[str, Any]) -> Any:
         if config.get(key):
             return config[key]
     nested = (value for value in config.values() if isinstance(value, Mapping))
-    return next((found for value in nested if (found := _settings(value)) is not None), None)
+    return next((settings for value in nested if (settings := _settings(value)) is not None), None)
 
 
 def _is_packed(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:

@@ -60,13 +60,13 @@ def in_checkpoint(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, T
         return dict(values)
     nothing: tuple[dict[str, str], frozenset[str]] = {}, frozenset()
     plain, stored = getattr(model, _REMEMBERED, nothing)
-    found = {plain[name]: value for name, value in values.items() if name in plain}
+    stored_values = {plain[name]: value for name, value in values.items() if name in plain}
     prefix = backbone_prefix(model)
     rest = {name: value for name, value in values.items() if name not in plain}
     for name, value in revert_weight_conversion(model, rest).items() if rest else ():
         spellings = (name, name.removeprefix(prefix), prefix + name)
-        found[next((spelling for spelling in spellings if spelling in stored), name)] = value
-    return found
+        stored_values[next((spelling for spelling in spellings if spelling in stored), name)] = value
+    return stored_values
 
 
 @dataclass(frozen=True)
@@ -132,15 +132,15 @@ def loading(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> Loading:
     if not isinstance(model, PreTrainedModel):
         same = [Conversion((name,), name) for name in shapes if name in live]
         return Loading(same, sorted(live.keys() - shapes), [name for name in shapes if name not in live])
-    found, homeless = _by_transformers(model, live, shapes)
+    conversions, homeless = _by_transformers(model, live, shapes)
     made: dict[str, Sequence[int]] = {}
-    for conversion in found:
+    for conversion in conversions:
         made |= targets_of(conversion, shapes)
     misfits = {
         name: (made[name], value.shape) for name, value in live.items() if made.get(name, value.shape) != value.shape
     }
     tied = {name for name, others in tied_names(model).items() if others & made.keys()}
-    return Loading(found, *_of_account(model, live.keys() - made.keys() - tied, homeless), misfits)
+    return Loading(conversions, *_of_account(model, live.keys() - made.keys() - tied, homeless), misfits)
 
 
 def targets_of(conversion: Conversion, shapes: Mapping[str, Sequence[int]]) -> dict[str, torch.Size]:
@@ -172,17 +172,17 @@ def _by_transformers(model: Any, live: dict[str, Tensor], names: Iterable[str]) 
             homeless.append(one.name)
         else:
             groups.setdefault(one.target, []).append(one)
-    found = []
+    conversions = []
     for target, group in groups.items():
         sources = tuple(one.name for one in group)
         if (converter := group[0].converter) is None:
-            found.append(Conversion(sources[:1], target))
+            conversions.append(Conversion(sources[:1], target))
             homeless += sources[1:]
         else:
             patterns = tuple(str(one.pattern) for one in group)
             kind = repr((converter, converter.operations, patterns))
-            found.append(Conversion(sources, target, _applied(model, converter, target, sources, patterns), kind))
-    return found, homeless
+            conversions.append(Conversion(sources, target, _applied(model, converter, target, sources, patterns), kind))
+    return conversions, homeless
 
 
 def _applied(

@@ -57,8 +57,8 @@ def backbone_prefix(model: nn.Module) -> str:
 
 def joined(groups: Iterable[Iterable[str]]) -> list[set[str]]:
     """Groups of names of one weight, those that share a name as one."""
-    found: list[set[str]] = []
+    unions: list[set[str]] = []
     for group in map(set, groups):
-        touching = [other for other in found if other & group]
-        found = [other for other in found if other not in touching] + [group.union(*touching)]
-    return found
+        touching = [other for other in unions if other & group]
+        unions = [other for other in unions if other not in touching] + [group.union(*touching)]
+    return unions

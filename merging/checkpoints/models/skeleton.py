@@ -64,8 +64,8 @@ def build(path: str, config: Mapping[str, Any], architecture: str, loader: str |
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     """A model's parameters and buffers, under each of their names."""
-    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    return found | dict(model.named_buffers(remove_duplicate=False))
+    by_name: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return by_name | dict(model.named_buffers(remove_duplicate=False))
 
 
 def live_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
@@ -74,8 +74,8 @@ def live_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     Where transformers joins several weights into one (experts), all of them have its name.
     """
     names, known = list(names), tensors(model)
-    found = {one.name: one.target for one in renamed(model, names, known) if one.target in known}
-    return {name: found[name] for name in names if name in found}
+    targets = {one.name: one.target for one in renamed(model, names, known) if one.target in known}
+    return {name: targets[name] for name in names if name in targets}
 
 
 def saved_names(model: nn.Module) -> dict[str, str]:

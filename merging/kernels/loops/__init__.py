@@ -6,7 +6,7 @@ one compiled loop serves any number of members and any mixture of dtypes. What a
 where it starts nor on where it stops.
 """
 
-FULL, BRAIN, HALF = 0, 1, 2
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 """Kinds of rows: float32, bfloat16, float16."""
 GROUP = 4
 """Rows that are read side by side, for which a processor's prefetching is made, and added up in one go."""

@@ -14,7 +14,7 @@ from numba import cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
 
-from merging.kernels.loops import FULL, HALF
+from merging.kernels.loops import FLOAT16, FLOAT32
 
 SETTINGS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
 """Of the liberties that a compiler may take, only that of not rounding between a product and a sum."""
@@ -22,7 +22,7 @@ FROM_OUTSIDE = frozenset({"memset", "memcpy", "memmove"})
 """What machine code may ask of the process that loads it."""
 ALIGNED = 64
 PAST = 16
-"""Entries that `write_past` writes: what a cache takes at once."""
+"""Entries that `nontemporal_store` writes: what a cache takes at once."""
 LANES = 32
 """Entries that are looked at or added up at once."""
 
@@ -55,7 +55,7 @@ def pointer_to(element: Any) -> Any:
     return pointer
 
 
-def room_for(element: Any, count: int) -> Any:
+def stack_array(element: Any, count: int) -> Any:
     """Working memory for so many elements, with unknown content, until the loop returns."""
 
     @intrinsic
@@ -111,9 +111,9 @@ def _load(builder: Any, place: Any, vector: Any, align: int) -> Any:
 
 def _wide(builder: Any, place: Any, kind: int) -> Any:
     """LANES entries of a kind of row, from a pointer to the first, in float32."""
-    if kind == FULL:
+    if kind == FLOAT32:
         return _load(builder, place, _SINGLES, 4)
-    if kind == HALF:
+    if kind == FLOAT16:
         return builder.fpext(_load(builder, place, _HALVES, 2), _SINGLES)
     upper = builder.zext(_load(builder, place, _SIXTEEN, 2), _FULL)
     return builder.bitcast(builder.shl(upper, ir.Constant(_FULL, [16] * LANES)), _SINGLES)
@@ -135,11 +135,11 @@ def lanes_beyond(kind: int) -> Any:
             )
             moved = builder.fsub(_wide(builder, at, kind), _load(builder, base, _SINGLES, 4))
             bits = builder.and_(builder.bitcast(moved, _FULL), ir.Constant(_FULL, [0x7FFFFFFF] * LANES))
-            found = []
+            masks = []
             for limit in arguments[3:]:
                 above = builder.icmp_signed(">", bits, _everywhere(builder, limit))
-                found.append(builder.zext(builder.bitcast(above, ir.IntType(LANES)), ir.IntType(64)))
-            return builder.or_(found[0], builder.shl(found[1], ir.IntType(64)(LANES)))
+                masks.append(builder.zext(builder.bitcast(above, ir.IntType(LANES)), ir.IntType(64)))
+            return builder.or_(masks[0], builder.shl(masks[1], ir.IntType(64)(LANES)))
 
         return types.int64(row, before, types.int64, types.int32, types.int32), generate
 
@@ -152,7 +152,7 @@ def lanes_sum(kind: int) -> Any:
     It takes the rows' addresses, c, how many rows, the number of the first entry, and where to write in a float32 row. The
     terms are added one after the other, product and sum with one rounding, as the compiled loops do it, too.
     """
-    width = 4 if kind == FULL else 2
+    width = 4 if kind == FLOAT32 else 2
 
     @intrinsic
     def add(typing: Any, rows: Any, factors: Any, count: Any, start: Any, work: Any, to: Any) -> Any:
@@ -198,7 +198,7 @@ def fetch(typing: Any, address: Any) -> Any:
 
 
 @intrinsic
-def write_past(typing: Any, address: Any, row: Any, first: Any) -> Any:
+def nontemporal_store(typing: Any, address: Any, row: Any, first: Any) -> Any:
     """Writes PAST float32 entries of a row, from `first` on, to an address of as many bytes' multiple, not by a cache.
 
     The processor need not read there first what is overwritten, which a cache would.
@@ -218,8 +218,8 @@ def write_past(typing: Any, address: Any, row: Any, first: Any) -> Any:
 
 
 @intrinsic
-def all_written(typing: Any) -> Any:
-    """Has whoever is told that a loop is done see all that `write_past` wrote."""
+def store_fence(typing: Any) -> Any:
+    """Has whoever is told that a loop is done see all that `nontemporal_store` wrote."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         builder.fence("seq_cst")
@@ -229,7 +229,7 @@ def all_written(typing: Any) -> Any:
 
 
 @intrinsic
-def ones(typing: Any, bits: Any) -> Any:
+def popcount(typing: Any, bits: Any) -> Any:
     """How many bits are set."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -271,7 +271,7 @@ def machine_code(function: Callable[..., int], target: llvm.TargetMachine) -> tu
     options.loop_vectorization = True
     builder = llvm.create_pass_builder(target, options)
     builder.getModulePassManager().run(module, builder)
-    asked = {f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")}
-    if strange := asked - FROM_OUTSIDE:
+    declared = {f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")}
+    if strange := declared - FROM_OUTSIDE:
         raise RuntimeError(f"the loop '{function.__name__}' would ask the process for {', '.join(sorted(strange))}")
     return compiled.native_name, target.emit_object(module)

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from numba import carray, types  # type: ignore[attr-defined]
 
-from merging.kernels.loops import BRAIN, FULL, HALF, TILE
-from merging.kernels.loops.compiling import LANES, from_float16, inner, lanes_beyond, lowest, ones, room_for
+from merging.kernels.loops import BFLOAT16, FLOAT16, FLOAT32, TILE
+from merging.kernels.loops.compiling import LANES, from_float16, inner, lanes_beyond, lowest, popcount, stack_array
 from merging.kernels.loops.rows import (
     MAGNITUDE,
     Array,
@@ -22,7 +22,7 @@ from merging.kernels.loops.rows import (
     widen,
 )
 
-_row, _before = room_for(types.float32, TILE), room_for(types.float32, TILE)
+_row, _before = stack_array(types.float32, TILE), stack_array(types.float32, TILE)
 
 
 def histogram(
@@ -44,7 +44,7 @@ def _counting(wide: Callable[[Scalar], Scalar], beyond: Any) -> Callable[..., in
     """Counts a tile's entries within a band, pattern by pattern; gives the number of those above."""
 
     @inner
-    def count(row: Array, before: Array, size: int, low: int, high: int, found: Array) -> int:
+    def count(row: Array, before: Array, size: int, low: int, high: int, counts: Array) -> int:
         least, most = np.int32(low - 1), np.int32(high - 1)
         above, here = 0, 0
         while here < size:
@@ -52,12 +52,12 @@ def _counting(wide: Callable[[Scalar], Scalar], beyond: Any) -> Callable[..., in
             masks = 0
             if here + LANES <= size:
                 masks = beyond(row, before, here, least, most)
-                above += ones(masks >> LANES & 0xFFFFFFFF)
+                above += popcount(masks >> LANES & 0xFFFFFFFF)
                 inside = masks & ~(masks >> LANES) & 0xFFFFFFFF
                 while inside:
                     one = here + lowest(inside)
                     delta = np.float32(wide(row[one]) - before[one])
-                    found[np.int64(delta.view(np.uint32) & MAGNITUDE) - low] += np.int32(1)
+                    counts[np.int64(delta.view(np.uint32) & MAGNITUDE) - low] += np.int32(1)
                     inside &= inside - 1
                 here += LANES
             else:
@@ -66,7 +66,7 @@ def _counting(wide: Callable[[Scalar], Scalar], beyond: Any) -> Callable[..., in
                 if key >= high:
                     above += 1
                 elif key >= low:
-                    found[key - low] += np.int32(1)
+                    counts[key - low] += np.int32(1)
                 here += 1
         return above
 
@@ -74,9 +74,9 @@ def _counting(wide: Callable[[Scalar], Scalar], beyond: Any) -> Callable[..., in
 
 
 _count_singles, _count_brains, _count_halves = (
-    _counting(same, lanes_beyond(FULL)),
-    _counting(brain, lanes_beyond(BRAIN)),
-    _counting(from_float16, lanes_beyond(HALF)),
+    _counting(same, lanes_beyond(FLOAT32)),
+    _counting(brain, lanes_beyond(BFLOAT16)),
+    _counting(from_float16, lanes_beyond(FLOAT16)),
 )
 
 
@@ -114,11 +114,11 @@ def within(
         widen(before, 0, base, base_kind, start, n)
         for t in range(count):
             low, high = band[2 * t], band[2 * t + 1]
-            found = patterns(room[t], 0, high - low)
-            if k[t] == BRAIN:
-                higher[t] += _count_brains(halves(p[t], start, n), before, n, low, high, found)
-            elif k[t] == HALF:
-                higher[t] += _count_halves(halves(p[t], start, n), before, n, low, high, found)
+            counts = patterns(room[t], 0, high - low)
+            if k[t] == BFLOAT16:
+                higher[t] += _count_brains(halves(p[t], start, n), before, n, low, high, counts)
+            elif k[t] == FLOAT16:
+                higher[t] += _count_halves(halves(p[t], start, n), before, n, low, high, counts)
             else:
-                higher[t] += _count_singles(singles(p[t], start, n), before, n, low, high, found)
+                higher[t] += _count_singles(singles(p[t], start, n), before, n, low, high, counts)
     return 0

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import numpy as np
 from numba import carray, types  # type: ignore[attr-defined]
 
-from merging.kernels.loops import BRAIN, FULL, GROUP, HALF, STRIDE, TILE
-from merging.kernels.loops.compiling import all_written, from_float16, inner, room_for
+from merging.kernels.loops import BFLOAT16, FLOAT16, FLOAT32, GROUP, STRIDE, TILE
+from merging.kernels.loops.compiling import from_float16, inner, stack_array, store_fence
 from merging.kernels.loops.random_bits import draw
 from merging.kernels.loops.rows import (
     ZERO,
@@ -38,8 +38,8 @@ PAIRS = TILE // 2 + 8
 LARGEST = np.finfo(np.float32).max
 TINY, ONE = np.float32(np.finfo(np.float32).tiny), np.float32(1)
 
-_work, _numbers = room_for(types.float32, END), room_for(types.uint32, GROUP * PAIRS)
-_members = room_for(types.float32, GROUP * STRIDE)
+_work, _numbers = stack_array(types.float32, END), stack_array(types.uint32, GROUP * PAIRS)
+_members = stack_array(types.float32, GROUP * STRIDE)
 """Of its own, so that a compiler sees that no sum is written over a member that was converted."""
 
 
@@ -292,9 +292,9 @@ def _merging(kept: int, entries: int) -> Callable[..., int]:
                     )
                     t = sixteen[6 * PAIRS + odd : 6 * PAIRS + odd + n]
                 f = c[a], c[b], c[d], c[e]
-                brains = k[a] == k[b] == k[d] == k[e] == BRAIN
-                full = k[a] == k[b] == k[d] == k[e] == FULL
-                half = k[a] == k[b] == k[d] == k[e] == HALF
+                brains = k[a] == k[b] == k[d] == k[e] == BFLOAT16
+                full = k[a] == k[b] == k[d] == k[e] == FLOAT32
+                half = k[a] == k[b] == k[d] == k[e] == FLOAT16
                 if not brains and not full and not half:
                     for m in range(GROUP):
                         widen(converted, m * STRIDE, p[one + m], k[one + m], start, n)
@@ -339,7 +339,7 @@ def _merging(kept: int, entries: int) -> Callable[..., int]:
                     add_singles(work, (x1, y1, z1, w1), (q, r, s, t), v, f, n)
             _settle(work, n, entries, c[count])
             store(work, out, kind, start, n)
-        all_written()
+        store_fence()
         return 0
 
     return merge

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 from numba import carray, types  # type: ignore[attr-defined]
 
-from merging.kernels.loops import BLOCK, BRAIN, FULL, HALF, STRIDE, TILE
-from merging.kernels.loops.compiling import LANES, all_written, from_float16, inner, inner_sums, lanes_sum, room_for
+from merging.kernels.loops import BFLOAT16, BLOCK, FLOAT16, FLOAT32, STRIDE, TILE
+from merging.kernels.loops.compiling import LANES, from_float16, inner, inner_sums, lanes_sum, stack_array, store_fence
 from merging.kernels.loops.rows import (
     MAGNITUDE,
     ZERO,
@@ -23,7 +23,7 @@ from merging.kernels.loops.rows import (
     widen,
 )
 
-_work = room_for(types.float32, TILE)
+_work = stack_array(types.float32, TILE)
 
 
 def _adding_one(wide: Callable[[Scalar], Scalar]) -> Callable[..., None]:
@@ -37,7 +37,7 @@ def _adding_one(wide: Callable[[Scalar], Scalar]) -> Callable[..., None]:
     return add
 
 
-_sum_singles, _sum_brains, _sum_halves = lanes_sum(FULL), lanes_sum(BRAIN), lanes_sum(HALF)
+_sum_singles, _sum_brains, _sum_halves = lanes_sum(FLOAT32), lanes_sum(BFLOAT16), lanes_sum(FLOAT16)
 _add_single, _add_brain, _add_half = _adding_one(same), _adding_one(brain), _adding_one(from_float16)
 
 
@@ -47,9 +47,9 @@ def _sum_any(row: Array, p: Array, k: Array, c: Array, start: int, n: int) -> No
     for i in range(n):
         row[i] = ZERO
     for one in range(len(p)):
-        if k[one] == FULL:
+        if k[one] == FLOAT32:
             _add_single(row, singles(p[one], start, n), c[one], n)
-        elif k[one] == BRAIN:
+        elif k[one] == BFLOAT16:
             _add_brain(row, halves(p[one], start, n), c[one], n)
         else:
             _add_half(row, halves(p[one], start, n), c[one], n)
@@ -78,22 +78,22 @@ def weighted_sum(rows: int, kinds: int, count: int, factors: int, out: int, kind
         if alike and count > 0:
             done = n // LANES * LANES
             for i in range(0, done, LANES):
-                if k[0] == FULL:
+                if k[0] == FLOAT32:
                     _sum_singles(p, c, count, start + i, row, i)
-                elif k[0] == BRAIN:
+                elif k[0] == BFLOAT16:
                     _sum_brains(p, c, count, start + i, row, i)
                 else:
                     _sum_halves(p, c, count, start + i, row, i)
         if done < n:
             _sum_any(row[done:n], p, k, c, start + done, n - done)
         store(row, out, kind, start, n)
-    all_written()
+    store_fence()
     return 0
 
 
 def largest(place: int, kind: int, first: int, last: int) -> int:
     """The largest magnitude's bits in entries [first, last), as a float32's or, of 16 bits, as its own."""
-    if kind == FULL:
+    if kind == FLOAT32:
         bits = singles(place, first, last - first).view(np.uint32)
         most = np.uint32(0)
         for i in range(last - first):

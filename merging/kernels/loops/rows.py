@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import carray, types  # type: ignore[attr-defined]
 
-from merging.kernels.loops import BRAIN, FULL, HALF
-from merging.kernels.loops.compiling import PAST, fetch, from_float16, inner, pointer_to, to_float16, write_past
+from merging.kernels.loops import BFLOAT16, FLOAT16, FLOAT32
+from merging.kernels.loops.compiling import PAST, fetch, from_float16, inner, nontemporal_store, pointer_to, to_float16
 
 ZERO, MAGNITUDE, INFINITE = np.float32(0), np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 
@@ -40,7 +40,7 @@ halves, patterns, integers = _reader(types.uint16, 2), _reader(types.int32, 4), 
 @inner
 def fetch_row(place: int, kind: int, start: int, count: int) -> None:
     """Has entries brought to the first cache."""
-    width = 4 if kind == FULL else 2
+    width = 4 if kind == FLOAT32 else 2
     for at in range(place + width * start, place + width * (start + count), LINE):
         fetch(at)
 
@@ -60,11 +60,11 @@ def brain(bits: Scalar) -> Scalar:
 @inner
 def widen(work: Array, to: int, place: int, kind: int, start: int, count: int) -> None:
     """Copies entries to the working memory, in float32."""
-    if kind == BRAIN:
+    if kind == BFLOAT16:
         brains = halves(place, start, count)
         for i in range(count):
             work[to + i] = brain(brains[i])
-    elif kind == HALF:
+    elif kind == FLOAT16:
         bits = halves(place, start, count)
         for i in range(count):
             work[to + i] = from_float16(bits[i])
@@ -77,11 +77,11 @@ def widen(work: Array, to: int, place: int, kind: int, start: int, count: int) -
 @inner
 def moved(row: Array, before: Array, place: int, kind: int, start: int, count: int) -> None:
     """Writes what entries differ by from others in float32."""
-    if kind == BRAIN:
+    if kind == BFLOAT16:
         brains = halves(place, start, count)
         for i in range(count):
             row[i] = brain(brains[i]) - before[i]
-    elif kind == HALF:
+    elif kind == FLOAT16:
         bits = halves(place, start, count)
         for i in range(count):
             row[i] = from_float16(bits[i]) - before[i]
@@ -94,7 +94,7 @@ def moved(row: Array, before: Array, place: int, kind: int, start: int, count: i
 @inner
 def store(work: Array, out: int, kind: int, start: int, count: int) -> None:
     """Writes float32 entries to a row, rounded to the nearest number of its kind, and the even one of two as near."""
-    if kind == FULL:
+    if kind == FLOAT32:
         values = singles(out, start, count)
         to = out + 4 * start
         lead = min((-to % (4 * PAST)) // 4, count)
@@ -102,12 +102,12 @@ def store(work: Array, out: int, kind: int, start: int, count: int) -> None:
             values[i] = work[i]
         whole = lead + (count - lead) // PAST * PAST
         for i in range(lead, whole, PAST):
-            write_past(to + 4 * i, work, i)
+            nontemporal_store(to + 4 * i, work, i)
         for i in range(whole, count):
             values[i] = work[i]
         return
     rounded = halves(out, start, count)
-    if kind == HALF:
+    if kind == FLOAT16:
         for i in range(count):
             rounded[i] = to_float16(work[i])
         return

@@ -5,15 +5,15 @@ from collections.abc import Callable
 import numpy as np
 from numba import carray, types  # type: ignore[attr-defined]
 
-from merging.kernels.loops import BRAIN, FULL, STRIDE, TILE
-from merging.kernels.loops.compiling import all_written, inner, room_for
+from merging.kernels.loops import BFLOAT16, FLOAT32, STRIDE, TILE
+from merging.kernels.loops.compiling import inner, stack_array, store_fence
 from merging.kernels.loops.rows import ZERO, Array, Scalar, brain, halves, integers, same, singles, store, widen
 
 BASE, WHOLE, SCALED, MASKS, END = (place * STRIDE for place in range(5))
 """Rows of the working memory: base, Σ τ, Σ α τ, and how many masks have an entry."""
 ONE = np.float32(1)
 
-_work, _member = room_for(types.float32, END), room_for(types.float32, TILE)
+_work, _member = stack_array(types.float32, END), stack_array(types.float32, TILE)
 
 
 def _adding(wide: Callable[[Scalar], Scalar]) -> Callable[..., None]:
@@ -79,17 +79,17 @@ def consensus(
         for i in range(WHOLE, END):
             work[i] = ZERO
         for t in range(count):
-            if k[t] == BRAIN:
+            if k[t] == BFLOAT16:
                 _add_brain(work, halves(p[t], start, n), c[t], n)
-            elif k[t] == FULL:
+            elif k[t] == FLOAT32:
                 _add_single(work, singles(p[t], start, n), c[t], n)
             else:
                 widen(member, 0, p[t], k[t], start, n)
                 _add_single(work, member, c[t], n)
         for t in range(count):
-            if k[t] == BRAIN:
+            if k[t] == BFLOAT16:
                 _mark_brain(work, halves(p[t], start, n), c[count], n)
-            elif k[t] == FULL:
+            elif k[t] == FLOAT32:
                 _mark_single(work, singles(p[t], start, n), c[count], n)
             else:
                 widen(member, 0, p[t], k[t], start, n)
@@ -99,5 +99,5 @@ def consensus(
             mask = ONE if work[MASKS + i] >= needed else ZERO
             work[WHOLE + i] = work[BASE + i] + mask * work[SCALED + i]
         store(work[WHOLE:SCALED], out, kind, start, n)
-    all_written()
+    store_fence()
     return 0

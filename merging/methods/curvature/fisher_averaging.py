@@ -20,7 +20,7 @@ plain mean."""
 
 
 @register
-class Fisher(Method):
+class FisherAveraging(Method):
     """θ = Σ α_t F̂_t θ_t / Σ α_t F̂_t, elementwise (Matena and Raffel 2022, equation 5).
 
     F̂_t = max(F_t, floor), with one floor for all members; weights without Fisher information have the floor.
@@ -41,7 +41,7 @@ class Fisher(Method):
         ),
     }
 
-    def survey(self, weights: Iterable[Weight]) -> Moments:
+    def global_pass(self, weights: Iterable[Weight]) -> Moments:
         """Sums of each member's Fisher and of its square, in float64."""
         return moments(weights, "fisher")
 
@@ -55,7 +55,9 @@ class Fisher(Method):
         Raises:
             MethodError: A Fisher is missing, negative, not finite, zero everywhere, or of another shape.
         """
-        return PreparedFisher(weights, self.survey(weights) if context.survey is None else context.survey)
+        return PreparedFisher(
+            weights, self.global_pass(weights) if context.global_stats is None else context.global_stats
+        )
 
 
 class PreparedFisher(Prepared):
@@ -63,14 +65,14 @@ class PreparedFisher(Prepared):
 
     Args:
         weights: The weights to merge.
-        survey: Sums over the whole model.
+        global_stats: Sums over the whole model.
     """
 
-    def __init__(self, weights: Sequence[Weight], survey: Moments) -> None:
+    def __init__(self, weights: Sequence[Weight], global_stats: Moments) -> None:
         self._diagonal = Diagonal(weights)
-        self._survey = survey
+        self._global_stats = global_stats
         for member in self._diagonal.members:
-            if member not in survey or not survey[member].total > 0:
+            if member not in global_stats or not global_stats[member].total > 0:
                 raise MethodError(
                     f"{member}: its Fisher information is missing or zero everywhere. Compute the fisher "
                     "statistic of this member on data of its task"
@@ -85,7 +87,7 @@ class PreparedFisher(Prepared):
         """
         members = chosen(scaling, self._diagonal.members)
         factors = list(shares(scaling, members).values())
-        sums = [self._survey[member] for member in members]
+        sums = [self._global_stats[member] for member in members]
         scales = [1.0 / moment.norm if parameters["normalize"] else 1.0 for moment in sums]
         floor = FLOOR * sum(scale * moment.mean for scale, moment in zip(scales, sums, strict=True)) / len(members)
         # In units of the floor, so that neither tiny nor huge Fisher information leaves the range of float32.

@@ -49,18 +49,18 @@ class System:
         who merges the same members again and again needs it once, and who chooses among them will come back. The first time
         it lies in a buffer that the next call overwrites.
         """
-        found = self._products.get(member)
-        if found is None:
+        product = self._products.get(member)
+        if product is None:
             gram = _wide("gram", self.grams[member], scratch)
             if member in self._products:
-                found = self._products[member] = torch.empty(self.shape, dtype=gram.dtype, device=gram.device)
+                product = self._products[member] = torch.empty(self.shape, dtype=gram.dtype, device=gram.device)
             else:
-                found = scratch.take("product", *self.shape, device=gram.device, dtype=gram.dtype)
+                product = scratch.take("product", *self.shape, device=gram.device, dtype=gram.dtype)
                 self._products[member] = None
             for weight, rows in self.rows:
                 delta = _wide("delta", weight.members[member], scratch).sub_(weight.base)
-                torch.mm(matrix(delta, weight.transposed), gram, out=found[rows])
-        return found
+                torch.mm(matrix(delta, weight.transposed), gram, out=product[rows])
+        return product
 
     def write(self, terms: Sequence[tuple[Tensor, float]], out: Mapping[str, Tensor], scratch: Scratch) -> None:
         """Writes W_0 + Σ c_i X_i, with every X_i [Σ out_i, in]."""
@@ -69,7 +69,7 @@ class System:
             weighted_sum([(weight.base, 1.0), *moved], target(out, weight), scratch)
 
 
-class Batch:
+class SystemBatch:
     """Systems of one shape, solved together.
 
     Args:
@@ -146,7 +146,7 @@ def _wide(name: str, value: Tensor, scratch: Scratch) -> Tensor:
     return scratch.take(name, *value.shape, device=value.device, dtype=torch.float64).copy_(value)
 
 
-def batches(weights: Sequence[Weight], scratch: Scratch) -> list[Batch]:
+def batches(weights: Sequence[Weight], scratch: Scratch) -> list[SystemBatch]:
     """The weights that have Grams, by shape.
 
     Raises:
@@ -155,10 +155,10 @@ def batches(weights: Sequence[Weight], scratch: Scratch) -> list[Batch]:
     shared: dict[tuple[int, ...], list[Weight]] = defaultdict(list)
     grams: dict[tuple[int, ...], Mapping[str, Tensor]] = {}
     for weight in weights:
-        if found := grams_of(weight):
-            key = tuple(found[member].data_ptr() for member in sorted(found))
+        if own_grams := grams_of(weight):
+            key = tuple(own_grams[member].data_ptr() for member in sorted(own_grams))
             shared[key].append(weight)
-            grams[key] = found
+            grams[key] = own_grams
     shaped: dict[tuple[int, int], list[System]] = defaultdict(list)
     for key, group in shared.items():
         system = System(group, grams[key])
@@ -167,7 +167,7 @@ def batches(weights: Sequence[Weight], scratch: Scratch) -> list[Batch]:
     for (_, inputs), systems in shaped.items():
         most = CPU_BYTES if weights[0].base.device.type == "cpu" else DEVICE_BYTES
         size = max(1, most // (8 * inputs * inputs))
-        made += [Batch(systems[start : start + size], scratch) for start in range(0, len(systems), size)]
+        made += [SystemBatch(systems[start : start + size], scratch) for start in range(0, len(systems), size)]
     return made
 
 
@@ -188,11 +188,11 @@ def grams_of(weight: Weight) -> dict[str, Tensor]:
     if weight.base.dim() != 2:
         raise MethodError(f"'{weight.name}' has shape {list(weight.base.shape)} and a gram: only matrices can have one")
     inputs = matrix(weight.base, weight.transposed).shape[1]
-    found = statistic(weight, "gram", (inputs, inputs), nonnegative=False)
-    for member, gram in found.items():
+    grams = statistic(weight, "gram", (inputs, inputs), nonnegative=False)
+    for member, gram in grams.items():
         if (low := gram.diagonal().min().item()) < 0:
             raise MethodError(
                 f"{member}: gram of '{weight.name}' has a negative diagonal ({low:g}): a sum of squares "
                 "never has. Compute the gram statistic of this member again"
             )
-    return found
+    return grams

@@ -22,12 +22,12 @@ BATCH_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
-class Survey:
+class StartStatistics:
     """What is known of all weights.
 
     Args:
         kinds: Kinds of statistic that some weight has.
-        starts: Method → its own survey, of those that a candidate started at.
+        starts: Method → its own global statistics, of those that a candidate started at.
     """
 
     kinds: frozenset[str] = frozenset()
@@ -83,30 +83,34 @@ class Mats(Method):
         start = _start(parameters)
         return start.solution_for(start.defaults()) if start else None
 
-    def survey(self, weights: Iterable[Weight]) -> Survey:
+    def global_pass(self, weights: Iterable[Weight]) -> StartStatistics:
         """The kinds of statistic that some weight has."""
-        return Survey(frozenset(kind for weight in weights for kind, found in weight.statistics.items() if found))
+        return StartStatistics(
+            frozenset(kind for weight in weights for kind, values in weight.statistics.items() if values)
+        )
 
-    def combine(self, first: Survey | None, second: Survey | None) -> Survey:
-        """Kinds that either has; both surveys of methods that were a start."""
-        one, other = first or Survey(), second or Survey()
+    def combine(self, first: StartStatistics | None, second: StartStatistics | None) -> StartStatistics:
+        """Kinds that either has; both global statistics of methods that were a start."""
+        one, other = first or StartStatistics(), second or StartStatistics()
         starts = {
             name: METHODS[name].combine(one.starts.get(name), other.starts.get(name))
             if name in one.starts and name in other.starts
             else one.starts.get(name, other.starts.get(name))
             for name in {**one.starts, **other.starts}
         }
-        return Survey(one.kinds | other.kinds, starts)
+        return StartStatistics(one.kinds | other.kinds, starts)
 
-    def refine(self, weights: Iterable[Weight], survey: Survey, parameters: Mapping[str, Value]) -> Survey | None:
-        """The survey of the method of the start, then what that one asks besides."""
+    def second_pass(
+        self, weights: Iterable[Weight], global_stats: StartStatistics, parameters: Mapping[str, Value]
+    ) -> StartStatistics | None:
+        """The global statistics of the method of the start, then what that one asks besides."""
         start = _start(parameters)
-        if start is None or type(start).survey is Method.survey:
+        if start is None or type(start).global_pass is Method.global_pass:
             return None
-        if start.name not in survey.starts:
-            return Survey(starts={start.name: start.survey(weights)})
-        more = start.refine(weights, survey.starts[start.name], start.defaults())
-        return None if more is None else Survey(starts={start.name: more})
+        if start.name not in global_stats.starts:
+            return StartStatistics(starts={start.name: start.global_pass(weights)})
+        more = start.second_pass(weights, global_stats.starts[start.name], start.defaults())
+        return None if more is None else StartStatistics(starts={start.name: more})
 
     def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
         """Checks statistics and keeps references to them.
@@ -114,7 +118,9 @@ class Mats(Method):
         Raises:
             MethodError: A statistic is missing for a member, not finite, negative, or of another shape.
         """
-        return PreparedMats(weights, context, self.survey(weights) if context.survey is None else context.survey)
+        return PreparedMats(
+            weights, context, self.global_pass(weights) if context.global_stats is None else context.global_stats
+        )
 
 
 def _start(parameters: Mapping[str, Value]) -> Method | None:
@@ -128,16 +134,16 @@ class PreparedMats(Prepared):
     Args:
         weights: The weights to merge.
         context: For the method whose result is the start.
-        survey: Of the whole model.
+        global_stats: Of the whole model.
     """
 
-    def __init__(self, weights: Sequence[Weight], context: Context, survey: Survey) -> None:
+    def __init__(self, weights: Sequence[Weight], context: Context, global_stats: StartStatistics) -> None:
         self._members = check_weights(weights)
         for weight in weights:
             check_statistics(weight)
         self._weights = tuple(weights)
         self._context = context
-        self._survey = survey
+        self._global_stats = global_stats
         self._starts: dict[str, Prepared] = {}
         self._scratch = Scratch()
         self._report: dict[str, float] = {}
@@ -158,7 +164,7 @@ class PreparedMats(Prepared):
         if sum(factors) <= 0:
             raise MethodError(f"the scaling factors sum to {sum(factors):g}: mats needs a positive sum")
         subspace = str(parameters["subspace"])
-        if missing := [kind for kind in KINDS[subspace] if kind not in self._survey.kinds]:
+        if missing := [kind for kind in KINDS[subspace] if kind not in self._global_stats.kinds]:
             raise MethodError(
                 f"subspace '{subspace}' needs the {missing[0]} statistic, which no weight has. Compute it, or use another "
                 "subspace"
@@ -187,9 +193,9 @@ class PreparedMats(Prepared):
         if start.name == AVERAGE:
             return {w.name: torch.stack([w.members[m].double() for m in members]).mean(0) for w in weights}
         if start.name not in self._starts:
-            # where the model is at hand as a whole, nobody was asked for the survey of a start
-            survey = self._survey.starts.get(start.name) or start.survey(self._weights)
-            self._starts[start.name] = start.prepare(self._weights, replace(self._context, survey=survey))
+            # where the model is at hand as a whole, nobody was asked for the global statistics of a start
+            global_stats = self._global_stats.starts.get(start.name) or start.global_pass(self._weights)
+            self._starts[start.name] = start.prepare(self._weights, replace(self._context, global_stats=global_stats))
         recipe = start.default_recipe(members, self._context.model_type)
         begun = {weight.name: torch.empty_like(weight.base, dtype=torch.float32) for weight in self._weights}
         self._starts[start.name].merge(recipe.scaling, recipe.parameters, begun)

@@ -56,10 +56,10 @@ class PreparedSolution(Prepared):
         subset = "+".join(sorted(scaling))
         factor = float(parameters["factor"])
         for weight in self._weights:
-            found = weight.statistics.get(self._kind, {}).get(subset)
-            if found is None:
+            solution = weight.statistics.get(self._kind, {}).get(subset)
+            if solution is None:
                 raise MethodError(
                     f"'{weight.name}' has no {self._kind} solution for {subset}: compute it for these members"
                 )
-            terms = [(found, factor)] if factor == 1.0 else [(weight.base, 1.0 - factor), (found, factor)]
+            terms = [(solution, factor)] if factor == 1.0 else [(weight.base, 1.0 - factor), (solution, factor)]
             weighted_sum(terms, target(out, weight), self._scratch)

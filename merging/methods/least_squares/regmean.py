@@ -75,7 +75,7 @@ class RegMean(Method):
 
 
 @dataclass(frozen=True)
-class Solution:
+class RegMeanUpdate:
     """What some members' weights move by.
 
     Args:
@@ -102,7 +102,7 @@ class PreparedRegMean(Prepared):
         self._rest = [weight for weight in weights if weight.name not in solved]
         self._report: dict[str, float] = {}
         # whether each member's part is kept apart → the solution for factors of 1
-        self._kept: dict[bool, Latest[Solution]] = {False: Latest(), True: Latest()}
+        self._kept: dict[bool, Latest[RegMeanUpdate]] = {False: Latest(), True: Latest()}
 
     def report(self) -> dict[str, float]:
         """`ridge`, the largest share of a diagonal that was added; `ridged_layers`, in how many systems; `averaged_layers`."""
@@ -135,12 +135,12 @@ class PreparedRegMean(Prepared):
                 system.write(terms, out, self._scratch)
         mean_step(self._rest, {member: 1.0 if inside else scaling[member] for member in members}, out, self._scratch)
 
-    def _solution(self, members: tuple[str, ...], rho: float, *, apart: bool) -> Solution:
+    def _solution(self, members: tuple[str, ...], rho: float, *, apart: bool) -> RegMeanUpdate:
         """The solution for factors of 1; kept until other members or another ρ are asked for."""
         ones = [1.0] * len(members)
         return self._kept[apart].get((members, rho), lambda: self._solve(members, ones, rho, apart=apart))
 
-    def _solve(self, members: tuple[str, ...], factors: Sequence[float], rho: float, *, apart: bool) -> Solution:
+    def _solve(self, members: tuple[str, ...], factors: Sequence[float], rho: float, *, apart: bool) -> RegMeanUpdate:
         """(Σ α_t G̃_t)⁻¹ Σ α_t G̃_t τ_tᵀ of every batch, summed over members or for each."""
         report = {"ridge": 0.0, "ridged_layers": 0.0}
         parts = [[index] for index in range(len(members))] if apart else [list(range(len(members)))]
@@ -154,4 +154,4 @@ class PreparedRegMean(Prepared):
             pull = ridges[:, None] * scale.square()
             rights = (batch.right(members, factors, part, rho, pull) for part in parts)
             every.append([solve(cholesky, scale, right.mT).mT.float().contiguous() for right in rights])
-        return Solution(every, report)
+        return RegMeanUpdate(every, report)

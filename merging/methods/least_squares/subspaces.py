@@ -90,8 +90,8 @@ class Subspace:
 
     def _statistic(self, kind: str, member: str) -> Tensor:
         """One member's statistic of all weights, float64, a new tensor."""
-        found = [weight.statistics[kind][member] for weight in self.weights]
-        return self.stack([value.double() for value in found]) if kind == "fisher" else torch.stack(found).double()
+        values = [weight.statistics[kind][member] for weight in self.weights]
+        return self.stack([value.double() for value in values]) if kind == "fisher" else torch.stack(values).double()
 
     def stack(self, values: Sequence[Tensor]) -> Tensor:
         """Tensors in the shape of the weights as [B, out, in], or [B, 1, n] where they are no matrices."""

@@ -46,7 +46,7 @@ class Esm(Method):
         ),
     }
 
-    def survey(self, weights: Iterable[Weight]) -> Products:
+    def global_pass(self, weights: Iterable[Weight]) -> Products:
         """Inner products of the task vectors of every matrix with a Gram."""
         return inner_products(weight for weight in weights if weight.statistics.get("gram"))
 
@@ -60,7 +60,7 @@ class Esm(Method):
         Raises:
             MethodError: A Gram is missing, not finite, of another shape, or has a negative diagonal.
         """
-        return PreparedEsm(weights, self.survey(weights) if context.survey is None else context.survey)
+        return PreparedEsm(weights, self.global_pass(weights) if context.global_stats is None else context.global_stats)
 
 
 def layer_scales(products: Products, places: Sequence[int]) -> dict[str, float]:

@@ -194,9 +194,9 @@ class PreparedSpectral(Prepared):
     def __init__(self, weights: Sequence[Weight]) -> None:
         self.members = check_weights(weights)
         self.scratch = Scratch()
-        found = {weight.name: self.matrices(weight) for weight in weights}
-        self.batches = batches_of([matrix for each in found.values() for matrix in each], oriented=self.oriented)
-        self.rest = [weight for weight in weights if not found[weight.name]]
+        matrices = {weight.name: self.matrices(weight) for weight in weights}
+        self.batches = batches_of([matrix for each in matrices.values() for matrix in each], oriented=self.oriented)
+        self.rest = [weight for weight in weights if not matrices[weight.name]]
         # whether each member's part is kept apart → of every batch, what members move it by; [B, out, in] float32
         self._kept: dict[bool, Latest[list[list[Tensor]]]] = {False: Latest(), True: Latest()}
 

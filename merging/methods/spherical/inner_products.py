@@ -20,12 +20,12 @@ def inner_products(weights: Iterable[Weight]) -> Products:
     third of the cost of float64 throughout.
     """
     scratch = Scratch()
-    found: dict[str, Tensor] = {}
+    by_weight: dict[str, Tensor] = {}
     for weight in weights:
         base = weight.base.reshape(-1)
         values = [weight.members[member].reshape(-1) for member in sorted(weight.members)]
         if cpu.fits(base, *values):
-            found[weight.name] = cpu.products(base, values)
+            by_weight[weight.name] = cpu.products(base, values)
             continue
         products = torch.zeros(len(values) + 1, len(values) + 1, dtype=torch.float64, device=base.device)
         for start, stop in spans(base.numel(), base.device, rows=4 * (len(values) + 1)):
@@ -34,8 +34,8 @@ def inner_products(weights: Iterable[Weight]) -> Products:
             for row, value in zip(rows, values, strict=False):
                 difference(value[start:stop], origin, row)
             products.add_(rows @ rows.T)
-        found[weight.name] = products.cpu()
-    return found
+        by_weight[weight.name] = products.cpu()
+    return by_weight
 
 
 def as_rows(value: Tensor, over: str, transposed: bool) -> Tensor:

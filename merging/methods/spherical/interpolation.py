@@ -98,7 +98,7 @@ class Spherical(Method):
         """Unless rows have angles of their own."""
         return parameters.get("over", "tensor") == "tensor"
 
-    def survey(self, weights: Iterable[Weight]) -> Products:
+    def global_pass(self, weights: Iterable[Weight]) -> Products:
         """All inner products of base and task vectors."""
         return inner_products(weights)
 
@@ -108,7 +108,9 @@ class Spherical(Method):
 
     def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
         """Keeps references to base and members, in their stored dtype."""
-        return PreparedSpherical(weights, self.survey(weights) if context.survey is None else context.survey, self)
+        return PreparedSpherical(
+            weights, self.global_pass(weights) if context.global_stats is None else context.global_stats, self
+        )
 
     @abstractmethod
     def coefficients(self, products: Tensor, shares: Tensor, parameters: Mapping[str, Value]) -> Tensor:

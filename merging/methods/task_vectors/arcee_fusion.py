@@ -54,20 +54,20 @@ class PreparedArceeFusion(Deltas):
     def _mask(self, weight: Weight, member: str) -> Tensor:
         """Which entries are important [n], bool."""
         if (weight.name, member) not in self._masks:
-            found = self._importance(weight, member)
-            places = [int(share * (len(found) - 1)) for share in QUARTILES]
-            first, median, third = smallest(found, places)
-            self._masks[weight.name, member] = found >= median + 1.5 * (third - first)
+            importance = self._importance(weight, member)
+            places = [int(share * (len(importance) - 1)) for share in QUARTILES]
+            first, median, third = smallest(importance, places)
+            self._masks[weight.name, member] = importance >= median + 1.5 * (third - first)
         return self._masks[weight.name, member]
 
     def _importance(self, weight: Weight, member: str) -> Tensor:
         """|τ| KL of every entry [n], float32."""
         width = weight.base.shape[-1] if weight.base.dim() else 1
         base, value = (v.reshape(-1, width) for v in (weight.base, weight.members[member]))
-        found = torch.empty(base.shape, device=base.device)
+        importance = torch.empty(base.shape, device=base.device)
         for first, last in blocks_of_rows(base, 8):
             p, q = (torch.softmax(v[first:last].double(), dim=1).add_(EPSILON) for v in (value, base))
             divergence = (p * (p.log() - q.log())).sum(dim=1, keepdim=True)
-            moved = difference(value[first:last], base[first:last], found[first:last])
+            moved = difference(value[first:last], base[first:last], importance[first:last])
             moved.copy_(moved.abs() * divergence)
-        return found.view(-1)
+        return importance.view(-1)

@@ -35,25 +35,29 @@ class Breadcrumbs(Method):
         "lambda": LAMBDA,
     }
 
-    def survey(self, weights: Iterable[Weight]) -> top_k.Survey:
+    def global_pass(self, weights: Iterable[Weight]) -> top_k.MagnitudeStatistics:
         """Histograms of the task vectors' magnitudes."""
-        return top_k.survey(weights)
+        return top_k.global_pass(weights)
 
-    def combine(self, first: top_k.Survey | None, second: top_k.Survey | None) -> top_k.Survey:
+    def combine(
+        self, first: top_k.MagnitudeStatistics | None, second: top_k.MagnitudeStatistics | None
+    ) -> top_k.MagnitudeStatistics:
         """Both weights' histograms."""
         return top_k.combine(first, second)
 
-    def refine(
-        self, weights: Iterable[Weight], survey: top_k.Survey, parameters: Mapping[str, Value]
-    ) -> top_k.Survey | None:
+    def second_pass(
+        self, weights: Iterable[Weight], global_stats: top_k.MagnitudeStatistics, parameters: Mapping[str, Value]
+    ) -> top_k.MagnitudeStatistics | None:
         """Exact counts around the thresholds."""
         shares = [_shares(parameters, member) for member in ["", *_named(parameters)]]
-        return top_k.refine(weights, survey, sorted({share for two in shares for share in two if share}), whole=False)
+        return top_k.second_pass(
+            weights, global_stats, sorted({share for two in shares for share in two if share}), whole=False
+        )
 
     def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
         """Keeps references to base and members, and the histograms; thresholds come with densities."""
-        survey = self.survey(weights) if context.survey is None else context.survey
-        return PreparedBreadcrumbs(weights, top_k.Trimmer(weights, survey))
+        global_stats = self.global_pass(weights) if context.global_stats is None else context.global_stats
+        return PreparedBreadcrumbs(weights, top_k.Trimmer(weights, global_stats))
 
 
 def _shares(parameters: Mapping[str, Value], member: str) -> tuple[float, float]:

@@ -76,7 +76,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Tally:
+class BandCounts:
     """The entries of one member's task vector in a band, pattern by pattern, in one stretch of a weight.
 
     Args:
@@ -125,7 +125,7 @@ def samples(weights: Iterable[Weight]) -> tuple[dict[str, Sample], int]:
         before = base.index_select(0, here).float()
         for member, value in weight.members.items():
             deltas.setdefault(member, []).append(value.reshape(-1).index_select(0, here).float().sub_(before))
-    return {member: _sample(torch.cat(found)) for member, found in deltas.items()}, size
+    return {member: _sample(torch.cat(drawn)) for member, drawn in deltas.items()}, size
 
 
 def _drawn(weight: Weight) -> Tensor:
@@ -169,41 +169,47 @@ def added(histograms: Sequence[Histogram]) -> Histogram:
     """One histogram of all, with the coarsest of their bins."""
     if len(histograms) == 1:
         return histograms[0]
-    dropped = max(found.dropped for found in histograms)
-    every = torch.cat([found.keys >> (dropped - found.dropped) for found in histograms])
+    dropped = max(one.dropped for one in histograms)
+    every = torch.cat([one.keys >> (dropped - one.dropped) for one in histograms])
     keys, place = every.unique(return_inverse=True)  # type: ignore[no-untyped-call]
-    counts = torch.zeros_like(keys).index_add_(0, place, torch.cat([found.counts for found in histograms]))
+    counts = torch.zeros_like(keys).index_add_(0, place, torch.cat([one.counts for one in histograms]))
     return Histogram(keys, counts, dropped)
 
 
-def tallies(weight: Weight, asked: Sequence[tuple[str, Band]], scratch: Scratch) -> list[Tally]:
+def tallies(weight: Weight, questions: Sequence[tuple[str, Band]], scratch: Scratch) -> list[BandCounts]:
     """For some members, each with a band, the entries in it."""
     base = weight.base.reshape(-1)
-    if not asked:
+    if not questions:
         return []
-    widths = [band[1] - band[0] for _, band in asked]
+    widths = [band[1] - band[0] for _, band in questions]
     few = base.numel() <= FULL_BELOW  # fewer than there would be counters
-    if not few and max(widths) <= cpu.WIDEST and cpu.fits(base, *(weight.members[who].reshape(-1) for who, _ in asked)):
-        together = [asked] if sum(widths) <= cpu.WIDEST else [[question] for question in asked]
-        return [_tally(*found) for some in together for found in _within(weight, some, scratch)]
-    members = sorted({member for member, _ in asked})
-    above = [0] * len(asked)
-    within: list[list[Patterns]] = [[] for _ in asked]
+    if (
+        not few
+        and max(widths) <= cpu.WIDEST
+        and cpu.fits(base, *(weight.members[who].reshape(-1) for who, _ in questions))
+    ):
+        together = [questions] if sum(widths) <= cpu.WIDEST else [[question] for question in questions]
+        return [_tally(*several) for some in together for several in _within(weight, some, scratch)]
+    members = sorted({member for member, _ in questions})
+    above = [0] * len(questions)
+    within: list[list[Patterns]] = [[] for _ in questions]
     for _, member, bits in _magnitudes(weight, members, scratch):
-        for number, (who, band) in enumerate(asked):
+        for number, (who, band) in enumerate(questions):
             if who == member:
                 higher, patterns = _split(bits, band)
                 above[number] += higher
                 within[number].append(patterns)
-    sorted_out = [np.unique(np.concatenate([np.empty(0, np.int32), *found]), return_counts=True) for found in within]
+    sorted_out = [
+        np.unique(np.concatenate([np.empty(0, np.int32), *several]), return_counts=True) for several in within
+    ]
     return [_tally(higher, *counted) for higher, counted in zip(above, sorted_out, strict=True)]
 
 
 def _within(
-    weight: Weight, asked: Sequence[tuple[str, Band]], scratch: Scratch
+    weight: Weight, questions: Sequence[tuple[str, Band]], scratch: Scratch
 ) -> list[tuple[int, Patterns, Integers]]:
     """The same by a compiled loop, with a counter for every pattern."""
-    values, bands = [weight.members[member].reshape(-1) for member, _ in asked], [band for _, band in asked]
+    values, bands = [weight.members[member].reshape(-1) for member, _ in questions], [band for _, band in questions]
     size = sum(high - low for low, high in bands)
     room = scratch.take("patterns", size, device=weight.base.device, dtype=torch.int32)
     return cpu.within(values, weight.base.reshape(-1), bands, room)
@@ -236,9 +242,9 @@ def _split(bits: Tensor, band: Band) -> tuple[int, Patterns]:
 
 def _counted(keys: Tensor, dropped: int) -> Histogram:
     # numpy sorts at several times the speed of torch on a CPU
-    found, counts = np.unique(keys.cpu().numpy(), return_counts=True)
-    return Histogram(torch.from_numpy(found).long(), torch.from_numpy(counts), dropped)
+    distinct, counts = np.unique(keys.cpu().numpy(), return_counts=True)
+    return Histogram(torch.from_numpy(distinct).long(), torch.from_numpy(counts), dropped)
 
 
-def _tally(above: int, keys: Patterns, counts: Integers) -> Tally:
-    return Tally(above, keys, np.append(counts[::-1].cumsum()[::-1], 0))
+def _tally(above: int, keys: Patterns, counts: Integers) -> BandCounts:
+    return BandCounts(above, keys, np.append(counts[::-1].cumsum()[::-1], 0))

@@ -54,11 +54,11 @@ class Chance:
 
 def _numbers(seed: int, member: str, weight: Weight) -> Tensor:
     """See `Chance.numbers`."""
-    found, size = keys(seed, member, weight.name), weight.base.numel()
+    stream, size = keys(seed, member, weight.name), weight.base.numel()
     numbers = np.empty(size, np.uint16)
     for start in range(0, size, PIECE):
         stop = min(start + PIECE, size)
-        numbers[start:stop] = drawn(*found, weight.start + start, weight.start + stop)
+        numbers[start:stop] = drawn(*stream, weight.start + start, weight.start + stop)
     return torch.from_numpy((numbers ^ LEVELS // 2).view(np.int16)).to(weight.base.device)
 
 

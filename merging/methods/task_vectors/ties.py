@@ -40,28 +40,30 @@ class Ties(Method):
         "disjoint": Parameter("mean", "mean or sum of what agrees", choices=("mean", "sum"), search=False),
     }
 
-    def survey(self, weights: Iterable[Weight]) -> top_k.Survey:
+    def global_pass(self, weights: Iterable[Weight]) -> top_k.MagnitudeStatistics:
         """Histograms of the task vectors' magnitudes."""
-        return top_k.survey(weights)
+        return top_k.global_pass(weights)
 
-    def sample(self, weights: Iterable[Weight], parameters: Mapping[str, Value]) -> top_k.Survey:
+    def sample(self, weights: Iterable[Weight], parameters: Mapping[str, Value]) -> top_k.MagnitudeStatistics:
         """For a trim over the whole model, histograms of a sample."""
-        return top_k.sample(weights) if parameters["trim"] == "global" else self.survey(weights)
+        return top_k.sample(weights) if parameters["trim"] == "global" else self.global_pass(weights)
 
-    def combine(self, first: top_k.Survey | None, second: top_k.Survey | None) -> top_k.Survey:
+    def combine(
+        self, first: top_k.MagnitudeStatistics | None, second: top_k.MagnitudeStatistics | None
+    ) -> top_k.MagnitudeStatistics:
         """Both weights' histograms."""
         return top_k.combine(first, second)
 
-    def refine(
-        self, weights: Iterable[Weight], survey: top_k.Survey, parameters: Mapping[str, Value]
-    ) -> top_k.Survey | None:
+    def second_pass(
+        self, weights: Iterable[Weight], global_stats: top_k.MagnitudeStatistics, parameters: Mapping[str, Value]
+    ) -> top_k.MagnitudeStatistics | None:
         """Exact counts around the thresholds."""
-        return top_k.refine(weights, survey, _densities(parameters), whole=parameters["trim"] == "global")
+        return top_k.second_pass(weights, global_stats, _densities(parameters), whole=parameters["trim"] == "global")
 
     def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
         """Keeps references to base and members, and the histograms; thresholds come with densities."""
-        survey = self.survey(weights) if context.survey is None else context.survey
-        return PreparedTies(weights, top_k.Trimmer(weights, survey))
+        global_stats = self.global_pass(weights) if context.global_stats is None else context.global_stats
+        return PreparedTies(weights, top_k.Trimmer(weights, global_stats))
 
 
 def _densities(parameters: Mapping[str, Value]) -> list[float]:

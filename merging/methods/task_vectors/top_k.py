@@ -2,13 +2,13 @@
 
 A histogram of magnitudes adds up over the weights of a model, wherever these lie, and says in which bin the k-th largest
 entry is. What is left to settle is which entries *of that bin* are kept: they are counted once more by all of their bits, by
-`refine` where the model is prepared in parts, else when a density is first asked for. Of those that are equal, as many are
+`second_pass` where the model is prepared in parts, else when a density is first asked for. Of those that are equal, as many are
 kept as are wanted, by a random number of (weight, index) that is the same for all members: k remain in expectation, and no
 layer, row or sharding is favoured. A bfloat16 model's task vectors have so few distinct magnitudes that a large part of all
 entries are equal.
 
 One candidate alone needs no histogram of everything: a sample of the entries names a band that holds the k-th largest but
-for bad luck, `refine` counts the entries in it and above it, and, where luck was bad, all of them.
+for bad luck, `second_pass` counts the entries in it and above it, and, where luck was bad, all of them.
 """
 
 import struct
@@ -28,9 +28,9 @@ from merging.methods.task_vectors.magnitude_histogram import (
     RUN,
     SAMPLED_DROPPED,
     Band,
+    BandCounts,
     Histogram,
     Sample,
-    Tally,
     added,
     histogram,
     pooled,
@@ -56,12 +56,12 @@ Missing = Mapping[str, Sequence[tuple[str, Band]]]
 
 
 @dataclass(frozen=True)
-class Survey:
+class MagnitudeStatistics:
     """What is known of the magnitudes of a model's task vectors, or of a part's.
 
     Args:
         histograms: Weight → member → magnitudes.
-        stretched: Weights that were surveyed in several stretches.
+        stretched: Weights that were passed over in several stretches.
         tallies: Bands that were counted by all bits, stretch by stretch.
         sampled: Member → magnitudes of a sample of the whole model's entries; the same entries of all.
         sampled_from: Number of entries that were sampled from.
@@ -69,7 +69,7 @@ class Survey:
 
     histograms: Mapping[str, Mapping[str, Histogram]] = field(default_factory=dict)
     stretched: frozenset[str] = frozenset()
-    tallies: Mapping[Question, Mapping[Place, Tally]] = field(default_factory=dict)
+    tallies: Mapping[Question, Mapping[Place, BandCounts]] = field(default_factory=dict)
     sampled: Mapping[str, Sample] = field(default_factory=dict)
     sampled_from: int = 0
     _ranked: dict[tuple[str, str], tuple[Histogram, Tensor]] = field(default_factory=dict, compare=False, repr=False)
@@ -81,7 +81,7 @@ class Survey:
     @property
     def members(self) -> list[str]:
         """All that were looked at."""
-        return sorted({*self.sampled, *(member for found in self.histograms.values() for member in found)})
+        return sorted({*self.sampled, *(member for histograms in self.histograms.values() for member in histograms)})
 
     def names(self, group: str) -> tuple[str, ...]:
         """The weights of a group."""
@@ -104,9 +104,9 @@ class Survey:
         """The bin that holds the `keep`-th largest entry of a group; the band that does most likely, if from a sample."""
         if not self.histograms:
             return _likely(self.sampled[member], keep / self.sampled_from)
-        found, reaching = self.ranked(group, member)
-        key = int(found.keys[int((reaching >= keep).sum()) - 1])
-        return key << found.dropped, (key + 1) << found.dropped
+        magnitudes, reaching = self.ranked(group, member)
+        key = int(magnitudes.keys[int((reaching >= keep).sum()) - 1])
+        return key << magnitudes.dropped, (key + 1) << magnitudes.dropped
 
     def is_open(self, group: str, member: str) -> bool:
         """Whether a bin's count does not say which of its entries stay."""
@@ -115,9 +115,9 @@ class Survey:
 
     def misses(self, question: Question, keep: int) -> bool:
         """Whether a band was counted, and does not hold the `keep`-th largest entry."""
-        found = self.tallies.get(question, {}).values()
-        above = sum(tally.above for tally in found)
-        return bool(found) and not above < keep <= above + sum(int(tally.reaching[0]) for tally in found)
+        counted = self.tallies.get(question, {}).values()
+        above = sum(tally.above for tally in counted)
+        return bool(counted) and not above < keep <= above + sum(int(tally.reaching[0]) for tally in counted)
 
     def missing(self, densities: Sequence[float], whole: bool) -> Missing | None:
         """What is still to be counted, so that these densities are settled; None where a band missed, and all is."""
@@ -127,7 +127,7 @@ class Survey:
         return self._missing[key]
 
     def _open_questions(self, densities: Sequence[float], whole: bool) -> Missing | None:
-        asked: dict[str, list[tuple[str, Band]]] = {}
+        questions: dict[str, list[tuple[str, Band]]] = {}
         for group in [""] if whole else sorted(self.stretched):
             for member in self.members:
                 for density in densities:
@@ -137,9 +137,9 @@ class Survey:
                     band = self.band(group, member, keep)
                     if self.misses((group, member, band), keep):
                         return None
-                    if (group, member, band) not in self.tallies and (member, band) not in asked.get(group, []):
-                        asked.setdefault(group, []).append((member, band))
-        return asked
+                    if (group, member, band) not in self.tallies and (member, band) not in questions.get(group, []):
+                        questions.setdefault(group, []).append((member, band))
+        return questions
 
     def settled(self, question: Question, keep: int) -> tuple[int, float]:
         """The `keep`-th largest entry: its bit pattern, and the share of its equals that are kept."""
@@ -193,47 +193,51 @@ class Cut:
 KEEP_ALL = Cut(0.0, 0.0, LEVELS)
 
 
-def survey(weights: Iterable[Weight]) -> Survey:
+def global_pass(weights: Iterable[Weight]) -> MagnitudeStatistics:
     """Histograms of the task vectors of some weights, or stretches of weights."""
     scratch = Scratch()
-    found = Survey()
+    total = MagnitudeStatistics()
     for weight in weights:
         histograms = {member: histogram(weight, member, scratch) for member in sorted(weight.members)}
-        found = combine(found, Survey({weight.name: histograms}))
-    return found
+        total = combine(total, MagnitudeStatistics({weight.name: histograms}))
+    return total
 
 
-def sample(weights: Iterable[Weight]) -> Survey:
+def sample(weights: Iterable[Weight]) -> MagnitudeStatistics:
     """Histograms of a sample of the task vectors' entries in some weights, or stretches of weights, taken together."""
     drawn, size = samples(weights)
-    return Survey(sampled=drawn, sampled_from=size)
+    return MagnitudeStatistics(sampled=drawn, sampled_from=size)
 
 
-def combine(first: Survey | None, second: Survey | None) -> Survey:
+def combine(first: MagnitudeStatistics | None, second: MagnitudeStatistics | None) -> MagnitudeStatistics:
     """What is known of both; two stretches of one weight add up."""
-    one, other = first or Survey(), second or Survey()
+    one, other = first or MagnitudeStatistics(), second or MagnitudeStatistics()
     both = one.histograms.keys() & other.histograms.keys()
     joined = {
-        name: {member: added([one.histograms[name][member], found]) for member, found in other.histograms[name].items()}
+        name: {
+            member: added([one.histograms[name][member], theirs]) for member, theirs in other.histograms[name].items()
+        }
         for name in both
     }
     questions = {*one.tallies, *other.tallies}
-    found = {asked: {**one.tallies.get(asked, {}), **other.tallies.get(asked, {})} for asked in questions}
-    drawn = {m: pooled(one.sampled[m], found) for m, found in other.sampled.items() if m in one.sampled}
-    return Survey(
+    counted = {question: {**one.tallies.get(question, {}), **other.tallies.get(question, {})} for question in questions}
+    drawn = {m: pooled(one.sampled[m], other_sample) for m, other_sample in other.sampled.items() if m in one.sampled}
+    return MagnitudeStatistics(
         {**one.histograms, **other.histograms, **joined},
         one.stretched | other.stretched | both,
-        found,
+        counted,
         {**one.sampled, **other.sampled, **drawn},
         one.sampled_from + other.sampled_from,
     )
 
 
-def refine(weights: Iterable[Weight], known: Survey, densities: Sequence[float], *, whole: bool) -> Survey | None:
+def second_pass(
+    weights: Iterable[Weight], known: MagnitudeStatistics, densities: Sequence[float], *, whole: bool
+) -> MagnitudeStatistics | None:
     """The bands in which densities are reached, counted by all bits, in some weights.
 
     Args:
-        weights: Some of the surveyed weights, or stretches.
+        weights: Some of the weights passed over, or stretches.
         known: Of all weights.
         densities: Shares of entries that stay.
         whole: Of the whole model, not of each weight. A weight that is looked at as a whole needs no refinement of its own.
@@ -241,19 +245,19 @@ def refine(weights: Iterable[Weight], known: Survey, densities: Sequence[float],
     Returns:
         None where enough is known.
     """
-    asked = known.missing(densities, whole)
-    if asked is None:
-        return survey(weights)
-    if not asked:
+    missing = known.missing(densities, whole)
+    if missing is None:
+        return global_pass(weights)
+    if not missing:
         return None
     scratch = Scratch()
-    found: dict[Question, dict[Place, Tally]] = {}
+    by_question: dict[Question, dict[Place, BandCounts]] = {}
     for weight in weights:
-        groups = [(group, question) for group in ("", weight.name) for question in asked.get(group, [])]
+        groups = [(group, question) for group in ("", weight.name) for question in missing.get(group, [])]
         counted = tallies(weight, [question for _, question in groups], scratch)
         for (group, (member, band)), tally in zip(groups, counted, strict=True):
-            found.setdefault((group, member, band), {})[weight.name, weight.start] = tally
-    return Survey(tallies=found)
+            by_question.setdefault((group, member, band), {})[weight.name, weight.start] = tally
+    return MagnitudeStatistics(tallies=by_question)
 
 
 class Trimmer:
@@ -261,12 +265,12 @@ class Trimmer:
 
     Args:
         weights: The weights at hand.
-        survey: Of the whole model; if of a sample, refined for the densities that will be asked for.
+        global_stats: Of the whole model; if of a sample, refined for the densities that will be asked for.
     """
 
-    def __init__(self, weights: Sequence[Weight], survey: Survey) -> None:
+    def __init__(self, weights: Sequence[Weight], global_stats: MagnitudeStatistics) -> None:
         self._weights = {(weight.name, weight.start): weight for weight in weights}
-        self._survey = survey
+        self._global_stats = global_stats
         self._scratch = Scratch()
         self._chance = Chance()
         self.cut = lru_cache(maxsize=1 << 17)(self._cut)
@@ -284,14 +288,14 @@ class Trimmer:
 
     def _cut(self, member: str, density: float, weight: str = "") -> Cut:
         """The cut that keeps this share of a member's entries in a weight, or over the whole model."""
-        known = self._survey
+        known = self._global_stats
         keep = known.kept(weight, member, density)
         if keep is None:
             return KEEP_ALL
         low, high = band = known.band(weight, member, keep)
-        if known.is_open(weight, member) and (found := self._tallies(weight, member, band)) is not None:
+        if known.is_open(weight, member) and (counted := self._tallies(weight, member, band)) is not None:
             shared = (weight, member, band) in known.tallies
-            low, share = known.settled((weight, member, band), keep) if shared else _settled(band, found, keep)
+            low, share = known.settled((weight, member, band), keep) if shared else _settled(band, counted, keep)
             high = low + 1
         else:  # the bin's entries count as equal
             total, reaching = known.ranked(weight, member)
@@ -303,21 +307,21 @@ class Trimmer:
 
     def share(self, weight: str, member: str, density: float) -> int:
         """How many entries of a weight a share of it is."""
-        return round(density * int(self._survey.histograms[weight][member].counts.sum()))
+        return round(density * int(self._global_stats.histograms[weight][member].counts.sum()))
 
-    def _tallies(self, group: str, member: str, band: Band) -> Mapping[Place, Tally] | None:
+    def _tallies(self, group: str, member: str, band: Band) -> Mapping[Place, BandCounts] | None:
         """A band's entries by all bits, stretch by stretch; None where not all are known."""
-        if (known := self._survey.tallies.get((group, member, band))) is not None:
+        if (known := self._global_stats.tallies.get((group, member, band))) is not None:
             return known
-        names = self._survey.names(group)
-        if any(name in self._survey.stretched or (name, 0) not in self._weights for name in names):
+        names = self._global_stats.names(group)
+        if any(name in self._global_stats.stretched or (name, 0) not in self._weights for name in names):
             return None
         return {(name, 0): tallies(self._weights[name, 0], [(member, band)], self._scratch)[0] for name in names}
 
 
 def _likely(sample: Sample, share: float) -> Band:
     """Magnitude interval that contains the k-th largest entry with high probability, k being this share of all entries."""
-    reaching, squares = (found[::-1].cumsum()[::-1] for found in (sample.counts, sample.squares))
+    reaching, squares = (values[::-1].cumsum()[::-1] for values in (sample.counts, sample.squares))
     if not len(reaching):
         return 0, INFINITE
     wanted, runs = share * reaching[0], reaching[0] / RUN
@@ -328,12 +332,12 @@ def _likely(sample: Sample, share: float) -> Band:
     return low, int(sample.keys[over]) << SAMPLED_DROPPED if over < len(reaching) else INFINITE
 
 
-def _settled(band: Band, found: Mapping[Place, Tally], keep: int) -> tuple[int, float]:
-    """See `Survey.settled`."""
-    wanted = keep - sum(tally.above for tally in found.values())
+def _settled(band: Band, counted: Mapping[Place, BandCounts], keep: int) -> tuple[int, float]:
+    """See `MagnitudeStatistics.settled`."""
+    wanted = keep - sum(tally.above for tally in counted.values())
 
     def at_least(key: int) -> int:
-        return sum(tally.at_least(key) for tally in found.values())
+        return sum(tally.at_least(key) for tally in counted.values())
 
     key = band[0] + bisect_left(range(*band), True, key=lambda pattern: at_least(pattern) < wanted) - 1
     above = at_least(key + 1)

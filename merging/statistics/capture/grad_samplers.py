@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from merging.checkpoints.models.parameter_names import conv1d
 from merging.statistics.capture.modules import Unit
-from merging.statistics.capture.per_sample_grads import Dense, Outer, Piece, Rows
+from merging.statistics.capture.per_sample_grads import Dense, GradientTerm, Outer, TableGradient
 
-Rule = Callable[[Any, Tensor, Tensor], dict[str, Piece]]
+Rule = Callable[[Any, Tensor, Tensor], dict[str, GradientTerm]]
 """(module, its input, gradient of its output) → parameter's name within the module → its gradients."""
 
 
@@ -27,25 +27,25 @@ def rule_for(unit: Unit) -> Rule | None:
     return next((rule for kind, rule in rules.items() if type(module).forward is kind.forward), None)
 
 
-def _linear(module: nn.Linear, value: Tensor, gradient: Tensor) -> dict[str, Piece]:
+def _linear(module: nn.Linear, value: Tensor, gradient: Tensor) -> dict[str, GradientTerm]:
     value, gradient = _positions(value), _positions(gradient)
     return {"weight": Outer(gradient, value), "bias": Dense(gradient.sum(1))}
 
 
-def _conv1d(module: nn.Module, value: Tensor, gradient: Tensor) -> dict[str, Piece]:
+def _conv1d(module: nn.Module, value: Tensor, gradient: Tensor) -> dict[str, GradientTerm]:
     value, gradient = _positions(value), _positions(gradient)
     return {"weight": Outer(value, gradient), "bias": Dense(gradient.sum(1))}
 
 
-def _embedding(module: nn.Embedding, ids: Tensor, gradient: Tensor) -> dict[str, Piece]:
+def _embedding(module: nn.Embedding, ids: Tensor, gradient: Tensor) -> dict[str, GradientTerm]:
     values = _positions(gradient)
     ids = ids.reshape(len(ids), -1)
     if module.padding_idx is not None:
         values = values.masked_fill((ids == module.padding_idx)[..., None], 0)
-    return {"weight": Rows(ids, values)}
+    return {"weight": TableGradient(ids, values)}
 
 
-def _layer_norm(module: nn.LayerNorm, value: Tensor, gradient: Tensor) -> dict[str, Piece]:
+def _layer_norm(module: nn.LayerNorm, value: Tensor, gradient: Tensor) -> dict[str, GradientTerm]:
     normal = F.layer_norm(value, module.normalized_shape, eps=module.eps)
     return {
         "weight": Dense(_over_positions(normal * gradient, len(module.normalized_shape))),
@@ -53,7 +53,7 @@ def _layer_norm(module: nn.LayerNorm, value: Tensor, gradient: Tensor) -> dict[s
     }
 
 
-def _conv2d(module: nn.Conv2d, value: Tensor, gradient: Tensor) -> dict[str, Piece]:
+def _conv2d(module: nn.Conv2d, value: Tensor, gradient: Tensor) -> dict[str, GradientTerm]:
     patches = F.unfold(value, module.kernel_size, module.dilation, cast(tuple[int, int], module.padding), module.stride)
     by_position = gradient.flatten(2).transpose(1, 2)
     return {"weight": Outer(by_position, patches.transpose(1, 2)), "bias": Dense(by_position.sum(1))}

@@ -141,12 +141,12 @@ class _Sketch:
     def holders(self) -> dict[str, str]:
         """Weight's name → the first whose layer was given the same tensors; of those that share."""
         first: dict[tuple[int, ...], str] = {}
-        found = {}
+        holders = {}
         for name, inputs in self._inputs.items():
             holder = first.setdefault(tuple(map(id, inputs)), name)
             if holder != name:
-                found[name] = holder
-        return found
+                holders[name] = holder
+        return holders
 
     @contextmanager
     def watching(self, batch: Batch) -> Iterator[None]:
@@ -179,8 +179,8 @@ class _Sketch:
                 handle.remove()
 
     def _backward(self, name: str, gradient: Tensor, product: Tensor) -> None:
-        found = gradient.reshape(-1, gradient.shape[-1]).T @ product
-        self.gradients[name] = self.gradients.get(name, 0) + found
+        sketch = gradient.reshape(-1, gradient.shape[-1]).T @ product
+        self.gradients[name] = self.gradients.get(name, 0) + sketch
 
 
 def _incomplete(output: Tensor, layers: Mapping[nn.Module, str], seen: _Sketch) -> frozenset[str]:

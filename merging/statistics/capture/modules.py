@@ -36,7 +36,7 @@ class Unit:
 
 
 @dataclass
-class _Call:
+class _Extents:
     """Leading extents of what went into a module and of what came out of it (None: not a tensor with one)."""
 
     inputs: list[int | None]
@@ -72,7 +72,7 @@ def find_units(model: nn.Module, logits: Logits, batch: Batch) -> list[Unit]:
     names = checkpoint_names(model)
     # A module that is never called may hold a weight that is tied to another's, or that its parent reads.
     at_calls = {id(own) for path in single for own in model.get_submodule(path).parameters(recurse=False)}
-    found: dict[str, dict[str, str]] = {}
+    by_owner: dict[str, dict[str, str]] = {}
     for path, module in model.named_modules():
         for local, parameter in module.named_parameters(recurse=False):
             if path in single:
@@ -82,23 +82,23 @@ def find_units(model: nn.Module, logits: Logits, batch: Batch) -> list[Unit]:
             else:
                 owner = _nearest(path, single, double) if id(parameter) in used else path
             inside = f"{path}.{local}".removeprefix(f"{owner}.").removeprefix(".")
-            found.setdefault(owner, {})[inside] = names[id(parameter)]
+            by_owner.setdefault(owner, {})[inside] = names[id(parameter)]
     return [
         Unit(path, model.get_submodule(path), parameters, _mapped(single.get(path, []), double.get(path, [])))
-        for path, parameters in found.items()
+        for path, parameters in by_owner.items()
     ]
 
 
 @contextmanager
-def _watch(model: nn.Module, expand_to: int = 1) -> Iterator[dict[str, list[_Call]]]:
+def _watch(model: nn.Module, expand_to: int = 1) -> Iterator[dict[str, list[_Extents]]]:
     """Yields each called module's calls, in order, filled while the model runs; expands what is broadcast."""
-    calls: dict[str, list[_Call]] = {}
+    calls: dict[str, list[_Extents]] = {}
 
     def watch(path: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             inputs, outputs = _extents(args, kwargs), _extents(output, floating=True)
             output, broadcast = expand(output, expand_to)
-            calls.setdefault(path, []).append(_Call(inputs, outputs, broadcast))
+            calls.setdefault(path, []).append(_Extents(inputs, outputs, broadcast))
             return output
 
         return hook
@@ -121,7 +121,7 @@ def _extents(*values: Any, floating: bool = False) -> list[int | None]:
     ]
 
 
-def _used(model: nn.Module, output: Tensor, calls: Mapping[str, list[_Call]]) -> set[int]:
+def _used(model: nn.Module, output: Tensor, calls: Mapping[str, list[_Extents]]) -> set[int]:
     """`id`s of the parameters that the output depends on; empties calls whose expansion was no broadcast."""
     parameters = list(model.parameters())
     broadcast = [tensor for made in calls.values() for call in made for tensor in call.broadcast]
@@ -138,7 +138,7 @@ def _used(model: nn.Module, output: Tensor, calls: Mapping[str, list[_Call]]) ->
     return {id(p) for p, gradient in zip(parameters, gradients, strict=False) if gradient is not None}
 
 
-def _nearest(path: str, single: Mapping[str, list[_Call]], double: Mapping[str, list[_Call]]) -> str:
+def _nearest(path: str, single: Mapping[str, list[_Extents]], double: Mapping[str, list[_Extents]]) -> str:
     """The module, or the nearest around it, whose every output holds one row an example or is broadcast."""
     around = path
     while not _tells_apart(single.get(around, []), double.get(around, [])):
@@ -151,7 +151,7 @@ def _nearest(path: str, single: Mapping[str, list[_Call]], double: Mapping[str, 
     return around
 
 
-def _tells_apart(once: list[_Call], twice: list[_Call]) -> bool:
+def _tells_apart(once: list[_Extents], twice: list[_Extents]) -> bool:
     if not once or len(once) != len(twice):
         return False
     pairs = [
@@ -163,7 +163,7 @@ def _tells_apart(once: list[_Call], twice: list[_Call]) -> bool:
     return all(pair in ((1, 2), (1, 1)) for pair in pairs)
 
 
-def _mapped(once: list[_Call], twice: list[_Call]) -> tuple[tuple[bool | None, ...], ...]:
+def _mapped(once: list[_Extents], twice: list[_Extents]) -> tuple[tuple[bool | None, ...], ...]:
     return tuple(
         tuple(None if pair == (None, None) else pair == (1, 2) for pair in zip(one.inputs, two.inputs, strict=True))
         for one, two in zip(once, twice, strict=True)

@@ -21,7 +21,7 @@ from merging.faults import is_fault
 from merging.statistics.capture.grad_samplers import rule_for
 from merging.statistics.capture.hooks import differentiable, tap
 from merging.statistics.capture.modules import Logits, Unit, find_units
-from merging.statistics.capture.per_sample_grads import Computed, Piece, add_squares, add_weighted
+from merging.statistics.capture.per_sample_grads import Computed, GradientTerm, add_squares, add_weighted
 from merging.statistics.capture.single_examples import padding_token, single_examples, unlike_pair
 from merging.statistics.capture.verification import differs, probe_gradient
 from merging.tasks.task import IGNORED, Batch
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class _Call:
+class _UnitCall:
     """One call of a unit: the leaves of what went in, and where to take the gradients of what came out."""
 
     unit: Unit
@@ -60,7 +60,7 @@ class PerExample:
         self._probed = False
         self._alone = False
         self._verified: set[tuple[Any, ...]] = set()
-        self._calls: list[_Call] = []
+        self._calls: list[_UnitCall] = []
         self._examples = 0
         self._recording = False
         self._graphs: list[Tensor] = []
@@ -157,17 +157,17 @@ class PerExample:
         parameters = list(self._names.values())
         for graph, seed in zip(self._graphs, seeds, strict=True):
             with differentiable(self._model, parameters=True):
-                found = torch.autograd.grad(graph, parameters, seed, retain_graph=not last, allow_unused=True)
-            yield {name: g for name, g in zip(self._names, found, strict=True) if g is not None}
+                gradients = torch.autograd.grad(graph, parameters, seed, retain_graph=not last, allow_unused=True)
+            yield {name: g for name, g in zip(self._names, gradients, strict=True) if g is not None}
 
-    def _uses(self, objective: Tensor, *, last: bool) -> dict[str, list[Piece]]:
+    def _uses(self, objective: Tensor, *, last: bool) -> dict[str, list[GradientTerm]]:
         """Name in the checkpoint → what every use of the parameter contributes to the examples' gradients."""
         edges = [edge for call in self._calls for edge in call.edges if edge is not None]
-        found = iter(torch.autograd.grad(objective, edges, retain_graph=not last, allow_unused=True))
-        pieces: dict[str, list[Piece]] = {}
+        every = iter(torch.autograd.grad(objective, edges, retain_graph=not last, allow_unused=True))
+        pieces: dict[str, list[GradientTerm]] = {}
         with torch.no_grad():
             for call in self._calls:
-                gradients = [None if edge is None else next(found) for edge in call.edges]
+                gradients = [None if edge is None else next(every) for edge in call.edges]
                 for local, piece in self._pieces(call, gradients).items():
                     pieces.setdefault(call.unit.parameters[local], []).append(piece)
         return pieces
@@ -191,8 +191,8 @@ class PerExample:
         with differentiable(self._model, parameters=True):
             whole = self._logits(self._model, batch)
             by_example = seed * weights.view(-1, *[1] * (output.dim() - 1))
-            found = torch.autograd.grad(whole, list(self._names.values()), by_example, allow_unused=True)
-        true = {name: g for name, g in zip(self._names, found, strict=True) if g is not None}
+            sums = torch.autograd.grad(whole, list(self._names.values()), by_example, allow_unused=True)
+        true = {name: g for name, g in zip(self._names, sums, strict=True) if g is not None}
         largest = max((float(gradient.norm()) for gradient in true.values()), default=0.0)
         uses = self._uses((output * seed).sum(), last=False)
         for name, parameter in self._names.items():
@@ -216,12 +216,12 @@ class PerExample:
             index = sum(call.unit is unit for call in self._calls)
             leaves, spec = tree_flatten((args, kwargs))
             output, edges = tap(output, self._examples)
-            self._calls.append(_Call(unit, index, leaves, spec, edges))
+            self._calls.append(_UnitCall(unit, index, leaves, spec, edges))
             return output
 
         return hook
 
-    def _pieces(self, call: _Call, gradients: Sequence[Tensor | None]) -> dict[str, Piece]:
+    def _pieces(self, call: _UnitCall, gradients: Sequence[Tensor | None]) -> dict[str, GradientTerm]:
         if all(gradient is None for gradient in gradients):
             return {}
         rule = rule_for(call.unit)
@@ -239,7 +239,7 @@ class PerExample:
         return {local: pieces[local] for local in call.unit.parameters}
 
 
-def _pulled_back(call: _Call, gradients: Sequence[Tensor | None], examples: int) -> dict[str, Piece]:
+def _pulled_back(call: _UnitCall, gradients: Sequence[Tensor | None], examples: int) -> dict[str, GradientTerm]:
     """Any module's: it runs again on single examples; its outputs' gradients are pulled back through it."""
     unit = call.unit
     # What the probe did not see, a call that only some examples make, is judged by its extent.

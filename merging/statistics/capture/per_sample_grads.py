@@ -12,7 +12,7 @@ CHUNK_BYTES = {"cpu": 1 << 22}
 LARGE_CHUNK = 1 << 28
 
 
-class Piece(Protocol):
+class GradientTerm(Protocol):
     """What one use of a parameter contributes to each of N examples' gradients of it."""
 
     def add_to(self, out: Tensor, start: int) -> None:
@@ -27,20 +27,20 @@ class Outer:
     right: Tensor
 
     def add_to(self, out: Tensor, start: int) -> None:
-        """See `Piece`."""
+        """See `GradientTerm`."""
         stop = start + len(out)
         out.flatten(2).baddbmm_(self.left[start:stop].transpose(1, 2), self.right[start:stop])
 
 
 @dataclass(frozen=True)
-class Rows:
+class TableGradient:
     """A table's weight [V, D]: example n adds values[n, s] to row ids[n, s]; `values` [N, S, D]."""
 
     ids: Tensor
     values: Tensor
 
     def add_to(self, out: Tensor, start: int) -> None:
-        """See `Piece`."""
+        """See `GradientTerm`."""
         n, rows, _ = out.shape
         first = torch.arange(n, device=out.device)[:, None] * rows
         places = (first + self.ids[start : start + n]).flatten()
@@ -54,7 +54,7 @@ class Dense:
     values: Tensor
 
     def add_to(self, out: Tensor, start: int) -> None:
-        """See `Piece`."""
+        """See `GradientTerm`."""
         out += self.values[start : start + len(out)]
 
 
@@ -65,11 +65,11 @@ class Computed:
     between: Callable[[int, int], Tensor]
 
     def add_to(self, out: Tensor, start: int) -> None:
-        """See `Piece`."""
+        """See `GradientTerm`."""
         out += self.between(start, start + len(out))
 
 
-def add_squares(pieces: Sequence[Piece], examples: int, out: Tensor) -> None:
+def add_squares(pieces: Sequence[GradientTerm], examples: int, out: Tensor) -> None:
     """Adds Σ_n (Σ_pieces gradient_n)² to `out`: uses of one parameter are summed before they are squared.
 
     Args:
@@ -78,7 +78,7 @@ def add_squares(pieces: Sequence[Piece], examples: int, out: Tensor) -> None:
         out: In the parameter's shape, contiguous.
     """
     outer = [piece for piece in pieces if isinstance(piece, Outer)]
-    rows = [piece for piece in pieces if isinstance(piece, Rows)]
+    rows = [piece for piece in pieces if isinstance(piece, TableGradient)]
     if len(outer) == len(pieces):
         _add_outer(_joined([piece.left for piece in outer]), _joined([piece.right for piece in outer]), out)
     elif len(rows) == len(pieces):
@@ -92,7 +92,7 @@ def add_squares(pieces: Sequence[Piece], examples: int, out: Tensor) -> None:
             out += gradient.square_().sum(0)
 
 
-def add_weighted(pieces: Sequence[Piece], weights: Tensor, out: Tensor) -> None:
+def add_weighted(pieces: Sequence[GradientTerm], weights: Tensor, out: Tensor) -> None:
     """Adds Σ_n weights_n Σ_pieces gradient_n to `out`.
 
     Args:
@@ -105,7 +105,7 @@ def add_weighted(pieces: Sequence[Piece], weights: Tensor, out: Tensor) -> None:
         if isinstance(piece, Outer):
             matrix = out.flatten(1)
             matrix.addmm_((piece.left * by_example).flatten(0, 1).T, piece.right.flatten(0, 1))
-        elif isinstance(piece, Rows):
+        elif isinstance(piece, TableGradient):
             out.index_add_(0, piece.ids.flatten(), (piece.values * by_example).flatten(0, 1))
         else:
             step = _chunk(out)

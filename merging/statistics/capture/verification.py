@@ -12,11 +12,11 @@ FLOOR = 1e-2
 """Share of that share, of the largest tensor's norm, below which all is rounding (a key's bias has no gradient)."""
 
 
-def differs(found: Tensor, expected: Tensor, largest: float = 0.0) -> bool:
+def differs(value: Tensor, expected: Tensor, largest: float = 0.0) -> bool:
     """Whether a tensor is not what it should be; of what is not finite nothing can be said, and it goes its way.
 
     Args:
-        found: What was computed.
+        value: What was computed.
         expected: What it should be, in its own dtype's rounding.
         largest: The largest norm among the tensors that belong together.
     """
@@ -24,7 +24,7 @@ def differs(found: Tensor, expected: Tensor, largest: float = 0.0) -> bool:
     norm = float(expected.double().norm())
     if not math.isfinite(norm):
         return False
-    return not float((found.double() - expected.double()).norm()) <= relative * max(norm, FLOOR * largest)
+    return not float((value.double() - expected.double()).norm()) <= relative * max(norm, FLOOR * largest)
 
 
 def probe_gradient(output: Tensor) -> Tensor:

@@ -91,8 +91,8 @@ def _plain(text: str) -> str:
 
 
 def _last_number(text: str) -> Decimal | None:
-    found = NUMBER.findall(text)
+    numbers = NUMBER.findall(text)
     try:
-        return Decimal(found[-1].replace(",", "")) if found else None
+        return Decimal(numbers[-1].replace(",", "")) if numbers else None
     except InvalidOperation:
         return None

@@ -13,7 +13,7 @@ from merging.tasks.metrics.metric import RESAMPLES, Floats, Labels, Metric, OfEa
 
 
 @dataclass(frozen=True)
-class Counts:
+class ClassCounts:
     """What is counted of predictions, for B resamples of the examples at once.
 
     Args:
@@ -40,7 +40,7 @@ class OfPredictions:
 
     is_mean: ClassVar[bool] = False
     function: Callable[[Labels, Labels], Any]
-    of_counts: Callable[[Counts], Floats]
+    of_counts: Callable[[ClassCounts], Floats]
     percent: bool = True
     positive: bool = True
 
@@ -57,7 +57,7 @@ class OfPredictions:
         return value, float(resampled.std(ddof=1))
 
 
-def resample(labels: Labels, predictions: Labels, classes: int, resamples: int, seed: int) -> Counts:
+def resample(labels: Labels, predictions: Labels, classes: int, resamples: int, seed: int) -> ClassCounts:
     """Draws examples with replacement, and counts.
 
     Examples that agree in label and prediction are interchangeable, so that drawing them is drawing the numbers
@@ -66,35 +66,35 @@ def resample(labels: Labels, predictions: Labels, classes: int, resamples: int, 
     pairs, numbers = np.unique(np.stack([labels, predictions]), axis=1, return_counts=True)
     draws = np.random.default_rng(seed).multinomial(len(labels), numbers / len(labels), size=resamples)
     of_label, of_prediction = np.eye(classes)[pairs[0]], np.eye(classes)[pairs[1]]
-    return Counts(draws @ (of_label * of_prediction), draws @ of_label, draws @ of_prediction)
+    return ClassCounts(draws @ (of_label * of_prediction), draws @ of_label, draws @ of_prediction)
 
 
-def _f1(counts: Counts) -> Floats:
+def _f1(counts: ClassCounts) -> Floats:
     return ratio(2 * counts.right, counts.labelled + counts.predicted)
 
 
-def _macro_f1(counts: Counts) -> Floats:
+def _macro_f1(counts: ClassCounts) -> Floats:
     seen = (counts.labelled + counts.predicted > 0).sum(axis=1)
     mean: Floats = _f1(counts).sum(axis=1) / seen
     return mean
 
 
-def _weighted_f1(counts: Counts) -> Floats:
+def _weighted_f1(counts: ClassCounts) -> Floats:
     mean: Floats = (_f1(counts) * counts.labelled).sum(axis=1) / counts.labelled.sum(axis=1)
     return mean
 
 
-def _micro_f1(counts: Counts) -> Floats:
+def _micro_f1(counts: ClassCounts) -> Floats:
     share: Floats = counts.right.sum(axis=1) / counts.labelled.sum(axis=1)
     return share
 
 
-def _balanced_accuracy(counts: Counts) -> Floats:
+def _balanced_accuracy(counts: ClassCounts) -> Floats:
     mean: Floats = ratio(counts.right, counts.labelled).sum(axis=1) / (counts.labelled > 0).sum(axis=1)
     return mean
 
 
-def _matthews(counts: Counts) -> Floats:
+def _matthews(counts: ClassCounts) -> Floats:
     """The R_K statistic (Gorodkin 2004)."""
     total = counts.labelled.sum(axis=1)
     over = counts.right.sum(axis=1) * total - (counts.labelled * counts.predicted).sum(axis=1)

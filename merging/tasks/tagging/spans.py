@@ -11,7 +11,7 @@ RESAMPLES = 200
 
 
 @dataclass(frozen=True)
-class Counts:
+class SpanCounts:
     """What is counted of each example's entities.
 
     Args:
@@ -46,14 +46,14 @@ def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     return spans
 
 
-def count(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> Counts:
+def count(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> SpanCounts:
     """Entities of each example, by tags."""
     pairs = [(entities(own), entities(other)) for own, other in zip(true, predicted, strict=True)]
     right, guessed, wanted = zip(*((len(own & other), len(other), len(own)) for own, other in pairs), strict=True)
-    return Counts(*(np.array(numbers, np.float64) for numbers in (right, guessed, wanted)))
+    return SpanCounts(*(np.array(numbers, np.float64) for numbers in (right, guessed, wanted)))
 
 
-def f1(counts: Counts, seed: int = 0) -> tuple[float, float]:
+def f1(counts: SpanCounts, seed: int = 0) -> tuple[float, float]:
     """Micro F1 over all entities, and its spread over resampled examples (Efron 1979); 0 where there are none."""
 
     def value(weights: Floats) -> Floats:

@@ -21,7 +21,7 @@ from merging.tasks.classification import ClassNames
 from merging.tasks.file_task import TextTask, longest_first
 from merging.tasks.head import tokenizer_identity
 from merging.tasks.predictions import Predictions
-from merging.tasks.tagging.spans import Counts, count, f1
+from merging.tasks.tagging.spans import SpanCounts, count, f1
 from merging.tasks.task import IGNORED, Batch, Score, Split, TaskSettings, register, score_of
 
 CONLL = (".conll", ".bio", ".iob", ".iob2", ".txt")
@@ -146,7 +146,7 @@ class TokenClassification(TextTask[list[_Sentence]]):
         """See `Task.score`."""
         payload = {name: np.asarray(value, np.float64) for name, value in predictions.payload.items()}
         if self.settings.metric == "entity_f1":
-            counts = Counts(payload["spans_right"], payload["spans_predicted"], payload["spans_true"])
+            counts = SpanCounts(payload["spans_right"], payload["spans_predicted"], payload["spans_true"])
             return score_of(predictions, "entity_f1", measured=f1(counts))
         right, words = payload["right"], payload["words"]
         value = right.sum() / words.sum()

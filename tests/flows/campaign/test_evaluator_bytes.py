@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from flows.campaign.open_campaign import Opened
+from flows.campaign.open_campaign import OpenCampaign
 from merging.checkpoints.pool import Pool
 
 CONFIG = {
@@ -30,7 +30,7 @@ def test_an_evaluator_of_a_16_bit_pool_holds_float32(tmp_path, transport):
         campaign = SimpleNamespace(
             search=SimpleNamespace(methods={"regmean": None}), resources=SimpleNamespace(transport=transport)
         )
-        opened = Opened(campaign, pool, {}, {}, {})
+        opened = OpenCampaign(campaign, pool, {}, {}, {})
         found[dtype] = opened.evaluator_bytes(), opened.evaluator_bytes(sharded=True)
         parameters = sum(math.prod(info.shape) for info in pool.weights.values())
         waiting = 2 if transport == "nixl" else 1

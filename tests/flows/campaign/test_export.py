@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 from flows.campaign.export import export
-from flows.campaign.open_campaign import Opened, open_campaign
+from flows.campaign.open_campaign import OpenCampaign, open_campaign
 from flows.cli.merge import merge_recipe
 from flows.config.campaign_file import load_campaign
 from flows.directory.progress import Display
@@ -36,7 +36,7 @@ def campaign_of(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     sys.modules.pop("export_scores", None)
 
-    def make(name: str, model_class: str | None = None, change=lambda directory: None) -> Opened:
+    def make(name: str, model_class: str | None = None, change=lambda directory: None) -> OpenCampaign:
         family = FAMILIES[name]
         for place, model in (("base", family.make()), ("one", family.changed(1)), ("two", family.changed(2))):
             model.save_pretrained(tmp_path / "checkpoints" / place)

@@ -9,7 +9,7 @@ import numpy as np
 import optuna
 import pytest
 
-from flows.report.figures import Looks, history
+from flows.report.figures import Palette, history
 from flows.report.page import render
 from search.subsets.choose_subsets import select
 
@@ -268,7 +268,7 @@ def test_history_holds_every_candidate_and_its_record_never_falls(make):
 
 def test_thousands_of_candidates_stay_drawable(make):
     rows = make.candidates(2600)
-    record, *methods = history(rows, Looks(rows)).data
+    record, *methods = history(rows, Palette(rows)).data
     heights = [y for trace in methods if "anchor" not in trace.name for y in trace.y]
     assert len(record.y) == 2600
     assert len(heights) <= 2000

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from flows.report.significance import COLUMNS, as_markdown, as_rich, compare, foremost
+from flows.report.significance import COLUMNS, as_markdown, as_rich, compare, headline_rows
 from flows.report.table import results_table
 
 
@@ -58,8 +58,8 @@ def test_the_change_is_from_validation_to_test(lines):
     assert validation == sorted(validation, reverse=True)
 
 
-def test_the_foremost_are_chosen_by_validation(lines):
-    compared = foremost(compare(lines, lambda _: {}))
+def test_the_headline_rows_are_chosen_by_validation(lines):
+    compared = headline_rows(compare(lines, lambda _: {}))
     kinds = [entry.line.kind for entry in compared]
     assert kinds[0] == "winner"
     assert (kinds.count("method"), kinds.count("member"), kinds.count("average")) == (1, 1, 1)

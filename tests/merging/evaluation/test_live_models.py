@@ -9,7 +9,7 @@ from merging.checkpoints.pool import Pool
 from merging.errors import TaskError
 from merging.evaluation.live_models import LiveModels
 from merging.evaluation.shared_weights import share_weights, sharing_model
-from merging.evaluation.steps import Plan
+from merging.evaluation.steps import EvaluationPlan
 from merging.mergers.material import Material
 from merging.recipe import Recipe, base_recipe, member_recipe
 from merging.tasks import CustomSettings, TextClassificationSettings, make_task
@@ -100,7 +100,7 @@ def test_steps_end_where_the_whole_ends(live):
     recipe = Recipe("task_arithmetic", {"one": 0.5, "two": 0.5})
     whole = live.measure(recipe, "validation", limit=25)
     seen = []
-    found = live.measure(recipe, "validation", 25, Plan(10, lambda trace: bool(seen.append(trace.examples))))
+    found = live.measure(recipe, "validation", 25, EvaluationPlan(10, lambda trace: bool(seen.append(trace.examples))))
     assert not found.stopped
     assert seen == [10, 20]
     assert [step["two"].examples for step in found.trace.scores] == [10, 20, 25]
@@ -113,7 +113,7 @@ def test_steps_end_where_the_whole_ends(live):
 
 def test_a_gate_stops_and_the_scores_are_those_so_far(live):
     recipe = Recipe("task_arithmetic", {"one": 0.5, "two": 0.5})
-    found = live.measure(recipe, "validation", plan=Plan(8, lambda trace: trace.examples >= 16))
+    found = live.measure(recipe, "validation", plan=EvaluationPlan(8, lambda trace: trace.examples >= 16))
     first = live.measure(recipe, "validation", limit=16)
     assert found.stopped
     assert {score.examples for score in found.scores.values()} == {16}

@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 
-from merging.evaluation.steps import Plan, Trace
+from merging.evaluation.steps import EvaluationPlan, Trace
 from merging.tasks.task import Score
 
 
@@ -11,14 +11,14 @@ def shown(steps):
 
 
 def test_every_task_gives_a_slice_a_step_until_it_is_through():
-    steps = shown(Plan(2).steps({"long": 5, "short": 3}))
+    steps = shown(EvaluationPlan(2).steps({"long": 5, "short": 3}))
     assert steps == [{"long": [0, 1], "short": [0, 1]}, {"long": [2, 3], "short": [2]}, {"long": [4]}]
 
 
 def test_without_steps_everything_comes_at_once():
-    assert shown(Plan().steps({"x": 3})) == [{"x": [0, 1, 2]}]
-    assert shown(Plan(positions={"x": np.array([7, 2])}).steps({"x": 9, "y": 1})) == [{"x": [7, 2], "y": [0]}]
-    assert shown(Plan().steps({})) == []
+    assert shown(EvaluationPlan().steps({"x": 3})) == [{"x": [0, 1, 2]}]
+    assert shown(EvaluationPlan(positions={"x": np.array([7, 2])}).steps({"x": 9, "y": 1})) == [{"x": [7, 2], "y": [0]}]
+    assert shown(EvaluationPlan().steps({})) == []
 
 
 def test_a_trace_survives_json():

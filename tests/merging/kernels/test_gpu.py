@@ -111,7 +111,7 @@ def test_methods_merge_by_kernels_what_those_take(name, monkeypatch):
         on = {member: value.to(device) for member, value in members.items()}
         out = {"w": torch.empty(3001, device=device)}
         weight = Weight("w", base.to(device), on)
-        prepared = method.prepare([weight], Context(survey=method.survey([weight])))
+        prepared = method.prepare([weight], Context(global_stats=method.global_pass([weight])))
         prepared.merge(recipe.scaling, recipe.parameters, out)
         return out["w"].cpu()
 

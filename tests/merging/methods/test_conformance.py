@@ -153,12 +153,12 @@ def test_parts_merged_apart_are_the_whole(name, parameters, parts, make_pool, me
 @pytest.mark.parametrize(("name", "parameters"), CASES)
 def test_survey_does_not_depend_on_how_parts_are_combined(name, parameters, make_pool):
     method, weights = METHODS[name], make_pool(3)
-    a, b, c = (method.survey(weights[i::3]) for i in range(3))
+    a, b, c = (method.global_pass(weights[i::3]) for i in range(3))
     one, other = method.combine(method.combine(a, b), c), method.combine(c, method.combine(b, a))
     out = [{w.name: torch.empty(w.base.shape) for w in weights} for _ in range(2)]
     recipe = method.default_recipe(list(factors(name)))
-    for survey, target in zip((one, other), out, strict=True):
-        method.prepare(weights, Context(survey=survey)).merge(recipe.scaling, recipe.parameters, target)
+    for global_stats, target in zip((one, other), out, strict=True):
+        method.prepare(weights, Context(global_stats=global_stats)).merge(recipe.scaling, recipe.parameters, target)
     for key in out[0]:
         torch.testing.assert_close(out[0][key], out[1][key], rtol=1e-6, atol=1e-7)
 
@@ -245,7 +245,7 @@ def test_a_member_of_another_shape_is_named(name, make_pool):
     weights = make_pool()
     weights[1].members["nyt"] = torch.zeros(3, 3)
     with pytest.raises(MethodError, match=r"nyt: 'layer\.0\.query\.weight' has shape"):
-        METHODS[name].prepare(weights, Context(survey=METHODS[name].survey(make_pool())))
+        METHODS[name].prepare(weights, Context(global_stats=METHODS[name].global_pass(make_pool())))
 
 
 @pytest.mark.parametrize("name", EVERY)

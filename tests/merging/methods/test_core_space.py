@@ -216,10 +216,10 @@ def test_shards_of_a_pool_merge_as_the_whole(method, gpt2, assert_close):
     ResidentMerger(material, whole).merge(recipe)
     names = list(material.pool.weights)
     shards = [ShardMerger(material, part) for part in (names[::2], names[1::2])]
-    surveys = [shard.survey(method) for shard in shards]
+    all_stats = [shard.global_pass(method) for shard in shards]
     for shard in shards:
-        shard.settle(method, surveys)
-    more = [shard.refine(recipe) for shard in shards]
+        shard.settle(method, all_stats)
+    more = [shard.second_pass(recipe) for shard in shards]
     for shard in shards:
         shard.merge_part(recipe, more)
     merged = {name: value for shard in shards for name, value in shard._out.items()}

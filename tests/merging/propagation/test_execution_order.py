@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from merging.propagation.execution_order import trace
-from merging.propagation.used_positions import ALL, Rows
+from merging.propagation.used_positions import ALL, UsedPositions
 from merging.statistics.capture.layers import layer_names
 
-CLS, LAST = Rows((0,)), Rows((0,), from_end=True)
+CLS, LAST = UsedPositions((0,)), UsedPositions((0,), from_end=True)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from merging.evaluation.shared_weights import share_weights
 from merging.propagation import PropagationSettings, propagate
 from merging.propagation.equations import Equations
 from merging.propagation.layerwise import plain_mean, shared_inputs, solved
-from merging.propagation.member_group import Crew
+from merging.propagation.member_group import MemberGroup
 from merging.statistics.capture.layers import real_rows
 
 KINDS = ("bert", "llama", "gpt2", "vit", "t5")
@@ -189,29 +189,29 @@ def test_factors_weigh_the_members(handmade):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "vit"])
-def test_crews_that_exchange_sums_agree_with_one_of_all_members(given, kind):
+def test_groups_that_exchange_sums_agree_with_one_of_all_members(given, kind):
     pool = given(kind)
     settings = SMALL.model_copy(update={"factors": {"m1": 0.7}})
     whole = propagate(pool.pool, pool.tasks, pool.members, settings)
-    crews = [
-        Crew(pool.pool, pool.tasks, part, plain_mean(pool.pool, pool.members, "cpu"), settings)
+    groups_of_members = [
+        MemberGroup(pool.pool, pool.tasks, part, plain_mean(pool.pool, pool.members, "cpu"), settings)
         for part in (["m0"], ["m1", "m2"])
     ]
-    plans = [plan for crew in crews for plan in crew.plans]
+    plans = [plan for one in groups_of_members for plan in one.plans]
     groups = shared_inputs(plans)
     assert [fit.weights for fit in whole.fits] == groups
-    for crew in crews:
-        crew.begin(groups)
+    for one in groups_of_members:
+        one.begin(groups)
     for group in groups:
         total = Equations(torch.device("cpu"))
-        for crew in crews:
-            total.add(crew.equations(group))
-        for crew in crews:
-            crew.apply(group, solved(group, plans, total, settings))
-    for crew in crews:
-        crew.end()
+        for one in groups_of_members:
+            total.add(one.equations(group))
+        for one in groups_of_members:
+            one.apply(group, solved(group, plans, total, settings))
+    for one in groups_of_members:
+        one.end()
         for name, value in whole.weights.items():
-            torch.testing.assert_close(crew.out[name], value, rtol=0, atol=2e-5)
+            torch.testing.assert_close(one.out[name], value, rtol=0, atol=2e-5)
 
 
 def test_fits_tell_what_mean_and_merged_weights_miss(handmade):

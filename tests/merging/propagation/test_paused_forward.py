@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from merging.errors import MethodError
-from merging.propagation.paused_forward import Place, Stream
+from merging.propagation.paused_forward import HookPoint, Stream
 
 
 def chain():
@@ -20,7 +20,7 @@ def batches():
 
 def test_every_pass_stands_at_every_stop_and_sees_what_was_overwritten():
     model, plain = chain(), chain()
-    stream = Stream(model, [partial(model, x) for x in batches()], ["0", "2", "3"], [Place("1", True, 0)])
+    stream = Stream(model, [partial(model, x) for x in batches()], ["0", "2", "3"], [HookPoint("1", True, 0)])
     for stop, x in zip(stream.advance(), batches(), strict=True):
         assert torch.equal(stop.input, x)
         assert not stop.kept
@@ -29,7 +29,7 @@ def test_every_pass_stands_at_every_stop_and_sees_what_was_overwritten():
         plain[0].weight.mul_(2)
         for stop, x in zip(stream.advance(), batches(), strict=True):
             torch.testing.assert_close(stop.input, plain[:2](x))
-            assert torch.equal(stop.kept[Place("1", True, 0)], stop.input)
+            assert torch.equal(stop.kept[HookPoint("1", True, 0)], stop.input)
         model[2].bias.add_(1)
         plain[2].bias.add_(1)
         for stop, x in zip(stream.advance(), batches(), strict=True):
@@ -39,19 +39,19 @@ def test_every_pass_stands_at_every_stop_and_sees_what_was_overwritten():
 
 def test_what_enters_a_stop_is_kept_there():
     model = chain()
-    stream = Stream(model, [partial(model, x) for x in batches()], ["2"], [Place("2", False, 0)])
+    stream = Stream(model, [partial(model, x) for x in batches()], ["2"], [HookPoint("2", False, 0)])
     stops = list(stream.advance())
     stream.close()
     assert len(stops) == 3
-    stream = Stream(model, [partial(model, x) for x in batches()], ["2"], [Place("2", False, 0)])
-    assert all(stop.kept[Place("2", False, 0)] is stop.input for stop in stream.advance())
+    stream = Stream(model, [partial(model, x) for x in batches()], ["2"], [HookPoint("2", False, 0)])
+    assert all(stop.kept[HookPoint("2", False, 0)] is stop.input for stop in stream.advance())
     stream.close()
 
 
 def test_closing_leaves_no_threads_and_no_hooks():
     model = chain()
     before = threading.active_count()
-    stream = Stream(model, [partial(model, x) for x in batches()], ["0", "2"], [Place("1", True, 0)])
+    stream = Stream(model, [partial(model, x) for x in batches()], ["0", "2"], [HookPoint("1", True, 0)])
     next(iter(stream.advance()))
     assert threading.active_count() == before + 1
     stream.close()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merging.propagation.used_positions import ALL, Rows, used_rows
+from merging.propagation.used_positions import ALL, UsedPositions, used_rows
 
 RIGHT = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
 LEFT = RIGHT.flip(1)
@@ -18,13 +18,13 @@ def gradient(positions):
 @pytest.mark.parametrize(
     ("positions", "mask", "expected"),
     [
-        ((0, 0, 0), RIGHT, Rows((0,))),
-        ((3, 1, 2), RIGHT, Rows((0,), from_end=True)),
-        ((3, 3, 3), LEFT, Rows((0,), from_end=True)),
-        ((0, 2, 1), LEFT, Rows((0,))),
-        ((2, 0, 1), RIGHT, Rows((1,), from_end=True)),
+        ((0, 0, 0), RIGHT, UsedPositions((0,))),
+        ((3, 1, 2), RIGHT, UsedPositions((0,), from_end=True)),
+        ((3, 3, 3), LEFT, UsedPositions((0,), from_end=True)),
+        ((0, 2, 1), LEFT, UsedPositions((0,))),
+        ((2, 0, 1), RIGHT, UsedPositions((1,), from_end=True)),
         ((3, 0, 1), RIGHT, ALL),
-        ((1, 1, 1), None, Rows((1,))),
+        ((1, 1, 1), None, UsedPositions((1,))),
     ],
 )
 def test_the_rule_behind_the_positions(positions, mask, expected):
@@ -40,8 +40,8 @@ def test_what_has_no_positions_counts_whole():
 
 def test_rows_are_taken_by_rank():
     value = torch.arange(24.0).reshape(3, 4, 2)
-    assert torch.equal(Rows((0,)).take(value, LEFT), torch.stack([value[0, 0], value[1, 2], value[2, 1]]))
-    last = Rows((0,), from_end=True)
+    assert torch.equal(UsedPositions((0,)).take(value, LEFT), torch.stack([value[0, 0], value[1, 2], value[2, 1]]))
+    last = UsedPositions((0,), from_end=True)
     assert torch.equal(last.take(value, RIGHT), torch.stack([value[0, 3], value[1, 1], value[2, 2]]))
     assert torch.equal(ALL.take(value, RIGHT), value[RIGHT.bool()])
-    assert torch.equal(Rows((0,)).take(value, None), value[:, 0])
+    assert torch.equal(UsedPositions((0,)).take(value, None), value[:, 0])

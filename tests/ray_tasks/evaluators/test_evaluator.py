@@ -7,12 +7,12 @@ import torch
 
 from merging.errors import ClusterError, PoolError
 from merging.evaluation.live_models import LiveModels
-from merging.evaluation.steps import Plan
+from merging.evaluation.steps import EvaluationPlan
 from merging.recipe import Recipe, base_recipe, member_recipe
 from merging.tasks import TextClassificationSettings, make_task
 from ray_tasks.evaluators.evaluator import Assignment, Setup
 from ray_tasks.evaluators.evaluator_pool import EvaluatorPool
-from ray_tasks.evaluators.lifecycle import Crew
+from ray_tasks.evaluators.lifecycle import EvaluatorGroup
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
@@ -31,10 +31,12 @@ def setup(tiny_campaign):
 
 
 def test_what_takes_too_long_has_failed_and_its_evaluator_is_replaced(setup, collect):
-    pool = EvaluatorPool(Crew(setup, evaluators=1, restarts=0), seconds=2.0)
+    pool = EvaluatorPool(EvaluatorGroup(setup, evaluators=1, restarts=0), seconds=2.0)
     pool.start()
     try:
-        pool.submit(Assignment("slow", base_recipe(), "validation", plan=Plan(8, lambda trace: bool(time.sleep(600)))))
+        pool.submit(
+            Assignment("slow", base_recipe(), "validation", plan=EvaluationPlan(8, lambda trace: bool(time.sleep(600))))
+        )
         slow = collect(pool, 1)["slow"]
         assert slow.error == "TimeoutError: not measured within 2 s (search.candidate_seconds)"
         assert not slow.lost
@@ -51,7 +53,7 @@ def test_what_takes_too_long_has_failed_and_its_evaluator_is_replaced(setup, col
 
 def test_a_setup_that_cannot_be_built_says_why(setup, tmp_path, save_base):
     other = save_base(tmp_path / "other", intermediate_size=64)
-    pool = EvaluatorPool(Crew(Setup(**{**vars(setup), "base": str(other)}), evaluators=1))
+    pool = EvaluatorPool(EvaluatorGroup(Setup(**{**vars(setup), "base": str(other)}), evaluators=1))
     try:
         with pytest.raises(PoolError, match="do not fit together"):
             pool.start()
@@ -62,7 +64,7 @@ def test_a_setup_that_cannot_be_built_says_why(setup, tmp_path, save_base):
 @pytest.fixture(scope="module")
 def pool(setup):
     """Two evaluators that take seconds to begin: tests with pools of their own come before, who kills one comes last."""
-    pool = EvaluatorPool(Crew(setup, evaluators=2))
+    pool = EvaluatorPool(EvaluatorGroup(setup, evaluators=2))
     pool.start()
     yield pool
     pool.close()
@@ -93,8 +95,10 @@ def test_a_failing_recipe_is_an_answer(pool, collect):
 
 def test_a_gate_decides_in_the_evaluator(pool, setup, collect):
     limit = 16
-    pool.submit(Assignment("some", base_recipe(), "validation", plan=Plan(8, lambda trace: trace.examples >= limit)))
-    pool.submit(Assignment("all", base_recipe(), "validation", plan=Plan(8)))
+    pool.submit(
+        Assignment("some", base_recipe(), "validation", plan=EvaluationPlan(8, lambda trace: trace.examples >= limit))
+    )
+    pool.submit(Assignment("all", base_recipe(), "validation", plan=EvaluationPlan(8)))
     found = collect(pool, 2)
     assert found["some"].measurement.stopped
     assert {score.examples for score in found["some"].measurement.scores.values()} == {16}

@@ -10,7 +10,7 @@ from merging.evaluation.live_models import Measurement
 from merging.recipe import base_recipe
 from ray_tasks.evaluators.evaluator import Answer, Assignment
 from ray_tasks.evaluators.evaluator_pool import EvaluatorPool
-from ray_tasks.evaluators.lifecycle import Crew
+from ray_tasks.evaluators.lifecycle import EvaluatorGroup
 
 CUDA = "CUDA error: an illegal memory access was encountered"
 
@@ -62,7 +62,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_an_evaluator_with_a_broken_gpu_takes_no_candidate_with_it(tmp_path):
     kind = evaluator_of(lambda self, assignment: self.first and self.answers > 1)
-    done = measure(EvaluatorPool(Crew(str(tmp_path / "flag"), 2, kind=kind)), 40)
+    done = measure(EvaluatorPool(EvaluatorGroup(str(tmp_path / "flag"), 2, kind=kind)), 40)
     assert Counter(answer.error for answer in done) == {None: 40}
 
 
@@ -70,7 +70,7 @@ def test_an_evaluator_with_a_broken_gpu_takes_no_candidate_with_it(tmp_path):
 def test_a_candidate_that_breaks_every_evaluator_is_a_failed_row_and_the_others_go_on(tmp_path):
     said = []
     kind = evaluator_of(lambda self, assignment: assignment.ticket == "3")
-    done = measure(EvaluatorPool(Crew(str(tmp_path / "flag"), 1, kind=kind, say=said.append)), 8)
+    done = measure(EvaluatorPool(EvaluatorGroup(str(tmp_path / "flag"), 1, kind=kind, say=said.append)), 8)
     assert {answer.ticket for answer in done if answer.error} == {"3"}
     assert len(done) == 8
     assert said == []
@@ -80,7 +80,7 @@ def test_a_candidate_that_breaks_every_evaluator_is_a_failed_row_and_the_others_
 def test_where_all_evaluators_are_broken_the_work_stops_before_the_budget_is_spent(tmp_path):
     kind = evaluator_of(lambda self, assignment: True)
     with pytest.raises(ClusterError, match=r"3 candidates in a row .* illegal memory access[^$]*--retry-failed"):
-        measure(EvaluatorPool(Crew(str(tmp_path / "flag"), 2, kind=kind)), 40)
+        measure(EvaluatorPool(EvaluatorGroup(str(tmp_path / "flag"), 2, kind=kind)), 40)
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -88,11 +88,11 @@ def test_a_place_that_fails_twice_where_others_do_not_is_given_up(tmp_path):
     """Whoever is not the first evaluator is sick, as where one of two GPUs is broken."""
     said = []
     kind = evaluator_of(lambda self, assignment: not self.first)
-    pool = EvaluatorPool(Crew(str(tmp_path / "flag"), 2, kind=kind, say=said.append))
+    pool = EvaluatorPool(EvaluatorGroup(str(tmp_path / "flag"), 2, kind=kind, say=said.append))
     pool.start()
     done, sent = [], 0
     deadline = time.monotonic() + 120
-    while pool.crew.evaluators == 2 and time.monotonic() < deadline:
+    while pool.group.evaluators == 2 and time.monotonic() < deadline:
         while pool.free:
             sent += 1
             pool.submit(Assignment(f"{sent}", base_recipe(), "validation"))
@@ -100,7 +100,7 @@ def test_a_place_that_fails_twice_where_others_do_not_is_given_up(tmp_path):
     pool.close()
     assert done
     assert not any(answer.error for answer in done)
-    assert pool.crew.evaluators == 1
+    assert pool.group.evaluators == 1
     assert len(said) == 1
     assert "one evaluator less" in said[0]
     assert CUDA in said[0]

@@ -48,7 +48,7 @@ def written(job):
 
 def test_sharded_equals_serial(job):
     told = []
-    fits = solve(job, crews=2, progress=told.append)
+    fits = solve(job, processes=2, progress=told.append)
     serial = in_one_process(job)
     assert layers(fits) == layers(serial.fits)
     torch.testing.assert_close(written(job), dict(serial.weights), rtol=0, atol=1e-4)
@@ -57,8 +57,8 @@ def test_sharded_equals_serial(job):
 
 
 def test_a_lost_actor_begins_the_work_again(job, kill_one):
-    with kill_one("_CrewActor"):
-        fits = solve(job, crews=1, retries=1)
+    with kill_one("_MemberGroupActor"):
+        fits = solve(job, processes=1, retries=1)
     serial = in_one_process(job)
     assert layers(fits) == layers(serial.fits)
     torch.testing.assert_close(written(job), dict(serial.weights), rtol=0, atol=1e-4)
@@ -68,6 +68,6 @@ def test_what_a_member_does_wrong_is_its_own_error(job):
     with pytest.raises(MethodError, match="factors: 'nobody' is no member"):
         solve(
             PropagationJob(**{**vars(job), "settings": PropagationSettings(factors={"nobody": 2.0})}),
-            crews=1,
+            processes=1,
             retries=0,
         )

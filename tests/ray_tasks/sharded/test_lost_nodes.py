@@ -2,7 +2,7 @@
 
 import pytest
 
-from ray_tasks.sharded.lost_nodes import SILENCE, Watch
+from ray_tasks.sharded.lost_nodes import SILENCE, NodeWatch
 
 ALIVE = {"a": "10.0.0.1 (a)", "b": "10.0.0.2 (b)", "c": "10.0.0.3 (c)"}
 
@@ -14,7 +14,7 @@ def said():
 
 @pytest.fixture
 def watch(said):
-    return Watch(["a", "b", "b"], said.append)
+    return NodeWatch(["a", "b", "b"], said.append)
 
 
 def without(*nodes):

@@ -13,7 +13,7 @@ import torch
 
 from merging.checkpoints.pool import Pool
 from merging.evaluation.live_models import LiveModels
-from merging.evaluation.steps import Plan
+from merging.evaluation.steps import EvaluationPlan
 from merging.mergers.material import subset_fingerprint
 from merging.mergers.resident import ResidentMerger
 from merging.recipe import Recipe, base_recipe, member_recipe
@@ -23,7 +23,7 @@ from merging.tasks import TextClassificationSettings, make_task
 from ray_tasks.evaluators.evaluator import Assignment, Setup
 from ray_tasks.evaluators.evaluator_pool import EvaluatorPool
 from ray_tasks.evaluators.fed_evaluator import Delivery, FedEvaluator
-from ray_tasks.evaluators.lifecycle import Crew
+from ray_tasks.evaluators.lifecycle import EvaluatorGroup
 from ray_tasks.sharded.nixl_transfer import ReceiveBuffers
 from ray_tasks.sharded.placement import nodes, plan, sharded
 from ray_tasks.sharded.shards import Receiver
@@ -135,7 +135,9 @@ def test_shards_merge_bit_for_bit_what_one_process_merges(setup, shards):
 @pytest.fixture(scope="module")
 def running(setup, shards):
     """A pool of one evaluator, which takes seconds to begin: who is killed in one test is replaced for the next."""
-    pool = EvaluatorPool(Crew(replace(setup, parts=shards.parts), evaluators=1, kind=FedEvaluator), shards=shards)
+    pool = EvaluatorPool(
+        EvaluatorGroup(replace(setup, parts=shards.parts), evaluators=1, kind=FedEvaluator), shards=shards
+    )
     pool.start()
     yield pool
     pool.close()
@@ -193,7 +195,7 @@ def test_evaluators_are_fed_and_every_lost_shard_costs_one_more_try(setup, shard
 @pytest.mark.usefixtures("through_the_store")
 def test_an_evaluator_that_is_given_up_does_not_take_its_next_assignment_with_it(pool, collect):
     pool.seconds = 2.0
-    slow = Plan(8, lambda trace: bool(time.sleep(600)))
+    slow = EvaluationPlan(8, lambda trace: bool(time.sleep(600)))
     pool.submit(Assignment("slow", base_recipe(), "validation", plan=slow))
     pool.submit(Assignment("next", base_recipe(), "validation"))
     assert collect(pool, 1)["slow"].error == "TimeoutError: not measured within 2 s (search.candidate_seconds)"

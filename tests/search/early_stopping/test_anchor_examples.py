@@ -92,4 +92,4 @@ def test_traces_are_kept_by_candidate():
     assert traces.plan(outcome.candidate).gate is None
     assert traces.learn(outcome) is outcome
     assert traces.learn(Outcome(Candidate(recipe), error=ValueError("no"))).error is not None
-    assert list(traces.found) == [recipe.identity]
+    assert list(traces.by_recipe) == [recipe.identity]

@@ -1,6 +1,6 @@
 import pytest
 
-from flows.report.figures import Looks, front
+from flows.report.figures import Palette, front
 from flows.report.page import render
 from search.ledger.row import Row
 
@@ -24,7 +24,7 @@ def row(name, **objectives):
 
 def test_the_front_is_drawn_over_all_candidates():
     rows = [row("high", mean=0.9, worst=0.2), row("even", mean=0.5, worst=0.6), row("inside", mean=0.4, worst=0.1)]
-    figure = front(rows, Looks(rows))
+    figure = front(rows, Palette(rows))
     line, points = figure.data
     assert list(line.x) == pytest.approx([90, 50])
     assert list(line.y) == pytest.approx([20, 60])
@@ -35,5 +35,5 @@ def test_the_front_is_drawn_over_all_candidates():
 
 def test_one_objective_has_no_front():
     rows = [row("one", mean=0.9), row("two", mean=0.5)]
-    assert front(rows, Looks(rows)) is None
+    assert front(rows, Palette(rows)) is None
     assert "Pareto front" not in render(rows, tasks=["x"])

@@ -124,19 +124,21 @@ def test_kfac_leaves_alone_what_a_softmax_does_not_see(classes, tokens, toleranc
 )
 @pytest.mark.parametrize("parts", [1, 3])
 def test_any_method_s_result_may_be_the_start(start, parts, make_pool, assert_close):
-    """No steps leave it; of parts that are never together, whatever is surveyed and asked for besides."""
+    """No steps leave it; of parts that are never together, whatever is passed over and asked for besides."""
     weights = [w for w in make_pool() if "gram" in w.statistics]
     mats, other = METHODS["mats"], METHODS[start]
     recipe = mats.complete(Recipe("mats", SCALING, {"iterations": 0, "start": start}))
     pieces = [weights[i::parts] for i in range(parts)]
-    survey = reduce(mats.combine, [mats.survey(piece) for piece in pieces])
+    global_stats = reduce(mats.combine, [mats.global_pass(piece) for piece in pieces])
     while parts > 1 and (
-        answers := [a for piece in pieces if (a := mats.refine(piece, survey, recipe.parameters)) is not None]
+        answers := [
+            a for piece in pieces if (a := mats.second_pass(piece, global_stats, recipe.parameters)) is not None
+        ]
     ):
-        survey = reduce(mats.combine, answers, survey)
+        global_stats = reduce(mats.combine, answers, global_stats)
     out, expected = ({w.name: torch.empty(w.base.shape) for w in weights} for _ in range(2))
     for piece in pieces:
-        prepared = mats.prepare(piece, Context(EXAMPLES, survey))
+        prepared = mats.prepare(piece, Context(EXAMPLES, global_stats))
         prepared.merge(recipe.scaling, recipe.parameters, {w.name: out[w.name] for w in piece})
     own = other.default_recipe(list(SCALING))
     other.prepare(weights, Context(EXAMPLES)).merge(own.scaling, own.parameters, expected)

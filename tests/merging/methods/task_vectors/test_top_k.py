@@ -21,8 +21,8 @@ def model(seed, sizes, dtype=torch.float32, steps=None):
     return weights
 
 
-def kept(weights, survey, density, scope, chunk=1000):
-    trimmer = top_k.Trimmer(weights, survey)
+def kept(weights, global_stats, density, scope, chunk=1000):
+    trimmer = top_k.Trimmer(weights, global_stats)
     found = {}
     for w in weights:
         cut = trimmer.cut("m", density, "" if scope == "global" else w.name)
@@ -47,7 +47,7 @@ def expected(reference):
 @pytest.mark.parametrize(("dtype", "steps"), [(torch.float32, None), (torch.float32, 2000), (torch.bfloat16, None)])
 def test_exactly_the_largest_stay_whatever_the_bins(scope, density, dtype, steps, expected):
     weights = model(0, (40_000, 7, 3000, 20_000), dtype, steps)
-    found = kept(weights, top_k.survey(weights), density, scope)
+    found = kept(weights, top_k.global_pass(weights), density, scope)
     wanted = expected(weights, density, scope)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
@@ -55,7 +55,7 @@ def test_exactly_the_largest_stay_whatever_the_bins(scope, density, dtype, steps
 def test_equal_magnitudes_of_either_sign_are_settled_by_chance():
     signs = torch.tensor([1.0, -1.0]).repeat(5000)
     weights = [Weight(name, torch.zeros(10_000), {"m": 0.5 * signs}) for name in ("b", "a")]
-    found = kept(weights, top_k.survey(weights), 0.7, "global")
+    found = kept(weights, top_k.global_pass(weights), 0.7, "global")
     for name in ("a", "b"):
         for part in found[name].split(2500):
             assert abs(float((part != 0).float().mean()) - 0.7) < 5 * (0.21 / 2500) ** 0.5
@@ -78,23 +78,23 @@ def stretches(weights, size):
 def test_parts_that_are_never_together_keep_what_the_whole_keeps(scope, size, dtype, steps, expected):
     weights = model(3, (40_000, 7, 3000, 20_000), dtype, steps)
     parts = stretches(weights, size)
-    survey = reduce(top_k.combine, [top_k.survey([part]) for part in reversed(parts)])
-    answers = [top_k.refine([part], survey, [0.2, 0.01], whole=scope == "global") for part in parts]
+    global_stats = reduce(top_k.combine, [top_k.global_pass([part]) for part in reversed(parts)])
+    answers = [top_k.second_pass([part], global_stats, [0.2, 0.01], whole=scope == "global") for part in parts]
     asked = scope == "global" or size < 40_000
     assert all((answer is not None) == asked for answer in answers)
-    survey = reduce(top_k.combine, [answer for answer in answers if answer], survey)
+    global_stats = reduce(top_k.combine, [answer for answer in answers if answer], global_stats)
     for density in (0.2, 0.01):
         wanted = expected(weights, density, scope)
         pieces = {name: [] for name in wanted}
         for part in parts:
-            pieces[part.name].append(kept([part], survey, density, scope)[part.name])
+            pieces[part.name].append(kept([part], global_stats, density, scope)[part.name])
         assert all(torch.equal(torch.cat(found), wanted[name]) for name, found in pieces.items())
 
 
 def test_parts_keep_as_many_as_the_whole(expected):
     weights = model(1, (40_000, 7, 3000, 20_000))
-    survey = top_k.survey(weights)
-    parts = [kept(weights[:2], survey, 0.2, "global"), kept(weights[2:], survey, 0.2, "global")]
+    global_stats = top_k.global_pass(weights)
+    parts = [kept(weights[:2], global_stats, 0.2, "global"), kept(weights[2:], global_stats, 0.2, "global")]
     found = parts[0] | parts[1]
     assert (
         abs(sum(int((value != 0).sum()) for value in found.values()) - round(0.2 * 63_007))
@@ -107,8 +107,8 @@ def test_parts_keep_as_many_as_the_whole(expected):
 
 def test_parts_of_few_distinct_magnitudes_keep_what_the_whole_keeps(expected):
     weights = model(2, (5000, 7, 3000, 9000), torch.bfloat16)
-    survey = top_k.survey(weights)
-    found = kept(weights[::2], survey, 0.3, "global") | kept(weights[1::2], survey, 0.3, "global")
+    global_stats = top_k.global_pass(weights)
+    found = kept(weights[::2], global_stats, 0.3, "global") | kept(weights[1::2], global_stats, 0.3, "global")
     wanted = expected(weights, 0.3, "global")
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
@@ -117,7 +117,7 @@ def test_entries_that_did_not_move_fill_up_a_density_above_the_share_that_did():
     moved = torch.zeros(100)
     moved[10:30] = 1.0
     weights = [Weight("w", torch.zeros(100), {"m": moved})]
-    assert torch.equal(kept(weights, top_k.survey(weights), 0.5, "global")["w"], moved)
+    assert torch.equal(kept(weights, top_k.global_pass(weights), 0.5, "global")["w"], moved)
 
 
 @pytest.mark.parametrize("spread", [4.0, 0.0])
@@ -134,7 +134,9 @@ def test_a_sample_refined_keeps_what_the_whole_keeps(spread, size, dtype, steps,
     for density in (1e-6, 0.2, 0.97, 1.0):
         known = reduce(top_k.combine, [top_k.sample([part]) for part in parts])
         looks = 0
-        while answers := [answer for part in parts if (answer := top_k.refine([part], known, [density], whole=True))]:
+        while answers := [
+            answer for part in parts if (answer := top_k.second_pass([part], known, [density], whole=True))
+        ]:
             assert len(answers) == len(parts)
             known, looks = reduce(top_k.combine, answers, known), looks + 1
         assert looks <= (1 if spread > 0 else 3)
@@ -155,9 +157,9 @@ def test_a_sample_of_what_is_alike_side_by_side_knows_how_little_it_says(monkeyp
     ]
     known = top_k.sample(weights)
     densities = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45)
-    known = top_k.combine(known, top_k.refine(weights, known, densities, whole=True))
+    known = top_k.combine(known, top_k.second_pass(weights, known, densities, whole=True))
     assert not known.histograms
-    assert top_k.refine(weights, known, densities, whole=True) is None, "no band missed"
+    assert top_k.second_pass(weights, known, densities, whole=True) is None, "no band missed"
 
 
 def test_what_a_sample_leaves_to_be_counted_grows_with_the_root_of_the_model(monkeypatch):
@@ -167,7 +169,7 @@ def test_what_a_sample_leaves_to_be_counted_grows_with_the_root_of_the_model(mon
     def held(count):
         weights = model(5, (16_000,) * count, torch.bfloat16)
         known = reduce(top_k.combine, [top_k.sample([weight]) for weight in weights])
-        answers = [top_k.refine([weight], known, [0.2], whole=True) for weight in weights]
+        answers = [top_k.second_pass([weight], known, [0.2], whole=True) for weight in weights]
         found = [tally for answer in answers for tallies in answer.tallies.values() for tally in tallies.values()]
         return len(known.sampled["m"].keys), sum(int(tally.reaching[0]) for tally in found)
 

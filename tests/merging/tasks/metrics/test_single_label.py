@@ -4,7 +4,7 @@ from sklearn import metrics as sk
 
 from merging.errors import TaskError
 from merging.tasks.metrics import METRICS
-from merging.tasks.metrics.single_label import Counts, resample
+from merging.tasks.metrics.single_label import ClassCounts, resample
 
 
 def measure(name, labels, probabilities, seed=0):
@@ -57,7 +57,7 @@ def test_resampled_metric_is_scikit_learns(name, absent, answers):
         labels, probabilities = labels[kept], probabilities[kept]
     predictions = probabilities.argmax(1)
     eye = np.eye(4)
-    counts = Counts(
+    counts = ClassCounts(
         (eye[labels] * eye[predictions]).sum(0, keepdims=True),
         eye[labels].sum(0, keepdims=True),
         eye[predictions].sum(0, keepdims=True),
