@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from merging.errors import SettingsError
+from merging.recipe import REFERENCE_MEMBER
 from merging.registry import did_you_mean
 from merging.tasks.task import Score
 from search.ledger.row import Row
@@ -113,7 +114,8 @@ def own_scores(
     """
     highest: dict[str, float] = {}
     for row in rows:
-        if row.origin == "reference" and row.status == "complete" and row.split == split and len(row.members) == 1:
+        alone = row.method == REFERENCE_MEMBER and row.origin == "reference"
+        if alone and row.status == "complete" and row.split == split:
             task = tasks_of.get(row.members[0], "")
             scores = {t: 1 - error for t, error in row.expected_errors.items()} if expected else row.scores
             if task in scores:

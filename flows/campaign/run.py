@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from flows.campaign.baselines import measure_baselines, require_baselines
 from flows.campaign.distil import Files, distil
 from flows.campaign.evaluators import evaluators
 from flows.campaign.examples import choosing_anchors, confirm, make_planner, search_split
@@ -128,6 +129,7 @@ def _opened(
 def _require_searchable(opened: OpenCampaign, directory: Directory) -> None:
     require_sources(opened)
     require_stages(opened)
+    require_baselines(opened)
     require_replaceable(directory.best)
     if (url := opened.campaign.search.storage) is not None:
         check_storage(url, opened.campaign.name, directory / "study")
@@ -199,6 +201,7 @@ def _work(opened: OpenCampaign, directory: Directory, cluster: Cluster, ledger: 
         prepare_selection(opened, cache_of(opened.campaign), display)
     with evaluators(opened, statistics, cluster, display) as executor:
         references = _references(opened, directory, executor, ledger, display)
+        measure_baselines(opened, statistics, directory, ledger, _provenance(opened), display)
         selection = _selection(opened, references, directory, executor, ledger, display)
         _search(opened, statistics, selection, directory, executor, ledger, display)
         if campaign.distil is None:
@@ -211,6 +214,8 @@ def _work(opened: OpenCampaign, directory: Directory, cluster: Cluster, ledger: 
             candidate = Candidate(made, "validation", "search")
             measure([candidate], executor, ledger, _objective(opened, ledger), _provenance(opened))
             _test(opened, directory, executor, ledger, display)
+    merges = [row for row in best(ledger.rows(), len(ledger.rows())) if row.method != "distilled"]
+    measure_baselines(opened, statistics, directory, ledger, _provenance(opened), display, winner=merges[0].recipe)
     with display.phase("Export and report"):
         winner = best(ledger.rows())[0]
         card = tables_as_markdown(directory, campaign)

@@ -12,6 +12,7 @@ from flows.config.pool_settings import BaseCheckpoint, MaxDistance, MemberSettin
 from flows.config.search_settings import SearchSettings
 from flows.config.sections import (
     BaseData,
+    Baseline,
     DistilSettings,
     ResourceSettings,
     SelectionSettings,
@@ -99,6 +100,12 @@ class Campaign(Settings):
         None,
         description="Distil the members' outputs on their train inputs into the winner, no labels; `{}` for its defaults. It "
         "is measured and reported beside the merge that it started from.",
+    )
+    baselines: tuple[Baseline, ...] = Field(
+        (),
+        description="What the table shows beside base and members: ensemble (mean of all members' probabilities), all_data "
+        "(one model trained on every task's training split, see `training`), fine_tuned (the winner trained on the validation "
+        "labels, on test only).",
     )
     test: TestSettings = Field(default_factory=TestSettings, description=TestSettings.__doc__)
     training: TrainingSettings = Field(
@@ -246,7 +253,9 @@ class Campaign(Settings):
 
     def lasting(self) -> dict[str, Any]:
         """The settings that make two runs the same campaign: everything but budget, resources and place."""
-        settings = self.model_dump(mode="json", exclude={"directory", "resources", "test", "files_from", "training"})
+        settings = self.model_dump(
+            mode="json", exclude={"directory", "resources", "test", "files_from", "training", "baselines"}
+        )
         for budget in BUDGETS:
             settings["search"].pop(budget)
         settings["statistics"].pop("cache")

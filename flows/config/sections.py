@@ -168,6 +168,10 @@ class ResourceSettings(Settings):
         return self
 
 
+Baseline = Literal["ensemble", "all_data", "fine_tuned"]
+"""What merges are compared with, beside base and members."""
+
+
 class DistilSettings(DistillationSettings):
     """A last step after the search, without labels: the members' outputs are distilled into all weights of the winner."""
 

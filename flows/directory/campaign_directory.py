@@ -232,6 +232,7 @@ def _budget(campaign: Campaign) -> list[object]:
         settings.min_delta,
         settings.confirm,
         *([settings.gpu_hours, settings.cpu_hours] if settings.gpu_hours or settings.cpu_hours else []),
+        *campaign.baselines,
     ]
 
 

@@ -1,6 +1,6 @@
 """The results table: what every reader asks first, for the terminal, the report and the model card alike."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isclose, isfinite, sqrt
 from typing import Literal, TypeAlias
@@ -11,11 +11,18 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from flows.report.scales import Scales, digits, percent
+from merging.recipe import REFERENCE_BASE, REFERENCE_MEMBER, REFERENCES
 from search.ledger.distinct import distinct, weights_of
 from search.ledger.row import Row
 from search.objective import best
 
-Kind: TypeAlias = Literal["base", "member", "average", "method", "runner-up", "winner"]
+Kind: TypeAlias = Literal["base", "member", "baseline", "average", "method", "runner-up", "winner"]
+BASELINES: Mapping[str, str] = {
+    "ensemble": "ensemble of all members",
+    "all_data": "trained on all data",
+    "fine_tuned": "winner trained on the validation labels",
+}
+"""Baseline → what its line is called."""
 MEAN = "mean"
 WORST = "worst task"
 VALIDATION = "validation mean"
@@ -123,11 +130,13 @@ def results_table(rows: Sequence[Row], tasks: Sequence[str], scales: Scales | No
     winner = weights_of(ranked[0]) if ranked else None
     references = [row for row in complete if row.origin == "reference"]
     for row in sorted(references, key=lambda row: len(row.members)):
-        add(
-            "member " + ", ".join(row.members) if row.members else "base",
-            "member" if row.members else "base",
-            row,
-        )
+        if row.method == REFERENCE_MEMBER:
+            add("member " + ", ".join(row.members), "member", row)
+        elif row.method == REFERENCE_BASE:
+            add("base", "base", row)
+    for row in references:
+        if row.method not in REFERENCES:
+            add(BASELINES.get(row.method, in_words(row.method)), "baseline", row)
     if (average := plain_average(rows)) is not None and weights_of(average) != winner:
         add("plain average", "average", average)
     for row in sorted(best_of.values(), key=lambda row: row.objective or 0.0):

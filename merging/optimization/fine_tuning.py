@@ -320,7 +320,7 @@ def _train(heads: Sequence[_Head], settings: TrainingSettings, progress: Progres
         order = generator.permutation(len(epoch)) if len(heads) > 1 else range(len(epoch))
         steps += [epoch[place] for place in order]
     optimizer = _optimizer([head.model for head in heads], settings)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, len(steps), settings.warm_up))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, len(steps), settings.warm_up))
     parameters = [value for group in optimizer.param_groups for value in group["params"]]
     seen = []
     for step, (head, places) in enumerate(steps, start=1):
@@ -410,7 +410,7 @@ def _optimizer(models: Sequence[Any], settings: TrainingSettings) -> torch.optim
     return torch.optim.AdamW(groups, fused=True)
 
 
-def _rate(step: int, steps: int, warm_up: float) -> float:
+def rate(step: int, steps: int, warm_up: float) -> float:
     """The share of the peak rate at a step: linear up, then linear down to 0."""
     rising = max(1, round(steps * warm_up))
     return min((step + 1) / rising, (steps - step) / max(1, steps - rising))

@@ -109,6 +109,11 @@ class GradientModels:
         own = tasks if loss == "distil" else ()
         self._teachers = [task.load_model().requires_grad_(False).to(device) for task in own]
 
+    @property
+    def models(self) -> Sequence[nn.Module]:
+        """Every task's model, in the tasks' order."""
+        return self._models
+
     def gradients(self, batches: Sequence[Batch]) -> tuple[float, dict[str, Tensor]]:
         """The mean loss over tasks, a batch each, and its gradient in the merged weights, float32.
 

@@ -175,6 +175,11 @@ class Task(ABC):
         return self.size(split) > 0
 
     @property
+    def has_ensembles(self) -> bool:
+        """Whether several models can be measured as one, by their logits."""
+        return self.has_logits
+
+    @property
     def is_below_zero(self) -> bool:
         """Whether all its scores are: they have no ratio that grows with them."""
         return False

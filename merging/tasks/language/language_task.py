@@ -180,6 +180,11 @@ class LanguageTask(TextTask[list[Example]]):
         return model
 
     @property
+    def has_ensembles(self) -> bool:
+        """Unless it is judged by what is generated; see `Task.has_ensembles`."""
+        return not self.settings.generates
+
+    @property
     def is_below_zero(self) -> bool:
         """Of log-likelihoods and negative perplexities; see `Task.is_below_zero`."""
         return self.settings.judged_by in LIKELIHOODS

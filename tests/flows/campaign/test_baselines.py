@@ -1,0 +1,55 @@
+"""Ensemble, all data and fine-tuning as rows beside the merges, on a real Ray."""
+
+import copy
+
+import pytest
+import yaml
+
+from flows.campaign.run import run
+from flows.config.campaign_file import load_campaign
+from flows.directory.campaign_directory import Directory
+from flows.directory.progress import Display
+from flows.report.table import results_table
+from flows.report.test_answers import KeptOutcomes
+from merging.tasks import make_task
+from search.ledger.ledger import Ledger
+from search.objective import best
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_baselines_are_rows_that_never_win(tiny_campaign, tmp_path):
+    settings = copy.deepcopy(tiny_campaign) | {
+        "directory": "out",
+        "baselines": ["ensemble", "all_data", "fine_tuned"],
+        "resources": {"evaluators": 1},
+        "test": {"top": 1},
+        "training": {"epochs": 2},
+    }
+    settings["search"] |= {"methods": ["average", "task_arithmetic"], "candidates": 3}
+    (tmp_path / "campaign.yaml").write_text(yaml.safe_dump(settings))
+    campaign = load_campaign(str(tmp_path / "campaign.yaml"))
+    run(campaign, Display())
+    directory = Directory(str(tmp_path / "out"))
+    rows = Ledger(directory.ledger, campaign.name).rows()
+    found = {(row.method, row.split): row for row in rows if row.method in campaign.baselines}
+    splits = {(name, split) for name in ("ensemble", "all_data") for split in ("validation", "test")}
+    assert set(found) == splits | {("fine_tuned", "test")}
+    assert all(row.status == "complete" and row.origin == "reference" for row in found.values())
+    assert best(rows)[0].method in ("average", "task_arithmetic")
+    winner = best(rows)[0]
+    assert found["fine_tuned", "test"].parameters["start"] == winner.candidate
+    lines = {line.label: line for line in results_table(rows, list(campaign.tasks))}
+    assert lines["trained on all data"].mean is not None
+    assert lines["winner trained on the validation labels"].validation is None
+    kept = KeptOutcomes(directory.outcomes).read(found["ensemble", "test"].candidate)
+    assert {task: float(values.mean()) for task, values in kept.items()} == pytest.approx(
+        found["ensemble", "test"].scores, rel=1e-6
+    )
+    for task in ("two", "three"):
+        place = next((tmp_path / "out" / "baselines" / "all_data").rglob("config.json")).parent
+        own = make_task(task, campaign.tasks[task], str(place))
+        assert own.evaluate(own.load_model(), "test").value == found["all_data", "test"].scores[task]
+    text = run(campaign, Display())  # nothing is measured again
+    assert "ensemble of all members" in text
+    assert len(Ledger(directory.ledger, campaign.name).rows()) == len(rows)
