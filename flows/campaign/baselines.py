@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from flows.campaign.distil import Files
-from flows.campaign.open_campaign import Opened
+from flows.campaign.open_campaign import OpenCampaign
 from flows.config.sections import Baseline
 from flows.directory.campaign_directory import Directory
 from flows.directory.progress import Bar, Display
@@ -27,7 +27,7 @@ ALL_DATA = "baselines/all_data"
 """Where the model that was trained on all tasks lies in a campaign's directory."""
 
 
-def require_baselines(opened: Opened) -> None:
+def require_baselines(opened: OpenCampaign) -> None:
     """Looks whether the baselines can be made and measured; computes nothing.
 
     Raises:
@@ -51,7 +51,7 @@ def require_baselines(opened: Opened) -> None:
 
 
 def measure_baselines(
-    opened: Opened, statistics: Files, directory: Directory, ledger: Ledger, provenance: Provenance, display: Display,
+    opened: OpenCampaign, statistics: Files, directory: Directory, ledger: Ledger, provenance: Provenance, display: Display,
     *, winner: Recipe | None = None,
 ) -> list[Row]:  # fmt: skip
     """Measures the campaign's baselines and records them; what the ledger has already is not measured again.
@@ -114,7 +114,7 @@ def _reach(bar: Bar, done: int, share: float) -> None:
     bar.reach(int(100 * (done + share)))
 
 
-def _recipe(name: Baseline, opened: Opened, winner: Recipe | None) -> Recipe:
+def _recipe(name: Baseline, opened: OpenCampaign, winner: Recipe | None) -> Recipe:
     """What stands for a baseline in the ledger."""
     if name == "ensemble":
         return Recipe(name, dict.fromkeys(opened.pool.members, 1.0), {"mean": "probabilities"})
@@ -124,7 +124,7 @@ def _recipe(name: Baseline, opened: Opened, winner: Recipe | None) -> Recipe:
     return Recipe(name, winner.scaling, {"start": winner.identity, **training})
 
 
-def _trained(opened: Opened, directory: Directory, display: Display) -> Mapping[str, str]:
+def _trained(opened: OpenCampaign, directory: Directory, display: Display) -> Mapping[str, str]:
     """Task → checkpoint of the model that was trained on all of them, in the campaign's directory."""
     campaign = opened.campaign
     if not addresses.is_local(directory.path):
