@@ -41,7 +41,9 @@ READ_GGUF = """
 import torch, transformers
 place, name, out = sys.argv[1:]
 read = transformers.AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=torch.float32)
-model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(read.config.to_dict()))
+config = read.config.to_dict()
+config.pop("quantization_config", None)  # what was read is float32, and says otherwise
+model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(config))
 model.load_state_dict(read.state_dict())
 model.tie_weights()
 model.save_pretrained(out)
@@ -50,13 +52,13 @@ transformers.AutoTokenizer.from_pretrained(place, gguf_file=name).save_pretraine
 """A script that writes a GGUF file's model as float32; what was read from it cannot be saved itself."""
 
 CHOICES = 4
-SIZES: Mapping[Split, int] = {"train": 400, "validation": 80, "test": 200}
+SIZES: Mapping[Split, int] = {"train": 800, "validation": 120, "test": 300}
 WORD_CLASSES = ("noun", "verb", "adjective", "adverb")
 TOPICS: Mapping[str, str] = {"05": "animal", "13": "food", "06": "artifact", "18": "person"}
 """Number of a lexicographer's file of WordNet → its topic."""
 GENRES: Mapping[str, str] = {"news": "a", "religion": "d", "learned": "j", "romance": "p"}
 SKILLS = ("word class", "topic", "genre", "definition")
-MOST = 10
+MOST = 20
 """Questions of a text of the corpus, or of a noun."""
 MOST_WORDS = 24
 """Words of a prompt's sentence or gloss."""

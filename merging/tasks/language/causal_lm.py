@@ -1,7 +1,7 @@
 """Causal language models: judged by likelihood, by multiple choice, or by what they generate."""
 
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -11,9 +11,17 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from merging.tasks.language.language_task import LIKELIHOODS, Example, LanguageSettings, LanguageTask, padded
+from merging.tasks.language.language_task import LIKELIHOODS, Example, LanguageSettings, LanguageTask
 from merging.tasks.language.prompts import Encoded, encode
+from merging.tasks.language.shared_prompts import CACHES, choice_likelihoods, have_one_prompt
+from merging.tasks.language.token_padding import padded
+from merging.tasks.predictions import Floats
 from merging.tasks.task import IGNORED, Batch, register
+
+COMPARED = 4
+"""Examples whose choices are scored both ways, before prompts are shared."""
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
+"""Between the two, relative and in nats: they round differently."""
 
 
 class CausalLMSettings(LanguageSettings):
@@ -51,12 +59,14 @@ class CausalLM(LanguageTask):
     model_class: ClassVar[str] = "AutoModelForCausalLM"
     settings: CausalLMSettings
 
+    def __init__(self, name: str, settings: CausalLMSettings, head: str) -> None:
+        super().__init__(name, settings, head)
+        self._shared: dict[str, bool] = {}
+
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Logits of the label positions alone [N, K, V]: what is before them is not multiplied with the vocabulary."""
-        keep, inputs = batch.labels.shape[1], _placed(model, batch)
-        if "logits_to_keep" in _arguments(model):
-            inputs["logits_to_keep"] = keep
-        logits: Tensor = model(**inputs).logits
+        keep = batch.labels.shape[1]
+        logits: Tensor = _forward(model, batch.inputs, keep).logits
         return logits[:, -keep:]
 
     def with_all_targets(self, batch: Batch) -> Batch:
@@ -68,8 +78,49 @@ class CausalLM(LanguageTask):
     def representation(self, model: nn.Module, batch: Batch) -> Tensor:
         """The backbone's last hidden states [N, S, D]."""
         backbone: Any = model.base_model
-        states: Tensor = backbone(**_placed(backbone, batch)).last_hidden_state
+        states: Tensor = backbone(**_placed(backbone, batch.inputs)).last_hidden_state
         return states
+
+    def choice_sums(self, model: nn.Module, examples: Sequence[Example]) -> Floats:
+        """See `LanguageTask.choice_sums`: each prompt is read once, where that gives what choice by choice gives."""
+        choices = [[self.encoded(one, number) for number in range(len(one.completions))] for one in examples]
+        kinds = [_lengths(group) if have_one_prompt(group) else None for group in choices]
+        sums = [np.empty(0)] * len(examples)
+        for kind in set(kinds):
+            places = [place for place, other in enumerate(kinds) if other == kind]
+            parts = self._sums(model, [choices[place] for place in places], kind)
+            for place, part in zip(places, parts, strict=True):
+                sums[place] = part
+        return np.concatenate(sums)
+
+    def _sums(self, model: nn.Module, groups: Sequence[Sequence[Encoded]], kind: str | None) -> list[Floats]:
+        """Likelihoods of some examples' choices, all of one kind, example by example.
+
+        Args:
+            model: The model.
+            groups: Each example's choices.
+            kind: What `_lengths` calls them; None where they share no prompt.
+        """
+        if kind is not None and kind not in self._shared:
+            few = groups[:COMPARED]
+            alone, shared = self._one_by_one(model, few), self._behind_prompts(model, few)
+            # a model that looks ahead, or keeps more than keys and values, answers otherwise
+            rounds = torch.is_autocast_enabled(next(model.parameters()).device.type)
+            bound = TOLERANCE["bfloat16" if rounds else "float32"]
+            self._shared[kind] = shared is not None and np.allclose(shared, alone, bound, bound, equal_nan=True)
+        behind = self._behind_prompts(model, groups) if kind is not None and self._shared[kind] else None
+        sums = self._one_by_one(model, groups) if behind is None else behind
+        return np.split(sums, np.cumsum([len(group) for group in groups])[:-1])
+
+    def _one_by_one(self, model: nn.Module, groups: Sequence[Sequence[Encoded]]) -> Floats:
+        return self._scored(model, [one for group in groups for one in group])[0]
+
+    def _behind_prompts(self, model: nn.Module, groups: Sequence[Sequence[Encoded]]) -> Floats | None:
+        argument = next((name for name in CACHES if name in _arguments(model)), None)
+        if argument is None:
+            return None
+        size, padding = self.settings.batch_size, self.tokenizer.pad_token_id
+        return choice_likelihoods(model, _forward, argument, groups, size, padding)
 
     def encoded(self, example: Example, number: int) -> Encoded:
         """See `LanguageTask.encoded`."""
@@ -98,11 +149,23 @@ class CausalLM(LanguageTask):
         return padded(prompts, self.tokenizer.pad_token_id, left=True)
 
 
-def _placed(model: nn.Module, batch: Batch) -> dict[str, Any]:
+def _lengths(choices: Sequence[Encoded]) -> str:
+    """Whether a prompt's pass gives all that is asked for, or choices have further tokens."""
+    return "one token" if all(one.targets == 1 for one in choices) else "several tokens"
+
+
+def _forward(model: nn.Module, inputs: Mapping[str, Any], keep: int) -> Any:
+    """The model's output, with logits of the last positions, or of all where it cannot leave any out."""
+    fewer = {"logits_to_keep": keep} if "logits_to_keep" in _arguments(model) else {}
+    return model(**_placed(model, inputs), **fewer)
+
+
+def _placed(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """A batch's inputs, with positions that do not count the padding, where the model takes any."""
     if "position_ids" not in _arguments(model):
-        return dict(batch.inputs)
-    return {**batch.inputs, "position_ids": (batch.inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+        return dict(inputs)
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    return {**inputs, "position_ids": positions[:, -inputs["input_ids"].shape[1] :]}
 
 
 def _arguments(model: nn.Module) -> Collection[str]:

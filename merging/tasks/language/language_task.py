@@ -258,12 +258,11 @@ class LanguageTask(TextTask[list[Example]]):
     def _chosen(self, model: nn.Module, examples: Sequence[Example]) -> Predictions:
         """Of each example's choices: whether the right one is likeliest, and the softmax over their likelihoods."""
         pairs = [(example, number) for example in examples for number in range(len(example.completions))]
-        sums = self._scored(model, [self.encoded(example, number) for example, number in pairs])[0]
+        sums = self.choice_sums(model, examples)
         if self.settings.judged_by == "accuracy_norm":
             sums = sums / [max(1, len(example.completions[number].strip().encode())) for example, number in pairs]
         elif self.settings.judged_by == "accuracy_unconditional":
-            alone = [self.encoded(Example("", example.completions), number) for example, number in pairs]
-            sums = sums - self._scored(model, alone)[0]
+            sums = sums - self.choice_sums(model, [Example("", example.completions) for example in examples])
         ends = np.cumsum([len(example.completions) for example in examples])
         values, right, entropies = np.zeros((3, len(examples)))
         for place, (example, logits) in enumerate(zip(examples, np.split(sums, ends[:-1]), strict=True)):
@@ -310,6 +309,11 @@ class LanguageTask(TextTask[list[Example]]):
                 )
             new = answer if model.config.is_encoder_decoder else answer[:, ids.shape[1] :]
             yield from zip(places, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True)
+
+    def choice_sums(self, model: nn.Module, examples: Sequence[Example]) -> Floats:
+        """Summed log-likelihood of all choices' tokens, example after example; float64 [all choices]."""
+        pairs = [(example, number) for example in examples for number in range(len(example.completions))]
+        return self._scored(model, [self.encoded(example, number) for example, number in pairs])[0]
 
     def _answered(self, split: Split, places: npt.NDArray[np.int64]) -> list[Example]:
         """Examples with their completions; those that have none are completed by the head's own checkpoint, once."""
@@ -396,14 +400,3 @@ def _is_choice(value: object) -> bool:
 def _shown(value: object) -> str:
     """A value in a message."""
     return repr(value)[:100]
-
-
-def padded(rows: Sequence[Sequence[int]], padding: int, *, left: bool) -> tuple[Tensor, Tensor]:
-    """Token ids and their mask [N, S]."""
-    width = max(len(row) for row in rows)
-    ids, mask = torch.full((len(rows), width), padding), torch.zeros(len(rows), width, dtype=torch.long)
-    for place, row in enumerate(rows):
-        there = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[place, there] = torch.tensor(row)
-        mask[place, there] = 1
-    return ids, mask

@@ -11,7 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from merging.errors import TaskError
-from merging.tasks.language.language_task import Example, LanguageSettings, LanguageTask, padded
+from merging.tasks.language.language_task import Example, LanguageSettings, LanguageTask
+from merging.tasks.language.token_padding import padded
 from merging.tasks.task import IGNORED, Batch, register
 
 

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+)
 
 from merging.errors import TaskError
 from merging.statistics import STATISTICS, LikelihoodSettings, StatisticSettings, measure
@@ -45,11 +53,30 @@ def heads(words, tmp_path_factory):
         "gpt2": GPT2Config(
             vocab_size=size, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=2, eos_token_id=2
         ),
+        "short window": MistralConfig(
+            vocab_size=size,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            sliding_window=4,
+            max_position_embeddings=64,
+        ),
+        "looks ahead": BertConfig(
+            vocab_size=size,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+        ),
+        "without keys": MambaConfig(vocab_size=size, hidden_size=16, num_hidden_layers=2, state_size=4),
     }
     found = {}
     for name, config in configs.items():
         torch.manual_seed(3)
-        model = (LlamaForCausalLM if name == "llama" else GPT2LMHeadModel)(config)
+        model = AutoModelForCausalLM.from_config(config)
         for value in model.parameters():
             value.data += 0.3 * torch.randn_like(value)
         found[name] = str(tmp_path_factory.mktemp(name))
@@ -78,7 +105,7 @@ def brute(model, words, prompt, completion):
     """Log-probabilities of a completion's tokens, one example at a time, without padding."""
     before, after = words(prompt)["input_ids"], words(completion)["input_ids"]
     with torch.no_grad():
-        log_p = model(torch.tensor([before + after])).logits[0].double().log_softmax(-1)
+        log_p = model(torch.tensor([(before + after)[:-1]])).logits[0].double().log_softmax(-1)
     return [float(log_p[len(before) + place - 1, token]) for place, token in enumerate(after)]
 
 
@@ -148,6 +175,32 @@ def test_the_likeliest_choice_is_the_answer(make, words, metric, by_text):
         chances = np.exp(sums - sums.max()) / np.exp(sums - sums.max()).sum()
         assert value == float(sums.argmax() == right)
         assert surrogate == pytest.approx(chances[right], abs=1e-4)
+
+
+@pytest.mark.parametrize("head", ["llama", "gpt2", "short window", "looks ahead", "without keys"])
+@pytest.mark.parametrize("most", [1, 4])
+def test_prompts_are_read_once_only_where_that_changes_nothing(make, words, head, most):
+    g = np.random.default_rng(2)
+    rows = [
+        {
+            "prompt": " ".join(g.choice(WORDS, g.integers(1, 12))),
+            "options": [" ".join(g.choice(WORDS, g.integers(1, most + 1))) for _ in range(g.integers(2, 5))],
+            "label": 0,
+        }
+        for _ in range(9)
+    ]
+    task = make(rows, head, choices="options", batch_size=5)
+    model = task.load_model()
+    chances = []
+    for row in (rows[i] for i in np.random.default_rng(0).permutation(9)):
+        sums = torch.tensor([sum(brute(model, words, row["prompt"], choice)) for choice in row["options"]])
+        chances.append(float(sums.softmax(0)[0]))
+    predictions = task.predict(model, "validation", np.arange(9))
+    assert predictions.surrogates == pytest.approx(chances, abs=1e-4)
+    shared = {"one token": True}  # nothing but the prompt is read either way
+    if most > 1:
+        shared["several tokens"] = head in ("llama", "gpt2", "short window")
+    assert task._shared == shared
 
 
 def test_generation_is_greedy_and_graded(make, words):
