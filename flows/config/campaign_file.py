@@ -289,6 +289,8 @@ def load_campaign(path: str, overrides: Sequence[str] = ()) -> Campaign:
 def resolve_data(tasks: Iterable[dict[str, Any]], root: str) -> None:
     """Makes the paths of tasks' data absolute, relative to `root`; the settings as JSON has them are changed."""
     for task in tasks:
+        if task.get("include_path"):
+            task["include_path"] = resolve(task["include_path"], root)
         for split, files in task.get("data", {}).items():
             task["data"][split] = (
                 resolve(files, root) if isinstance(files, str) else [resolve(file, root) for file in files]

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from merging.tasks.custom import Custom, CustomSettings
+from merging.tasks.harness.harness_task import HarnessSettings, HarnessTask
 from merging.tasks.language.causal_lm import CausalLM, CausalLMSettings
 from merging.tasks.language.seq2seq import Seq2Seq, Seq2SeqSettings
 from merging.tasks.predictions import Predictions
@@ -22,6 +23,8 @@ __all__ = [
     "CausalLMSettings",
     "Custom",
     "CustomSettings",
+    "HarnessSettings",
+    "HarnessTask",
     "ImageClassification",
     "ImageClassificationSettings",
     "Predictions",
@@ -50,6 +53,7 @@ AnyTaskSettings = Annotated[
     | Seq2SeqSettings
     | ImageClassificationSettings
     | TokenClassificationSettings
+    | HarnessSettings
     | CustomSettings,
     Field(discriminator="kind"),
     BeforeValidator(_of_a_kind),
