@@ -25,8 +25,9 @@ def evaluators(opened: OpenCampaign, statistics: Files, cluster: Cluster, displa
     """Evaluators for the block, as many as fit, with threads and memory said."""
     resources, cluster = opened.campaign.resources, cluster.now()  # statistics may have made it grow
     gpus = gpus_each(resources.gpus)
-    is_fed = is_sharded(opened, cluster, gpus)
-    memory = int((resources.memory or 0.0) * 1e9) or opened.evaluator_bytes(sharded=is_fed)
+    is_fed = is_sharded(opened, statistics, cluster, gpus)
+    estimate = opened.evaluator_memory(statistics, sharded=is_fed, on_gpu=gpus > 0)
+    memory = int((resources.memory or 0.0) * 1e9) or estimate.total
     needs = (resources.threads, gpus, memory)
     count = evaluators_for(cluster, resources.evaluators, *needs)
     grows = resources.evaluators is None and cluster.may_grow

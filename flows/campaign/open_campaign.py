@@ -1,10 +1,11 @@
 """From a campaign file to an opened pool and tasks: everything that can be wrong is found here, before any work."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+
+import torch
 
 from flows.campaign.weight_checks import examined, known
 from flows.config.campaign_file import Campaign
@@ -15,6 +16,8 @@ from merging.checkpoints.pool import Pool
 from merging.checkpoints.renumbered import Renumbered
 from merging.errors import SettingsError
 from merging.evaluation.live_models import check_models
+from merging.evaluation.memory import EvaluatorMemory, fed_memory, resident_memory
+from merging.mergers.material import Material, open_statistics
 from merging.methods import METHODS, Method
 from merging.recipe import BASE, Recipe, Value
 from merging.tasks import make_task
@@ -99,6 +102,7 @@ class OpenCampaign:
             owners=campaign.owners(),
             sources=campaign.sources(),
             precision=campaign.resources.precision,
+            dtype=self.dtype,
             facts=known(self.pool),
         )
 
@@ -143,18 +147,28 @@ class OpenCampaign:
             methods[name] = given.model_copy(update={"parameters": {**given.parameters, **own}}) if own else given
         return methods
 
-    def evaluator_bytes(self, *, sharded: bool = False) -> int:
-        """Estimated memory of an evaluator: models, and for every method one float32 copy of each member's weights.
+    def evaluator_memory(
+        self, statistics: Mapping[str, tuple[str, ...]], *, sharded: bool = False, on_gpu: bool = False
+    ) -> EvaluatorMemory:
+        """Estimated memory of an evaluator.
 
         Args:
+            statistics: Member → statistics files.
             sharded: Of one that merges nothing itself, and holds models and the next candidate's weights; two candidates'
                 where shards write these into its memory.
+            on_gpu: Of one whose models lie on a GPU.
         """
-        # whatever a pool is stored in, models and what methods make of it are float32
-        weights = sum(4 * math.prod(info.shape) for info in self.pool.weights.values())
-        copies = 0 if sharded else len(self.pool.members) * len(self.campaign.search.methods)
-        waiting = BUFFERS if self.campaign.resources.transport == "nixl" else 1
-        return (1 << 30) + weights * (2 + (waiting if sharded else copies))
+        owners = list(self.campaign.owners().values())
+        if sharded:
+            waiting = BUFFERS if self.campaign.resources.transport == "nixl" else 1
+            return fed_memory(self.pool, owners, waiting, self.dtype)
+        material = Material(self.pool, open_statistics(self.pool, statistics))
+        return resident_memory(material, list(self.campaign.search.methods), owners, self.dtype, on_gpu=on_gpu)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the models that are scored; None for the checkpoints' own."""
+        return torch.float32 if self.campaign.resources.dtype == "float32" else None
 
 
 def open_campaign(campaign: Campaign, display: Display, directory: str | None = None) -> OpenCampaign:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from flows.campaign.distil import Files
 from flows.campaign.open_campaign import OpenCampaign
 from flows.directory.progress import Display
 from ray_tasks.connect import Cluster
@@ -11,13 +12,14 @@ from ray_tasks.sharded.placement import Node, device_memory, nodes, plan, sharde
 from ray_tasks.sharded.shards import Shards
 
 
-def is_sharded(opened: OpenCampaign, cluster: Cluster, gpus: float) -> bool:
+def is_sharded(opened: OpenCampaign, statistics: Files, cluster: Cluster, gpus: float) -> bool:
     """Whether the campaign's pool lies in shards.
 
     On one node without GPUs shards would hold what a single evaluator holds, so that nothing is gained.
 
     Args:
         opened: The campaign.
+        statistics: Member → statistics files.
         cluster: What there is.
         gpus: GPUs of an evaluator; 0 for none.
     """
@@ -25,8 +27,8 @@ def is_sharded(opened: OpenCampaign, cluster: Cluster, gpus: float) -> bool:
     if regime != "auto":
         return regime == "sharded"
     if gpus:
-        return 0 < device_memory(gpus) < opened.evaluator_bytes()
-    return cluster.nodes > 1 and opened.evaluator_bytes() > max(node.memory for node in nodes())
+        return 0 < device_memory(gpus) < opened.evaluator_memory(statistics, on_gpu=True).total
+    return cluster.nodes > 1 and opened.evaluator_memory(statistics).total > max(node.memory for node in nodes())
 
 
 @contextmanager

@@ -140,6 +140,11 @@ class ResourceSettings(Settings):
         "is asked for.",
     )
     precision: Literal["float32", "bfloat16"] = Field("float32", description="Of evaluation; bfloat16 is autocast.")
+    dtype: Literal["own", "float32"] = Field(
+        "own",
+        description="Of the models that are scored: the checkpoints' own (bfloat16, float16), or float32 at twice the memory. "
+        "Either way they hold the weights that are exported, rounded to the base's dtype.",
+    )
     regime: Literal["auto", "resident", "sharded"] = Field(
         "auto",
         description="Where candidates are merged: resident (base and members lie in every evaluator), sharded (once in "

@@ -16,6 +16,7 @@ from merging.errors import PoolError, TaskError
 from merging.evaluation.shared_weights import SHOWN, SharedWeights, sharing_model
 from merging.evaluation.steps import EvaluationPlan, Trace
 from merging.evaluation.untouched import Contents, structure
+from merging.mergers.dtypes import model_dtype, rounded_dtype
 from merging.mergers.material import Material
 from merging.mergers.resident import ResidentMerger
 from merging.recipe import Recipe
@@ -67,6 +68,9 @@ class Measurement:
 class LiveModels:
     """Merges a recipe into live models and measures them; nothing is written to disk.
 
+    What the models hold are the weights that an export has: a weight that the base stores in 16 bits is rounded to these, also
+    where the models compute in float32.
+
     Args:
         material: Pool and statistics.
         tasks: The tasks to evaluate; each brings its head.
@@ -74,6 +78,7 @@ class LiveModels:
         device: Where models and prepared state lie.
         precision: `float32`, or `bfloat16` for autocast in evaluation.
         source: Where merged weights come from; by default they are merged here, and the pool lies on the device.
+        dtype: Of the models; by default the checkpoints' own.
     """
 
     def __init__(
@@ -84,12 +89,14 @@ class LiveModels:
         device: torch.device,
         precision: str = "float32",
         source: MakeSource = ResidentMerger,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self._tasks = tasks
         self._precision = precision
         pool = material.pool
+        self._dtype = dtype or model_dtype(pool)
         self._out = {
-            name: torch.empty(info.shape, dtype=torch.float32, device=device) for name, info in pool.weights.items()
+            name: torch.empty(info.shape, dtype=self._dtype, device=device) for name, info in pool.weights.items()
         }
         self._pool, self._owners, self._device = pool, owners, device
         self._models: dict[str, nn.Module] = {}
@@ -100,6 +107,11 @@ class LiveModels:
         for shared in self._shared.values():
             shared.check(self._out)
         refuse_unmeasured(tasks, {name: shared.dropped for name, shared in self._shared.items()})
+        self._rounded = [
+            (self._out[name], rounded_dtype(info))
+            for name, info in pool.weights.items()
+            if rounded_dtype(info).itemsize < self._out[name].element_size()
+        ]
         self._source = source(material, self._out)
 
     def measure(
@@ -129,6 +141,8 @@ class LiveModels:
     def _merge(self, recipe: Recipe) -> Mapping[str, float]:
         """Makes all models the recipe's."""
         report = self._source.merge(recipe)
+        for value, dtype in self._rounded:
+            value.copy_(value.to(dtype))
         for shared in self._shared.values():
             shared.refresh()
         return report
@@ -137,7 +151,7 @@ class LiveModels:
         """A task's model; built anew where it was given up."""
         if task.name not in self._models:
             member = self._pool.members[self._owners[task.name]]
-            model, self._shared[task.name] = sharing_model(task, self._pool, member, self._out)
+            model, self._shared[task.name] = sharing_model(task, self._pool, member, self._out, self._dtype)
             self._models[task.name] = model.to(self._device)
             self._structures[task.name] = structure(model)
         return self._models[task.name]

@@ -133,14 +133,22 @@ class SharedWeights:
 
 
 def sharing_model(
-    task: Task, pool: Pool, member: Member, out: MutableMapping[str, Tensor]
+    task: Task, pool: Pool, member: Member, out: MutableMapping[str, Tensor], dtype: torch.dtype = torch.float32
 ) -> tuple[nn.Module, SharedWeights]:
     """A task's model on the weights of `out`, as `share_weights` makes it; of its checkpoint only the rest is read.
+
+    Args:
+        task: The task.
+        pool: Whose weights are merged.
+        member: The member whose head the task is evaluated with.
+        out: The merged weights by the base's name; see `share_weights`.
+        dtype: Of the model, but for what transformers keeps in float32.
 
     Raises:
         PoolError: Some weight of the model is neither merged nor in its checkpoint.
     """
-    model = task.load_skeleton(frozenset(member.names[name] for name in pool.weights)).requires_grad_(False)
+    merged_names = frozenset(member.names[name] for name in pool.weights)
+    model = task.load_skeleton(merged_names, dtype).requires_grad_(False)
     shared = share_weights(model, pool, member, out)
     merged = {value.untyped_storage().data_ptr() for value in out.values()}
     for name, value in (*model.named_parameters(), *model.named_buffers()):
@@ -155,7 +163,8 @@ def share_weights(model: nn.Module, pool: Pool, member: Member, out: MutableMapp
 
     Which tensor belongs where is what transformers' own rules say of the member's checkpoint. Where transformers joins several
     tensors into one parameter (experts), or splits one, `out` gets views of the memory that the parameter lies in, with the
-    values that it had. A model may lack weights that the checkpoint has (a pooler that this task does not use).
+    values that it had, and a tensor of the parameter's dtype where transformers keeps that in float32. A model may lack weights
+    that the checkpoint has (a pooler that this task does not use).
 
     Args:
         model: A model of the member's checkpoint.
@@ -217,6 +226,7 @@ class _Sharing:
         """Shares what transformers joins or splits, by memory where that can be, else by a copy after every merge."""
         if conversion.apply is None:
             name = self._base[conversion.sources[0]]
+            self._out[name] = self._out[name].to(getattr(*self._places[conversion.target][0]).dtype)
             self._new[conversion.target], self._plain[conversion.target] = self._out[name], name
             return
         if all(name in self._base for name in conversion.sources):
@@ -227,8 +237,9 @@ class _Sharing:
             if (packed := self._packings[key]) is not None:
                 self._pack(conversion, packed)
                 return
+        dtype = next(iter(self._out.values())).dtype
         kept = {
-            name: self._member.checkpoint.read(name).float() for name in conversion.sources if name not in self._base
+            name: self._member.checkpoint.read(name).to(dtype) for name in conversion.sources if name not in self._base
         }
 
         def values() -> dict[str, Tensor]:
@@ -238,7 +249,10 @@ class _Sharing:
                 [self._out[self._base[n]] if n in self._base else kept[n].to(here) for n in conversion.sources]
             )
 
-        targets = {name: value.contiguous().clone() for name, value in values().items()}
+        targets = {
+            name: value.contiguous().to(getattr(*self._places[name][0]).dtype, copy=True)
+            for name, value in values().items()
+        }
         self._new |= targets
 
         def copy() -> None:
@@ -289,6 +303,11 @@ class _Sharing:
             if old.shape != tensor.shape:
                 raise PoolError(
                     f"'{name}' of {type(self._model).__name__} is {list(old.shape)}, and what is merged {list(tensor.shape)}"
+                )
+            if old.dtype != tensor.dtype:
+                raise PoolError(
+                    f"transformers keeps '{name}' of {type(self._model).__name__} in {old.dtype}, and it is made of weights in "
+                    f"{tensor.dtype}: set `resources.dtype: float32`"
                 )
             new = tensor
             if isinstance(old, nn.Parameter):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from merging.checkpoints.pool import Pool
+from merging.mergers.dtypes import merged_bytes, views
 from merging.mergers.material import Material
 from merging.mergers.resident import ResidentMerger
 from merging.mergers.running_statistics import parameters_of
@@ -86,12 +87,10 @@ class ShardMerger(ResidentMerger):
     _is_part = True
 
     def __init__(self, material: Material, names: Sequence[str]) -> None:
-        sizes = [torch.Size(material.pool.weights[name].shape) for name in names]
-        self.values = torch.empty(sum(size.numel() for size in sizes))
-        """All merged weights, one after another, float32; the next merge overwrites them."""
-        pieces = self.values.split([size.numel() for size in sizes])  # type: ignore[no-untyped-call]
-        out = {name: piece.view(size) for name, piece, size in zip(names, pieces, sizes, strict=True)}
-        super().__init__(KeptMaterial.of(material), out)
+        weights = material.pool.weights
+        self.values = torch.empty(merged_bytes(weights, names), dtype=torch.uint8)
+        """All merged weights as `views` lays them, in the dtypes that an export has; the next merge overwrites them."""
+        super().__init__(KeptMaterial.of(material), views(self.values, weights, names))
         self._global_stats: dict[str, Any] = {}
         self._more: Any = None
 

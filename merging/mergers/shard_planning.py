@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TypeAlias
 
+from merging.mergers.dtypes import merged_bytes
 from merging.mergers.material import Material
 from merging.methods import METHODS
 
@@ -21,7 +22,7 @@ class ShardContent:
         names: The base's names of its weights, in the pool's order.
         read_bytes: Of base, members and statistics, as they are stored (statistics counted as float32).
         held_bytes: All that is in memory: what is read, what methods prepare, and the merged weights.
-        merged_bytes: Of the merged weights, float32.
+        merged_bytes: Of the merged weights, in the dtypes that an export has.
     """
 
     names: tuple[str, ...]
@@ -98,4 +99,5 @@ def _unit(
         read += sum(member.checkpoint.tensors[member.names[name]].nbytes for name in names)
     read += FLOAT32 * sum({key: size for name in names for key, size in stored[name].items()}.values())
     prepared = sum(bool(METHODS[method].requires) for method in methods) * len(pool.members)
-    return ShardContent(tuple(names), read, read + FLOAT32 * entries * (1 + prepared), FLOAT32 * entries)
+    merged = merged_bytes(pool.weights, names)
+    return ShardContent(tuple(names), read, read + FLOAT32 * entries * prepared + merged, merged)

@@ -143,9 +143,9 @@ class Custom(Task):
         """The head's checkpoint as `settings.model_class`; see `Task.load_model`."""
         return self.load_skeleton(())
 
-    def load_skeleton(self, merged: Collection[str]) -> nn.Module:
+    def load_skeleton(self, merged: Collection[str], dtype: torch.dtype = torch.float32) -> nn.Module:
         """See `Task.load_skeleton`."""
-        return load_model(self.head, self.settings.model_class, base=self.base, hollow=merged)
+        return load_model(self.head, self.settings.model_class, base=self.base, hollow=merged, dtype=dtype)
 
     def blank_model(self) -> tuple[nn.Module, Loading]:
         """See `Task.blank_model`."""

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
 from merging.checkpoints.models.parameter_names import Loading
@@ -52,9 +53,9 @@ class FileTask(Task, Generic[E]):
         """The head's checkpoint as `model_class`; see `Task.load_model`."""
         return self.load_skeleton(())
 
-    def load_skeleton(self, merged: Collection[str]) -> nn.Module:
+    def load_skeleton(self, merged: Collection[str], dtype: torch.dtype = torch.float32) -> nn.Module:
         """See `Task.load_skeleton`."""
-        return load_model(self.head, self.model_class, base=self.base, hollow=merged)
+        return load_model(self.head, self.model_class, base=self.base, hollow=merged, dtype=dtype)
 
     def blank_model(self) -> tuple[nn.Module, Loading]:
         """See `Task.blank_model`."""
@@ -76,13 +77,13 @@ class FileTask(Task, Generic[E]):
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """See `Task.logits`."""
-        logits: Tensor = model(**batch.inputs).logits
+        logits: Tensor = model(**_in_dtype_of(model, batch)).logits
         return logits
 
     def representation(self, model: nn.Module, batch: Batch) -> Tensor:
         """See `Task.representation`."""
         backbone: Any = model.base_model
-        states: Tensor = backbone(**batch.inputs).last_hidden_state
+        states: Tensor = backbone(**_in_dtype_of(model, batch)).last_hidden_state
         return states
 
     def split(self, split: Split) -> E:
@@ -170,6 +171,12 @@ class TextTask(FileTask[E]):
         """
         wanted: int = self.settings.max_length
         return min(wanted, token_limit(self.head, self.tokenizer, self.blank_model()[0]))
+
+
+def _in_dtype_of(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """A batch's inputs, numbers such as pixels in the model's dtype."""
+    dtype = next(model.parameters()).dtype
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.inputs.items()}
 
 
 def longest_first(lengths: Sequence[int], size: int) -> list[list[int]]:

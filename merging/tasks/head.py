@@ -278,14 +278,22 @@ def tokenizer_identity(tokenizer: Any) -> Any:
     return {name: part for name, part in pipeline.items() if name not in ("truncation", "padding")}
 
 
-def load_model(head: str, model_class: str, *, base: str = "", hollow: Collection[str] = ()) -> nn.Module:
-    """A checkpoint as a live model: evaluation mode, float32, on the CPU.
+def load_model(
+    head: str,
+    model_class: str,
+    *,
+    base: str = "",
+    hollow: Collection[str] = (),
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """A checkpoint as a live model: evaluation mode, on the CPU.
 
     Args:
         head: The checkpoint's directory or address.
         model_class: Name of the class in `transformers` (`AutoModelForSequenceClassification`).
         base: The base that the head belongs to, if it is an adapter.
         hollow: Names of the checkpoint's tensors that the caller overwrites: they are not read, and hold NaN.
+        dtype: Of its weights, but for those that transformers keeps in float32.
 
     Raises:
         TaskError: The class is unknown, or the checkpoint is damaged, unsafe, or incomplete.
@@ -295,11 +303,11 @@ def load_model(head: str, model_class: str, *, base: str = "", hollow: Collectio
         with quiet():
             checkpoint = open_checkpoint(head, base)
             model, info = (
-                _assembled(checkpoint, loader, hollow)
+                _assembled(checkpoint, loader, hollow, dtype)
                 if hollow or is_adapter(head)
                 else loader.from_pretrained(
                     local_directory(head),
-                    dtype=torch.float32,
+                    dtype=dtype,
                     local_files_only=True,
                     use_safetensors=True,
                     trust_remote_code=False,
@@ -335,17 +343,19 @@ def _download(head: str, with_weights: bool) -> str:
     return str(directory)
 
 
-def _assembled(checkpoint: Checkpoint, loader: Any, hollow: Collection[str]) -> tuple[nn.Module, dict[str, Any]]:
+def _assembled(
+    checkpoint: Checkpoint, loader: Any, hollow: Collection[str], dtype: torch.dtype
+) -> tuple[nn.Module, dict[str, Any]]:
     """A model from tensors that are read one by one, and what transformers says of the loading."""
     blank: Any = _blank(checkpoint, loader)
-    nothing = torch.tensor(torch.nan)
+    nothing = torch.tensor(torch.nan, dtype=dtype)
     checkpoint.prefetch([name for name in checkpoint.tensors if name not in hollow])
     weights = {
         name: nothing.expand(info.shape) if name in hollow else checkpoint.read(name)
         for name, info in checkpoint.tensors.items()
     }
     model, info = type(blank).from_pretrained(
-        None, config=blank.config, state_dict=weights, dtype=torch.float32, output_loading_info=True
+        None, config=blank.config, state_dict=weights, dtype=dtype, output_loading_info=True
     )
     if model.can_generate() and GENERATION in storage.list_dir(checkpoint.path):
         from transformers import GenerationConfig

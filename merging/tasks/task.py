@@ -158,13 +158,14 @@ class Task(ABC):
         """
         return None
 
-    def load_skeleton(self, merged: Collection[str]) -> nn.Module:
+    def load_skeleton(self, merged: Collection[str], dtype: torch.dtype = torch.float32) -> nn.Module:
         """`load_model` for a caller who overwrites most of it, so that only the rest need be read.
 
         Args:
             merged: Names of the checkpoint's tensors whose values do not matter; they may hold NaN.
+            dtype: Of its weights, but for those that transformers keeps in float32.
         """
-        return self.load_model()
+        return self.load_model().to(dtype)
 
     @abstractmethod
     def size(self, split: Split) -> int:

@@ -85,9 +85,9 @@ class TextClassification(Classifier["Examples"], TextTask["Examples"]):
             raise self.error(f"{len(problems)} thing{'s' if len(problems) > 1 else ''} to mend:{lines}")
         return self._notes()
 
-    def load_skeleton(self, merged: Collection[str]) -> nn.Module:
+    def load_skeleton(self, merged: Collection[str], dtype: torch.dtype = torch.float32) -> nn.Module:
         """See `Task.load_skeleton`."""
-        model = super().load_skeleton(merged)
+        model = super().load_skeleton(merged, dtype)
         config: Any = model.config
         if config.pad_token_id is None:
             config.pad_token_id = self.tokenizer.pad_token_id

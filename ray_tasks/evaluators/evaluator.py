@@ -40,7 +40,8 @@ class Setup:
         precision: Of evaluation.
         vocabulary: Whose tokens a merge has.
         facts: What is known of the files, so that nobody reads them whole to recognise them (`merging.io.fact_cache`).
-        parts: Entries of each shard's part of the weights, where shards write these into the evaluator's memory.
+        dtype: Of the models; None for the checkpoints' own.
+        parts: Bytes of each shard's part of the weights, where shards write these into the evaluator's memory.
     """
 
     base: str
@@ -54,6 +55,7 @@ class Setup:
     precision: str = "float32"
     vocabulary: Vocabulary = "base"
     facts: Mapping[str, str] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
     parts: tuple[int, ...] = ()
 
     def material(self, *, resident: bool = False) -> Material:
@@ -167,7 +169,9 @@ class Evaluator:
         if self._models is None:
             setup, tasks = self._setup, self._setup.open_tasks()
             material = setup.material(resident=self._source is ResidentMerger)
-            self._models = LiveModels(material, tasks, setup.owners, self._device, setup.precision, self._source)
+            self._models = LiveModels(
+                material, tasks, setup.owners, self._device, setup.precision, self._source, setup.dtype
+            )
         return self._worker
 
     def measure(self, assignment: Assignment) -> Answer:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merging.mergers.dtypes import views
 from merging.mergers.material import Material
 from merging.mergers.resident import joined
 from merging.recipe import Recipe
@@ -28,7 +29,7 @@ class Delivery:
     def __init__(self, material: Material, out: Mapping[str, Tensor], buffers: ReceiveBuffers | None = None) -> None:
         self._out = out
         self._buffers = buffers
-        self._sizes = {name: value.numel() for name, value in out.items()}
+        self._weights = material.pool.weights
         self._results: Sequence[ShardResult] = ()
 
     def take(self, results: Sequence[ShardResult]) -> None:
@@ -43,10 +44,8 @@ class Delivery:
         """
         results, self._results = self._results, ()
         for number, result in enumerate(results):
-            values = self._values(number, result)
-            parts = values.split([self._sizes[name] for name in result.names])  # type: ignore[no-untyped-call]
-            for name, part in zip(result.names, parts, strict=True):
-                self._out[name].copy_(part.view(self._out[name].shape))
+            for name, value in views(self._values(number, result), self._weights, result.names).items():
+                self._out[name].copy_(value)
         return joined(result.report for result in results)
 
     def _values(self, number: int, result: ShardResult) -> Tensor:

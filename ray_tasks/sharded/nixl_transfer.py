@@ -54,7 +54,7 @@ class ReceiveBuffers:
     """An evaluator's memory that shards write to.
 
     Args:
-        parts: Entries of each shard's part of the weights.
+        parts: Bytes of each shard's part of the weights.
 
     Raises:
         ClusterError: There is no NIXL here, or it cannot start.
@@ -62,7 +62,7 @@ class ReceiveBuffers:
 
     def __init__(self, parts: Sequence[int]) -> None:
         self._agent, name = _start_agent()
-        self._buffers = [[torch.empty(size) for size in parts] for _ in range(BUFFERS)]
+        self._buffers = [[torch.empty(size, dtype=torch.uint8) for size in parts] for _ in range(BUFFERS)]
         for buffer in self._buffers:
             self._agent.register_memory(buffer)
         self.address = Address(
@@ -78,7 +78,7 @@ class ReceiveBuffers:
         atexit.register(self._end)  # a thread that Python ends within NIXL takes the process along
 
     def part(self, shard: int, turn: int) -> Tensor:
-        """What a shard wrote in a turn, flat, float32: a view, overwritten `BUFFERS` turns later."""
+        """What a shard wrote in a turn [bytes]: a view, overwritten `BUFFERS` turns later."""
         return self._buffers[turn % BUFFERS][shard]
 
     def _progress(self) -> None:
@@ -99,7 +99,7 @@ class Writer:
     """A shard's way to the buffers of all evaluators.
 
     Args:
-        values: What is written, float32, again and again from the same memory.
+        values: What is written, again and again from the same memory.
         shard: Which of the shards this is.
 
     Raises:

@@ -11,6 +11,7 @@ from itertools import count
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import ray
 import torch
 from ray.util.placement_group import placement_group_table, remove_placement_group
@@ -18,7 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from merging.mergers.material import Material
 from merging.mergers.shard import ShardMerger, needs_global_pass, needs_second_pass
-from merging.mergers.shard_planning import FLOAT32, ShardContent
+from merging.mergers.shard_planning import ShardContent
 from merging.recipe import Recipe, Value
 from ray_tasks.cluster_errors import surfaced
 from ray_tasks.sharded.nixl_transfer import Address, UnreachableError, Writer
@@ -43,8 +44,8 @@ class ShardResult:
 
     Args:
         names: The base's names of its weights.
-        values: The weights, flat and one after another, float32; in an evaluator, a view of the object store. Empty where
-            they were written to the evaluator.
+        values: The weights as `merging.mergers.dtypes.views` lays them; in an evaluator, a view of the object store. Empty
+            where they were written to the evaluator.
         report: The method's figures on this part.
         error: Type and message of what went wrong.
         lost: Whether that is nobody's fault, so that trying again may help.
@@ -53,7 +54,7 @@ class ShardResult:
     """
 
     names: tuple[str, ...]
-    values: np.ndarray[Any, np.dtype[np.float32]]
+    values: npt.NDArray[np.uint8]
     report: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
     lost: bool = False
@@ -123,7 +124,7 @@ class Shard:
 
     def merge(self, recipe: Recipe, address: Address | None, turn: int, *more: ShardReply) -> ShardResult:
         """This shard's part of a recipe's merge; written to the evaluator of an address, if there is one."""
-        nothing = np.empty(0, dtype=np.float32)
+        nothing = np.empty(0, dtype=np.uint8)
         errors = [self._failed.get(recipe.method), *(reply.error for reply in more)]
         if error := next((error for error in errors if error), None):
             return ShardResult(self._names, nothing, error=error)
@@ -184,8 +185,8 @@ class Shards:
         direct: bool = False,
     ) -> None:
         self._group = group
-        self.parts = tuple(place.merged_bytes // FLOAT32 for place in places) if direct else ()
-        """Entries of each shard's part, for the evaluators that these are written to; empty otherwise."""
+        self.parts = tuple(place.merged_bytes for place in places) if direct else ()
+        """Bytes of each shard's part, for the evaluators that these are written to; empty otherwise."""
         self._settled: set[str] = set()
         self._refined_for: dict[str, tuple[Mapping[str, Value], list[Any]]] = {}
         self.actors = [

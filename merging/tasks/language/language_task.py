@@ -172,9 +172,9 @@ class LanguageTask(TextTask[list[Example]]):
             corpus_score(self.settings.judged_by, ["a"], ["a"])  # for the library
         return self.missing_splits()
 
-    def load_skeleton(self, merged: Collection[str]) -> nn.Module:
+    def load_skeleton(self, merged: Collection[str], dtype: torch.dtype = torch.float32) -> nn.Module:
         """See `Task.load_skeleton`."""
-        model = super().load_skeleton(merged)
+        model = super().load_skeleton(merged, dtype)
         config: Any = model.config
         config.use_cache = False
         return model

@@ -45,13 +45,13 @@ def opened(paths: dict[str, str], heads=()) -> Material:
     return Material(Pool.open(paths["base"], {name: path for name, path in paths.items() if name != "base"}, heads))
 
 
-def live_models(material: Material, auto: str, *owners: str) -> LiveModels:
+def live_models(material: Material, auto: str, *owners: str, dtype: torch.dtype | None = None) -> LiveModels:
     tasks = [
         make_task(owner, CustomSettings(evaluator="live_probe:score", model_class=auto), str(checkpoint.path))
         for owner in owners
         for checkpoint in [material.pool.members[owner].checkpoint]
     ]
-    return LiveModels(material, tasks, {owner: owner for owner in owners}, torch.device("cpu"))
+    return LiveModels(material, tasks, {owner: owner for owner in owners}, torch.device("cpu"), dtype=dtype)
 
 
 SELDOM = {"bert_mlm", "modernbert", "qwen2", "qwen3", "gemma2", "phi3", "mamba", "bart", "dinov2", "resnet", "gpt_oss"}
@@ -76,6 +76,59 @@ def test_the_live_model_is_the_exported_one(name, tmp_path, probe):
         seen.append(probe.seen)
     assert not torch.allclose(seen[0], seen[2], atol=1e-3)
     assert not torch.allclose(seen[1], seen[2], atol=1e-3)
+
+
+QUICK = {"llama", "llama_tied", "bert", "mixtral", "deepseek_v3", "t5", "vit"}
+MIXED = {"mamba", "resnet"}
+"""Families of which transformers' own modules do not compute in 16 bits on a CPU."""
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in FAMILIES]
+)
+def test_of_a_16_bit_pool_the_live_model_is_the_exported_one_as_transformers_loads_it(name, dtype, tmp_path, probe):
+    family = probe.family = FAMILIES[name]
+    auto = getattr(transformers, family.auto)
+    for where, model in {"base": family.make(), "one": family.changed(1), "two": family.changed(2)}.items():
+        model.to(dtype).save_pretrained(tmp_path / where)
+    material = opened({name: str(tmp_path / name) for name in ("base", "one", "two")})
+    recipe = Recipe("ties", {"one": 0.7, "two": 0.4})
+    merge_to_disk(material, recipe, str(tmp_path / "merged"))
+    own = live_models(material, family.auto, "one", "two")
+    own.measure(recipe, "validation")
+    stored = auto.from_pretrained(tmp_path / "merged", dtype=dtype).eval()
+    assert torch.equal(probe.seen, family.output(stored))
+    wide = live_models(material, family.auto, "one", "two", dtype=torch.float32)
+    wide.measure(recipe, "validation")
+    assert torch.equal(probe.seen, family.output(auto.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()))
+
+
+def test_weights_of_several_dtypes_are_scored_as_they_are_exported(tmp_path, probe):
+    """Norms in float32 beside bfloat16; then one matrix in float16 besides."""
+    family = probe.family = FAMILIES["llama"]
+    paths = written(family, tmp_path)
+    for where in paths:
+        file = tmp_path / where / "model.safetensors"
+        halved = {
+            name: value if "norm" in name else value.to(torch.bfloat16) for name, value in load_file(file).items()
+        }
+        save_file(halved, file, metadata={"format": "pt"})
+    material = opened(paths)
+    merge_to_disk(material, RECIPE, str(tmp_path / "merged"))
+    auto = transformers.AutoModelForCausalLM
+    live_models(material, family.auto, "one").measure(RECIPE, "validation")
+    assert torch.equal(
+        probe.seen, family.output(auto.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16).eval())
+    )
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.float16)
+    save_file(tensors, file, metadata={"format": "pt"})
+    material = opened(paths)
+    merge_to_disk(material, RECIPE, str(tmp_path / "again"))
+    live_models(material, family.auto, "one").measure(RECIPE, "validation")
+    assert torch.equal(probe.seen, family.output(auto.from_pretrained(tmp_path / "again", dtype=torch.float32).eval()))
 
 
 def renamed(directory, change) -> None:

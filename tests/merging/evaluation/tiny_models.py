@@ -98,7 +98,7 @@ class Family:
         """What a model makes of some inputs."""
         torch.manual_seed(7)
         ids = torch.randint(3, 58, (3, 9))
-        pixels = torch.randn(3, 3, 8, 8)
+        pixels = torch.randn(3, 3, 8, 8, dtype=torch.float32).to(model.dtype)
         with torch.no_grad():
             if self.auto in ("AutoModelForImageClassification",):
                 return model(pixel_values=pixels).logits

@@ -1,0 +1,96 @@
+"""What an evaluator takes of memory, by what the regime has it hold."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from merging.checkpoints.pool import Pool
+from merging.mergers.dtypes import merged_bytes, model_dtype
+from merging.mergers.material import Material
+from merging.mergers.shard_planning import place
+from merging.methods import METHODS
+
+PROCESS_BYTES = 1 << 30
+"""Of Python, torch and transformers, with some examples and their activations."""
+
+
+@dataclass(frozen=True)
+class EvaluatorMemory:
+    """An evaluator's memory in bytes.
+
+    Args:
+        parameters: Merged weights' entries.
+        models: The live models: merged weights once, and every task's own head; and, while they are built, one more model.
+        pool: Base, members and statistics as they are stored, and what methods prepare of them; 0 where shards hold these.
+        waiting: Candidates' weights that wait for their turn.
+    """
+
+    parameters: int
+    models: int
+    pool: int
+    waiting: int
+
+    @property
+    def total(self) -> int:
+        """All of it, with the process."""
+        return PROCESS_BYTES + self.models + self.pool + self.waiting
+
+    def per_parameter(self) -> dict[str, float]:
+        """Bytes a merged parameter, by what they are for."""
+        entries = max(self.parameters, 1)
+        return {name: getattr(self, name) / entries for name in ("models", "pool", "waiting")}
+
+
+def resident_memory(
+    material: Material,
+    methods: Sequence[str],
+    owners: Collection[str],
+    dtype: torch.dtype | None = None,
+    *,
+    on_gpu: bool = False,
+) -> EvaluatorMemory:
+    """Of an evaluator that merges by itself.
+
+    Args:
+        material: Pool and statistics; only headers are read.
+        methods: Names of the methods that will be asked for.
+        owners: The members whose heads tasks are evaluated with, one per task.
+        dtype: Of the models; None for the checkpoints' own.
+        on_gpu: Whether all lies on a GPU, where each method that prepares nothing has base and members by itself: in main
+            memory they are mapped from their files once.
+    """
+    pool = material.pool
+    (everything,) = place(material, methods, 1)
+    held = everything.held_bytes - everything.merged_bytes
+    if on_gpu:
+        copies = sum(not METHODS[method].requires for method in methods)
+        held += max(copies - 1, 0) * place(Material(pool), (), 1)[0].read_bytes
+    return EvaluatorMemory(_parameters(pool), _models(pool, owners, dtype), held, 0)
+
+
+def fed_memory(
+    pool: Pool, owners: Collection[str], candidates: int, dtype: torch.dtype | None = None
+) -> EvaluatorMemory:
+    """Of an evaluator that shards feed.
+
+    Args:
+        pool: The pool; only headers are read.
+        owners: The members whose heads tasks are evaluated with, one per task.
+        candidates: How many candidates' weights wait in its memory.
+        dtype: Of the models; None for the checkpoints' own.
+    """
+    waiting = candidates * merged_bytes(pool.weights, list(pool.weights))
+    return EvaluatorMemory(_parameters(pool), _models(pool, owners, dtype), 0, waiting)
+
+
+def _parameters(pool: Pool) -> int:
+    return sum(prod(info.shape) for info in pool.weights.values())
+
+
+def _models(pool: Pool, owners: Collection[str], dtype: torch.dtype | None) -> int:
+    size = (dtype or model_dtype(pool)).itemsize
+    own = [pool.members[owner] for owner in owners]
+    heads = sum(prod(member.checkpoint.tensors[name].shape) for member in own for name in member.head)
+    return size * (2 * _parameters(pool) + heads)
