@@ -101,9 +101,9 @@ class HarnessTask(Task):
         """The head's checkpoint as `settings.model_class`; see `Task.load_model`."""
         return self.load_skeleton(())
 
-    def load_skeleton(self, merged: Collection[str]) -> nn.Module:
+    def load_skeleton(self, merged: Collection[str], dtype: torch.dtype = torch.float32) -> nn.Module:
         """See `Task.load_skeleton`."""
-        model = load_model(self.head, self.settings.model_class, base=self.base, hollow=merged)
+        model = load_model(self.head, self.settings.model_class, base=self.base, hollow=merged, dtype=dtype)
         config: Any = model.config
         config.use_cache = False
         return model
