@@ -10,18 +10,17 @@ candidate handed out to the last row; the last round, in which some have nothing
 import argparse
 import tempfile
 import time
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from flows.campaign.executor import RayExecutor
-from merging.evaluation.live_models import Measurement
+from merging.evaluation.steps import Measurement
 from merging.tasks.task import Score
 from ray_tasks.connect import connect
-from ray_tasks.evaluators.evaluator import Assignment
-from ray_tasks.evaluators.evaluator_pool import EvaluatorPool, Finished
+from ray_tasks.evaluators.evaluator import Answer, Assignment
+from ray_tasks.evaluators.evaluator_pool import EvaluatorPool
 from ray_tasks.evaluators.lifecycle import EvaluatorGroup
 from search.budget import Budget
 from search.candidate import Provenance
@@ -61,15 +60,16 @@ class LightPool(EvaluatorPool):
         light: Any = SimpleNamespace(ticket=assignment.ticket, candidate=assignment.candidate, recipe=None)
         super().submit(light)
 
-    def wait(self, timeout: float) -> list[Finished]:
+    def wait(self, timeout: float) -> list[Answer]:
         """What finished, with scores."""
-        return [replace(done, measurement=_scores(int(done.ticket))) for done in super().wait(timeout)]
+        answers = super().wait(timeout)
+        return [Answer(_scores(int(a.ticket)), None, a.worker, a.started, ticket=a.ticket) for a in answers]
 
 
 def _scores(number: int) -> Measurement:
     value = (number * 0.6180339887) % 1.0
     scores = {f"task{i}": Score(value - i / 100, 0.01, 200, "accuracy", 1.0, 1 - value, 0.01) for i in range(4)}
-    return Measurement(scores, 0.0, 1.0, {})
+    return Measurement(scores, 0.0, 1.0)
 
 
 def measure(evaluators: int, candidates: int, sleep: float, sampler: str) -> str:

@@ -112,9 +112,7 @@ class Here:
         if found is not None:
             return [Outcome(candidate, Measurement(_scores(found), found.merge_seconds, found.evaluate_seconds))]
         self._live = self._live or self._make()
-        made = self._live.measure(candidate.recipe, candidate.split)
-        measurement = Measurement(made.scores, made.merge_seconds, made.evaluate_seconds, report=made.report)
-        return [Outcome(candidate, measurement)]
+        return [Outcome(candidate, self._live.measure(candidate.recipe, candidate.split))]
 
     def learn(self, rows: Sequence[Row]) -> None:
         """Remembers what a run has found."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal, Protocol
 
-from merging.evaluation.steps import EvaluationPlan, Trace
+from merging.evaluation.steps import EvaluationPlan
+from merging.evaluation.steps import Measurement as Measurement
 from merging.recipe import Recipe
-from merging.tasks.task import Score
 from search.budget import Progress
 from search.ledger.row import Origin, Row
 
@@ -42,31 +42,6 @@ class Candidate:
     split: str = "validation"
     origin: Origin = "search"
     trial: int | None = None
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What an evaluator found.
-
-    Args:
-        scores: Task → score.
-        merge_seconds: Wall time of the merge.
-        evaluate_seconds: Wall time of the evaluation, all tasks.
-        worker: Host, process and device that did it.
-        report: The method's own figures on the merge.
-        proxies: Figures that need no labels, or fewer examples than the scores.
-        trace: What every step showed, if it was measured in steps.
-        pruned: Whether measuring was given up: the scores are those of the examples so far.
-    """
-
-    scores: Mapping[str, Score]
-    merge_seconds: float | None = None
-    evaluate_seconds: float | None = None
-    worker: str | None = None
-    report: Mapping[str, float] = field(default_factory=dict)
-    proxies: Mapping[str, float] = field(default_factory=dict)
-    trace: Trace | None = None
-    pruned: bool = False
 
 
 @dataclass(frozen=True)

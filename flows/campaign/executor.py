@@ -9,9 +9,9 @@ from typing import cast
 from merging.errors import MergequestError
 from merging.io.secrets import described
 from merging.tasks.task import Split
-from ray_tasks.evaluators.evaluator import Assignment
-from ray_tasks.evaluators.evaluator_pool import EvaluatorPool, Finished
-from search.candidate import ANCHORS, Candidate, Measurement, Outcome, Planner
+from ray_tasks.evaluators.evaluator import Answer, Assignment
+from ray_tasks.evaluators.evaluator_pool import EvaluatorPool
+from search.candidate import ANCHORS, Candidate, Outcome, Planner
 
 
 class EvaluationError(MergequestError):
@@ -73,26 +73,19 @@ class RayExecutor:
             limit = self._limit if split == "validation" else None
             self._evaluators.submit(Assignment(ticket, candidate.recipe, split, limit, plan))
 
-    def _outcome(self, done: Finished) -> Outcome:
-        candidate = self._out.pop(done.ticket)
-        group, hours = self._evaluators.group, done.seconds / 3600
+    def _outcome(self, answer: Answer) -> Outcome:
+        candidate = self._out.pop(answer.ticket)
+        group, hours = self._evaluators.group, answer.seconds / 3600
         outcome = Outcome(
-            candidate, started=done.started, cpu_hours=group.threads * hours, gpu_hours=group.gpus * hours
+            candidate,
+            answer.measurement,
+            EvaluationError(answer.error or "no answer") if answer.measurement is None else None,
+            answer.lost,
+            answer.started,
+            cpu_hours=group.threads * hours,
+            gpu_hours=group.gpus * hours,
         )
-        if done.measurement is None:
-            return replace(outcome, error=EvaluationError(done.error or "no answer"), lost=done.lost)
-        measurement = done.measurement
-        measured = Measurement(
-            scores=measurement.scores,
-            merge_seconds=measurement.merge_seconds,
-            evaluate_seconds=measurement.evaluate_seconds,
-            worker=done.worker,
-            report=measurement.report,
-            trace=measurement.trace,
-            pruned=measurement.stopped,
-        )
-        outcome = replace(outcome, measurement=measured)
-        if self._planner is None:
+        if self._planner is None or answer.measurement is None:
             return outcome
         try:
             return self._planner.learn(outcome)

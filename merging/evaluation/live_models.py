@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from merging.checkpoints.pool import Pool
 from merging.errors import PoolError, TaskError
 from merging.evaluation.shared_weights import SHOWN, SharedWeights, sharing_model
-from merging.evaluation.steps import EvaluationPlan, Trace
+from merging.evaluation.steps import EvaluationPlan, Measurement, Trace
 from merging.evaluation.untouched import Contents, structure
 from merging.mergers.dtypes import model_dtype, rounded_dtype
 from merging.mergers.material import Material
@@ -41,28 +40,6 @@ class WeightSource(Protocol):
 
 MakeSource: TypeAlias = Callable[[Material, Mapping[str, Tensor]], WeightSource]
 """From a pool's material and weights to overwrite to a source."""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """A recipe's scores.
-
-    Args:
-        scores: By task.
-        merge_seconds: Wall time of the merge, with the preparation of a method that is asked for first; where weights come
-            from elsewhere, of taking them over.
-        evaluate_seconds: Wall time of the evaluation of all tasks.
-        report: The method's figures on the merge.
-        trace: What every step showed, if it was measured in steps.
-        stopped: Whether the plan's gate ended it early: the scores are those of the examples so far.
-    """
-
-    scores: Mapping[str, Score]
-    merge_seconds: float
-    evaluate_seconds: float
-    report: Mapping[str, float]
-    trace: Trace | None = None
-    stopped: bool = False
 
 
 class LiveModels:
@@ -134,9 +111,10 @@ class LiveModels:
         merged = time.perf_counter()
         if plan is None:
             scores = {task.name: self._whole(task, split, limit)[0] for task in self._tasks}
-            return Measurement(scores, merged - start, time.perf_counter() - merged, report)
-        trace, stopped = self._in_steps(plan, split, limit)
-        return Measurement(trace.scores[-1], merged - start, time.perf_counter() - merged, report, trace, stopped)
+            return Measurement(scores, merged - start, time.perf_counter() - merged, report=report)
+        trace, pruned = self._in_steps(plan, split, limit)
+        seconds = merged - start, time.perf_counter() - merged
+        return Measurement(trace.scores[-1], *seconds, report=report, trace=trace, pruned=pruned)
 
     def _merge(self, recipe: Recipe) -> Mapping[str, float]:
         """Makes all models the recipe's."""

@@ -54,6 +54,32 @@ class Trace:
         )
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """What an evaluator measured of a recipe.
+
+    Args:
+        scores: Task → score.
+        merge_seconds: Wall time of the merge, with the preparation of a method that is asked for first; where weights come
+            from elsewhere, of taking them over.
+        evaluate_seconds: Wall time of the evaluation, all tasks.
+        worker: Host, process and device that did it.
+        report: The method's own figures on the merge.
+        proxies: Figures that need no labels, or fewer examples than the scores.
+        trace: What every step showed, if it was measured in steps.
+        pruned: Whether measuring was given up: the scores are those of the examples so far.
+    """
+
+    scores: Mapping[str, Score]
+    merge_seconds: float | None = None
+    evaluate_seconds: float | None = None
+    worker: str | None = None
+    report: Mapping[str, float] = field(default_factory=dict)
+    proxies: Mapping[str, float] = field(default_factory=dict)
+    trace: Trace | None = None
+    pruned: bool = False
+
+
 def _lists(arrays: Mapping[str, Floats]) -> dict[str, list[float]]:
     return {task: array.tolist() for task, array in arrays.items()}
 

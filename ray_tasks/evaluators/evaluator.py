@@ -4,7 +4,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 
 from merging.checkpoints.pool import Pool
 from merging.checkpoints.vocabulary import Vocabulary
-from merging.evaluation.live_models import LiveModels, MakeSource, Measurement, best_device
-from merging.evaluation.steps import EvaluationPlan
+from merging.evaluation.live_models import LiveModels, MakeSource, best_device
+from merging.evaluation.steps import EvaluationPlan, Measurement
 from merging.faults import is_fault, tells_of_device
 from merging.io import fact_cache
 from merging.io.secrets import described
@@ -115,11 +115,12 @@ class Answer:
         measurement: The scores; None if it failed.
         error: Type and message of the failure.
         worker: Who did it.
-        started: When work on it began.
-        seconds: How long it took.
-        lost: Whether trying again may help.
+        started: When work on it began, or when it was handed out if its worker died.
+        seconds: How long it took; of a pool's answer, how long evaluators were at work on it, in vain or not.
+        lost: Whether trying again may help: a worker or its shards were lost.
         unreachable: Whether the evaluator is cut off from the shards, and of no more use.
         fault: Whether the failure is about the machine, and says nothing of the recipe: its kind or its text tells.
+        ticket: The assignment's, written by the pool.
     """
 
     measurement: Measurement | None
@@ -130,6 +131,7 @@ class Answer:
     lost: bool = False
     unreachable: bool = False
     fault: bool = False
+    ticket: str = ""
 
     def __post_init__(self) -> None:
         # of what failed in a shard there is only the text
@@ -188,4 +190,4 @@ class Evaluator:
             measurement = self._models.measure(assignment.recipe, assignment.split, assignment.limit, assignment.plan)
         except (Exception, SystemExit) as error:
             return failed(error, self._worker, started)
-        return Answer(measurement, None, self._worker, started)
+        return Answer(replace(measurement, worker=self._worker), None, self._worker, started)

@@ -12,7 +12,6 @@ from typing import Any
 import ray
 
 from merging.errors import ClusterError
-from merging.evaluation.live_models import Measurement
 from ray_tasks.cluster_errors import reason
 from ray_tasks.connect import alive_nodes
 from ray_tasks.evaluators.evaluator import Answer, Assignment
@@ -29,29 +28,6 @@ DISPLACED = 10
 """How often an assignment may lose its node before it counts as lost: it may be what ends the nodes."""
 AHEAD = 1
 """Assignments that wait at each of several evaluators, so that it goes on while the driver has its hands full."""
-
-
-@dataclass(frozen=True)
-class Finished:
-    """What came of an assignment.
-
-    Args:
-        ticket: The caller's name for it.
-        started: When work on it began, or when it was handed out if its worker died.
-        measurement: The scores; None if it failed.
-        error: Type and message of the failure.
-        lost: Whether its worker died, so that trying again may help.
-        worker: Who did it.
-        seconds: How long evaluators were at work on it, in vain or not.
-    """
-
-    ticket: str
-    started: datetime
-    measurement: Measurement | None = None
-    error: str | None = None
-    lost: bool = False
-    worker: str | None = None
-    seconds: float = 0.0
 
 
 @dataclass
@@ -195,7 +171,7 @@ class EvaluatorPool:
         self._queues[actor].append(reference)
         self._start_clock(actor)
 
-    def wait(self, timeout: float) -> list[Finished]:
+    def wait(self, timeout: float) -> list[Answer]:
         """Assignments that finished within `timeout` seconds; returns at the first, or when an evaluator has joined.
 
         Raises:
@@ -258,7 +234,7 @@ class EvaluatorPool:
         if work.awaits is None or ray.wait([work.awaits], timeout=0)[0]:
             work.started, work.deadline = datetime.now(UTC), time.monotonic() + self.seconds
 
-    def _watch_clock(self, actor: Any) -> list[Finished]:
+    def _watch_clock(self, actor: Any) -> list[Answer]:
         """Ends an evaluator that takes too long; that it died is no reason to give up its place."""
         work = self._works[self._queues[actor][0]] if self._queues[actor] else None
         if work is None or time.monotonic() < work.deadline:
@@ -267,7 +243,7 @@ class EvaluatorPool:
         self._remove(actor, but=work)
         self._count_seconds(work)
         error = f"TimeoutError: not measured within {self.seconds:g} s (search.candidate_seconds)"
-        return self._finished(work.assignment.ticket, work.started, None, error)
+        return self._finished(work, Answer(None, error, "", work.started))
 
     def _recall(self) -> None:
         """Hands what waits at one evaluator to another that has nothing to do."""
@@ -280,7 +256,7 @@ class EvaluatorPool:
             ray.cancel(self._queues[work.actor][-1])
             self.submit(work.assignment)
 
-    def _collect(self, reference: Any) -> list[Finished]:
+    def _collect(self, reference: Any) -> list[Answer]:
         """What came of an assignment, if it was its turn."""
         work = self._works[reference]
         queue, ticket = self._queues[work.actor], work.assignment.ticket
@@ -315,9 +291,9 @@ class EvaluatorPool:
         self._displaced.pop(ticket, None)
         if answer.lost and self.shards is not None:
             self.shards.forget()
-        return self._finished(ticket, answer.started, answer.measurement, answer.error, answer.lost, answer.worker)
+        return self._finished(work, answer)
 
-    def _fault(self, work: _Work, answer: Answer) -> list[Finished]:
+    def _fault(self, work: _Work, answer: Answer) -> list[Answer]:
         """Replaces an evaluator that met an error of its machine; another one tries the assignment.
 
         Raises:
@@ -332,9 +308,9 @@ class EvaluatorPool:
                 self.metrics.lost()
             self._again.append(work.assignment)
             return []
-        return self._finished(ticket, answer.started, None, answer.error, False, answer.worker)
+        return self._finished(work, answer)
 
-    def _lose(self, work: _Work, error: ray.exceptions.RayError) -> list[Finished]:
+    def _lose(self, work: _Work, error: ray.exceptions.RayError) -> list[Answer]:
         """Replaces an evaluator that is gone."""
         why = f"{type(error).__name__}: {reason(error)}"
         ticket = work.assignment.ticket
@@ -358,7 +334,7 @@ class EvaluatorPool:
             if self._killed[work.assignment.candidate] == 1:  # the same one again tells of the candidate alone
                 self.group.count_death(why)
         self._displaced.pop(ticket, None)
-        return self._finished(ticket, work.started, None, why, lost=True)
+        return self._finished(work, Answer(None, why, "", work.started, lost=True))
 
     def _remove(self, actor: Any, but: _Work | None = None) -> None:
         """Ends an evaluator, if it is not dead, and has it replaced at once; what waited there goes elsewhere."""
@@ -372,14 +348,15 @@ class EvaluatorPool:
         """Counts what an evaluator that is gone spent on the assignment whose turn it was."""
         self._spent[work.assignment.ticket] += max(0.0, (datetime.now(UTC) - work.started).total_seconds())
 
-    def _finished(self, ticket: str, *what: Any, **more: Any) -> list[Finished]:
+    def _finished(self, work: _Work, answer: Answer) -> list[Answer]:
         """What came of an assignment; nothing where it was recalled too late, and had come back already."""
-        seconds = self._spent.pop(ticket, 0.0)
+        ticket = answer.ticket = work.assignment.ticket
+        answer.seconds = self._spent.pop(ticket, 0.0)
         if ticket not in self._open:
             return []
         self._open.remove(ticket)
         self._faults.forget_assignment(ticket)
-        return [Finished(ticket, *what, **{**more, "seconds": seconds})]
+        return [answer]
 
 
 def _ready(references: list[Any], timeout: float) -> list[Any]:

@@ -4,7 +4,7 @@ import time
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from merging.evaluation.live_models import Measurement
+from merging.evaluation.steps import Measurement
 
 PREFIX = "mergequest_"
 SECONDS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0]
@@ -39,7 +39,7 @@ class EvaluatorMetrics:
 
     def answered(self, measurement: Measurement | None) -> None:
         """Counts an assignment that came to an end; None for one that failed."""
-        status = "failed" if measurement is None else "pruned" if measurement.stopped else "complete"
+        status = "failed" if measurement is None else "pruned" if measurement.pruned else "complete"
         self._candidates.inc(tags={**self._tags, "status": status})
         if measurement is not None:
             self._merge.observe(measurement.merge_seconds, self._tags)

@@ -101,7 +101,7 @@ def test_steps_end_where_the_whole_ends(live):
     whole = live.measure(recipe, "validation", limit=25)
     seen = []
     found = live.measure(recipe, "validation", 25, EvaluationPlan(10, lambda trace: bool(seen.append(trace.examples))))
-    assert not found.stopped
+    assert not found.pruned
     assert seen == [10, 20]
     assert [step["two"].examples for step in found.trace.scores] == [10, 20, 25]
     for task in OWNERS:
@@ -115,7 +115,7 @@ def test_a_gate_stops_and_the_scores_are_those_so_far(live):
     recipe = Recipe("task_arithmetic", {"one": 0.5, "two": 0.5})
     found = live.measure(recipe, "validation", plan=EvaluationPlan(8, lambda trace: trace.examples >= 16))
     first = live.measure(recipe, "validation", limit=16)
-    assert found.stopped
+    assert found.pruned
     assert {score.examples for score in found.scores.values()} == {16}
     assert [found.scores[task].value for task in OWNERS] == [first.scores[task].value for task in OWNERS]
 

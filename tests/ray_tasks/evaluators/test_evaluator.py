@@ -100,7 +100,7 @@ def test_a_gate_decides_in_the_evaluator(pool, setup, collect):
     )
     pool.submit(Assignment("all", base_recipe(), "validation", plan=EvaluationPlan(8)))
     found = collect(pool, 2)
-    assert found["some"].measurement.stopped
+    assert found["some"].measurement.pruned
     assert {score.examples for score in found["some"].measurement.scores.values()} == {16}
     whole, some = found["all"].measurement.trace, found["some"].measurement.trace
     assert all(whole.values[task][:16].tolist() == some.values[task].tolist() for task in setup.tasks)

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import pytest
 
 from merging.errors import ClusterError
-from merging.evaluation.live_models import Measurement
+from merging.evaluation.steps import Measurement
 from merging.recipe import base_recipe
 from ray_tasks.evaluators.evaluator import Answer, Assignment
 from ray_tasks.evaluators.evaluator_pool import EvaluatorPool
@@ -36,7 +36,7 @@ def evaluator_of(sick):
             if sick(self, assignment):
                 return Answer(None, f"AcceleratorError: {CUDA}", who, now)
             time.sleep(0.1)
-            return Answer(Measurement({}, 0.0, 0.1, {}), None, who, now)
+            return Answer(Measurement({}, 0.0, 0.1), None, who, now)
 
     return Fake
 
