@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merging.kernels import cpu, gpu
+from merging.kernels import cpu
 
 CPU_ROW = 1 << 18
 """Entries in flight where one row of float32 is accumulated: a megabyte, which an ordinary core's caches
@@ -83,10 +83,9 @@ def weighted_sum(terms: Sequence[tuple[Tensor, float]], out: Tensor, scratch: Sc
     used = [(value.reshape(-1), factor) for value, factor in terms if factor != 0]
     with flat(out) as destination:
         values = (destination, *(value for value, _ in used))
-        for way in (cpu, gpu):
-            if way.fits(*values):
-                way.weighted_sum(used, destination)
-                return
+        if cpu.fits(*values):
+            cpu.weighted_sum(used, destination)
+            return
         for piece, *parts in cut(values, step_of(destination.device)):
             direct = piece.dtype == torch.float32
             row = piece if direct else scratch.take("sum", piece.numel(), device=piece.device)

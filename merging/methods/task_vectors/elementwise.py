@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from merging.kernels import cpu, gpu
+from merging.kernels import cpu
 from merging.kernels.blockwise import Scratch, cut, difference, flat, step_of, widened
 from merging.methods.checks import check_weights, chosen, target
 from merging.methods.method import Parameter, Prepared, Weight
@@ -36,7 +36,7 @@ class Deltas(Prepared):
     def rule(
         self, weight: Weight, members: Sequence[str], factors: Sequence[float], parameters: Mapping[str, Value]
     ) -> cpu.Rule | cpu.Masks | None:
-        """The same arithmetic on a whole weight, as compiled loops and kernels have it; None where they have not."""
+        """The same arithmetic on a whole weight, as compiled loops have it; None where they have not."""
         return None
 
     @torch.no_grad()
@@ -49,14 +49,10 @@ class Deltas(Prepared):
             base = weight.base.reshape(-1)
             values = [weight.members[member].reshape(-1) for member in members]
             with flat(target(out, weight)) as destination:
-                loops = cpu.fits(destination, base, *values)
-                if loops or gpu.fits(destination, base, *values):
+                if cpu.fits(destination, base, *values):
                     rule = self.rule(weight, members, factors, parameters)
-                    if rule is not None and loops:
+                    if rule is not None:
                         cpu.combine(base, values, destination, rule)
-                        continue
-                    if isinstance(rule, cpu.Rule):
-                        gpu.combine(base, values, destination, rule)
                         continue
                 start = weight.start
                 step = step_of(base.device, rows=len(members))
