@@ -213,8 +213,8 @@ class _Reading:
 
 def _squares(base: Tensor, values: Sequence[Tensor]) -> list[float]:
     """‖value − base‖² of every vector, and ‖base‖², in memory for a block of them."""
-    if cpu.fits(base, *values):
-        return cpu.squares(base, values)
+    if cpu.fits(base, *values) and (sums := cpu.squares(base, values)) is not None:
+        return sums
     scratch = Scratch()
     totals = [0.0] * (len(values) + 1)
     zeros = torch.zeros((), dtype=base.dtype).expand(base.shape)

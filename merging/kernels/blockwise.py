@@ -83,8 +83,7 @@ def weighted_sum(terms: Sequence[tuple[Tensor, float]], out: Tensor, scratch: Sc
     used = [(value.reshape(-1), factor) for value, factor in terms if factor != 0]
     with flat(out) as destination:
         values = (destination, *(value for value, _ in used))
-        if cpu.fits(*values):
-            cpu.weighted_sum(used, destination)
+        if cpu.fits(*values) and cpu.weighted_sum(used, destination):
             return
         for piece, *parts in cut(values, step_of(destination.device)):
             direct = piece.dtype == torch.float32
@@ -144,8 +143,8 @@ def smallest(value: Tensor, places: Sequence[int]) -> list[float]:
 
 def is_finite(value: Tensor) -> bool:
     """Whether there is neither NaN nor Inf; the extremes, which are found fast, show either."""
-    if cpu.fits(every := value.reshape(-1)):
-        return cpu.is_finite(every)
+    if cpu.fits(every := value.reshape(-1)) and (answer := cpu.is_finite(every)) is not None:
+        return answer
     if not value.numel() or value.dtype.itemsize == 1:  # torch knows no extremes of 8-bit floats
         return bool(value.to(torch.float32).isfinite().all())
     low, high = torch.aminmax(value)

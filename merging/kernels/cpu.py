@@ -1,8 +1,9 @@
 """Merges of stored weights on a CPU by compiled loops (`merging.kernels.loops`), for float32, bfloat16 and float16.
 
 Every function has a counterpart in torch that gives the same up to the rounding of float32 and that takes what this one does
-not: other dtypes, other devices, machines without LLVM or without instructions for float16. Which of the two merges a weight
-depends on its dtypes and its device alone, so that stretches and shards of it are merged as the whole is.
+not: other dtypes, other devices, machines without LLVM or without instructions for float16. Where its loop cannot be compiled,
+a function says so (False, or None) and has done nothing. Which of the two merges a weight depends on its dtypes and its device
+alone, so that stretches and shards of it are merged as the whole is.
 """
 
 from collections.abc import Iterator, Sequence
@@ -116,15 +117,15 @@ def _is_plain(value: Tensor) -> bool:
     return value.is_contiguous() and value.data_ptr() % value.dtype.itemsize == 0
 
 
-def weighted_sum(terms: Sequence[tuple[Tensor, float]], out: Tensor) -> None:
+def weighted_sum(terms: Sequence[tuple[Tensor, float]], out: Tensor) -> bool:
     """Writes Σ c_i x_i, flat tensors that fit, accumulated in float32 and rounded once."""
     rows, kinds = _rows([value for value, _ in terms])
     factors = np.array([factor for _, factor in terms], np.float32)
     inputs = (_at(rows), _at(kinds), len(terms), _at(factors))
-    _spread("reductions.weighted_sum", (*inputs, *_row(out)), out.numel())
+    return _spread("reductions.weighted_sum", (*inputs, *_row(out)), out.numel())
 
 
-def combine(base: Tensor, values: Sequence[Tensor], out: Tensor, rule: Rule | Masks) -> None:
+def combine(base: Tensor, values: Sequence[Tensor], out: Tensor, rule: Rule | Masks) -> bool:
     """Merges the task vectors of members in one pass over flat tensors that fit.
 
     Args:
@@ -134,8 +135,7 @@ def combine(base: Tensor, values: Sequence[Tensor], out: Tensor, rule: Rule | Ma
         rule: The arithmetic.
     """
     if isinstance(rule, Masks):
-        _mask(base, values, out, rule)
-        return
+        return _mask(base, values, out, rule)
     spare = -len(values) % GROUP  # the base itself, whose task vector is 0
     rows, kinds = _rows([*values, *[base] * spare])
     scaled, scale = rule.normalised()
@@ -148,32 +148,35 @@ def combine(base: Tensor, values: Sequence[Tensor], out: Tensor, rule: Rule | Ma
     kept = "drawn" if not bounds else "above" if plain else "between"
     arithmetic = (_at(factors), _at(cuts), _at(levels), _at(keys), rule.level, rule.offset)
     inputs = (*_row(base), _at(rows), _at(kinds), len(rows), *_row(out))
-    _spread(f"masked_sums.{kept}_{rule.entries}", inputs, out.numel(), arithmetic)
+    return _spread(f"masked_sums.{kept}_{rule.entries}", inputs, out.numel(), arithmetic)
 
 
-def _mask(base: Tensor, values: Sequence[Tensor], out: Tensor, rule: Masks) -> None:
+def _mask(base: Tensor, values: Sequence[Tensor], out: Tensor, rule: Masks) -> bool:
     """The same by a rule of masks."""
     rows, kinds = _rows(values)
     factors = np.array([*rule.factors, rule.threshold, rule.needed], np.float32)
     inputs = (*_row(base), _at(rows), _at(kinds), len(rows), *_row(out))
-    _spread("tall_masks.consensus", inputs, out.numel(), (_at(factors),))
+    return _spread("tall_masks.consensus", inputs, out.numel(), (_at(factors),))
 
 
-def is_finite(value: Tensor) -> bool:
+def is_finite(value: Tensor) -> bool | None:
     """Whether a flat tensor that fits holds neither NaN nor Inf."""
-    return machine.loop("reductions.largest")(*_row(value), 0, value.numel()) < INFINITE[value.dtype]
+    run = machine.loop("reductions.largest")
+    return run and run(*_row(value), 0, value.numel()) < INFINITE[value.dtype]
 
 
-def histogram(value: Tensor, base: Tensor, dropped: int) -> Tensor:
+def histogram(value: Tensor, base: Tensor, dropped: int) -> Tensor | None:
     """How often each bit pattern of |θ_t − θ_0| without its last `dropped` bits occurs, int64 [2^(31 − dropped)]."""
+    if (run := machine.loop("magnitude_counts.histogram")) is None:
+        return None
     counts = np.zeros(1 << (31 - dropped), np.int64)
-    machine.loop("magnitude_counts.histogram")(*_row(base), *_row(value), 0, base.numel(), dropped, _at(counts))
+    run(*_row(base), *_row(value), 0, base.numel(), dropped, _at(counts))
     return torch.from_numpy(counts)
 
 
 def within(
     values: Sequence[Tensor], base: Tensor, bands: Sequence[tuple[int, int]], room: Tensor
-) -> list[tuple[int, Patterns, Integers]]:
+) -> list[tuple[int, Patterns, Integers]] | None:
     """The entries of every |θ_t − θ_0| whose bit patterns are in a band of its own, in one look at all.
 
     Args:
@@ -185,13 +188,15 @@ def within(
     Returns:
         Of each the number of entries above its band; the patterns that occur in it, ascending, and how often each does.
     """
+    if (run := machine.loop("magnitude_counts.within")) is None:
+        return None
     rows, kinds = _rows(values)
     ends = np.cumsum([high - low for low, high in bands])
     counts: list[Patterns] = np.split(room.zero_().numpy(), ends[:-1])
     rooms, above = np.array([_at(part) for part in counts], np.int64), np.zeros(len(values), np.int64)
     limits = np.array(bands, np.int64)
     inputs = (_at(rows), _at(kinds), len(values), 0, base.numel(), _at(limits), _at(rooms), _at(above))
-    machine.loop("magnitude_counts.within")(*_row(base), *inputs)
+    run(*_row(base), *inputs)
     # numpy lists what is true at many times the speed of numbers
     places_of = [np.flatnonzero(part != 0) for part in counts]
     return [
@@ -200,24 +205,25 @@ def within(
     ]
 
 
-def squares(base: Tensor, values: Sequence[Tensor]) -> list[float]:
+def squares(base: Tensor, values: Sequence[Tensor]) -> list[float] | None:
     """‖θ_t − θ_0‖² of every member, and ‖θ_0‖², of flat tensors that fit."""
+    if (run := machine.loop("reductions.squares")) is None:
+        return None
     rows, kinds = _rows(values)
     sums, work = np.zeros(len(values) + 1), np.zeros(2 * TILE, np.float32)
-    run = machine.loop("reductions.squares")
     run(*_row(base), _at(rows), _at(kinds), len(values), 0, base.numel(), _at(work), _at(sums))
     return [float(number) for number in sums]
 
 
-def products(base: Tensor, values: Sequence[Tensor]) -> Tensor:
+def products(base: Tensor, values: Sequence[Tensor]) -> Tensor | None:
     """Inner products of task vectors and base, the last, of flat tensors that fit [T + 1, T + 1], float64."""
+    if (run := machine.loop("reductions.products")) is None:
+        return None
     count = len(values)
     size = (count + BLOCK) // BLOCK * BLOCK
     rows, kinds = _rows(values)
     sums, work = np.zeros((size, size)), np.zeros((size, STRIDE), np.float32)
-    machine.loop("reductions.products")(
-        *_row(base), _at(rows), _at(kinds), count, 0, base.numel(), _at(work), _at(sums)
-    )
+    run(*_row(base), _at(rows), _at(kinds), count, 0, base.numel(), _at(work), _at(sums))
     upper = np.triu(sums)[: count + 1, : count + 1]
     return torch.from_numpy(upper + np.triu(upper, 1).T)
 
@@ -239,15 +245,17 @@ def _rows(values: Sequence[Tensor]) -> tuple[Integers, Integers]:
     )
 
 
-def _spread(loop: str, before: Sequence[int], numel: int, after: Sequence[int] = ()) -> None:
+def _spread(loop: str, before: Sequence[int], numel: int, after: Sequence[int] = ()) -> bool:
     """Has all of torch's threads run a loop on ranges of the entries, which it is told between its other arguments."""
-    run = machine.loop(loop)
+    if (run := machine.loop(loop)) is None:
+        return False
     threads = min(torch.get_num_threads(), numel // CHUNK)
     if threads <= 1:
         run(*before, 0, numel, *after)
-        return
+        return True
     for done in [_threads(threads).submit(run, *before, *piece, *after) for piece in _ranges(numel, threads)]:
         done.result()
+    return True
 
 
 def _ranges(numel: int, count: int) -> Iterator[tuple[int, int]]:

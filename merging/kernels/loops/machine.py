@@ -1,19 +1,21 @@
 """Machine code of the loops: compiled by numba once for a user's machine, kept as object files, loaded without numba.
 
 Numba's own cache has every process import all of numba first, which takes longer than many a merge. Code is kept in this
-user's cache directory, by what it was made from: the sources, LLVM's version, the processor. Where nothing may be written,
-each process compiles for itself; of several that ask for one loop at the same time, one compiles and the others wait.
+user's cache directory, by what it was made from: the sources, numba's and LLVM's versions, the processor and its features.
+Where nothing may be written, each process compiles for itself; of several that ask for one loop at the same time, one
+compiles and the others wait. What cannot be compiled is left to torch, with a warning.
 """
 
 import ctypes
 import fcntl
 import hashlib
 import importlib
-import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -39,8 +41,7 @@ class _Processor:
     """
 
     def __init__(self) -> None:
-        if importlib.util.find_spec("numba") is None:
-            raise ImportError("no numba")
+        numba = version("numba")  # not imported, which takes longer than many a merge
         import llvmlite  # type: ignore[import-untyped]
         import llvmlite.binding as llvm  # type: ignore[import-untyped]
 
@@ -52,7 +53,7 @@ class _Processor:
         self._llvm, self._cpu, self._features = llvm, name, features
         if "+f16c" not in features and "+fullfp16" not in features:
             raise ImportError("no conversion of float16")
-        made_from = [llvmlite.__version__, str(llvm.llvm_version_info), name, features]
+        made_from = [numba, llvmlite.__version__, str(llvm.llvm_version_info), name, features]
         made_from += [file.read_text() for file in sorted(Path(__file__).parent.glob("*.py"))]
         self.version = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:16]
 
@@ -83,18 +84,26 @@ def is_there() -> bool:
     return _processor() is not None
 
 
-def loop(name: str) -> Loop:
-    """A loop by its module and its name, such as `sums.weighted_sum`."""
+def loop(name: str) -> Loop | None:
+    """A loop by its module and its name, such as `reductions.weighted_sum`; None where it cannot be compiled."""
     with _lock:
         return _loaded(name)
 
 
 @cache
-def _loaded(name: str) -> Loop:
+def _loaded(name: str) -> Loop | None:
     processor = _processor()
     assert processor is not None
-    symbol, code = _kept(processor, name) or _made(processor, name)
-    address = processor.address(symbol, code)
+    try:
+        symbol, code = _kept(processor, name) or _made(processor, name)
+        address = processor.address(symbol, code)
+    except Exception as error:  # of versions that do not go together, numba and LLVM raise all kinds
+        warnings.warn(
+            f"the loop '{name}' cannot be compiled ({type(error).__name__}: {error}): torch's own operations merge in its "
+            "place, in more passes. Are numba, llvmlite and numpy of versions that go together (`pip check`)?",
+            stacklevel=2,
+        )
+        return None
     parameters: list[Any] = []
 
     def call(*numbers: int) -> int:

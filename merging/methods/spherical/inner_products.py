@@ -24,8 +24,8 @@ def inner_products(weights: Iterable[Weight]) -> Products:
     for weight in weights:
         base = weight.base.reshape(-1)
         values = [weight.members[member].reshape(-1) for member in sorted(weight.members)]
-        if cpu.fits(base, *values):
-            by_weight[weight.name] = cpu.products(base, values)
+        if cpu.fits(base, *values) and (compiled := cpu.products(base, values)) is not None:
+            by_weight[weight.name] = compiled
             continue
         products = torch.zeros(len(values) + 1, len(values) + 1, dtype=torch.float64, device=base.device)
         for start, stop in spans(base.numel(), base.device, rows=4 * (len(values) + 1)):

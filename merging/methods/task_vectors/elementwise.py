@@ -51,8 +51,7 @@ class Deltas(Prepared):
             with flat(target(out, weight)) as destination:
                 if cpu.fits(destination, base, *values):
                     rule = self.rule(weight, members, factors, parameters)
-                    if rule is not None:
-                        cpu.combine(base, values, destination, rule)
+                    if rule is not None and cpu.combine(base, values, destination, rule):
                         continue
                 start = weight.start
                 step = step_of(base.device, rows=len(members))

@@ -102,14 +102,12 @@ def histogram(weight: Weight, member: str, scratch: Scratch) -> Histogram:
         return _counted(torch.cat(every) if every else torch.empty(0, dtype=torch.int32), 0)
     size = 1 << (31 - DROPPED)
     base, value = weight.base.reshape(-1), weight.members[member].reshape(-1)
-    if cpu.fits(base, value):
-        dense = cpu.histogram(value, base, DROPPED)
-        keys = dense.nonzero().squeeze(1)
-        return Histogram(keys, dense[keys], DROPPED)
-    dense = torch.zeros(size, dtype=torch.int64, device=weight.base.device)
-    for _, _, bits in _magnitudes(weight, [member], scratch):
-        dense += torch.bincount(bits.bitwise_right_shift_(DROPPED), minlength=size)
-    dense = dense.cpu()
+    dense = cpu.histogram(value, base, DROPPED) if cpu.fits(base, value) else None
+    if dense is None:
+        dense = torch.zeros(size, dtype=torch.int64, device=weight.base.device)
+        for _, _, bits in _magnitudes(weight, [member], scratch):
+            dense += torch.bincount(bits.bitwise_right_shift_(DROPPED), minlength=size)
+        dense = dense.cpu()
     keys = dense.nonzero().squeeze(1)
     return Histogram(keys, dense[keys], DROPPED)
 
@@ -189,7 +187,9 @@ def tallies(weight: Weight, questions: Sequence[tuple[str, Band]], scratch: Scra
         and cpu.fits(base, *(weight.members[who].reshape(-1) for who, _ in questions))
     ):
         together = [questions] if sum(widths) <= cpu.WIDEST else [[question] for question in questions]
-        return [_tally(*several) for some in together for several in _within(weight, some, scratch)]
+        counts = [_within(weight, some, scratch) for some in together]
+        if None not in counts:
+            return [_tally(*one) for some in counts for one in some or ()]
     members = sorted({member for member, _ in questions})
     above = [0] * len(questions)
     within: list[list[Patterns]] = [[] for _ in questions]
@@ -207,7 +207,7 @@ def tallies(weight: Weight, questions: Sequence[tuple[str, Band]], scratch: Scra
 
 def _within(
     weight: Weight, questions: Sequence[tuple[str, Band]], scratch: Scratch
-) -> list[tuple[int, Patterns, Integers]]:
+) -> list[tuple[int, Patterns, Integers]] | None:
     """The same by a compiled loop, with a counter for every pattern."""
     values, bands = [weight.members[member].reshape(-1) for member, _ in questions], [band for _, band in questions]
     size = sum(high - low for low, high in bands)

@@ -18,9 +18,9 @@ with ThreadPoolExecutor(8) as threads:  # all of which find nothing loaded
 """
 
 
-def start(cache: Path) -> subprocess.Popen[str]:
+def start(cache: Path, **changes: str) -> subprocess.Popen[str]:
     """A process that asks for a loop, with a cache directory of its own."""
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1", **changes}
     return subprocess.Popen(
         [sys.executable, "-c", LOOK], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -60,6 +60,20 @@ def test_damaged_code_is_made_anew(tmp_path):
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert said(start(tmp_path)) == "{True} False True"
     assert len(file.read_bytes()) == len(whole)
+
+
+def test_where_nothing_compiles_torch_merges_and_it_is_said_once(tmp_path):
+    """As numba itself does beside a numpy that it does not know."""
+    (tmp_path / "numba").mkdir()
+    (tmp_path / "numba" / "__init__.py").write_text("raise ImportError('Numba needs NumPy 1.2 or less')")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = start(tmp_path / "cache", PYTHONPATH=path)
+    out, error = process.communicate(timeout=120)
+    assert out.strip() == "{True} False False"
+    assert (
+        error.count("UserWarning: the loop 'reductions.largest' cannot be compiled (ImportError: Numba needs NumPy")
+        == 1
+    )
 
 
 def test_where_nothing_can_be_kept_loops_are_compiled_all_the_same(fresh):
