@@ -61,7 +61,7 @@ def require_sources(opened: OpenCampaign) -> None:
     """
     cache = cache_of(opened.campaign)
     _jobs(opened, published_statistics(opened), opened.kinds, opened.base_kinds, cache)
-    if any(method.solution_for(parameters) for method, parameters in opened.variants()):
+    if any(method.needs(parameters).whole for method, parameters in opened.variants()):
         for member in opened.pool.members:
             _own_job(opened, member, "gram", cache)
 
@@ -73,7 +73,7 @@ def solutions(opened: OpenCampaign, cache: str, display: Display) -> dict[str, t
         Names of the members joined by + → paths; empty where no method asks.
     """
     campaign = opened.campaign
-    if not any(method.solution_for(parameters) for method, parameters in opened.variants()):
+    if not any(method.needs(parameters).whole for method, parameters in opened.variants()):
         return {}
     members = sorted(opened.pool.members)
     bound, data = {}, {}

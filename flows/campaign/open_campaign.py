@@ -50,12 +50,12 @@ class OpenCampaign:
     @property
     def kinds(self) -> list[str]:
         """Kinds of statistic that the campaign's methods need."""
-        return sorted({kind for method, parameters in self.variants() for kind in method.needs(parameters)})
+        return sorted({kind for method, parameters in self.variants() for kind in method.needs(parameters).members})
 
     @property
     def base_kinds(self) -> list[str]:
         """Kinds of statistic of the base itself that the campaign's methods need."""
-        return sorted({kind for method, parameters in self.variants() for kind in method.base_needs(parameters)})
+        return sorted({kind for method, parameters in self.variants() for kind in method.needs(parameters).base})
 
     def variants(self) -> Iterator[tuple[Method, dict[str, Value]]]:
         """The campaign's methods, each with every value that a parameter may take, one parameter at a time."""

@@ -79,9 +79,9 @@ def _parameter(spec: Parameter) -> dict[str, Any]:
 
 def needs(method: Method) -> str:
     """What a method needs besides weights, at its parameters' defaults."""
-    kinds = method.needs({name: spec.default for name, spec in method.parameters.items()})
-    whole = [f"{method.solution} (of the whole subset)"] if method.solution else []
-    return ", ".join([*kinds, *whole]) or "weights only"
+    needed = method.needs(method.defaults())
+    whole = [f"{needed.whole} (of the whole subset)"] if needed.whole else []
+    return ", ".join([*needed.members, *whole]) or "weights only"
 
 
 def default_and_range(spec: Parameter) -> str:

@@ -56,24 +56,25 @@ class Material:
                 f"method '{method.name}' merges LoRA adapters, and {', '.join(whole)} is a whole model: name the adapters' own "
                 f"directories (not those of merged models), or use '{method.name.replace('core+', '')}'"
             )
-        for kind in method.needs(complete.parameters):
+        needs = method.needs(complete.parameters)
+        for kind in needs.members:
             missing = [member for member in complete.members if member not in self.statistics.get(kind, {})]
             if missing:
                 raise MethodError(
                     f"method '{method.name}' needs the statistic '{kind}' of {', '.join(missing)}: compute it with "
                     f"`mergequest statistics`, or name its file under the member's `statistics:`"
                 )
-        for kind in method.base_needs(complete.parameters):
+        for kind in needs.base:
             if BASE not in self.statistics.get(kind, {}):
                 raise MethodError(
                     f"method '{method.name}' needs the statistic '{kind}' of the base for these parameters: a campaign "
                     "computes it on `base_data`; a recipe names its file under `base_statistics:`"
                 )
-        if (solution := method.solution_for(complete.parameters)) is not None:
+        if needs.whole is not None:
             subset = "+".join(complete.members)
-            if subset not in self.statistics.get(solution, {}):
+            if subset not in self.statistics.get(needs.whole, {}):
                 raise MethodError(
-                    f"method '{method.name}' needs the '{solution}' solution of {subset}: a campaign computes it of "
+                    f"method '{method.name}' needs the '{needs.whole}' solution of {subset}: a campaign computes it of "
                     f"all members; a recipe names its file under `statistics:`"
                 )
         return complete

@@ -105,6 +105,21 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """The statistics that a merge cannot do without.
+
+    Args:
+        members: Kinds that every member must bring.
+        base: Kinds that the base must bring.
+        whole: Kind that is one of all members that take part.
+    """
+
+    members: tuple[str, ...] = ()
+    base: tuple[str, ...] = ()
+    whole: str | None = None
+
+
+@dataclass(frozen=True)
 class Context:
     """What a method may know of the pool besides its weights.
 
@@ -180,21 +195,13 @@ class Method(ABC):
         """All kinds of statistic that a merge may look at."""
         return (*self.requires, *self.optional, *([self.solution] if self.solution else []))
 
-    def needs(self, parameters: Mapping[str, Value]) -> tuple[str, ...]:
-        """Kinds of statistic that every member must bring for a merge with these parameters, all spelled out."""
-        return self.requires
-
-    def base_needs(self, parameters: Mapping[str, Value]) -> tuple[str, ...]:
-        """Kinds of statistic that the base must bring for a merge with these parameters."""
-        return ()
+    def needs(self, parameters: Mapping[str, Value]) -> Needs:
+        """The statistics that must be there for a merge with these parameters, all spelled out."""
+        return Needs(self.requires, whole=self.solution)
 
     def prior(self, parameters: Mapping[str, Value]) -> tuple[float, bool]:
         """The base's curvature H_0 that a merge with these parameters has: a constant, and whether s_0 F_0 is added."""
         return 1.0, False
-
-    def solution_for(self, parameters: Mapping[str, Value]) -> str | None:
-        """Kind of statistic that a merge with these parameters asks for of its members as a whole."""
-        return self.solution
 
     def is_linear(self, parameters: Mapping[str, Value]) -> bool:
         """Whether a merge with these parameters is θ_0 + Σ α_t u_t, u_t independent of the scaling factors α."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from merging.errors import MethodError
 from merging.kernels.blockwise import Scratch
 from merging.methods.checks import target
-from merging.methods.method import Method, Parameter, Prepared, Weight
+from merging.methods.method import Method, Needs, Parameter, Prepared, Weight
 from merging.recipe import GROUP, Recipe, Value
 
 
@@ -19,13 +19,9 @@ class Modified(Method):
 
     inner: ClassVar[Method]
 
-    def needs(self, parameters: Mapping[str, Value]) -> tuple[str, ...]:
+    def needs(self, parameters: Mapping[str, Value]) -> Needs:
         """What the method that is modified needs."""
         return self.inner.needs(parameters)
-
-    def base_needs(self, parameters: Mapping[str, Value]) -> tuple[str, ...]:
-        """What the method that is modified needs of the base."""
-        return self.inner.base_needs(parameters)
 
     def prior(self, parameters: Mapping[str, Value]) -> tuple[float, bool]:
         """That of the method that is modified."""
@@ -38,10 +34,6 @@ class Modified(Method):
         }
         inner = self.inner.complete(Recipe(self.inner.name, recipe.scaling, given), model_type)
         return super().complete(replace(recipe, parameters={**recipe.parameters, **inner.parameters}), model_type)
-
-    def solution_for(self, parameters: Mapping[str, Value]) -> str | None:
-        """What the method that is modified asks for."""
-        return self.inner.solution_for(parameters)
 
     def is_linear(self, parameters: Mapping[str, Value]) -> bool:
         """Where the method that is modified is."""

@@ -46,7 +46,7 @@ class Declared:
         """Whether some merge that may be tried takes a solution of its members as a whole."""
         usual = {key: spec.default for key, spec in self.method.parameters.items()}
         tried = [{**usual, key: value} for key, domain in self.parameters.items() for value in domain.values]
-        return any(self.method.solution_for(parameters) is not None for parameters in tried or [usual])
+        return any(self.method.needs(parameters).whole for parameters in tried or [usual])
 
     def factor(self, member: str, group: str | None) -> Domain:
         """What may be tried for a member's factor in a group: what is given for the narrowest of all that it is part of."""

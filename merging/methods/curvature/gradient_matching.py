@@ -10,7 +10,7 @@ from torch import Tensor
 from merging.errors import MethodError
 from merging.methods.checks import chosen, example_counts
 from merging.methods.curvature.diagonal import Curvature, Diagonal
-from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
+from merging.methods.method import Context, Method, Needs, Parameter, Prepared, Weight, register
 from merging.recipe import BASE, Recipe, Value
 
 DELTA_WITH_FISHER = 1e-12
@@ -54,9 +54,9 @@ class GradientMatching(Method):
         ),
     }
 
-    def base_needs(self, parameters: Mapping[str, Value]) -> tuple[str, ...]:
-        """The base's Fisher, where it is H_0."""
-        return ("fisher",) if parameters["base_curvature"] == "fisher" else ()
+    def needs(self, parameters: Mapping[str, Value]) -> Needs:
+        """The members' Fisher; the base's, too, where it is H_0."""
+        return Needs(self.requires, base=self.requires if parameters["base_curvature"] == "fisher" else ())
 
     def prior(self, parameters: Mapping[str, Value]) -> tuple[float, bool]:
         """H_0."""

@@ -13,7 +13,7 @@ from merging.kernels.blockwise import Scratch, weighted_sum
 from merging.methods.checks import check_weights, chosen, target
 from merging.methods.least_squares.conjugate_gradients import solve
 from merging.methods.least_squares.subspaces import KINDS, Subspace, check_statistics, has_statistics
-from merging.methods.method import METHODS, Context, Method, Parameter, Prepared, Weight, register
+from merging.methods.method import METHODS, Context, Method, Needs, Parameter, Prepared, Weight, register
 from merging.recipe import BASE, Recipe, Value
 
 AVERAGE = "average"
@@ -72,16 +72,11 @@ class Mats(Method):
             raise MethodError(f"start = '{start}': mats cannot begin at its own result; name another method")
         return complete
 
-    def needs(self, parameters: Mapping[str, Value]) -> tuple[str, ...]:
+    def needs(self, parameters: Mapping[str, Value]) -> Needs:
         """What the subspace and the method of the start need."""
         start = _start(parameters)
-        own = start.needs(start.defaults()) if start else ()
-        return tuple(dict.fromkeys((*KINDS[str(parameters["subspace"])], *own)))
-
-    def solution_for(self, parameters: Mapping[str, Value]) -> str | None:
-        """What the method of the start asks for."""
-        start = _start(parameters)
-        return start.solution_for(start.defaults()) if start else None
+        own = start.needs(start.defaults()) if start else Needs()
+        return replace(own, members=tuple(dict.fromkeys((*KINDS[str(parameters["subspace"])], *own.members))))
 
     def global_pass(self, weights: Iterable[Weight]) -> StartStatistics:
         """The kinds of statistic that some weight has."""

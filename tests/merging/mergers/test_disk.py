@@ -18,7 +18,7 @@ from merging.methods import METHODS
 from merging.methods.spherical.interpolation import Spherical
 from merging.recipe import Recipe
 
-NEEDS = {name: METHODS[name].needs({key: p.default for key, p in METHODS[name].parameters.items()}) for name in METHODS}
+NEEDS = {name: METHODS[name].needs(METHODS[name].defaults()).members for name in METHODS}
 DATA_FREE = [name for name in METHODS if not NEEDS[name] and METHODS[name].solution is None]
 MEMBERS = ("one", "two", "three")
 TASK_ARITHMETIC = Recipe("task_arithmetic", {"one": 0.7, "three": -0.2})

@@ -57,7 +57,7 @@ def test_gradient_matching_keeps_the_base_s_fisher_and_its_delta():
     complete = method.complete(recipe)
     assert complete.parameters["delta"] == 1e-12
     assert (complete.parameters["a"], complete.parameters["b"]) == (0.3, 0.5)
-    assert method.base_needs(complete.parameters) == inner.base_needs(complete.parameters) == ("fisher",)
+    assert method.needs(complete.parameters).base == inner.needs(complete.parameters).base == ("fisher",)
     assert method.complete(replace(recipe, parameters={})).parameters["delta"] == 1.0
     with pytest.raises(MethodError, match="has no parameter 'detla'"):
         method.complete(replace(recipe, parameters={"detla": 1.0}))

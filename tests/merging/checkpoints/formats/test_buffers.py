@@ -16,7 +16,7 @@ from merging.methods import METHODS
 from merging.recipe import Recipe
 
 SIZE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 40}
-NEEDS = {name: METHODS[name].needs({key: p.default for key, p in METHODS[name].parameters.items()}) for name in METHODS}
+NEEDS = {name: METHODS[name].needs(METHODS[name].defaults()).members for name in METHODS}
 DATA_FREE = [name for name in METHODS if not NEEDS[name] and METHODS[name].solution is None]
 
 
