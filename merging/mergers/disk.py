@@ -22,7 +22,7 @@ from merging.io.direct_io import BLOCK
 from merging.io.memory import available_memory
 from merging.kernels.blockwise import Scratch, is_finite
 from merging.mergers import running_statistics
-from merging.mergers.material import Material
+from merging.mergers.material import Material, second_passes
 from merging.mergers.partition import Part, partition, runs, side_by_side
 from merging.mergers.resident import ResidentMerger, joined
 from merging.mergers.running_statistics import parameters_of
@@ -223,16 +223,13 @@ class _Merger:
         if type(method).global_pass is not Method.global_pass:
             samples = side_by_side(lambda run: method.sample(self._read(run[0]), parameters), alone, share, threads)
             self._global_stats = reduce(method.combine, samples)
-        while type(method).second_pass is not Method.second_pass and (answers := self._refined(alone, share, threads)):
-            self._global_stats = reduce(method.combine, answers, self._global_stats)
 
-    def _refined(self, alone: Sequence[list[Part]], share: int, threads: int) -> list[Any]:
-        """What the method adds to its global statistics, part by part; nothing once it knows enough."""
-        global_stats, parameters = self._global_stats, self._recipe.parameters
-        more = side_by_side(
-            lambda run: self.method.second_pass(self._read(run[0]), global_stats, parameters), alone, share, threads
-        )
-        return [answer for answer in more if answer is not None]
+        def ask(known: Any) -> Iterator[Any]:
+            return side_by_side(
+                lambda run: method.second_pass(self._read(run[0]), known, parameters), alone, share, threads
+            )
+
+        self._global_stats = second_passes(method, self._global_stats, ask)
 
     def write(self, files: WeightFiles, run: Sequence[Part]) -> int:
         """Merges and writes some parts of one file.

@@ -1,7 +1,8 @@
 """What recipes over one pool are merged from: base and members, statistics, numbers of examples."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -148,6 +149,22 @@ class Material:
     def _own_name(self, who: str, name: str) -> str:
         """A weight's name in the statistics of a member, or of somebody else."""
         return self.pool.members[who].names[name] if who in self.pool.members else name
+
+
+def second_passes(method: Method, global_stats: Any, ask: Callable[[Any], Iterable[Any]]) -> Any:
+    """Global statistics with what a candidate asks besides: asked again, knowing the answers, until none adds to it.
+
+    Args:
+        method: The method.
+        global_stats: Of all weights.
+        ask: Given what is known so far, what `Method.second_pass` gives of every part of the model.
+    """
+    while type(method).second_pass is not Method.second_pass:
+        answers = [answer for answer in ask(global_stats) if answer is not None]
+        if not answers:
+            break
+        global_stats = reduce(method.combine, answers, global_stats)
+    return global_stats
 
 
 def head_tensors(pool: Pool, member: str) -> dict[str, Tensor]:

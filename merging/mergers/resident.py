@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from merging.mergers import weight_groups
-from merging.mergers.material import Material
+from merging.mergers.material import Material, second_passes
 from merging.mergers.running_statistics import parameters_of
 from merging.methods import METHODS, Method, Prepared
 from merging.recipe import REFERENCES, Recipe, Value
@@ -65,31 +65,28 @@ class ResidentMerger:
         for number, names in enumerate(kept.parts):
             for name in names:
                 finer.setdefault((number, group[name]), []).append(name)
-        global_stats = kept.global_stats if kept.prepared else self._global_pass(method)
-        refined, in_parts = None, self._is_part or len(finer) > 1
+        global_stats = known = kept.global_stats if kept.prepared else self._global_pass(method)
+        in_parts = self._is_part or len(finer) > 1
         if in_parts and (kept.refined_for != parameters or len(finer) > len(kept.parts)):
-            refined = self._second_pass(method, global_stats, parameters)
-            # some ask again, knowing the answer; parts of a model cannot know all answers
-            while not self._is_part and refined is not None:
-                more = self._second_pass(method, method.combine(global_stats, refined), parameters)
-                if more is None:
-                    break
-                refined = method.combine(refined, more)
-        if not kept.prepared or len(finer) > len(kept.parts) or refined is not None:
+            known = self._second_passes(method, global_stats, parameters)
+        if not kept.prepared or len(finer) > len(kept.parts) or known is not global_stats:
             kept.prepared.clear()  # before the new state takes memory
             kept.parts, kept.global_stats = list(finer.values()), global_stats
             kept.refined_for = dict(parameters) if in_parts else None
-            seen = global_stats if refined is None else method.combine(global_stats, refined)
             for names in kept.parts:
-                kept.prepared.append(self._material.prepare(names, method, seen, self._device))
+                kept.prepared.append(self._material.prepare(names, method, known, self._device))
         return kept
 
     def _global_pass(self, method: Method) -> Any:
         """The global statistics of all weights of the model."""
         return self._material.global_pass(self._out, method, self._device)
 
+    def _second_passes(self, method: Method, global_stats: Any, parameters: Mapping[str, Value]) -> Any:
+        """The global statistics with what a candidate's merge asks besides of all weights of the model."""
+        return second_passes(method, global_stats, lambda known: [self._second_pass(method, known, parameters)])
+
     def _second_pass(self, method: Method, global_stats: Any, parameters: Mapping[str, Value]) -> Any:
-        """What a candidate's merge asks besides of all weights of the model."""
+        """What a candidate's merge asks besides of the weights at hand."""
         weights = parameters_of(self._material.weights(self._out, method.kinds, self._device, method.extras))
         return method.second_pass(weights, global_stats, parameters)
 

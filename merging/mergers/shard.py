@@ -122,7 +122,7 @@ class ShardMerger(ResidentMerger):
     def second_pass(self, recipe: Recipe) -> Any:
         """What this shard's weights add to the global statistics for a recipe; None for nothing."""
         complete = self._material.check(recipe)
-        return super()._second_pass(METHODS[recipe.method], self._global_stats[recipe.method], complete.parameters)
+        return self._second_pass(METHODS[recipe.method], self._global_stats[recipe.method], complete.parameters)
 
     def merge_part(self, recipe: Recipe, more: Sequence[Any] = ()) -> dict[str, float]:
         """Overwrites this shard's weights with the recipe's.
@@ -144,5 +144,5 @@ class ShardMerger(ResidentMerger):
     def _global_pass(self, method: Method) -> Any:
         return self._global_stats.get(method.name)
 
-    def _second_pass(self, method: Method, global_stats: Any, parameters: Mapping[str, Value]) -> Any:
-        return self._more
+    def _second_passes(self, method: Method, global_stats: Any, parameters: Mapping[str, Value]) -> Any:
+        return global_stats if self._more is None else method.combine(global_stats, self._more)
