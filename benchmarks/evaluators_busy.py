@@ -49,7 +49,9 @@ class Sleeper:
         """Sleeps."""
         started = datetime.now(UTC)
         time.sleep(self._seconds)
-        return SimpleNamespace(measurement=None, error=None, worker="here", started=started, lost=False, fault=False)
+        return SimpleNamespace(
+            measurement=None, error=None, worker="here", started=started, seconds=0.0, lost=False, fault=False
+        )
 
 
 class LightPool(EvaluatorPool):

@@ -57,7 +57,7 @@ def as_object(method: Method) -> dict[str, Any]:
         "name": method.name,
         "summary": method.summary,
         "description": cleandoc(method.__doc__ or ""),
-        "statistics": list(method.needs({name: spec.default for name, spec in method.parameters.items()})),
+        "statistics": list(method.needs(method.defaults()).members),
         "solution": method.solution,
         "most_members": method.most_members,
         "scaling": _parameter(method.scaling),

@@ -33,7 +33,9 @@ class Sleeper:
 
     def measure(self, assignment):
         time.sleep(1.0)
-        return SimpleNamespace(measurement=None, error="measured", worker="", started=None, lost=False, fault=False)
+        return SimpleNamespace(
+            measurement=None, error="measured", worker="", started=None, seconds=0.0, lost=False, fault=False
+        )
 
 
 def main():

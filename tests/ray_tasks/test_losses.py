@@ -37,7 +37,9 @@ class Light:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(assignment.deed)
         error = f"measured {assignment.ticket}"
-        return SimpleNamespace(measurement=None, error=error, worker="", started=started, lost=False, fault=False)
+        return SimpleNamespace(
+            measurement=None, error=error, worker="", started=started, seconds=0.0, lost=False, fault=False
+        )
 
 
 class BrokenError(Exception):
