@@ -18,6 +18,7 @@ from torch import Tensor
 from merging.errors import MethodError
 from merging.mergers.linear_basis import Basis
 from merging.mergers.material import Material
+from merging.methods.least_squares.blocks import blocks_of
 from merging.methods.method import Weight
 
 Array = npt.NDArray[np.float64]
@@ -124,7 +125,8 @@ def minimiser(forms: Sequence[Quadratic], *, shared: bool = False, ridge: float 
 
 def _bend(moves: Tensor, gram: Tensor, output: Tensor | None, weight: Weight) -> Tensor:
     """B V A for every row V of [N, weight's entries], A the Gram of inputs, B that of output gradients or the identity."""
-    matrices = moves.view(len(moves), *weight.base.shape)
+    first = blocks_of(weight)[0].base  # a convolution's groups, or experts, are matrices each
+    matrices = moves.view(len(moves), -1, *first.shape)
     gram = gram.to(torch.float32)
     if weight.transposed:
         bent = gram @ matrices

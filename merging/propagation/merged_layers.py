@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 
 from merging.checkpoints.models.parameter_names import conv1d
 from merging.statistics.capture.layers import layer_names
+from merging.statistics.capture.patches import is_convolution
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,15 @@ def merged_layers(model: nn.Module, out: Mapping[str, Tensor]) -> dict[str, Laye
     """By the base's name of its weight, every linear layer of a model that holds the tensors of `out`.
 
     A weight that is also an embedding's (a tied output layer) is left out: it is merged as an embedding. So is one that
-    several layers hold.
+    several layers hold, and a convolution's: these are the mean.
     """
     names = {(value.data_ptr(), value.numel()): name for name, value in out.items()}
     paths = {module: path for path, module in model.named_modules()}
     layers: dict[str, Layer] = {}
     twice = set()
     for module in layer_names(model):
+        if is_convolution(module):
+            continue
         weight = _name_of(module.weight, names)
         if weight is None:
             continue

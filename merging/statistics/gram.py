@@ -10,21 +10,28 @@ from torch import Tensor, nn
 from merging.errors import StatisticsError
 from merging.statistics.capture.layers import device_of, layer_names, transposed_names, uncovered
 from merging.statistics.capture.linear_calls import LinearCalls, given, inspect_calls, real_mask
+from merging.statistics.capture.patches import is_convolution, row_dimensions, rows_read
 from merging.statistics.gram_sums import GramStatistic, GramSums
 from merging.statistics.statistic import Partial, register
 from merging.tasks.task import Batch, Task
+
+PATCH_BYTES = 1 << 26
+"""Of what a convolution reads that are unfolded at once."""
 
 
 @register
 class Gram(GramStatistic):
     """G = (1/tokens) Xᵀ X [in, in] for every linear layer's weight, X its inputs at real tokens.
 
+    A convolution is a linear layer that reads, at each place, what its kernel sees there (the weight is [out, in] with all
+    but its first dimension in one); of several groups each has its own Gram: [groups, in, in].
+
     Layers that are given the same tensors (query, key and value) have one Gram, under the name of the first. A weight
     that is also read outside of its layer has none.
     """
 
     kind: ClassVar[str] = "gram"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     def accumulate(self, model: nn.Module, task: Task, batches: Iterable[Batch], *, alone: bool) -> Partial:
         """One forward pass a batch, or an example.
@@ -91,12 +98,29 @@ class _Recorder:
             # The tensors themselves are kept, so that their ids are not given to others within the pass.
             self._inputs[name].append(value)
         if name == holder:
-            self._sums.add(name, value, real_mask(name, value, self._batch, layer in self._decoding))
+            self._add(layer, name, value)
             return
         self._shared[name] = holder
         place = len(self._inputs[name]) - 1
         if len(self._inputs[holder]) <= place or self._inputs[holder][place] is not value:
             raise self._fickle(name, holder)
+
+    def _add(self, layer: nn.Module, name: str, value: Tensor) -> None:
+        """Adds what a layer reads; of a convolution a few examples at a time, for each number stands in many rows."""
+        assert self._batch is not None
+        dimensions, decoding = row_dimensions(layer), layer in self._decoding
+        rows = [value]
+        if is_convolution(layer):
+            weight: Any = layer.weight
+            size = max(1, PATCH_BYTES // max(1, value[:1].nbytes * weight[0, 0].numel()))
+            rows = [value[start : start + size] for start in range(0, len(value), size)]
+        if len(rows) == 1 or self._batch.mask is not None:
+            read = rows_read(layer, value)
+            mask = real_mask(name, read, self._batch, decoding, dimensions)
+            self._sums.add(name, read, mask, dimensions=dimensions)
+            return
+        for part in rows:
+            self._sums.add(name, rows_read(layer, part), None, dimensions=dimensions)
 
     def _end(self) -> None:
         """Looks whether those that share an input have shared all of them."""

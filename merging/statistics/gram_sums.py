@@ -22,20 +22,25 @@ class GramSums:
         self._sums: dict[str, Tensor] = {}
         self._counts = {"examples": 0, "tokens": 0}
 
-    def add(self, name: str, value: Tensor, mask: Tensor | None, *, counted: bool = True) -> None:
+    def add(self, name: str, value: Tensor, mask: Tensor | None, *, counted: bool = True, dimensions: int = 1) -> None:
         """Adds the Gram of a tensor's real rows.
 
         Args:
             name: Which Gram.
-            value: […, D].
+            value: […, D], or […, groups, D], which has a Gram for each group.
             mask: Which positions are real tokens, or None.
             counted: Whether the rows are new ones (and not the same tokens' for another class).
+            dimensions: How many of the last dimensions belong to a row.
         """
-        rows = real_rows(value, mask)
+        rows = real_rows(value, mask, dimensions)
         rows = rows.to(promote_types(rows.dtype, float32))
         if name not in self._sums:
-            self._sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
-        _add_upper(self._sums[name], rows)
+            self._sums[name] = rows.new_zeros(*rows.shape[1:], rows.shape[-1])
+        if dimensions == 1:
+            _add_upper(self._sums[name], rows)
+        else:
+            by_group = rows.transpose(0, 1)
+            self._sums[name].baddbmm_(by_group.mT, by_group)
         self._counts[name] = self._counts.get(name, 0) + (len(rows) if counted else 0)
 
     def count(self, batch: Batch) -> None:
@@ -47,7 +52,7 @@ class GramSums:
         """What was accumulated, on the CPU; `transposed` restricted to names that have a Gram."""
         if not self._counts["examples"]:
             return Partial()
-        sums = {name: (value.triu() + value.triu(1).T).cpu() for name, value in self._sums.items()}
+        sums = {name: (value.triu() + value.triu(1).mT).cpu() for name, value in self._sums.items()}
         named = tuple(name for name in transposed if name in sums or name in shared)
         return Partial(sums, self._counts, shared=shared, transposed=named)
 
@@ -84,7 +89,7 @@ class GramStatistic(Statistic):
         """
 
     def finalize(self, partial: Partial) -> dict[str, Tensor]:
-        """Means over real tokens, float32 [D, D], by the weight's name, without those of `shared` names.
+        """Means over real tokens, float32 [D, D], or [groups, D, D], by the weight's name, without those of `shared` names.
 
         Raises:
             StatisticsError: It was computed over no examples, or holds NaN or Inf.

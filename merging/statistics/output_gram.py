@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge
 from merging.statistics.capture.hooks import differentiable, tap
 from merging.statistics.capture.layers import device_of, layer_names, transposed_names, uncovered
 from merging.statistics.capture.linear_calls import LinearCalls, inspect_calls, real_mask
+from merging.statistics.capture.patches import row_dimensions, rows_written
 from merging.statistics.gram_sums import GramStatistic, GramSums
 from merging.statistics.likelihood import LikelihoodSettings, objectives
 from merging.statistics.statistic import Partial, StatisticSettings, register
@@ -32,12 +33,13 @@ class OutputGramSettings(LikelihoodSettings):
 class OutputGram(GramStatistic):
     """B = (1/tokens) Σ g gᵀ [out, out] for every linear layer's weight, g the gradient of log p(c|x) there.
 
+    Of a convolution's outputs every place is a row, and each group has its own: [groups, out, out].
     The sum is over real tokens and, weighted by p(c|x), over classes; what is drawn or observed, for the other
     estimators. With the Gram A of the layer's input, A ⊗ B stands for its block of the Fisher (MaTS, K-FAC).
     """
 
     kind: ClassVar[str] = "output_gram"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     settings_type: ClassVar[type[StatisticSettings]] = OutputGramSettings
     settings: OutputGramSettings
 
@@ -55,7 +57,7 @@ class OutputGram(GramStatistic):
         likelihood = task.likelihood(model)
 
         def hook(layer: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-            if output.shape[-1] > self.settings.largest:
+            if rows_written(layer, output).shape[-1] > self.settings.largest:
                 return None
             tapped: Tensor
             tapped, tapped_edges = tap(output, len(output))
@@ -82,9 +84,10 @@ class OutputGram(GramStatistic):
                         )
                         for (layer, _), gradient in zip(edges, gradients, strict=True):
                             if gradient is not None:
-                                name = layers[layer]
-                                mask = real_mask(name, gradient, part, layer in calls.decoding)
-                                sums.add(name, gradient, mask, counted=number == 1)
+                                name, dimensions = layers[layer], row_dimensions(layer)
+                                rows = rows_written(layer, gradient)
+                                mask = real_mask(name, rows, part, layer in calls.decoding, dimensions)
+                                sums.add(name, rows, mask, counted=number == 1, dimensions=dimensions)
                     sums.count(part)
         partial = sums.partial({}, transposed_names(layers))
         partial.uncovered = uncovered(model, partial.sums) if partial.counts else ()

@@ -1,6 +1,7 @@
 """The published form of a statistic: a safetensors file with the member checkpoint's parameter names."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -183,9 +184,18 @@ class StatisticsFile:
         """The shape that a weight's statistic must have."""
         if self.kind == "fisher":
             return weight
-        inputs, outputs = (0, -1) if name in self.transposed else (-1, 0)
-        extent = weight[inputs if self.kind == "gram" else outputs] if weight else 1
-        return (extent, extent)
+        stored = self.shape(name)
+        blocks = stored[0] if len(stored) == 3 else 1
+        if len(weight) < 2 or weight[0] % blocks:
+            return (1, 1)
+        if len(weight) == 2 or (
+            len(weight) == 3 and blocks == weight[0]
+        ):  # experts, which a convolution's group is not
+            inputs, outputs = (-2, -1) if name in self.transposed else (-1, -2)
+            extent = weight[inputs if self.kind == "gram" else outputs]
+        else:
+            extent = math.prod(weight[1:]) if self.kind == "gram" else weight[0] // blocks
+        return (blocks, extent, extent) if len(stored) == 3 else (extent, extent)
 
     def _check_values(self, name: str, value: Tensor) -> None:
         problem = None
@@ -194,9 +204,9 @@ class StatisticsFile:
         elif self.kind == "fisher" and (value < 0).any():
             problem = f"{int((value < 0).sum()):,} negative entries, which no Fisher has"
         elif self.kind in ("gram", "output_gram"):
-            if value.dim() != 2 or value.shape[0] != value.shape[1]:
+            if value.dim() not in (2, 3) or value.shape[-2] != value.shape[-1]:
                 problem = f"shape {list(value.shape)}, which is not square"
-            elif value.numel() and (value - value.T).abs().max() > SYMMETRY * value.abs().max():
+            elif value.numel() and (value - value.mT).abs().max() > SYMMETRY * value.abs().max():
                 problem = "a matrix that is not symmetric"
         if problem:
             raise StatisticsError(f"{self.path}: '{name}' holds {problem}. The file is damaged: compute it again")

@@ -11,6 +11,7 @@ from torch import Tensor
 from merging.errors import MethodError
 from merging.kernels.blockwise import Scratch, weighted_sum
 from merging.methods.checks import check_weights, chosen, target
+from merging.methods.least_squares.blocks import blocks_of
 from merging.methods.least_squares.conjugate_gradients import solve
 from merging.methods.least_squares.subspaces import KINDS, Subspace, check_statistics, has_statistics
 from merging.methods.method import METHODS, Context, Method, Needs, Parameter, Prepared, Weight, register
@@ -134,9 +135,11 @@ class PreparedMats(Prepared):
 
     def __init__(self, weights: Sequence[Weight], context: Context, global_stats: StartStatistics) -> None:
         self._members = check_weights(weights)
-        for weight in weights:
-            check_statistics(weight)
         self._weights = tuple(weights)
+        self._blocks = {weight.name: blocks_of(weight) for weight in weights}
+        for views in self._blocks.values():
+            for view in views:
+                check_statistics(view)
         self._context = context
         self._global_stats = global_stats
         self._starts: dict[str, Prepared] = {}
@@ -171,15 +174,27 @@ class PreparedMats(Prepared):
         started = self._start(self._weights if whole else solved, start, members)
         self._report = {"residual": 0.0}
         moved: dict[str, Tensor] = {}
-        for batch in _batches(solved, subspace):
-            moved |= self._solve(Subspace(batch, subspace, members, factors), started, parameters)
+        views = [view for weight in solved for view in self._blocks[weight.name]]
+        begun = self._in_blocks(started)
+        for batch in _batches(views, subspace):
+            moved |= self._solve(Subspace(batch, subspace, members, factors), begun, parameters)
         for weight in self._weights:
             terms = [(weight.members[member], 1.0 / len(members)) for member in members]
             if whole:
                 terms = [(started[weight.name], 1.0)]
-            if weight.name in moved:
-                terms = [(weight.base, 1.0), (moved[weight.name], 1.0)]
+            parts = [moved[view.name] for view in self._blocks[weight.name] if view.name in moved]
+            if parts:
+                terms = [(weight.base, 1.0), (torch.stack(parts).view(weight.base.shape), 1.0)]
             weighted_sum(terms, destinations[weight.name], self._scratch)
+
+    def _in_blocks(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values of weights as those of their blocks."""
+        found = {}
+        for name, value in values.items():
+            views = self._blocks[name]
+            for view, part in zip(views, value.reshape(len(views), *views[0].base.shape), strict=True):
+                found[view.name] = part
+        return found
 
     def _start(self, weights: Sequence[Weight], start: Method | None, members: Sequence[str]) -> Mapping[str, Tensor]:
         """Weights to begin at."""

@@ -11,6 +11,7 @@ from merging.kernels.blockwise import Scratch
 from merging.methods.averaging.weighted_sum import mean_step
 from merging.methods.checks import check_weights, chosen
 from merging.methods.latest import Latest
+from merging.methods.least_squares.blocks import InBlocks
 from merging.methods.least_squares.cholesky import factor, solve
 from merging.methods.least_squares.gram_systems import averaged_layers, batches
 from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
@@ -71,7 +72,7 @@ class RegMean(Method):
         Raises:
             MethodError: A Gram is missing, not finite, of another shape, or has a negative diagonal.
         """
-        return PreparedRegMean(weights)
+        return InBlocks(weights, PreparedRegMean)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from merging.methods.latest import Latest
+from merging.methods.least_squares.blocks import InBlocks, blocks_of
 from merging.methods.least_squares.gram_systems import averaged_layers, grams_of
 from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
 from merging.methods.spectral.singular_vectors import Matrix, PreparedSpectral, norms, polar, triples
@@ -48,7 +49,7 @@ class Esm(Method):
 
     def global_pass(self, weights: Iterable[Weight]) -> Products:
         """Inner products of the task vectors of every matrix with a Gram."""
-        return inner_products(weight for weight in weights if weight.statistics.get("gram"))
+        return inner_products(view for w in weights if w.statistics.get("gram") for view in blocks_of(w))
 
     def combine(self, first: Products | None, second: Products | None) -> Products:
         """All of them."""
@@ -60,7 +61,8 @@ class Esm(Method):
         Raises:
             MethodError: A Gram is missing, not finite, of another shape, or has a negative diagonal.
         """
-        return PreparedEsm(weights, self.global_pass(weights) if context.global_stats is None else context.global_stats)
+        products = self.global_pass(weights) if context.global_stats is None else context.global_stats
+        return InBlocks(weights, lambda views: PreparedEsm(views, products))
 
 
 def layer_scales(products: Products, places: Sequence[int]) -> dict[str, float]:

@@ -1,13 +1,14 @@
 """The short way from a layer's input and its output's gradient to single examples' gradients of its parameters."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from merging.checkpoints.models.parameter_names import conv1d
 from merging.statistics.capture.modules import Unit
+from merging.statistics.capture.patches import is_convolution, rows_read, rows_written
 from merging.statistics.capture.per_sample_grads import Dense, GradientTerm, Outer, TableGradient
 
 Rule = Callable[[Any, Tensor, Tensor], dict[str, GradientTerm]]
@@ -19,9 +20,7 @@ def rule_for(unit: Unit) -> Rule | None:
     module = unit.module
     if not unit.parameters.keys() <= {"weight", "bias"}:
         return None
-    if isinstance(module, nn.Conv2d) and (
-        module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str)
-    ):
+    if is_convolution(module) and getattr(module, "groups", 1) != 1:
         return None
     rules = {**RULES, conv1d(): _conv1d}
     return next((rule for kind, rule in rules.items() if type(module).forward is kind.forward), None)
@@ -53,17 +52,17 @@ def _layer_norm(module: nn.LayerNorm, value: Tensor, gradient: Tensor) -> dict[s
     }
 
 
-def _conv2d(module: nn.Conv2d, value: Tensor, gradient: Tensor) -> dict[str, GradientTerm]:
-    patches = F.unfold(value, module.kernel_size, module.dilation, cast(tuple[int, int], module.padding), module.stride)
-    by_position = gradient.flatten(2).transpose(1, 2)
-    return {"weight": Outer(by_position, patches.transpose(1, 2)), "bias": Dense(by_position.sum(1))}
+def _convolution(module: nn.Module, value: Tensor, gradient: Tensor) -> dict[str, GradientTerm]:
+    written = rows_written(module, gradient)
+    return {"weight": Outer(written, rows_read(module, value)), "bias": Dense(written.sum(1))}
 
 
 RULES: dict[type[nn.Module], Rule] = {
     nn.Linear: _linear,
     nn.Embedding: _embedding,
     nn.LayerNorm: _layer_norm,
-    nn.Conv2d: _conv2d,
+    nn.Conv2d: _convolution,
+    nn.Conv1d: _convolution,
 }
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from merging.checkpoints.models.parameter_names import checkpoint_names, conv1d, saved_names
 from merging.errors import StatisticsError
 from merging.statistics.capture.modules import Logits, first_example
+from merging.statistics.capture.patches import is_convolution
 from merging.statistics.statistic import Partial
 from merging.tasks.task import IGNORED, Batch
 
@@ -18,7 +19,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def layer_names(model: nn.Module) -> dict[nn.Module, str]:
-    """Every `nn.Linear` and `Conv1D` → the name of its weight in the checkpoint.
+    """Every `nn.Linear`, `Conv1D` and convolution → the name of its weight in the checkpoint.
 
     A weight that is also an embedding's (a tied output layer) is left out: it is merged as an embedding.
     """
@@ -27,7 +28,9 @@ def layer_names(model: nn.Module) -> dict[nn.Module, str]:
     return {
         module: names[id(module.weight)]
         for module in model.modules()
-        if isinstance(module, linear) and id(module.weight) in names and id(module.weight) not in embeddings
+        if (isinstance(module, linear) or is_convolution(module))
+        and id(module.weight) in names
+        and id(module.weight) not in embeddings
     }
 
 
@@ -61,9 +64,15 @@ def token_count(batch: Batch) -> int:
     return len(batch.labels) if batch.labels.is_floating_point() else int((batch.labels != IGNORED).sum())
 
 
-def real_rows(value: Tensor, mask: Tensor | None) -> Tensor:
-    """[…, D] as [rows, D] without padding; all rows where these are no positions of the mask."""
-    rows = value.reshape(-1, value.shape[-1])
+def real_rows(value: Tensor, mask: Tensor | None, dimensions: int = 1) -> Tensor:
+    """[…, D] as [rows, D] without padding; all rows where these are no positions of the mask.
+
+    Args:
+        value: The tensor.
+        mask: Which positions are real, or None.
+        dimensions: How many of the last dimensions a row has.
+    """
+    rows = value.reshape(-1, *value.shape[value.dim() - dimensions :])
     if mask is None or mask.numel() != len(rows) or bool(mask.all()):
         return rows
     return rows[mask.reshape(-1).bool()]

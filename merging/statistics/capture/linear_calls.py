@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from merging.errors import StatisticsError
 from merging.statistics.capture.hooks import differentiable
 from merging.statistics.capture.layers import decoder_layers, decoder_mask, real_rows
 from merging.statistics.capture.modules import Logits
+from merging.statistics.capture.patches import geometry, row_dimensions, rows_read, rows_written
 from merging.statistics.capture.single_examples import padding_token, single_examples, unlike_pair
 from merging.statistics.capture.verification import differs, probe_gradient
 from merging.tasks.task import Batch
@@ -58,22 +60,22 @@ def row_mask(batch: Batch, decoding: bool) -> Tensor | None:
     return decoder_mask(batch) if decoding else batch.mask
 
 
-def accountable(value: Tensor, mask: Tensor | None, examples: int) -> bool:
+def accountable(value: Tensor, mask: Tensor | None, examples: int, dimensions: int = 1) -> bool:
     """Whether a layer's input holds a row for every position, or one an example, so that padding can be told."""
     if mask is None:
         return True
-    rows = value.shape[:-1]
+    rows = value.shape[: value.dim() - dimensions]
     return rows[: mask.dim()] == mask.shape or rows in ((mask.numel(),), (examples,), (examples, 1))
 
 
-def real_mask(name: str, value: Tensor, batch: Batch, decoding: bool) -> Tensor | None:
+def real_mask(name: str, value: Tensor, batch: Batch, decoding: bool, dimensions: int = 1) -> Tensor | None:
     """Which rows of a layer's input are real, for `real_rows`.
 
     Raises:
         UnaccountableRowsError: There is padding, and nobody can say which rows it is.
     """
     mask = row_mask(batch, decoding)
-    if mask is None or bool(mask.all()) or accountable(value, mask, len(batch.indices)):
+    if mask is None or bool(mask.all()) or accountable(value, mask, len(batch.indices), dimensions):
         return mask
     raise UnaccountableRowsError(
         f"'{name}' is given {list(value.shape)} for {list(mask.shape)} tokens, some of them padding, so that its real rows "
@@ -139,11 +141,12 @@ class _Sketch:
         return self._vectors[extent]
 
     def holders(self) -> dict[str, str]:
-        """Weight's name → the first whose layer was given the same tensors; of those that share."""
-        first: dict[tuple[int, ...], str] = {}
+        """Weight's name → the first whose layer reads the same rows of the same tensors; of those that share."""
+        first: dict[tuple[Any, ...], str] = {}
         holders = {}
+        geometries = {name: geometry(layer) for layer, name in self.layers.items()}
         for name, inputs in self._inputs.items():
-            holder = first.setdefault(tuple(map(id, inputs)), name)
+            holder = first.setdefault((geometries[name], *map(id, inputs)), name)
             if holder != name:
                 holders[name] = holder
         return holders
@@ -154,20 +157,22 @@ class _Sketch:
 
         def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             value, name = given(args, kwargs), self.layers[layer]
-            mask = row_mask(batch, layer in self.decoding)
-            if not accountable(value, mask, len(batch.indices)):
-                self.unaccountable.add(name)
+            mask, dimensions = row_mask(batch, layer in self.decoding), row_dimensions(layer)
             self._inputs[name].append(value)
-            every = value.detach().reshape(-1, value.shape[-1])
-            vector = self.vector(every, every.shape[1])
-            rows = real_rows(value.detach(), mask)
-            product = rows.T @ (rows @ vector)
+            value = rows_read(layer, value.detach())
+            if not accountable(value, mask, len(batch.indices), dimensions):
+                self.unaccountable.add(name)
+            every = value.reshape(-1, *value.shape[value.dim() - dimensions :])
+            vector = self.vector(every, every.shape[-1])
+            rows = real_rows(value, mask, dimensions)
+            product = torch.einsum("n...i,n...->...i", rows, rows @ vector)
             self.products[name] = self.products.get(name, 0) + product
             self.rows[name] += len(rows)
             if not output.requires_grad:
                 return output
             seen = every @ vector
-            output.register_hook(lambda gradient: self._backward(name, gradient, seen))  # type: ignore[no-untyped-call]
+            written = partial(rows_written, layer)
+            output.register_hook(lambda gradient: self._backward(name, written(gradient), seen))  # type: ignore[no-untyped-call]
             # What follows may change its input in place, and would lose the hook.
             return output.clone()
 
@@ -179,7 +184,8 @@ class _Sketch:
                 handle.remove()
 
     def _backward(self, name: str, gradient: Tensor, product: Tensor) -> None:
-        sketch = gradient.reshape(-1, gradient.shape[-1]).T @ product
+        rows = gradient.reshape(*product.shape, gradient.shape[-1])
+        sketch = torch.einsum("n...o,n...->...o", rows, product).flatten()
         self.gradients[name] = self.gradients.get(name, 0) + sketch
 
 
@@ -195,7 +201,7 @@ def _incomplete(output: Tensor, layers: Mapping[nn.Module, str], seen: _Sketch) 
         def reduce(weight: Tensor, layer: nn.Module = layer, name: str = name) -> None:
             gradient, weight.grad = weight.grad, None
             assert gradient is not None
-            matrix = gradient.T if isinstance(layer, conv1d()) else gradient
+            matrix = gradient.T if isinstance(layer, conv1d()) else gradient.flatten(1)
             true[name] = matrix @ seen.vector(matrix, matrix.shape[1])
 
         handles.append(layer.weight.register_post_accumulate_grad_hook(reduce))

@@ -9,6 +9,7 @@ from merging.statistics import Gram, Partial, StatisticSettings, measure
 from merging.statistics.capture.layers import decoder_mask
 from merging.statistics.gram_sums import LEAST_BLOCK, GramSums
 from merging.tasks.task import Batch, Task
+from merging.testing.reference import rows_read
 
 TIED_OUTPUTS = {"transformer.wte.weight", "shared.weight"}
 
@@ -23,7 +24,7 @@ def inputs_of(task: Task, model: nn.Module) -> dict[str, list[tuple[nn.Module, T
     seen: dict[str, list[tuple[nn.Module, Tensor, Batch]]] = {}
     handles = []
     for module in model.modules():
-        if isinstance(module, nn.Linear | Conv1D):
+        if isinstance(module, nn.Linear | nn.Conv2d | Conv1D):
             name = names[id(module.weight)]
             handles.append(
                 module.register_forward_pre_hook(
@@ -40,7 +41,7 @@ def inputs_of(task: Task, model: nn.Module) -> dict[str, list[tuple[nn.Module, T
 
 def expected_mean(seen: list[tuple[nn.Module, Tensor, Batch]]) -> Tensor:
     """(1/rows) Σ x xᵀ, row by row; single examples are cut to their length, so nothing is padding."""
-    rows = [row for _, value, _ in seen for row in value.reshape(-1, value.shape[-1])]
+    rows = [row for layer, value, _ in seen for row in rows_read(layer, value)[:, 0]]
     return sum(torch.outer(row, row) for row in rows) / len(rows)
 
 

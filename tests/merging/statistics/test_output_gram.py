@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from merging.statistics import Fisher, LikelihoodSettings, OutputGram, OutputGramSettings, measure
 from merging.statistics.capture.layers import layer_names
 from merging.tasks.task import IGNORED, Task
+from merging.testing.reference import rows_written
 
 
 def output_gram(estimator: str = "exact", batch_size: int = 3, **options: int) -> OutputGram:
@@ -19,9 +20,9 @@ def by_loop(task: Task, estimator: str) -> dict[str, Tensor]:
     sums = {name: torch.zeros(1, dtype=torch.float64) for name in layers.values()}
     rows = dict.fromkeys(layers.values(), 0)
     for position in range(task.size("train")):
-        outputs: list[tuple[str, Tensor]] = []
+        outputs: list[tuple[nn.Module, str, Tensor]] = []
         handles = [
-            layer.register_forward_hook(lambda _, args, out, name=name, into=outputs: into.append((name, out)))
+            layer.register_forward_hook(lambda own, args, out, name=name, into=outputs: into.append((own, name, out)))
             for layer, name in layers.items()
         ]
         (batch,) = task.batches("train", position, position + 1, 1)
@@ -34,9 +35,9 @@ def by_loop(task: Task, estimator: str) -> dict[str, Tensor]:
             nothing = {"ignore_index": IGNORED, "reduction": "sum"}
             terms = [(1.0, -F.nll_loss(logs.flatten(0, -2), batch.labels.flatten(), **nothing))]
         for number, (weight, log) in enumerate(terms):
-            found = torch.autograd.grad(log, [out for _, out in outputs], retain_graph=True)
-            for (name, _), gradient in zip(outputs, found, strict=True):
-                for row in gradient.reshape(-1, gradient.shape[-1]):
+            found = torch.autograd.grad(log, [out for _, _, out in outputs], retain_graph=True)
+            for (layer, name, _), gradient in zip(outputs, found, strict=True):
+                for row in rows_written(layer, gradient)[:, 0]:
                     sums[name] = sums[name] + weight * torch.outer(row, row)
                     rows[name] += number == 0
     return {name: value / rows[name] for name, value in sums.items()}

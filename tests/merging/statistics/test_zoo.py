@@ -5,10 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from merging.checkpoints.models.parameter_names import checkpoint_names, in_checkpoint
 from merging.statistics import (
     Fisher,
     Gram,
@@ -18,7 +15,7 @@ from merging.statistics import (
     StatisticSettings,
     measure,
 )
-from merging.statistics.capture.single_examples import single_examples
+from merging.testing.reference import brute_force
 
 SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 TEXT = {"vocab_size": 40, "num_labels": 3, "pad_token_id": 0, "max_position_embeddings": 20}
@@ -153,63 +150,6 @@ def zoo(build: Callable[..., object], tiny_task: type) -> Callable[[str], object
     return make
 
 
-def brute(task, likelihood="categorical"):
-    """Fisher, Grams and output Grams from their definitions: sums, and rows behind the Grams."""
-    model = task.load_model()
-    names, parameters = checkpoint_names(model), list(model.parameters())
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    layers = {
-        module: names[id(module.weight)]
-        for module in model.modules()
-        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in embeddings
-    }
-    fisher = {id(p): torch.zeros_like(p) for p in parameters}
-    grams: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
-    rows: dict[str, int] = {}
-    calls: list[tuple[str, Tensor, Tensor]] = []
-
-    def see(layer, args, out):
-        calls.append((layers[layer], args[0], out))
-        # what follows may change its input in place
-        return out.clone()
-
-    for layer in layers:
-        layer.register_forward_hook(see)
-    (batch,) = task.batches("train", 0, COUNT, COUNT)
-    for one in single_examples(batch, unpadded=True):
-        calls.clear()
-        logits = task.logits(model, one)
-        seen = list(calls)
-        for name, value, _ in seen:
-            flat = value.detach().reshape(-1, value.shape[-1])
-            grams[name] = grams.get(name, 0) + flat.T @ flat
-            rows[name] = rows.get(name, 0) + len(flat)
-        if likelihood == "categorical":
-            logs = logits.log_softmax(-1)[0]
-            terms = [(float(log.detach().exp()), log) for log in logs]
-        elif likelihood == "bernoulli":
-            chance = logits.detach().sigmoid()[0]
-            terms = [(float(p * (1 - p)), z) for p, z in zip(chance, logits[0], strict=True)]
-        else:
-            terms = [(1.0, z) for z in logits[0]]
-        for weight, log in terms:
-            found = torch.autograd.grad(
-                log, [*parameters, *(out for _, _, out in seen)], retain_graph=True, allow_unused=True
-            )
-            for parameter, gradient in zip(parameters, found, strict=False):
-                if gradient is not None:
-                    fisher[id(parameter)] += weight * gradient.square()
-            for (name, _, out), gradient in zip(seen, found[len(parameters) :], strict=True):
-                if gradient is not None:
-                    flat = gradient.reshape(-1, gradient.shape[-1])
-                    outputs[name] = (
-                        outputs.get(name, torch.zeros(out.shape[-1], out.shape[-1])) + weight * flat.T @ flat
-                    )
-    stored = in_checkpoint(model, {name: fisher[id(p)] for name, p in model.named_parameters()})
-    return stored, grams, outputs, rows
-
-
 def assert_near(found, expected, tolerance=2e-5):
     largest = max(float(value.abs().max()) for value in expected.values())
     for name, value in expected.items():
@@ -220,7 +160,8 @@ def assert_near(found, expected, tolerance=2e-5):
 @pytest.mark.parametrize("name", CASES)
 def test_every_statistic_is_its_definition(zoo, name):
     task = zoo(name)
-    fisher, grams, outputs, rows = brute(task)
+    sums = brute_force(task)
+    fisher, grams, outputs, rows = sums.fisher, sums.gram, sums.output_gram, sums.rows
     for size in (3, 4):
         found = measure(task, Fisher(LikelihoodSettings(batch_size=size)))
         assert found.sums.keys() == fisher.keys()
