@@ -26,8 +26,8 @@ class Scales:
 
     def of_tasks(self, tasks: Iterable[str]) -> int:
         """Of what several tasks' scores are summed up to: that of all, or 1 where they differ."""
-        found = {self.of_task(task) for task in tasks}
-        return found.pop() if len(found) == 1 else 1
+        scales = {self.of_task(task) for task in tasks}
+        return scales.pop() if len(scales) == 1 else 1
 
     def of_objective(self, name: str, tasks: Iterable[str]) -> int:
         """Of an objective: what is expected, and what is divided by the own members' scores, are shares in any case."""

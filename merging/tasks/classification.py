@@ -199,8 +199,8 @@ class Classifier(FileTask[E]):
         if self.outputs != "gaussian":
             return 1.0
         split: Split = "validation" if "validation" in self.settings.data else self._first_split
-        found = float(np.std(self.labels_of(split), axis=0).mean())
-        return found if np.isfinite(found) and found > 0 else 1.0
+        deviation = float(np.std(self.labels_of(split), axis=0).mean())
+        return deviation if np.isfinite(deviation) and deviation > 0 else 1.0
 
     @property
     def _first_split(self) -> Split:
@@ -278,7 +278,7 @@ def judged(
 
 def scored(metric: str, predictions: Predictions, likelihood: Likelihood = "categorical") -> Score:
     """The score of what `judged` gave; a metric of all predictions together has a bootstrap's standard error."""
-    found = METRICS_OF[likelihood][metric]
+    scorer = METRICS_OF[likelihood][metric]
     labels: npt.NDArray[Any] = predictions.payload["labels"]
     outputs: npt.NDArray[Any] = predictions.payload["outputs"]
-    return score_of(predictions, metric, measured=None if found.is_mean else found.measure(labels, outputs, 0))
+    return score_of(predictions, metric, measured=None if scorer.is_mean else scorer.measure(labels, outputs, 0))

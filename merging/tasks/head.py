@@ -78,8 +78,8 @@ def problem_type(head: str, base: str = "") -> str | None:
     Raises:
         TaskError: There is no configuration.
     """
-    found = _configuration(head, base).get("problem_type")
-    return None if found is None else str(found)
+    own = _configuration(head, base).get("problem_type")
+    return None if own is None else str(own)
 
 
 def _configuration(head: str, base: str) -> Mapping[str, Any]:

@@ -193,18 +193,18 @@ def _parser(classes: Sequence[str], likelihood: Likelihood) -> Callable[[Any], l
         entries = _entries(value)
         if entries and all(isinstance(entry, bool | float) for entry in entries):
             return [_flag(entry) for entry in _entries(entries, count)]
-        found = [None if isinstance(entry, bool) else _class_index(entry, positions) for entry in entries]
-        if None in found:
+        indices = [None if isinstance(entry, bool) else _class_index(entry, positions) for entry in entries]
+        if None in indices:
             raise ValueError(
-                f"{repr(entries[found.index(None)])[:LONGEST]} is none of the head's {count} classes ({quoted(classes)}, or "
+                f"{repr(entries[indices.index(None)])[:LONGEST]} is none of the head's {count} classes ({quoted(classes)}, or "
                 f"0 … {count - 1}); `labels` names them in the head's order"
             )
-        if len(set(found)) < len(found):
+        if len(set(indices)) < len(indices):
             raise ValueError(
                 "a class is named twice. A list holds names or positions; flags, one for each class, are stored as true and "
                 "false, or as floating-point numbers"
             )
-        return [float(index in found) for index in range(count)]
+        return [float(index in indices) for index in range(count)]
 
     return label_set
 

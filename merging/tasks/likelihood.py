@@ -44,8 +44,8 @@ def surrogates(likelihood: Likelihood, logits: Tensor, labels: Tensor, spread: f
     Returns:
         [N].
     """
-    found = losses(likelihood, logits, labels)
-    return (-found / spread**2 if likelihood == "gaussian" else -found).exp()
+    loss = losses(likelihood, logits, labels)
+    return (-loss / spread**2 if likelihood == "gaussian" else -loss).exp()
 
 
 def entropies(likelihood: Likelihood, logits: Tensor) -> Tensor | None:

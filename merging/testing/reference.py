@@ -61,11 +61,11 @@ def brute_force(task: Task, split: Split = "train", stop: int | None = None) -> 
             sums.rows[layers[layer]] = sums.rows.get(layers[layer], 0) + len(rows)
         for weight, log in _terms(likelihood, logits):
             wanted = [*parameters.values(), *(out for _, _, out in seen)]
-            found = torch.autograd.grad(log, wanted, retain_graph=True, allow_unused=True)
-            for name, gradient in zip(parameters, found, strict=False):
+            gradients = torch.autograd.grad(log, wanted, retain_graph=True, allow_unused=True)
+            for name, gradient in zip(parameters, gradients, strict=False):
                 if gradient is not None:
                     squares[name] += weight * gradient.square()
-            for (layer, _, _), gradient in zip(seen, found[len(parameters) :], strict=True):
+            for (layer, _, _), gradient in zip(seen, gradients[len(parameters) :], strict=True):
                 if gradient is not None:
                     rows = rows_written(layer, gradient)
                     _add(sums.output_gram, layers[layer], weight * torch.einsum("ngi,ngj->gij", rows, rows))

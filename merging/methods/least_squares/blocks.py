@@ -24,18 +24,18 @@ def blocks_of(weight: Weight) -> list[Weight]:
     Raises:
         MethodError: The Grams are of another weight.
     """
-    found = [(kind, value) for kind in SIDES for value in weight.statistics.get(kind, {}).values()]
-    if not found or (weight.base.dim() == 2 and all(value.dim() == 2 for _, value in found)):
+    grams = [(kind, value) for kind in SIDES for value in weight.statistics.get(kind, {}).values()]
+    if not grams or (weight.base.dim() == 2 and all(value.dim() == 2 for _, value in grams)):
         return [weight]
-    counts = {value.shape[0] if value.dim() == 3 else 1 for _, value in found}
+    counts = {value.shape[0] if value.dim() == 3 else 1 for _, value in grams}
     count = counts.pop()
     shape = weight.base.shape
     if counts or len(shape) < 2 or shape[0] % count:
-        raise _misfit(weight, found[0])
+        raise _misfit(weight, grams[0])
     is_experts = len(shape) == 3 and count == shape[0]
     rows, columns = shape[1:] if is_experts else (shape[0] // count, shape[1:].numel())
     sides = (columns, rows) if weight.transposed else (rows, columns)
-    for kind, value in found:
+    for kind, value in grams:
         if tuple(value.shape[-2:]) != (sides[SIDES[kind]],) * 2:
             raise _misfit(weight, (kind, value))
 
@@ -105,8 +105,8 @@ class InBlocks(Prepared):
         return self._inner.report()
 
 
-def _misfit(weight: Weight, found: tuple[str, Tensor]) -> MethodError:
-    kind, value = found
+def _misfit(weight: Weight, gram: tuple[str, Tensor]) -> MethodError:
+    kind, value = gram
     return MethodError(
         f"'{weight.name}' has shape {list(weight.base.shape)}, and its {kind} {list(value.shape)}: it belongs to another "
         f"model. Compute the {kind} again"

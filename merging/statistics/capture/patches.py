@@ -41,16 +41,16 @@ def rows_read(layer: nn.Module, value: Tensor) -> Tensor:
     """What a linear layer reads, one row for each product with its weight: […, in], or […, groups, in] of a convolution."""
     if not is_convolution(layer):
         return value
-    found = patches(layer, value)
-    return found.squeeze(2) if found.shape[2] == 1 else found
+    rows = patches(layer, value)
+    return rows.squeeze(2) if rows.shape[2] == 1 else rows
 
 
 def rows_written(layer: nn.Module, output: Tensor) -> Tensor:
     """What it puts out, in the same rows: […, out], or […, groups, out]."""
     if not is_convolution(layer):
         return output
-    found = by_place(layer, output)
-    return found.squeeze(2) if found.shape[2] == 1 else found
+    rows = by_place(layer, output)
+    return rows.squeeze(2) if rows.shape[2] == 1 else rows
 
 
 def geometry(layer: Any) -> tuple[Any, ...]:

@@ -41,8 +41,8 @@ class Correlation:
             warnings.simplefilter("ignore")  # a constant counts as 0
             for column in range(labels.shape[1]):
                 few = len(labels) < 2
-                found = np.nan if few else float(function(labels[:, column], outputs[:, column])[0])
-                values.append(found if np.isfinite(found) else 0.0)
+                correlation = np.nan if few else float(function(labels[:, column], outputs[:, column])[0])
+                values.append(correlation if np.isfinite(correlation) else 0.0)
         pair = (labels, outputs) if self.kind == "pearson" else (rankdata(labels, axis=0), rankdata(outputs, axis=0))
         return float(np.mean(values)), float(_resampled(*pair, seed=seed).std(ddof=1))
 
