@@ -21,11 +21,10 @@ from merging.io.memory import available_memory
 from ray_tasks.sessions import mark, remove_dead
 
 WORKER_ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-"""Workers read local files only, and leave the cores to the threads that they are given."""
+"""Workers say little, and leave the cores to the threads that they are given."""
 
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import logging
+import os
 import random
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before its library is imported: no test waits for a network
 
 import pandas as pd
 import pytest

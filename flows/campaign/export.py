@@ -15,7 +15,7 @@ from flows.config.recipe_file import RECIPE, dump_recipe
 from flows.report.scales import Scales, scales_of
 from flows.report.table import Cell, text
 from flows.versions import code_version
-from merging.io import addresses
+from merging.io import addresses, hub
 from merging.mergers.disk import merge_to_disk
 from merging.mergers.material import Material, head_tensors, open_statistics
 from merging.recipe import BASE, Recipe, nested
@@ -114,6 +114,8 @@ def model_card(opened: OpenCampaign, recipe: Recipe, table: str, row: Row | None
 
 def public_name(path: str) -> str:
     """What a checkpoint is called outside this machine: its address, or the last part of its path."""
+    if hub.SCHEME in path:
+        return path.replace(hub.SCHEME, "")
     return addresses.base_name(path) if addresses.is_local(path) else path
 
 

@@ -1,7 +1,7 @@
 """From a campaign file to an opened pool and tasks: everything that can be wrong is found here, before any work."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -11,12 +11,14 @@ from flows.campaign.weight_checks import examined, known
 from flows.config.campaign_file import Campaign
 from flows.config.files_from import notes_on
 from flows.config.sections import BaseData
+from flows.directory.campaign_directory import known_revisions
 from flows.directory.progress import Display
 from merging.checkpoints.pool import Pool
 from merging.checkpoints.renumbered import Renumbered
 from merging.errors import SettingsError
 from merging.evaluation.live_models import check_models
 from merging.evaluation.memory import EvaluatorMemory, fed_memory, resident_memory
+from merging.io import hub
 from merging.mergers.material import Material, open_statistics
 from merging.methods import METHODS, Method
 from merging.recipe import BASE, Recipe, Value
@@ -39,6 +41,7 @@ class OpenCampaign:
         tasks: Task → task, bound to the head of its owner.
         sources: What statistics are computed from, see `Campaign.sources`: name → task, bound to the head of its owner.
         distances: Member → ‖θ_t − θ_0‖ / ‖θ_0‖.
+        revisions: Checkpoint on the Hub as the file names it → with the commit that it stands for.
     """
 
     campaign: Campaign
@@ -46,6 +49,7 @@ class OpenCampaign:
     tasks: Mapping[str, Task]
     sources: Mapping[str, Task]
     distances: Mapping[str, float]
+    revisions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def kinds(self) -> list[str]:
@@ -121,6 +125,7 @@ class OpenCampaign:
             "relative_distance": {name: round(value, 6) for name, value in self.distances.items()},
             "merged": len(self.pool.weights),
             "heads": {name: list(member.head) for name, member in self.pool.members.items()},
+            "revisions": dict(self.revisions),
         }
 
     def space(self, subsets: Sequence[Sequence[str]] | None = None, starts: Sequence[Recipe] = ()) -> Space:
@@ -182,6 +187,7 @@ def open_campaign(campaign: Campaign, display: Display, directory: str | None = 
     Raises:
         MergequestError: Something is unusable; the message names it.
     """
+    campaign, revisions = _pinned(campaign, known_revisions(directory) if directory else {})
     pool = Pool.open(
         campaign.base,
         {name: member.checkpoint for name, member in campaign.members.items()},
@@ -230,7 +236,7 @@ def open_campaign(campaign: Campaign, display: Display, directory: str | None = 
         f"  {pool.base.architecture}: {len(pool.members)} members, {len(pool.weights)} merged weights "
         f"({size / 1e6:.0f} MB), {len(heads)} tensors kept per task, {len(tasks)} tasks"
     )
-    opened = OpenCampaign(campaign, pool, tasks, sources, distances)
+    opened = OpenCampaign(campaign, pool, tasks, sources, distances, revisions)
     opened.space()  # for the errors that it raises
     if opened.base_kinds and campaign.base_data == BaseData():
         raise SettingsError(
@@ -239,6 +245,25 @@ def open_campaign(campaign: Campaign, display: Display, directory: str | None = 
             "'identity'"
         )
     return opened
+
+
+def _pinned(campaign: Campaign, before: Mapping[str, str]) -> tuple[Campaign, dict[str, str]]:
+    """The campaign with the commit of each checkpoint that is on the Hub: the one that it was begun with, or today's.
+
+    Returns:
+        The campaign; and checkpoint as its file names it → with its commit.
+
+    Raises:
+        StorageError: One cannot be had.
+    """
+    named = [campaign.base, *(member.checkpoint for member in campaign.members.values())]
+    commits = {path: hub.pinned(before.get(path, path)) for path in named}
+    members = {
+        name: member.model_copy(update={"checkpoint": commits[member.checkpoint]})
+        for name, member in campaign.members.items()
+    }
+    fixed = campaign.model_copy(update={"base": commits[campaign.base], "members": members})
+    return fixed, {path: commit for path, commit in commits.items() if path != commit}
 
 
 def _alike(pool: Pool, distances: Mapping[str, float]) -> Iterator[str]:

@@ -393,6 +393,20 @@ def portfolio(
 
 
 @app.command()
+def push(
+    directory: Annotated[str, typer.Argument(help="A merged checkpoint.", metavar="DIR")],
+    repository: Annotated[str, typer.Argument(help="Where to, on the Hugging Face Hub.", metavar="ORG/NAME")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Uploads a merge to the Hugging Face Hub; its card's `base_model` names base and members that are there."""
+    from flows.cli.push import push
+
+    typer.echo(push(directory, repository, _display(quiet), private=private, message=message))
+
+
+@app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="One of them, shown whole.", metavar="[NAME]")] = None,
     json: Annotated[bool, typer.Option("--json", help="A JSON array, or the object of NAME.")] = False,

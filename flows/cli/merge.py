@@ -86,7 +86,7 @@ def merge_recipe(
     if slices:
         _write_slices(path, out, dtype, shard_size, output.tokenizer, display, threads)
         return
-    file = load_recipe(path)
+    file = load_recipe(path).pinned()
     dtype = dtype or file.dtype
     recipe = file.recipe()
     _require_free(out, path, file)

@@ -43,7 +43,7 @@ def train(
     if "members" in given:
         if out is not None:
             raise SettingsError("--out: a campaign's members lie where its file says")
-        campaign: Campaign = load_campaign(path)
+        campaign: Campaign = load_campaign(path, to_be_made=True)
         return train_missing(campaign, _changed(campaign.training, changes), together, display)
     file = load_train_file(given, path)
     settings = file.model_dump(mode="json")

@@ -262,12 +262,13 @@ class Campaign(Settings):
         return settings
 
 
-def load_campaign(path: str, overrides: Sequence[str] = ()) -> Campaign:
+def load_campaign(path: str, overrides: Sequence[str] = (), *, to_be_made: bool = False) -> Campaign:
     """A campaign file with its defaults filled in and its paths made absolute, relative to the file.
 
     Args:
         path: The file.
         overrides: Settings in place of the file's, as `search.candidates=200`; paths in them are relative to the file, too.
+        to_be_made: Whether members are yet to be trained: none of them is on the Hub.
 
     Raises:
         SettingsError: It is missing, or something in it is wrong: every mistake is in the message.
@@ -277,7 +278,7 @@ def load_campaign(path: str, overrides: Sequence[str] = ()) -> Campaign:
     settings = campaign.model_dump(mode="json")
     with said_in(path):
         settings["directory"] = resolve(campaign.directory or addresses.join("runs", campaign.name), root)
-        resolve_pool(settings, root)
+        resolve_pool(settings, root, to_be_made=to_be_made)
         settings["base_data"]["statistics"] = [resolve(file, root) for file in campaign.base_data.statistics]
         if settings["statistics"]["cache"]:
             settings["statistics"]["cache"] = resolve(settings["statistics"]["cache"], root)

@@ -14,7 +14,8 @@ class MemberSettings(Settings):
 
     checkpoint: str = Field(
         description="Hugging Face model directory (config.json + safetensors), or that of a PEFT LoRA adapter of the base; "
-        "or `MODEL+ADAPTER`, an adapter on another model."
+        "or `MODEL+ADAPTER`, an adapter on another model. `ORG/NAME` or `ORG/NAME@REVISION`, where "
+        "there is no directory `ORG`, is on the Hub."
     )
     statistics: tuple[str, ...] = Field(
         (), description="Statistics files that somebody published for this checkpoint; used instead of data."
@@ -47,7 +48,10 @@ def _without_base(members: dict[str, MemberSettings]) -> dict[str, MemberSetting
     return members
 
 
-BaseCheckpoint = Annotated[str, Field(description="The checkpoint that all members were fine-tuned from.")]
+BaseCheckpoint = Annotated[
+    str,
+    Field(description="The checkpoint that all members were fine-tuned from: a directory, an address, or `ORG/NAME`."),
+]
 Members = Annotated[dict[Name, MemberSettings], AfterValidator(_without_base)]
 MergeVocabulary = Annotated[
     Vocabulary,
@@ -66,14 +70,15 @@ MaxDistance = Annotated[
 ]
 
 
-def resolve_pool(settings: dict[str, Any], root: str) -> None:
+def resolve_pool(settings: dict[str, Any], root: str, *, to_be_made: bool = False) -> None:
     """Makes the paths of a file's base and members absolute, relative to `root`.
 
     Args:
         settings: The file's settings as JSON has them; changed.
         root: The directory of the file.
+        to_be_made: Whether members are paths that something is written to, and none of them is on the Hub.
     """
-    settings["base"] = resolve(settings["base"], root)
+    settings["base"] = resolve_checkpoint(settings["base"], root)
     for member in settings["members"].values():
-        member["checkpoint"] = resolve_checkpoint(member["checkpoint"], root)
+        member["checkpoint"] = (resolve if to_be_made else resolve_checkpoint)(member["checkpoint"], root)
         member["statistics"] = [resolve(file, root) for file in member["statistics"]]

@@ -17,7 +17,7 @@ from merging.checkpoints.pool import Pool
 from merging.checkpoints.validation import MAX_DISTANCE, check_weights
 from merging.checkpoints.vocabulary import Vocabulary
 from merging.errors import MethodError
-from merging.io import addresses
+from merging.io import addresses, hub
 from merging.mergers.material import Material, open_statistics
 from merging.methods import METHODS
 from merging.methods.mergekit_names import MERGEKIT_NAMES
@@ -97,6 +97,18 @@ class RecipeFile(Settings):
             scaling |= {member: default[member] for member in self.members if member not in named}
         complete = method.complete(Recipe(self.method, scaling, self.parameters))
         return replace(complete, parameters={name: complete.parameters[name] for name in self.parameters})
+
+    def pinned(self) -> "RecipeFile":
+        """With the commit of every checkpoint that is on the Hub.
+
+        Raises:
+            StorageError: One cannot be had.
+        """
+        members = {
+            name: member.model_copy(update={"checkpoint": hub.pinned(member.checkpoint)})
+            for name, member in self.members.items()
+        }
+        return self.model_copy(update={"base": hub.pinned(self.base), "members": members})
 
     def material(self) -> Material:
         """Opens and checks checkpoints and statistics files.
@@ -212,7 +224,7 @@ def seen_from(path: str, directory: str) -> str:
     """A path as seen from a directory that may be given away: nothing of where that lies on this machine."""
     if on_model := model_and_adapter(path):
         return "+".join(seen_from(part, directory) for part in on_model)
-    if not addresses.is_local(path):
+    if not addresses.is_local(path) or hub.is_hub(path):
         return path
     if not addresses.is_local(directory):
         return addresses.base_name(path)

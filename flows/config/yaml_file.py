@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from merging.checkpoints.adapters.adapter import model_and_adapter
 from merging.errors import SettingsError, StorageError
-from merging.io import addresses, atomic, documents, storage
+from merging.io import addresses, atomic, documents, hub, storage
 from merging.io.secrets import holds_secret, redacted
 from merging.registry import did_you_mean
 
@@ -103,16 +103,27 @@ def said_in(file: str) -> Iterator[None]:
 
 def resolve(path: str, root: str) -> str:
     """`path` as it is if absolute or an address, else below `root`."""
-    if not addresses.is_local(path):
+    if not addresses.is_local(path) or hub.is_hub(path):
         return path
     place = addresses.expanded(path)
     return os.path.normpath(place if place.is_absolute() else addresses.join(root, str(place)))
 
 
 def resolve_checkpoint(path: str, root: str) -> str:
-    """As `resolve`, of both parts of `MODEL+ADAPTER`."""
+    """As `resolve`, of both parts of `MODEL+ADAPTER`; `ORG/NAME[@REVISION]` is on the Hub where there is no directory `ORG`."""
+    if hub.SCHEME in path:
+        return "+".join(_place_or_id(part, root) for part in path.split("+"))
     whole = resolve(path, root)
-    return "+".join(resolve(part, root) for part in path.split("+")) if model_and_adapter(whole) else whole
+    if not model_and_adapter(whole):
+        return _place_or_id(path, root)
+    return "+".join(_place_or_id(part, root) for part in path.split("+"))
+
+
+def _place_or_id(path: str, root: str) -> str:
+    place = resolve(path, root)
+    if not hub.is_id(path) or storage.exists(place.rpartition("/")[0]):
+        return place
+    return f"{hub.SCHEME}{path}"
 
 
 def refuse_secret(what: str, address: str) -> None:
@@ -135,6 +146,8 @@ def require_writable(path: str) -> None:
         SettingsError: It cannot, or there is a file in its place.
         StorageError: The same of a remote one, where a small object is written and removed again.
     """
+    if hub.is_hub(path):
+        raise SettingsError(f"{path} is on the Hub: write into a directory, then `mergequest push DIR ORG/NAME`")
     if not addresses.is_local(path):
         probe = addresses.join(path, f".{uuid.uuid4().hex}.probe")
         atomic.write_bytes(probe, b"")

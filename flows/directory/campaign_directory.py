@@ -200,6 +200,13 @@ KNOWN = ("members", "data", "statistics", FACTS, PULSE)
 """What may lie in a directory before its campaign does: the quick start's pool, and statistics computed ahead."""
 
 
+def known_revisions(path: str) -> dict[str, str]:
+    """Checkpoint on the Hub → with its commit, as `pool.json` of a campaign's directory has it; empty where it has none."""
+    if not storage.exists(pool := addresses.join(path, POOL)):
+        return {}
+    return documents.read_as(pool, lambda value: {str(k): str(v) for k, v in value.get("revisions", {}).items()})
+
+
 def _fingerprints(value: Any) -> dict[str, Any]:
     """`pool.json`."""
     data = {str(task): dict(splits) for task, splits in value["data"].items()}

@@ -10,6 +10,7 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from merging.errors import MergequestError, StorageError
+from merging.io import hub
 from merging.io.secrets import holds_secret, redacted
 
 S3 = ("s3", "s3a")
@@ -20,16 +21,19 @@ LONGEST_NAME = 255
 
 
 def is_local(path: str) -> bool:
-    """Whether `path` names this machine's file system."""
-    return "://" not in path or path.startswith("file://")
+    """Whether `path` names this machine's file system; what is on the Hub lies in its cache there."""
+    return "://" not in path or path.startswith(("file://", hub.SCHEME))
 
 
 def local_path(path: str) -> Path:
     """The local path that `path` names.
 
     Raises:
-        StorageError: It is no path: it holds a NUL, half of a character, or a name that is too long.
+        StorageError: It is no path: it holds a NUL, half of a character, or a name that is too long; or it is an address on
+            the Hub that cannot be had.
     """
+    if hub.is_hub(path):
+        return hub.local_path(path)
     try:
         encoded = os.fsencode(path)
         if b"\0" in encoded:
@@ -59,7 +63,7 @@ def absolute(path: str) -> str:
     Raises:
         StorageError: It is no path, or there is no such user.
     """
-    return str(expanded(path).absolute()) if is_local(path) else path
+    return str(expanded(path).absolute()) if is_local(path) and not hub.is_hub(path) else path
 
 
 def join(path: str, *names: str) -> str:

@@ -84,7 +84,7 @@ def test_a_directory_too_long_for_sockets_is_an_error(monkeypatch, tmp_path):
     ("job", "missing"),
     [
         (None, set()),
-        ({"runtime_env": {"env_vars": {"HF_HUB_OFFLINE": "0", "MINE": "1"}}}, {"HF_HUB_OFFLINE"}),
+        ({"runtime_env": {"env_vars": {"TOKENIZERS_PARALLELISM": "1", "MINE": "1"}}}, {"TOKENIZERS_PARALLELISM"}),
         ({"runtime_env": {}}, set()),
         ({"runtime_env": None}, set()),
         ([], set()),

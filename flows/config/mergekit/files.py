@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flows.config.mergekit.translation import Translated, is_mergekit, translate
-from flows.config.yaml_file import load_yaml, parent, resolve, resolve_checkpoint
+from flows.config.yaml_file import load_yaml, parent, resolve_checkpoint
 from merging.checkpoints.checkpoint import Checkpoint
 from merging.checkpoints.directories.borrowed_files import chat_template
-from merging.errors import CheckpointError, SettingsError
+from merging.errors import CheckpointError, SettingsError, StorageError
 from merging.io import addresses, storage
 
 
@@ -40,14 +40,14 @@ def from_mergekit(value: Mapping[str, Any], path: str) -> Translated:
     root = parent(path)
 
     def names(model: str) -> Sequence[str]:
-        place = resolve(model, root)
+        place = resolve_checkpoint(model, root)
         if not storage.is_dir(place):
             raise CheckpointError(
                 f"{path}: parameters differ between weights, whose names are needed, and {_absent(place)}"
             )
         return list(Checkpoint.open(place).tensors)
 
-    return translate(value, path, names, lambda model: chat_template(resolve(model, root)))
+    return translate(value, path, names, lambda model: chat_template(resolve_checkpoint(model, root)))
 
 
 def _require_directories(recipe: Mapping[str, Any], path: str) -> None:
@@ -58,7 +58,11 @@ def _require_directories(recipe: Mapping[str, Any], path: str) -> None:
     """
     for model in dict.fromkeys([recipe["base"], *recipe.get("members", {}).values()]):
         for part in resolve_checkpoint(model, parent(path)).split("+"):
-            if addresses.is_local(part) and not storage.is_dir(part):
+            try:
+                there = storage.is_dir(part) or not addresses.is_local(part)
+            except StorageError as error:
+                raise SettingsError(f"{path}: {error}") from error
+            if not there:
                 raise SettingsError(f"{path}: {_absent(part)}")
 
 

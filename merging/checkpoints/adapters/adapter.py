@@ -13,7 +13,7 @@ from merging.checkpoints.checkpoint import CONFIG, Checkpoint, read_settings
 from merging.checkpoints.formats.config_checks import check_config
 from merging.checkpoints.formats.safetensors_file import SafetensorsFile
 from merging.errors import CheckpointError, StorageError
-from merging.io import addresses, hashing, storage
+from merging.io import addresses, hashing, hub, storage
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -146,7 +146,8 @@ def is_adapter(path: str) -> bool:
 def model_and_adapter(path: str) -> tuple[str, str] | None:
     """The two directories of `MODEL+ADAPTER`; None where that is one directory's name, or holds no +."""
     model, _, adapter = path.partition("+")
-    return (model, adapter) if model and adapter and not storage.is_dir(path) else None
+    on_hub = hub.SCHEME in path  # where no name holds a +
+    return (model, adapter) if model and adapter and (on_hub or not storage.is_dir(path)) else None
 
 
 def open_checkpoint(path: str, base: str | Checkpoint | None = None) -> Checkpoint:

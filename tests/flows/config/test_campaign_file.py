@@ -35,7 +35,7 @@ def test_defaults_are_filled_in_and_survive_a_round_trip(campaign_file, tmp_path
 
 
 def test_paths_are_relative_to_the_file(tmp_path):
-    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "checkpoints").mkdir(parents=True)
     path = tmp_path / "deep" / "campaign.yaml"
     path.write_text(campaign_template())
     campaign = load_campaign(str(path))
