@@ -209,11 +209,12 @@ def refuse_unmeasured(tasks: Sequence[Task], dropped: Mapping[str, Collection[st
     """
     missing = sorted(set.intersection(*(set(names) for names in dropped.values()))) if dropped else []
     if missing:
+        modules = dict.fromkeys(f"{name.split('.')[0]}.*" if "." in name else name for name in missing)
         raise PoolError(
             f"{len(missing)} merged weights are in no task's model ({', '.join(missing[:SHOWN])}"
             f"{', …' if len(missing) > SHOWN else ''}), so that no score would depend on them. Have a task "
             f"({', '.join(task.name for task in tasks)}) load the checkpoints by a class that has them (`model_class: "
-            "AutoModelForCausalLM` for a language model), or keep them per task by `heads`"
+            f"AutoModelForCausalLM` for a language model), or keep them out of the merge: `heads: [{', '.join(modules)}]`"
         )
 
 

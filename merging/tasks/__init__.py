@@ -13,6 +13,7 @@ from merging.tasks.tagging.token_classification import TokenClassification, Toke
 from merging.tasks.task import SPLITS, TASKS, Batch, Score, Split, Task, TaskSettings
 from merging.tasks.text_classification import TextClassification, TextClassificationSettings
 from merging.tasks.vision.image_classification import ImageClassification, ImageClassificationSettings
+from merging.tasks.vision.zero_shot import ZeroShotImageClassification, ZeroShotSettings
 
 __all__ = [
     "SPLITS",
@@ -38,6 +39,8 @@ __all__ = [
     "TextClassificationSettings",
     "TokenClassification",
     "TokenClassificationSettings",
+    "ZeroShotImageClassification",
+    "ZeroShotSettings",
     "make_task",
 ]
 
@@ -52,6 +55,7 @@ AnyTaskSettings = Annotated[
     | CausalLMSettings
     | Seq2SeqSettings
     | ImageClassificationSettings
+    | ZeroShotSettings
     | TokenClassificationSettings
     | HarnessSettings
     | CustomSettings,

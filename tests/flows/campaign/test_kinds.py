@@ -37,7 +37,7 @@ def finished(tiny_campaign, tiny_pool, tokenizer, tmp_path_factory):
         )
         with torch.no_grad():
             for value in model.parameters():
-                value.add_(torch.randn_like(value) * 0.02)
+                value.add_(torch.randn_like(value) * 0.005)
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
         data = {}
