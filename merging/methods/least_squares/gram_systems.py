@@ -91,18 +91,25 @@ class SystemBatch:
         """Relative error of the Grams' entries: the machine epsilon of the coarsest dtype that one is stored in."""
         return max(torch.finfo(system.grams[m].dtype).eps for system in self.systems for m in members)
 
-    def gram_sum(self, members: Sequence[str], factors: Sequence[float], rho: float) -> Tensor:
-        """Σ α_t (ρ G_t + (1 − ρ) diag(G_t)) [B, in, in], float64; the next call overwrites it."""
+    def gram_sum(self, members: Sequence[str], factors: Sequence[float], rho: float, beta: float = 0.0) -> Tensor:
+        """Σ α_t (ρ G_t + (1 − ρ) diag(G_t) + β mean(diag(G_t)) I) [B, in, in], float64; the next call overwrites it."""
         sums = self._take("grams", self._inputs)
         for total, system in zip(sums, self.systems, strict=True):
             terms = [(system.grams[member], factor) for member, factor in zip(members, factors, strict=True)]
             accumulate(total, terms, self._scratch)
             diagonal = total.diagonal().clone()
+            diagonal += beta * diagonal.mean()  # that of the sum is the sum of the members'
             total.mul_(rho).diagonal().copy_(diagonal)
         return sums
 
     def right(
-        self, members: Sequence[str], factors: Sequence[float], part: Sequence[int], rho: float, pull: Tensor
+        self,
+        members: Sequence[str],
+        factors: Sequence[float],
+        part: Sequence[int],
+        rho: float,
+        pull: Tensor,
+        beta: float = 0.0,
     ) -> Tensor:
         """Σ α_t G̃_t τ_tᵀ, transposed [B, out, in], float64, in a buffer that the next call overwrites.
 
@@ -112,6 +119,7 @@ class SystemBatch:
             part: Whose terms to sum.
             rho: ρ.
             pull: What a ridge put on the diagonal [B, in]; the members' mean task vector is weighted by it.
+            beta: β.
         """
         pulled = bool((pull > 0).any())
         right = self._take("right", self._outputs)
@@ -119,12 +127,13 @@ class SystemBatch:
             total.zero_()
             for i in part:
                 total.add_(system.product(members[i], self._scratch), alpha=factors[i] * rho)
-            if rho < 1 or pulled:
-                columns = {
-                    members[i]: system.grams[members[i]].diagonal() * (factors[i] * (1 - rho))
-                    + pull[index] / len(members)
-                    for i in part
-                }
+            if rho < 1 or beta or pulled:
+                columns = {}
+                for i in part:
+                    own = system.grams[members[i]].diagonal()
+                    columns[members[i]] = own * (factors[i] * (1 - rho)) + pull[index] / len(members)
+                    if beta:
+                        columns[members[i]] += factors[i] * beta * own.double().mean()
                 for weight, rows in system.rows:
                     total[rows].add_(self._scaled(weight, columns))
         return right

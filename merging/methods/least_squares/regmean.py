@@ -23,7 +23,10 @@ T5 = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct", "udop"
 
 @register
 class RegMean(Method):
-    """W = ((Σ G̃_t)⁻¹ @ Σ G̃_t @ W_tᵀ)ᵀ with G̃ = ρ G + (1 − ρ) diag(G) (Jin et al. 2023, equation 2).
+    """W = ((Σ G̃_t)⁻¹ @ Σ G̃_t @ W_tᵀ)ᵀ with G̃ = ρ G + (1 − ρ) diag(G) + β mean(diag(G)) I (Jin et al. 2023, equation 2).
+
+    ρ and β are two choices of the diagonal Λ_t that the paper's objective adds, Σ tr (W − W_t) Λ_t (W − W_t)ᵀ (appendix A):
+    Λ_t = (1/ρ − 1) diag(G_t), a penalty per input, and Λ_t = β mean(diag(G_t)) I, the same for all inputs.
 
     Weights without a Gram (biases, LayerNorm, embeddings) are the plain mean. The scaling factors scale what
     each member adds to the base, θ_0 + Σ α_t u_t with u_t = (Σ G̃_s)⁻¹ G̃_t τ_t (τ_t / T where there is no Gram):
@@ -53,6 +56,14 @@ class RegMean(Method):
             maximum=1.0,
             search=False,
             default_for=dict.fromkeys(T5, 0.1),
+        ),
+        "beta": Parameter(
+            0.0,
+            "added to each Gram's diagonal, as a share of the diagonal's mean",
+            low=0.0,
+            high=1.0,
+            minimum=0.0,
+            search=False,
         ),
         "factors": Parameter(
             "contribution",
@@ -120,15 +131,15 @@ class PreparedRegMean(Prepared):
         """
         members = chosen(scaling, self._members)
         factors = [scaling[member] for member in members]
-        rho = float(parameters["rho"])
+        rho, beta = float(parameters["rho"]), float(parameters.get("beta", 0.0))
         inside = parameters["factors"] == "gram"
         even = len(set(factors)) == 1
         if inside and not (even and factors[0] > 0):  # a positive factor of all cancels
-            solution, scales = self._solve(members, factors, rho, apart=False), [1.0]
+            solution, scales = self._solve(members, factors, rho, beta, apart=False), [1.0]
         elif even:
-            solution, scales = self._solution(members, rho, apart=False), [1.0 if inside else factors[0]]
+            solution, scales = self._solution(members, rho, beta, apart=False), [1.0 if inside else factors[0]]
         else:
-            solution, scales = self._solution(members, rho, apart=True), factors
+            solution, scales = self._solution(members, rho, beta, apart=True), factors
         self._report = solution.report
         for batch, moved in zip(self._batches, solution.moved, strict=True):
             for index, system in enumerate(batch.systems):
@@ -136,23 +147,25 @@ class PreparedRegMean(Prepared):
                 system.write(terms, out, self._scratch)
         mean_step(self._rest, {member: 1.0 if inside else scaling[member] for member in members}, out, self._scratch)
 
-    def _solution(self, members: tuple[str, ...], rho: float, *, apart: bool) -> RegMeanUpdate:
-        """The solution for factors of 1; kept until other members or another ρ are asked for."""
+    def _solution(self, members: tuple[str, ...], rho: float, beta: float, *, apart: bool) -> RegMeanUpdate:
+        """The solution for factors of 1; kept until other members, another ρ or another β are asked for."""
         ones = [1.0] * len(members)
-        return self._kept[apart].get((members, rho), lambda: self._solve(members, ones, rho, apart=apart))
+        return self._kept[apart].get((members, rho, beta), lambda: self._solve(members, ones, rho, beta, apart=apart))
 
-    def _solve(self, members: tuple[str, ...], factors: Sequence[float], rho: float, *, apart: bool) -> RegMeanUpdate:
+    def _solve(
+        self, members: tuple[str, ...], factors: Sequence[float], rho: float, beta: float, *, apart: bool
+    ) -> RegMeanUpdate:
         """(Σ α_t G̃_t)⁻¹ Σ α_t G̃_t τ_tᵀ of every batch, summed over members or for each."""
         report = {"ridge": 0.0, "ridged_layers": 0.0}
         parts = [[index] for index in range(len(members))] if apart else [list(range(len(members)))]
         every = []
         for batch in self._batches:
-            sums = batch.gram_sum(members, factors, rho)
+            sums = batch.gram_sum(members, factors, rho, beta)
             names = [system.weights[0].name for system in batch.systems]
             cholesky, scale, ridges = factor(sums, names, batch.rounding(members))
             report["ridge"] = max(report["ridge"], float(ridges.max()))
             report["ridged_layers"] += float((ridges > 0).sum())
             pull = ridges[:, None] * scale.square()
-            rights = (batch.right(members, factors, part, rho, pull) for part in parts)
+            rights = (batch.right(members, factors, part, rho, pull, beta) for part in parts)
             every.append([solve(cholesky, scale, right.mT).mT.float().contiguous() for right in rights])
         return RegMeanUpdate(every, report)

@@ -115,7 +115,9 @@ def regmean(weights, scaling, parameters, examples):
         if not grams:
             merged[w.name] = base + sum(outside[m] * tau[m] for m in scaling) / len(scaling)
             continue
-        soft = {m: rho * grams[m] + (1 - rho) * torch.diag(torch.diag(grams[m])) for m in scaling}
+        power = {m: torch.diag(grams[m]) for m in scaling}
+        beta = {m: parameters.get("beta", 0.0) * power[m].mean() * torch.ones_like(power[m]) for m in scaling}
+        soft = {m: rho * grams[m] + torch.diag((1 - rho) * power[m] + beta[m]) for m in scaling}
         left = sum(inside[m] * soft[m] for m in scaling)
         turned = {m: tau[m] if w.transposed else tau[m].T for m in scaling}
         moved = torch.linalg.solve(left, sum(inside[m] * outside[m] * soft[m] @ turned[m] for m in scaling))

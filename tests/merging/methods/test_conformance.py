@@ -18,6 +18,7 @@ VARIANTS = [
     ("gradient_matching", {"base_curvature": "fisher"}),
     ("gradient_matching", {"delta": 1e-6}),
     ("regmean", {"factors": "gram", "rho": 0.5}),
+    ("regmean", {"beta": 0.3, "rho": 1.0}),
     ("linear", {"normalize": True}),
     ("dare", {"entries": "elected", "drop": 0.3, "seed": 7}),
     ("dare", {"drop": 0.0}),

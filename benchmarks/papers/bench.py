@@ -1,0 +1,382 @@
+"""A pool opened for measurements in this process; whatever is measured is kept by content, and measured once."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save
+
+from benchmarks.papers.pools import PaperPool
+from flows.directory.progress import Display
+from merging.checkpoints.formats.safetensors_file import SafetensorsFile, read_arrays
+from merging.checkpoints.pool import Pool
+from merging.evaluation.ensemble import measure_ensemble
+from merging.evaluation.live_models import LiveModels, best_device
+from merging.evaluation.steps import EvaluationPlan
+from merging.io import atomic, hashing
+from merging.mergers.material import Material, open_statistics
+from merging.methods import METHODS
+from merging.optimization.gradient_mismatch import Mismatch, gradient_mismatch, quadratic_mismatch
+from merging.recipe import BASE, Recipe, base_recipe, member_recipe
+from merging.statistics import STATISTICS, StatisticsFile, measure
+from merging.statistics import save as save_statistic
+from merging.statistics.compute import measure_shard
+from merging.tasks import AnyTaskSettings, make_task
+from merging.tasks.task import Split, Task
+from search.subsets import dpp_kernel
+
+Values = Mapping[str, npt.NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model scored.
+
+    Args:
+        values: Task → one number an example [N], whose mean is the score.
+        losses: Task → mean loss.
+        report: The method's figures on the merge.
+    """
+
+    values: Values
+    losses: Mapping[str, float] = field(default_factory=dict)
+    report: Mapping[str, float] = field(default_factory=dict)
+
+    def on(self, tasks: Sequence[str]) -> "Measured":
+        """The same on some tasks alone."""
+        return Measured({task: self.values[task] for task in tasks}, self.losses, self.report)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Task → score."""
+        return {task: float(values.mean()) for task, values in self.values.items()}
+
+    @property
+    def mean(self) -> float:
+        """Mean over tasks."""
+        return float(np.mean(list(self.scores.values())))
+
+    @property
+    def error(self) -> float:
+        """Standard error of `mean`."""
+        return spread(self.values)
+
+
+def spread(values: Values) -> float:
+    """Standard error of the mean over tasks of the means over examples; tasks' examples are independent."""
+    squares = [float(own.var()) / len(own) for own in values.values()]
+    return float(np.sqrt(sum(squares))) / len(squares)
+
+
+def paired(one: Measured, other: Measured) -> tuple[float, float]:
+    """How much one scores above the other over the same examples, and the standard error of that."""
+    gaps = {task: one.values[task] - other.values[task] for task in one.values}
+    return float(np.mean([gap.mean() for gap in gaps.values()])), spread(gaps)
+
+
+def averaged(many: Sequence[Measured]) -> Measured:
+    """Several models' values, averaged example by example: what one of them scores, drawn at random."""
+    return Measured({task: np.mean([one.values[task] for one in many], axis=0) for task in many[0].values})
+
+
+class Bench:
+    """A pool, its statistics, and what models of it score.
+
+    Args:
+        pool: The pool.
+        display: Shows what is measured.
+        examples: Most examples of a task and split; None for all.
+        statistic_examples: Training examples behind a statistic that is computed here.
+        tasks: Task settings in place of the campaign's (corrupted images).
+    """
+
+    def __init__(
+        self,
+        pool: PaperPool,
+        display: Display,
+        examples: int | None = None,
+        statistic_examples: int = 96,
+        tasks: Mapping[str, AnyTaskSettings] | None = None,
+    ) -> None:
+        self.pool, self.display, self.examples = pool, display, examples
+        self._statistic_examples = statistic_examples
+        self._settings = dict(tasks or pool.campaign.tasks)
+        self._needs: tuple[str, ...] = ()
+        self._live: LiveModels | None = None
+
+    def with_tasks(self, change: Callable[[AnyTaskSettings], AnyTaskSettings]) -> "Bench":
+        """The same pool on other tasks."""
+        tasks = {name: change(task) for name, task in self._settings.items()}
+        return Bench(self.pool, self.display, self.examples, self._statistic_examples, tasks)
+
+    @property
+    def members(self) -> list[str]:
+        """All members."""
+        return list(self.pool.campaign.members)
+
+    @cached_property
+    def tasks(self) -> dict[str, Task]:
+        """Every task with the head of its owner."""
+        campaign, owners = self.pool.campaign, self.owners
+        return {
+            name: make_task(name, settings, campaign.members[owners[name]].checkpoint, campaign.base)
+            for name, settings in self._settings.items()
+        }
+
+    @property
+    def owners(self) -> dict[str, str]:
+        """Task → the member whose head it has."""
+        return self.pool.campaign.owners()
+
+    @cached_property
+    def weights(self) -> Pool:
+        """Base and members."""
+        campaign = self.pool.campaign
+        return Pool.open(campaign.base, {name: member.checkpoint for name, member in campaign.members.items()})
+
+    def own(self, member: str) -> str:
+        """A member's task."""
+        task = self.pool.campaign.task_of(member)
+        assert task is not None
+        return task
+
+    def measure(self, recipe: Recipe, split: Split = "test") -> Measured:
+        """What a recipe's merge scores on every task."""
+        complete = self.material(recipe).check(recipe)
+        told = [complete.as_dict(), self._statistics_key(complete)]
+
+        def work() -> Measured:
+            self.display.say(f"  {self.pool.name}: {short(complete)} on {split}")
+            live = self._models(complete)
+            found = live.measure(complete, split, self.examples, EvaluationPlan())
+            assert found.trace is not None
+            values = {task: own.astype(np.float64) for task, own in found.trace.values.items()}
+            return Measured(values, {task: score.loss for task, score in found.scores.items()}, found.report)
+
+        return self._kept(["recipe", *told], split, work)
+
+    def ensemble(self, members: Sequence[str] | None = None, split: Split = "test") -> Measured:
+        """The mean of members' probabilities."""
+        chosen = sorted(members or self.members)
+
+        def work() -> Measured:
+            self.display.say(f"  {self.pool.name}: ensemble of {', '.join(chosen)} on {split}")
+            found = measure_ensemble(
+                Material(self.weights),
+                list(self.tasks.values()),
+                self.owners,
+                chosen,
+                split,
+                best_device(),
+                limit=self.examples,
+            )
+            return _of({task: predictions for task, (_, predictions) in found.items()})
+
+        return self._kept(["ensemble", chosen], split, work)
+
+    def all_data(self, split: Split = "test") -> Measured | None:
+        """The model that was trained on all tasks; None where there is none."""
+        if not self.pool.together:
+            return None
+
+        def work() -> Measured:
+            self.display.say(f"  {self.pool.name}: the model of all data on {split}")
+            found = {}
+            for name, settings in self._settings.items():
+                task = make_task(name, settings, self.pool.together[name])
+                found[name] = task.measure(task.load_model(), split, limit=self.examples)[1]
+            return _of(found)
+
+        return self._kept(["all data", _content(self.pool.together)], split, work)
+
+    def member(self, name: str, split: Split = "test") -> Measured:
+        """A member as it is, on every task."""
+        return self.measure(member_recipe(name), split)
+
+    def base(self, split: Split = "test") -> Measured:
+        """The base as it is."""
+        return self.measure(base_recipe(), split)
+
+    def own_members(self, split: Split = "test") -> Measured:
+        """Every member on its own task: what a merge is to keep."""
+        found = {self.own(name): self.member(name, split).values[self.own(name)] for name in self.members}
+        return Measured(found)
+
+    def default(self, method: str, members: Sequence[str] | None = None, **parameters: Any) -> Recipe:
+        """A method at its defaults but for these parameters."""
+        recipe = METHODS[method].default_recipe(members or self.members, self.weights.model_type)
+        return METHODS[method].complete(Recipe(method, recipe.scaling, {**recipe.parameters, **parameters}))
+
+    def mismatch(self, recipe: Recipe, examples: int = 48) -> Mismatch:
+        """The gradient mismatch of a recipe's merge on the members' training examples (GM, equation 8).
+
+        With α = 1 for every member and H_0 = I whatever the recipe is, so that merges of all methods can be compared.
+        """
+        complete = self.material(recipe).check(recipe)
+
+        def work() -> Mismatch:
+            self.display.say(f"  {self.pool.name}: gradient mismatch of {short(complete)}")
+            merged = self._merged(complete)
+            return gradient_mismatch(self._material, self._own_tasks(), merged, self._plain(), examples=examples)
+
+        return self._kept_mismatch(["mismatch", examples], complete, work)
+
+    def quadratic(self, recipe: Recipe) -> Mismatch:
+        """Its stand-in from Fisher information, without gradients."""
+        self.need("fisher")
+        complete = self.material(recipe).check(recipe)
+        return self._kept_mismatch(
+            ["quadratic"],
+            complete,
+            lambda: quadratic_mismatch(self._material, self._merged(complete).__getitem__, self._plain()),
+        )
+
+    def _plain(self) -> Recipe:
+        recipe = self.default("task_arithmetic")
+        return Recipe(recipe.method, dict.fromkeys(recipe.scaling, 1.0), recipe.parameters)
+
+    def similarity(
+        self, split: Split = "validation", examples: int = 64, *, centered: bool = False
+    ) -> dpp_kernel.Matrix:
+        """S over all tasks' examples of a split (QD)."""
+        rows: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in self.members}
+        kind = STATISTICS["representation"]
+        for task in self.tasks.values():
+            for name in self.members:
+                key = hashing.fingerprint([task.data_fingerprint(split), self._print(name), split, examples])
+                path = self.pool.place / "representations" / f"{name}.{task.name}.{key}.safetensors"
+                if not path.exists():
+                    self.display.say(f"  {self.pool.name}: what {name} makes of {task.name}")
+                    statistic = kind(kind.settings_type(examples=examples))
+                    model = self._own_tasks()[name].load_model()
+                    part = measure_shard(task, statistic, split, 0, min(examples, task.size(split)), "cpu", model)
+                    found = statistic.finalize(part)["representation"].numpy()
+                    atomic.write_bytes(str(path), save({"rows": np.ascontiguousarray(found)}))
+                rows[name].append(read_arrays(str(path))["rows"])
+        stacked = {name: np.concatenate(own) for name, own in rows.items()}
+        return dpp_kernel.similarity_from_representations(stacked, centered)
+
+    def need(self, *kinds: str) -> None:
+        """Has statistics of these kinds in all that is merged from now on."""
+        if more := [kind for kind in kinds if kind not in self._needs]:
+            self._needs = tuple(sorted({*self._needs, *more}))
+            self._live = None
+            self.__dict__.pop("_material", None)
+
+    def material(self, recipe: Recipe) -> Material:
+        """Pool and statistics, those that a recipe asks for among them."""
+        if recipe.method in METHODS:
+            method = METHODS[recipe.method]
+            complete = method.complete(recipe, self.weights.model_type)
+            base = [f"base:{kind}" for kind in method.base_needs(complete.parameters)]
+            self.need(*method.needs(complete.parameters), *base)
+        return self._material
+
+    @cached_property
+    def _material(self) -> Material:
+        files: dict[str, tuple[str, ...]] = dict.fromkeys(self.members, ())
+        examples = {name: self.tasks[self.own(name)].size("train") for name in self.members}
+        if self.pool.base_task:
+            examples[BASE] = self.tasks[self.pool.base_task].size("train")
+        for kind in self._needs:
+            if kind.startswith("base:"):
+                assert self.pool.base_task is not None
+                task = make_task(BASE, self._settings[self.pool.base_task], self.pool.campaign.base)
+                files[BASE] = (self._statistic(BASE, kind.partition(":")[2], task),)
+            else:
+                for name, task in self._own_tasks().items():
+                    files[name] = (*files[name], self._statistic(name, kind, task))
+        return Material(self.weights, open_statistics(self.weights, files), examples)
+
+    def _own_tasks(self) -> dict[str, Task]:
+        """Member → its own task, bound to itself."""
+        campaign = self.pool.campaign
+        return {
+            name: make_task(self.own(name), campaign.tasks[self.own(name)], campaign.members[name].checkpoint)
+            for name in self.members
+        }
+
+    def _statistic(self, who: str, kind: str, task: Task) -> str:
+        """A statistics file of the pool's place, computed unless it is there."""
+        directory = self.pool.place / "statistics"
+        for path in sorted(directory.glob(f"{who}.{kind}.*.safetensors")):
+            if StatisticsFile.open(str(path)).checkpoint == self._print(who):
+                return str(path)
+        self.display.say(f"  {self.pool.name}: {kind} of {who}, {self._statistic_examples} examples")
+        statistic = STATISTICS[kind](STATISTICS[kind].settings_type(examples=self._statistic_examples))
+        data = task.data_fingerprint("train")
+        path = directory / f"{who}.{kind}.{hashing.fingerprint([self._print(who), data])}.safetensors"
+        save_statistic(str(path), statistic, measure(task, statistic), checkpoint=self._print(who), data=data)
+        return str(path)
+
+    def _statistics_key(self, recipe: Recipe) -> list[Any]:
+        """What a merge depends on beside its recipe and the pool."""
+        if recipe.method not in METHODS:
+            return []
+        method = METHODS[recipe.method]
+        kinds = method.needs(recipe.parameters)
+        files = [self._material.statistics[kind][name] for kind in kinds for name in recipe.members]
+        files += [self._material.statistics[kind][BASE] for kind in method.base_needs(recipe.parameters)]
+        return [[file.kind, file.checkpoint, file.data, file.examples, dict(file.settings)] for file in files]
+
+    def _print(self, who: str) -> str:
+        return self.weights.base.fingerprint if who == BASE else self.weights.members[who].checkpoint.fingerprint
+
+    def _models(self, recipe: Recipe) -> LiveModels:
+        if self._live is None:
+            self._live = LiveModels(
+                self.material(recipe), list(self.tasks.values()), self.owners, best_device(), "float32"
+            )
+        return self._live
+
+    def _merged(self, recipe: Recipe) -> dict[str, Any]:
+        """A recipe's merged weights."""
+        import torch
+
+        from merging.mergers.resident import ResidentMerger
+
+        out = {name: torch.empty(info.shape) for name, info in self.weights.weights.items()}
+        ResidentMerger(self.material(recipe), out).merge(recipe)
+        return out
+
+    def _key(self, what: Sequence[Any], split: str) -> str:
+        data = {name: task.data_fingerprint("test" if split == "none" else split) for name, task in self.tasks.items()}  # type: ignore[arg-type]
+        return hashing.fingerprint([list(what), split, self.examples, self.weights.fingerprints(), data])
+
+    def _kept(self, what: Sequence[Any], split: Split, work: Callable[[], Measured]) -> Measured:
+        path = self.pool.place / "measured" / f"{self._key(what, split)}.safetensors"
+        if not path.exists():
+            found = work()
+            about = {"losses": dict(found.losses), "report": dict(found.report)}
+            arrays = {task: np.ascontiguousarray(values) for task, values in found.values.items()}
+            atomic.write_bytes(str(path), save(arrays, {"about": json.dumps(about)}))
+        about = json.loads(SafetensorsFile.open(str(path)).metadata["about"])
+        return Measured(read_arrays(str(path)), about["losses"], about["report"])
+
+    def _kept_mismatch(self, what: Sequence[Any], recipe: Recipe, work: Callable[[], Mismatch]) -> Mismatch:
+        path = self.pool.place / "measured" / f"{self._key([*what, recipe.as_dict()], 'none')}.json"
+        if not path.exists():
+            found = work()
+            atomic.write_json(str(path), {"total": found.total, "members": dict(found.members)})
+        known = json.loads(path.read_text())
+        return Mismatch(known["total"], known["members"])
+
+
+def short(recipe: Recipe) -> str:
+    """A recipe in few words."""
+    values = sorted(set(recipe.scaling.values()))
+    factors = f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} … {values[-1]:g}" if values else ""
+    return f"{recipe.method.replace('_', ' ')} ({', '.join(recipe.members)}; {factors})"
+
+
+def _of(predictions: Mapping[str, Any]) -> Measured:
+    return Measured({task: np.asarray(own.values, np.float64) for task, own in predictions.items()})
+
+
+def _content(places: Mapping[str, str]) -> list[str]:
+    return sorted({hashing.file_fingerprint(str(Path(place) / "model.safetensors")) for place in places.values()})

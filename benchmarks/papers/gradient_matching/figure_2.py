@@ -1,0 +1,29 @@
+"""Figure 2: accuracy over the scaling factor α, task arithmetic beside gradient matching. Which is more robust?"""
+
+from benchmarks.papers.bench import Bench, averaged
+from benchmarks.papers.gradient_matching.candidates import ALPHAS, METHODS, known, scaled
+from benchmarks.papers.result import Result
+
+POOLS = ("continued",)
+CLAIM = "Gradient matching is more robust to α than task arithmetic"
+
+
+def run(bench: Bench) -> Result:
+    """The curves; their area is the mean over α, example by example, and the worst α is each method's own."""
+    result = Result(plot="lines", labels=("scaling factor α of all members", "test accuracy, mean over domains"))
+    curves = {}
+    for method in known(bench):
+        found = {alpha: bench.measure(scaled(bench, method, alpha)) for alpha in ALPHAS}
+        for alpha, measured in found.items():
+            result.add(method, alpha, measured)
+        curves[method] = list(found.values())
+    for method in list(curves)[1:]:
+        short = method.replace("gradient matching", "GM")
+        area = averaged(curves[method]), averaged(curves[METHODS[0]])
+        result.compare(f"{CLAIM}: by area under the curve", *area, names=(short, "TA"))
+        worst = [min(curves[name], key=lambda one: one.mean) for name in (method, METHODS[0])]
+        result.compare(f"{CLAIM}: by the worst α", *worst, names=(short, "TA"))
+        best = [max(curves[name], key=lambda one: one.mean) for name in (method, METHODS[0])]
+        claim = "Gradient matching is better at its best α (chosen on test, as in the paper)"
+        result.compare(claim, *best, names=(short, "TA"))
+    return result

@@ -1,0 +1,38 @@
+"""Table 1: all-data training beside average, Fisher averaging, task arithmetic and gradient matching."""
+
+from benchmarks.papers.bench import Bench, Measured
+from benchmarks.papers.gradient_matching.candidates import ALPHAS, METHODS, known, scaled
+from benchmarks.papers.result import Result
+
+POOLS = ("continued",)
+
+
+def run(bench: Bench) -> Result:
+    """Rows of the table; task arithmetic and gradient matching at α = 1 and at the α that validation chose."""
+    result = Result()
+    rows: dict[str, Measured] = {"base": bench.base()}
+    rows |= {f"member {name}": bench.member(name) for name in bench.members}
+    rows["average"] = bench.measure(bench.default("average"))
+    rows["fisher"] = bench.measure(bench.default("fisher"))
+    for method in known(bench):
+        rows[f"{method}, α = 1"] = bench.measure(scaled(bench, method, 1.0))
+        best = max(ALPHAS, key=lambda alpha: bench.measure(scaled(bench, method, alpha), "validation").mean)
+        rows[f"{method}, α by validation"] = bench.measure(scaled(bench, method, best))
+    if (whole := bench.all_data()) is not None:
+        rows["all data"] = whole
+    for name, measured in rows.items():
+        result.add(name, "", measured)
+    gm = [rows[f"{method}, α = 1"] for method in list(known(bench))[1:]]
+    ours = max(gm, key=lambda one: one.mean)
+    ta = rows[f"{METHODS[0]}, α = 1"]
+    result.compare("Gradient matching (α = 1) is above task arithmetic (α = 1)", ours, ta, ("GM", "TA"))
+    result.compare("… above Fisher averaging", ours, rows["fisher"], ("GM", "Fisher"))
+    result.compare("… above the plain average", ours, rows["average"], ("GM", "average"))
+    result.compare(
+        "Fisher averaging is above the plain average", rows["fisher"], rows["average"], ("Fisher", "average")
+    )
+    if whole is not None:
+        result.compare("All-data training is above every merge", whole, max(
+            (m for name, m in rows.items() if name != "all data"), key=lambda one: one.mean
+        ), ("all data", "best other row"))  # fmt: skip
+    return result

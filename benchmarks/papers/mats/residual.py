@@ -1,0 +1,43 @@
+"""Conjugate gradients from several starts: the residual and the accuracy over iterations."""
+
+from benchmarks.papers.bench import Bench
+from benchmarks.papers.result import Result
+
+POOLS = ("sentiment",)
+STARTS = ("average", "task_arithmetic", "fisher")
+ITERATIONS = (0, 2, 5, 20, 100)
+
+
+def run(bench: Bench) -> Result:
+    """MaTS with the layers' input Grams; the exact solution of the same system is RegMean with ρ = 1."""
+    bench.need("gram", "fisher")
+    result = Result(plot="lines", labels=("iterations of conjugate gradients", "test accuracy, mean over tasks"))
+    ends = {}
+    for start in STARTS:
+        for iterations in ITERATIONS:
+            measured = bench.measure(bench.default("mats", start=start, iterations=iterations))
+            result.add(f"from {start.replace('_', ' ')}", iterations, measured)
+            result.row(
+                f"from {start.replace('_', ' ')}", iterations, measured.report["residual"], task="largest residual"
+            )
+            ends[start, iterations] = measured
+    exact = bench.measure(bench.default("regmean", rho=1.0))
+    damped = bench.measure(bench.default("regmean"))
+    result.add("RegMean, ρ = 1 (exact)", ITERATIONS[-1], exact)
+    result.add("RegMean, ρ = 0.9", ITERATIONS[-1], damped)
+    last = ITERATIONS[-1]
+    result.compare(
+        "100 iterations from the average are above the average", ends["average", last], ends["average", 0], ("100", "0")
+    )
+    best = max(ITERATIONS, key=lambda iterations: ends["average", iterations].mean)
+    result.compare(
+        "Stopping early is above solving exactly", ends["average", best], exact, (f"{best} iterations", "exact")
+    )
+    result.compare(
+        "A better start (Fisher averaging) ends higher",
+        ends["fisher", last],
+        ends["average", last],
+        ("Fisher", "average"),
+    )
+    result.compare("MaTS is above RegMean", ends["average", last], damped, ("MaTS", "RegMean"))
+    return result

@@ -1,0 +1,1 @@
+"""Quality and diversity: a determinantal point process chooses the members."""

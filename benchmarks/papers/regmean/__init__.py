@@ -1,0 +1,1 @@
+"""Jin et al. 2023: dataless knowledge fusion by merging weights of language models (RegMean)."""

@@ -1,0 +1,42 @@
+"""Figures 3 and 4: pairs of members, and by how much each task drops below its own member."""
+
+from itertools import combinations
+
+import numpy as np
+
+from benchmarks.papers.bench import Bench, Measured
+from benchmarks.papers.result import Result
+
+POOLS = ("sentiment", "tagging", "images")
+METHODS = ("average", "fisher", "regmean")
+
+
+def run(bench: Bench) -> Result:
+    """The mean relative drop of every pair by every method, on the pair's own tasks."""
+    result = Result()
+    own = bench.own_members()
+    scores: dict[str, list[Measured]] = {method: [] for method in METHODS}
+    for pair in combinations(bench.members, 2):
+        tasks = [bench.own(member) for member in pair]
+        for method in METHODS:
+            found = bench.measure(bench.default(method, pair)).on(tasks)
+            scores[method].append(found)
+            drops = [1 - found.scores[task] / own.scores[task] for task in tasks]
+            result.row(method, "+".join(pair), float(np.mean(drops)), task="relative drop")
+    for method in METHODS:
+        drops = [row["value"] for row in result.rows if row["series"] == method and row["task"] == "relative drop"]
+        result.row(method, "all pairs", float(np.mean(drops)), task="relative drop")
+    whole = {method: _together(found) for method, found in scores.items()}
+    result.compare(
+        "Over pairs, RegMean is above the average", whole["regmean"], whole["average"], ("RegMean", "average")
+    )
+    result.compare(
+        "Over pairs, RegMean is above Fisher averaging", whole["regmean"], whole["fisher"], ("RegMean", "Fisher")
+    )
+    return result
+
+
+def _together(pairs: list[Measured]) -> Measured:
+    """Every task's values averaged over the pairs that it is in, so that its examples count once."""
+    tasks = sorted({task for pair in pairs for task in pair.values})
+    return Measured({task: np.mean([p.values[task] for p in pairs if task in p.values], axis=0) for task in tasks})

@@ -1,0 +1,63 @@
+"""Figure 6: an unseen domain; members join in the order of their single scores on its validation data, or greedily."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from benchmarks.papers.bench import Bench, Measured
+from benchmarks.papers.result import Result
+from search.subsets.greedy import greedy_forward
+
+POOLS = ("sentiment",)
+METHODS = ("average", "regmean")
+
+
+def run(bench: Bench) -> Result:
+    """Every domain in turn is the unseen one, and the members of the others are merged; means over domains."""
+    result = Result(plot="lines", labels=("members in the merge", "test accuracy on the unseen domain"))
+    single, prefixes, greedy = [], {}, []
+    for owner in bench.members:
+        target, others = bench.own(owner), [member for member in bench.members if member != owner]
+        alone = {member: bench.member(member, "validation").scores[target] for member in others}
+        order = sorted(others, key=lambda member: -alone[member])
+        single.append((owner, bench.member(order[0]).on([target])))
+        for method in METHODS:
+            for k in range(1, len(order) + 1):
+                found = bench.measure(bench.default(method, order[:k])) if k > 1 else bench.member(order[0])
+                prefixes.setdefault((method, k), []).append((owner, found.on([target])))
+
+        def scores(subsets: Sequence[Sequence[str]], target: str = target) -> list[float | None]:
+            return [
+                (bench.measure(bench.default("regmean", Y), "validation") if len(Y) > 1 else bench.member(Y[0], "validation"))
+                .scores[target]
+                for Y in subsets
+            ]  # fmt: skip
+
+        path = greedy_forward(others, scores)
+        best = max(path, key=lambda Y: scores([Y])[0] or 0.0)
+        found = bench.measure(bench.default("regmean", best)) if len(best) > 1 else bench.member(best[0])
+        greedy.append((owner, found.on([target])))
+    for (method, k), parts in prefixes.items():
+        result.add(f"{method}, prefixes", k, _unseen(parts))
+    most = len(bench.members) - 1
+    result.add("regmean, greedy on validation", most, _unseen(greedy))
+    ours = _unseen(prefixes["regmean", most])
+    result.compare(
+        "On an unseen domain, RegMean of all is above the best single member",
+        ours,
+        _unseen(single),
+        ("RegMean", "member"),
+    )
+    average = _unseen(prefixes["average", most])
+    result.compare("… and above their average", ours, average, ("RegMean", "average"))
+    curve = [_unseen(prefixes["regmean", k]).mean for k in range(1, most + 1)]
+    best_k = int(np.argmax(curve)) + 1
+    result.compare(
+        "A prefix of the best members is above all members", _unseen(prefixes["regmean", best_k]), ours,
+        (f"{best_k} members", f"{most} members"),
+    )  # fmt: skip
+    return result
+
+
+def _unseen(parts: Sequence[tuple[str, Measured]]) -> Measured:
+    return Measured({owner: values for owner, found in parts for values in found.values.values()})

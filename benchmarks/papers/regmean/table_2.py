@@ -1,0 +1,38 @@
+"""Table 2: members, ensemble, average, Fisher averaging, RegMean and multi-task training."""
+
+from benchmarks.papers.bench import Bench, Measured, averaged
+from benchmarks.papers.result import Result
+
+POOLS = ("sentiment", "tagging", "images")
+
+
+def run(bench: Bench) -> Result:
+    """The rows of the table on one pool; RegMean propagated is ours and not the paper's."""
+    members = {name: bench.member(name) for name in bench.members}
+    validation = {name: bench.member(name, "validation").mean for name in bench.members}
+    rows: dict[str, Measured] = {
+        "base": bench.base(),
+        "members, mean": averaged(list(members.values())),
+        "members, best by validation": members[max(validation, key=lambda name: validation[name])],
+        "members, each on its own task": bench.own_members(),
+        "ensemble": bench.ensemble(),
+        "average": bench.measure(bench.default("average")),
+        "fisher": bench.measure(bench.default("fisher")),
+        "regmean": bench.measure(bench.default("regmean")),
+    }
+    if (whole := bench.all_data()) is not None:
+        rows["multi-task"] = whole
+    result = Result()
+    for name, measured in rows.items():
+        result.add(name, "", measured)
+    regmean = rows["regmean"]
+    result.compare("RegMean is above Fisher averaging", regmean, rows["fisher"], ("RegMean", "Fisher"))
+    result.compare(
+        "Fisher averaging is above the plain average", rows["fisher"], rows["average"], ("Fisher", "average")
+    )
+    best = rows["members, best by validation"]
+    result.compare("RegMean is above the best member", regmean, best, ("RegMean", "best member"))
+    result.compare("RegMean is above the ensemble", regmean, rows["ensemble"], ("RegMean", "ensemble"))
+    if whole is not None:
+        result.compare("Multi-task training is above RegMean", whole, regmean, ("multi-task", "RegMean"))
+    return result

@@ -1,0 +1,94 @@
+"""What an experiment found: figures, and what became of the paper's claims; kept as Parquet."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import pandas as pd
+
+from benchmarks.papers.bench import Measured, paired
+from merging.io import atomic
+
+Verdict: TypeAlias = Literal["agrees", "no difference", "contradicts"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Something that a paper says, beside what was found.
+
+    Args:
+        claim: The paper's order or claim.
+        ours: What was found, with its error.
+        verdict: Whether it agrees.
+    """
+
+    claim: str
+    ours: str
+    verdict: Verdict
+
+
+@dataclass
+class Result:
+    """An experiment's outcome on one pool and seed.
+
+    Args:
+        rows: Figures: `series`, `x` (a number or a name), `task` (`mean` for the mean over tasks), `value`, `error`.
+        claims: What became of the paper's claims.
+        plot: How rows of the mean are drawn: lines over x, points, or not at all.
+        labels: Of the two axes.
+        note: What differs from the paper.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
+    plot: Literal["lines", "points", "none"] = "none"
+    labels: tuple[str, str] = ("", "")
+    note: str = ""
+
+    def add(self, series: str, x: float | str, measured: Measured) -> None:
+        """A model's scores: one row a task, and their mean."""
+        for task, value in measured.scores.items():
+            error = float(measured.values[task].std() / len(measured.values[task]) ** 0.5)
+            self.row(series, x, value, error, task)
+        self.row(series, x, measured.mean, measured.error)
+
+    def row(self, series: str, x: float | str, value: float, error: float = float("nan"), task: str = "mean") -> None:
+        """One figure."""
+        self.rows.append({"series": series, "x": str(x), "task": task, "value": value, "error": error})
+
+    def compare(self, claim: str, one: Measured, other: Measured, names: tuple[str, str]) -> None:
+        """A claim that one model is above the other, told by the paired difference: twice its error decides."""
+        gap, error = paired(one, other)
+        ours = (
+            f"{names[0]} {100 * one.mean:.1f}, {names[1]} {100 * other.mean:.1f}: {100 * gap:+.1f} ± {100 * error:.1f}"
+        )
+        self.claims.append(Claim(claim, ours, verdict(gap, error)))
+
+
+def verdict(gap: float, error: float) -> Verdict:
+    """Whether a difference is one: beyond twice its standard error."""
+    if abs(gap) <= 2 * error:
+        return "no difference"
+    return "agrees" if gap > 0 else "contradicts"
+
+
+def save(result: Result, path: Path, **about: Any) -> None:
+    """Writes a result as one Parquet file: figures and claims, told apart by `kind`.
+
+    Args:
+        result: The result.
+        path: The file.
+        about: Columns that every row has: experiment, pool, seed.
+    """
+    rows = [{"kind": "figure", **row} for row in result.rows]
+    rows += [{"kind": "claim", **asdict(claim)} for claim in result.claims]
+    frame = pd.DataFrame(rows).assign(
+        plot=result.plot, xlabel=result.labels[0], ylabel=result.labels[1], note=result.note, **about
+    )
+    atomic.write_bytes(str(path), frame.to_parquet(index=False))
+
+
+def load(paths: Sequence[Path]) -> pd.DataFrame:
+    """All results, one below the other."""
+    return pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True) if paths else pd.DataFrame()
