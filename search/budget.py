@@ -10,9 +10,9 @@ from typing import Literal
 from search.ledger.row import Row
 from search.objective import best, point, violation
 
-Ending = Literal["candidates", "examples", "seconds", "gpu_hours", "cpu_hours", "plateau", "exhausted"]
+Ending = Literal["candidates", "examples", "seconds", "gpu_hours", "cpu_hours", "plateau", "exhausted", "stopped"]
 """Why a search ended: its candidates, examples, time or hours of processors are spent; its best has not got better
-for long; its sampler has nothing new to propose."""
+for long; its sampler has nothing new to propose; somebody asked for it."""
 
 HOURS: tuple[Literal["gpu_hours", "cpu_hours"], ...] = ("gpu_hours", "cpu_hours")
 """Columns of what a candidate cost."""

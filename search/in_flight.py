@@ -13,6 +13,7 @@ from search.candidate import Candidate, Executor, Outcome, Provenance, make_row
 from search.ledger.ledger import Ledger, to_table
 from search.ledger.row import Row
 from search.objective import Objective
+from search.steering import Steering
 
 POLL_SECONDS = 1.0
 MAX_ERROR_LENGTH = 2000
@@ -130,6 +131,7 @@ def measure(
     objective: Objective | None,
     provenance: Provenance,
     retries: int = 3,
+    steering: Steering | None = None,
 ) -> list[Row]:
     """Measures candidates that no sampler proposed (references, winners on test) and records them.
 
@@ -137,16 +139,23 @@ def measure(
 
     Returns:
         The row of every candidate, failed ones included, in the order given.
+
+    Raises:
+        StoppedError: `steering` said so, and some were not measured.
     """
     wanted = list(candidates)
     missing = {_key(c): c for c in wanted if not ledger.has(*_key(c))}
     queue, in_flight = deque(missing.values()), InFlight(executor, retries)
     while queue or len(in_flight):
+        if steering is not None and steering.stopping():
+            queue.clear()
         while queue and in_flight.has_room:
             in_flight.submit(queue.popleft())
         for outcome in in_flight.wait():
             ledger.append(to_row(outcome, objective, provenance))
     rows = {(row.candidate, row.split): row for row in ledger.rows()}
+    if steering is not None and not missing.keys() <= rows.keys():
+        steering.stop_here()
     return [rows[_key(candidate)] for candidate in wanted]
 
 

@@ -20,6 +20,7 @@ from search.objective import Objective
 from search.samplers.history_window import Memory
 from search.samplers.windowed_study import WindowedStudy
 from search.space.search_space import Space
+from search.steering import Steering
 from search.study import CANDIDATE, DUPLICATE, ORIGIN
 
 
@@ -37,6 +38,7 @@ def search(
     history: Sequence[Memory] | None = None,
     split: str = "validation",
     describe: Callable[[Recipe], Mapping[str, float]] = lambda recipe: {},
+    steering: Steering | None = None,
 ) -> Ending:
     """Measures the baselines, then what the sampler proposes, until a budget is spent.
 
@@ -58,6 +60,7 @@ def search(
         history: What the sampler sees of finished trials, see `search.samplers.make_sampler.memories`; None for all.
         split: What candidates are measured on.
         describe: Further `proxies` of a recipe's row, known without measuring it.
+        steering: Asked between candidates whether to stop, and for recipes that somebody wants measured.
 
     Raises:
         SearchError: Every baseline failed, or candidate after candidate with the same error.
@@ -65,7 +68,20 @@ def search(
         StorageError: A row cannot be written.
     """
     windowed = WindowedStudy(study, history)
-    run = _Search(windowed, space, sampler, ledger, executor, objective, provenance, budget, observer, split, describe)
+    run = _Search(
+        windowed,
+        space,
+        sampler,
+        ledger,
+        executor,
+        objective,
+        provenance,
+        budget,
+        observer,
+        split,
+        describe,
+        steering or Steering(),
+    )
     return run.run(_trailing_duplicates(study))
 
 
@@ -85,7 +101,9 @@ class _Search:
         observer: Observer | None,
         split: str,
         describe: Callable[[Recipe], Mapping[str, float]],
+        steering: Steering,
     ) -> None:
+        self._steering = steering
         self._describe = describe
         self._study, self._space, self._sampler, self._ledger = study, space, sampler, ledger
         self._objective, self._provenance, self._split = objective, provenance, split
@@ -123,20 +141,38 @@ class _Search:
 
     def _submit(self, more: Callable[[], Candidate | None]) -> None:
         """Keeps evaluators busy: with the candidate that was asked ahead, then with `more` of them."""
+        if self._steering.stopping():
+            self._ahead, self._ending = None, "stopped"
+            return
         while self._in_flight.has_room and (candidate := self._ahead or more()) is not None:
             self._ahead = None
             self._in_flight.submit(candidate)
 
     def _next(self) -> Candidate | None:
         """The next candidate to measure; None where there is none for now."""
+        self._queue()
+        if self._steering.stopping():
+            self._ending = "stopped"
+            return None
         if self._unheard:
-            return Candidate(self._unheard.popleft(), self._split, "anchor")
+            recipe = self._unheard.popleft()
+            return Candidate(recipe, self._split, "anchor" if recipe.identity in self._baselines else "search")
         spent = self._tally.spent(len(self._in_flight) + (self._ahead is not None))
         if not self._study.has_waiting:
             # Decided anew once nothing is under way: the last rows may hold an improvement.
             self._ending = "exhausted" if self._exhausted else spent
             return None if self._ending else self._ask()
         return None if spent == "candidates" else self._ask()
+
+    def _queue(self) -> None:
+        """Takes recipes that somebody wants measured: those of the space are trials, which the sampler learns from."""
+        for recipe in self._steering.queued():
+            if self._ledger.has(recipe.identity, self._split) or self._in_flight.holds(recipe, self._split):
+                continue
+            if recipe in self._space:
+                self._study.enqueue(self._space.params(recipe), {CANDIDATE: recipe.identity})
+            else:
+                self._unheard.append(recipe)
 
     def _ask(self) -> Candidate | None:
         """The next recipe that is not in the ledger and not under way."""

@@ -9,6 +9,7 @@ from flows.campaign.executor import RayExecutor
 from flows.campaign.open_campaign import OpenCampaign
 from flows.campaign.regime import is_sharded, shards_of
 from flows.directory.progress import Display
+from merging.io import addresses
 from ray_tasks.connect import Cluster, evaluators_for, gpus_each, room_for
 from ray_tasks.evaluators.evaluator import Evaluator
 from ray_tasks.evaluators.evaluator_pool import EvaluatorPool
@@ -55,6 +56,7 @@ def evaluators(opened: OpenCampaign, statistics: Files, cluster: Cluster, displa
                 f"  {count} evaluators of {resources.threads} thread{'s' * (resources.threads > 1)}"
                 f"{f' and {gpus:g} GPU' if gpus else ''}, about {memory / 1e9:.1f} GB each"
             )
-            yield RayExecutor(pool, opened.campaign.search.examples)
+            place = opened.campaign.directory
+            yield RayExecutor(pool, opened.campaign.search.examples, addresses.join(place, "logs") if place else None)
         finally:
             pool.close()

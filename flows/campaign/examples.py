@@ -17,6 +17,7 @@ from search.in_flight import InFlight, measure
 from search.ledger.ledger import Ledger
 from search.ledger.row import Row
 from search.objective import Objective, best
+from search.steering import Steering
 
 STEPS = {"wilcoxon": 8, "halving": 4}
 """In how many steps the largest task is measured, where the campaign file does not say."""
@@ -68,7 +69,12 @@ def choosing_anchors(
 
 
 def confirm(
-    opened: OpenCampaign, executor: RayExecutor, ledger: Ledger, objective: Objective, provenance: Provenance
+    opened: OpenCampaign,
+    executor: RayExecutor,
+    ledger: Ledger,
+    objective: Objective,
+    provenance: Provenance,
+    steering: Steering,
 ) -> list[Row]:
     """Measures on the whole validation set what the anchor examples found best: overall, of each method, plain average.
 
@@ -81,7 +87,8 @@ def confirm(
     chosen = [*ranked[: settings.confirm], *{row.method: row for row in reversed(ranked)}.values()]
     chosen += [average] if average else []
     candidates = [Candidate(row.recipe, "validation", row.origin, row.trial) for row in chosen]
-    return measure(candidates, executor, ledger, objective, provenance, opened.campaign.resources.retries)
+    retries = opened.campaign.resources.retries
+    return measure(candidates, executor, ledger, objective, provenance, retries, steering)
 
 
 def _anchors_file(directory: Directory) -> str:

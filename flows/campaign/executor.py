@@ -2,12 +2,13 @@
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import cast
 
-from merging.errors import MergequestError
-from merging.io.secrets import described
+from merging.errors import MergequestError, StorageError
+from merging.io import addresses, atomic
+from merging.io.secrets import described, storable
 from merging.tasks.task import Split
 from ray_tasks.evaluators.evaluator import Answer, Assignment
 from ray_tasks.evaluators.evaluator_pool import EvaluatorPool
@@ -26,9 +27,11 @@ class RayExecutor:
     Args:
         evaluators: A started pool.
         limit: Validation examples per task; None for all. The test split is always measured whole.
+        logs: Directory for the logs of candidates that failed, `CANDIDATE-SPLIT.log`; None to keep none.
     """
 
-    def __init__(self, evaluators: EvaluatorPool, limit: int | None) -> None:
+    def __init__(self, evaluators: EvaluatorPool, limit: int | None, logs: str | None = None) -> None:
+        self._logs = logs
         self._evaluators = evaluators
         self._limit = limit
         self._planner: Planner | None = None
@@ -75,6 +78,10 @@ class RayExecutor:
 
     def _outcome(self, answer: Answer) -> Outcome:
         candidate = self._out.pop(answer.ticket)
+        if answer.log and self._logs is not None:
+            name = f"{candidate.recipe.identity}-{candidate.split}.log"
+            with suppress(StorageError):  # the row has the error; the log is for looking at
+                atomic.write_text(addresses.join(self._logs, name), storable(answer.log, len(answer.log)))
         group, hours = self._evaluators.group, answer.seconds / 3600
         outcome = Outcome(
             candidate,

@@ -22,6 +22,7 @@ from flows.directory.campaign_directory import Directory
 from flows.directory.heartbeat import heartbeat
 from flows.directory.progress import Display
 from flows.directory.search_progress import ProgressDisplay
+from flows.directory.steering import DirectorySteering
 from flows.report.table import plain_average
 from flows.report.test_answers import KeptOutcomes
 from flows.versions import code_version
@@ -52,6 +53,7 @@ ENDINGS: Mapping[Ending, str] = {
     "gpu_hours": "the search ended with its budget of GPU hours",
     "cpu_hours": "the search ended with its budget of CPU hours",
     "plateau": "the search ended on a plateau: the best candidate has not got better for long",
+    "stopped": "the search ended as asked",
     "exhausted": "the sampler has nothing new to propose: the search space is exhausted",
 }
 
@@ -85,6 +87,7 @@ def run(campaign: Campaign, display: Display | None = None, *, retry_failed: boo
                     display.say(f"  {len(ledger.retried)} failed measurements are tried again")
             directory.claim(campaign, opened.fingerprints)
             keep(opened.pool, directory.path)
+            _listen(opened, directory, display)
             try:
                 with connect() as cluster:
                     display.say(f"  {cluster.describe()}")
@@ -93,6 +96,13 @@ def run(campaign: Campaign, display: Display | None = None, *, retry_failed: boo
                 directory.write_timings(display.timings)
             directory.finish(campaign)
     return summary(directory)
+
+
+def _listen(opened: OpenCampaign, directory: Directory, display: Display) -> None:
+    """Has the driver look for what others leave in the directory for it."""
+    methods, members = list(opened.campaign.search.methods), list(opened.pool.members)
+    steering = DirectorySteering(directory.path, methods, members, opened.pool.model_type, display.note)
+    display.pulse.steering, display.pulse.look = steering, steering.look
 
 
 def check(campaign: Campaign, display: Display | None = None) -> None:
@@ -212,7 +222,8 @@ def _work(opened: OpenCampaign, directory: Directory, cluster: Cluster, ledger: 
             made, statistics = distil(opened, statistics, start.recipe, cache_of(opened.campaign), display)
         with evaluators(opened, statistics, cluster, display) as executor:
             candidate = Candidate(made, "validation", "search")
-            measure([candidate], executor, ledger, _objective(opened, ledger), _provenance(opened))
+            steering = display.pulse.steering
+            measure([candidate], executor, ledger, _objective(opened, ledger), _provenance(opened), steering=steering)
             _test(opened, directory, executor, ledger, display)
     merges = [row for row in best(ledger.rows(), len(ledger.rows())) if row.method != "distilled"]
     measure_baselines(opened, statistics, directory, ledger, _provenance(opened), display, winner=merges[0].recipe)
@@ -234,7 +245,8 @@ def _references(
         display.phase("References: base and members on validation"),
         choosing_anchors(opened, directory, executor, candidates),
     ):
-        return measure(candidates, executor, ledger, None, _provenance(opened), opened.campaign.resources.retries)
+        retries, steering = opened.campaign.resources.retries, display.pulse.steering
+        return measure(candidates, executor, ledger, None, _provenance(opened), retries, steering)
 
 
 def _selection(
@@ -251,8 +263,9 @@ def _selection(
             Candidate(method.default_recipe(subset, opened.pool.model_type), "validation", "anchor")
             for subset in subsets
         ]
-        retries = opened.campaign.resources.retries
-        rows = measure(candidates, executor, ledger, _objective(opened, ledger), _provenance(opened), retries)
+        retries, objective = opened.campaign.resources.retries, _objective(opened, ledger)
+        steering = display.pulse.steering
+        rows = measure(candidates, executor, ledger, objective, _provenance(opened), retries, steering)
         return [row.objective for row in rows]
 
     path = directory / "selection.json"
@@ -310,7 +323,7 @@ def _search(
             split=split,
         ) as study,
         executor.planned(make_planner(opened, objective, directory, ledger)),
-        display.bar("candidates", max(settings.candidates, done)) as bar,
+        display.bar("candidates", max(settings.candidates, done), may_stop=False) as bar,
     ):
         ending = search(
             study,
@@ -325,14 +338,16 @@ def _search(
             history=memories(settings.sampler, settings.sampler_arguments, settings.history),
             split=split,
             describe=lambda recipe: {**predict(recipe), **cost.get(recipe.identity, {})},
+            steering=display.pulse.steering,
         )
+        display.pulse.steering.stop_here()
         if ending != "candidates":
             display.note(ENDINGS[ending])
         if not best(ledger.rows(), split=split):
             raise SearchError("no candidate could be measured: see the `error` column of the ledger")
     if split != "validation":
         with display.phase("Confirmation: the best by estimate on the whole validation set"):
-            confirm(opened, executor, ledger, objective, _provenance(opened))
+            confirm(opened, executor, ledger, objective, _provenance(opened), display.pulse.steering)
 
 
 def _test(opened: OpenCampaign, directory: Directory, executor: RayExecutor, ledger: Ledger, display: Display) -> None:
@@ -351,7 +366,8 @@ def _test(opened: OpenCampaign, directory: Directory, executor: RayExecutor, led
         display.phase(f"Test: {len({recipe.identity for recipe in chosen})} models, once"),
         executor.planned(KeptOutcomes(directory.outcomes)),
     ):
-        measure(candidates, executor, ledger, None, _provenance(opened), opened.campaign.resources.retries)
+        retries, steering = opened.campaign.resources.retries, display.pulse.steering
+        measure(candidates, executor, ledger, None, _provenance(opened), retries, steering)
 
 
 def _objective(opened: OpenCampaign, ledger: Ledger) -> Objective:

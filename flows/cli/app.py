@@ -30,9 +30,13 @@ class Commands(TyperGroup):
         """Runs the command."""
         from merging.errors import MergequestError
         from merging.io.secrets import redacted
+        from search.steering import StoppedError
 
         try:
             return super().invoke(ctx)
+        except StoppedError as stopped:
+            typer.echo(str(stopped))
+            raise typer.Exit from None
         except MergequestError as error:
             if os.environ.get("MERGEQUEST_TRACEBACK"):
                 raise
@@ -190,6 +194,28 @@ def status(
         if not watch or not found.may_change:
             return
         time.sleep(LOOK)
+
+
+@app.command()
+def stop(
+    directory: Where,
+    wait: Annotated[bool, typer.Option("--wait", help="Return when it has ended.")] = False,
+) -> None:
+    """Ends a running campaign once what is in flight is measured, from any machine that can write into its directory."""
+    from flows.cli.steer import stop
+
+    typer.echo(stop(directory, wait))
+
+
+@app.command()
+def enqueue(
+    directory: Where,
+    recipe: Annotated[str, typer.Argument(help="Recipe file over the campaign's pool.", metavar="RECIPE.yaml")],
+) -> None:
+    """Has a campaign measure a recipe before its sampler's next proposal."""
+    from flows.cli.steer import enqueue
+
+    typer.echo(enqueue(directory, recipe))
 
 
 @app.command("ls")

@@ -50,7 +50,7 @@ def evaluate(campaign: Campaign, what: Sequence[str], split: str, display: Displ
     for name in what:
         recipes[name] = _recipe(name, campaign, joined)
     with display.phase("Pool"):
-        opened = open_campaign(validate(Campaign, joined, "evaluate"), display)
+        opened = open_campaign(validate(Campaign, {**joined, "directory": None}, "evaluate"), display)
     scores: dict[str, dict[str, Score]] = {}
     norms: dict[str, Mismatch] = {}
     with connect() as cluster:

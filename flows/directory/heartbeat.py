@@ -5,13 +5,14 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from merging.errors import MergequestError, StorageError
 from merging.io import addresses, atomic
 from merging.io.secrets import storable
+from search.steering import Steering, StoppedError
 
 if TYPE_CHECKING:
     from search.budget import Progress
@@ -29,11 +30,15 @@ class Pulse:
         phase: What is under way.
         evaluators: Says how many evaluators there are, and how many are at work.
         progress: How the search gets on, once it does.
+        steering: What others have to say to the driver.
+        look: Looks for it.
     """
 
     phase: str = ""
     evaluators: Callable[[], tuple[int, int]] = lambda: (0, 0)
     progress: "Progress | None" = None
+    steering: Steering = field(default_factory=Steering)
+    look: Callable[[], None] = lambda: None
 
     def as_dict(self) -> dict[str, Any]:
         """The file's content, but for who writes it."""
@@ -70,6 +75,8 @@ def heartbeat(directory: str, pulse: Pulse, name: str = "", every: float = BEAT)
     def beat() -> None:
         while True:
             write(None)
+            with suppress(Exception):  # a store that is away, whatever its client raises
+                pulse.look()
             if done.wait(every):
                 return
 
@@ -82,7 +89,10 @@ def heartbeat(directory: str, pulse: Pulse, name: str = "", every: float = BEAT)
         reason = (
             f": {storable(str(error))}" if isinstance(error, MergequestError) else ""
         )  # what others say may hold anything
-        ended = "interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__ + reason
+        if isinstance(error, StoppedError):
+            ended = "stopped"
+        else:
+            ended = "interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__ + reason
         raise
     finally:
         done.set()

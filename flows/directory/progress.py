@@ -1,7 +1,7 @@
 """What a user sees while work goes on: phases with their times, bars on a terminal, lines elsewhere."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -26,7 +26,8 @@ LINE_EVERY = 10.0
 class Bar:
     """A count towards a total, with a word on how it goes."""
 
-    def __init__(self, console: Console, title: str, total: int) -> None:
+    def __init__(self, console: Console, title: str, total: int, each: Callable[[], None] = lambda: None) -> None:
+        self._each = each
         self._console, self._title, self._total = console, title, total
         self._done, self._note, self._printed = 0, "", time.monotonic()
         self._progress: Progress | None = None
@@ -47,6 +48,7 @@ class Bar:
 
     def advance(self, steps: int = 1, note: str | None = None) -> None:
         """Counts steps; `note` replaces what is said beside the count."""
+        self._each()
         changed = steps > 0 or note not in (None, self._note)
         self._done += steps
         self._note = self._note if note is None else note
@@ -92,6 +94,7 @@ class Display:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Announces a phase and takes its time."""
+        self.pulse.steering.stop_here()
         self.console.print(f"[bold]{escape(name)}[/]", highlight=False)
         self.pulse.phase = name
         start = time.perf_counter()
@@ -103,9 +106,9 @@ class Display:
             self.console.print(f"  [dim]{seconds:.1f} s[/]", highlight=False)
 
     @contextmanager
-    def bar(self, title: str, total: int) -> Iterator[Bar]:
-        """A bar for the block."""
-        bar = Bar(self.console, title, total)
+    def bar(self, title: str, total: int, *, may_stop: bool = True) -> Iterator[Bar]:
+        """A bar for the block, which ends where somebody asks for it, unless the block itself sees to that."""
+        bar = Bar(self.console, title, total, self.pulse.steering.stop_here if may_stop else lambda: None)
         try:
             yield bar
         finally:

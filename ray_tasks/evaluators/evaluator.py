@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from merging.mergers.resident import ResidentMerger
 from merging.recipe import Recipe
 from merging.tasks import make_task
 from merging.tasks.task import Split, Task
+from ray_tasks.evaluators.candidate_log import kept_output
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ class Answer:
         unreachable: Whether the evaluator is cut off from the shards, and of no more use.
         fault: Whether the failure is about the machine, and says nothing of the recipe: its kind or its text tells.
         ticket: The assignment's, written by the pool.
+        log: Of a failure, what was printed and logged, and where in the code it happened.
     """
 
     measurement: Measurement | None
@@ -132,6 +135,7 @@ class Answer:
     unreachable: bool = False
     fault: bool = False
     ticket: str = ""
+    log: str = ""
 
     def __post_init__(self) -> None:
         # of what failed in a shard there is only the text
@@ -140,7 +144,8 @@ class Answer:
 
 def failed(error: BaseException, worker: str, started: datetime) -> Answer:
     """The answer of an evaluator that met an error."""
-    return Answer(None, described(error), worker, started, fault=is_fault(error))
+    log = "".join(traceback.format_exception(error))
+    return Answer(None, described(error), worker, started, fault=is_fault(error), log=log)
 
 
 class Evaluator:
@@ -179,7 +184,9 @@ class Evaluator:
     def measure(self, assignment: Assignment) -> Answer:
         """Merges and evaluates; whatever goes wrong is part of the answer."""
         started, begin = datetime.now(UTC), time.perf_counter()
-        answer = self._answer(assignment, started)
+        with kept_output() as output:
+            answer = self._answer(assignment, started)
+        answer.log = f"{output()}{answer.log}" if answer.error is not None else ""
         answer.seconds = time.perf_counter() - begin
         return answer
 

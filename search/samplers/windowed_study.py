@@ -46,6 +46,12 @@ class WindowedStudy(Study):
         """The number of the trial that is asked next."""
         return self._waiting[0].number if self._waiting else self._count
 
+    def enqueue(self, params: dict[str, Any], user_attrs: dict[str, Any]) -> None:
+        """Has a trial wait whose parameters are given: it is asked before the sampler proposes anything."""
+        self.enqueue_trial(params, user_attrs)
+        self._waiting.append(self._storage.get_all_trials(self._study_id, deepcopy=False)[-1])
+        self._count = max(self._count, self._waiting[-1].number + 1)
+
     def under_way(self, trial: Trial) -> None:
         """Lets samplers know of a trial whose parameters are complete."""
         self._running[trial.number] = self._storage.get_trial(trial._trial_id)

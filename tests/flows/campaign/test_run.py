@@ -286,6 +286,11 @@ def test_one_failing_candidate_is_a_row(campaign_file, tmp_path):
     failed = [row for row in rows if row.status == "failed"]
     assert failed
     assert all("NaN or Inf" in row.error for row in failed)
+    for row in failed:
+        log = (tmp_path / "out" / "logs" / f"{row.candidate}-validation.log").read_text()
+        assert "Traceback (most recent call last)" in log
+        assert row.error.partition(": ")[2][:40] in log
+    assert len(list((tmp_path / "out" / "logs").iterdir())) == len(failed)
     assert best(rows)
 
 

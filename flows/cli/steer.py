@@ -1,0 +1,74 @@
+"""`mergequest stop` and `mergequest enqueue`: what a running campaign is told by files in its directory."""
+
+import time
+
+from flows.cli.status import read_status
+from flows.config.recipe_file import load_recipe
+from flows.directory import steering
+from flows.directory.campaign_directory import Directory, known_revisions
+from merging.checkpoints.checkpoint import Checkpoint
+from merging.errors import SettingsError
+
+LOOK = 2.0
+"""Seconds between two looks at whether a driver has ended."""
+
+
+def stop(path: str, wait: bool) -> str:
+    """Asks the driver of a campaign to end once what is in flight has been measured.
+
+    Args:
+        path: The campaign's directory.
+        wait: Whether to return only when it has ended.
+
+    Returns:
+        What to tell the user.
+
+    Raises:
+        SettingsError: There is no campaign, or no driver at work on it.
+    """
+    status = read_status(path)
+    if status.state not in ("running", "silent"):
+        raise SettingsError(f"{path}: no driver is at work on it ({status.state}); there is nothing to stop")
+    steering.request_stop(path)
+    if not wait:
+        return f"{status.name} ends once what is in flight is measured; `mergequest resume {path}` goes on"
+    while status.may_change:
+        time.sleep(LOOK)
+        status = read_status(path)
+    return status.as_text()
+
+
+def enqueue(path: str, recipe: str) -> str:
+    """Has a campaign measure a recipe before its sampler's next proposal.
+
+    Args:
+        path: The campaign's directory.
+        recipe: A recipe file over the campaign's own base and members.
+
+    Returns:
+        What to tell the user.
+
+    Raises:
+        MergequestError: The recipe is wrong, or not one over the campaign's pool and methods.
+    """
+    directory = Directory(path)
+    campaign, file = directory.campaign(), load_recipe(recipe)
+    commits = known_revisions(path)
+
+    def same(one: str, other: str) -> bool:
+        return commits.get(one, one) == commits.get(other, other)
+
+    if not same(file.base, campaign.base):
+        raise SettingsError(f"{recipe} merges from {file.base}, the campaign's base is {campaign.base}")
+    for name, member in file.members.items():
+        if name not in campaign.members or not same(member.checkpoint, campaign.members[name].checkpoint):
+            there = campaign.members[name].checkpoint if name in campaign.members else "none of this name"
+            raise SettingsError(f"{recipe}: '{name}' is {member.checkpoint}, and the campaign's is {there}")
+    model_type = str(Checkpoint.open(commits.get(campaign.base, campaign.base)).config.get("model_type", ""))
+    found = steering.complete(file.recipe().as_dict(), model_type)
+    steering.require_fit(found, list(campaign.search.methods), list(campaign.members))
+    steering.enqueue(path, found)
+    status = read_status(path)
+    when = "before the next proposal" if status.state == "running" else "when the campaign goes on"
+    full = status.done >= status.total
+    return f"{found.identity} is measured {when}" + (", with a larger search.candidates" if full else "")
