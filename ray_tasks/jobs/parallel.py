@@ -1,30 +1,193 @@
-"""Plain functions over the cluster, a call per task, each of which says how far it is."""
+"""Calls over the cluster: processes take them one by one and keep what they opened; what is lost with one begins again."""
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_tasks.cluster_errors import surfaced
-from ray_tasks.connect import gpus_each
+from ray_tasks.connect import describe_cluster, gpus_each
 
 POLL_SECONDS = 1.0
+Report = Callable[[float], None]
 
 
-class _Watch:
-    """The actor that calls tell how far they are."""
+@dataclass(frozen=True)
+class Reply:
+    """What came of a call.
 
-    def __init__(self) -> None:
-        self._shares: dict[str, float] = {}
+    Args:
+        key: The caller's name for it.
+        value: Where its result lies.
+        lost: What ended it: its process, or an object that it was given; None where it went well.
+    """
 
-    def note(self, name: str, share: float) -> None:
-        self._shares[name] = share
+    key: Any
+    value: Any
+    lost: Exception | None = None
 
-    def read(self) -> dict[str, float]:
-        return self._shares
+
+@dataclass(eq=False)
+class Worker:
+    """A process of `Workers`, as its owner sees it.
+
+    Args:
+        actor: The process.
+        number: Which of them it is; a process that replaces a lost one has its number.
+        ready: Whether it has been started.
+        holds: What the caller notes of what it keeps open.
+        share: How much of its call is done, when it was last asked.
+    """
+
+    actor: Any
+    number: int
+    ready: bool = False
+    holds: Any = None
+    share: float = 0.0
+    asked: Any = None
+
+
+class Workers:
+    """Processes that run calls one after another; a context manager, which ends them.
+
+    Args:
+        most: At most so many; asked again whenever more calls wait than there are processes.
+        cpus: Torch threads of each.
+        gpus: GPUs of each.
+        reserve: Whether Ray is to count the CPUs, too: not where idle evaluators hold them.
+        retries: How often a call, or the start of a process, is tried again after it was lost.
+    """
+
+    def __init__(self, most: Callable[[], int], *, cpus: int, gpus: float, reserve: bool, retries: int) -> None:
+        options = {"num_cpus": cpus if reserve else 0, "num_gpus": gpus, "scheduling_strategy": "SPREAD"}
+        self._kind: Any = ray.remote(max_concurrency=2, **options)(_Process)  # the second thread tells of progress
+        self._most, self._cpus, self._retries = most, cpus, retries
+        self._workers: dict[int, Worker] = {}
+        self._out: dict[Any, tuple[Worker, Any, Any]] = {}
+        self._lost: Counter[Any] = Counter()
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for worker in sorted(
+            self._workers.values(), key=lambda worker: worker.ready
+        ):  # else one that waits takes its room
+            ray.kill(worker.actor)
+
+    @property
+    def holders(self) -> Counter[Any]:
+        """How many processes hold what."""
+        return Counter(worker.holds for worker in self._workers.values())
+
+    @property
+    def shares(self) -> float:
+        """The shares that are done of the calls that are under way, added up, as far as they were heard of."""
+        busy = [worker for worker, key, _ in self._out.values() if key is not None]
+        for worker in busy:
+            if worker.asked is not None and ray.wait([worker.asked], timeout=0)[0]:
+                try:
+                    worker.share, worker.asked = ray.get(worker.asked), None
+                except ray.exceptions.RayError:  # its call will tell
+                    continue
+            if worker.asked is None:
+                worker.asked = worker.actor.share.remote()
+        return sum(worker.share for worker in busy)
+
+    def free(self, waiting: int) -> list[Worker]:
+        """Those that have nothing to do; starts more where more calls wait than there are processes for them.
+
+        Args:
+            waiting: How many calls wait.
+        """
+        taken = {worker.number for worker, _, _ in self._out.values()}
+        running = sum(key is not None for _, key, _ in self._out.values())
+        if waiting > len(self._workers) - running:
+            for number in range(min(max(1, self._most()), waiting + running)):
+                if number not in self._workers:
+                    worker = self._workers[number] = Worker(self._kind.remote(number, self._cpus), number)
+                    self._out[worker.actor.share.remote()] = (worker, None, None)
+                    taken.add(number)
+        return [worker for worker in self._workers.values() if worker.number not in taken]
+
+    def run(self, worker: Worker, key: Hashable, function: Callable[..., Any], *arguments: Any) -> None:
+        """Has a free process run `function(*arguments, report)`; `report(share)` is told how much of it is done."""
+        done, value = worker.actor.run.options(num_returns=2).remote(function, *arguments)
+        worker.share, worker.asked = 0.0, None
+        self._out[done] = (worker, key, value)
+
+    def wait(self, timeout: float | None = None, *, fetch: bool = False) -> list[Reply]:
+        """The call that ended next, or none once a process is ready or the time is over.
+
+        Args:
+            timeout: Seconds.
+            fetch: Whether to give the result itself, not where it lies.
+
+        Raises:
+            MergequestError: A call failed: its own error.
+            ClusterError: A call was lost more often than it may be, or a process cannot be started.
+        """
+        ready, _ = ray.wait(list(self._out), num_returns=1, timeout=timeout)
+        if not ready:
+            return []
+        worker, key, value = self._out.pop(ready[0])
+        lost = None
+        try:
+            ray.get(ready[0])
+            value = ray.get(value) if fetch and key is not None else value
+        except ray.exceptions.RayError as error:
+            lost = _loss(error)
+            with surfaced(f"running {'a worker' if key is None else key}"):
+                if lost is None:
+                    raise
+                self._count(("start", worker.number) if key is None else key, lost)
+            if isinstance(lost, ray.exceptions.RayActorError):
+                ray.kill(worker.actor)
+                del self._workers[worker.number]
+        else:
+            self._lost.pop(("start", worker.number), None)
+        return [] if key is None else [Reply(key, value, lost)]
+
+    def _count(self, what: Hashable, error: Exception) -> None:
+        """The one place where losses are counted."""
+        self._lost[what] += 1
+        if self._lost[what] > self._retries:
+            raise error
+
+
+class _Process:
+    """The actor's inside."""
+
+    def __init__(self, number: int, cpus: int) -> None:
+        self._number, self._cpus, self._share = number, cpus, 0.0
+
+    def share(self) -> float:
+        return self._share
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> tuple[None, Any]:
+        torch.set_num_threads(self._cpus)  # of this thread
+        if not ray.get_gpu_ids() and (devices := torch.cuda.device_count()) > 1:
+            torch.cuda.set_device(self._number % devices)
+        self._report(0.0)
+        return None, function(*arguments, self._report)
+
+    def _report(self, share: float) -> None:
+        self._share = share
+
+
+def _loss(error: Exception) -> Exception | None:
+    """What was lost, where that is what an error says."""
+    kinds = (
+        ray.exceptions.RayActorError,
+        ray.exceptions.NodeDiedError,
+        ray.exceptions.ObjectLostError,
+        ray.exceptions.OutOfMemoryError,
+        ray.exceptions.WorkerCrashedError,
+    )
+    return next((one for one in (error, getattr(error, "cause", None)) if isinstance(one, kinds)), None)
 
 
 def each(
@@ -51,39 +214,18 @@ def each(
         MergequestError: A call failed: its own error.
         ClusterError: A call's workers died more than `retries` times.
     """
-    # where the driver is: its node cannot be lost without it
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    steady = {"max_restarts": -1, "max_task_retries": -1}
-    watch = ray.remote(num_cpus=0, scheduling_strategy=here, **steady)(_Watch).remote()
+    queue, finished, share = deque(calls), 0, gpus_each(gpus)
     # Idle evaluators hold the CPUs that these calls use: what Ray does not count is bounded here.
-    options = {"num_cpus": 0, "num_gpus": gpus_each(gpus), "max_retries": retries, "scheduling_strategy": "SPREAD"}
-    task = ray.remote(**options)(_call)
-    numbers = {name: number for number, name in enumerate(calls)}
-    room = max(1, int(ray.cluster_resources().get("CPU", 1)) // cpus)
-    queue, waiting = deque(calls.items()), dict[Any, str]()
-    try:
-        while queue or waiting:
-            while queue and len(waiting) < room:
-                name, arguments = queue.popleft()
-                waiting[task.remote(function, name, numbers[name], arguments, cpus, watch)] = name
-            with surfaced(f"running {', '.join(waiting.values())}"):
-                ready, _ = ray.wait(list(waiting), num_returns=1, timeout=POLL_SECONDS)
-                shares: dict[str, float] = ray.get(watch.read.remote())
-                results = [(waiting.pop(reference), ray.get(reference)) for reference in ready]
-            progress(sum(shares.values()) / len(calls))
+    with Workers(
+        lambda: describe_cluster().places(cpus, share), cpus=cpus, gpus=share, reserve=False, retries=retries
+    ) as workers:
+        while finished < len(calls):
+            for worker, name in zip(workers.free(len(queue)), tuple(queue), strict=False):
+                queue.popleft()
+                workers.run(worker, name, function, *calls[name])
+            replies = workers.wait(POLL_SECONDS, fetch=True)
+            queue.extendleft(reply.key for reply in replies if reply.lost)
+            results = [(reply.key, reply.value) for reply in replies if not reply.lost]
+            finished += len(results)
+            progress((finished + workers.shares) / len(calls))
             yield from results
-    finally:
-        for reference in waiting:
-            ray.cancel(reference)
-        ray.kill(watch)
-
-
-def _call(
-    function: Callable[..., Any], name: str, number: int, arguments: tuple[Any, ...], cpus: int, watch: Any
-) -> Any:
-    torch.set_num_threads(cpus)
-    if not ray.get_gpu_ids() and (devices := torch.cuda.device_count()) > 1:
-        torch.cuda.set_device(number % devices)
-    result = function(*arguments, lambda share: watch.note.remote(name, share))
-    watch.note.remote(name, 1.0)
-    return result

@@ -77,7 +77,7 @@ def test_a_failing_shard_is_its_own_error(make_job):
 
 def test_a_lost_worker_costs_its_shard_only(make_job, kill_one):
     job = make_job("fisher", LikelihoodSettings(examples=20, batch_size=1))
-    with kill_one("_measure"):
+    with kill_one("_Process.run"):
         run([job], shard=2)
     assert StatisticsFile.open(job.path).examples == 20
 
