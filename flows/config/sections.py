@@ -53,7 +53,7 @@ class StatisticsSettings(Settings):
         None,
         description="Directory of computed statistics, shared between campaigns; by default the campaign's own.",
     )
-    shard: int = Field(64, ge=1, description="Examples that one Ray task computes; a lost worker costs one shard.")
+    shard: int = Field(64, ge=1, description="Examples computed at a time; a lost process costs one shard.")
 
 
 PAPER: Mapping[str, Any] = {

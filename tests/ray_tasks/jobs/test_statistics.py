@@ -1,6 +1,13 @@
-from dataclasses import replace
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
+import ray
 import torch
 
 from merging.checkpoints.checkpoint import Checkpoint
@@ -22,6 +29,25 @@ SETTINGS = {
     "gram": StatisticSettings(examples=20, batch_size=4),
     "representation": RepresentationSettings(examples=20, batch_size=4),
 }
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
+
+
+@dataclass(frozen=True)
+class CountedTask(BoundTask):
+    loads: str = ""
+
+    def open(self):
+        task = super().open()
+        load = task.load_model
+
+        def counted():
+            with Path(self.loads).open("a") as file:
+                file.write("loaded\n")
+            return load()
+
+        task.load_model = counted
+        return task
 
 
 @pytest.fixture
@@ -80,6 +106,37 @@ def test_a_lost_worker_costs_its_shard_only(make_job, kill_one):
     with kill_one("_Process.run"):
         run([job], shard=2)
     assert StatisticsFile.open(job.path).examples == 20
+
+
+def test_a_lost_node_costs_the_shards_whose_sum_lay_there(make_job, tiny_campaign, tmp_path):
+    job = make_job("fisher", LikelihoodSettings(examples=20, batch_size=1))
+    script, settings = Path(__file__).with_name("lose_a_node.py"), json.dumps(tiny_campaign["tasks"]["two"])
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with tempfile.TemporaryDirectory(prefix="mq", dir="/tmp", ignore_cleanup_errors=True) as scratch:
+        done = subprocess.run(
+            [sys.executable, script, scratch, job.data.head, settings, job.path],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=280,
+            check=False,
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert (seen[:4], sum(seen), min(seen)) == ([2, 2, 2, 2], 20, -8)
+    task, statistic = job.data.open(), STATISTICS["fisher"](job.settings)
+    file = StatisticsFile.open(job.path)
+    for name, value in statistic.finalize(measure(task, statistic)).items():
+        torch.testing.assert_close(file.read(name), value, rtol=1e-5, atol=1e-9)
+
+
+def test_a_process_keeps_its_model_from_shard_to_shard_and_statistic_to_statistic(make_job, tmp_path):
+    """Loads leave a line each in a file."""
+    loads = tmp_path / "loads"
+    jobs = [make_job(kind) for kind in SETTINGS]
+    bound = CountedTask(**vars(jobs[0].data), loads=str(loads))
+    run([replace(job, data=bound, model=bound) for job in jobs], shard=2)
+    assert len(loads.read_text().splitlines()) <= int(ray.cluster_resources()["CPU"])
 
 
 def test_wrong_statistics_raise_their_own_type(make_job, tiny_campaign):
