@@ -73,9 +73,8 @@ class Workers:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for worker in sorted(
-            self._workers.values(), key=lambda worker: worker.ready
-        ):  # else one that waits takes its room
+        # first those that wait for room, or they would take that of the others
+        for worker in sorted(self._workers.values(), key=lambda worker: worker.ready):
             ray.kill(worker.actor)
 
     @property
@@ -148,13 +147,15 @@ class Workers:
                 ray.kill(worker.actor)
                 del self._workers[worker.number]
         else:
+            worker.ready = True
             self._lost.pop(("start", worker.number), None)
         return [] if key is None else [Reply(key, value, lost)]
 
     def _count(self, what: Hashable, error: Exception) -> None:
-        """The one place where losses are counted."""
+        """The one place where losses are counted; a node that is lost may take an object of each of its processes along."""
         self._lost[what] += 1
-        if self._lost[what] > self._retries:
+        several = len(self._workers) if isinstance(error, ray.exceptions.ObjectLostError) else 1
+        if self._lost[what] > self._retries * max(1, several):
             raise error
 
 
