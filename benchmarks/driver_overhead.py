@@ -3,9 +3,9 @@
     python benchmarks/driver_overhead.py --candidates 10000 --slots 16 --sampler tpe --sleep 0.01
     python benchmarks/driver_overhead.py --candidates 4000 --sampler nsga2 --methods regmean
 
-Six methods unless told otherwise, subsets and per-member factors of eight members, the journal file, the ledger with its
+Six methods unless told otherwise, subsets and per-member factors of eight members, the ledger with its
 fsync. For every tenth of the history: the driver's CPU time per candidate, its wall time without the waiting for evaluators
-(disk and busy neighbours are in it), the share of time that evaluators were at work, peak memory, ledger and journal.
+(disk and busy neighbours are in it), the share of time that evaluators were at work, peak memory and ledger.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from search.objective import make_objective
 from search.samplers.make_sampler import make_sampler, memories
 from search.space.method_space import MethodSpace
 from search.space.search_space import Space
-from search.study import open_study
+from search.study import build_study
 
 MEMBERS = tuple("abcdefgh")
 METHODS = ("average", "task_arithmetic", "ties", "fisher", "gradient_matching", "regmean")
@@ -87,7 +87,7 @@ class Watch:
 
     def on_start(self, progress: Progress) -> None:
         """Prints the head."""
-        print("| candidates | CPU ms | wall ms | evaluators at work | peak MB | ledger kB | files | journal kB |")
+        print("| candidates | CPU ms | wall ms | evaluators at work | peak MB | ledger kB | files |")
         print("|--:|--:|--:|--:|--:|--:|--:|--:|")
         self._then = (progress.done, time.perf_counter(), time.process_time(), 0.0, 0.0)
 
@@ -100,12 +100,11 @@ class Watch:
         rows, wall, cpu, waited, busy = (b - a for a, b in zip(self._then, now, strict=True))
         self._then = now
         files = [file.stat().st_size for file in (self._directory / "ledger").glob("*.parquet")]
-        journal = (self._directory / "study" / "journal.log").stat().st_size
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         share = min(1.0, busy / (wall * self._executor.slots))
         print(
             f"| {progress.done} | {1e3 * cpu / rows:.1f} | {1e3 * (wall - waited) / rows:.1f} | {share:.0%} | {peak:.0f} | "
-            f"{sum(files) / 1e3:.0f} | {len(files)} | {journal / 1e3:.0f} |",
+            f"{sum(files) / 1e3:.0f} | {len(files)} |",
             flush=True,
         )
 
@@ -128,24 +127,23 @@ def main() -> None:
         directory = Path(place)
         ledger = Ledger(str(directory / "ledger"), "overhead")
         executor = Sleeping(chosen.slots, chosen.sleep)
-        with open_study(str(directory / "study"), "overhead", space, ledger) as study:
-            search(
-                study,
-                space,
-                lambda number: make_sampler(chosen.sampler, 0, chosen.arguments, number),
-                ledger,
-                executor,
-                make_objective("mean", [f"task{i}" for i in range(4)]),
-                Provenance("overhead"),
-                Budget(chosen.candidates),
-                Watch(executor, directory, max(1, chosen.candidates // 10)),
-                history=memories(chosen.sampler, chosen.arguments, chosen.history or None),
-            )
+        study = build_study(ledger, space)
+        search(
+            study,
+            space,
+            lambda number: make_sampler(chosen.sampler, 0, chosen.arguments, number),
+            ledger,
+            executor,
+            make_objective("mean", [f"task{i}" for i in range(4)]),
+            Provenance("overhead"),
+            Budget(chosen.candidates),
+            Watch(executor, directory, max(1, chosen.candidates // 10)),
+            history=memories(chosen.sampler, chosen.arguments, chosen.history or None),
+        )
         started = time.perf_counter()
         ledger = Ledger(str(directory / "ledger"), "overhead")
         opened = time.perf_counter()
-        with open_study(str(directory / "study"), "overhead", space, ledger):
-            pass
+        build_study(ledger, space)
         print(
             f"\nresuming: {opened - started:.1f} s to open the ledger, {time.perf_counter() - opened:.1f} s the study"
         )

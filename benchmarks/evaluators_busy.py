@@ -30,7 +30,7 @@ from search.objective import make_objective
 from search.samplers.make_sampler import make_sampler, memories
 from search.space.method_space import MethodSpace
 from search.space.search_space import Space
-from search.study import open_study
+from search.study import build_study
 
 MEMBERS = tuple("abcdefgh")
 METHODS = ("average", "task_arithmetic", "ties", "fisher", "gradient_matching", "regmean")
@@ -84,20 +84,20 @@ def measure(evaluators: int, candidates: int, sleep: float, sampler: str) -> str
             start = time.perf_counter()
             pool.start(grace=600.0)
             start = time.perf_counter() - start
-            with open_study(str(Path(place) / "study"), "busy", space, ledger) as study:
-                wall, cpu = time.perf_counter(), time.process_time()
-                search(
-                    study,
-                    space,
-                    lambda number: make_sampler(sampler, 0, None, number),
-                    ledger,
-                    RayExecutor(pool, None),
-                    make_objective("mean", [f"task{i}" for i in range(4)]),
-                    Provenance("busy"),
-                    Budget(candidates),
-                    history=memories(sampler),
-                )
-                wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            study = build_study(ledger, space)
+            wall, cpu = time.perf_counter(), time.process_time()
+            search(
+                study,
+                space,
+                lambda number: make_sampler(sampler, 0, None, number),
+                ledger,
+                RayExecutor(pool, None),
+                make_objective("mean", [f"task{i}" for i in range(4)]),
+                Provenance("busy"),
+                Budget(candidates),
+                history=memories(sampler),
+            )
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         finally:
             pool.close()
         rows = len(ledger.rows())

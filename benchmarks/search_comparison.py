@@ -40,7 +40,7 @@ from search.objective import best, make_objective
 from search.samplers.make_sampler import make_sampler
 from search.space.method_space import MethodSpace
 from search.space.search_space import Space
-from search.study import open_study
+from search.study import build_study
 
 ALL = ("average", "task_arithmetic", "ties", "fisher", "gradient_matching", "regmean", "regmean_propagated")
 LINEAR = ("task_arithmetic", "regmean")
@@ -181,17 +181,17 @@ def run(opened: Opened, place: Path, executor: Here, name: str, seed: int, candi
     ledger, provenance = Ledger(str(place / "ledgers" / name / str(seed)), "comparison"), Provenance("comparison")
     budget = Budget(candidates if arm.sampler else len(space.baselines()))
     sampler = arm.sampler or "random"
-    with open_study(str(place / "studies" / name / str(seed)), "comparison", space, ledger) as study:
-        search(
-            study,
-            space,
-            lambda number: make_sampler(sampler, seed, {}, number),
-            ledger,
-            executor,
-            objective,
-            provenance,
-            budget,
-        )
+    study = build_study(ledger, space)
+    search(
+        study,
+        space,
+        lambda number: make_sampler(sampler, seed, {}, number),
+        ledger,
+        executor,
+        objective,
+        provenance,
+        budget,
+    )
     winner = best(ledger.rows())[0]
     measure([Candidate(winner.recipe, "test", "final")], executor, ledger, None, provenance)
     executor.learn(ledger.rows())

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 from optuna import Study, Trial
 from optuna.samplers import BaseSampler, RandomSampler
@@ -21,7 +21,7 @@ from search.samplers.history_window import Memory
 from search.samplers.windowed_study import WindowedStudy
 from search.space.search_space import Space
 from search.steering import Steering
-from search.study import CANDIDATE, DUPLICATE, ORIGIN
+from search.study import CANDIDATE, NOTES, ORIGIN, PARAMS, VOID, lasting
 
 
 def search(
@@ -44,11 +44,11 @@ def search(
 
     One candidate more than the executor takes is always asked ahead, while the evaluators are at work, so that none
     of them waits for the sampler. It can be killed at any moment: a row is durable before the study is told of it,
-    and `open_study` finds out the rest. With an executor of capacity 1, a search that was killed and resumed leaves
-    the rows of an unbroken one.
+    and `build_study` finds out the rest. With an executor that gives candidates back in the order in which it took them, a
+    search that was killed and resumed leaves the rows of an unbroken one.
 
     Args:
-        study: As `open_study` yields it.
+        study: As `build_study` makes it.
         space: What may be proposed.
         sampler: Makes the sampler for the trial of this number.
         ledger: Where rows go; candidates that are in it are not measured again.
@@ -67,7 +67,8 @@ def search(
         SettingsError: The sampler cannot propose anything from this space.
         StorageError: A row cannot be written.
     """
-    windowed = WindowedStudy(study, history)
+    done = [row.trial for row in ledger.rows() if row.split == split and row.trial is not None]
+    windowed = WindowedStudy(study, history, done[-max(1, executor.capacity) :])
     run = _Search(
         windowed,
         space,
@@ -82,7 +83,7 @@ def search(
         describe,
         steering or Steering(),
     )
-    return run.run(_trailing_duplicates(study))
+    return run.run()
 
 
 class _Search:
@@ -108,9 +109,11 @@ class _Search:
         self._study, self._space, self._sampler, self._ledger = study, space, sampler, ledger
         self._objective, self._provenance, self._split = objective, provenance, split
         self._budget, self._observer = budget, observer
-        self._in_flight = InFlight(executor, budget.retries)
+        self._in_flight, self._capacity = InFlight(executor, budget.retries), max(1, executor.capacity)
         self._ahead: Candidate | None = None
         self._trials: dict[int, Trial] = {}
+        self._notes: dict[int, Mapping[str, Any]] = {}
+        self._void: dict[str, Mapping[str, Any]] = {}
         baselines = space.baselines()
         self._baselines = [recipe.identity for recipe in baselines]
         # Baselines outside the space go by the sampler; those inside already wait in the study.
@@ -124,8 +127,7 @@ class _Search:
         self._ending: Ending | None = None
         self._plain = RandomSampler(0)
 
-    def run(self, known: int) -> Ending:
-        self._known = known
+    def run(self) -> Ending:
         if self._observer:
             self._observer.on_start(self._tally.progress())
         while True:
@@ -188,16 +190,19 @@ class _Search:
                     trial.set_user_attr(CANDIDATE, recipe.identity)
                 self._study.under_way(trial)
                 self._trials[trial.number] = trial
+                noted = {NOTES: self._noted(trial), VOID: self._void}
+                self._notes[trial.number] = {name: value for name, value in noted.items() if value}
+                self._void = {}
                 return Candidate(recipe, self._split, origin, trial.number)
             # A score told twice would count twice in the sampler's model, and draw it back to where it was.
             self._known += 1
-            trial.set_user_attr(DUPLICATE, True)
-            self._tell(trial)
+            self._give_up(trial)
         self._exhausted, self._ending = True, "exhausted"
         return None
 
     def _propose(self) -> tuple[Trial, Recipe | None]:
         """A trial and its recipe; without one if there is none of these parameters."""
+        self._study.hold(max(0, self._capacity - len(self._in_flight) - (self._ahead is not None)))
         self._study.sampler = self._sampler(self._study.next_number)
         trial = None
         try:
@@ -210,15 +215,31 @@ class _Search:
         except MergequestError as error:
             if trial is None:
                 raise
-            self._tell(trial)
+            self._give_up(trial)
             if self._repeats(f"{type(error).__name__}: {error}"):
                 raise SearchError(f"{self._error[1]} proposals in a row are no recipes: {error}") from error
             return trial, None
 
+    def _give_up(self, trial: Trial) -> None:
+        """Ends a trial that leads to no candidate; the next row says what there was of it."""
+        params = self._study._storage.get_trial_params(trial._trial_id)
+        self._void[str(trial.number)] = {NOTES: self._noted(trial), PARAMS: params}
+        self._tell(trial)
+
+    def _noted(self, trial: Trial) -> dict[str, Any]:
+        return lasting(self._study._storage.get_trial_system_attrs(trial._trial_id))
+
     def _settle(self, outcomes: Sequence[Outcome]) -> None:
         """Writes the rows, and only then tells the study."""
         rows = [to_row(outcome, self._objective, self._provenance) for outcome in outcomes]
-        rows = [replace(row, proxies={**row.proxies, **self._describe(row.recipe)}) for row in rows]
+        rows = [
+            replace(
+                row,
+                proxies={**row.proxies, **self._describe(row.recipe)},
+                sampler=None if row.trial is None else self._notes.pop(row.trial),
+            )
+            for row in rows
+        ]
         self._ledger.extend(rows)
         for row in rows:
             if row.trial is not None:
@@ -269,13 +290,3 @@ class _Search:
                 f"every baseline failed, the plain average too; the last one ({row.method}): {text}\n"
                 f"Mend the cause and resume with --retry-failed"
             ) from outcome.error
-
-
-def _trailing_duplicates(study: Study) -> int:
-    """How many known recipes were proposed last, before this run."""
-    count = 0
-    for trial in reversed(study.get_trials(deepcopy=False)):
-        if DUPLICATE not in trial.user_attrs:
-            break
-        count += 1
-    return count

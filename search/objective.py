@@ -142,18 +142,26 @@ def best(rows: Iterable[Row], top: int = 1, split: str = "validation") -> list[R
     return [row for *_, row in sorted(ranked, key=lambda entry: entry[:4])[:top]]
 
 
-def pareto(rows: Iterable[Row], split: str = "validation") -> list[Row]:
+def pareto(
+    rows: Iterable[Row], split: str = "validation", values: Callable[[Row], tuple[float, ...]] | None = None
+) -> list[Row]:
     """The candidates than which none is better in one objective and as good in all others, best first.
 
     Rows that break a constraint are left out as long as there is one that breaks none. Of candidates with equal
     objectives the earliest is kept.
+
+    Args:
+        rows: A ledger's.
+        split: Where they were measured.
+        values: What is compared of a row; by default its objectives. `lambda row: tuple(row.scores.values())` compares tasks.
     """
+    values = values or point
     ranked = best(rows, len(rows := list(rows)), split)
     least = violation(ranked[0]) if ranked else 0.0
     front: list[tuple[tuple[float, ...], Row]] = []
     # By decreasing objectives, so that whatever beats a row comes before it.
-    for row in sorted((r for r in ranked if violation(r) <= least), key=lambda r: point(r), reverse=True):
-        here = point(row)
+    for row in sorted((r for r in ranked if violation(r) <= least), key=values, reverse=True):
+        here = values(row)
         if not any(all(a >= b for a, b in zip(there, here, strict=True)) for there, _ in front):
             front.append((here, row))
     return [row for _, row in front]

@@ -1,282 +1,156 @@
-"""The Optuna study of a campaign, brought into line with the ledger whenever it is opened.
+"""The Optuna study of a search: in memory, rebuilt from the ledger whenever a driver starts.
 
-The ledger is the truth. A study that a killed driver left behind is rewritten as `search.study_plan` says, so that a
-search that was killed proposes what it would have proposed.
+The ledger is the only truth. What a sampler must find again besides parameters and values (the generation that a candidate was
+bred in, say) is in the row's `sampler`, so that a search that was killed proposes what it would have proposed.
 """
 
-import io
-import os
-import tempfile
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Container, Iterator, Mapping
+from itertools import count
+from typing import Any
 
 import optuna
 from optuna import Study
-from optuna.exceptions import DuplicatedStudyError
-from optuna.storages import BaseStorage, JournalStorage, get_storage
-from optuna.trial import FrozenTrial
+from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
 
-from merging.errors import LedgerError, StorageError
-from merging.io import addresses, atomic, storage
-from merging.io.process import try_lock
-from search.journal import Journal, Lines, appended, whole_lines
+from merging.errors import MergequestError, MethodError, SettingsError
+from merging.io.documents import as_object
+from merging.recipe import Recipe
+from search.candidate import PARTIAL
 from search.ledger.ledger import Ledger
+from search.ledger.row import Row
+from search.objective import point
 from search.space.search_space import Space
-from search.study_plan import CANDIDATE, DUPLICATE, ORIGIN, Wanted, plan, wanted_of
 
-__all__ = ["CANDIDATE", "DUPLICATE", "ORIGIN", "check_storage", "open_study", "read_shared_study", "read_study"]
+CANDIDATE, ORIGIN = "candidate", "origin"
+"""User attributes of a trial: the identity of its recipe, set when that is complete; why it is there, if the
+sampler did not propose it."""
 
-JOURNAL = "journal.log"
-SPACE = "space"
-"""User attribute of the study: the fingerprint of the space that its trials agree with."""
-OWNER = "mergequest.owner"
-"""User attribute of a study in a shared storage: the token of the campaign directory that it belongs to."""
-TOKEN = "owner"
-"""File of that token, beside the journal's place."""
+NOTES, VOID, PARAMS = "notes", "void", "params"
+"""Keys of a row's `sampler`: system attributes of its trial; number → the same and parameters of the trials since the last
+candidate that led to none."""
+_FLEETING = ("fixed_params", "tpe:relative_params", "gp:relative_params", "constraint")
+"""Beginnings of the system attributes that nobody reads once a trial has its parameters, or that the row has by itself."""
 
 
-@contextmanager
-def open_study(
-    directory: str,
-    name: str,
-    space: Space,
-    ledger: Ledger,
-    url: str | None = None,
-    *,
-    objectives: int = 1,
-    split: str = "validation",
-) -> Iterator[Study]:
-    """The campaign's study, in agreement with its ledger and space, with the space's baselines first.
+def build_study(ledger: Ledger, space: Space, *, objectives: int = 1, split: str = "validation") -> Study:
+    """A study in memory that agrees with ledger and space.
 
     Rows that were measured before the search (by a greedy selection, say) are trials before all others, where they
-    lie in the space: the sampler learns from them.
+    lie in the space: the sampler learns from them. A trial that was proposed and has no row, since the driver ended while it
+    was being evaluated, is proposed again under its number. Baselines without a row wait to be asked.
 
     Args:
-        directory: Where `journal.log` lies. Of an object store, where nothing can be appended, it is worked on in a
-            local copy that is put back at the end, and brought up to the ledger if a killed driver did not.
-        name: The campaign's.
-        space: What is searched.
         ledger: What has been measured.
-        url: An Optuna storage instead of the journal.
+        space: What is searched.
         objectives: How many numbers are maximised.
         split: What candidates are measured on.
-
-    Yields:
-        The study, to be used by nobody else until the block ends.
-
-    Raises:
-        LedgerError: Another process is running this campaign.
-        StorageError: The storage cannot be opened, or holds a study of this name that is not this campaign's.
     """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # progress is told by the search's observer
-    wanted = wanted_of(ledger, space, objectives, split)
-    if url is not None:
-        yield _fill(_open_url(url), name, _owner(directory), wanted)
-    elif not addresses.is_local(directory):
-        kept = addresses.join(directory, JOURNAL)
-        with tempfile.TemporaryDirectory(prefix="mergequest-study-") as scratch:
-            path = str(Path(scratch) / JOURNAL)
-            if storage.exists(kept):
-                atomic.write_bytes(path, storage.read_bytes(kept))
-            try:
-                with _open_journal(path, name, wanted) as study:
-                    yield study
-            finally:
-                with suppress(StorageError):  # the ledger has everything that matters
-                    atomic.write_bytes(kept, storage.read_bytes(path))
-    else:
-        place = addresses.local_path(directory)
-        storage.make_dir(directory)
-        with (
-            _alone(str(place / "driver.lock")),
-            _open_journal(str(place / JOURNAL), name, wanted) as study,
-        ):
-            yield study
-
-
-def check_storage(url: str, name: str, directory: str) -> None:
-    """Checks that an Optuna storage can be opened, and that a study of this name in it is this campaign's.
-
-    A database that does not exist yet is created.
-
-    Args:
-        url: The storage.
-        name: The campaign's.
-        directory: The study's directory, as for `open_study`.
-
-    Raises:
-        StorageError: It cannot, or the study is another's.
-    """
-    _own_study(_open_url(url), name, _token(directory))
-
-
-def read_shared_study(url: str, name: str, directory: str) -> Study | None:
-    """The campaign's study in a shared storage, to look at; None where there is none that is its own.
-
-    Args:
-        url: The storage.
-        name: The campaign's.
-        directory: The study's directory, as for `open_study`.
-    """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        return _own_study(_open_url(url), name, _token(directory))
-    except StorageError:
-        return None
-
-
-def read_study(directory: str, name: str) -> Study | None:
-    """The study of a directory's journal as it stands, to look at; None where there is none that can be read.
-
-    Args:
-        directory: Where `journal.log` lies, local or an address.
-        name: The campaign's.
-    """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    path = addresses.join(directory, JOURNAL)
-    if not storage.exists(path):
-        return None
-    text = storage.read_bytes(path).decode(errors="replace")
-    try:
-        return optuna.load_study(study_name=name, storage=JournalStorage(Lines(text.splitlines())))
-    except (KeyError, ValueError):
-        return None
-
-
-def _fill(backend: BaseStorage, name: str, owner: str, wanted: Wanted) -> Study:
-    """The study in a shared storage, rewritten there if it is not as planned, and never if it is another's."""
-    study = _own_study(backend, name, owner)
-    if study is None:
-        return _written(backend, name, plan([], wanted), wanted, owner)
-    fits = len(study.directions) == wanted.objectives
-    trials = study.get_trials(deepcopy=False) if fits else []
-    planned = plan(trials, wanted, same_space=_is_of(study, wanted.space))
-    if fits and _same(planned, trials):
-        return study if _is_of(study, wanted.space) else _marked(study, wanted.space)
-    optuna.delete_study(study_name=name, storage=backend)
-    return _written(backend, name, planned, wanted, owner)
-
-
-def _own_study(backend: BaseStorage, name: str, owner: str | None) -> Study | None:
-    """The study of that name, if there is one.
-
-    Raises:
-        StorageError: There is one, and another campaign or program made it; or the storage does not answer.
-    """
-    try:
-        study = optuna.load_study(study_name=name, storage=backend)
-        holder = study.user_attrs.get(OWNER)
-    except KeyError:
-        return None
-    except Exception as error:  # whatever the database's driver raises
-        raise StorageError(
-            f"the study's storage does not answer ({type(error).__name__}): see search.storage"
-        ) from None
-    if owner is None or holder != owner:
-        raise _not_ours(name)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # progress is shown by the search's observer
+    study = optuna.create_study(directions=["maximize"] * objectives)
+    study.add_trials(_trials(ledger, space, objectives, split))
     return study
 
 
-def _not_ours(name: str) -> StorageError:
-    return StorageError(
-        f"search.storage holds a study '{name}' that is not this campaign's, and it is left as it is: give the campaign "
-        "another `name`, or another search.storage (the ledger has all that was measured, so nothing is lost)"
+def lasting(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """What a sampler noted with a proposal, of a trial's system attributes, and will ask for again."""
+    return {name: value for name, value in attributes.items() if not name.startswith(_FLEETING)}
+
+
+def _trials(ledger: Ledger, space: Space, objectives: int, split: str) -> list[FrozenTrial]:
+    """The trials that the study should have, numbered by their place."""
+    rows = [row for row in ledger.rows() if row.split == split and _is_heard(row, space)]
+    again = [row for row in ledger.retried if row.split == split]
+    trials: dict[int, FrozenTrial] = {}
+    for row in (*again, *rows):
+        trials |= {number: _void_trial(entry, space) for number, entry in _void(row)}
+    trials |= {row.trial: create_trial(state=TrialState.FAIL) for row in again if row.trial is not None}
+    numbered = {row.trial: row for row in rows if row.trial is not None}
+    trials |= {number: _from_row(row, space, objectives) for number, row in numbered.items()}
+    free = (number for number in count() if number not in trials)
+    for row in (row for row in rows if row.trial is None):
+        trials[next(free)] = _from_row(row, space, objectives)
+    lost = _lost(numbered, trials)
+    baselines = [recipe for recipe in space.baselines() if recipe in space]
+    firsts = {recipe.identity for recipe in baselines}
+    waiting = [_waiting(row.recipe, space, row.candidate in firsts) for row in again if row.recipe in space]
+    there = {row.candidate for row in (*rows, *again)}
+    for recipe in (recipe for recipe in baselines if recipe.identity not in there):
+        if lost:
+            trials[lost.pop(0)] = _waiting(recipe, space, first=True)
+        else:
+            waiting.append(_waiting(recipe, space, first=True))
+    trials |= {number: create_trial(state=TrialState.WAITING) for number in lost}
+    # Numbers of which nothing is known keep their place: the next proposal has the number that it would have had.
+    placed = [
+        trials.get(number) or create_trial(state=TrialState.FAIL) for number in range(max(trials, default=-1) + 1)
+    ]
+    return placed + waiting
+
+
+def _is_heard(row: Row, space: Space) -> bool:
+    """Whether a row is for the sampler: it proposed it, or could have."""
+    return row.trial is not None or (row.origin in ("anchor", "search") and row.recipe in space)
+
+
+def _void(row: Row) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Numbers of the trials before a row's that led to no candidate, and what is known of each."""
+    for number, entry in as_object((row.sampler or {}).get(VOID) or {}, "`sampler`").items():
+        if number.isdecimal() and row.trial is not None and int(number) < row.trial:
+            yield int(number), as_object(entry, "`sampler`")
+
+
+def _lost(numbered: Mapping[int, Row], trials: Container[int]) -> list[int]:
+    """Numbers that were proposed and have no row; rows of earlier versions say nothing of those before them."""
+    lost, first = [], 0
+    for number in sorted(numbered):
+        if numbered[number].sampler is not None:
+            lost += [between for between in range(first, number) if between not in trials]
+        first = number + 1
+    return lost
+
+
+def _void_trial(entry: Mapping[str, Any], space: Space) -> FrozenTrial:
+    """A trial that led to no candidate, with its parameters where they are the space's."""
+    notes, params = dict(entry.get(NOTES) or {}), dict(entry.get(PARAMS) or {})
+    try:
+        distributions = space.distributions(space.suggest(FixedTrial(params)))
+        return create_trial(state=TrialState.FAIL, params=params, distributions=distributions, system_attrs=notes)
+    except (ValueError, MergequestError):
+        return create_trial(state=TrialState.FAIL, system_attrs=notes)
+
+
+def _from_row(row: Row, space: Space, objectives: int) -> FrozenTrial:
+    """A finished trial from its row; without parameters where the space has no such recipe any more."""
+    user = {CANDIDATE: row.candidate, ORIGIN: row.origin}
+    try:
+        params = space.params(row.recipe)
+    except (MethodError, SettingsError):
+        return create_trial(state=TrialState.FAIL, user_attrs=user)
+    state, values, reported = TrialState.FAIL, None, {}
+    if row.status == "complete" and len(point(row)) == objectives:
+        state, values = TrialState.COMPLETE, point(row)
+    elif row.status == "pruned":
+        state = TrialState.PRUNED
+        if PARTIAL in row.proxies and objectives == 1:
+            values, reported = (row.proxies[PARTIAL],), {sum(row.examples.values()): row.proxies[PARTIAL]}
+    trial = create_trial(
+        state=state,
+        values=values,
+        params=params,
+        distributions=space.distributions(row.recipe),
+        user_attrs=user,
+        system_attrs=dict((row.sampler or {}).get(NOTES) or {}),
+        intermediate_values=reported,
     )
+    for name in row.violations.keys() - trial.constraints.keys():
+        trial.set_constraint(name, row.violations[name])
+    return trial
 
 
-def _token(directory: str) -> str | None:
-    """The token by which a campaign knows its own study in a shared storage; None before it has one."""
-    path = addresses.join(directory, TOKEN)
-    return storage.read_bytes(path).decode(errors="replace").strip() if storage.exists(path) else None
-
-
-def _owner(directory: str) -> str:
-    """The campaign's token, made where there is none."""
-    if (known := _token(directory)) is not None:
-        return known
-    token = uuid.uuid4().hex
-    atomic.write_bytes(addresses.join(directory, TOKEN), token.encode())
-    return token
-
-
-def _written(
-    backend: BaseStorage, name: str, trials: Iterable[FrozenTrial], wanted: Wanted, owner: str | None = None
-) -> Study:
-    try:
-        study = optuna.create_study(study_name=name, storage=backend, directions=["maximize"] * wanted.objectives)
-    except DuplicatedStudyError:
-        raise _not_ours(name) from None
-    if owner is not None:
-        study.set_user_attr(OWNER, owner)
-    study.add_trials(trials)
-    return _marked(study, wanted.space)
-
-
-def _marked(study: Study, space: Space) -> Study:
-    study.set_user_attr(SPACE, space.fingerprint)
-    return study
-
-
-def _is_of(study: Study, space: Space) -> bool:
-    return study.user_attrs.get(SPACE) == space.fingerprint
-
-
-def _same(planned: Sequence[FrozenTrial], trials: Sequence[FrozenTrial]) -> bool:
-    return len(planned) == len(trials) and all(new is old for new, old in zip(planned, trials, strict=True))
-
-
-@contextmanager
-def _open_journal(path: str, name: str, wanted: Wanted) -> Iterator[Study]:
-    """The study in a journal file, which is replaced in one rename if it is not as planned."""
-    with suppress(FileNotFoundError):
-        Path(f"{path}.lock").unlink()  # of a killed driver; Optuna would wait half a minute for it
-    journal = Journal(io.BytesIO(), whole_lines(path))
-    study = _readable(journal, name, wanted.objectives)
-    trials = study.get_trials(deepcopy=False) if study else []
-    planned = plan(trials, wanted, same_space=study is not None and _is_of(study, wanted.space))
-    if study is None or not trials or not _same(planned, trials):
-        journal = Journal(made := io.BytesIO())
-        study = _written(JournalStorage(journal), name, planned, wanted)
-        atomic.write_bytes(path, made.getvalue())
-    with appended(path) as journal.file:
-        yield study if _is_of(study, wanted.space) else _marked(study, wanted.space)
-
-
-def _readable(journal: Journal, name: str, objectives: int) -> Study | None:
-    """The study in a journal; None where it is damaged, or another study's."""
-    try:
-        study = optuna.load_study(study_name=name, storage=JournalStorage(journal))
-        return study if len(study.directions) == objectives else None
-    except Exception:  # whatever a damaged file makes Optuna raise: the ledger has everything that matters
-        return None
-
-
-def _open_url(url: str) -> BaseStorage:
-    try:
-        return get_storage(url)
-    except Exception as error:
-        # without the address and the error's own text, which may hold a password
-        raise StorageError(
-            f"the study's storage cannot be opened ({type(error).__name__}): check its URL, that the server "
-            f"answers, and that the database's driver is installed"
-        ) from None
-
-
-@contextmanager
-def _alone(path: str) -> Iterator[None]:
-    """Holds a lock that the operating system gives back when this process ends, however it ends."""
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}") from error
-    try:
-        # where the file system keeps no locks, the campaign's lease keeps others out
-        if try_lock(handle) == "taken":
-            raise LedgerError(
-                f"another process is running this campaign (it holds {path}): wait for it, or stop it first"
-            )
-        yield
-    finally:
-        os.close(handle)
+def _waiting(recipe: Recipe, space: Space, first: bool) -> FrozenTrial:
+    """A trial that will be asked for this recipe, as `Study.enqueue_trial` would have it."""
+    return create_trial(
+        state=TrialState.WAITING,
+        user_attrs={CANDIDATE: recipe.identity, ORIGIN: "anchor" if first else "search"},
+        system_attrs={"fixed_params": space.params(recipe)},
+    )

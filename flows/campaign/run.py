@@ -43,7 +43,7 @@ from search.ledger.row import Row
 from search.loop import search
 from search.objective import EXPECTED, Objective, best, make_objective, own_scores, split_name
 from search.samplers.make_sampler import make_sampler, memories
-from search.study import check_storage, open_study
+from search.study import build_study
 from search.subsets.choose_subsets import Selection, Subset
 
 ENDINGS: Mapping[Ending, str] = {
@@ -83,6 +83,10 @@ def run(campaign: Campaign, display: Display | None = None, *, retry_failed: boo
             with display.phase("Pool"):
                 opened, ledger = _opened(campaign, directory, display, retry_failed)
                 _require_searchable(opened, directory)
+                if storage.exists(directory / "study"):
+                    display.note(
+                        "study/, which an earlier version kept, is not read: the ledger has all that was measured"
+                    )
                 if ledger.retried:
                     display.say(f"  {len(ledger.retried)} failed measurements are tried again")
             directory.claim(campaign, opened.fingerprints)
@@ -141,8 +145,6 @@ def _require_searchable(opened: OpenCampaign, directory: Directory) -> None:
     require_stages(opened)
     require_baselines(opened)
     require_replaceable(directory.best)
-    if (url := opened.campaign.search.storage) is not None:
-        check_storage(url, opened.campaign.name, directory / "study")
 
 
 def compute_statistics(campaign: Campaign, kinds: Sequence[str] | None, out: str | None, display: Display) -> list[str]:
@@ -313,20 +315,11 @@ def _search(
             if done
             else f"Search: {settings.candidates} candidates"
         ),
-        open_study(
-            directory / "study",
-            campaign.name,
-            space,
-            ledger,
-            settings.storage,
-            objectives=len(objective.names),
-            split=split,
-        ) as study,
         executor.planned(make_planner(opened, objective, directory, ledger)),
         display.bar("candidates", max(settings.candidates, done), may_stop=False) as bar,
     ):
         ending = search(
-            study,
+            build_study(ledger, space, objectives=len(objective.names), split=split),
             space,
             lambda number: make_sampler(settings.sampler, campaign.seed, settings.sampler_arguments, number, selection),
             ledger,

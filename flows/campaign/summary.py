@@ -4,13 +4,11 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from io import StringIO
 
-import optuna
 import yaml
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-import search.study
 from flows.campaign.export import versions
 from flows.config.campaign_file import Campaign
 from flows.config.recipe_file import RECIPE, load_recipe
@@ -50,7 +48,6 @@ def write_report(path: str) -> str:
         ledger.rows(),
         tasks=list(campaign.tasks),
         selection=documents.read_as(chosen, Selection.from_dict) if storage.exists(chosen) else None,
-        study=read_study(directory, campaign),
         facts=facts(directory, campaign, ledger.rows()),
         outcomes=KeptOutcomes(directory.outcomes).read,
     )
@@ -99,14 +96,6 @@ def summary(directory: Directory) -> str:
     for name, place in places.items():
         console.print(f"{name:9} {place}", highlight=False, soft_wrap=True)
     return text.getvalue().rstrip()
-
-
-def read_study(directory: Directory, campaign: Campaign) -> optuna.Study | None:
-    """The campaign's study as it stands, to look at; None where there is none."""
-    url, place = campaign.search.storage, directory / "study"
-    if url is None:
-        return search.study.read_study(place, campaign.name)
-    return search.study.read_shared_study(url, campaign.name, place)
 
 
 def exported_recipe(directory: Directory, rows: Sequence[Row]) -> str:

@@ -218,6 +218,23 @@ def enqueue(
     typer.echo(enqueue(directory, recipe))
 
 
+@app.command()
+def dashboard(
+    directory: Where,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines look.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 for any that is free.", min=0, max=65535)] = 8080,
+) -> None:
+    """Serves optuna-dashboard from a campaign's ledger, live while it runs (`pip install 'mergequest[dashboard]'`)."""
+    from flows.cli.dashboard import make_dashboard
+
+    with make_dashboard(directory, host, port) as server:
+        typer.echo(f"http://{host}:{server.server_port}/dashboard  (Ctrl-C ends it)")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return
+
+
 @app.command("ls")
 def list_campaigns(
     prefix: Annotated[

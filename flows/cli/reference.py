@@ -32,15 +32,14 @@ API = {
         "merging.mergers.disk.merge_to_disk",
     ],
     "Read a ledger": [
-        "search.ledger.frame.distinct",
-        "search.ledger.analysis.best",
-        "search.ledger.analysis.pareto_front",
+        "search.objective.best",
+        "search.objective.pareto",
+        "search.ledger.distinct.distinct",
         "search.ledger.analysis.validation_beside_test",
         "search.ledger.analysis.importance",
         "search.ledger.analysis.marginal_effects",
         "search.ledger.analysis.evaluations_to_target",
         "search.ledger.analysis.compare",
-        "search.ledger.analysis.load_study",
         "search.ledger.analysis.as_study",
     ],
     "Select and sample": [

@@ -7,7 +7,6 @@ from pydantic import Field, model_validator
 
 from flows.config.yaml_file import Settings
 from merging.errors import MethodError
-from merging.io.secrets import holds_secret
 from merging.mergers.linear_basis import is_linear
 from merging.methods import METHODS
 from merging.optimization.descent import DescentSettings
@@ -167,13 +166,20 @@ class SearchSettings(Settings):
         "their proposals take longer with each; null for all. The others see what they need: nsga2, nsga3 and cmaes their last "
         "two generations, qmc one candidate with each parameter.",
     )
-    storage: str | None = Field(
-        None,
-        description="Optuna storage URL, without a password (PostgreSQL reads `PGPASSWORD` or `~/.pgpass`); by default a "
-        "journal file in the directory. A study of the campaign's name that another campaign or program made there is never "
-        "touched: the campaign is refused.",
-    )
     identical_errors: int = Field(5, ge=1, description="Stop after this many equal errors in a row.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _storage_is_the_ledger(cls, value: Any) -> Any:
+        """Files that earlier versions wrote say `storage: null`."""
+        if not isinstance(value, dict) or "storage" not in value:
+            return value
+        if value["storage"] is not None:
+            raise ValueError(
+                "storage: the study is made of the ledger, and kept nowhere else: leave it out, and look at it by "
+                "`mergequest dashboard DIRECTORY`"
+            )
+        return {name: entry for name, entry in value.items() if name != "storage"}
 
     @model_validator(mode="before")
     @classmethod
@@ -187,15 +193,6 @@ class SearchSettings(Settings):
         if isinstance(value, dict) and isinstance(value.get("methods"), dict):
             return value | {"methods": {name: spec or {} for name, spec in value["methods"].items()}}
         return value
-
-    @model_validator(mode="after")
-    def _no_password(self) -> "SearchSettings":
-        if self.storage is not None and holds_secret(self.storage):
-            raise ValueError(
-                "storage: the URL holds a password, which would be saved with the campaign: leave it out, and give it by "
-                "PGPASSWORD, ~/.pgpass or the database's own option file"
-            )
-        return self
 
     @property
     def objectives(self) -> tuple[str, ...]:

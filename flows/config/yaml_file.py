@@ -79,7 +79,7 @@ def _secrets(value: Any, place: str) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for number, below in enumerate(value):
             yield from _secrets(below, f"{place}.{number}")
-    elif isinstance(value, str) and place != ".search.storage" and holds_secret(value):
+    elif isinstance(value, str) and holds_secret(value):
         yield place.lstrip(".")
 
 

@@ -6,7 +6,6 @@ from functools import cache
 from math import isfinite
 from typing import Any, TypedDict
 
-import optuna
 import plotly.io
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -81,7 +80,6 @@ def render(
     *,
     tasks: Sequence[str],
     selection: Selection | None = None,
-    study: optuna.Study | None = None,
     facts: Facts | None = None,
     outcomes: Callable[[str], Values] = lambda _: {},
 ) -> str:
@@ -91,7 +89,6 @@ def render(
         rows: The ledger; may lack whatever a campaign has not come to yet.
         tasks: The campaign's tasks, in its order.
         selection: The subsets of members that the search chose among.
-        study: The Optuna study, for the importance of its parameters; without one, the ledger serves.
         facts: What else to tell.
         outcomes: Candidate → what was kept of single test examples, for paired differences.
     """
@@ -106,7 +103,7 @@ def render(
         "history": figures.history(rows, looks),
         "front": figures.front(rows, looks),
         "scaling": figures.scaling(rows, looks),
-        "importance": figures.importance(rows, study),
+        "importance": figures.importance(rows),
         "share": figures.share(rows),
         "similarity": figures.similarity(selection),
         "profile": figures.profile(rows, tasks, looks, TOP),

@@ -3,7 +3,6 @@
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,45 +15,14 @@ from optuna.importance import (
     MeanDecreaseImpurityImportanceEvaluator,
     PedAnovaImportanceEvaluator,
 )
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 
-from merging.errors import StorageError
-from search.ledger.frame import MEMBERS_JOINT, candidates, columns, distinct, history, searched_split
+from search.ledger.frame import MEMBERS_JOINT, candidates, columns, history, searched_split
 
+STATES = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL, "pruned": TrialState.PRUNED}
 Evaluator = Literal["ped-anova", "fanova", "impurity"]
 FEWEST = 10
 """PED-ANOVA asks what the best tenth has in common: of fewer candidates that is less than one."""
-
-
-def best(table: pd.DataFrame, top: int = 1, split: str = "validation") -> pd.DataFrame:
-    """The best complete candidates on a split, at most `top`; of merges that were found twice, one."""
-    return distinct(candidates(table, split)).head(top).reset_index(drop=True)
-
-
-def pareto_front(table: pd.DataFrame, by: Sequence[str] | None = None, split: str = "validation") -> pd.DataFrame:
-    """The complete candidates that no other one beats: none is as good in every column and better in one.
-
-    Candidates that break a constraint are left out where there is one that breaks none.
-
-    Args:
-        table: A tidy frame.
-        by: Columns to maximise; by default the objectives where there are several, else every task's score.
-        split: Where they were measured.
-
-    Returns:
-        The front, best objective first.
-    """
-    ranked = distinct(candidates(table, split))
-    ranked = ranked[ranked["violation"] <= ranked["violation"].min()]
-    objectives = list(columns(ranked, "objective").values())
-    chosen = (
-        list(by) if by is not None else objectives if len(objectives) > 1 else list(columns(ranked, "score").values())
-    )
-    values = ranked[chosen].to_numpy(dtype=np.float64)
-    beaten = [bool(((values >= own).all(axis=1) & (values > own).any(axis=1)).any()) for own in values]
-    front: pd.DataFrame = ranked[~np.array(beaten, dtype=bool)]
-    return front.reset_index(drop=True)
 
 
 def validation_beside_test(table: pd.DataFrame) -> pd.DataFrame:
@@ -210,43 +178,47 @@ def compare(campaigns: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return table.sort_values("objective", ascending=False, kind="stable").reset_index(drop=True)
 
 
-def load_study(directory: str) -> optuna.Study:
-    """The Optuna study that a campaign keeps in its directory, to be read.
-
-    Raises:
-        StorageError: There is no journal (the campaign has a storage of its own, or lies on an object store: use
-            `as_study`).
-    """
-    journal = Path(directory) / "study" / "journal.log"
-    if not journal.is_file():
-        raise StorageError(f"{journal} is not there: make a study of the ledger, as_study(load({directory!r}))")
-    storage = JournalStorage(JournalFileBackend(str(journal)))
-    return optuna.load_study(study_name=optuna.get_all_study_names(storage)[0], storage=storage)
-
-
-def as_study(table: pd.DataFrame) -> optuna.Study:
-    """The search's complete candidates as a study in memory, for whatever Optuna can do with one.
+def as_study(table: pd.DataFrame, *, every: bool = False, name: str | None = None) -> optuna.Study:
+    """The search's candidates as a study in memory, for whatever Optuna can do with one.
 
     Parameters are named as the search names them; their ranges are those that were seen, and those that never vary
     are left out. A campaign of several objectives gives a study of several.
+
+    Args:
+        table: A tidy frame.
+        every: Also candidates that failed or were pruned, and when each began and ended.
+        name: The study's.
     """
-    tried = candidates(table, searched_split(table)).sort_values("finished", kind="stable")
-    trials = [_parameters(line) for line in tried.to_dict("records")]
+    split = searched_split(table)
+    tried = history(table) if every else candidates(table, split).sort_values("finished", kind="stable")
+    lines = tried.to_dict("records")
+    trials = [_parameters(line) for line in lines]
     seen: dict[str, set[Any]] = {}
     for parameters in trials:
-        for name, value in parameters.items():
-            seen.setdefault(name, set()).add(value)
-    distributions = {name: _distribution(values) for name, values in seen.items() if len(values) > 1}
+        for parameter, value in parameters.items():
+            seen.setdefault(parameter, set()).add(value)
+    distributions = {parameter: _distribution(values) for parameter, values in seen.items() if len(values) > 1}
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     several = list(columns(tried, "objective").values())
     several = several if len(several) > 1 else ["objective"]
-    study = optuna.create_study(directions=["maximize"] * len(several))
+    study = optuna.create_study(study_name=name, directions=["maximize"] * len(several))
     optuna.logging.set_verbosity(verbosity)
-    for parameters, values in zip(trials, tried[several].to_numpy(dtype=np.float64), strict=True):
-        own = {name: value for name, value in parameters.items() if name in distributions}
-        ranges = {name: distributions[name] for name in own}
-        study.add_trial(optuna.create_trial(params=own, distributions=ranges, values=values.tolist()))
+    for line, parameters, values in zip(lines, trials, tried[several].to_numpy(dtype=np.float64), strict=True):
+        own = {parameter: value for parameter, value in parameters.items() if parameter in distributions}
+        done = line["status"] == "complete"
+        trial = optuna.create_trial(
+            state=STATES[line["status"]],
+            params=own,
+            distributions={parameter: distributions[parameter] for parameter in own},
+            values=values.tolist() if done else None,
+            user_attrs={key: line[key] for key in ("candidate", "error") if every and isinstance(line[key], str)},
+        )
+        if every:
+            trial.datetime_start, trial.datetime_complete = (
+                line[key].to_pydatetime().astimezone().replace(tzinfo=None) for key in ("started", "finished")
+            )
+        study.add_trial(trial)
     return study
 
 

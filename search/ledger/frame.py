@@ -8,7 +8,6 @@ import pandas as pd
 from merging.errors import LedgerError
 from merging.io import addresses, storage
 from search.candidate import ANCHORS
-from search.ledger.distinct import rounded
 from search.ledger.ledger import Ledger
 from search.ledger.row import Row
 
@@ -101,17 +100,6 @@ def candidates(table: pd.DataFrame, split: str = "validation") -> pd.DataFrame:
 def searched_split(table: pd.DataFrame) -> str:
     """The split that the search measured its candidates on: `anchors`, estimates from few examples, or validation."""
     return ANCHORS if (table["split"] == ANCHORS).any() else "validation"
-
-
-def distinct(ranked: pd.DataFrame) -> pd.DataFrame:
-    """Candidates without those whose merge is that of an earlier one, as `search.ledger.distinct` tells them apart."""
-    tasks = columns(ranked, "loss")
-    if not tasks:
-        return ranked
-    losses = [rounded(dict(zip(tasks, line, strict=True))) for line in ranked[list(tasks.values())].to_numpy(float)]
-    compared = ranked[["method", "members", *columns(ranked, "score").values()]].assign(losses=list(map(str, losses)))
-    unknown = pd.Series([None in line.values() for line in losses], index=ranked.index, dtype=bool)
-    return ranked[unknown | ~compared.duplicated()]
 
 
 def best_by_method(table: pd.DataFrame, split: str = "validation") -> pd.DataFrame:

@@ -171,6 +171,7 @@ def to_table(rows: Iterable[Row]) -> pa.Table:
         record: dict[str, Any] = {field.name: getattr(row, field.name) for field in fields(row)}
         record["members"] = list(row.members)
         record["parameters"] = json.dumps(dict(row.parameters), sort_keys=True)
+        record["sampler"] = None if row.sampler is None else json.dumps(row.sampler, separators=(",", ":"))
         records.append(record | {name: list(record[name].items()) for name in MAPS})
     return pa.Table.from_pylist(records, schema=SCHEMA)
 
@@ -183,6 +184,8 @@ def from_table(table: pa.Table) -> list[Row]:
         record |= {name: record[name].astimezone(UTC) for name in TIMES}
         record["members"] = tuple(record["members"])
         record["parameters"] = as_object(parse_json(record["parameters"], "`parameters`"), "`parameters`")
+        if record.get("sampler") is not None:
+            record["sampler"] = as_object(parse_json(record["sampler"], "`sampler`"), "`sampler`")
         for name in MAPS:
             if None in record[name].values():
                 raise ValueError(f"`{name}` without a number")

@@ -11,7 +11,7 @@ from merging.recipe import Recipe
 
 VERSION = 2
 READABLE = ("1", "2")
-"""Versions of files that are read: 1 lacks the columns of cost, which are null then."""
+"""Versions of files that are read: 1 lacks the columns of cost and `sampler`, which are null then."""
 
 Status = Literal["complete", "failed", "pruned"]
 Origin = Literal["reference", "anchor", "search", "final"]
@@ -25,6 +25,7 @@ SCHEMA = pa.schema(
         pa.field("split", pa.string(), nullable=False),
         pa.field("origin", pa.string(), nullable=False),
         pa.field("trial", pa.int64()),
+        pa.field("sampler", pa.string()),
         pa.field("status", pa.string(), nullable=False),
         pa.field("error", pa.string()),
         pa.field("method", pa.string(), nullable=False),
@@ -67,6 +68,8 @@ class Row:
         origin: Why it was measured: `reference` (the base, a single member), `anchor` (a baseline: a method's defaults; the
             value's name is older than the word), `search` (a proposal of the sampler), `final` (on test, once).
         trial: Number of the Optuna trial; null for rows that no sampler hears of.
+        sampler: What the sampler noted with its proposal, and of trials since the one before that led to no candidate: what a
+            resumed search needs besides, see `search.study`. A JSON object in the file; null for rows without a trial.
         status: `complete`, `failed` (see `error`), or `pruned`: given up early, with the scores of the examples so far and no
             objective.
         error: Type and message of what failed.
@@ -107,6 +110,7 @@ class Row:
     scaling: Mapping[str, float] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
     trial: int | None = None
+    sampler: Mapping[str, Any] | None = None
     error: str | None = None
     objective: float | None = None
     objectives: Mapping[str, float] = field(default_factory=dict)

@@ -11,7 +11,6 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import (
     BaseSampler,
     BruteForceSampler,
-    CmaEsSampler,
     GPSampler,
     GridSampler,
     RandomSampler,
@@ -25,6 +24,7 @@ from search.samplers.optuna_variants import (
     BreedingNSGAIIISampler,
     BreedingNSGAIISampler,
     ChosenMethodTPESampler,
+    NumbersCmaEsSampler,
     UnionQMCSampler,
     bred,
 )
@@ -34,7 +34,7 @@ from search.subsets.choose_subsets import Selection, select
 SAMPLERS: Mapping[str, type[BaseSampler]] = {
     "tpe": ChosenMethodTPESampler,
     "random": RandomSampler,
-    "cmaes": CmaEsSampler,
+    "cmaes": NumbersCmaEsSampler,
     "gp": GPSampler,
     "nsga2": BreedingNSGAIISampler,
     "nsga3": BreedingNSGAIIISampler,

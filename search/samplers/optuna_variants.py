@@ -1,11 +1,13 @@
 """Optuna's samplers, adapted to spaces of many methods, to studies that are resumed, and to histories without end."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
 
+import numpy as np
 from optuna import Study
 from optuna.distributions import BaseDistribution
-from optuna.samplers import NSGAIIISampler, NSGAIISampler, QMCSampler, TPESampler
+from optuna.samplers import CmaEsSampler, NSGAIIISampler, NSGAIISampler, QMCSampler, TPESampler
 from optuna.samplers._ga import BaseGASampler
 from optuna.trial import FrozenTrial, TrialState
 
@@ -13,6 +15,11 @@ from search.samplers.history_window import Mark
 
 BRED = "bred"
 """System attribute of a trial that evolution proposed: its generation, and the numbers of that generation's parents."""
+
+DISTRIBUTION = "cma:distribution"
+"""System attribute of the first trials of a generation of CMA-ES: the distribution that they were drawn from."""
+_DERIVED = ("_rng", "_B", "_D", "_funhist_values")
+"""Attributes of a CMA-ES distribution that are not noted: seeded anew for each draw, or derived."""
 
 
 def _union(trials: Iterable[FrozenTrial]) -> dict[str, BaseDistribution]:
@@ -83,6 +90,85 @@ class ChosenMethodTPESampler(TPESampler):
         prefix = f"{sampled['method']}." if "method" in sampled else ""
         own = {n: entry for n, entry in search_space.items() if n not in shared and n.startswith(prefix)}
         return sampled | super().sample_relative(study, trial, own)
+
+
+class NumbersCmaEsSampler(CmaEsSampler):
+    """Optuna's CMA-ES, whose distribution is kept with a trial as numbers by name, not as a pickle.
+
+    A ledger is a file that people share: nothing that it holds may be executed.
+    """
+
+    _state: Mapping[str, Any] | None = None
+    _optimizer: Any = None
+    _fresh: Mapping[str, Any] = MappingProxyType({})
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """As Optuna's; a distribution that has just learnt from a generation is noted."""
+        self._optimizer = None
+        drawn = super().sample_relative(study, trial, search_space)
+        if self._optimizer is not None and (now := _numbers(self._optimizer)) != self._fresh:
+            learnt = {name: value for name, value in now.items() if value != self._fresh.get(name)}
+            if learnt != self._state:
+                study._storage.set_trial_system_attr(trial._trial_id, DISTRIBUTION, learnt)
+        return drawn
+
+    def _restore_optimizer(self, completed_trials: list[FrozenTrial]) -> None:
+        noted = (trial.system_attrs.get(DISTRIBUTION) for trial in reversed(completed_trials))
+        self._state = next((state for state in noted if isinstance(state, dict)), None)
+
+    def _init_optimizer(self, *arguments: Any) -> Any:
+        self._optimizer = super()._init_optimizer(*arguments)
+        self._fresh = _numbers(self._optimizer)
+        if self._state is not None and _fits(self._state, self._fresh):
+            _take_numbers(self._optimizer, self._state)
+        return self._optimizer
+
+    def _split_optimizer_str(self, optimizer_str: str) -> dict[str, str]:
+        return {}  # noted as numbers
+
+
+def _numbers(optimizer: Any) -> dict[str, Any]:
+    """A CMA-ES distribution's attributes that are numbers, without what follows from them; those of one within it, too."""
+    numbers: dict[str, Any] = {}
+    for name, value in vars(optimizer).items():
+        if name in _DERIVED:
+            continue
+        if isinstance(value, np.ndarray):
+            numbers[name] = value.tolist()
+        elif isinstance(value, int | float):
+            numbers[name] = value
+        elif hasattr(value, "generation"):
+            numbers[name] = _numbers(value)
+    return numbers
+
+
+def _fits(state: Mapping[str, Any], fresh: Mapping[str, Any]) -> bool:
+    """Whether numbers could be those of such a distribution."""
+    for name, value in state.items():
+        mine = fresh.get(name)
+        if isinstance(value, Mapping):
+            if not isinstance(mine, Mapping) or not _fits(value, mine):
+                return False
+            continue
+        try:
+            array = np.asarray(value, dtype=np.float64)
+        except (TypeError, ValueError):
+            return False
+        if mine is None or isinstance(mine, Mapping) or array.shape != np.shape(mine) or not np.isfinite(array).all():
+            return False
+    return True
+
+
+def _take_numbers(optimizer: Any, state: Mapping[str, Any]) -> None:
+    """Gives a fresh distribution what another has learnt."""
+    for name, value in state.items():
+        mine = getattr(optimizer, name)
+        if isinstance(value, Mapping):
+            _take_numbers(mine, value)
+        else:
+            setattr(optimizer, name, np.array(value, mine.dtype) if isinstance(mine, np.ndarray) else type(mine)(value))
 
 
 def bred(trial: FrozenTrial) -> Mark | None:

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Container, Sequence
+from copy import copy
 from copy import deepcopy as copied
 from typing import Any
 
@@ -10,6 +11,7 @@ from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from search.samplers.history_window import Memory
+from search.study import lasting
 
 LEARNT_FROM = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -20,21 +22,27 @@ class WindowedStudy(Study):
     Optuna's samplers read every finished trial for every parameter that they propose: TPE takes seconds for a
     proposal after ten thousand trials.
 
+    A driver asks ahead: what it proposes next knows nothing of the candidates in flight. So that a resumed search proposes what
+    an unbroken one would have, the last rows are held back as running trials until as many candidates are in flight again.
+
     Args:
         study: With no trial running.
         memories: Between them, they know the finished trials that samplers see; None for all.
+        held: Numbers of finished trials that are held back at first, the earliest first.
     """
 
-    def __init__(self, study: Study, memories: Sequence[Memory] | None = None) -> None:
+    def __init__(self, study: Study, memories: Sequence[Memory] | None = None, held: Sequence[int] = ()) -> None:
         super().__init__(study.study_name, study._storage, RandomSampler(0))
         trials = study.get_trials(deepcopy=False)
         self._count = len(trials)
         self._waiting = deque(trial for trial in trials if trial.state == TrialState.WAITING)
-        self._running: dict[int, FrozenTrial] = {}
+        self._held = deque(trials[number] for number in held if number < len(trials))
+        self._running: dict[int, FrozenTrial] = {trial.number: _as_running(trial) for trial in self._held}
         self._memories = memories
         self._seen: dict[tuple[TrialState, ...] | None, list[FrozenTrial]] = {}
         for trial in trials:
-            self._learn(trial)
+            if trial.number not in self._running:
+                self._learn(trial)
 
     @property
     def has_waiting(self) -> bool:
@@ -52,9 +60,17 @@ class WindowedStudy(Study):
         self._waiting.append(self._storage.get_all_trials(self._study_id, deepcopy=False)[-1])
         self._count = max(self._count, self._waiting[-1].number + 1)
 
+    def hold(self, most: int) -> None:
+        """Holds back so many finished trials at most; samplers learn from the others."""
+        while len(self._held) > most:
+            trial = self._held.popleft()
+            self._running.pop(trial.number)
+            self._seen.clear()
+            self._learn(trial)
+
     def under_way(self, trial: Trial) -> None:
         """Lets samplers know of a trial whose parameters are complete."""
-        self._running[trial.number] = self._storage.get_trial(trial._trial_id)
+        self._running[trial.number] = _as_running(self._storage.get_trial(trial._trial_id))
         self._seen.clear()
 
     def finished(self, trial: Trial) -> None:
@@ -85,10 +101,24 @@ class WindowedStudy(Study):
         self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
     ) -> list[FrozenTrial]:
         if self._memories is None:
-            return super()._get_trials(deepcopy, states, use_cache)
+            every = (self._running.get(trial.number, trial) for trial in super()._get_trials(False, None, use_cache))
+            trials = [trial for trial in every if states is None or trial.state in states]
+            return copied(trials) if deepcopy else trials
         wanted = None if states is None else tuple(state for state in TrialState if state in states)
         if wanted not in self._seen:  # samplers ask for every group of parameters
             known = {trial.number: trial for memory in self._memories for trial in memory.trials()}
             seen = [*(known[number] for number in sorted(known)), *(self._running[n] for n in sorted(self._running))]
             self._seen[wanted] = [trial for trial in seen if wanted is None or trial.state in wanted]
         return copied(self._seen[wanted]) if deepcopy else list(self._seen[wanted])
+
+
+def _as_running(trial: FrozenTrial) -> FrozenTrial:
+    """A trial as samplers see it while it is being evaluated, of which they know no more than its parameters and their notes.
+
+    TPE's own notes of a running trial have the parameters of other subsets, too, which say nothing of it.
+    """
+    running = copy(trial)
+    running.state, running.values, running.datetime_complete = TrialState.RUNNING, None, None
+    running.intermediate_values = {}
+    running.system_attrs = lasting(trial.system_attrs)
+    return running

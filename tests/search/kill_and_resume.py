@@ -19,7 +19,7 @@ from search.loop import Budget, search
 from search.objective import make_objective
 from search.samplers.make_sampler import make_sampler
 from search.space.search_space import MethodSpace, Space
-from search.study import open_study
+from search.study import build_study
 
 SPACE = Space(
     {"task_arithmetic": MethodSpace(), "ties": MethodSpace(), "average": MethodSpace()},
@@ -53,17 +53,16 @@ class Serial:
 
 def drive(directory, candidates, sampler):
     ledger = Ledger(str(directory / "ledger"), "demo")
-    with open_study(str(directory / "study"), "demo", SPACE, ledger) as study:
-        search(
-            study,
-            SPACE,
-            lambda number: make_sampler(sampler, 7, None, number),
-            ledger,
-            Serial(directory / "evaluated.txt"),
-            make_objective("mean", ["x"]),
-            Provenance("demo"),
-            Budget(candidates),
-        )
+    search(
+        build_study(ledger, SPACE),
+        SPACE,
+        lambda number: make_sampler(sampler, 7, None, number),
+        ledger,
+        Serial(directory / "evaluated.txt"),
+        make_objective("mean", ["x"]),
+        Provenance("demo"),
+        Budget(candidates),
+    )
 
 
 def main(directory, candidates, kills, seed, sampler):

@@ -1,10 +1,9 @@
 import math
+from dataclasses import replace
 
-import optuna
 import pytest
 from optuna.trial import TrialState
 
-from merging.errors import LedgerError, StorageError
 from merging.methods.method import METHODS
 from merging.recipe import Recipe
 from search.candidate import Candidate, Provenance
@@ -12,9 +11,11 @@ from search.in_flight import measure
 from search.ledger.ledger import Ledger
 from search.loop import Budget, search
 from search.objective import make_objective
-from search.samplers.make_sampler import make_sampler
+from search.samplers.make_sampler import make_sampler, memories
+from search.samplers.optuna_variants import DISTRIBUTION
+from search.space.ranges import Domain
 from search.space.search_space import MethodSpace, Space
-from search.study import CANDIDATE, check_storage, open_study, read_shared_study
+from search.study import CANDIDATE, build_study
 
 SPACE = Space({"task_arithmetic": MethodSpace(), "ties": MethodSpace()}, "ab", None, "per_member")
 
@@ -29,11 +30,24 @@ class Killed(BaseException):
     pass
 
 
+ARGUMENTS = {
+    "tpe": {"n_startup_trials": 4},
+    "gp": {"n_startup_trials": 4},
+    "cmaes": {"popsize": 4},
+    "nsga2": {"population_size": 4},
+    "nsga3": {"population_size": 4},
+    "grid": {"search_space": {f"task_arithmetic.scaling.{member}": [0.3, 0.6, 0.9] for member in "ab"}},
+    "quality_diversity": {"sampler_arguments": {"n_startup_trials": 4}},
+}
+"""Of each sampler such that it learns early."""
+ONE = Space({"task_arithmetic": MethodSpace()}, "ab", None, "per_member")
+
+
 @pytest.fixture
 def quest(tmp_path, threads):
     """Runs a one-worker search in a directory of that name; may die before or after a row is written."""
 
-    def run(name, candidates, space=SPACE, dies=None, url=None, sampler="tpe"):
+    def run(name, candidates, space=SPACE, dies=None, sampler="tpe", **named):
         ledger = Ledger(str(tmp_path / name / "ledger"), "demo")
         extend = ledger.extend
 
@@ -46,98 +60,131 @@ def quest(tmp_path, threads):
 
         ledger.extend = dying
         executor = threads(scores)
-        with open_study(str(tmp_path / name / "study"), "demo", space, ledger, url) as study:
-            states = [trial.state for trial in study.trials]
-            search(
-                study,
-                space,
-                lambda number: make_sampler(sampler, 1, None, number),
-                ledger,
-                executor,
-                make_objective("mean", ["x"]),
-                Provenance("demo"),
-                Budget(candidates),
-            )
+        study = build_study(ledger, space)
+        states = [trial.state for trial in study.trials]
+        arguments = ARGUMENTS.get(sampler)
+        search(
+            study,
+            space,
+            lambda number: make_sampler(sampler, 1, arguments, number),
+            ledger,
+            executor,
+            make_objective("mean", ["x"]),
+            Provenance("demo"),
+            Budget(candidates),
+            history=memories(sampler, arguments, **named),
+        )
         run.states, run.study, run.submitted = states, study, executor.submitted
-        return [(row.trial, row.candidate, row.objective, row.origin) for row in ledger.rows()]
+        return [(row.trial, row.candidate, row.objective, row.origin, row.sampler) for row in ledger.rows()]
 
     return run
 
 
-def journal(tmp_path, name):
-    return tmp_path / name / "study" / "journal.log"
-
-
 def test_a_new_study_has_its_anchors_waiting(tmp_path):
-    with open_study(str(tmp_path), "demo", SPACE, Ledger(str(tmp_path / "ledger"))) as study:
-        waiting = study.get_trials(states=(TrialState.WAITING,))
-        heard = [recipe.identity for recipe in SPACE.baselines() if recipe in SPACE]
-        assert [trial.user_attrs[CANDIDATE] for trial in waiting] == heard
-        assert len(study.trials) == len(heard) == 2
+    study = build_study(Ledger(str(tmp_path / "ledger")), SPACE)
+    waiting = study.get_trials(states=(TrialState.WAITING,))
+    heard = [recipe.identity for recipe in SPACE.baselines() if recipe in SPACE]
+    assert [trial.user_attrs[CANDIDATE] for trial in waiting] == heard
+    assert len(study.trials) == len(heard) == 2
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "cmaes", "nsga2", "qmc"])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        "tpe",
+        pytest.param("gp", marks=pytest.mark.slow),
+        "cmaes",
+        "nsga2",
+        "nsga3",
+        "qmc",
+        "quality_diversity",
+        "random",
+    ],
+)
 def test_dying_beside_a_row_changes_nothing(quest, sampler):
-    unbroken = quest("unbroken", 14, sampler=sampler)
-    for death in (("before", 0), ("after", 2), ("before", 9), ("after", 9), ("before", 11)):
+    """Proposals learn from others long before the first death."""
+    space = ONE if sampler in ("cmaes", "gp") else SPACE
+    unbroken = quest("unbroken", 22, space, sampler=sampler)
+    for death in (
+        ("before", 0),
+        ("after", 2),
+        ("before", 9),
+        ("after", 9),
+        ("before", 11),
+        ("after", 16),
+        ("before", 20),
+    ):
         with pytest.raises(Killed):
-            quest("broken", 14, dies=death, sampler=sampler)
-    assert quest("broken", 14, sampler=sampler) == unbroken
+            quest("broken", 22, space, dies=death, sampler=sampler)
+    assert quest("broken", 22, space, sampler=sampler) == unbroken
+    assert len({row[1] for row in unbroken}) == 22
 
 
-def test_a_journal_cut_anywhere_does_no_harm(quest, tmp_path):
-    unbroken = quest("unbroken", 12)
-    path = journal(tmp_path, "cut")
-    for number, cut in enumerate((1, 7, 100, 333, 1000, 2500)):
+@pytest.mark.parametrize("sampler", ["grid", "brute_force"])
+def test_enumeration_goes_on_where_it_was(quest, sampler):
+    few = Space({"task_arithmetic": MethodSpace(scaling=Domain(choices=(0.3, 0.6, 0.9)))}, "ab", None, "per_member")
+    unbroken = quest("unbroken", 50, few, sampler=sampler)
+    for death in (("after", 2), ("before", 4), ("after", 7)):
         with pytest.raises(Killed):
-            quest("cut", 12, dies=("after", 4 + number))
-        path.write_bytes(path.read_bytes()[:-cut])
-    assert quest("cut", 12) == unbroken
-    assert path.read_bytes().endswith(b"\n")
+            quest("broken", 50, few, dies=death, sampler=sampler)
+    assert quest("broken", 50, few, sampler=sampler) == unbroken
+    assert len(unbroken) == 10
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "binary", "half", "other"])
-def test_a_lost_journal_is_rebuilt_from_the_ledger(quest, tmp_path, damage):
-    unbroken = quest("unbroken", 12)
-    quest("rebuilt", 9)
-    path = journal(tmp_path, "rebuilt")
-    if damage == "missing":
-        path.unlink()
-    elif damage == "other":
-        path.write_text('{"op_code":0,"worker_id":"w","study_name":"someone else","directions":[2]}\n')
-    else:
-        damaged = {"empty": b"", "binary": b"\x00\xff" * 99 + b"\n", "half": path.read_bytes()[200:]}
-        path.write_bytes(damaged[damage])
-    assert quest("rebuilt", 12) == unbroken
-    assert quest.states == [TrialState.COMPLETE] * 8
-    assert len(quest.submitted) == 3
+@pytest.mark.parametrize("sampler", ["tpe", "cmaes"])
+def test_a_search_that_is_given_more_candidates_goes_on_as_if_it_had_had_them_from_the_start(quest, sampler):
+    space = ONE if sampler == "cmaes" else SPACE
+    unbroken = quest("unbroken", 24, space, sampler=sampler)
+    for candidates in (9, 15, 16, 24):
+        resumed = quest("resumed", candidates, space, sampler=sampler)
+    assert resumed == unbroken
+    assert len(quest.submitted) == 8
 
 
-def test_a_killed_drivers_lock_does_not_hold_up_the_next(quest, tmp_path):
-    quest("locked", 5)
-    lock = tmp_path / "locked" / "study" / "journal.log.lock"
-    lock.symlink_to("journal.log")
-    assert len(quest("locked", 6)) == 6
-    assert not lock.is_symlink()
+def test_nothing_of_a_ledger_is_executed(quest, tmp_path):
+    """What CMA-ES has learnt is numbers; others in their place are not taken, and a fresh distribution begins."""
+    rows = quest("numbers", 20, ONE, sampler="cmaes")
+    noted = [row[4]["notes"][DISTRIBUTION] for row in rows if DISTRIBUTION in ((row[4] or {}).get("notes") or {})]
+    assert len(noted) >= 2
+    assert all(isinstance(value, int | float | list) for state in noted for value in state.values())
+    ledger = Ledger(str(tmp_path / "numbers" / "ledger"))
+    spoilt = [
+        replace(row, sampler={"notes": row.sampler["notes"] | {DISTRIBUTION: {"_mean": ["x"], "_rng": "pickle"}}})
+        if row.sampler
+        else row
+        for row in ledger.rows()
+    ]
+    Ledger(str(tmp_path / "spoilt" / "ledger")).extend(spoilt)
+    assert len(quest("spoilt", 24, ONE, sampler="cmaes")) == 24
 
 
-def test_two_drivers_do_not_share_a_campaign(tmp_path):
-    ledger = Ledger(str(tmp_path / "ledger"))
-    with open_study(str(tmp_path), "demo", SPACE, ledger):  # noqa: SIM117
-        with (
-            pytest.raises(LedgerError, match="another process is running this campaign"),
-            open_study(str(tmp_path), "demo", SPACE, ledger),
-        ):
-            pytest.fail("the second was let in")
-    with open_study(str(tmp_path), "demo", SPACE, ledger) as study:
-        assert study.study_name == "demo"
+def test_proposals_that_were_in_flight_are_made_again_under_their_numbers(tmp_path, threads):
+    ledger = Ledger(str(tmp_path / "ledger"), "demo")
+
+    def run(candidates, skip=()):
+        executor, extend = threads(scores, 4), ledger.extend
+        ledger.extend = lambda rows: extend([row for row in rows if row.trial not in skip])
+        sampler = lambda number: make_sampler("qmc", 1, None, number)  # noqa: E731
+        arguments = (executor, make_objective("mean", ["x"]), Provenance("demo"), Budget(candidates))
+        search(build_study(ledger, SPACE), SPACE, sampler, ledger, *arguments)
+
+    run(14, skip=(6, 8))
+    assert {row.trial for row in ledger.rows()} == {None, *range(13)} - {6, 8}
+    ledger = Ledger(str(tmp_path / "ledger"), "demo")
+    run(16)
+    assert {row.trial for row in ledger.rows()} == {None, *range(15)}
 
 
-def test_an_undisturbed_journal_is_left_as_it_is(quest, tmp_path):
-    quest("calm", 8)
-    before = journal(tmp_path, "calm").read_bytes()
-    quest("calm", 8)
-    assert journal(tmp_path, "calm").read_bytes() == before
+def test_a_ledger_of_an_earlier_version_goes_on_without_what_it_lacks(quest, tmp_path):
+    rows = quest("old", 12, sampler="random")
+    ledger = Ledger(str(tmp_path / "old" / "ledger"))
+    earlier = [replace(row, sampler=None) for row in ledger.rows() if row.trial not in (5, 7)]
+    Ledger(str(tmp_path / "new" / "ledger")).extend(earlier)
+    again = quest("new", 14, sampler="random")
+    assert [row[1] for row in again[:10]] == [row[1] for row in rows if row[0] not in (5, 7)]
+    assert quest.states.count(TrialState.FAIL) == 2
+    assert quest.states.count(TrialState.WAITING) == 0
+    assert len(again) == 14
 
 
 def test_rows_are_kept_when_the_space_changes(quest):
@@ -176,8 +223,8 @@ def measured_before(tmp_path, name, threads):
     return measure(candidates, executor, ledger, make_objective("mean", ["x"]), Provenance("demo"))
 
 
-@pytest.mark.parametrize("damage", ["none", "killed", "journal"])
-def test_what_was_measured_before_is_heard_by_the_study_where_it_lies_in_its_space(quest, tmp_path, threads, damage):
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_was_measured_before_is_heard_by_the_study_where_it_lies_in_its_space(quest, tmp_path, threads, killed):
     before = measured_before(tmp_path, "unbroken", threads)
     unbroken = quest("unbroken", 14)
     assert quest.states[:3] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.COMPLETE]
@@ -188,12 +235,9 @@ def test_what_was_measured_before_is_heard_by_the_study_where_it_lies_in_its_spa
     assert min(number for number, *_ in unbroken if number is not None) == 3
     assert len({trial.user_attrs.get(CANDIDATE) for trial in quest.study.trials}) == len(quest.study.trials)
     measured_before(tmp_path, "broken", threads)
-    if damage == "killed":
+    if killed:
         with pytest.raises(Killed):
             quest("broken", 14, dies=("after", 9))
-    elif damage == "journal":
-        quest("broken", 10)
-        journal(tmp_path, "broken").unlink()
     assert quest("broken", 14) == unbroken
 
 
@@ -205,22 +249,19 @@ def test_failed_candidates_are_measured_again_where_that_is_asked_for(tmp_path, 
             raise RuntimeError(f"CUDA error at {recipe.identity}")
         return scores(recipe)
 
-    def run(*, retry_failed=False, journal=True):
+    def run(*, retry_failed=False):
         ledger = Ledger(str(tmp_path / "ledger"), "demo", retry_failed=retry_failed)
-        if not journal:
-            (tmp_path / "study" / "journal.log").unlink()
         executor = threads(measure_or_fail)
-        with open_study(str(tmp_path / "study"), "demo", SPACE, ledger) as study:
-            search(
-                study,
-                SPACE,
-                lambda number: make_sampler("random", 1, None, number),
-                ledger,
-                executor,
-                make_objective("mean", ["x"]),
-                Provenance("demo"),
-                Budget(12),
-            )
+        search(
+            build_study(ledger, SPACE),
+            SPACE,
+            lambda number: make_sampler("random", 1, None, number),
+            ledger,
+            executor,
+            make_objective("mean", ["x"]),
+            Provenance("demo"),
+            Budget(12),
+        )
         return executor.submitted, ledger.rows()
 
     _, rows = run()
@@ -228,7 +269,7 @@ def test_failed_candidates_are_measured_again_where_that_is_asked_for(tmp_path, 
     assert 2 <= len(failed) < 12
     sick.clear()
     assert run()[0] == []
-    again, rows = run(retry_failed=True, journal=False)
+    again, rows = run(retry_failed=True)
     assert {candidate.recipe.identity for candidate in again} == failed
     assert len(again) == len(failed)
     assert {row.status for row in rows} == {"complete"}
@@ -238,79 +279,3 @@ def test_failed_candidates_are_measured_again_where_that_is_asked_for(tmp_path, 
     assert {row.status for row in rows} == {"complete"}
     assert len(rows) == 12
     assert run(retry_failed=True)[0] == []
-
-
-def test_a_space_that_is_the_same_is_not_looked_through_again(quest, monkeypatch):
-    quest("same", 12)
-    looked = []
-    distributions = Space.distributions
-    monkeypatch.setattr(Space, "distributions", lambda self, recipe: looked.append(1) or distributions(self, recipe))
-    quest("same", 12)
-    assert len(looked) < 10  # anchors, and what no trial has
-    looked.clear()
-    quest("same", 12, space=Space({"task_arithmetic": MethodSpace(), "ties": MethodSpace()}, "ab", None, "shared"))
-    assert len(looked) > 10
-
-
-def test_a_study_in_a_database(quest, tmp_path):
-    url = f"sqlite:///{tmp_path}/study.db"
-    unbroken = quest("unbroken", 6)
-    with pytest.raises(Killed):
-        quest("database", 6, dies=("before", 4), url=url)
-    assert quest("database", 6, url=url) == unbroken
-    assert len(optuna.load_study(study_name="demo", storage=url).trials) == 5  # the average is no trial
-    assert not journal(tmp_path, "database").exists()
-
-
-@pytest.mark.parametrize("direction", ["minimize", "maximize"])
-def test_a_study_of_the_same_name_that_is_anothers_is_refused_and_left_as_it_is(quest, tmp_path, direction):
-    url = f"sqlite:///{tmp_path}/study.db"
-    theirs = optuna.create_study(study_name="demo", storage=url, direction=direction)
-    theirs.optimize(lambda trial: trial.suggest_float("lr", 0, 1), n_trials=3)
-    before = [(trial.number, trial.params, trial.values) for trial in theirs.trials]
-    with pytest.raises(StorageError, match="'demo' that is not this campaign's"):
-        quest("mine", 6, url=url)
-    with pytest.raises(StorageError, match="another `name`"):
-        check_storage(url, "demo", str(tmp_path / "mine" / "study"))
-    assert read_shared_study(url, "demo", str(tmp_path / "mine" / "study")) is None
-    again = optuna.load_study(study_name="demo", storage=url)
-    assert [(trial.number, trial.params, trial.values) for trial in again.trials] == before
-    theirs.tell(theirs.ask(), 0.1)
-
-
-def test_two_campaigns_of_one_name_do_not_share_a_database(quest, tmp_path):
-    url = f"sqlite:///{tmp_path}/study.db"
-    quest("first", 4, url=url)
-    with pytest.raises(StorageError, match="not this campaign's"):
-        quest("second", 4, url=url)
-    assert len(quest("first", 6, url=url)) == 6
-    assert read_shared_study(url, "demo", str(tmp_path / "first" / "study")).study_name == "demo"
-
-
-def test_a_storage_that_does_not_open_keeps_its_password(tmp_path):
-    with (
-        pytest.raises(StorageError, match="check its URL") as caught,
-        open_study(str(tmp_path), "demo", SPACE, Ledger(str(tmp_path)), "nosuchdb://user:secret@host/db"),
-    ):
-        pytest.fail("it opened")
-    assert "secret" not in str(caught.value)
-    assert caught.value.__cause__ is None
-
-
-def test_a_directory_on_an_object_store_has_its_study_in_memory(threads):
-    ledger = Ledger("memory://study-test/ledger", "demo")
-    for candidates in (6, 9):
-        with open_study("memory://study-test/study", "demo", SPACE, ledger) as study:
-            known = len(study.get_trials(states=(TrialState.COMPLETE,)))
-            search(
-                study,
-                SPACE,
-                lambda number: make_sampler("tpe", 1, None, number),
-                ledger,
-                threads(scores),
-                make_objective("mean", ["x"]),
-                Provenance("demo"),
-                Budget(candidates),
-            )
-    assert known == 5
-    assert len(Ledger("memory://study-test/ledger").rows()) == 9

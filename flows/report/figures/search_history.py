@@ -171,16 +171,15 @@ def _varies(rows: Sequence[Row]) -> bool:
     return len({tuple(sorted(row.scaling.items())) for row in rows}) > 1
 
 
-def importance(rows: Sequence[Row], study: optuna.Study | None) -> Any:
+def importance(rows: Sequence[Row]) -> Any:
     """Which parameters the best tenth of the candidates differs in from the rest, by conditional PED-ANOVA.
 
     None where there are fewer than 20 finished candidates, or nothing varied.
 
     Args:
-        rows: The ledger; stands in for a study that is not there.
-        study: The campaign's study.
+        rows: The ledger.
     """
-    source = study if study is not None else as_study(frame(rows))
+    source = as_study(frame(rows))
     if len(source.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))) < FEWEST_TRIALS:
         return None
     shares = importance_of(source)

@@ -50,7 +50,7 @@ def test_everything_is_left_where_it_is_said_to_be(finished):
     for place in ("ledger", "exports/best", "report.html", "campaign.yaml"):
         assert str(directory / place) in text
         assert (directory / place).exists()
-    for name in ("pool.json", "selection.json", "timings.json", "study/journal.log"):
+    for name in ("pool.json", "selection.json", "timings.json"):
         assert (directory / name).exists(), name
     assert not list(directory.rglob("*.tmp*"))
 

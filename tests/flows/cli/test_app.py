@@ -104,7 +104,7 @@ def test_settings_of_the_command_line_stand_in_the_file_s_place(campaign_file):
         ("search.candidates={", "is not valid YAML"),
         ("name.more=1", "'name' is 'tiny' there, and has no keys"),
         ("tasks.v1.5.evaluator.x=1", "'tasks.v1.5.evaluator' is 'a:b' there"),
-        ("search.storage=postgresql://user:secret@host/db", "password"),
+        ("search.storage=postgresql://user:secret@host/db", "the study is made of the ledger"),
     ):
         output, status = mergequest("check", file, "--set", assignment)
         assert (status, said in " ".join(output.split())) == (2, True), output
@@ -194,9 +194,9 @@ def test_check_finds_what_a_run_would_stop_at_later(campaign_file, tiny_campaign
     ):
         output, status = mergequest("check", campaign_file(tasks={"one": bare}, directory="out", **changes))
         assert (status, "task 'one' has no train examples" in output.replace("\n", " ")) == (2, True), output
-    elsewhere = {**tiny_campaign["search"], "storage": f"sqlite:///{tmp_path}/nowhere/study.db"}
-    output, status = mergequest("check", campaign_file(search=elsewhere, directory="out"))
-    assert (status, "the study's storage cannot be opened" in output.replace("\n", " ")) == (2, True), output
+    earlier = {**tiny_campaign["search"], "storage": None}
+    output, status = mergequest("check", campaign_file(search=earlier, directory="out"))
+    assert status == 0, output
 
 
 def test_members_that_are_the_base_or_one_another_are_told(campaign_file, tiny_campaign, tmp_path):

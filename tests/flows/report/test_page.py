@@ -6,7 +6,6 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
-import optuna
 import pytest
 
 from flows.report.figures import Palette, history
@@ -273,21 +272,6 @@ def test_thousands_of_candidates_stay_drawable(make):
     assert len(record.y) == 2600
     assert len(heights) <= 2000
     assert max(heights) == pytest.approx(100 * max(row.objective for row in rows))
-
-
-def test_importance_is_the_studys_where_there_is_one(make):
-    def objective(trial):
-        return trial.suggest_float("x", 0, 1) + 1e-3 * trial.suggest_float("y", 0, 1)
-
-    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
-    study.optimize(objective, n_trials=60)
-    bars = Page(render(make.candidates(24), tasks=make.tasks, study=study)).drawn["importance"]["data"][0]
-    shares = dict(zip(bars["y"], bars["x"], strict=True))
-    assert shares["x"] == max(shares.values())
-    assert shares["x"] > 0.7
-    few = optuna.create_study(direction="maximize")
-    few.optimize(objective, n_trials=5)
-    assert "importance" not in Page(render(make.candidates(24), tasks=make.tasks, study=few)).drawn
 
 
 def test_importance_of_a_ledger_names_parameters_as_the_search_does(make):

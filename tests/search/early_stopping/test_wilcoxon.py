@@ -15,7 +15,7 @@ from search.loop import Budget, search
 from search.objective import best, make_objective
 from search.samplers.make_sampler import make_sampler
 from search.space.search_space import MethodSpace, Space
-from search.study import open_study
+from search.study import build_study
 
 TASKS = ("x", "y")
 MEAN = make_objective("mean", TASKS)
@@ -187,10 +187,10 @@ def run(tmp_path):
         ledger = Ledger(str(tmp_path / name / "ledger"), "demo")
         planner = make_pruning(policy, MEAN, STEP, ledger.rows(), str(tmp_path / name / "pruning"))
         executor = Examples(planner)
-        with open_study(str(tmp_path / name / "study"), "demo", space, ledger) as study:
-            sampler = lambda number: make_sampler("random", 3, None, number)  # noqa: E731
-            search(study, space, sampler, ledger, executor, MEAN, Provenance("demo"), Budget(candidates))
-            states = [trial.state.name for trial in study.get_trials()]
+        study = build_study(ledger, space)
+        sampler = lambda number: make_sampler("random", 3, None, number)  # noqa: E731
+        search(study, space, sampler, ledger, executor, MEAN, Provenance("demo"), Budget(candidates))
+        states = [trial.state.name for trial in study.get_trials()]
         return ledger.rows(), executor.examples, states
 
     return run

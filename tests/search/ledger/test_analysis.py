@@ -1,18 +1,11 @@
-import json
 from datetime import UTC, datetime, timedelta
-from wsgiref.util import setup_testing_defaults
 
 import numpy as np
-import optuna
 import pytest
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 
-from merging.errors import StorageError
-from search.ledger import analysis, plots
+from search.ledger import analysis
 from search.ledger.frame import frame, history
 from search.ledger.row import Row
-from search.subsets.candidate_portfolio import portfolio
 
 START = datetime(2031, 1, 1, tzinfo=UTC)
 METHOD = {"average": 0.5, "ties": 0.53, "regmean": 0.6}
@@ -41,40 +34,6 @@ def found():
     rows += [row(90, "ties", "ab", None, None), row(91, "base", "", 0.9, 0.9, origin="reference")]
     rows += [row(5, "regmean", "abc", 0.55, 0.57, split="test", origin="final")]
     return frame(rows)
-
-
-def test_the_best(found):
-    assert list(analysis.best(found, 2)["candidate"]) == ["c5", "c11"]
-    assert list(analysis.best(found, split="test")["candidate"]) == []  # a final row is no candidate
-
-
-def test_the_front_is_what_nothing_beats(found):
-    front = analysis.pareto_front(found)
-    scores = front[["score.x", "score.y"]].to_numpy()
-    assert set(front["method"]) == {"regmean"}
-    assert set(front["candidate"]) == {"c5", "c11", "c17", "c23"}
-    for one in scores:
-        assert not any((other >= one).all() and (other > one).any() for other in scores)
-    assert list(analysis.pareto_front(found, ["score.x"])["candidate"]) == ["c23"]
-
-
-def test_several_objectives_are_what_a_front_is_of():
-    rows = [
-        row(i, "ties", "ab", x, y, objectives={"mean": (x + y) / 2, "worst": min(x, y)})
-        for i, (x, y) in enumerate([(0.5, 0.5), (0.9, 0.4), (0.4, 0.8)])
-    ]
-    assert list(analysis.pareto_front(frame(rows))["candidate"]) == ["c1", "c0"]
-    assert len(analysis.pareto_front(frame(rows), ["score.x", "score.y"])) == 3
-
-
-def test_what_breaks_a_constraint_comes_last():
-    rows = [
-        row(1, "ties", "ab", 0.9, 0.9, violations={"x": 0.1, "y": -0.5}),
-        row(2, "ties", "ab", 0.5, 0.6, violations={"x": -0.1, "y": 0.0}),
-    ]
-    assert list(analysis.best(frame(rows), 2)["candidate"]) == ["c2", "c1"]
-    assert list(analysis.pareto_front(frame(rows))["candidate"]) == ["c2"]
-    assert [entry.candidate for entry in portfolio(rows, 2)] == ["c2"]
 
 
 def test_effects_are_those_that_were_put_in(found):
@@ -163,44 +122,12 @@ def test_what_validation_promised(found):
     assert analysis.validation_beside_test(found)["change"].to_list() == pytest.approx([0.56 - 0.61])
 
 
-def test_the_journal_of_a_campaign(tmp_path, found):
-    with pytest.raises(StorageError, match="as_study"):
-        analysis.load_study(str(tmp_path))
-    (tmp_path / "study").mkdir()
-    storage = JournalStorage(JournalFileBackend(str(tmp_path / "study" / "journal.log")))
-    written = optuna.create_study(study_name="demo", storage=storage, direction="maximize")
-    written.add_trials(analysis.as_study(found).trials)
-    assert analysis.load_study(str(tmp_path)).best_value == written.best_value
-
-
-def test_the_dashboard_opens_a_journal(tmp_path, found):
-    from optuna_dashboard import wsgi
-
-    storage = JournalStorage(JournalFileBackend(str(tmp_path / "journal.log")))
-    study = optuna.create_study(study_name="demo", storage=storage, direction="maximize")
-    study.add_trials(analysis.as_study(found).trials)
-    environ = {"PATH_INFO": f"/api/studies/{study._study_id}", "QUERY_STRING": "after=0"}
-    setup_testing_defaults(environ)
-    answered = []
-    body = wsgi(storage)(environ, lambda status, headers, *_: answered.append((status, dict(headers))))
-    trials = json.loads(b"".join(body))["trials"]
-    assert answered[0][0] == "200 OK"
-    assert {parameter["name"] for trial in trials for parameter in trial["params"]} >= {"method", "regmean.rho"}
-    assert len(trials) == 24
-
-
-def test_every_answer_is_a_plot(found):
-    study = analysis.as_study(found)
-    figures = {
-        "history": plots.history(study),
-        "importance": plots.importance(found, "fanova"),
-        "slices": plots.slices(found, ["method"]),
-        "front": plots.pareto_front(found),
-        "best": plots.best(found),
-        "beside": plots.validation_beside_test(found),
-        "effects": plots.marginal_effects(found),
-        **{spent: plots.compare({"one": found}, spent) for spent in ("candidates", "examples", "seconds")},
-    }
-    assert all(len(figure.data) and len(figure.data[0].x) for figure in figures.values())
-    assert list(figures["examples"].data[0].x)[:2] == [150, 300]
-    assert sorted(figures["effects"].data[0].y) == sorted(METHOD)
+def test_a_study_of_everything_says_what_became_of_it_and_when(found):
+    study = analysis.as_study(found, every=True, name="demo")
+    states = [trial.state.name for trial in study.trials]
+    assert (states.count("COMPLETE"), states.count("FAIL")) == (24, 1)
+    assert study.study_name == "demo"
+    times = sorted(found[found["origin"] == "search"]["finished"])
+    assert [trial.datetime_complete for trial in study.trials] == [
+        t.to_pydatetime().astimezone().replace(tzinfo=None) for t in times
+    ]

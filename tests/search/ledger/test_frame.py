@@ -9,7 +9,6 @@ from search.ledger.frame import (
     best_by_method,
     candidates,
     columns,
-    distinct,
     frame,
     history,
     load,
@@ -96,16 +95,6 @@ def test_the_search_is_where_it_measured():
     assert list(history(found)["candidate"]) == ["c0", "c1", "c2", "c3", "c4"]
     assert set(history(found)["split"]) == {"anchors"}
     assert list(candidates(found)["candidate"]) == ["c1", "c3", "c0"]
-
-
-def test_a_merge_that_was_found_twice_counts_once():
-    twins = [
-        replace(ROWS[2], candidate=name, losses={"x": 1.0 + e, "y": y})
-        for name, e, y in (("a", 0, 2), ("b", 1e-9, 2), ("c", 0, 2.1))
-    ]
-    unknown = [replace(ROWS[2], candidate=name, losses={"x": float("nan"), "y": 2.0}) for name in "de"]
-    found = candidates(frame([*twins, *unknown]))
-    assert sorted(distinct(found)["candidate"]) == ["a", "c", "d", "e"]
 
 
 def test_the_best_of_each_method():
