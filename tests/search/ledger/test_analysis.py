@@ -127,7 +127,5 @@ def test_a_study_of_everything_says_what_became_of_it_and_when(found):
     states = [trial.state.name for trial in study.trials]
     assert (states.count("COMPLETE"), states.count("FAIL")) == (24, 1)
     assert study.study_name == "demo"
-    times = sorted(found[found["origin"] == "search"]["finished"])
-    assert [trial.datetime_complete for trial in study.trials] == [
-        t.to_pydatetime().astimezone().replace(tzinfo=None) for t in times
-    ]
+    times = [time.to_pydatetime().astimezone() for time in sorted(found[found["origin"] == "search"]["finished"])]
+    assert [trial.datetime_complete for trial in study.trials] == [time.replace(tzinfo=None) for time in times]
