@@ -34,8 +34,8 @@ EXPERIMENTS = (
     "quality_diversity.table_2",
     "mats.residual",
 )
-EXAMPLES = {"images": 80, "tagging": 200}
-"""Pool → most test examples of a task; 250 for the others."""
+EXAMPLES = {"images": 60, "tagging": 150}
+"""Pool → most test examples of a task; 200 for the others."""
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("runs/papers"), help="where pools and measurements are kept")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where results are kept")
     parser.add_argument(
-        "--examples", type=int, help=f"most test examples of a task, 0 for all; by default {EXAMPLES}, or 250"
+        "--examples", type=int, help=f"most test examples of a task, 0 for all; by default {EXAMPLES}, or 200"
     )
     parser.add_argument("--again", action="store_true", help="also run what has a result")
     parser.add_argument("--page", action="store_true", help="only write the page, tables and figures from the results")
@@ -91,7 +91,7 @@ def main() -> None:
         for pool in given.pool or module(name).POOLS:
             for seed in given.seed or (0,):
                 if given.again or not (given.results / f"{name}.{pool}.{seed}.parquet").exists():
-                    most = EXAMPLES.get(pool, 250) if given.examples is None else given.examples
+                    most = EXAMPLES.get(pool, 200) if given.examples is None else given.examples
                     run(name, pool, seed, given.root.absolute(), given.results, most or None)
     write_page(given.results, HERE.parents[1] / "docs")
 

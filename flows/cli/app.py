@@ -19,6 +19,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 OLD_GROUP = "campaign"
 """What stood before `run`, `resume`, `status` and `check`; this version still reads it, with a note."""
+IMPORT = "statistics import"
+"""A command of two words, beside `statistics CAMPAIGN.yaml`."""
 LOOK = 5.0
 """Seconds between two looks of `status --watch`."""
 
@@ -52,6 +54,8 @@ class Commands(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that a line begins with; `campaign run` is what `run` was called."""
+        if args[:2] == IMPORT.split():
+            return IMPORT, self.get_command(ctx, IMPORT), args[2:]
         if args[:1] != [OLD_GROUP]:
             return super().resolve_command(ctx, args)
         rest = args[1:]
@@ -305,6 +309,33 @@ def statistics(
 
     for path in compute_statistics(_load(file, None, None, settings), kind, out, _display(quiet)):
         typer.echo(path)
+
+
+@app.command(IMPORT)
+def statistics_import(
+    file: Annotated[str, typer.Argument(help="Tensors by parameter or layer name (safetensors).", metavar="FILE")],
+    kind: Annotated[str, typer.Option(help="fisher, gram or output_gram.")],
+    checkpoint: Annotated[str, typer.Option(help="The checkpoint that it is a statistic of.", metavar="DIR")],
+    tokens: Annotated[int, typer.Option(help="Real tokens (patches of images) behind it.", min=1)],
+    examples: Annotated[int, typer.Option(help="Examples behind it; 0 where nobody knows.", min=0)] = 0,
+    sums: Annotated[
+        bool, typer.Option("--sums", help="It holds sums over tokens (a Fisher's over examples), not means.")
+    ] = False,
+    pickle: Annotated[
+        bool, typer.Option("--pickle", help="Read a pickle of tensors; nothing that it holds is run.")
+    ] = False,
+    out: Annotated[
+        str | None, typer.Option("--out", help="File to write; by default NAME.KIND.safetensors here.")
+    ] = None,
+) -> None:
+    """Makes statistics that others published ours: names, shapes, symmetry and signs are checked against the checkpoint.
+
+    The file goes under a member's `statistics:`, in place of its data.
+    """
+    from flows.cli.import_statistics import run as write
+
+    for line in write(file, kind, checkpoint, out, tokens, examples, sums=sums, pickled=pickle):
+        typer.echo(line)
 
 
 @app.command()

@@ -182,34 +182,47 @@ class StatisticsFile:
 
     def _expected(self, name: str, weight: tuple[int, ...]) -> tuple[int, ...]:
         """The shape that a weight's statistic must have."""
-        if self.kind == "fisher":
-            return weight
-        stored = self.shape(name)
-        blocks = stored[0] if len(stored) == 3 else 1
-        if len(weight) < 2 or weight[0] % blocks:
-            return (1, 1)
-        if len(weight) == 2 or (
-            len(weight) == 3 and blocks == weight[0]
-        ):  # experts, which a convolution's group is not
-            inputs, outputs = (-2, -1) if name in self.transposed else (-1, -2)
-            extent = weight[inputs if self.kind == "gram" else outputs]
-        else:
-            extent = math.prod(weight[1:]) if self.kind == "gram" else weight[0] // blocks
-        return (blocks, extent, extent) if len(stored) == 3 else (extent, extent)
+        return expected_shape(self.kind, self.shape(name), weight, transposed=name in self.transposed)
 
     def _check_values(self, name: str, value: Tensor) -> None:
-        problem = None
-        if value.is_floating_point() and not value.isfinite().all():
-            problem = "NaN or Inf"
-        elif self.kind == "fisher" and (value < 0).any():
-            problem = f"{int((value < 0).sum()):,} negative entries, which no Fisher has"
-        elif self.kind in ("gram", "output_gram"):
-            if value.dim() not in (2, 3) or value.shape[-2] != value.shape[-1]:
-                problem = f"shape {list(value.shape)}, which is not square"
-            elif value.numel() and (value - value.mT).abs().max() > SYMMETRY * value.abs().max():
-                problem = "a matrix that is not symmetric"
-        if problem:
+        if problem := problem_of(self.kind, value):
             raise StatisticsError(f"{self.path}: '{name}' holds {problem}. The file is damaged: compute it again")
+
+
+def expected_shape(kind: str, stored: tuple[int, ...], weight: tuple[int, ...], *, transposed: bool) -> tuple[int, ...]:
+    """The shape that a weight's statistic must have.
+
+    Args:
+        kind: Kind of statistic.
+        stored: The shape that it has: three extents are a block for each group or expert.
+        weight: The weight's shape.
+        transposed: Whether that is [in, out].
+    """
+    if kind == "fisher":
+        return weight
+    blocks = stored[0] if len(stored) == 3 else 1
+    if len(weight) < 2 or not blocks or weight[0] % blocks:
+        return (1, 1)
+    if len(weight) == 2 or (len(weight) == 3 and blocks == weight[0]):  # experts, which a convolution's group is not
+        inputs, outputs = (-2, -1) if transposed else (-1, -2)
+        extent = weight[inputs if kind == "gram" else outputs]
+    else:
+        extent = math.prod(weight[1:]) if kind == "gram" else weight[0] // blocks
+    return (blocks, extent, extent) if len(stored) == 3 else (extent, extent)
+
+
+def problem_of(kind: str, value: Tensor) -> str | None:
+    """Why a tensor cannot be a statistic of a kind, as what it holds; None where it can."""
+    if value.is_floating_point() and not value.isfinite().all():
+        return "NaN or Inf"
+    if kind == "fisher" and (value < 0).any():
+        return f"{int((value < 0).sum()):,} negative entries, which no Fisher has"
+    if kind in ("gram", "output_gram"):
+        if value.dim() not in (2, 3) or value.shape[-2] != value.shape[-1]:
+            return f"shape {list(value.shape)}, which is not square"
+        if value.numel() and (value - value.mT).abs().max() > SYMMETRY * value.abs().max():
+            return "a matrix that is not symmetric"
+    return None
 
 
 def save(path: str, statistic: Statistic, partial: Partial, *, checkpoint: str, data: str) -> StatisticsFile:

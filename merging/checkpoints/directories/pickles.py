@@ -52,7 +52,7 @@ def read_pickled(path: str) -> Pickled:
         return Pickled(_read_shards(path, listed), is_adapter=False)
     for name in (PICKLE, ADAPTER_PICKLE):
         if name in listed:
-            return Pickled(_read(addresses.join(path, name)), is_adapter=name == ADAPTER_PICKLE)
+            return Pickled(read_tensors(addresses.join(path, name)), is_adapter=name == ADAPTER_PICKLE)
     raise CheckpointError(
         f"{path} holds none of {PICKLE}, {PICKLE_INDEX} and {ADAPTER_PICKLE}: there is nothing to convert"
     )
@@ -69,7 +69,7 @@ def _read_shards(path: str, listed: list[str]) -> dict[str, Tensor]:
     tensors_read: dict[str, Tensor] = {}
     for file in files:
         require_beside(place, file, listed)
-        tensors = _read(addresses.join(path, file))
+        tensors = read_tensors(addresses.join(path, file))
         if twice := tensors_read.keys() & tensors.keys():
             raise CheckpointError(f"{path}: '{min(twice)}' stands in two of its files")
         tensors_read |= tensors
@@ -78,8 +78,12 @@ def _read_shards(path: str, listed: list[str]) -> dict[str, Tensor]:
     return tensors_read
 
 
-def _read(path: str) -> dict[str, Tensor]:
-    """A file's tensors by name."""
+def read_tensors(path: str) -> dict[str, Tensor]:
+    """A pickle's tensors by name, read with `weights_only=True`.
+
+    Raises:
+        CheckpointError: It holds more than tensors, or is damaged.
+    """
     try:
         value = _load(path)
     except pickle.UnpicklingError as error:

@@ -15,6 +15,7 @@ import jsonschema
 import pandas as pd
 import psutil
 import pytest
+import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -28,6 +29,7 @@ from flows.directory.progress import Display
 from flows.directory.steering import DirectorySteering, request_stop
 from flows.versions import code_version
 from merging.methods import METHODS
+from merging.statistics import StatisticsFile
 from search.ledger.ledger import Ledger
 from search.ledger.row import Row
 
@@ -215,6 +217,20 @@ def test_members_that_are_the_base_or_one_another_are_told(campaign_file, tiny_c
 def test_an_unknown_kind_of_statistic_is_told_before_anything_is_opened(campaign_file, tmp_path):
     output, status = mergequest("statistics", campaign_file(base=str(tmp_path / "nowhere")), "--kind", "fischer")
     assert (status, "Did you mean 'fisher'?" in output.replace("\n", " ")) == (2, True)
+
+
+def test_statistics_of_others_are_imported(tiny_pool, tmp_path):
+    weight = load_file(tiny_pool["one"] / "model.safetensors")["bert.encoder.layer.0.output.dense.weight"]
+    inputs = torch.randn(50, weight.shape[1])
+    source, out = tmp_path / "grams.safetensors", tmp_path / "one.gram.safetensors"
+    save_file({"encoder.layer.0.output.dense": inputs.T @ inputs}, source)
+    told = ("--checkpoint", tiny_pool["one"], "--tokens", 50, "--sums", "--out", out)
+    output, status = mergequest("statistics", "import", source, "--kind", "gram", *told)
+    assert (status, output.splitlines()[-1]) == (0, str(out))
+    found = StatisticsFile.open(str(out)).read("bert.encoder.layer.0.output.dense.weight")
+    torch.testing.assert_close(found, inputs.T @ inputs / 50)
+    output, status = mergequest("statistics", "import", source, "--kind", "gramm", *told)
+    assert (status, "Did you mean 'gram'?" in output) == (2, True)
 
 
 @pytest.mark.parametrize("place", ["checkpoint", "data"])
