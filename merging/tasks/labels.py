@@ -2,15 +2,17 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from merging.errors import TaskError
 from merging.tasks.likelihood import Likelihood
 from merging.tasks.task import IGNORED
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SHOWN, LONGEST = 5, 100
 """Of a message: values, and characters of a value."""
@@ -26,7 +28,7 @@ def label_columns(label: str | Sequence[str] | None) -> list[str]:
 
 
 def read_labels(
-    frame: pd.DataFrame,
+    frame: "pd.DataFrame",
     label: str | Sequence[str] | None,
     classes: Sequence[str],
     likelihood: Likelihood,

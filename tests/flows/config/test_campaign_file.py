@@ -65,7 +65,7 @@ def test_methods_may_be_a_list_or_have_ranges(campaign_file):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda s: s.update(basis="x"), r"basis: unknown key. Did you mean 'base'\?"),
+        (lambda s: s.update(bses="x"), r"bses: unknown key. Did you mean 'base'\?"),
         (lambda s: s["search"].update(candidate=3), r"search.candidate: unknown key. Did you mean 'candidates'\?"),
         (lambda s: s["members"]["one"].update(chekpoint="x"), r"members.one.chekpoint: unknown key. Did you mean 'checkpoint'\?"),  # noqa: E501
         (lambda s: s["tasks"]["one"].update(lable="x"), r"tasks.one.text_classification.lable: unknown key. Did you mean 'label'\?"),  # noqa: E501
