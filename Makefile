@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart pools docs reference test test-fast test-slow test-endurance lint format clean mergekit-env mergekit-parity
+.PHONY: help quickstart pools docs reference test test-fast test-slow test-endurance lint format clean mergekit-env mergekit-parity vllm-env test-vllm
 
 help:
 	@echo "make quickstart  build a real pool of models and search for its best merge (about 10 minutes on 2 cores, installing included)"
@@ -16,6 +16,8 @@ help:
 	@echo "make reference   the pages of docs/ that are written from the program: settings, methods, columns, commands, API"
 	@echo "make mergekit-env     mergekit 0.1.5 in an environment of its own, .mergekit/, for the test that compares"
 	@echo "make mergekit-parity  the table of docs/mergekit.md anew, from merges by both (about 4 minutes)"
+	@echo "make vllm-env        vLLM for the CPU, with mergequest, in an environment of its own, .vllm/ (several minutes)"
+	@echo "make test-vllm       the tests with a real inference engine, in that environment (about 5 minutes on 2 cores)"
 	@echo "make format      format and fix what can be fixed"
 	@echo "make clean       remove the environment, caches and runs"
 
@@ -50,6 +52,14 @@ mergekit-env:
 mergekit-parity: $(VENV)/installed-dev
 	test -x .mergekit/bin/python || $(MAKE) mergekit-env
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/flows/mergekit_parity.py
+
+vllm-env:
+	test -x .vllm/bin/python || $(PYTHON) -m venv .vllm
+	.vllm/bin/python infra/vllm/install.py
+
+test-vllm:  # an engine a process, and not two at a time: each is a gigabyte and more
+	test -x .vllm/bin/vllm || $(MAKE) vllm-env
+	OMP_NUM_THREADS=1 .vllm/bin/python -m pytest -p no:cacheprovider -m "" tests/merging/evaluation/engines tests/flows/campaign/test_engine.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -45,5 +45,13 @@ class SearchError(MergequestError):
     """A search cannot go on: every baseline fails, or one candidate after another with the same error."""
 
 
+class EngineError(MergequestError):
+    """An inference engine is not installed, does not serve the model, or answers otherwise than the model does."""
+
+
+class EngineLostError(EngineError):
+    """An inference engine has died: its evaluator is of no more use, whatever it was measuring."""
+
+
 class ClusterError(MergequestError):
     """The Ray cluster cannot be reached, or cannot hold what is asked of it."""

@@ -16,6 +16,7 @@ from flows.directory.progress import Display
 from merging.checkpoints.pool import Pool
 from merging.checkpoints.renumbered import Renumbered
 from merging.errors import SettingsError
+from merging.evaluation.engines.engine_models import check_engine
 from merging.evaluation.live_models import check_models
 from merging.evaluation.memory import EvaluatorMemory, fed_memory, resident_memory
 from merging.io import hub
@@ -107,6 +108,7 @@ class OpenCampaign:
             sources=campaign.sources(),
             precision=campaign.resources.precision,
             dtype=self.dtype,
+            engine=campaign.engine,
             facts=known(self.pool),
         )
 
@@ -166,9 +168,11 @@ class OpenCampaign:
         owners = list(self.campaign.owners().values())
         if sharded:
             waiting = BUFFERS if self.campaign.resources.transport == "nixl" else 1
-            return fed_memory(self.pool, owners, waiting, self.dtype)
+            return fed_memory(self.pool, owners, waiting, self.dtype, engine=self.campaign.engine)
         material = Material(self.pool, open_statistics(self.pool, statistics))
-        return resident_memory(material, list(self.campaign.search.methods), owners, self.dtype, on_gpu=on_gpu)
+        return resident_memory(
+            material, list(self.campaign.search.methods), owners, self.dtype, on_gpu=on_gpu, engine=self.campaign.engine
+        )
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -227,6 +231,8 @@ def open_campaign(campaign: Campaign, display: Display, directory: str | None = 
         if name not in tasks:
             task.check()  # of its notes, those on missing splits mean nothing here
     check_models(pool, list(tasks.values()), owners)
+    if campaign.engine.kind == "vllm":
+        check_engine(pool, list(tasks.values()), owners)
     distances = examined(campaign, pool, directory, display)
     for note in _alike(pool, distances):
         display.note(note)

@@ -22,6 +22,7 @@ from flows.config.sections import (
 from flows.config.yaml_file import Name, Settings, load_yaml, parent, resolve, said_in, validate
 from merging.checkpoints.validation import MAX_DISTANCE
 from merging.errors import MergequestError, SettingsError
+from merging.evaluation.engines import EngineSettings
 from merging.io import addresses, hashing
 from merging.methods import METHODS
 from merging.optimization.fine_tuning import TrainingSettings
@@ -112,8 +113,27 @@ class Campaign(Settings):
         default_factory=TrainingSettings,
         description="How `mergequest train` fine-tunes members that are missing, and the baselines that are trained.",
     )
+    engine: EngineSettings = Field(default_factory=EngineSettings, description=EngineSettings.__doc__)
     resources: ResourceSettings = Field(default_factory=ResourceSettings, description=ResourceSettings.__doc__)
     seed: int = Field(0, ge=0, lt=1 << 63, description="Of sampler, selection and sampled statistics.")
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _engine_by_its_name(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _engine_has_its_gpus(self) -> "Campaign":
+        gpus, wanted = self.resources.gpus, self.engine.tensor_parallel
+        if wanted > 1 and self.engine.kind != "vllm":
+            raise ValueError("engine.tensor_parallel goes with `kind: vllm`")
+        if wanted > 1 and gpus and gpus != wanted:
+            raise ValueError(
+                f"engine.tensor_parallel: {wanted} processes have a GPU each: set resources.gpus: {wanted}"
+            )
+        if self.engine.kind == "vllm" and self.resources.precision != "float32":
+            raise ValueError("resources.precision is of live models: an engine computes in resources.dtype")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -258,6 +278,8 @@ class Campaign(Settings):
         )
         for budget in BUDGETS:
             settings["search"].pop(budget)
+        if self.engine.kind == "transformers":
+            settings.pop("engine")  # campaigns are older than engines
         settings["statistics"].pop("cache")
         return settings
 

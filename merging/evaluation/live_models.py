@@ -1,8 +1,9 @@
 """Live models, one per task, that all run on the same merged weights."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -42,54 +43,25 @@ MakeSource: TypeAlias = Callable[[Material, Mapping[str, Tensor]], WeightSource]
 """From a pool's material and weights to overwrite to a source."""
 
 
-class LiveModels:
-    """Merges a recipe into live models and measures them; nothing is written to disk.
-
-    What the models hold are the weights that an export has: a weight that the base stores in 16 bits is rounded to these, also
-    where the models compute in float32.
+class CandidateModels(ABC):
+    """What holds one candidate after another, and measures it on all tasks.
 
     Args:
-        material: Pool and statistics.
-        tasks: The tasks to evaluate; each brings its head.
-        owners: Task → the member whose head it is evaluated with.
-        device: Where models and prepared state lie.
+        tasks: The tasks to evaluate.
         precision: `float32`, or `bfloat16` for autocast in evaluation.
-        source: Where merged weights come from; by default they are merged here, and the pool lies on the device.
-        dtype: Of the models; by default the checkpoints' own.
     """
 
-    def __init__(
-        self,
-        material: Material,
-        tasks: Sequence[Task],
-        owners: Mapping[str, str],
-        device: torch.device,
-        precision: str = "float32",
-        source: MakeSource = ResidentMerger,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, tasks: Sequence[Task], precision: str) -> None:
         self._tasks = tasks
         self._precision = precision
-        pool = material.pool
-        self._dtype = dtype or model_dtype(pool)
-        self._out = {
-            name: torch.empty(info.shape, dtype=self._dtype, device=device) for name, info in pool.weights.items()
-        }
-        self._pool, self._owners, self._device = pool, owners, device
-        self._models: dict[str, nn.Module] = {}
-        self._shared: dict[str, SharedWeights] = {}
-        self._structures: dict[str, Any] = {}
-        for task in tasks:
-            self._model(task)
-        for shared in self._shared.values():
-            shared.check(self._out)
-        refuse_unmeasured(tasks, {name: shared.dropped for name, shared in self._shared.items()})
-        self._rounded = [
-            (self._out[name], rounded_dtype(info))
-            for name, info in pool.weights.items()
-            if rounded_dtype(info).itemsize < self._out[name].element_size()
-        ]
-        self._source = source(material, self._out)
+
+    @abstractmethod
+    def _merge(self, recipe: Recipe) -> Mapping[str, float]:
+        """Makes what is measured the recipe's; gives the method's figures on the merge."""
+
+    @abstractmethod
+    def _lent(self, task: Task) -> AbstractContextManager[Any]:
+        """What a task measures, for the time of an evaluation."""
 
     def measure(
         self, recipe: Recipe, split: Split, limit: int | None = None, plan: EvaluationPlan | None = None
@@ -116,48 +88,9 @@ class LiveModels:
         seconds = merged - start, time.perf_counter() - merged
         return Measurement(trace.scores[-1], *seconds, report=report, trace=trace, pruned=pruned)
 
-    def _merge(self, recipe: Recipe) -> Mapping[str, float]:
-        """Makes all models the recipe's."""
-        report = self._source.merge(recipe)
-        for value, dtype in self._rounded:
-            value.copy_(value.to(dtype))
-        for shared in self._shared.values():
-            shared.refresh()
-        return report
-
-    def _model(self, task: Task) -> nn.Module:
-        """A task's model; built anew where it was given up."""
-        if task.name not in self._models:
-            member = self._pool.members[self._owners[task.name]]
-            model, self._shared[task.name] = sharing_model(task, self._pool, member, self._out, self._dtype)
-            self._models[task.name] = model.to(self._device)
-            self._structures[task.name] = structure(model)
-        return self._models[task.name]
-
     def _whole(self, task: Task, split: Split, limit: int | None) -> tuple[Score, Predictions | None]:
         with self._lent(task) as model:
             return task.measure(model, split, limit=limit, precision=self._precision)
-
-    @contextmanager
-    def _lent(self, task: Task) -> Iterator[nn.Module]:
-        """A task's model for the time of an evaluation; what comes back changed is not used again.
-
-        Raises:
-            TaskError: The task's function wrote into the weights, so that its score is not that of the merge.
-        """
-        model = self._model(task)
-        before = Contents(model) if task.runs_foreign_code else None
-        try:
-            yield model
-        finally:
-            written = before.written() if before is not None else []
-            if written or structure(model) != self._structures[task.name]:
-                del self._models[task.name]
-            if written:
-                raise TaskError(
-                    f"task '{task.name}': its function wrote into the model's weights ({', '.join(written[:SHOWN])}), so that "
-                    "its score is not that of the merge: have it work on a copy (`copy.deepcopy(model)`)"
-                )
 
     def _in_steps(self, plan: EvaluationPlan, split: Split, limit: int | None) -> tuple[Trace, bool]:
         """The trace of a measurement, and whether the plan's gate ended it early.
@@ -187,6 +120,90 @@ class LiveModels:
         return trace, False
 
 
+class LiveModels(CandidateModels):
+    """Merges a recipe into live models and measures them; nothing is written to disk.
+
+    What the models hold are the weights that an export has: a weight that the base stores in 16 bits is rounded to these, also
+    where the models compute in float32.
+
+    Args:
+        material: Pool and statistics.
+        tasks: The tasks to evaluate; each brings its head.
+        owners: Task → the member whose head it is evaluated with.
+        device: Where models and prepared state lie.
+        precision: `float32`, or `bfloat16` for autocast in evaluation.
+        source: Where merged weights come from; by default they are merged here, and the pool lies on the device.
+        dtype: Of the models; by default the checkpoints' own.
+    """
+
+    def __init__(
+        self,
+        material: Material,
+        tasks: Sequence[Task],
+        owners: Mapping[str, str],
+        device: torch.device,
+        precision: str = "float32",
+        source: MakeSource = ResidentMerger,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(tasks, precision)
+        pool = material.pool
+        self._dtype = dtype or model_dtype(pool)
+        self._out = {
+            name: torch.empty(info.shape, dtype=self._dtype, device=device) for name, info in pool.weights.items()
+        }
+        self._pool, self._owners, self._device = pool, owners, device
+        self._models: dict[str, nn.Module] = {}
+        self._shared: dict[str, SharedWeights] = {}
+        self._structures: dict[str, Any] = {}
+        for task in tasks:
+            self._model(task)
+        for shared in self._shared.values():
+            shared.check(self._out)
+        refuse_unmeasured(tasks, {name: shared.dropped for name, shared in self._shared.items()})
+        self._rounded = roundings(self._out, pool)
+        self._source = source(material, self._out)
+
+    def _merge(self, recipe: Recipe) -> Mapping[str, float]:
+        """Makes all models the recipe's."""
+        report = self._source.merge(recipe)
+        for value, dtype in self._rounded:
+            value.copy_(value.to(dtype))
+        for shared in self._shared.values():
+            shared.refresh()
+        return report
+
+    def _model(self, task: Task) -> nn.Module:
+        """A task's model; built anew where it was given up."""
+        if task.name not in self._models:
+            member = self._pool.members[self._owners[task.name]]
+            model, self._shared[task.name] = sharing_model(task, self._pool, member, self._out, self._dtype)
+            self._models[task.name] = model.to(self._device)
+            self._structures[task.name] = structure(model)
+        return self._models[task.name]
+
+    @contextmanager
+    def _lent(self, task: Task) -> Iterator[nn.Module]:
+        """A task's model for the time of an evaluation; what comes back changed is not used again.
+
+        Raises:
+            TaskError: The task's function wrote into the weights, so that its score is not that of the merge.
+        """
+        model = self._model(task)
+        before = Contents(model) if task.runs_foreign_code else None
+        try:
+            yield model
+        finally:
+            written = before.written() if before is not None else []
+            if written or structure(model) != self._structures[task.name]:
+                del self._models[task.name]
+            if written:
+                raise TaskError(
+                    f"task '{task.name}': its function wrote into the model's weights ({', '.join(written[:SHOWN])}), so that "
+                    "its score is not that of the merge: have it work on a copy (`copy.deepcopy(model)`)"
+                )
+
+
 def _trace(scores: Sequence[Mapping[str, Score]], predictions: Mapping[str, Predictions]) -> Trace:
     """The trace after these steps' scores."""
 
@@ -195,6 +212,15 @@ def _trace(scores: Sequence[Mapping[str, Score]], predictions: Mapping[str, Pred
         return {task: array.astype(np.float32) for task, array in arrays.items() if array is not None}
 
     return Trace(scores, each("values"), each("surrogates"), each("losses"))
+
+
+def roundings(out: Mapping[str, Tensor], pool: Pool) -> list[tuple[Tensor, torch.dtype]]:
+    """Merged weights that are held wider than an export has them, and the dtype that they are rounded to."""
+    return [
+        (out[name], rounded_dtype(info))
+        for name, info in pool.weights.items()
+        if rounded_dtype(info).itemsize < out[name].element_size()
+    ]
 
 
 def refuse_unmeasured(tasks: Sequence[Task], dropped: Mapping[str, Collection[str]]) -> None:

@@ -7,6 +7,7 @@ from math import prod
 import torch
 
 from merging.checkpoints.pool import Pool
+from merging.evaluation.engines import EngineSettings
 from merging.mergers.dtypes import merged_bytes, model_dtype
 from merging.mergers.material import Material
 from merging.mergers.shard_planning import place
@@ -25,22 +26,24 @@ class EvaluatorMemory:
         models: The live models: merged weights once, and every task's own head; and, while they are built, one more model.
         pool: Base, members and statistics as they are stored, and what methods prepare of them; 0 where shards hold these.
         waiting: Candidates' weights that wait for their turn.
+        engine: An inference engine's own weights, and its cache.
     """
 
     parameters: int
     models: int
     pool: int
     waiting: int
+    engine: int = 0
 
     @property
     def total(self) -> int:
         """All of it, with the process."""
-        return PROCESS_BYTES + self.models + self.pool + self.waiting
+        return PROCESS_BYTES + self.models + self.pool + self.waiting + self.engine
 
     def per_parameter(self) -> dict[str, float]:
         """Bytes a merged parameter, by what they are for."""
         entries = max(self.parameters, 1)
-        return {name: getattr(self, name) / entries for name in ("models", "pool", "waiting")}
+        return {name: getattr(self, name) / entries for name in ("models", "pool", "waiting", "engine")}
 
 
 def resident_memory(
@@ -50,6 +53,7 @@ def resident_memory(
     dtype: torch.dtype | None = None,
     *,
     on_gpu: bool = False,
+    engine: EngineSettings | None = None,
 ) -> EvaluatorMemory:
     """Of an evaluator that merges by itself.
 
@@ -60,6 +64,7 @@ def resident_memory(
         dtype: Of the models; None for the checkpoints' own.
         on_gpu: Whether all lies on a GPU, where each method that prepares nothing has base and members by itself: in main
             memory they are mapped from their files once.
+        engine: What holds candidates; None for live models.
     """
     pool = material.pool
     (everything,) = place(material, methods, 1)
@@ -67,11 +72,16 @@ def resident_memory(
     if on_gpu:
         copies = sum(not METHODS[method].requires for method in methods)
         held += max(copies - 1, 0) * place(Material(pool), (), 1)[0].read_bytes
-    return EvaluatorMemory(_parameters(pool), _models(pool, owners, dtype), held, 0)
+    return EvaluatorMemory(_parameters(pool), _models(pool, owners, dtype), held, 0, _engine(pool, engine, dtype))
 
 
 def fed_memory(
-    pool: Pool, owners: Collection[str], candidates: int, dtype: torch.dtype | None = None
+    pool: Pool,
+    owners: Collection[str],
+    candidates: int,
+    dtype: torch.dtype | None = None,
+    *,
+    engine: EngineSettings | None = None,
 ) -> EvaluatorMemory:
     """Of an evaluator that shards feed.
 
@@ -80,9 +90,17 @@ def fed_memory(
         owners: The members whose heads tasks are evaluated with, one per task.
         candidates: How many candidates' weights wait in its memory.
         dtype: Of the models; None for the checkpoints' own.
+        engine: What holds candidates; None for live models.
     """
     waiting = candidates * merged_bytes(pool.weights, list(pool.weights))
-    return EvaluatorMemory(_parameters(pool), _models(pool, owners, dtype), 0, waiting)
+    return EvaluatorMemory(_parameters(pool), _models(pool, owners, dtype), 0, waiting, _engine(pool, engine, dtype))
+
+
+def _engine(pool: Pool, engine: EngineSettings | None, dtype: torch.dtype | None) -> int:
+    if engine is None or engine.kind == "transformers":
+        return 0
+    weights = (dtype or model_dtype(pool)).itemsize * _parameters(pool)
+    return weights + int(engine.tensor_parallel * (engine.cache * 1e9 + PROCESS_BYTES))
 
 
 def _parameters(pool: Pool) -> int:

@@ -357,11 +357,28 @@ def _assembled(
     model, info = type(blank).from_pretrained(
         None, config=blank.config, state_dict=weights, dtype=dtype, output_loading_info=True
     )
-    if model.can_generate() and GENERATION in storage.list_dir(checkpoint.path):
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_dict(read_settings(addresses.join(checkpoint.path, GENERATION)))
+    if model.can_generate():
+        model.generation_config = _generation_config(model, checkpoint)
     return model, info
+
+
+def generation_config(head: str, base: str, model: Any) -> Any:
+    """What transformers' generation does by a checkpoint's own settings: a `GenerationConfig`.
+
+    Args:
+        head: The checkpoint's directory or address.
+        base: The base that the head belongs to, if it is an adapter.
+        model: The model of its configuration, on any device.
+    """
+    return _generation_config(model, open_checkpoint(head, base))
+
+
+def _generation_config(model: Any, checkpoint: Checkpoint) -> Any:
+    from transformers import GenerationConfig
+
+    if GENERATION not in storage.list_dir(checkpoint.path):
+        return model.generation_config
+    return GenerationConfig.from_dict(read_settings(addresses.join(checkpoint.path, GENERATION)))
 
 
 def has_tokenizer(path: str) -> bool:

@@ -4,7 +4,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -13,7 +13,9 @@ import torch
 
 from merging.checkpoints.pool import Pool
 from merging.checkpoints.vocabulary import Vocabulary
-from merging.evaluation.live_models import LiveModels, MakeSource, best_device
+from merging.errors import EngineLostError
+from merging.evaluation.engines import EngineSettings
+from merging.evaluation.live_models import CandidateModels, LiveModels, MakeSource, best_device
 from merging.evaluation.steps import EvaluationPlan, Measurement
 from merging.faults import is_fault, tells_of_device
 from merging.io import fact_cache
@@ -43,6 +45,7 @@ class Setup:
         vocabulary: Whose tokens a merge has.
         facts: What is known of the files, so that nobody reads them whole to recognise them (`merging.io.fact_cache`).
         dtype: Of the models; None for the checkpoints' own.
+        engine: What holds candidates; None for live models.
         parts: Bytes of each shard's part of the weights, where shards write these into the evaluator's memory.
     """
 
@@ -58,6 +61,7 @@ class Setup:
     vocabulary: Vocabulary = "base"
     facts: Mapping[str, str] = field(default_factory=dict)
     dtype: torch.dtype | None = None
+    engine: EngineSettings | None = None
     parts: tuple[int, ...] = ()
 
     def material(self, *, resident: bool = False) -> Material:
@@ -120,7 +124,7 @@ class Answer:
         started: When work on it began, or when it was handed out if its worker died.
         seconds: How long it took; of a pool's answer, how long evaluators were at work on it, in vain or not.
         lost: Whether trying again may help: a worker or its shards were lost.
-        unreachable: Whether the evaluator is cut off from the shards, and of no more use.
+        unreachable: Whether the evaluator is of no more use: it is cut off from the shards, or its engine has died.
         fault: Whether the failure is about the machine, and says nothing of the recipe: its kind or its text tells.
         ticket: The assignment's, written by the pool.
         log: Of a failure, what was printed and logged, and where in the code it happened.
@@ -162,7 +166,7 @@ class Evaluator:
         self._device = best_device()
         self._worker = f"{socket.gethostname()}:{os.getpid()}:{self._device}"
         self._source: MakeSource = ResidentMerger
-        self._models: LiveModels | None = None
+        self._models: CandidateModels | None = None
 
     def build(self) -> str:
         """Opens the pool and loads the models, unless that is done.
@@ -176,9 +180,7 @@ class Evaluator:
         if self._models is None:
             setup, tasks = self._setup, self._setup.open_tasks()
             material = setup.material(resident=self._source is ResidentMerger)
-            self._models = LiveModels(
-                material, tasks, setup.owners, self._device, setup.precision, self._source, setup.dtype
-            )
+            self._models = self._candidates(material, tasks)
         return self._worker
 
     def measure(self, assignment: Assignment) -> Answer:
@@ -195,6 +197,19 @@ class Evaluator:
             self.build()
             assert self._models is not None
             measurement = self._models.measure(assignment.recipe, assignment.split, assignment.limit, assignment.plan)
+        except EngineLostError as error:
+            return Answer(None, described(error), self._worker, started, lost=True, unreachable=True)
         except (Exception, SystemExit) as error:
             return failed(error, self._worker, started)
         return Answer(replace(measurement, worker=self._worker), None, self._worker, started)
+
+    def _candidates(self, material: Material, tasks: Sequence[Task]) -> CandidateModels:
+        """What holds the candidates."""
+        setup, source = self._setup, self._source
+        if setup.engine is None or setup.engine.kind == "transformers":
+            return LiveModels(material, tasks, setup.owners, self._device, setup.precision, source, setup.dtype)
+        from merging.evaluation.engines.engine_models import EngineModels
+
+        # what shards send waits in main memory; the device is the engine's
+        device = self._device if source is ResidentMerger else torch.device("cpu")
+        return EngineModels(material, tasks, setup.owners, device, setup.engine, source, setup.dtype)

@@ -278,7 +278,7 @@ class EvaluatorPool:
         if answer is None:
             return []
         self._spent[ticket] += answer.seconds
-        if self.shards is not None and answer.unreachable:
+        if answer.unreachable:
             self._remove(work.actor)
             self.group.count_death(str(answer.error))
         elif answer.fault:

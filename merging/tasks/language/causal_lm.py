@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from merging.tasks.language.language_task import LIKELIHOODS, Example, LanguageSettings, LanguageTask
 from merging.tasks.language.prompts import Encoded, encode
 from merging.tasks.language.shared_prompts import CACHES, choice_likelihoods, have_one_prompt
+from merging.tasks.language.text_engine import TextEngine
 from merging.tasks.language.token_padding import padded
 from merging.tasks.predictions import Floats
 from merging.tasks.task import IGNORED, Batch, register
@@ -81,8 +82,10 @@ class CausalLM(LanguageTask):
         states: Tensor = backbone(**_placed(backbone, batch.inputs)).last_hidden_state
         return states
 
-    def choice_sums(self, model: nn.Module, examples: Sequence[Example]) -> Floats:
+    def choice_sums(self, model: nn.Module | TextEngine, examples: Sequence[Example]) -> Floats:
         """See `LanguageTask.choice_sums`: each prompt is read once, where that gives what choice by choice gives."""
+        if isinstance(model, TextEngine):
+            return super().choice_sums(model, examples)
         choices = [[self.encoded(one, number) for number in range(len(one.completions))] for one in examples]
         kinds = [_lengths(group) if have_one_prompt(group) else None for group in choices]
         sums = [np.empty(0)] * len(examples)
@@ -105,7 +108,8 @@ class CausalLM(LanguageTask):
             few = groups[:COMPARED]
             alone, shared = self._one_by_one(model, few), self._behind_prompts(model, few)
             # a model that looks ahead, or keeps more than keys and values, answers otherwise
-            rounds = torch.is_autocast_enabled(next(model.parameters()).device.type)
+            some = next(model.parameters())
+            rounds = torch.is_autocast_enabled(some.device.type) or some.dtype != torch.float32
             bound = TOLERANCE["bfloat16" if rounds else "float32"]
             self._shared[kind] = shared is not None and np.allclose(shared, alone, bound, bound, equal_nan=True)
         behind = self._behind_prompts(model, groups) if kind is not None and self._shared[kind] else None

@@ -19,9 +19,10 @@ from merging.errors import CheckpointError, TaskError
 from merging.io import hashing
 from merging.io.documents import is_number, is_text
 from merging.tasks.file_task import TextTask, longest_first
-from merging.tasks.head import tokenizer_identity
+from merging.tasks.head import generation_config, tokenizer_identity
 from merging.tasks.language.answers import GRADES, corpus_score, extracted
 from merging.tasks.language.prompts import render, template_columns
+from merging.tasks.language.text_engine import TextEngine
 from merging.tasks.predictions import Floats, Predictions
 from merging.tasks.task import IGNORED, Batch, Score, Split, TaskSettings, score_of
 
@@ -185,6 +186,21 @@ class LanguageTask(TextTask[list[Example]]):
         return not self.settings.generates
 
     @property
+    def generates(self) -> bool:
+        """Whether the metric is of what is generated."""
+        return bool(self.settings.generates)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a sequence that a model reads or completes, at most."""
+        return int(self.max_length + (self.settings.max_new_tokens if self.generates else 0))
+
+    @cached_property
+    def generation_config(self) -> Any:
+        """The head's `GenerationConfig` of transformers: what ends a completion."""
+        return generation_config(self.head, self.base, self.blank_model()[0])
+
+    @property
     def is_below_zero(self) -> bool:
         """Of log-likelihoods and negative perplexities; see `Task.is_below_zero`."""
         return self.settings.judged_by in LIKELIHOODS
@@ -201,13 +217,18 @@ class LanguageTask(TextTask[list[Example]]):
         return hashing.fingerprint([examples, settings, tokenizer_identity(self.tokenizer)])
 
     def predict(
-        self, model: nn.Module, split: Split, positions: npt.NDArray[np.int64], *, precision: str = "float32"
+        self,
+        model: nn.Module | TextEngine,
+        split: Split,
+        positions: npt.NDArray[np.int64],
+        *,
+        precision: str = "float32",
     ) -> Predictions:
         """See `Task.predict`."""
         started = time.perf_counter()
         examples = [self.split(split)[place] for place in self.order(split)[positions]]
-        device = next(model.parameters()).device
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        kind = "cpu" if isinstance(model, TextEngine) else next(model.parameters()).device.type
+        with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16"):
             if self.settings.choices is not None:
                 predictions = self._chosen(model, examples)
             elif self.settings.generates:
@@ -249,13 +270,13 @@ class LanguageTask(TextTask[list[Example]]):
             raise self.error("the tokenizer has neither a padding nor an end-of-text token: give it one")
         return tokenizer
 
-    def _likelihoods(self, model: nn.Module, examples: Sequence[Example]) -> Predictions:
+    def _likelihoods(self, model: nn.Module | TextEngine, examples: Sequence[Example]) -> Predictions:
         """Of each example's completion: mean log-likelihood per token."""
         sums, tokens, entropies = self._scored(model, [self.encoded(example, 0) for example in examples])
         means = sums / tokens
         return Predictions(means, np.exp(means), -means, entropies, {"sums": sums, "tokens": tokens})
 
-    def _chosen(self, model: nn.Module, examples: Sequence[Example]) -> Predictions:
+    def _chosen(self, model: nn.Module | TextEngine, examples: Sequence[Example]) -> Predictions:
         """Of each example's choices: whether the right one is likeliest, and the softmax over their likelihoods."""
         pairs = [(example, number) for example in examples for number in range(len(example.completions))]
         sums = self.choice_sums(model, examples)
@@ -273,7 +294,7 @@ class LanguageTask(TextTask[list[Example]]):
             entropies[place] = -(chances * np.log(np.maximum(chances, np.finfo(float).tiny))).sum()
         return Predictions(values, right, -np.log(np.maximum(right, np.finfo(float).tiny)), entropies)
 
-    def _graded(self, model: nn.Module, examples: Sequence[Example]) -> Predictions:
+    def _graded(self, model: nn.Module | TextEngine, examples: Sequence[Example]) -> Predictions:
         """What is generated, graded; the surrogate is the reference's mean probability per token."""
         pattern = self.settings.extract
         sums, tokens, entropies = self._scored(model, [self.encoded(example, 0) for example in examples])
@@ -291,10 +312,14 @@ class LanguageTask(TextTask[list[Example]]):
 
     def _generate(self, model: Any, examples: Sequence[Example]) -> Iterator[tuple[int, str]]:
         """Greedy completions of the examples' prompts, each with its example's place."""
-        device = next(model.parameters()).device
         prompts = [
             self.encoded(Example(example.prompt, example.completions or (".",)), 0).prompt_ids for example in examples
         ]
+        if isinstance(model, TextEngine):
+            new = model.complete(prompts, self.settings.max_new_tokens, self.generation_config)
+            yield from enumerate(self.tokenizer.batch_decode(new, skip_special_tokens=True))
+            return
+        device = next(model.parameters()).device
         for places in longest_first([len(ids) for ids in prompts], self.settings.batch_size):
             ids, mask = self.pad_prompts([prompts[place] for place in places])
             with torch.inference_mode():
@@ -310,7 +335,7 @@ class LanguageTask(TextTask[list[Example]]):
             new = answer if model.config.is_encoder_decoder else answer[:, ids.shape[1] :]
             yield from zip(places, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True)
 
-    def choice_sums(self, model: nn.Module, examples: Sequence[Example]) -> Floats:
+    def choice_sums(self, model: nn.Module | TextEngine, examples: Sequence[Example]) -> Floats:
         """Summed log-likelihood of all choices' tokens, example after example; float64 [all choices]."""
         pairs = [(example, number) for example in examples for number in range(len(example.completions))]
         return self._scored(model, [self.encoded(example, number) for example, number in pairs])[0]
@@ -329,8 +354,15 @@ class LanguageTask(TextTask[list[Example]]):
     def _own_model(self) -> nn.Module:
         return self.load_model()
 
-    def _scored(self, model: nn.Module, encoded: Sequence[Any]) -> tuple[Floats, Floats, Floats]:
-        """Of each sequence's completion: summed log-likelihood, number of tokens, mean entropy per token; float64 [M]."""
+    def _scored(self, model: nn.Module | TextEngine, encoded: Sequence[Any]) -> tuple[Floats, Floats, Floats | None]:
+        """Of each sequence's completion: summed log-likelihood, number of tokens, mean entropy per token; float64 [M].
+
+        An engine gives no entropies.
+        """
+        if isinstance(model, TextEngine):
+            likelihoods = model.log_likelihoods([one.ids for one in encoded])
+            own = [found[one.start - 1 :] for found, one in zip(likelihoods, encoded, strict=True)]
+            return np.array([part.sum() for part in own]), np.array([len(part) for part in own], np.float64), None
         device = next(model.parameters()).device
         sums, tokens, entropies = np.zeros((3, len(encoded)))
         for places in longest_first([encoding.size for encoding in encoded], self.settings.batch_size):

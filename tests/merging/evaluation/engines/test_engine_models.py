@@ -1,0 +1,78 @@
+"""A real vLLM engine beside transformers: `make test-vllm`."""
+
+import pytest
+import torch
+
+from merging.checkpoints.pool import Pool
+from merging.errors import EngineError, EngineLostError
+from merging.evaluation.engines import EngineSettings
+from merging.evaluation.engines.engine_models import EngineModels
+from merging.evaluation.live_models import LiveModels
+from merging.evaluation.steps import EvaluationPlan
+from merging.mergers.material import Material
+from merging.recipe import Recipe, base_recipe, member_recipe
+from merging.tasks import make_task
+from merging.tasks.language.causal_lm import CausalLMSettings
+from tests.merging.evaluation.engines.tiny_llama import task_settings, write_examples, write_pool
+
+pytest.importorskip("vllm", reason="vLLM is not installed: make vllm-env, make test-vllm")
+
+CPU = torch.device("cpu")
+VLLM = EngineSettings(kind="vllm", bucket=1, cache=0.1)
+RECIPES = [
+    base_recipe(),
+    member_recipe("two"),
+    Recipe("task_arithmetic", {"one": 0.5, "two": 0.7}),
+    Recipe("ties", {"one": 0.5, "two": 0.7}),
+]
+
+
+def both(root, **settings):
+    paths = write_pool(root, **settings)
+    pool = Pool.open(paths["base"], {name: paths[name] for name in ("one", "two")})
+    data = {"validation": write_examples(root / "data.parquet")}
+    tasks = [make_task(name, CausalLMSettings(**found), paths["one"]) for name, found in task_settings(data).items()]
+    owners = {task.name: "one" for task in tasks}
+    live = LiveModels(Material(pool), tasks, owners, CPU)
+    return live, lambda: EngineModels(Material(pool), tasks, owners, CPU, VLLM)
+
+
+def test_an_engine_scores_every_candidate_as_transformers_does(tmp_path):
+    """With tied heads, whose copy in the engine would keep old weights; in several buckets, and in steps."""
+    live, make = both(tmp_path, tied=True)
+    engine = make()
+    for recipe in RECIPES:
+        expected, found = live.measure(recipe, "validation"), engine.measure(recipe, "validation")
+        for task, score in expected.scores.items():
+            assert found.scores[task].value == pytest.approx(score.value, rel=1e-4, abs=1e-4), (recipe, task)
+            assert found.scores[task].loss == pytest.approx(score.loss, abs=1e-4)
+    stepwise = engine.measure(RECIPES[2], "validation", plan=EvaluationPlan(5))
+    again = live.measure(RECIPES[2], "validation", plan=EvaluationPlan(5))
+    for task, values in again.trace.losses.items():
+        assert stepwise.trace.losses[task] == pytest.approx(values, abs=1e-4)
+
+    proof = engine._engine.log_likelihoods
+    engine._reference = live._models["likelihood"]  # of the last candidate, and what is compared are other weights
+    live.measure(base_recipe(), "validation")
+    with pytest.raises(
+        EngineError, match=r"answers otherwise than transformers.* nats a token .* at token \d+ of probe"
+    ):
+        engine._prove("a test")
+    assert proof([[5, 6, 7]])[0].shape == (2,)
+
+    class Dead:
+        def __getattr__(self, name):
+            raise RuntimeError("Executor failed.")
+
+    engine._engine._llm = Dead()
+    for call in (lambda: engine.measure(base_recipe(), "validation"), lambda: proof([[5, 6]])):
+        with pytest.raises(EngineLostError, match=r"the engine has died \(RuntimeError: Executor failed"):
+            call()
+
+
+def test_an_engine_of_a_16_bit_pool(tmp_path):
+    live, make = both(tmp_path, dtype=torch.bfloat16)
+    engine = make()
+    for recipe in RECIPES[:3]:
+        expected, found = live.measure(recipe, "validation"), engine.measure(recipe, "validation")
+        assert found.scores["likelihood"].value == pytest.approx(expected.scores["likelihood"].value, abs=0.05)

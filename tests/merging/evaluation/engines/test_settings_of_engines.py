@@ -1,0 +1,89 @@
+"""What is looked at before an engine starts; no engine is needed."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from merging.checkpoints.pool import Pool
+from merging.errors import EngineError
+from merging.evaluation.engines.engine_models import check_engine
+from merging.evaluation.engines.vllm_engine import buckets, require_served
+from merging.evaluation.live_models import LiveModels
+from merging.mergers.material import Material
+from merging.recipe import base_recipe
+from merging.tasks import TextClassificationSettings, make_task
+from merging.tasks.language.causal_lm import CausalLMSettings
+from merging.tasks.language.text_engine import TextEngine
+from tests.merging.evaluation.engines.tiny_llama import task_settings, write_examples, write_pool
+
+
+class Transformers(TextEngine):
+    """An engine that is a live model, one sequence at a time."""
+
+    def __init__(self, model):
+        self._model = model
+
+    def log_likelihoods(self, sequences):
+        found = []
+        for ids in sequences:
+            logits = self._model(input_ids=torch.tensor([ids])).logits[0, :-1]
+            found.append(logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].double().numpy())
+        return found
+
+    def complete(self, prompts, most, generation):
+        answers = []
+        for ids in prompts:
+            whole = self._model.generate(
+                input_ids=torch.tensor([ids]), generation_config=generation, max_new_tokens=most, do_sample=False
+            )
+            answers.append(whole[0, len(ids) :].tolist())
+        return answers
+
+
+def test_a_task_asks_an_engine_for_what_it_asks_a_model(tmp_path):
+    paths = write_pool(tmp_path)
+    data = {"validation": write_examples(tmp_path / "data.parquet", 6)}
+    tasks = [make_task(name, CausalLMSettings(**found), paths["one"]) for name, found in task_settings(data).items()]
+    pool = Pool.open(paths["base"], {"one": paths["one"]})
+    live = LiveModels(Material(pool), tasks, dict.fromkeys((task.name for task in tasks), "one"), torch.device("cpu"))
+    expected = live.measure(base_recipe(), "validation").scores
+    model = live._models["likelihood"]
+    model.config.use_cache = True
+    for task in tasks:
+        found = task.evaluate(Transformers(model), "validation")
+        assert found.value == pytest.approx(expected[task.name].value, rel=1e-5)
+        assert found.loss == pytest.approx(expected[task.name].loss, abs=1e-5)
+
+
+def test_what_no_engine_answers_is_refused_before_it_starts(tmp_path, tiny_pool, tiny_campaign):
+    labels = make_task("one", TextClassificationSettings(**tiny_campaign["tasks"]["one"]), str(tiny_pool["one"]))
+    pool = Pool.open(str(tiny_pool["base"]), {"one": str(tiny_pool["one"])})
+    with pytest.raises(EngineError, match="task 'one' is of kind 'text_classification'"):
+        check_engine(pool, [labels], {"one": "one"})
+    paths = write_pool(tmp_path)
+    data = {"validation": write_examples(tmp_path / "data.parquet", 4)}
+    task = make_task("lm", CausalLMSettings(data=data), paths["one"])
+    own = Pool.open(paths["base"], {"one": paths["one"]}, ("lm_head.*",))
+    with pytest.raises(EngineError, match=r"holds one model for all tasks, and 'lm_head.weight' is kept"):
+        check_engine(own, [task], {"lm": "one"})
+    with pytest.raises(EngineError, match="no_repeat_ngram_size: 3"):
+        require_served(GenerationConfig(no_repeat_ngram_size=3))
+    require_served(GenerationConfig(repetition_penalty=1.1, eos_token_id=[2, 3]))
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_an_engine_that_is_not_installed_says_how_to_get_it(tmp_path):
+    paths = write_pool(tmp_path)
+    data = {"validation": write_examples(tmp_path / "data.parquet", 4)}
+    task = make_task("lm", CausalLMSettings(data=data), paths["one"])
+    with pytest.raises(EngineError, match=r"mergequest\[vllm\].*make vllm-env"):
+        check_engine(Pool.open(paths["base"], {"one": paths["one"]}), [task], {"lm": "one"})
+
+
+def test_weights_travel_in_buckets_of_a_size():
+    weights = [(str(number), torch.zeros(size)) for number, size in enumerate((10, 20, 100, 5, 5))]
+    found = [[name for name, _ in bucket] for bucket in buckets(weights, 4 * 30)]
+    assert found == [["0", "1"], ["2"], ["3", "4"]]
+    assert list(buckets([], 10)) == []
