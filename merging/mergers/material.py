@@ -144,6 +144,12 @@ class Material:
             own = self._own_name(who, name)
             if own in file.names:
                 values[who] = file.read(own)
+        if (
+            values and kind == "gram"
+        ):  # an expert that none of a member's tokens reached: they say nothing of its inputs
+            for who, file in self.statistics[kind].items():
+                if who not in values and self._own_name(who, name) in file.uncovered:
+                    values[who] = torch.zeros_like(next(iter(values.values())))
         return values
 
     def _own_name(self, who: str, name: str) -> str:

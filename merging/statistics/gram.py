@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from merging.errors import StatisticsError
+from merging.statistics.capture.experts import ExpertRows, stored_experts
 from merging.statistics.capture.layers import device_of, layer_names, transposed_names, uncovered
 from merging.statistics.capture.linear_calls import LinearCalls, given, inspect_calls, real_mask
 from merging.statistics.capture.patches import is_convolution, row_dimensions, rows_read
+from merging.statistics.capture.single_examples import padding_token, unlike_pair
 from merging.statistics.gram_sums import GramStatistic, GramSums
 from merging.statistics.statistic import Partial, register
 from merging.tasks.task import Batch, Task
@@ -25,6 +27,9 @@ class Gram(GramStatistic):
 
     A convolution is a linear layer that reads, at each place, what its kernel sees there (the weight is [out, in] with all
     but its first dimension in one); of several groups each has its own Gram: [groups, in, in].
+
+    Experts that are joined in one parameter have a Gram each, over the tokens that reach them: [experts, in, in], or one for
+    each of the tensors that a checkpoint stores them in. One that no token reached has zeros.
 
     Layers that are given the same tensors (query, key and value) have one Gram, under the name of the first. A weight
     that is also read outside of its layer has none.
@@ -48,10 +53,15 @@ class Gram(GramStatistic):
                     batch = batch.to(device_of(model))
                     if recorder is None:
                         calls = inspect_calls(model, task.logits, layers, batch)
-                        recorder = _Recorder(layers, calls)
+                        experts = ExpertRows(model)
+                        recorder = _Recorder(layers, calls, experts)
+                        few = unlike_pair(batch, padding_token(model))
+                        experts.verify(task.logits, next(calls.parts(few, alone=alone)))
+                        recorder.open()
                     for part in calls.parts(batch, alone=alone):
                         recorder.start(part)
-                        task.logits(model, part)
+                        with recorder.experts.watching(recorder.see_expert):
+                            task.logits(model, part)
             finally:
                 if recorder is not None:
                     recorder.close()
@@ -61,32 +71,44 @@ class Gram(GramStatistic):
 class _Recorder:
     """Sees what goes into each layer."""
 
-    def __init__(self, layers: dict[nn.Module, str], calls: LinearCalls) -> None:
+    def __init__(self, layers: dict[nn.Module, str], calls: LinearCalls, experts: ExpertRows) -> None:
         self._layers = {layer: name for layer, name in layers.items() if name not in calls.incomplete}
         self._decoding = calls.decoding
         self._holders = {name: holder for name, holder in calls.holders.items() if name not in calls.incomplete}
         self._holding = set(self._holders.values())
         self._sums = GramSums()
+        self.experts = experts
         self._batch: Batch | None = None
         self._inputs: dict[str, list[Tensor]] = defaultdict(list)
         self._shared: dict[str, str] = {}
+        self._handles: list[Any] = []
+
+    def open(self) -> None:
+        """Begins to record."""
         self._handles = [layer.register_forward_pre_hook(self._see, with_kwargs=True) for layer in self._layers]
+
+    def see_expert(self, name: str, expert: int, rows: Tensor) -> None:
+        """Adds what reaches an expert."""
+        self._sums.add(f"{name}[{expert}]", rows, None)
 
     def start(self, batch: Batch) -> None:
         """Begins a pass."""
         self._end()
-        self._batch = batch
+        self._batch = self.experts.batch = batch
         self._sums.count(batch)
 
     def close(self) -> None:
         """Stops recording."""
         self._inputs.clear()
+        self.experts.close()
         for handle in self._handles:
             handle.remove()
 
     def partial(self, model: nn.Module) -> Partial:
         """What was seen."""
         partial = self._sums.partial(self._shared, transposed_names(self._layers))
+        for name, whole in self.experts.parameters.items():
+            _store(partial, model, name, whole, self.experts.transposed[name])
         partial.uncovered = uncovered(model, {*partial.sums, *partial.shared})
         return partial
 
@@ -134,3 +156,31 @@ class _Recorder:
             f"'{name}' shares its input with '{holder}' in one pass and not in another, so it has no Gram of its own: "
             "leave this model's Gram out"
         )
+
+
+def _store(partial: Partial, model: nn.Module, name: str, whole: Tensor, transposed: bool) -> None:
+    """Gives the experts of one parameter the names that a checkpoint has for them.
+
+    Args:
+        partial: Has sums and counts of those that were reached, as `name[expert]`.
+        model: The model.
+        name: The parameter's own name.
+        whole: The parameter.
+        transposed: It is stored [experts, in, out].
+    """
+    inputs = whole.shape[1 if transposed else 2]
+    keys = [f"{name}[{expert}]" for expert in range(len(whole))]
+    grams = [partial.sums.pop(key, torch.zeros(inputs, inputs)) for key in keys]
+    counts = [partial.counts.pop(key, 0) for key in keys]
+    stored = stored_experts(model, name, transposed)
+    holders: dict[int, str] = {}
+    for own, expert in stored.experts.items():
+        if expert is None:
+            partial.sums[own] = torch.stack(grams)
+            partial.counts |= {f"{own}[{number}]": count for number, count in enumerate(counts)}
+        elif expert in holders:
+            partial.shared[own] = holders[expert]
+        else:
+            partial.sums[own], partial.counts[own] = grams[expert], counts[expert]
+            holders[expert] = own
+    partial.transposed = tuple(sorted({*partial.transposed, *stored.transposed}))

@@ -1,7 +1,7 @@
 """Linear layers with the Grams of their inputs: shared Grams are factored once, equal shapes together."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate as accumulated
 
 import torch
@@ -188,6 +188,17 @@ def averaged_layers(rest: Sequence[Weight]) -> dict[str, float]:
     """
     matrices = sum(weight.base.dim() > 1 and not is_embedding(weight.name) for weight in rest)
     return {"averaged_layers": float(matrices)} if matrices else {}
+
+
+def unreached(batches: Iterable[SystemBatch]) -> dict[str, float]:
+    """`unreached_experts`, for a report: how many matrices no member's rows reached, so that they are the mean."""
+    count = sum(
+        len(system.weights)
+        for batch in batches
+        for system in batch.systems
+        if not any(bool(gram.diagonal().any()) for gram in system.grams.values())
+    )
+    return {"unreached_experts": float(count)} if count else {}
 
 
 def grams_of(weight: Weight) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from merging.methods.checks import check_weights, chosen
 from merging.methods.latest import Latest
 from merging.methods.least_squares.blocks import InBlocks
 from merging.methods.least_squares.cholesky import factor, solve
-from merging.methods.least_squares.gram_systems import averaged_layers, batches
+from merging.methods.least_squares.gram_systems import averaged_layers, batches, unreached
 from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
 from merging.recipe import Value
 
@@ -39,7 +39,8 @@ class RegMean(Method):
     one solution, that of the sum; others, as contributions, for one of every member. Where the sum is singular, an r-th part
     of its diagonal is added to it, and that part of the members' mean to the right side: inputs that no member ever saw
     get the plain mean. A Gram in float32 is singular where its smallest eigenvalue may be a rounding error. `report()` says how
-    large r was, and how many matrices besides embeddings have no Gram and are the mean (a mixture's experts).
+    large r was, how many matrices besides embeddings have no Gram and are the mean (a mixture's router), and how many of a
+    mixture's experts no member's tokens reached, which are the mean, too.
     """
 
     name = "regmean"
@@ -117,8 +118,12 @@ class PreparedRegMean(Prepared):
         self._kept: dict[bool, Latest[RegMeanUpdate]] = {False: Latest(), True: Latest()}
 
     def report(self) -> dict[str, float]:
-        """`ridge`, the largest share of a diagonal that was added; `ridged_layers`, in how many systems; `averaged_layers`."""
-        return self._report | averaged_layers(self._rest)
+        """What was added to systems, and what is the mean.
+
+        `ridge`, the largest share of a diagonal that was added; `ridged_layers`, in how many systems; `averaged_layers`;
+        `unreached_experts`, matrices that no member's tokens reached.
+        """
+        return self._report | averaged_layers(self._rest) | unreached(self._batches)
 
     @torch.no_grad()
     def merge(self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]) -> None:

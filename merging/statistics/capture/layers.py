@@ -54,7 +54,7 @@ def uncovered(model: nn.Module, covered: Collection[str]) -> tuple[str, ...]:
         and id(parameter) not in embeddings
         and names[id(parameter)] not in covered
     ]
-    return tuple(sorted({name for own in left for name in saved_names(model, own)}))
+    return tuple(sorted({name for own in left for name in saved_names(model, own)} - set(covered)))
 
 
 def token_count(batch: Batch) -> int:
@@ -121,7 +121,7 @@ def means(kind: str, partial: Partial) -> dict[str, Tensor]:
     if not examples:
         raise StatisticsError(f"the {kind} was computed over no examples: give its task's split some")
     result = {
-        name: (value / partial.counts.get(name, examples)).to(torch.float32) for name, value in partial.sums.items()
+        name: (value / _count(partial, name, value, examples)).to(torch.float32) for name, value in partial.sums.items()
     }
     if bad := [name for name, value in result.items() if not value.isfinite().all()]:
         raise StatisticsError(
@@ -129,3 +129,11 @@ def means(kind: str, partial: Partial) -> dict[str, Tensor]:
             "its task's examples make its output overflow; measure in float32, or leave the member out"
         )
     return result
+
+
+def _count(partial: Partial, name: str, value: Tensor, examples: int) -> Tensor | int:
+    """What a sum is over; of experts each its own number of rows. Over no row it is 0, and stays 0."""
+    if f"{name}[0]" in partial.counts:
+        counts = [max(1, partial.counts[f"{name}[{expert}]"]) for expert in range(len(value))]
+        return torch.tensor(counts, dtype=value.dtype)[:, None, None]
+    return max(1, partial.counts.get(name, examples))

@@ -65,6 +65,8 @@ def accountable(value: Tensor, mask: Tensor | None, examples: int, dimensions: i
     if mask is None:
         return True
     rows = value.shape[: value.dim() - dimensions]
+    if [extent for extent in rows if extent > 1] == [extent for extent in mask.shape if extent > 1]:
+        return True
     return rows[: mask.dim()] == mask.shape or rows in ((mask.numel(),), (examples,), (examples, 1))
 
 
@@ -108,9 +110,9 @@ def inspect_calls(model: nn.Module, logits: Logits, layers: Mapping[nn.Module, s
         first, second = together.products.get(name), alone.products.get(name)
         if first is None or second is None or together.rows[name] != alone.rows[name] or differs(first, second):
             unlike.add(name)
-    holders = together.holders()
+    holders = together.holders(incomplete)
     if len(batch.indices) > 1:
-        holders = {name: holder for name, holder in holders.items() if alone.holders().get(name) == holder}
+        holders = {name: holder for name, holder in holders.items() if alone.holders(incomplete).get(name) == holder}
     return LinearCalls(
         frozenset(decoding),
         len(batch.indices) == 1 or bool(unlike),
@@ -140,12 +142,14 @@ class _Sketch:
             self._vectors[extent] = drawn.to(like)
         return self._vectors[extent]
 
-    def holders(self) -> dict[str, str]:
+    def holders(self, without: Collection[str] = ()) -> dict[str, str]:
         """Weight's name → the first whose layer reads the same rows of the same tensors; of those that share."""
         first: dict[tuple[Any, ...], str] = {}
         holders = {}
         geometries = {name: geometry(layer) for layer, name in self.layers.items()}
         for name, inputs in self._inputs.items():
+            if name in without:
+                continue
             holder = first.setdefault((geometries[name], *map(id, inputs)), name)
             if holder != name:
                 holders[name] = holder
@@ -168,8 +172,8 @@ class _Sketch:
             product = torch.einsum("n...i,n...->...i", rows, rows @ vector)
             self.products[name] = self.products.get(name, 0) + product
             self.rows[name] += len(rows)
-            if not output.requires_grad:
-                return output
+            if not isinstance(output, Tensor) or not output.requires_grad:
+                return output  # one that gives more than its product is found to be incomplete
             seen = every @ vector
             written = partial(rows_written, layer)
             output.register_hook(lambda gradient: self._backward(name, written(gradient), seen))  # type: ignore[no-untyped-call]

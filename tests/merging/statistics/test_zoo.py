@@ -167,7 +167,8 @@ def test_every_statistic_is_its_definition(zoo, name):
         assert found.sums.keys() == fisher.keys()
         assert_near(found.sums, fisher)
         found = measure(task, Gram(StatisticSettings(batch_size=size)))
-        assert {*found.sums, *found.shared} == {*grams}
+        # what joined experts have is compared in test_experts.py
+        assert {name for name in {*found.sums, *found.shared} if "experts" not in name} == {*grams}
         assert_near({weight: found.sums[found.shared.get(weight, weight)] for weight in grams}, grams)
         assert {weight: found.counts[found.shared.get(weight, weight)] for weight in grams} == rows
         found = measure(task, OutputGram(OutputGramSettings(batch_size=size)))
