@@ -45,7 +45,6 @@ BUDGETS = (
     "cpu_hours",
     "patience",
     "min_delta",
-    "storage",
     "identical_errors",
     "candidate_seconds",
     "confirm",
