@@ -10,7 +10,7 @@ from merging.registry import did_you_mean
 from merging.tasks.task import Score
 from search.ledger.row import Row
 
-OBJECTIVES = ("mean", "worst", "normalized", "weighted")
+OBJECTIVES = ("mean", "worst", "normalized", "weighted", "unseen")
 """What an objective may be called, besides a task's name."""
 EXPECTED = "expected_"
 """Before any of these names: of 1 − expected error, which varies smoothly where the metric is flat."""
@@ -59,22 +59,24 @@ def make_objective(
     expected_references: Mapping[str, float] | None = None,
     weights: Mapping[str, float] | None = None,
     constraints: Constraints | None = None,
+    unseen: Sequence[str] = (),
 ) -> Objective:
     """The objective of that name, or of these names.
 
     Args:
         names: `mean` of all tasks, the `worst` of them, `normalized` (mean of each score over the score of the
-            task's own member), `weighted` (mean by `weights`), or one task's name; each also with `expected_`
-            before it. Of several the first decides which candidate wins.
+            task's own member), `weighted` (mean by `weights`), `unseen` (mean of those that belong to no member), or one
+            task's name; each also with `expected_` before it. Of several the first decides which candidate wins.
         tasks: Names of all tasks.
         references: Score of each task's own member; only `normalized` asks for it.
         expected_references: The same of 1 − expected error; only `expected_normalized` asks for it.
         weights: Task → weight, zero where it is not named; only `weighted` asks for it.
         constraints: What has to hold besides.
+        unseen: Tasks that only `unseen`, `weighted` and their own names count.
 
     Raises:
-        SettingsError: A name is unknown or there twice, `normalized` lacks a task's reference or divides by a
-            zero one, `weighted` has no positive weight or one of an unknown task.
+        SettingsError: A name is unknown or there twice, `unseen` has no task, `normalized` lacks a task's reference or divides
+            by a zero one, `weighted` has no positive weight or one of an unknown task.
     """
     chosen = [names] if isinstance(names, str) else list(names)
     if not chosen or len(set(chosen)) < len(chosen):
@@ -83,7 +85,15 @@ def make_objective(
     for name in chosen:
         plain, expected = split_name(name, tasks)
         own = expected_references if expected else references
-        parts[name] = _part(plain, _figure(expected), tasks, own or {}, weights or {})
+        counted = list(unseen) if plain == "unseen" else [task for task in tasks if task not in unseen]
+        if not counted:
+            role = "unseen" if plain == "unseen" else "seen"
+            raise SettingsError(
+                f"objective '{name}' counts {role} tasks, and there are none: set `role: {role}` of a task"
+            )
+        if plain in (*tasks, "weighted"):
+            counted = list(tasks)
+        parts[name] = _part(plain, _figure(expected), counted, own or {}, weights or {})
     return Objective(parts, constraints)
 
 

@@ -33,6 +33,7 @@ def require_baselines(opened: OpenCampaign) -> None:
     Raises:
         SettingsError: A task gives no logits, is judged by what models generate, or has no data to train on.
     """
+    unseen = opened.campaign.unseen()
     for name in opened.campaign.baselines:
         for task_name, task in opened.tasks.items():
             if not task.has_logits:
@@ -44,7 +45,7 @@ def require_baselines(opened: OpenCampaign) -> None:
                     f"baselines: task '{task_name}' is judged by what a model generates, and an ensemble generates nothing: "
                     "leave 'ensemble' out"
                 )
-            if name == "all_data" and not task.size("train"):
+            if name == "all_data" and task_name not in unseen and not task.size("train"):
                 raise SettingsError(f"baselines: 'all_data' trains on every task, and '{task_name}' has no train split")
             if name == "fine_tuned" and not task.has_split("validation"):
                 raise SettingsError(f"baselines: 'fine_tuned' needs validation labels, and '{task_name}' has none")
@@ -129,10 +130,15 @@ def _trained(opened: OpenCampaign, directory: Directory, display: Display) -> Ma
     campaign = opened.campaign
     if not addresses.is_local(directory.path):
         raise SettingsError("baselines: 'all_data' is trained into the campaign's directory, which must be a local one")
-    lessons = {name: lesson(campaign.base, task) for name, task in campaign.tasks.items()}
+    unseen = campaign.unseen()
+    lessons = {name: lesson(campaign.base, task) for name, task in campaign.tasks.items() if name not in unseen}
     course = Course(campaign.base, lessons, addresses.local_path(directory / ALL_DATA))
     made = run_courses({"all data": course}, campaign.training, campaign.resources.threads, display)
-    return {task: str(place) for task, place in made["all data"].places.items()}
+    places = {task: str(place) for task, place in made["all data"].places.items()}
+    heads = set(
+        places.values()
+    )  # of one head for all, unseen tasks are judged by it; of several, nobody knows by which
+    return places | (dict.fromkeys(unseen, next(iter(heads))) if len(heads) == 1 else {})
 
 
 def _row(recipe: Recipe, split: str, found: jobs.Measured, directory: Directory, provenance: Provenance) -> Row:

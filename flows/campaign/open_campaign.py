@@ -230,6 +230,12 @@ def open_campaign(campaign: Campaign, display: Display, directory: str | None = 
             raise SettingsError(f"task '{name}' has no validation split, which candidates are scored on: add one")
         if name not in tasks:
             task.check()  # of its notes, those on missing splits mean nothing here
+    for name in campaign.unseen():
+        if name not in campaign.task_heads and (kept := pool.members[owners[name]].head):
+            raise SettingsError(
+                f"tasks.{name}: it belongs to no member, and members keep heads of their own ({kept[0]}), so that it is not "
+                f"known which one to judge by: name a member under `task_heads`"
+            )
     check_models(pool, list(tasks.values()), owners)
     if campaign.engine.kind == "vllm":
         check_engine(pool, list(tasks.values()), owners)

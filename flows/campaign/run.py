@@ -376,7 +376,8 @@ def _objective(opened: OpenCampaign, ledger: Ledger) -> Objective:
                     f"search.objective: task '{blind[0]}' gives no expected error, only its metric: leave out `{EXPECTED}`"
                 )
     bounds = make_constraints(settings.constraints, tasks, own)
-    return make_objective(settings.objectives, tasks, own, expected, settings.weights, bounds)
+    unseen = opened.campaign.unseen()
+    return make_objective(settings.objectives, tasks, own, expected, settings.weights, bounds, unseen)
 
 
 def _provenance(opened: OpenCampaign) -> Provenance:

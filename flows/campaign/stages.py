@@ -21,7 +21,8 @@ def require_stages(opened: OpenCampaign) -> None:
         _require_batches(opened.sources, "distil", "train")
     if search.gradient is not None:
         unlabelled = search.gradient.loss == "distil"
-        tasks: Mapping[str, Task] = opened.sources if unlabelled else opened.tasks
+        seen = {name: task for name, task in opened.tasks.items() if name not in opened.campaign.unseen()}
+        tasks: Mapping[str, Task] = opened.sources if unlabelled else seen
         _require_batches(tasks, "search.gradient", "train" if unlabelled else "validation")
         _require_linear(opened)
     if search.theory_starts:
@@ -88,12 +89,14 @@ def _require_scores(opened: OpenCampaign) -> None:
     search, tasks = opened.campaign.search, list(opened.tasks)
     for objective in search.objectives:
         plain, expected = split_name(objective, tasks)
-        counted = [plain] if plain in tasks else tasks
+        unseen = opened.campaign.unseen()
+        seen = [task for task in tasks if task not in unseen]
+        counted = [plain] if plain in tasks else unseen if plain == "unseen" else seen
         if plain == "weighted":
             counted = [task for task in tasks if search.weights.get(task)]
         if plain == "normalized":
             owned = {opened.campaign.task_of(member) for member in opened.pool.members}
-            if lacking := [task for task in tasks if task not in owned]:
+            if lacking := [task for task in seen if task not in owned]:
                 raise SettingsError(
                     f"search.objective: '{objective}' divides by the score of each task's own member, and task '{lacking[0]}' "
                     f"has none: give a member `task: {lacking[0]}`, or use 'mean' or 'worst'"

@@ -171,6 +171,7 @@ class Campaign(Settings):
             if member_settings.task is not None and member_settings.task not in self.tasks:
                 hint = did_you_mean(member_settings.task, list(self.tasks))
                 raise ValueError(f"members.{name}.task: unknown task '{member_settings.task}'. {hint}")
+        self._unseen_tasks_are_nobody_s()
         for subset in self.selection.subsets:
             if not subset or len(set(subset)) < len(subset):
                 raise ValueError(f"selection.subsets: {list(subset)} must name members, each once")
@@ -199,6 +200,21 @@ class Campaign(Settings):
             )
         return self
 
+    def _unseen_tasks_are_nobody_s(self) -> None:
+        """Looks whether unseen tasks belong to no member, and have a head all the same."""
+        for name in self.members:
+            if (task := self.task_of(name)) in self.unseen():
+                raise ValueError(
+                    f"tasks.{task}: `role: unseen` is for data that belong to no member, and this is the task of '{name}': "
+                    "leave the role out, or give the task another name"
+                )
+        if self.base_data.task in self.unseen():
+            raise ValueError(f"base_data.task: '{self.base_data.task}' is unseen, so that no statistic may look at it")
+
+    def unseen(self) -> list[str]:
+        """Tasks that belong to no member."""
+        return [name for name, task in self.tasks.items() if task.role == "unseen"]
+
     def _examples_are_told_apart(self) -> None:
         """Looks whether any task gives predictions of single examples, where the search asks for some of them."""
         setting = "anchor_examples" if self.search.anchor_examples else "pruning"
@@ -223,7 +239,10 @@ class Campaign(Settings):
     def _objectives_fit(self) -> None:
         settings, ones = self.search, dict.fromkeys(self.tasks, 1.0)
         try:
-            names = make_objective(settings.objectives, list(self.tasks), ones, ones, settings.weights).names
+            unseen = self.unseen()
+            names = make_objective(
+                settings.objectives, list(self.tasks), ones, ones, settings.weights, None, unseen
+            ).names
         except SettingsError as error:
             raise SettingsError(f"search.objective: {error}") from error
         if settings.weights and not {"weighted", f"{EXPECTED}weighted"} & set(names):
@@ -254,7 +273,8 @@ class Campaign(Settings):
         own = {member for member, settings in self.members.items() if settings.calibration}
         replaced = {self.task_of(member) for member in own} - {self.task_of(member) for member in {*self.members} - own}
         owners = self.owners()
-        tasks = {task: (settings, owners[task]) for task, settings in self.tasks.items() if task not in replaced}
+        left_out = {*replaced, *self.unseen()}
+        tasks = {task: (settings, owners[task]) for task, settings in self.tasks.items() if task not in left_out}
         calibration = {f"{member}{CALIBRATION}": (self.members[member].calibration, member) for member in self.members}
         return tasks | {name: (settings, member) for name, (settings, member) in calibration.items() if settings}
 
@@ -264,6 +284,10 @@ class Campaign(Settings):
         for member in self.members:
             if (task := self.task_of(member)) is not None:
                 first_of.setdefault(task, member)
+        for task in self.unseen():  # where all heads are merged, any will do: see `open_campaign`
+            kind = self.tasks[task].kind
+            alike = [owner for own, owner in first_of.items() if self.tasks[own].kind == kind]
+            first_of.setdefault(task, next(iter(alike), ""))
         return {task: owner for task in self.tasks if (owner := self.task_heads.get(task, first_of.get(task, "")))}
 
     def identity(self) -> str:

@@ -105,9 +105,10 @@ class SearchSettings(Settings):
     )
     objective: str | tuple[str, ...] = Field(
         "mean",
-        description="What is maximised over tasks: mean, worst, normalized (by each task's own member), weighted, or a "
-        "task's name; with `expected_` before it, of 1 − expected error, which is smooth where a metric is flat. A list "
-        "searches for the Pareto front; its first decides which candidate wins.",
+        description="What is maximised over tasks: mean, worst, normalized (by each task's own member), weighted, unseen (mean "
+        "over tasks of `role: unseen`, which the others leave out), or a task's name; with `expected_` before it, of 1 − "
+        "expected error, which is smooth where a metric is flat. A list searches for the Pareto front; its first decides which "
+        "candidate wins.",
     )
     weights: dict[str, float] = Field(
         default_factory=dict, description="Task → weight in the objective weighted; those not named count nothing."

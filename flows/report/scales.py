@@ -16,9 +16,11 @@ class Scales:
 
     Args:
         tasks: Task → 100 or 1; a task that is not there has shares.
+        unseen: Tasks that belong to no member: their mean is shown apart.
     """
 
     tasks: Mapping[str, int] = field(default_factory=dict)
+    unseen: frozenset[str] = frozenset()
 
     def of_task(self, task: str) -> int:
         """Of a task's scores."""
@@ -38,7 +40,10 @@ class Scales:
 
 def scales_of(tasks: Mapping[str, TaskSettings]) -> Scales:
     """The scales of a campaign's tasks."""
-    return Scales({name: PERCENT if settings.is_percent else 1 for name, settings in tasks.items()})
+    return Scales(
+        {name: PERCENT if settings.is_percent else 1 for name, settings in tasks.items()},
+        frozenset(name for name, settings in tasks.items() if settings.role == "unseen"),
+    )
 
 
 def percent(times: int) -> str:

@@ -94,6 +94,8 @@ def difference(winner: TableRow, other: TableRow, own: Values, others: Values) -
     """
     values, variances, scales, is_paired = [], [], set[int](), True
     for task, cell in winner.scores.items():
+        if task in winner.unseen_tasks:
+            continue
         against = other.scores[task]
         if cell is None or against is None:
             return None

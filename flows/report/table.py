@@ -24,6 +24,7 @@ BASELINES: Mapping[str, str] = {
 }
 """Baseline → what its line is called."""
 MEAN = "mean"
+UNSEEN = "unseen mean"
 WORST = "worst task"
 VALIDATION = "validation mean"
 NOTHING = "–"
@@ -53,7 +54,9 @@ class TableRow:
         kind: Why it is there.
         row: The ledger's row that it stands for: on validation where there is one, else on test.
         scores: Task → test score; None where it was not measured.
-        mean: Mean over tasks of the test scores.
+        mean: Mean over tasks of the test scores, unseen ones left out.
+        unseen: Mean over the unseen tasks; None where there are none.
+        unseen_tasks: Names of the unseen tasks.
         worst: The least of the test scores.
         worst_task: The task of the least.
         validation: Mean over tasks of the validation scores.
@@ -65,14 +68,16 @@ class TableRow:
     row: Row
     scores: dict[str, Cell | None]
     mean: Cell | None = None
+    unseen: Cell | None = None
+    unseen_tasks: frozenset[str] = frozenset()
     worst: Cell | None = None
     worst_task: str | None = None
     validation: Cell | None = None
     best: frozenset[str] = frozenset()
 
     def cell(self, column: str) -> Cell | None:
-        """The score in the column of a task, or in `MEAN`, `WORST` or `VALIDATION`."""
-        summary = {MEAN: self.mean, WORST: self.worst, VALIDATION: self.validation}
+        """The score in the column of a task, or in `MEAN`, `UNSEEN`, `WORST` or `VALIDATION`."""
+        summary = {MEAN: self.mean, UNSEEN: self.unseen, WORST: self.worst, VALIDATION: self.validation}
         return summary[column] if column in summary else self.scores[column]
 
 
@@ -148,23 +153,26 @@ def results_table(rows: Sequence[Row], tasks: Sequence[str], scales: Scales | No
     if ranked:
         is_average = average is not None and weights_of(average) == winner
         add(f"winner: {'plain average' if is_average else in_words(ranked[0].method)}", "winner", ranked[0])
-    return _mark_best([_line(*line, complete, tasks, scales) for line in lines.values()], [*tasks, MEAN, WORST])
+    return _mark_best([_line(*line, complete, tasks, scales) for line in lines.values()], [*tasks, MEAN, UNSEEN, WORST])
 
 
 def _line(label: str, kind: Kind, row: Row, complete: Sequence[Row], tasks: Sequence[str], scales: Scales) -> TableRow:
     splits = {other.split: other for other in complete if other.candidate == row.candidate}
     scores = _scores(splits.get("test"), tasks, scales)
-    known = {task: cell for task, cell in scores.items() if cell is not None}
-    worst = min(known, key=lambda task: known[task].value) if len(known) == len(tasks) and tasks else None
+    seen = [task for task in tasks if task not in scales.unseen]
+    known = {task: cell for task in seen if (cell := scores[task]) is not None}
+    worst = min(known, key=lambda task: known[task].value) if len(known) == len(seen) and seen else None
     return TableRow(
         label=label,
         kind=kind,
         row=row,
         scores=scores,
-        mean=_mean(scores),
+        mean=_mean({task: scores[task] for task in seen}),
+        unseen_tasks=scales.unseen,
+        unseen=_mean({task: scores[task] for task in tasks if task in scales.unseen}),
         worst=known[worst] if worst is not None else None,
         worst_task=worst,
-        validation=_mean(_scores(splits.get("validation"), tasks, scales)),
+        validation=_mean(_scores(splits.get("validation"), seen, scales)),
     )
 
 
@@ -222,8 +230,9 @@ def shown(line: TableRow, column: str, *, exact: bool = True) -> str:
 
 
 def columns(table: Sequence[TableRow]) -> list[str]:
-    """Names of the table's columns after the label: tasks, mean, worst task, validation mean."""
-    return [*(table[0].scores if table else ()), MEAN, WORST, VALIDATION]
+    """Names of the table's columns after the label: tasks, means, worst task, validation mean."""
+    unseen = [UNSEEN] if any(line.unseen is not None for line in table) else []
+    return [*(table[0].scores if table else ()), MEAN, *unseen, WORST, VALIDATION]
 
 
 def caption(table: Sequence[TableRow]) -> str:

@@ -117,7 +117,8 @@ def train_missing(campaign: Campaign, settings: TrainingSettings, together: str 
     if together is not None:
         if together in campaign.members:
             raise SettingsError(f"--together: '{together}' is a member's name")
-        whole = {name: lesson(campaign.base, task) for name, task in campaign.tasks.items()}
+        seen = {name: task for name, task in campaign.tasks.items() if name not in campaign.unseen()}
+        whole = {name: lesson(campaign.base, task) for name, task in seen.items()}
         first = addresses.local_path(next(iter(campaign.members.values())).checkpoint)
         courses[together] = Course(campaign.base, whole, (places[0] if places else first).parent / together)
     if not courses:

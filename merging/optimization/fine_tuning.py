@@ -79,7 +79,7 @@ class Lesson:
     def key(self) -> list[Any]:
         """What the trained weights depend on, JSON-like."""
         prints = [_data_fingerprint(file) for file in self.files]
-        settings = self.settings.model_dump(mode="json", exclude={"data"})
+        settings = self.settings.model_dump(mode="json", exclude={"data", "role"})
         return [prints[0] if len(prints) == 1 else prints, settings, list(self.labels)]
 
 

@@ -22,6 +22,8 @@ def tune(
     settings: TrainingSettings,
     device: torch.device,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    also: Sequence[Task] = (),
 ) -> Sequence[nn.Module]:
     """Trains all merged weights on the tasks' validation labels, a batch of every task a step; heads that are kept stay.
 
@@ -33,16 +35,17 @@ def tune(
         settings: How to train; the head's factor and `autocast` do not count.
         device: Where models run.
         progress: Told how many of how many steps are done.
+        also: Tasks that nothing is trained on, but whose models are wanted.
 
     Returns:
-        Every task's live model, all on the same weights.
+        The live models of `tasks` and `also`, all on the same weights.
 
     Raises:
         TaskError: There is no task, or the loss is not finite.
     """
     if not tasks:
         raise TaskError("there is nothing to fine-tune on: no task gives logits of a validation split")
-    live = GradientModels(material.pool, tasks, owners, "cross_entropy", device)
+    live = GradientModels(material.pool, [*tasks, *also], owners, "cross_entropy", device)
     ResidentMerger(material, live.weights).merge(material.check(start))
     groups = [
         {"params": [weight], "weight_decay": settings.weight_decay if weight.ndim > 1 else 0.0}

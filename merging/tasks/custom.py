@@ -169,7 +169,7 @@ class Custom(Task):
         """
         source = inspect.getsourcefile(self._function)
         code = _code(Path(source)) if source else ""
-        return hashing.fingerprint([code, self.settings.model_dump(mode="json"), split])
+        return hashing.fingerprint([code, self.settings.model_dump(mode="json", exclude={"role"}), split])
 
     def measure(
         self, model: nn.Module, split: Split, *, limit: int | None = None, precision: str = "float32"

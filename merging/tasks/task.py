@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from merging.checkpoints.models.parameter_names import Loading
@@ -27,6 +27,12 @@ class TaskSettings(BaseModel):
     """What every kind of task is told in the campaign file."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    role: Literal["seen", "unseen"] = Field(
+        "seen",
+        description="unseen: data that belong to no member (out of domain). It is measured and shown apart; no statistic, no "
+        "training and no objective but `unseen`, or its own name, looks at it.",
+    )
 
     @property
     def judged_by(self) -> str:

@@ -71,10 +71,18 @@ def fine_tuned(setup: Setup, start: Recipe, settings: TrainingSettings, split: S
         split: Which examples to measure on; tasks without it are left out.
         report: Told the share of the training that is done.
     """
-    tasks = [task for task in setup.open_tasks() if task.has_logits and task.has_split("validation")]
-    material = setup.material(resident=True)
+    every = [task for task in setup.open_tasks() if task.has_logits and task.has_split("validation")]
+    seen = [task for task in every if task.settings.role == "seen"]
+    tasks = [*seen, *(task for task in every if task not in seen)]
     found = tune(
-        material, tasks, setup.owners, start, settings, best_device(), lambda done, total: report(done / total)
+        setup.material(resident=True),
+        seen,
+        setup.owners,
+        start,
+        settings,
+        best_device(),
+        lambda done, total: report(done / total),
+        also=tasks[len(seen) :],
     )
     return {
         task.name: _values(*task.measure(model, split, precision=setup.precision))

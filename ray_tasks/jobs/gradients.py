@@ -23,8 +23,8 @@ Report = Callable[[float], None]
 
 
 def descend(setup: Setup, start: Recipe, settings: descent.DescentSettings, report: Report) -> list[descent.Waypoint]:
-    """`merging.optimization.descent.descend` over all tasks that give logits; without labels, over the sources."""
-    tasks, owners = _sources(setup) if settings.loss == "distil" else (_with_logits(setup.open_tasks()), setup.owners)
+    """`merging.optimization.descent.descend` over all seen tasks that give logits; without labels, over the sources."""
+    tasks, owners = _sources(setup) if settings.loss == "distil" else (_seen(setup), setup.owners)
     return descent.descend(setup.material(resident=True), tasks, owners, start, settings, best_device(), _share(report))
 
 
@@ -119,6 +119,11 @@ def _sources(setup: Setup) -> tuple[list[Task], dict[str, str]]:
 
 def _with_logits(tasks: Sequence[Task]) -> list[Task]:
     return [task for task in tasks if task.has_logits]
+
+
+def _seen(setup: Setup) -> list[Task]:
+    """The tasks that members were trained on: nothing is trained on the others' labels."""
+    return [task for task in _with_logits(setup.open_tasks()) if task.settings.role == "seen"]
 
 
 def _share(report: Report) -> Callable[[int, int], None]:

@@ -47,7 +47,23 @@ def test_several_objectives_keep_their_order():
     assert list(objective(SCORES).items()) == [("worst", 0.5), ("expected_mean", pytest.approx(0.55)), ("x", 0.9)]
 
 
-@pytest.mark.parametrize("name", [*OBJECTIVES, "expected_mean", "expected_worst"])
+def test_unseen_tasks_count_where_they_are_asked_for():
+    def of(name):
+        return make_objective(name, list(VALUES), {"x": 1.0, "y": 0.8}, None, WEIGHTS, None, ["z"])(SCORES)[name]
+
+    assert of("mean") == pytest.approx(0.7)
+    assert of("worst") == 0.5
+    assert of("normalized") == pytest.approx((0.9 + 0.625) / 2)
+    assert (of("unseen"), of("z")) == (0.7, 0.7)
+    assert of("weighted") == pytest.approx((3 * 0.9 + 0.7) / 4)
+    for name, unseen in (("unseen", []), ("mean", list(VALUES))):
+        with pytest.raises(SettingsError, match="there are none"):
+            make_objective(name, list(VALUES), unseen=unseen)
+
+
+@pytest.mark.parametrize(
+    "name", [*(name for name in OBJECTIVES if name != "unseen"), "expected_mean", "expected_worst"]
+)
 @pytest.mark.parametrize("task", ["x", "z"])
 def test_one_missing_figure_spoils_the_whole(name, task):
     figure = "expected_error" if name.startswith(EXPECTED) else "value"

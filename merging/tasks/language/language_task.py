@@ -213,7 +213,7 @@ class LanguageTask(TextTask[list[Example]]):
     def data_fingerprint(self, split: Split) -> str:
         """Content hash of the examples, of how they are encoded and judged, and of the tokenizer."""
         examples = [[example.prompt, example.completions, example.right] for example in self.split(split)]
-        settings = self.settings.model_dump(mode="json", exclude={"data", "batch_size"})
+        settings = self.settings.model_dump(mode="json", exclude={"data", "batch_size", "role"})
         return hashing.fingerprint([examples, settings, tokenizer_identity(self.tokenizer)])
 
     def predict(

@@ -26,6 +26,8 @@ def test_baselines_are_rows_that_never_win(tiny_campaign, tmp_path):
         "test": {"top": 1},
         "training": {"epochs": 2},
     }
+    settings["tasks"]["far"] = settings["tasks"]["three"] | {"role": "unseen"}
+    settings["task_heads"] = {"far": "two"}
     settings["search"] |= {"methods": ["average", "task_arithmetic"], "candidates": 3}
     (tmp_path / "campaign.yaml").write_text(yaml.safe_dump(settings))
     campaign = load_campaign(str(tmp_path / "campaign.yaml"))
@@ -46,10 +48,15 @@ def test_baselines_are_rows_that_never_win(tiny_campaign, tmp_path):
     assert {task: float(values.mean()) for task, values in kept.items()} == pytest.approx(
         found["ensemble", "test"].scores, rel=1e-6
     )
+    assert all(
+        row.objective == pytest.approx(sum(row.scores[t] for t in ("one", "two", "three")) / 3) for row in best(rows, 9)
+    )
+    assert all("far" in row.scores for row in rows if row.method != "all_data")  # it has a head each: none is far's
     for task in ("two", "three"):
-        place = next((tmp_path / "out" / "baselines" / "all_data").rglob("config.json")).parent
+        place = next((tmp_path / "out" / "baselines" / "all_data" / "two").rglob("config.json")).parent
         own = make_task(task, campaign.tasks[task], str(place))
         assert own.evaluate(own.load_model(), "test").value == found["all_data", "test"].scores[task]
     text = run(campaign, Display())  # nothing is measured again
     assert "ensemble of all members" in text
+    assert "unseen mean" in text
     assert len(Ledger(directory.ledger, campaign.name).rows()) == len(rows)

@@ -114,6 +114,19 @@ def test_mistakes_are_named_with_the_remedy(campaign_file, edit, message):
     assert path in str(caught.value)
 
 
+def test_unseen_tasks_belong_to_nobody(campaign_file):
+    def edit(settings):
+        settings["tasks"]["far"] = settings["tasks"]["three"] | {"role": "unseen"}
+
+    campaign = load_campaign(changed(campaign_file, edit))
+    assert (campaign.unseen(), campaign.owners()["far"]) == (["far"], "one")
+    assert "far" not in campaign.sources()
+    with pytest.raises(SettingsError, match=r"tasks.one: `role: unseen`"):
+        load_campaign(changed(campaign_file, lambda s: s["tasks"]["one"].update(role="unseen")))
+    with pytest.raises(SettingsError, match="counts unseen tasks, and there are none"):
+        load_campaign(changed(campaign_file, lambda s: s["search"].update(objective="unseen")))
+
+
 def test_all_mistakes_at_once(campaign_file):
     def edit(settings):
         settings["serch"] = settings.pop("search")

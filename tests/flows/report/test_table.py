@@ -206,3 +206,16 @@ def test_the_terminal_shows_every_line_and_takes_no_markup_from_names(make):
     assert "member [red]x" in text
     assert "winner:" in text
     assert "worst task" in text
+
+
+def test_unseen_tasks_have_a_mean_of_their_own(make, rows):
+    unseen, seen = make.tasks[0], make.tasks[1:]
+    lines = results_table(rows, make.tasks, Scales(unseen=frozenset([unseen])))
+    assert table.columns(lines) == [*make.tasks, "mean", "unseen mean", "worst task", "validation mean"]
+    for line in lines:
+        if line.mean is not None:
+            assert line.mean.value == pytest.approx(sum(line.scores[task].value for task in seen) / len(seen))
+            assert line.unseen == line.scores[unseen]
+            assert line.worst_task in seen
+    assert "unseen mean" in as_markdown(lines)
+    assert "unseen mean" not in table.columns(results_table(rows, make.tasks))
