@@ -29,7 +29,7 @@ from merging.errors import TaskError
 from merging.io import hashing
 from merging.registry import did_you_mean
 from merging.tasks.environment import hidden, references, resolved, secret_in
-from merging.tasks.head import blank_model, load_model
+from merging.tasks.head import blank_model, class_of, configuration, load_model
 from merging.tasks.predictions import Predictions
 from merging.tasks.task import Score, Split, Task, TaskSettings, register, score_of
 
@@ -61,10 +61,10 @@ class CustomSettings(TaskSettings):
     )
     metric: str = Field("score", min_length=1, description="What the function's number is called in tables.")
     percent: bool = Field(False, description="Whether the number is a share, which tables show × 100.")
-    model_class: str = Field(
-        "AutoModel",
-        description="Class in `transformers` that loads the checkpoint. What is merged must be in some task's model, and all "
-        "of a model's weights in its checkpoint: AutoModelForCausalLM for a language model.",
+    model_class: str | None = Field(
+        None,
+        description="Class in `transformers` that loads the checkpoint; by default the one that its configuration names, with "
+        "all of its heads. All of a model's weights must be in its checkpoint: a head is never random.",
     )
     examples: dict[Split, int] = Field(
         default_factory=dict,
@@ -133,24 +133,38 @@ class Custom(Task):
                 f"{self.settings.evaluator} cannot be called as function(model, checkpoint, split, limit, "
                 f"**arguments) with the arguments {sorted(self.settings.arguments)}: {error}"
             ) from error
-        if not hasattr(getattr(transformers, self.settings.model_class, None), "from_pretrained"):
+        if not hasattr(getattr(transformers, self.model_class, None), "from_pretrained"):
             autos = [name for name in dir(transformers) if name.startswith("AutoModel")]
-            hint = did_you_mean(self.settings.model_class, autos)
-            raise self._error(f"transformers has no model class '{self.settings.model_class}'. {hint}")
+            hint = did_you_mean(self.model_class, autos)
+            raise self._error(f"transformers has no model class '{self.model_class}'. {hint}")
         return [f"task '{self.name}' is scored by {self.settings.evaluator}: no statistics can be computed for it"]
 
+    @cached_property
+    def model_class(self) -> str:
+        """Name of the class in `transformers` that loads the head's checkpoint.
+
+        Raises:
+            TaskError: The checkpoint has no configuration.
+        """
+        if self.settings.model_class is not None:
+            return self.settings.model_class
+        try:
+            return class_of(configuration(self.head, self.base))
+        except TaskError as error:
+            raise self._error(str(error)) from error
+
     def load_model(self) -> nn.Module:
-        """The head's checkpoint as `settings.model_class`; see `Task.load_model`."""
+        """The head's checkpoint as `model_class`; see `Task.load_model`."""
         return self.load_skeleton(())
 
     def load_skeleton(self, merged: Collection[str], dtype: torch.dtype = torch.float32) -> nn.Module:
         """See `Task.load_skeleton`."""
-        return load_model(self.head, self.settings.model_class, base=self.base, hollow=merged, dtype=dtype)
+        return load_model(self.head, self.model_class, base=self.base, hollow=merged, dtype=dtype)
 
     def blank_model(self) -> tuple[nn.Module, Loading]:
         """See `Task.blank_model`."""
         try:
-            return blank_model(self.head, self.settings.model_class, self.base)
+            return blank_model(self.head, self.model_class, self.base)
         except TaskError as error:
             raise self._error(f"{error} (`model_class`)") from error
 

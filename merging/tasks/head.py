@@ -53,7 +53,7 @@ def class_names(
     Raises:
         TaskError: There is no configuration or no head, or another number of `labels` than outputs.
     """
-    config = _configuration(head, base)
+    config = configuration(head, base)
     architecture = str((config.get("architectures") or ["model of unknown architecture"])[0])
     if not architecture.endswith(suffix):
         raise TaskError(
@@ -78,11 +78,16 @@ def problem_type(head: str, base: str = "") -> str | None:
     Raises:
         TaskError: There is no configuration.
     """
-    own = _configuration(head, base).get("problem_type")
+    own = configuration(head, base).get("problem_type")
     return None if own is None else str(own)
 
 
-def _configuration(head: str, base: str) -> Mapping[str, Any]:
+def configuration(head: str, base: str = "") -> Mapping[str, Any]:
+    """A checkpoint's configuration; of an adapter, that of the model that it is merged into.
+
+    Raises:
+        TaskError: There is none.
+    """
     try:
         return open_checkpoint(head, base).config if is_adapter(head) else read_settings(addresses.join(head, CONFIG))
     except (CheckpointError, StorageError) as error:
