@@ -80,7 +80,7 @@ def test_documents_of_one_split_are_halved(make):
 def test_relative_paths_of_data_are_where_the_campaign_was_started(make, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     task = make(
-        "quiz", {"dataset_kwargs": {"data_files": {"test": "harness/quiz.test.jsonl"}, "cache_dir": "c"}, "train": 0}
+        "quiz", {"dataset_kwargs": {"data_files": {"test": "harness/my_quiz.test.jsonl"}, "cache_dir": "c"}, "train": 0}
     )
     monkeypatch.chdir("/")
     assert task.size("test") == 5
