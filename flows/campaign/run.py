@@ -15,6 +15,7 @@ from flows.campaign.selection import prepare_selection, require_kernel, select_s
 from flows.campaign.stages import divides_by_unknown, require_stages
 from flows.campaign.starts import starts
 from flows.campaign.summary import summary, tables_as_markdown, write_report
+from flows.campaign.tracking import require_trackers, tracked
 from flows.campaign.weight_checks import keep
 from flows.config.campaign_file import Campaign
 from flows.config.yaml_file import require_writable
@@ -93,7 +94,10 @@ def run(campaign: Campaign, display: Display | None = None, *, retry_failed: boo
             keep(opened.pool, directory.path)
             _listen(opened, directory, display)
             try:
-                with connect() as cluster:
+                with (
+                    tracked(campaign.tracking, campaign.name, directory, ledger.rows, display.note),
+                    connect() as cluster,
+                ):
                     display.say(f"  {cluster.describe()}")
                     _work(opened, directory, cluster, ledger, display)
             finally:
@@ -143,6 +147,7 @@ def _opened(
 def _require_searchable(opened: OpenCampaign, directory: Directory) -> None:
     require_sources(opened)
     require_stages(opened)
+    require_trackers(opened.campaign.tracking)
     require_baselines(opened)
     require_replaceable(directory.best)
 

@@ -18,6 +18,7 @@ from flows.config.sections import (
     SelectionSettings,
     StatisticsSettings,
     TestSettings,
+    TrackingSettings,
 )
 from flows.config.yaml_file import Name, Settings, load_yaml, parent, resolve, said_in, validate
 from merging.checkpoints.validation import MAX_DISTANCE
@@ -113,6 +114,7 @@ class Campaign(Settings):
         description="How `mergequest train` fine-tunes members that are missing, and the baselines that are trained.",
     )
     engine: EngineSettings = Field(default_factory=EngineSettings, description=EngineSettings.__doc__)
+    tracking: TrackingSettings = Field(default_factory=TrackingSettings, description=TrackingSettings.__doc__)
     resources: ResourceSettings = Field(default_factory=ResourceSettings, description=ResourceSettings.__doc__)
     seed: int = Field(0, ge=0, lt=1 << 63, description="Of sampler, selection and sampled statistics.")
 
@@ -297,7 +299,7 @@ class Campaign(Settings):
     def lasting(self) -> dict[str, Any]:
         """The settings that make two runs the same campaign: everything but budget, resources and place."""
         settings = self.model_dump(
-            mode="json", exclude={"directory", "resources", "test", "files_from", "training", "baselines"}
+            mode="json", exclude={"directory", "resources", "test", "files_from", "tracking", "training", "baselines"}
         )
         for budget in BUDGETS:
             settings["search"].pop(budget)
@@ -325,6 +327,9 @@ def load_campaign(path: str, overrides: Sequence[str] = (), *, to_be_made: bool 
         settings["directory"] = resolve(campaign.directory or addresses.join("runs", campaign.name), root)
         resolve_pool(settings, root, to_be_made=to_be_made)
         settings["base_data"]["statistics"] = [resolve(file, root) for file in campaign.base_data.statistics]
+        for place in ("mlflow", "tensorboard"):
+            if settings["tracking"][place]:
+                settings["tracking"][place] = resolve(settings["tracking"][place], root)
         if settings["statistics"]["cache"]:
             settings["statistics"]["cache"] = resolve(settings["statistics"]["cache"], root)
         calibration = [member["calibration"] for member in settings["members"].values() if member["calibration"]]

@@ -12,6 +12,11 @@ def campaign_schema() -> dict[str, Any]:
     """The schema of what `load_campaign` reads, short forms included."""
     schema = Campaign.model_json_schema()
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "mergequest campaign"}
+    for model in (schema, *schema["$defs"].values()):
+        for name, part in model.get("properties", {}).items():
+            # a section that is left empty has its defaults
+            if "$ref" in part and name not in model.get("required", ()):
+                part["anyOf"] = [{"$ref": part.pop("$ref")}, {"type": "null"}]
     members = schema["properties"]["members"]
     members["patternProperties"] = {
         pattern: {"anyOf": [{"type": "string"}, member]} for pattern, member in members["patternProperties"].items()

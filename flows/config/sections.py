@@ -181,6 +181,24 @@ class DistilSettings(DistillationSettings):
     """A last step after the search, without labels: the members' outputs are distilled into all weights of the winner."""
 
 
+class TrackingSettings(Settings):
+    """A team's own trackers: they get every row of the ledger as it comes, and the winner's report and recipe at the end."""
+
+    mlflow: str | None = Field(
+        None, description="MLflow's tracking URI (`http://HOST:5000`), or a directory. Needs mergequest[mlflow]."
+    )
+    experiment: str | None = Field(None, description="MLflow's experiment; by default the campaign's name.")
+    wandb: str | None = Field(
+        None,
+        description="Weights & Biases' `PROJECT` or `ENTITY/PROJECT`; its key is WANDB_API_KEY's, and WANDB_MODE=offline "
+        "keeps the run in the directory. Needs mergequest[wandb].",
+    )
+    tensorboard: str | None = Field(
+        None,
+        description="Directory of TensorBoard's event files, one below it per campaign. Needs mergequest[tensorboard].",
+    )
+
+
 class TestSettings(Settings):
     """The last measurement, read once."""
 

@@ -40,6 +40,21 @@ class Settings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
+    def _empty_sections(cls, value: Any) -> Any:
+        """A section all of whose settings are left out is null in YAML, and has its defaults."""
+        if not isinstance(value, dict):
+            return value
+        sections = {
+            name
+            for name, field in cls.model_fields.items()
+            if isinstance(field.annotation, type)
+            and issubclass(field.annotation, BaseModel)
+            and not field.is_required()
+        }
+        return {name: {} if given is None and name in sections else given for name, given in value.items()}
+
+    @model_validator(mode="before")
+    @classmethod
     def _numbers_are_numbers(cls, value: Any) -> Any:
         """YAML's `yes` would pass as 1, and an integer may have any number of digits."""
         for name, given in value.items() if isinstance(value, dict) else ():

@@ -106,7 +106,8 @@ def test_settings_of_the_command_line_stand_in_the_file_s_place(campaign_file):
         ("search.candidates={", "is not valid YAML"),
         ("name.more=1", "'name' is 'tiny' there, and has no keys"),
         ("tasks.v1.5.evaluator.x=1", "'tasks.v1.5.evaluator' is 'a:b' there"),
-        ("search.storage=postgresql://user:secret@host/db", "the study is made of the ledger"),
+        ("search.storage=postgresql://user:secret@host/db", "password"),
+        ("search.storage=sqlite:///study.db", "the study is made of the ledger"),
     ):
         output, status = mergequest("check", file, "--set", assignment)
         assert (status, said in " ".join(output.split())) == (2, True), output
