@@ -38,7 +38,7 @@ from search.budget import Budget, Ending
 from search.candidate import Candidate, Provenance
 from search.constraints import make_constraints
 from search.in_flight import measure
-from search.ledger.distinct import distinct
+from search.ledger.distinct import apart, distinct
 from search.ledger.ledger import Ledger
 from search.ledger.row import Row
 from search.loop import search
@@ -358,7 +358,7 @@ def _test(opened: OpenCampaign, directory: Directory, executor: RayExecutor, led
     average = plain_average(ledger.rows())
     chosen += [average.recipe] if average else []
     chosen += [row.recipe for row in {row.method: row for row in reversed(ranked)}.values()]
-    chosen += [row.recipe for row in ranked[: opened.campaign.test.top]]
+    chosen += [row.recipe for row in apart(ranked)[: opened.campaign.test.top]]
     candidates = [Candidate(recipe, "test", "final") for recipe in chosen]
     with (
         display.phase(f"Test: {len({recipe.identity for recipe in chosen})} models, once"),

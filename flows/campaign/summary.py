@@ -131,6 +131,7 @@ def facts(directory: Directory, campaign: Campaign, rows: Sequence[Row] = ()) ->
             name: f"{task.kind}, {metrics.get(name, task.judged_by)}".replace("_", " ")
             for name, task in campaign.tasks.items()
         },
+        similarity=_similarity(campaign),
         scales=scales_of(campaign.tasks),
         phases=directory.read_timings(),
         commands=[
@@ -142,3 +143,12 @@ def facts(directory: Directory, campaign: Campaign, rows: Sequence[Row] = ()) ->
         versions=versions(),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
+
+
+def _similarity(campaign: Campaign) -> str:
+    """What the S of a campaign's selection compares."""
+    settings = campaign.selection
+    if settings.similarity == "task-vector":
+        return "the cosine between their task vectors"
+    centred = " after the members' mean is taken away" if settings.centered else ""
+    return f"the mean cosine between their representations of the same {settings.examples} examples{centred}"

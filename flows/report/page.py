@@ -18,13 +18,15 @@ from flows.report.scales import Scales, percent
 from flows.report.table import TableRow
 from flows.report.test_answers import Values
 from search.candidate import ANCHORS, searched_split
-from search.ledger.distinct import distinct
+from search.ledger.distinct import apart
 from search.ledger.row import Row
 from search.objective import best
 from search.subsets.choose_subsets import Selection
 
 TOP = 10
 """Candidates that are shown one by one."""
+MANY = 10
+"""With more tasks than this, a task's cell shows its standard error only under the pointer."""
 
 
 class Facts(TypedDict, total=False):
@@ -36,6 +38,7 @@ class Facts(TypedDict, total=False):
         base: Path of the base checkpoint.
         members: Member → path of its checkpoint.
         tasks: Task → a few words on it (kind, metric, numbers of examples).
+        similarity: What the selection's S compares, in words.
         scales: How scores are shown.
         phases: Phase of the campaign → seconds of wall time.
         commands: Command lines that reproduce the campaign.
@@ -50,6 +53,7 @@ class Facts(TypedDict, total=False):
     base: str
     members: Mapping[str, str]
     tasks: Mapping[str, str]
+    similarity: str
     scales: Scales
     phases: Mapping[str, float]
     commands: Sequence[str]
@@ -65,6 +69,7 @@ NO_FACTS: Facts = {
     "base": "",
     "members": {},
     "tasks": {},
+    "similarity": "",
     "scales": Scales(),
     "phases": {},
     "commands": (),
@@ -96,7 +101,8 @@ def render(
     looks = figures.Palette(rows, given["scales"])
     lines = table.results_table(rows, tasks, given["scales"])
     compared = significance.compare(lines, outcomes)
-    ranked = distinct(best(rows, len(rows)))
+    ranked = best(rows, len(rows))
+    pool = given["members"] or {member for row in rows for member in row.members}
     estimated = {row.candidate: row for row in best(rows, len(rows), ANCHORS)}
     plots = {
         "beside": figures.beside(compared, looks),
@@ -114,8 +120,12 @@ def render(
     page: str = _template().render(
         facts=given,
         tasks=tasks,
-        lines=lines,
+        lines=_winner_first(lines),
         columns=table.columns(lines),
+        keys=table.keys(lines),
+        many=len(tasks) > MANY,
+        subset=lambda members: table.subset(members, pool),
+        behind={entry.line.row.candidate: significance.in_words(entry.behind) for entry in compared},
         caption=table.caption(lines),
         warning=table.warning(lines),
         objective_percent=percent(table.objective_scale([*ranked, *estimated.values()], looks.scales)),
@@ -131,7 +141,7 @@ def render(
         counts=_counts(rows),
         winner=ranked[0] if ranked else None,
         recipe=given["recipe"] or (_recipe(ranked[0], given) if ranked else ""),
-        top=(ranked or distinct(estimated.values()))[:TOP],
+        top=apart(ranked or estimated.values())[:TOP],
         estimated=estimated,
         objective_of=lambda row: table.objective_of(row, looks.scales),
         line_of={line.row.candidate: line for line in lines},
@@ -161,6 +171,13 @@ def _as_script(value: Any) -> str:
     """JSON that cannot end the script element it stands in."""
     text = json.dumps(value, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _winner_first(lines: Sequence[TableRow]) -> list[TableRow]:
+    """The table's lines from the winner down to members and base."""
+    merges = [line for line in lines if line.kind not in ("member", "base")]
+    sources = {kind: [line for line in lines if line.kind == kind] for kind in ("member", "base")}
+    return [*merges[::-1], *sources["member"], *sources["base"]]
 
 
 def _headline(lines: Sequence[TableRow]) -> dict[str, TableRow]:

@@ -1,6 +1,6 @@
 """The results table: what every reader asks first, for the terminal, the report and the model card alike."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isclose, isfinite, sqrt
 from typing import Literal, TypeAlias
@@ -12,7 +12,7 @@ from rich.text import Text
 
 from flows.report.scales import Scales, digits, percent
 from merging.recipe import REFERENCE_BASE, REFERENCE_MEMBER, REFERENCES
-from search.ledger.distinct import distinct, weights_of
+from search.ledger.distinct import apart, distinct, weights_of
 from search.ledger.row import Row
 from search.objective import best
 
@@ -113,6 +113,8 @@ def in_words(method: str) -> str:
 def results_table(rows: Sequence[Row], tasks: Sequence[str], scales: Scales | None = None) -> list[TableRow]:
     """The table of base, members, plain average, best of each method, runners-up on test, and the winner.
 
+    Runners-up differ from those before them by more than the scores' errors, see `search.ledger.distinct.apart`.
+
     A merge has one line, though it was found twice: the plain average that is the best of its method is only the plain
     average, and the best of the winner's method is the winner, which comes last.
 
@@ -147,7 +149,7 @@ def results_table(rows: Sequence[Row], tasks: Sequence[str], scales: Scales | No
     for row in sorted(best_of.values(), key=lambda row: row.objective or 0.0):
         if weights_of(row) != winner:
             add(f"best {in_words(row.method)}", "method", row)
-    for place, row in reversed(list(enumerate(ranked[1:], start=2))):
+    for place, row in reversed(list(enumerate(apart(ranked)[1:], start=2))):
         if row.candidate in measured:
             add(f"runner-up {place}: {in_words(row.method)}", "runner-up", row)
     if ranked:
@@ -229,10 +231,20 @@ def shown(line: TableRow, column: str, *, exact: bool = True) -> str:
     return text(line.cell(column), exact=exact) + name
 
 
-def columns(table: Sequence[TableRow]) -> list[str]:
-    """Names of the table's columns after the label: tasks, means, worst task, validation mean."""
+def keys(table: Sequence[TableRow]) -> list[str]:
+    """The columns that are read first: means, worst task, validation mean."""
     unseen = [UNSEEN] if any(line.unseen is not None for line in table) else []
-    return [*(table[0].scores if table else ()), MEAN, *unseen, WORST, VALIDATION]
+    return [MEAN, *unseen, WORST, VALIDATION]
+
+
+def columns(table: Sequence[TableRow]) -> list[str]:
+    """Names of the table's columns after the label: those of `keys`, then the tasks."""
+    return [*keys(table), *(table[0].scores if table else ())]
+
+
+def subset(members: Sequence[str], pool: Collection[str]) -> str:
+    """A subset of members as it is read: `all 7` where it is the whole pool."""
+    return f"all {len(members)}" if len(members) > 1 and set(members) == set(pool) else ", ".join(members)
 
 
 def caption(table: Sequence[TableRow]) -> str:
@@ -283,7 +295,7 @@ def as_rich(table: Sequence[TableRow], width: int | None = None) -> RichTable:
         width: Characters that there are; where they do not hold everything, tasks go without standard errors, then they
             are left out.
     """
-    whole, brief = columns(table), [MEAN, WORST, VALIDATION]
+    whole, brief = columns(table), keys(table)
     fullest = _as_rich(table, whole, exact=whole)
     if width is None or _width(fullest) <= width:
         return fullest

@@ -25,6 +25,35 @@ def distinct(rows: Iterable[Row]) -> list[Row]:
     return list(kept.values())
 
 
+def apart(rows: Iterable[Row]) -> list[Row]:
+    """Rows without those that the data cannot tell from an earlier one, as `distinct`, and nearly the same besides.
+
+    Such twins have the same method and members, and on every task a score within the larger of the two standard errors: a
+    sampler's next step, not another merge to look at. Scores without a standard error are apart unless they are equal.
+
+    Args:
+        rows: Of one split, the one to keep before those to drop.
+    """
+    kept: list[Row] = []
+    alike: dict[object, list[Row]] = {}
+    for row in distinct(rows):
+        earlier = alike.setdefault((row.method, row.members), [])
+        if not any(_within_error(row, other) for other in earlier):
+            earlier.append(row)
+            kept.append(row)
+    return kept
+
+
+def _within_error(one: Row, other: Row) -> bool:
+    if not one.scores or one.scores.keys() != other.scores.keys():
+        return False
+    errors = {task: [row.standard_errors.get(task, 0.0) for row in (one, other)] for task in one.scores}
+    return all(
+        abs(one.scores[task] - other.scores[task]) <= max((error for error in own if math.isfinite(error)), default=0.0)
+        for task, own in errors.items()
+    )
+
+
 def weights_of(row: Row) -> object:
     """A key that is equal for rows whose merged weights are the same, see `distinct`."""
     losses = rounded(row.losses)

@@ -29,11 +29,12 @@ START = datetime(2026, 1, 5, 12, tzinfo=UTC)
 class LedgerMaker:
     """Plausible rows without running anything: equal arguments give equal rows."""
 
-    tasks = TASKS
+    def __init__(self, tasks=TASKS):
+        self.tasks = tasks
 
     def row(self, method, scaling, score, *, origin="search", split="validation", at=0, worker=0, **changes):
         generator = np.random.default_rng(at)
-        scores = {task: float(np.clip(score + 0.03 * generator.normal(), 0, 1)) for task in TASKS}
+        scores = {task: float(np.clip(score + 0.03 * generator.normal(), 0, 1)) for task in self.tasks}
         parameters = changes.pop("parameters", {})
         seconds = 3.0 + generator.exponential(0.6)
         started = START + timedelta(seconds=3.9 * (at // 2))
@@ -50,7 +51,7 @@ class LedgerMaker:
                 "parameters": parameters,
                 "objective": sum(scores.values()) / len(scores) if origin in ("anchor", "search") else None,
                 "scores": scores,
-                "standard_errors": dict.fromkeys(TASKS, 0.012),
+                "standard_errors": dict.fromkeys(self.tasks, 0.012),
                 "merge_seconds": 0.05 + generator.exponential(0.03),
                 "evaluate_seconds": seconds,
                 "started": started,
@@ -62,7 +63,7 @@ class LedgerMaker:
 
     def references(self, split="validation", origin="reference"):
         members = [
-            self.row("member", {task: 1.0}, 0.55, split=split, origin=origin, at=i) for i, task in enumerate(TASKS)
+            self.row("member", {task: 1.0}, 0.55, split=split, origin=origin, at=i) for i, task in enumerate(self.tasks)
         ]
         return [self.row("base", {}, 0.41, split=split, origin=origin, at=9), *members]
 
@@ -72,8 +73,8 @@ class LedgerMaker:
         for at in range(count):
             anchor = at < len(methods)
             method = methods[at % len(methods)]
-            size = len(TASKS) if anchor else int(generator.integers(2, len(TASKS) + 1))
-            names = sorted(generator.choice(TASKS, size, replace=False).tolist())
+            size = len(self.tasks) if anchor else int(generator.integers(2, len(self.tasks) + 1))
+            names = sorted(generator.choice(self.tasks, size, replace=False).tolist())
             scaling = {name: 1.0 if anchor else float(generator.uniform(0, 1.5)) for name in names}
             score = HEIGHT[method] + 0.03 * size / 4 - 0.08 * sum((a - 0.9) ** 2 for a in scaling.values()) / size
             name, default = PARAMETER.get(method, (None, 0))
@@ -86,7 +87,7 @@ class LedgerMaker:
     def failed(self, error, at=50, method="ties"):
         return self.row(
             method,
-            {"nyt": 0.1 + at},
+            {self.tasks[-2]: 0.1 + at},
             0,
             at=at,
             status="failed",
@@ -98,7 +99,7 @@ class LedgerMaker:
 
     def final(self, row, at):
         return self.row(
-            row.method, dict(row.scaling), sum(row.scores.values()) / 4 - 0.01, origin="final", split="test",
+            row.method, dict(row.scaling), sum(row.scores.values()) / len(self.tasks) - 0.01, origin="final", split="test",
             at=at, parameters=dict(row.parameters),
         )  # fmt: skip
 
@@ -115,11 +116,17 @@ class LedgerMaker:
 
     def selection(self):
         shared = np.random.default_rng(0).normal(size=(30, 8))
-        rows = {task: shared + 0.8 * np.random.default_rng(i).normal(size=(30, 8)) for i, task in enumerate(TASKS)}
-        q = {"movie": 0.42, "amazon": 0.31, "nyt": 0.24, "tweets": 0.55}
-        return select(TASKS, "dpp-map", quality=q, similarity=dpp_kernel.similarity_from_representations(rows))
+        rows = {task: shared + 0.8 * np.random.default_rng(i).normal(size=(30, 8)) for i, task in enumerate(self.tasks)}
+        q = dict(zip(self.tasks, [0.42, 0.31, 0.24, 0.55] * len(self.tasks), strict=False))
+        return select(self.tasks, "dpp-map", quality=q, similarity=dpp_kernel.similarity_from_representations(rows))
 
 
 @pytest.fixture(scope="session")
 def make():
     return LedgerMaker()
+
+
+@pytest.fixture(scope="session")
+def make_of():
+    """Ledgers of so many members and tasks."""
+    return lambda count: LedgerMaker(tuple(f"task-{number:02d}" for number in range(count)))

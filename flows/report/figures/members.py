@@ -11,7 +11,7 @@ from flows.report.figures.style import NEUTRAL, SCALE, STRONG, Palette, finish, 
 from flows.report.scales import digits
 from flows.report.table import in_words, plain_average
 from search.candidate import searched_split
-from search.ledger.distinct import distinct
+from search.ledger.distinct import apart
 from search.ledger.row import Row
 from search.objective import best
 from search.subsets.choose_subsets import Selection
@@ -40,13 +40,18 @@ def share(rows: Sequence[Row]) -> Any:
         )
     figure = finish(
         figure,
-        90 + 40 * len(members),
+        90 + _height(len(members)) * len(members),
         xaxis={"title": "share of candidates that it takes part in", "tickformat": ".0%", "range": [0, 1.02]},
         barmode="group",
         bargap=0.3,
     )
     figure.update_layout(legend={"traceorder": "reversed"})
     return figure
+
+
+def _height(members: int) -> int:
+    """Pixels of a member's line: less where there are many."""
+    return max(22, min(40, 720 // max(1, members)))
 
 
 def similarity(selection: Selection | None) -> Any:
@@ -92,12 +97,12 @@ def similarity(selection: Selection | None) -> Any:
     figure.update_yaxes(showgrid=False)
     figure.update_xaxes(title="similarity S", showgrid=False, row=1, col=1)
     figure.update_xaxes(title="quality q", rangemode="tozero", row=1, col=2)
-    return finish(figure, 150 + 38 * len(names), showlegend=False, bargap=0.35)
+    return finish(figure, 150 + _height(len(names)) * len(names), showlegend=False, bargap=0.35)
 
 
 def profile(rows: Sequence[Row], tasks: Sequence[str], looks: Palette, top: int = 10) -> Any:
     """Validation scores of the best candidates, task by task, coloured by the gain over the plain average."""
-    shown = distinct(best(rows, len(rows)))[:top]
+    shown = apart(best(rows, len(rows)))[:top]
     if not shown or not tasks:
         return None
     average = plain_average(rows)

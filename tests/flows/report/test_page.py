@@ -3,13 +3,17 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from flows.report.figures import Palette, history
 from flows.report.page import render
+from flows.report.table import subset
+from search.ledger.distinct import apart
 from search.subsets.choose_subsets import select
 
 SECTIONS = (
@@ -129,25 +133,61 @@ def test_the_table_shows_the_numbers_of_the_ledger(make):
     rows = make.full(48)
     page = Page(render(rows, tasks=make.tasks))
     head, *lines = page.results
-    assert head == ["model", *make.tasks, "mean", "worst task", "validation mean"]
+    assert head == ["model", "mean", "worst task", "validation mean", "winner − this", *make.tasks]
     best = max((row for row in rows if row.objective is not None), key=lambda row: row.objective)
     test = next(row for row in rows if row.split == "test" and row.candidate == best.candidate)
-    label, *cells = lines[-1]
+    label, *cells = lines[0]
     assert label.startswith("winner: ")
-    for task, cell in zip(make.tasks, cells, strict=False):
-        assert cell.startswith(f"{100 * test.scores[task]:.1f} ± 1.2")
-    assert cells[4].startswith(f"{100 * sum(test.scores.values()) / 4:.1f} ± 0.6")
+    assert cells[0].startswith(f"{100 * sum(test.scores.values()) / 4:.1f} ± 0.6")
     worst = min(test.scores, key=test.scores.__getitem__)
-    assert cells[5].startswith(f"{100 * test.scores[worst]:.1f} ± 1.2{worst}")
-    assert cells[6].startswith(f"{100 * sum(best.scores.values()) / 4:.1f} ± 0.6")
+    assert cells[1].startswith(f"{100 * test.scores[worst]:.1f} ± 1.2{worst}")
+    assert cells[2].startswith(f"{100 * sum(best.scores.values()) / 4:.1f} ± 0.6")
+    assert cells[3].strip() == "–"
+    for task, cell in zip(make.tasks, cells[4:], strict=True):
+        assert cell.startswith(f"{100 * test.scores[task]:.1f} ± 1.2")
     base = next(row for row in rows if row.method == "base" and row.split == "test")
-    assert lines[0][0] == "base"
-    assert lines[0][1].startswith(f"{100 * base.scores['movie']:.1f}")
-    for column in range(1, 7):
+    assert [line[0] for line in lines[-5:]] == [*(f"member {task}" for task in make.tasks), "base"]
+    assert lines[-1][5].startswith(f"{100 * base.scores['movie']:.1f}")
+    for column in (1, 2, 5, 6, 7, 8):
         values = [float(line[column].split()[0]) for line in lines]
         marked = [value for value, line in zip(values, lines, strict=True) if "(best)" in line[column]]
         assert marked
         assert set(marked) == {max(values)}
+
+
+def test_a_subset_that_is_the_whole_pool_is_said_so(make_of):
+    make = make_of(7)
+    page = Page(render(make.full(48), tasks=make.tasks))
+    text = page.sections["results"]
+    assert "all 7" in text
+    assert ", ".join(make.tasks) not in text + page.sections["candidates"]
+    assert subset(["a"], ["a"]) == "a"
+    assert subset(["b", "a"], ["a", "b"]) == "all 2"
+    assert subset(["a", "b"], ["a", "b", "c"]) == "a, b"
+
+
+def test_runners_up_are_no_twins_of_the_winner(make):
+    """Steps of a sampler about one merge, each within its error, are one merge to the reader."""
+    everyone, few = dict.fromkeys(make.tasks, 1.0), dict.fromkeys(make.tasks[:2], 1.0)
+    scores = {"winner": 0.7, "twin": 0.695, "other members": 0.69, "apart": 0.67, "twin of that": 0.665}
+    rows = [
+        make.row(
+            "ties",
+            {name: factor + 0.01 * at for name, factor in (few if label == "other members" else everyone).items()},
+            0.5,
+            at=at,
+            trial=at,
+            scores=dict.fromkeys(make.tasks, score),
+            objective=score,
+        )
+        for at, (label, score) in enumerate(scores.items())
+    ]
+    assert apart(rows) == [rows[0], rows[2], rows[3]]
+    tested = [replace(row, split="test", origin="final", objective=None) for row in rows]
+    labels = [line[0] for line in Page(render([*rows, *tested], tasks=make.tasks)).results[1:]]
+    assert [label.partition(":")[0] for label in labels] == ["winner", "runner-up 2", "runner-up 3"]
+    blank = [replace(row, standard_errors={}) for row in rows]
+    assert apart(blank) == blank
 
 
 def test_the_winner_is_shown_beside_what_nothing_chose(make):
@@ -312,30 +352,78 @@ def test_similarity_shows_every_pair_and_quality(make):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize("which", ["full", "one method", "empty"])
-def test_a_browser_draws_it_without_network_or_complaint(make, tmp_path, which):
-    html = render(of_a_ledger(make, which), tasks=make.tasks, selection=make.selection())
-    (tmp_path / "report.html").write_text(html)
+def browse(page, place, *options):
+    """Opens a page in a real browser; returns what Chromium wrote."""
+    (place / "report.html").write_text(page)
     quiet = ("quic", "background-networking", "component-update", "sync", "gpu", "extensions")
-    done = subprocess.run(
+    return subprocess.run(
         [
             CHROMIUM,
             "--headless",
             "--no-sandbox",
             "--no-first-run",
             *(f"--disable-{what}" for what in quiet),
-            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--user-data-dir={place / 'profile'}",
             "--virtual-time-budget=10000",
             "--enable-logging=stderr",
-            "--dump-dom",
-            f"file://{tmp_path / 'report.html'}",
+            *options,
+            f"file://{place / 'report.html'}",
         ],
         capture_output=True,
         text=True,
         timeout=120,
         check=True,
     )
+
+
+MEASURE = """<script>
+const scroll = document.querySelector(".results"), box = scroll.getBoundingClientRect(), keys = [];
+scroll.scrollLeft = scroll.scrollWidth;
+for (const cell of scroll.querySelectorAll("thead th")) {
+  const own = cell.getBoundingClientRect();
+  keys.push({text: cell.textContent, left: own.left - box.left, right: own.right - box.left});
+}
+const overflow = [...scroll.querySelectorAll("td.key, th.key")].filter((cell) => cell.scrollWidth > cell.clientWidth + 1);
+document.title = JSON.stringify({width: box.width, page: document.documentElement.scrollWidth, keys: keys,
+  overflow: overflow.map((cell) => cell.textContent), scrolled: scroll.scrollLeft});
+</script></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("count", [3, pytest.param(7, marks=pytest.mark.slow), 30])
+def test_what_matters_of_the_results_stays_in_sight(make_of, tmp_path, count):
+    """Scrolled to the last task, the columns that are read first are where they were, and nothing lies over another."""
+    make = make_of(count)
+    html = render(make.full(24), tasks=make.tasks, selection=make.selection())
+    shot = tmp_path / "report.png"
+    done = browse(
+        html.replace("</body>", MEASURE), tmp_path, "--window-size=1200,1600", "--dump-dom", f"--screenshot={shot}"
+    )
+    seen = json.loads(unescape(re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)[1]))
+    keys = {cell["text"]: cell for cell in seen["keys"]}
+    first = ["model", "mean", "worst task", "validation mean", "winner − this"]
+    assert [cell["text"] for cell in seen["keys"]][:5] == first
+    assert seen["page"] <= 1200, "the page itself does not scroll sideways"
+    assert seen["overflow"] == []
+    edges = [edge for name in first for edge in (keys[name]["left"], keys[name]["right"])]
+    assert edges == pytest.approx(sorted(edges))
+    assert 0 <= edges[0] <= 2
+    assert edges[-1] < seen["width"] * 0.65, "tasks have their share of the width"
+    last = keys[make.tasks[-1]]
+    assert last["right"] <= seen["width"] + 2
+    assert last["left"] >= edges[-1] - 1
+    assert (seen["scrolled"] > 0) == (count > 5)
+    assert shot.exists()
+    picture = np.asarray(Image.open(shot).convert("L"))
+    assert picture.shape == (1600, 1200)
+    assert picture[:, 300:900].std(axis=1).max() > 10, "there is something to see"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("which", ["full", "one method", "empty"])
+def test_a_browser_draws_it_without_network_or_complaint(make, tmp_path, which):
+    html = render(of_a_ledger(make, which), tasks=make.tasks, selection=make.selection())
+    done = browse(html, tmp_path, "--dump-dom")
     # The page's own policy forbids every request: an attempt would be a complaint on the console.
     assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
     body = re.sub(r"<script.*?</script>", "", done.stdout, flags=re.DOTALL)

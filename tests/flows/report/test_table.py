@@ -182,7 +182,7 @@ def test_a_score_that_is_missing_leaves_the_mean_open(make):
 def test_markdown_is_a_table_with_the_best_in_bold(make, rows):
     lines = results_table(rows, make.tasks)
     text = as_markdown(lines).splitlines()
-    assert text[0] == "| model | movie | amazon | nyt | tweets | mean | worst task | validation mean |"
+    assert text[0] == "| model | mean | worst task | validation mean | movie | amazon | nyt | tweets |"
     assert text[1].count("--:") == 7
     assert text[1 + len(lines)].startswith("| winner: ")
     mean = next(line for line in lines if table.MEAN in line.best).mean
