@@ -211,7 +211,7 @@ def test_the_terminal_shows_every_line_and_takes_no_markup_from_names(make):
 def test_unseen_tasks_have_a_mean_of_their_own(make, rows):
     unseen, seen = make.tasks[0], make.tasks[1:]
     lines = results_table(rows, make.tasks, Scales(unseen=frozenset([unseen])))
-    assert table.columns(lines) == [*make.tasks, "mean", "unseen mean", "worst task", "validation mean"]
+    assert table.columns(lines) == ["mean", "unseen mean", "worst task", "validation mean", *make.tasks]
     for line in lines:
         if line.mean is not None:
             assert line.mean.value == pytest.approx(sum(line.scores[task].value for task in seen) / len(seen))
