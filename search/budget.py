@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Literal
 
 from search.ledger.row import Row
@@ -30,8 +31,9 @@ class Budget:
         examples: After so many evaluated examples, all tasks together, nothing new is proposed.
         gpu_hours: After so many GPU hours of its candidates nothing new is proposed.
         cpu_hours: The same of CPUs.
-        patience: So many candidates in a row that did not improve the best are a plateau.
-        min_delta: By how much more than the best so far an improvement must be, in any of the objectives.
+        patience: So many proposals in a row that did not improve the best are a plateau; baselines do not count.
+        min_delta: By how much more than the best so far a proposal must be to improve it, in any of the objectives; what says
+            it when the first proposal is there, once.
         identical_errors: So many equal errors in a row are no accident.
         retries: How often a candidate is put back after its worker was lost.
         duplicates: After so many proposals in a row that are known already, the space counts as exhausted.
@@ -43,7 +45,7 @@ class Budget:
     gpu_hours: float | None = None
     cpu_hours: float | None = None
     patience: int | None = None
-    min_delta: float = 0.0
+    min_delta: float | Callable[[], float] = 0.0
     identical_errors: int = 5
     retries: int = 3
     duplicates: int = 100
@@ -169,13 +171,19 @@ class Tally:
             self._hours[kind] += hours
             self._longest[kind] = max(self._longest[kind], hours)
         self.best = next(iter(best([self.best, row] if self.best else [row], split=self._split)), None)
-        self._since += 1
+        is_proposal = row.origin != "anchor"
+        self._since = self._since + 1 if is_proposal else 0
         if row.objective is None or violation(row) > 0:
             return
         here, marks = point(row), self._marks or (float("-inf"),) * len(point(row))
-        if any(value > mark + self._budget.min_delta for value, mark in zip(here, marks, strict=True)):
+        least = self._min_delta if is_proposal else 0.0
+        if any(value > mark + least for value, mark in zip(here, marks, strict=True)):
             self._since = 0
             self._marks = tuple(
-                value if value > mark + self._budget.min_delta else mark
-                for value, mark in zip(here, marks, strict=True)
+                value if value > mark + least else mark for value, mark in zip(here, marks, strict=True)
             )
+
+    @cached_property
+    def _min_delta(self) -> float:
+        given = self._budget.min_delta
+        return given() if callable(given) else given

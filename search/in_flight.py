@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from merging.errors import ClusterError
@@ -132,10 +132,11 @@ def measure(
     provenance: Provenance,
     retries: int = 3,
     steering: Steering | None = None,
+    describe: Callable[[Recipe], Mapping[str, float]] = lambda recipe: {},
 ) -> list[Row]:
     """Measures candidates that no sampler proposed (references, winners on test) and records them.
 
-    What the ledger has already is not measured again.
+    What the ledger has already is not measured again. `describe` gives further `proxies` of a recipe's row.
 
     Returns:
         The row of every candidate, failed ones included, in the order given.
@@ -152,7 +153,8 @@ def measure(
         while queue and in_flight.has_room:
             in_flight.submit(queue.popleft())
         for outcome in in_flight.wait():
-            ledger.append(to_row(outcome, objective, provenance))
+            row = to_row(outcome, objective, provenance)
+            ledger.append(replace(row, proxies={**row.proxies, **describe(row.recipe)}))
     rows = {(row.candidate, row.split): row for row in ledger.rows()}
     if steering is not None and not missing.keys() <= rows.keys():
         steering.stop_here()

@@ -25,6 +25,7 @@ import torch
 import yaml
 from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast
 
+METHODS = ["average", "task_arithmetic", "ties", "fisher", "gradient_matching", "regmean"]
 WORDS = tuple("good bad great awful fine poor film book story plot music actor very not really so the a was is".split())  # noqa: SIM905
 
 
@@ -134,7 +135,9 @@ def tiny_campaign(tmp_path_factory: pytest.TempPathFactory, tiny_pool, write_tex
         },
         # random models: their gain over the base is noise, and may be nowhere
         "selection": {"quality": "equal"},
-        "search": {"candidates": 14},
+        # no default that follows the pool: tests of these say so
+        "search": {"candidates": 14, "methods": METHODS, "pruning": "none", "patience": None},
+        "distil": False,
     }
 
 
@@ -145,7 +148,7 @@ def campaign_file(tiny_campaign, tmp_path) -> Callable[..., Path]:
     def write(**changes: Any) -> Path:
         settings = copy.deepcopy(tiny_campaign)
         for key, value in changes.items():
-            settings[key] = settings.get(key, {}) | value if isinstance(value, dict) else value
+            settings[key] = (settings.get(key) or {}) | value if isinstance(value, dict) else value
         path = tmp_path / "campaign.yaml"
         path.write_text(yaml.safe_dump(settings))
         return path

@@ -3,56 +3,62 @@
 from collections.abc import Mapping
 
 from flows.campaign.open_campaign import OpenCampaign
+from flows.config.sections import DistilSettings
 from flows.directory.progress import Display
 from merging.io import addresses, hashing, storage
 from merging.mergers.material import subset_fingerprint
 from merging.methods import METHODS
 from merging.recipe import Recipe
-from ray_tasks.connect import connect
-from ray_tasks.jobs import gradients
-from ray_tasks.jobs.parallel import each
+from merging.statistics import StatisticsFile
+from ray_tasks.connect import connect, gpus_each
+from ray_tasks.jobs import distillation as jobs
+from ray_tasks.jobs.distillation import DistillationJob
 
 Files = Mapping[str, tuple[str, ...]]
 
 
 def distil(
-    opened: OpenCampaign, statistics: Files, start: Recipe, cache: str, display: Display
-) -> tuple[Recipe, Files]:
-    """Distils into a recipe's merge, unless that was done.
+    opened: OpenCampaign, statistics: Files, start: Recipe, settings: DistilSettings, cache: str, display: Display
+) -> tuple[Recipe, Files, dict[str, float]]:
+    """Distils into a recipe's merge, unless that was done; a run that was killed goes on where it was.
 
     Args:
         opened: The campaign.
         statistics: Member → statistics files.
         start: The merge to start from.
+        settings: What to do.
         cache: Directory of computed statistics.
         display: Shows progress.
 
     Returns:
-        The recipe of the result, and the statistics files with that of its weights.
+        The recipe of the result, whose members are those that it was merged from or that it learnt from; the statistics files
+        with that of its weights; and what there is to note of its making in the ledger (`distil:steps` …).
     """
-    settings = opened.campaign.distil
-    assert settings is not None
     data = {name: task.data_fingerprint("train") for name, task in opened.sources.items() if task.size("train")}
-    key = {"statistic": "distilled", "version": 2, "start": start.as_dict(), **settings.model_dump(mode="json")}
-    checkpoint = subset_fingerprint(opened.pool, start.members)
+    key = {"statistic": "distilled", "version": 3, "start": start.as_dict(), **settings.model_dump(mode="json")}
+    teachers = {owner for name, (_, owner) in opened.campaign.sources().items() if opened.sources[name].has_logits}
+    members = sorted({*start.members, *teachers})
+    checkpoint = subset_fingerprint(opened.pool, members)
     path = addresses.join(
         cache,
         f"pool.distilled.{hashing.fingerprint([checkpoint, opened.pool.configurations(), data, key])}.safetensors",
     )
     if not storage.exists(path):
-        call = (opened.setup(statistics), start, settings, key, path, checkpoint, hashing.fingerprint(data))
+        job = DistillationJob(
+            opened.setup(statistics), start, settings, key, path, checkpoint, hashing.fingerprint(data)
+        )
+        resources = opened.campaign.resources
         with connect(), display.bar("percent of the distillation", 100) as bar:
-            list(
-                each(
-                    gradients.distil,
-                    {"winner": call},
-                    cpus=opened.campaign.resources.threads,
-                    retries=opened.campaign.resources.retries,
-                    progress=lambda share: bar.reach(int(100 * share)),
-                )
+            jobs.distil(
+                job,
+                threads=resources.threads,
+                gpus=gpus_each(resources.gpus),
+                retries=resources.retries,
+                progress=lambda share: bar.reach(int(100 * share)),
             )
-    subset = "+".join(start.members)
-    made = METHODS["distilled"].complete(
-        Recipe("distilled", dict.fromkeys(start.members, 1.0), {"start": start.identity})
-    )
-    return made, {**statistics, subset: (*statistics.get(subset, ()), path)}
+    subset = "+".join(members)
+    made = METHODS["distilled"].complete(Recipe("distilled", dict.fromkeys(members, 1.0), {"start": start.identity}))
+    file = StatisticsFile.open(path)
+    notes = {f"distil:{name}": float(file.settings[name]) for name in ("steps", "best") if name in file.settings}
+    notes["distil:examples"] = float(file.examples)
+    return made, {**statistics, subset: (*statistics.get(subset, ()), path)}, notes

@@ -33,8 +33,9 @@ def make_planner(opened: OpenCampaign, objective: Objective, directory: Director
     settings = opened.campaign.search
     if settings.anchor_examples:
         return Anchors.read(_anchors_file(directory))
-    step = settings.examples_per_step or ceil(_largest(opened) / STEPS.get(settings.pruning, 1))
-    return make_pruning(settings.pruning, objective, max(1, step), ledger.rows(), directory / "pruning")
+    policy = settings.pruning or "none"
+    step = settings.examples_per_step or ceil(_largest(opened) / STEPS.get(policy, 1))
+    return make_pruning(policy, objective, max(1, step), ledger.rows(), directory / "pruning")
 
 
 @contextmanager

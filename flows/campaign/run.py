@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from flows.campaign.baselines import measure_baselines, require_baselines
 from flows.campaign.distil import Files, distil
@@ -12,26 +13,30 @@ from flows.campaign.export import export
 from flows.campaign.needed_statistics import cache_of, joined, member_statistics, require_sources, solutions
 from flows.campaign.open_campaign import OpenCampaign, open_campaign
 from flows.campaign.selection import prepare_selection, require_kernel, select_subsets
-from flows.campaign.stages import divides_by_unknown, require_stages
+from flows.campaign.stages import distillation, divides_by_unknown, require_stages
 from flows.campaign.starts import starts
 from flows.campaign.summary import summary, tables_as_markdown, write_report
 from flows.campaign.tracking import require_trackers, tracked
 from flows.campaign.weight_checks import keep
 from flows.config.campaign_file import Campaign
+from flows.config.search_settings import WITH_DATA
+from flows.config.sections import DistilSettings
 from flows.config.yaml_file import require_writable
 from flows.directory.campaign_directory import Directory
 from flows.directory.heartbeat import heartbeat
 from flows.directory.progress import Display
 from flows.directory.search_progress import ProgressDisplay
 from flows.directory.steering import DirectorySteering
-from flows.report.table import plain_average
+from flows.report.scales import scales_of
+from flows.report.stages import in_a_line, smallest_visible, stages
+from flows.report.table import objective_scale, plain_average
 from flows.report.test_answers import KeptOutcomes
 from flows.versions import code_version
 from merging.checkpoints.directories.manifest import require_replaceable
-from merging.errors import SearchError, SettingsError
+from merging.errors import MethodError, PoolError, SearchError, SettingsError
 from merging.io import addresses, atomic, documents, hashing, storage
 from merging.methods import METHODS
-from merging.recipe import base_recipe, member_recipe
+from merging.recipe import Recipe, base_recipe, member_recipe
 from merging.statistics import STATISTICS
 from ray_tasks.connect import Cluster, connect, gpus_each
 from search.budget import Budget, Ending
@@ -125,8 +130,23 @@ def check(campaign: Campaign, display: Display | None = None) -> None:
     """
     directory = _directory(campaign)
     directory.check(campaign)
-    opened, _ = _opened(campaign, directory, display or Display())
+    display = display or Display()
+    opened, _ = _opened(campaign, directory, display)
     _require_searchable(opened, directory)
+    display.say(f"  {_what_runs(opened)}")
+
+
+def _what_runs(opened: OpenCampaign) -> str:
+    """The stages that a run has, in a line."""
+    search, settings = opened.campaign.search, distillation(opened)
+    baselines = len(opened.space().baselines())
+    parts = [f"{baselines} baselines ({', '.join(search.methods)} at their defaults, the plain average)"]
+    if search.candidates > baselines:
+        until = f", until {search.patience} in a row are no better" if search.patience is not None else ""
+        parts.append(f"at most {search.candidates - baselines} proposals by {search.sampler}{until}")
+    inputs = sum(task.size("train") for task in opened.sources.values() if task.has_logits)
+    parts.append(f"distillation on {inputs:,} unlabelled inputs" if settings is not None else "no distillation")
+    return f"a run has {'; '.join(parts)}; then test, export and report"
 
 
 def _directory(campaign: Campaign) -> Directory:
@@ -214,32 +234,93 @@ def _work(opened: OpenCampaign, directory: Directory, cluster: Cluster, ledger: 
         _objective(opened, ledger)
     with display.phase("Statistics"):
         statistics: Files = member_statistics(opened, opened.kinds, cache_of(opened.campaign), display)
-        statistics = joined(statistics, solutions(opened, cache_of(opened.campaign), display))
+        opened, solved = _solutions(opened, display)
+        statistics = joined(statistics, solved)
         prepare_selection(opened, cache_of(opened.campaign), display)
-    with evaluators(opened, statistics, cluster, display) as executor:
+    settings = distillation(opened)
+    kept = KeptOutcomes(directory.validation_outcomes)
+    with evaluators(opened, statistics, cluster, display) as executor, executor.planned(kept):
         references = _references(opened, directory, executor, ledger, display)
         measure_baselines(opened, statistics, directory, ledger, _provenance(opened), display)
         selection = _selection(opened, references, directory, executor, ledger, display)
         _search(opened, statistics, selection, directory, executor, ledger, display)
-        if campaign.distil is None:
+        _tell_stages(opened, directory, ledger, display)
+        if settings is None:
             _test(opened, directory, executor, ledger, display)
-    if campaign.distil is not None:
+    if settings is not None:
         with display.phase("Distillation"):
             start = next(row for row in best(ledger.rows(), len(ledger.rows())) if row.method != "distilled")
-            made, statistics = distil(opened, statistics, start.recipe, cache_of(opened.campaign), display)
-        with evaluators(opened, statistics, cluster, display) as executor:
-            candidate = Candidate(made, "validation", "search")
-            steering = display.pulse.steering
-            measure([candidate], executor, ledger, _objective(opened, ledger), _provenance(opened), steering=steering)
+            distilled = _distil(opened, statistics, start.recipe, settings, display)
+        with evaluators(opened, distilled[1] if distilled else statistics, cluster, display) as executor:
+            if distilled is not None:
+                made, statistics, notes = distilled
+                candidate = Candidate(made, "validation", "search")
+                with executor.planned(kept):
+                    objective, retries = _objective(opened, ledger), campaign.resources.retries
+                    told = {made.identity: notes}
+                    measure(
+                        [candidate],
+                        executor,
+                        ledger,
+                        objective,
+                        _provenance(opened),
+                        retries,
+                        display.pulse.steering,
+                        lambda recipe: told.get(recipe.identity, {}),
+                    )
+                _tell_stages(opened, directory, ledger, display, last=True)
             _test(opened, directory, executor, ledger, display)
     merges = [row for row in best(ledger.rows(), len(ledger.rows())) if row.method != "distilled"]
     measure_baselines(opened, statistics, directory, ledger, _provenance(opened), display, winner=merges[0].recipe)
     with display.phase("Export and report"):
         winner = best(ledger.rows())[0]
+        directory.write_timings(display.timings)
         card = tables_as_markdown(directory, campaign)
         export(opened, statistics, winner.recipe, directory.best, table=card, row=winner)
     directory.write_timings(display.timings)
     write_report(directory.path)
+
+
+def _solutions(opened: OpenCampaign, display: Display) -> tuple[OpenCampaign, Files]:
+    """The solutions that methods ask for; of methods that the file did not name, one that cannot be solved is left out."""
+    try:
+        return opened, solutions(opened, cache_of(opened.campaign), display)
+    except (MethodError, PoolError) as error:
+        search = opened.campaign.search
+        if tuple(search.methods) != WITH_DATA:
+            raise
+        left = {name: space for name, space in search.methods.items() if METHODS[name].solution is None}
+        display.note(f"without {', '.join(search.methods.keys() - left.keys())}: {error}")
+        campaign = opened.campaign.model_copy(update={"search": search.model_copy(update={"methods": left})})
+        return replace(opened, campaign=campaign), {}
+
+
+def _distil(
+    opened: OpenCampaign, statistics: Files, start: Recipe, settings: DistilSettings, display: Display
+) -> tuple[Recipe, Files, dict[str, float]] | None:
+    """Distils into a merge; None where that was not asked for, and is not possible with this pool."""
+    try:
+        return distil(opened, statistics, start, settings, cache_of(opened.campaign), display)
+    except PoolError as error:
+        if opened.campaign.distil is not None:
+            raise
+        display.note(f"without distillation: {error}")
+        return None
+
+
+def _tell_stages(
+    opened: OpenCampaign, directory: Directory, ledger: Ledger, display: Display, *, last: bool = False
+) -> None:
+    """Says what the stages so far, or the last of them, gained and cost."""
+    found = stages(
+        ledger.rows(),
+        _objective(opened, ledger),
+        KeptOutcomes(directory.validation_outcomes).read,
+        display.timings,
+    )
+    times = objective_scale(ledger.rows(), scales_of(opened.campaign.tasks))
+    for stage in found[-1:] if last else found:
+        display.say(f"  {in_a_line(stage, times)}")
 
 
 def _references(
@@ -300,6 +381,14 @@ def _search(
     with display.phase("Starts: what theory and gradients propose"):
         begin, predict = starts(opened, statistics, opened.space(selection.subsets), directory, display)
     space = opened.space(selection.subsets, [start.recipe for start in begin])
+    objective, split = _objective(opened, ledger), search_split(opened)
+    kept = KeptOutcomes(directory.validation_outcomes)
+
+    def least() -> float:
+        """By how much a proposal must be better to count as an improvement."""
+        visible = settings.min_delta is None
+        return smallest_visible(ledger.rows(), objective, kept.read) if visible else settings.min_delta or 0.0
+
     cost = {start.recipe.identity: {f"{start.stage}:examples": float(start.examples)} for start in begin}
     budget = Budget(
         settings.candidates,
@@ -308,11 +397,10 @@ def _search(
         gpu_hours=settings.gpu_hours,
         cpu_hours=settings.cpu_hours,
         patience=settings.patience,
-        min_delta=settings.min_delta,
+        min_delta=least,
         identical_errors=settings.identical_errors,
         retries=campaign.resources.retries,
     )
-    objective, split = _objective(opened, ledger), search_split(opened)
     done = sum(row.split == split and row.origin in ("anchor", "search") for row in ledger.rows())
     with (
         display.phase(
@@ -320,7 +408,9 @@ def _search(
             if done
             else f"Search: {settings.candidates} candidates"
         ),
-        executor.planned(make_planner(opened, objective, directory, ledger)),
+        executor.planned(
+            KeptOutcomes(directory.validation_outcomes, make_planner(opened, objective, directory, ledger))
+        ),
         display.bar("candidates", max(settings.candidates, done), may_stop=False) as bar,
     ):
         ending = search(
@@ -339,7 +429,13 @@ def _search(
             steering=display.pulse.steering,
         )
         display.pulse.steering.stop_here()
-        if ending != "candidates":
+        if ending == "plateau" and settings.min_delta is None and (visible := least()):
+            shown = f"{visible * objective_scale(ledger.rows(), scales_of(campaign.tasks)):.2g}"
+            display.note(
+                f"the search ended: {settings.patience} proposals in a row were not better by {shown}, the smallest difference "
+                "that validation can see"
+            )
+        elif ending != "candidates":
             display.note(ENDINGS[ending])
         if not best(ledger.rows(), split=split):
             raise SearchError("no candidate could be measured: see the `error` column of the ledger")

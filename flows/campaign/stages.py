@@ -1,13 +1,21 @@
 """Whether every stage that a campaign asks for has something to work on: found before any work."""
 
+import math
 from collections.abc import Iterator, Mapping
 
 from flows.campaign.open_campaign import OpenCampaign
+from flows.config.sections import DistilSettings
 from merging.errors import SettingsError
 from merging.mergers.linear_basis import is_linear
 from merging.optimization.quadratic_model import CURVATURES
 from merging.tasks.task import Split, Task
 from search.objective import split_name
+
+MOST_WEIGHTS = 10**9
+"""Of a model that is distilled into unasked: it takes six times its weights of memory, and a core some minutes for each
+hundred million."""
+FEWEST_INPUTS = 16
+"""Of each member, for distillation unasked."""
 
 
 def require_stages(opened: OpenCampaign) -> None:
@@ -17,7 +25,7 @@ def require_stages(opened: OpenCampaign) -> None:
         SettingsError: A stage would do nothing, or stop the run when its turn comes.
     """
     search = opened.campaign.search
-    if opened.campaign.distil is not None:
+    if opened.campaign.distil:
         _require_batches(opened.sources, "distil", "train")
     if search.gradient is not None:
         unlabelled = search.gradient.loss == "distil"
@@ -28,6 +36,24 @@ def require_stages(opened: OpenCampaign) -> None:
     if search.theory_starts:
         _require_curvature(opened)
     _require_scores(opened)
+
+
+def distillation(opened: OpenCampaign) -> DistilSettings | None:
+    """How the best merge is distilled into; None where it is not.
+
+    Where the campaign file says nothing, it is wherever every member has examples that its own model runs on, and the model is
+    not so large that its optimizer would surprise a machine which has room to merge it.
+    """
+    campaign = opened.campaign
+    if campaign.distil is not None:
+        return campaign.distil or None
+    names = [campaign.source_of(member) for member in opened.pool.members]
+    sources = [opened.sources[name] for name in names if name is not None and name in opened.sources]
+    if len(sources) < len(names) or not all(source.has_logits for source in sources):
+        return None
+    size = sum(math.prod(info.shape) for info in opened.pool.weights.values())
+    enough = all(source.size("train") >= FEWEST_INPUTS for source in sources)
+    return DistilSettings() if enough and size <= MOST_WEIGHTS else None
 
 
 def _require_batches(tasks: Mapping[str, Task], stage: str, split: Split) -> None:

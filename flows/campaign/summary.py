@@ -13,18 +13,18 @@ from flows.campaign.export import versions
 from flows.config.campaign_file import Campaign
 from flows.config.recipe_file import RECIPE, load_recipe
 from flows.directory.campaign_directory import Directory
-from flows.report import significance, table
+from flows.report import significance, stages, table
 from flows.report.cost import cost_in_words
 from flows.report.page import Facts, render
 from flows.report.scales import scales_of
 from flows.report.significance import Compared
 from flows.report.table import TableRow
 from flows.report.test_answers import KeptOutcomes
-from merging.errors import MergequestError
+from merging.errors import MergequestError, SettingsError
 from merging.io import addresses, atomic, documents, storage
 from search.ledger.ledger import Ledger
 from search.ledger.row import Row
-from search.objective import best
+from search.objective import best, make_objective, own_scores
 from search.subsets.choose_subsets import Selection
 
 NARROWEST = 100
@@ -61,6 +61,8 @@ def tables_as_markdown(directory: Directory, campaign: Campaign) -> str:
     worse = table.warning(lines)
     parts = [f"> **Warning.** {worse}\n"] if worse else []
     parts += [table.as_markdown(lines), *([significance.as_markdown(compared)] if compared else [])]
+    if found := _stages(directory, campaign):
+        parts.append(stages.as_markdown(*found))
     return "\n".join(parts)
 
 
@@ -71,6 +73,7 @@ def tables_as_rich(directory: Directory, campaign: Campaign, width: int) -> list
     return [
         table.as_rich(lines, width),
         *([significance.as_rich(compared)] if compared else []),
+        *([stages.as_rich(*found)] if (found := _stages(directory, campaign)) else []),
         *([Text(f"WARNING: {worse}\n", style="bold red")] if worse else []),
     ]
 
@@ -79,6 +82,27 @@ def _tables(directory: Directory, campaign: Campaign) -> tuple[list[TableRow], l
     rows = Ledger(directory.ledger, campaign.name).rows()
     lines = table.results_table(rows, list(campaign.tasks), scales_of(campaign.tasks))
     return lines, significance.compare(lines, KeptOutcomes(directory.outcomes).read)
+
+
+def _stages(directory: Directory, campaign: Campaign) -> tuple[list[stages.Stage], int, float] | None:
+    """What the stages gained, by what a score is shown times, and the smallest difference that validation can see.
+
+    None where there is nothing to tell: of several objectives, or where a member's own score that the objective divides by
+    is not there.
+    """
+    rows, values = Ledger(directory.ledger, campaign.name).rows(), KeptOutcomes(directory.validation_outcomes).read
+    tasks_of = {member: task for member in campaign.members if (task := campaign.task_of(member))}
+    own, expected = (own_scores(rows, tasks_of, "validation", expected=expected) for expected in (False, True))
+    settings = campaign.search
+    try:
+        objective = make_objective(settings.objectives, list(campaign.tasks), own, expected, settings.weights)
+    except SettingsError:
+        return None
+    found = stages.stages(rows, objective, values, directory.read_timings())
+    if len(found) < 2:
+        return None
+    times = table.objective_scale(rows, scales_of(campaign.tasks))
+    return found, times, stages.smallest_visible(rows, objective, values)
 
 
 def summary(directory: Directory) -> str:

@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 
 from flows.config.campaign_file import Campaign
 from flows.config.campaign_schema import SCHEMA_FILE
+from flows.config.search_settings import WITH_DATA
 from flows.report.table import markdown_line
 
 WIDTH = 110
@@ -44,7 +45,7 @@ EXAMPLES: dict[str, Any] = {
         }
         for task in ("amazon", "nyt")
     },
-    "methods": ["average", "task_arithmetic", "ties", "fisher", "gradient_matching", "regmean", "regmean_propagated"],
+    "methods": list(WITH_DATA),
 }
 """What the file shows where a setting has no default, or one that would not explain itself."""
 

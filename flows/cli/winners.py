@@ -6,7 +6,9 @@ from flows.campaign.distil import Files, distil
 from flows.campaign.export import export
 from flows.campaign.needed_statistics import cache_of, joined, member_statistics, solutions
 from flows.campaign.open_campaign import open_campaign
+from flows.campaign.stages import distillation
 from flows.campaign.summary import tables_as_markdown
+from flows.config.sections import DistilSettings
 from flows.directory.campaign_directory import Directory
 from flows.directory.progress import Display
 from flows.report.table import in_words
@@ -53,6 +55,6 @@ def export_candidates(path: str, rows: Sequence[Row], display: Display) -> dict[
             used: Files = files
             if row.method == "distilled":
                 start = known[str(row.parameters["start"])].recipe
-                recipe, used = distil(opened, files, start, cache, display)
+                recipe, used, _ = distil(opened, files, start, distillation(opened) or DistilSettings(), cache, display)
             export(opened, used, recipe, places[row.candidate], table=card, row=row)
     return places

@@ -1,15 +1,15 @@
 """The campaign file: one model that documents, checks and completes what a user asks for."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from flows.config.files_from import FilesFrom
 from flows.config.overrides import with_overrides
 from flows.config.pool_settings import BaseCheckpoint, MaxDistance, MemberSettings, MergeVocabulary, resolve_pool
-from flows.config.search_settings import SearchSettings
+from flows.config.search_settings import PRUNED_SAMPLERS, WITH_DATA, SearchSettings
 from flows.config.sections import (
     BaseData,
     Baseline,
@@ -30,6 +30,7 @@ from merging.optimization.fine_tuning import TrainingSettings
 from merging.recipe import BASE, GROUP
 from merging.registry import did_you_mean
 from merging.tasks import TASKS, AnyTaskSettings
+from merging.tasks.task import Task
 from search.constraints import check as check_constraints
 from search.objective import EXPECTED, make_objective
 from search.samplers.make_sampler import QUALITY_DIVERSITY, SINGLE_OBJECTIVE, make_sampler
@@ -97,10 +98,11 @@ class Campaign(Settings):
     statistics: StatisticsSettings = Field(default_factory=StatisticsSettings, description=StatisticsSettings.__doc__)
     selection: SelectionSettings = Field(default_factory=SelectionSettings, description=SelectionSettings.__doc__)
     search: SearchSettings = Field(default_factory=SearchSettings, description=SearchSettings.__doc__)
-    distil: DistilSettings | None = Field(
+    distil: DistilSettings | Literal[False] | None = Field(
         None,
-        description="Distil the members' outputs on their train inputs into the winner, no labels; `{}` for its defaults. It "
-        "is measured and reported beside the merge that it started from.",
+        description="Distil the members' outputs on their train inputs into the best merge, no labels; it is measured and "
+        "reported beside the merge that it started from, which stays a candidate. By default wherever every member has "
+        "calibration data and the base at most a billion weights; `{}`: in any case; false: never.",
     )
     baselines: tuple[Baseline, ...] = Field(
         (),
@@ -148,6 +150,22 @@ class Campaign(Settings):
             return value
         return value | {"selection": {**selection, "mode": "every"}}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_that_follow_the_pool(cls, value: Any) -> Any:
+        """Methods and pruning where the file names none."""
+        if not isinstance(value, dict) or not isinstance(search := value.get("search") or {}, dict):
+            return value
+        found = dict(search)
+        if "methods" not in found and _all_have_data(value):
+            found["methods"] = list(WITH_DATA)
+        if found.get("pruning") is None:
+            several = isinstance(found.get("objective"), list | tuple) and len(found["objective"]) > 1
+            stepwise = any(_kind(task).has_predictions for task in _entries(value, "tasks").values())
+            fits = found.get("sampler", "tpe") in PRUNED_SAMPLERS and found.get("anchor_examples") is None
+            found["pruning"] = "wilcoxon" if fits and stepwise and not several else "none"
+        return value | {"search": found}
+
     @model_validator(mode="after")
     def _names_agree(self) -> "Campaign":
         if BASE in self.members:
@@ -160,6 +178,10 @@ class Campaign(Settings):
                 raise ValueError(f"search.methods.{method}.scaling: factors of 0 only, which cancel: give one above 0")
             if method == "distilled":
                 raise ValueError("search.methods: 'distilled' comes after the search: set `distil: {}` instead")
+        if self.distil:
+            for member in {*self.distil.temperatures, *self.distil.weights}:
+                if member not in self.members:
+                    raise ValueError(f"distil: unknown member '{member}'. {did_you_mean(member, list(self.members))}")
         self.files_from.check(self.members)
         for task, member in self.task_heads.items():
             if task not in self.tasks:
@@ -220,7 +242,7 @@ class Campaign(Settings):
     def _examples_are_told_apart(self) -> None:
         """Looks whether any task gives predictions of single examples, where the search asks for some of them."""
         setting = "anchor_examples" if self.search.anchor_examples else "pruning"
-        wanted = self.search.anchor_examples or self.search.pruning != "none"
+        wanted = self.search.anchor_examples or self.search.prunes
         if wanted and not any(TASKS[task.kind][0].has_predictions for task in self.tasks.values()):
             raise ValueError(f"search.{setting}: every task here is measured whole; leave it out")
 
@@ -307,6 +329,39 @@ class Campaign(Settings):
             settings.pop("engine")  # campaigns are older than engines
         settings["statistics"].pop("cache")
         return settings
+
+
+def _entries(value: dict[str, Any], key: str) -> dict[str, Any]:
+    """A section's entries that are themselves sections, of a file that is not checked yet."""
+    found = value.get(key)
+    given = found.items() if isinstance(found, dict) else ()
+    return {name: entry for name, entry in given if isinstance(entry, dict | BaseModel)}
+
+
+def _setting(entry: Any, name: str, default: Any = None) -> Any:
+    """A setting of an entry, be that checked or not."""
+    return entry.get(name, default) if isinstance(entry, dict) else getattr(entry, name, default)
+
+
+def _kind(task: Any) -> type[Task]:
+    """The class of a task that is not checked yet; of an unknown kind, that of texts."""
+    kind = _setting(task, "kind", "text_classification")
+    return TASKS[kind][0] if isinstance(kind, str) and kind in TASKS else TASKS["text_classification"][0]
+
+
+def _all_have_data(value: dict[str, Any]) -> bool:
+    """Whether every member has train examples of a kind of task that gives logits, in a file that is not checked yet."""
+    members, tasks = value.get("members"), _entries(value, "tasks")
+    if not isinstance(members, dict) or not members:
+        return False
+    for name, member in members.items():
+        own = _setting(member, "calibration") if not isinstance(member, str) else None
+        task = None if isinstance(member, str) else _setting(member, "task")
+        source = own or tasks.get(str(task or name))
+        data = _setting(source, "data") if source is not None else None
+        if not isinstance(data, dict) or "train" not in data or not _kind(source).has_logits:
+            return False
+    return True
 
 
 def load_campaign(path: str, overrides: Sequence[str] = (), *, to_be_made: bool = False) -> Campaign:

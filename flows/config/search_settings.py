@@ -16,7 +16,12 @@ from search.constraints import Constraint
 from search.samplers.make_sampler import SAMPLERS
 from search.space.method_space import Granularity, MethodSpace
 
-DEFAULT_METHODS = ("average", "task_arithmetic", "ties", "fisher", "gradient_matching", "regmean")
+WITH_DATA = ("regmean_propagated", "esm", "regmean", "fisher", "ace", "svc+iso_cts", "tsv_m", "task_arithmetic")
+"""Methods where every member has calibration data: the strongest label-free merges."""
+WITHOUT_DATA = ("average", "ace", "svc+iso_cts", "tsv_m", "task_arithmetic", "ties")
+"""Methods that know of the members their weights alone."""
+PRUNED_SAMPLERS = ("tpe", "random", "gp", "quality_diversity")
+"""Samplers that learn from candidates that were given up."""
 
 
 class GradientStart(Settings):
@@ -66,8 +71,12 @@ class SearchSettings(Settings):
     """What is tried, how it is judged, and when to stop."""
 
     methods: dict[str, MethodSpace] = Field(
-        default_factory=lambda: {name: MethodSpace() for name in DEFAULT_METHODS},
-        description="Methods to search over, each with overrides of its ranges; a list of names will do.",
+        default_factory=lambda: {name: MethodSpace() for name in WITHOUT_DATA},
+        description="Methods to search over, each with overrides of its ranges; a list of names will do. By default "
+        + ", ".join(WITH_DATA)
+        + " where every member has calibration data, and else "
+        + ", ".join(WITHOUT_DATA)
+        + ".",
         min_length=1,
     )
     candidates: int = Field(64, ge=1, description="Candidates to evaluate, the baselines among them.")
@@ -85,9 +94,17 @@ class SearchSettings(Settings):
     )
     cpu_hours: float | None = Field(None, gt=0, description="The same of CPU hours.")
     patience: int | None = Field(
-        None, ge=1, description="Stop after so many candidates in a row that did not improve the best one."
+        12,
+        ge=1,
+        description="Stop after so many proposals in a row, once the baselines are measured, that did not improve the best "
+        "candidate by `min_delta`; null for never.",
     )
-    min_delta: float = Field(0.0, ge=0, description="An improvement is better by more than this (see patience).")
+    min_delta: float | None = Field(
+        None,
+        ge=0,
+        description="An improvement is better by more than this; by default by what validation can see: twice the standard "
+        "error of the best baseline's difference from those behind it, example by example.",
+    )
     scaling: Granularity = Field(
         "per_member",
         description="What has a scaling factor of its own: shared (all members have one), per_member, or every member in "
@@ -114,10 +131,12 @@ class SearchSettings(Settings):
         default_factory=dict, description="Task → weight in the objective weighted; those not named count nothing."
     )
     examples: int | None = Field(None, ge=1, description="Validation examples per task and candidate; by default all.")
-    pruning: Policy = Field(
-        "none",
+    pruning: Policy | None = Field(
+        None,
         description="Which candidates are given up before all examples are measured: none; wilcoxon (clearly worse than the "
-        "best so far, by a paired test); halving (not among the better half at 1, 2, 4, … steps). Baselines never are.",
+        "best so far, by a paired test); halving (not among the better half at 1, 2, 4, … steps). Baselines never are. By "
+        "default wilcoxon, but none with several objectives, `anchor_examples`, tasks that are measured whole, or a sampler "
+        "other than " + ", ".join(PRUNED_SAMPLERS) + ".",
     )
     examples_per_step: int | None = Field(
         None,
@@ -196,15 +215,20 @@ class SearchSettings(Settings):
         return value
 
     @property
+    def prunes(self) -> bool:
+        """Whether candidates are given up early; where the file says nothing, a campaign decides it."""
+        return self.pruning not in (None, "none")
+
+    @property
     def objectives(self) -> tuple[str, ...]:
         """What is maximised; the first decides which candidate wins."""
         return (self.objective,) if isinstance(self.objective, str) else self.objective
 
     @model_validator(mode="after")
     def _one_way_to_save(self) -> "SearchSettings":
-        if self.pruning != "none" and self.anchor_examples is not None:
+        if self.prunes and self.anchor_examples is not None:
             raise ValueError("`pruning` and `anchor_examples` do not go together: choose one")
-        if self.pruning != "none" and not isinstance(self.objective, str) and len(self.objective) > 1:
+        if self.prunes and len(self.objectives) > 1:
             raise ValueError("`pruning` compares candidates by one objective, and there are several: set it to none")
         return self
 

@@ -178,7 +178,7 @@ Baseline = Literal["ensemble", "all_data", "fine_tuned"]
 
 
 class DistilSettings(DistillationSettings):
-    """A last step after the search, without labels: the members' outputs are distilled into all weights of the winner."""
+    """After the search, without labels: the members' outputs on their own inputs are distilled into the best merge."""
 
 
 class TrackingSettings(Settings):

@@ -44,6 +44,11 @@ class Directory:
         return self / "outcomes"
 
     @property
+    def validation_outcomes(self) -> str:
+        """What candidates said of single validation examples."""
+        return self / "outcomes-validation"
+
+    @property
     def best(self) -> str:
         """The exported winner."""
         return self.exported("best")

@@ -94,6 +94,7 @@ def make_campaign(
         },
         "statistics": dict(pool.statistics),
         "search": {"methods": list(pool.methods), "candidates": candidates or pool.candidates},
+        "distil": pool.distil if pool.distil is False else dict(pool.distil),
         "test": {"top": 1},
     }
     return validate(Campaign, settings, "quick start")

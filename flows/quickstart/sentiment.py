@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from flows.config.search_settings import DEFAULT_METHODS
+from flows.config.search_settings import WITH_DATA
 from flows.quickstart.fetch import VADER, Progress, fetch, fetch_base
 from flows.quickstart.shipped_pool import Files, ShippedPool, cut, written
 from merging.errors import StorageError
@@ -158,12 +158,13 @@ SENTIMENT = ShippedPool(
     task={"kind": "text_classification", "max_length": 64},
     labels=dict.fromkeys(DOMAINS, LABELS),
     training=TrainingSettings(),
-    methods=(*DEFAULT_METHODS, "regmean_propagated"),
+    methods=WITH_DATA,
     candidates=36,
     statistics={
         "fisher": {"examples": 128},
         "representation": {"examples": 64},
         "propagated": {"examples": 160},
     },
+    distil={"steps": 240},
 )
 """Nine sentences in ten are shorter than 64 tokens."""

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pandas as pd
 
@@ -32,6 +32,7 @@ class ShippedPool:
         methods: What the search tries.
         candidates: How much of it.
         statistics: The campaign file's section.
+        distil: The same, on distillation; False for none.
     """
 
     about: str
@@ -43,6 +44,7 @@ class ShippedPool:
     methods: Sequence[str]
     candidates: int
     statistics: Mapping[str, Any] = field(default_factory=dict)
+    distil: Mapping[str, Any] | Literal[False] = False
 
 
 def cut(groups: Mapping[str, Sequence[Item]], sizes: Mapping[Split, int], seed: int = 0) -> dict[Split, list[Item]]:

@@ -1,41 +1,41 @@
-"""What models said of single test examples: kept beside the ledger, for two models are compared example by example."""
+"""What models said of single examples: kept beside the ledger, for two models are compared example by example."""
 
-from collections.abc import Mapping
-from typing import TypeAlias
+from collections.abc import Iterable
 
 import numpy as np
-import numpy.typing as npt
 from safetensors.numpy import save
 
 from merging.checkpoints.formats.safetensors_file import read_arrays
 from merging.evaluation.steps import EvaluationPlan
 from merging.io import addresses, atomic, storage
-from search.candidate import Candidate, Outcome
-
-Values: TypeAlias = Mapping[str, npt.NDArray[np.float32]]
-"""Task → one number an example [N], whose mean is the score; tasks whose metric is no such mean are not there."""
+from merging.tasks.task import SPLITS
+from search.candidate import Candidate, Outcome, Planner
+from search.resolution import Values as Values
 
 
 class KeptOutcomes:
-    """A planner that measures everything at once and keeps what each model said of every example.
+    """A planner that keeps what each model said of every example, where it is measured on all.
 
     A model's file is written before its row, so that no row goes without.
 
     Args:
         path: Directory of one safetensors file per candidate, local or at any fsspec address.
+        inner: Says how candidates are measured; by default everything at once.
     """
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    def __init__(self, path: str, inner: Planner | None = None) -> None:
+        self._path, self._inner = path, inner
 
     def plan(self, candidate: Candidate) -> EvaluationPlan | None:
         """See `Planner.plan`."""
-        return EvaluationPlan()
+        return (self._inner.plan(candidate) if self._inner else None) or EvaluationPlan()
 
     def learn(self, outcome: Outcome) -> Outcome:
         """Keeps an outcome's values; see `Planner.learn`."""
-        measurement = outcome.measurement
-        if measurement is not None and measurement.trace is not None:
+        outcome = self._inner.learn(outcome) if self._inner else outcome
+        measurement, split = outcome.measurement, outcome.candidate.split
+        whole = measurement is not None and not measurement.pruned and split in SPLITS
+        if measurement is not None and whole and measurement.trace is not None:
             values = {
                 task: np.ascontiguousarray(own, np.float32)
                 for task, own in measurement.trace.values.items()
@@ -48,6 +48,10 @@ class KeptOutcomes:
         """A candidate's values; empty where none were kept."""
         path = self._file(candidate)
         return read_arrays(path) if storage.exists(path) else {}
+
+    def read_all(self, candidates: Iterable[str]) -> dict[str, Values]:
+        """Several candidates' values."""
+        return {candidate: self.read(candidate) for candidate in candidates}
 
     def _file(self, candidate: str) -> str:
         return addresses.join(self._path, f"{candidate}.safetensors")

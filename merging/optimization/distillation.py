@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -402,8 +402,46 @@ class Record:
         return record, {name: value for name, value in tensors.items() if not name.startswith("best:")}
 
 
-class Workers:
-    """Workers that all hold the same weights; here one, in this process."""
+class Workers(Protocol):
+    """Who computes a distillation: workers that all hold the same weights."""
+
+    @property
+    def steps(self) -> int:
+        """Steps in all."""
+        ...
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Examples of a step, and held-out examples."""
+        ...
+
+    def teach(self, progress: Callable[[int, int], None]) -> None:
+        """Runs all teachers that have not been run."""
+        ...
+
+    def step(self, step: int) -> float:
+        """Takes a step; returns its loss."""
+        ...
+
+    def look(self) -> float:
+        """The mean loss on the held-out examples."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """The merged weights, which no later step changes."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Distiller.state`."""
+        ...
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """See `Distiller.restore`."""
+        ...
+
+
+class OneWorker:
+    """One worker, in this process."""
 
     def __init__(self, distiller: Distiller) -> None:
         self._distiller = distiller
@@ -478,7 +516,7 @@ def distil(
     """
     distiller = Distiller(material, tasks, owners, start, settings, device, cache)
     key = hashing.fingerprint([start.as_dict(), settings.model_dump(mode="json"), material.pool.fingerprints()])
-    return train(Workers(distiller), settings, key, progress, resume=resume, every=every)
+    return train(OneWorker(distiller), settings, key, progress, resume=resume, every=every)
 
 
 def train(

@@ -1,19 +1,16 @@
 """What `merging.optimization` computes, as tasks of the cluster, from paths and settings."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 
 from merging.evaluation.live_models import best_device
-from merging.io import storage
 from merging.mergers.linear_basis import compute_basis
 from merging.mergers.resident import ResidentMerger
-from merging.optimization import descent, distillation, quadratic_model
+from merging.optimization import descent, quadratic_model
 from merging.optimization.gradient_mismatch import Mismatch, gradient_mismatch
 from merging.optimization.quadratic_model import Quadratic
 from merging.recipe import Recipe
-from merging.statistics import Partial, save_tensors
 from merging.tasks import make_task
 from merging.tasks.task import Task
 from ray_tasks.evaluators.evaluator import Setup
@@ -24,48 +21,9 @@ Report = Callable[[float], None]
 
 def descend(setup: Setup, start: Recipe, settings: descent.DescentSettings, report: Report) -> list[descent.Waypoint]:
     """`merging.optimization.descent.descend` over all seen tasks that give logits; without labels, over the sources."""
-    tasks, owners = _sources(setup) if settings.loss == "distil" else (_seen(setup), setup.owners)
+    unlabelled = settings.loss == "distil"
+    tasks, owners = sources_with_logits(setup) if unlabelled else (_seen(setup), setup.owners)
     return descent.descend(setup.material(resident=True), tasks, owners, start, settings, best_device(), _share(report))
-
-
-def distil(
-    setup: Setup,
-    start: Recipe,
-    settings: distillation.DistillationSettings,
-    key: Mapping[str, Any],
-    path: str,
-    checkpoint: str,
-    data: str,
-    report: Report,
-) -> str:
-    """`merging.optimization.distillation.distil`, kept as a statistics file of the kind `distilled`.
-
-    Teachers' outputs are kept beside the file; so is, while it is made, how far it is.
-
-    Args:
-        setup: Pool, statistics and tasks.
-        start: The merge to start from.
-        settings: What to do.
-        key: What the numbers depend on, kept in the file.
-        path: The file to write.
-        checkpoint: Fingerprint of base and members.
-        data: Fingerprint of the examples.
-        report: Told the share of the work that is done.
-
-    Returns:
-        The path.
-    """
-    tasks, owners = _sources(setup)
-    material, resume = setup.material(resident=True), f"{path}.part"
-    cache = path.rpartition("/")[0]
-    found = distillation.distil(
-        material, tasks, owners, start, settings, best_device(), report, cache=cache, resume=resume
-    )
-    about = {**key, "steps": found.steps, "best": found.best, "looks": [[k.step, k.held_out] for k in found.looks]}
-    counts = Partial(counts={"examples": found.examples})
-    save_tensors(path, "distilled", about, found.weights, counts, checkpoint=checkpoint, data=data)
-    storage.remove(resume)
-    return path
 
 
 def predict(
@@ -109,7 +67,7 @@ def measure_mismatch(setup: Setup, tasks: Mapping[str, BoundTask], recipe: Recip
     return gradient_mismatch(material, opened, out, complete)
 
 
-def _sources(setup: Setup) -> tuple[list[Task], dict[str, str]]:
+def sources_with_logits(setup: Setup) -> tuple[list[Task], dict[str, str]]:
     """What statistics are computed from, and whose heads run on it."""
     opened = [
         make_task(name, settings, setup.members[owner], setup.base) for name, (settings, owner) in setup.sources.items()

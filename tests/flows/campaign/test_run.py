@@ -4,12 +4,14 @@ import copy
 import json
 import re
 import shutil
+from io import StringIO
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from flows.campaign.run import run
@@ -18,6 +20,7 @@ from flows.cli.merge import merge_recipe
 from flows.cli.status import read_status
 from flows.cli.winners import export_candidates
 from flows.config.campaign_file import load_campaign
+from flows.config.search_settings import WITH_DATA
 from flows.directory.campaign_directory import Directory
 from flows.directory.progress import Display
 from flows.report.test_answers import KeptOutcomes
@@ -412,3 +415,29 @@ def test_starts_from_theory_and_gradients_and_a_distilled_end(campaign_file):
     assert {row.method for row in Ledger(Directory(settings.directory).ledger).rows() if row.split == "test"} >= {
         "distilled"
     }
+
+
+def test_the_default_campaign_distils_into_the_best_merge_and_tells_what_each_stage_gained(campaign_file):
+    path = campaign_file(directory="out", distil={"steps": 6, "batch": 9, "evaluations": 3}, **BRIEFLY)
+    settings = yaml.safe_load(path.read_text())
+    settings["search"] = {"candidates": 14, "patience": 2}
+    path.write_text(yaml.safe_dump(settings))
+    campaign = load_campaign(str(path))
+    assert tuple(campaign.search.methods) == WITH_DATA
+    assert campaign.search.pruning == "wilcoxon"
+    console = Console(file=StringIO(), width=200)
+    text = run(campaign, Display(console))
+    rows = Ledger(Directory(campaign.directory).ledger).rows()
+    tried = [row for row in rows if row.split == "validation" and row.origin in ("anchor", "search")]
+    assert {row.method for row in tried} >= {*WITH_DATA, "average", "distilled"}
+    assert not [row.error for row in tried if row.status == "failed"]
+    merges = [row for row in best(rows, len(rows)) if row.method != "distilled"]
+    made = next(row for row in tried if row.method == "distilled")
+    assert made.parameters["start"] == merges[0].candidate
+    assert made.proxies["distil:steps"] == 6.0
+    assert made.proxies["distil:examples"] == 54.0
+    kept = KeptOutcomes(Directory(campaign.directory).validation_outcomes)
+    assert all(kept.read(row.candidate) for row in tried if row.status == "complete")
+    for words in ("methods at their defaults", "distillation", "Gains on validation"):
+        assert words in text
+    assert "distillation: distilled" in console.file.getvalue()

@@ -5,7 +5,7 @@ import torch
 from merging.errors import TaskError
 from merging.mergers.resident import ResidentMerger
 from merging.optimization import distillation
-from merging.optimization.distillation import DistillationSettings, Distiller, Workers, distil, train
+from merging.optimization.distillation import DistillationSettings, Distiller, OneWorker, distil, train
 from merging.optimization.losses import SharedModels
 from merging.optimization.schedule import Schedule, parted
 from merging.recipe import Recipe
@@ -93,7 +93,7 @@ def test_a_run_that_was_killed_comes_to_the_weights_of_an_unbroken_one(
     settings = BRIEF.model_copy(update=changes)
     whole = run(tiny_material, settings, cache=str(tmp_path))
     taken = []
-    step = Workers.step
+    step = OneWorker.step
 
     def dying(self, number):
         if len(taken) == after:
@@ -101,11 +101,11 @@ def test_a_run_that_was_killed_comes_to_the_weights_of_an_unbroken_one(
         taken.append(number)
         return step(self, number)
 
-    monkeypatch.setattr(Workers, "step", dying)
+    monkeypatch.setattr(OneWorker, "step", dying)
     resume = str(tmp_path / "resume")
     with pytest.raises(KilledError):
         run(tiny_material, settings, cache=str(tmp_path), resume=resume, every=1)
-    monkeypatch.setattr(Workers, "step", step)
+    monkeypatch.setattr(OneWorker, "step", step)
     again = run(tiny_material, settings, cache=str(tmp_path), resume=resume, every=1)
     assert taken == list(range(after))
     assert same(whole, again)
@@ -123,8 +123,8 @@ def test_what_another_distillation_left_or_what_is_damaged_is_not_gone_on_from(t
     assert same(whole, run(tiny_material, other, cache=str(tmp_path), resume=str(resume)))
 
 
-class Several(Workers):
-    """Workers of their own weights each, which compute the parts in another order."""
+class Several(OneWorker):
+    """OneWorker of their own weights each, which compute the parts in another order."""
 
     def __init__(self, distillers):
         super().__init__(distillers[0])

@@ -1,0 +1,92 @@
+"""How small a difference validation can see: the error of a difference of candidates that saw the same examples."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite, sqrt
+from statistics import median
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from merging.tasks.task import Score
+from search.ledger.row import Row
+from search.objective import Objective
+
+Values: TypeAlias = Mapping[str, npt.NDArray[np.float32]]
+"""Task → one number an example [N], whose mean is the score; tasks whose metric is no such mean are not there."""
+RIVALS = 3
+"""How many candidates behind the best one its differences are looked at with."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """By how much the objective of one candidate is above another's.
+
+    Args:
+        value: The difference.
+        standard_error: Over the choice of examples; NaN where nothing is known of it.
+        is_paired: Whether the examples were compared one by one, in every task that counts.
+    """
+
+    value: float
+    standard_error: float
+    is_paired: bool
+
+
+def gap(one: Row, other: Row, own: Values, others: Values, objective: Objective) -> Gap:
+    """The difference of two complete rows in what decides which candidate wins.
+
+    A task counts as much as the objective changes with its score. The variance of its difference is that of the mean of the
+    examples' differences: what both get right or wrong adds nothing to it. Tasks are independent of each other.
+
+    Args:
+        one: A row.
+        other: Another, measured on the same examples.
+        own: What was kept of the first one's examples.
+        others: Of the second one's.
+        objective: What is maximised.
+    """
+    variance, is_paired = 0.0, True
+    for task, slope in _slopes(one, objective).items():
+        if not slope:
+            continue
+        if task in own and task in others and len(own[task]) == len(others[task]) > 1:
+            differences = own[task].astype(np.float64) - others[task]
+            variance += slope**2 * float(differences.var(ddof=1)) / len(differences)
+        else:
+            is_paired = False
+            variance += slope**2 * (one.standard_errors[task] ** 2 + other.standard_errors[task] ** 2)
+    return Gap((one.objective or 0.0) - (other.objective or 0.0), sqrt(variance), is_paired)
+
+
+def resolution(ranked: Sequence[Row], values: Mapping[str, Values], objective: Objective) -> float:
+    """Twice the standard error of the best candidate's difference from those behind it; 0 where nothing is known of it.
+
+    Args:
+        ranked: Complete rows, the best first.
+        values: Candidate → what was kept of its examples.
+        objective: What is maximised.
+    """
+    first, rest = ranked[:1], ranked[1 : 1 + RIVALS]
+    found = [
+        gap(one, other, values.get(one.candidate, {}), values.get(other.candidate, {}), objective).standard_error
+        for one in first
+        for other in rest
+    ]
+    known = [error for error in found if isfinite(error)]
+    return 2.0 * median(known) if known else 0.0
+
+
+def _slopes(row: Row, objective: Objective, size: float = 1e-6) -> dict[str, float]:
+    """How much the first objective changes with each task's score; of an expected error, as if it were the score."""
+    part = next(iter(objective.parts.values()))
+    scores = {
+        task: Score(value, 0.0, 0, "", expected_error=row.expected_errors.get(task, float("nan")))
+        for task, value in row.scores.items()
+    }
+    slopes = {}
+    for task, score in scores.items():
+        higher = Score(score.value + size, 0.0, 0, "", expected_error=score.expected_error - size)
+        slopes[task] = (part({**scores, task: higher}) - part(scores)) / size
+    return {task: slope if isfinite(slope) else 1.0 / len(slopes) for task, slope in slopes.items()}
