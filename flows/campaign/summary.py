@@ -164,6 +164,7 @@ def facts(directory: Directory, campaign: Campaign, rows: Sequence[Row] = ()) ->
         ],
         recipe=exported_recipe(directory, rows),
         notes=[hours] if (hours := cost_in_words(rows)) else [],
+        stages=stages.for_page(*found) if (found := _stages(directory, campaign)) else {},
         versions=versions(),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )

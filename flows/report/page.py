@@ -45,6 +45,7 @@ class Facts(TypedDict, total=False):
         recipe: The winner's recipe as it was exported, with all files that its merge reads.
         versions: Package or part → version.
         notes: What the user was told along the way.
+        stages: What each stage gained: `caption`, `columns`, and `rows` of as many cells.
         written: When the report was written.
     """
 
@@ -60,6 +61,7 @@ class Facts(TypedDict, total=False):
     recipe: str
     versions: Mapping[str, str]
     notes: Sequence[str]
+    stages: Mapping[str, Any]
     written: str
 
 
@@ -76,6 +78,7 @@ NO_FACTS: Facts = {
     "recipe": "",
     "versions": {},
     "notes": (),
+    "stages": {},
     "written": "",
 }
 

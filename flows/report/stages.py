@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from typing import Any
 
 from rich import box
 from rich.table import Table as RichTable
@@ -105,7 +106,7 @@ def cells(stage: Stage, times: int) -> list[str]:
     return [in_words(stage.row.method), shown, ": ".join(filter(None, [gained, stage.verdict])), stage.cost]
 
 
-def caption(stages: Sequence[Stage], times: int, least: float) -> str:
+def caption(times: int, least: float) -> str:
     """What the gains are, and how small a difference validation can see."""
     seen = (
         f" Validation can see differences of {least * times:.2g} between good merges, and none below it."
@@ -120,9 +121,7 @@ def caption(stages: Sequence[Stage], times: int, least: float) -> str:
 
 def as_rich(stages: Sequence[Stage], times: int, least: float) -> RichTable:
     """The stages for the terminal."""
-    rich = RichTable(
-        caption=caption(stages, times, least), caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
+    rich = RichTable(caption=caption(times, least), caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     rich.add_column("stage")
     for name in COLUMNS:
         rich.add_column(Text(name), justify="left" if name in ("best of it", "cost") else "right")
@@ -135,7 +134,13 @@ def as_markdown(stages: Sequence[Stage], times: int, least: float) -> str:
     """The stages in GitHub's Markdown."""
     lines = [markdown_line(["stage", *COLUMNS]), markdown_line([":--", ":--", "--:", "--:", ":--"])]
     lines += [markdown_line([stage.name, *cells(stage, times)]) for stage in stages]
-    return "\n".join([*lines, "", caption(stages, times, least), ""])
+    return "\n".join([*lines, "", caption(times, least), ""])
+
+
+def for_page(stages: Sequence[Stage], times: int, least: float) -> dict[str, Any]:
+    """The stages for the report: see `Facts`."""
+    rows = [[stage.name, *cells(stage, times)] for stage in stages]
+    return {"caption": caption(times, least), "columns": ["stage", *COLUMNS], "rows": rows}
 
 
 def in_a_line(stage: Stage, times: int) -> str:

@@ -103,7 +103,7 @@ def distil(
 def _attempt(
     job: DistillationJob, count: int, threads: int, gpus: float, progress: Callable[[float], None]
 ) -> Distilled:
-    kind: Any = ray.remote(num_cpus=threads, num_gpus=gpus)(_Worker)
+    kind: Any = ray.remote(num_cpus=threads, num_gpus=gpus)(_DistillationWorker)
     actors = [kind.remote(job, threads) for _ in range(count)]
     try:
         with surfaced("distilling"):
@@ -157,7 +157,7 @@ class _Actors:
         return self._actors[number % len(self._actors)]
 
 
-class _Worker:
+class _DistillationWorker:
     """A distiller in a process of its own; what leaves it lies on the CPU."""
 
     def __init__(self, job: DistillationJob, threads: int) -> None:
