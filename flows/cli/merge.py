@@ -1,9 +1,11 @@
 """`mergequest merge`: a recipe file in, a Hugging Face directory out."""
 
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import yaml
@@ -22,9 +24,12 @@ from merging.checkpoints.directories.writer import SHARD_BYTES
 from merging.checkpoints.pool import Pool
 from merging.errors import SettingsError
 from merging.io import addresses
+from merging.mergers.adapter_export import write_adapter
 from merging.mergers.disk import merge_on_device, merge_to_disk
+from merging.mergers.material import Material
 from merging.mergers.slices import write_slices
 from merging.optimization.gradient_mismatch import quadratic_mismatch, require_fishers
+from merging.recipe import Recipe
 from merging.registry import did_you_mean
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -117,9 +122,13 @@ def merge_recipe(
                 max_distance=file.max_distance,
                 files_from=file.files_from,
                 dtype=dtype,
+                export=file.export,
                 directory=out,
             ),
         }
+        if file.export == "adapter":
+            _write_adapter(material, recipe, out, extra[RECIPE], int(gigabytes * 1e9), threads, display)
+            return
         kind = DTYPES[dtype] if dtype else None
         if device is not None:
             report = merge_on_device(
@@ -145,6 +154,27 @@ def merge_recipe(
             norms = quadratic_mismatch(material, Checkpoint.open(out).read, recipe)
             terms = ", ".join(f"{member} {norm:.3g}" for member, norm in norms.members.items())
             display.note(f"gradient mismatch, as Fisher information predicts it: {norms.total:.3g} ({terms})")
+
+
+def _write_adapter(
+    material: Material,
+    recipe: Recipe,
+    out: str,
+    text: str | bytes | None,
+    max_bytes: int,
+    threads: int | None,
+    display: Display,
+) -> None:
+    """Writes a merge of adapters as an adapter: merged to a temporary directory beside it, then weight by weight."""
+    parent_directory = addresses.local_path(out).resolve().parent if addresses.is_local(out) else None
+    with (
+        tempfile.TemporaryDirectory(dir=parent_directory, prefix=".merge-") as place,
+        _bar(material.pool, display) as bar,
+    ):
+        whole = str(Path(place) / "whole")
+        merge_to_disk(material, recipe, whole, dtype=torch.float32, max_bytes=max_bytes, threads=threads, progress=bar)
+        ranks = write_adapter(material.pool, recipe.members, Checkpoint.open(whole).read, out, {RECIPE: text})
+    display.note(f"an adapter of {len(ranks)} weights, ranks {min(ranks.values())} to {max(ranks.values())}")
 
 
 def parse_size(text: str) -> tuple[int, bool]:

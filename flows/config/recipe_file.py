@@ -43,6 +43,11 @@ class RecipeFile(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="Of the merged weights; by default the base's."
     )
+    export: Literal["full", "adapter"] = Field(
+        "full",
+        description="What is written: full weights, or, of members that are all LoRA adapters, an adapter of the base (exact "
+        "for linear methods and in core space; others are refused).",
+    )
     method: str = Field(description="Merge method.")
     scaling: float | dict[str, float | Annotated[dict[str, float], Field(min_length=1)]] | None = Field(
         None,
@@ -158,6 +163,7 @@ def dump_recipe(
     max_distance: float | None = MAX_DISTANCE,
     files_from: FilesFrom | None = None,
     dtype: str | None = None,
+    export: str = "full",
     directory: str | None = None,
 ) -> str:
     """A recipe file that repeats a candidate's merge.
@@ -174,6 +180,7 @@ def dump_recipe(
         max_distance: Largest distance of a member from the base; None for no bound.
         files_from: Whose small files the merge has.
         dtype: Of the merged weights; None for the base's.
+        export: What is written.
         directory: Where the file will lie, which names local paths from there; None leaves them as they are.
     """
     known = examples or {}
@@ -197,6 +204,7 @@ def dump_recipe(
         "vocabulary": vocabulary if vocabulary != "base" else None,
         "max_distance": max_distance,
         "dtype": dtype,
+        "export": export if export != "full" else None,
         "files_from": {key: name for key, name in borrowed.items() if name in recipe.members},
         **recipe.as_dict(),
         "scaling": nested(recipe.scaling),
@@ -214,6 +222,7 @@ def dump_recipe(
         "vocabulary",
         "files_from",
         "dtype",
+        "export",
         *always,
     )
     shown = {key: value[key] for key in order if value[key] or key in always}

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModel, T5Config, T5ForConditionalGeneration
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModel, BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 from flows.cli.merge import merge_recipe
 from flows.config.recipe_file import load_recipe
@@ -172,6 +173,25 @@ def test_a_recipe_with_a_secret_is_refused_without_repeating_it(write_recipe, tm
 def test_a_merge_in_another_dtype_is_loaded_in_it(write_recipe, tmp_path):
     merge_recipe(write_recipe(), str(tmp_path / "out"), "bfloat16", 1.0, Display())
     assert {value.dtype for value in AutoModel.from_pretrained(tmp_path / "out").parameters()} == {torch.bfloat16}
+
+
+def test_a_merge_of_adapters_is_written_as_an_adapter_where_the_recipe_says_so(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(**sizes, intermediate_size=24)).save_pretrained(tmp_path / "base")
+    for name in "ab":
+        lora = LoraConfig(r=2, init_lora_weights=False, target_modules=["query", "dense"])
+        get_peft_model(AutoModel.from_pretrained(tmp_path / "base"), lora).save_pretrained(tmp_path / name)
+    recipe = {"base": "base", "members": {"a": "a", "b": "b"}, "method": "core+tsv_m", "max_distance": None}
+    for name, more in {"full": {}, "adapter": {"export": "adapter"}}.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**recipe, **more}))
+        merge_recipe(str(tmp_path / f"{name}.yaml"), str(tmp_path / f"out-{name}"))
+    assert load_recipe(str(tmp_path / "out-adapter" / "recipe.yaml")).export == "adapter"
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".merge-")]
+    base = AutoModel.from_pretrained(tmp_path / "base")
+    adapted = dict(PeftModel.from_pretrained(base, tmp_path / "out-adapter").merge_and_unload().named_parameters())
+    for name, value in AutoModel.from_pretrained(tmp_path / "out-full").named_parameters():
+        torch.testing.assert_close(adapted[name], value, rtol=0, atol=1e-5)
 
 
 def test_merging_imports_torch_and_nothing_else_that_takes_seconds():
