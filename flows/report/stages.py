@@ -99,11 +99,20 @@ def smallest_visible(rows: Sequence[Row], objective: Objective, values: Callable
 def cells(stage: Stage, times: int) -> list[str]:
     """A stage's cells as they are read, in the order of `COLUMNS`."""
     shown = f"{(stage.row.objective or 0.0) * times:.{digits(times)}f}"
-    step = stage.gain
-    gained = NOTHING if step is None else signed(step.value, step.standard_error, times)
-    if step is not None and not step.is_paired:
-        gained += " (unpaired)"
-    return [in_words(stage.row.method), shown, ": ".join(filter(None, [gained, stage.verdict])), stage.cost]
+    return [
+        in_words(stage.row.method),
+        shown,
+        ": ".join(filter(None, [_gained(stage, times), stage.verdict])),
+        stage.cost,
+    ]
+
+
+def _gained(stage: Stage, times: int) -> str:
+    """A stage's gain and its error as they are read."""
+    if stage.gain is None:
+        return NOTHING
+    text = signed(stage.gain.value, stage.gain.standard_error, times)
+    return text if stage.gain.is_paired else f"{text} (unpaired)"
 
 
 def caption(times: int, least: float) -> str:
@@ -145,9 +154,10 @@ def for_page(stages: Sequence[Stage], times: int, least: float) -> dict[str, Any
 
 def in_a_line(stage: Stage, times: int) -> str:
     """A stage as it is told when it ends."""
-    method, shown, gained, cost = cells(stage, times)
-    step = "" if stage.gain is None else f", {gained} over the best before it"
-    return f"{stage.name}: {method} {shown} on validation{step}{f', {cost}' if cost else ''}"
+    method, shown, _, cost = cells(stage, times)
+    step = "" if stage.gain is None else f", {_gained(stage, times)} over the best before it"
+    verdict = f" ({stage.verdict})" if stage.verdict else ""
+    return f"{stage.name}: {method} {shown} on validation{step}{verdict}{f'; {cost}' if cost else ''}"
 
 
 def _measured(rows: Sequence[Row]) -> str:
