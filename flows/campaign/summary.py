@@ -95,7 +95,9 @@ def _stages(directory: Directory, campaign: Campaign) -> tuple[list[stages.Stage
     own, expected = (own_scores(rows, tasks_of, "validation", expected=expected) for expected in (False, True))
     settings = campaign.search
     try:
-        objective = make_objective(settings.objectives, list(campaign.tasks), own, expected, settings.weights)
+        objective = make_objective(
+            settings.objectives, list(campaign.tasks), own, expected, settings.weights, None, campaign.unseen()
+        )
     except SettingsError:
         return None
     found = stages.stages(rows, objective, values, directory.read_timings())
