@@ -54,7 +54,7 @@ def finished(tiny_campaign, tiny_pool, tokenizer, tmp_path_factory):
     settings["search"] |= {
         "methods": sorted(METHODS),
         "pruning": "wilcoxon",
-        "gradient": {"steps": 2, "methods": ["average"]},
+        "gradient": {"steps": 2, "methods": ["regmean"]},
     }
     settings["statistics"] |= {"propagated": {"examples": 16}, "output_gram": {"examples": 16}}
     settings |= {"distil": {"steps": 2, "batch": 4}, "resources": {"evaluators": 1}}
