@@ -1,6 +1,6 @@
 """Weights that are several matrices: convolutions, whose groups are matrices each, and joined experts."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -62,11 +62,6 @@ def blocks_of(weight: Weight) -> list[Weight]:
             )
         )
     return views
-
-
-def all_blocks(weights: Iterable[Weight]) -> list[Weight]:
-    """The blocks of all weights."""
-    return [view for weight in weights for view in blocks_of(weight)]
 
 
 class InBlocks(Prepared):

@@ -18,7 +18,6 @@ from merging.tasks.likelihood import Likelihood
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """What is decoded: other formats of the library start programs (EPS), or are no pictures."""
-SEVERITIES = 5
 PIXELS = 1 << 26
 """Most pixels of an image: what claims more is a decompression bomb."""
 
