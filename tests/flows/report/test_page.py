@@ -155,6 +155,16 @@ def test_the_table_shows_the_numbers_of_the_ledger(make):
         assert set(marked) == {max(values)}
 
 
+def test_what_each_stage_gained_comes_before_everything_else(make):
+    told = {"caption": "On validation.", "columns": ["stage", "best of it", "validation", "gain", "cost"]}
+    told |= {"rows": [["search", "ties", "70.1", "+0.4 ± 0.3: within the error", "40 candidates, 3 min"]]}
+    page = Page(render(make.full(24), tasks=make.tasks, facts={"stages": told}))
+    assert list(page.sections)[:2] == ["stages", "results"]
+    assert "+0.4 ± 0.3: within the error" in page.sections["stages"]
+    assert "#stages" in [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    assert "stages" not in Page(render(make.full(24), tasks=make.tasks)).sections
+
+
 def test_a_subset_that_is_the_whole_pool_is_said_so(make_of):
     make = make_of(7)
     page = Page(render(make.full(48), tasks=make.tasks))
