@@ -6,9 +6,9 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,30 @@ LOCAL = "local"
 
 
 @dataclass(frozen=True)
+class NodeKind:
+    """Which nodes evaluators may be started on.
+
+    Args:
+        accelerator_type: Ray's name of the GPUs (`A100`, `H100`); None for any.
+        labels: Ray's labels of nodes that must have these values.
+    """
+
+    accelerator_type: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def fits(self, node: Mapping[str, Any]) -> bool:
+        """Whether Ray's entry of a node says so."""
+        of_type = self.accelerator_type is None or f"accelerator_type:{self.accelerator_type}" in node["Resources"]
+        own = node.get("Labels") or {}
+        return of_type and all(own.get(name) == value for name, value in self.labels.items())
+
+    def describe(self) -> str:
+        """For messages."""
+        named = [f"label {name}={value}" for name, value in self.labels.items()]
+        return " and ".join([*([f"accelerator type {self.accelerator_type}"] if self.accelerator_type else []), *named])
+
+
+@dataclass(frozen=True)
 class Cluster:
     """What there is to work with.
 
@@ -70,9 +94,9 @@ class Cluster:
         """Whether nodes may join it."""
         return self.address != LOCAL
 
-    def now(self) -> "Cluster":
-        """What there is by now."""
-        return describe_cluster(self.address)
+    def now(self, kind: NodeKind = NodeKind()) -> "Cluster":
+        """What there is by now, of nodes of a kind."""
+        return describe_cluster(self.address, kind)
 
     def describe(self) -> str:
         """One line for users."""
@@ -237,15 +261,47 @@ def room_for(cluster: Cluster, threads: int, gpus: float, bytes_each: int) -> in
     return max(1, room)
 
 
-def describe_cluster(address: str = LOCAL) -> Cluster:
+def require_nodes(kind: NodeKind, gpus: float) -> None:
+    """Looks whether there is a node that an evaluator could start on.
+
+    Args:
+        kind: Which nodes may be taken.
+        gpus: GPUs of an evaluator.
+
+    Raises:
+        ClusterError: No node of the kind is there, or none with so many GPUs.
+    """
+    nodes = alive_nodes()
+    fitting = [node for node in nodes if kind.fits(node)]
+    if not fitting:
+        types = {
+            name.partition(":")[2]
+            for node in nodes
+            for name in node["Resources"]
+            if name.startswith("accelerator_type:")
+        }
+        raise ClusterError(
+            f"no node has {kind.describe()}: the cluster's accelerator types are {', '.join(sorted(types)) or 'none'}; correct "
+            "resources.accelerator_type or resources.labels (`ray start --labels`), or say how many evaluators are to wait for "
+            "such nodes with resources.evaluators"
+        )
+    if gpus > (most := max(node["Resources"].get("GPU", 0.0) for node in fitting)):
+        raise ClusterError(
+            f"an evaluator of {gpus:g} GPUs fits no node: the largest has {most:g}; lower resources.gpus, or say how many "
+            "evaluators are to wait for larger nodes with resources.evaluators"
+        )
+
+
+def describe_cluster(address: str = LOCAL, kind: NodeKind = NodeKind()) -> Cluster:
     """What the cluster that this process has joined has now.
 
     Args:
         address: Where it was joined, or `LOCAL`.
+        kind: Which of its nodes count.
     """
-    resources = ray.cluster_resources()
-    cpus, gpus, memory = (resources.get(name, 0.0) for name in ("CPU", "GPU", "memory"))
-    nodes = [node["Resources"] for node in alive_nodes()]
+    entries = [node for node in alive_nodes() if kind.fits(node)]
+    nodes = [node["Resources"] for node in entries]
+    cpus, gpus, memory = (sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU", "memory"))
     sizes = tuple((node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes)
     return Cluster(address, len(nodes), int(cpus), float(gpus), int(memory), sizes)
 

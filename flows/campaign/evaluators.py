@@ -10,7 +10,7 @@ from flows.campaign.open_campaign import OpenCampaign
 from flows.campaign.regime import is_sharded, shards_of
 from flows.directory.progress import Display
 from merging.io import addresses
-from ray_tasks.connect import Cluster, evaluators_for, gpus_each, room_for
+from ray_tasks.connect import Cluster, NodeKind, evaluators_for, gpus_each, require_nodes, room_for
 from ray_tasks.evaluators.evaluator import Evaluator
 from ray_tasks.evaluators.evaluator_pool import EvaluatorPool
 from ray_tasks.evaluators.fed_evaluator import FedEvaluator
@@ -24,8 +24,12 @@ RESTARTS = 3
 @contextmanager
 def evaluators(opened: OpenCampaign, statistics: Files, cluster: Cluster, display: Display) -> Iterator[RayExecutor]:
     """Evaluators for the block, as many as fit, with threads and memory said."""
-    resources, cluster = opened.campaign.resources, cluster.now()  # statistics may have made it grow
+    resources = opened.campaign.resources
+    nodes = NodeKind(resources.accelerator_type, resources.labels)
+    cluster = cluster.now(nodes)  # statistics may have made it grow
     gpus = gpus_each(resources.gpus)
+    if resources.evaluators is None or not cluster.may_grow:
+        require_nodes(nodes, gpus)
     is_fed = is_sharded(opened, statistics, cluster, gpus)
     estimate = opened.evaluator_memory(statistics, sharded=is_fed, on_gpu=gpus > 0)
     memory = int((resources.memory or 0.0) * 1e9) or estimate.total
@@ -40,10 +44,11 @@ def evaluators(opened: OpenCampaign, statistics: Files, cluster: Cluster, displa
             resources.threads,
             gpus,
             max(resources.retries, RESTARTS),
-            room=(lambda: room_for(cluster.now(), *needs)) if grows else None,
+            room=(lambda: room_for(cluster.now(nodes), *needs)) if grows else None,
             say=display.note,
             kind=FedEvaluator if is_fed else Evaluator,
             memory=int((resources.memory or 0.0) * 1e9),
+            nodes=nodes,
         )
         pool = EvaluatorPool(
             group, opened.campaign.search.candidate_seconds, shards, EvaluatorMetrics(opened.campaign.name)

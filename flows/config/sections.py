@@ -131,7 +131,16 @@ class ResourceSettings(Settings):
     )
     threads: int = Field(1, ge=1, description="Torch threads of each process; more than one seldom pays on few cores.")
     gpus: float | None = Field(
-        None, ge=0, description="GPUs of an evaluator (fractions share one); by default 1 if any."
+        None,
+        ge=0,
+        description="GPUs of an evaluator (fractions share one); by default 1 if any. Over several, a model's layers are "
+        "spread (needs mergequest[accelerate]), or an engine's matrices (engine.tensor_parallel).",
+    )
+    accelerator_type: str | None = Field(
+        None, description="Ray's name of the GPUs that evaluators ask for (A100, H100); by default any."
+    )
+    labels: dict[str, str] = Field(
+        default_factory=dict, description="Labels (`ray start --labels`) of the nodes that evaluators are started on."
     )
     memory: float | None = Field(
         None,

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from merging.checkpoints.pool import Pool
 from merging.errors import PoolError, TaskError
 from merging.evaluation.shared_weights import SHOWN, SharedWeights, sharing_model
+from merging.evaluation.spread_models import Spread
 from merging.evaluation.steps import EvaluationPlan, Measurement, Trace
 from merging.evaluation.untouched import Contents, structure
 from merging.mergers.dtypes import model_dtype, rounded_dtype
 from merging.mergers.material import Material
 from merging.mergers.resident import ResidentMerger
+from merging.mergers.spread import SpreadMerger
 from merging.recipe import Recipe
 from merging.tasks.predictions import Predictions
 from merging.tasks.task import Score, Split, Task
@@ -29,6 +31,11 @@ def best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("cpu")
+
+
+def best_devices() -> list[torch.device]:
+    """The accelerators that this process may use, where there are several that a model may be spread over."""
+    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
 
 
 class WeightSource(Protocol):
@@ -134,6 +141,7 @@ class LiveModels(CandidateModels):
         precision: `float32`, or `bfloat16` for autocast in evaluation.
         source: Where merged weights come from; by default they are merged here, and the pool lies on the device.
         dtype: Of the models; by default the checkpoints' own.
+        devices: Several that each model is spread over, in place of `device`.
     """
 
     def __init__(
@@ -145,6 +153,7 @@ class LiveModels(CandidateModels):
         precision: str = "float32",
         source: MakeSource = ResidentMerger,
         dtype: torch.dtype | None = None,
+        devices: Sequence[torch.device] = (),
     ) -> None:
         super().__init__(tasks, precision)
         pool = material.pool
@@ -153,6 +162,7 @@ class LiveModels(CandidateModels):
             name: torch.empty(info.shape, dtype=self._dtype, device=device) for name, info in pool.weights.items()
         }
         self._pool, self._owners, self._device = pool, owners, device
+        self._spread = Spread(devices) if len(devices) > 1 else None
         self._models: dict[str, nn.Module] = {}
         self._shared: dict[str, SharedWeights] = {}
         self._structures: dict[str, Any] = {}
@@ -162,7 +172,10 @@ class LiveModels(CandidateModels):
             shared.check(self._out)
         refuse_unmeasured(tasks, {name: shared.dropped for name, shared in self._shared.items()})
         self._rounded = roundings(self._out, pool)
-        self._source = source(material, self._out)
+        if self._spread is not None and source is ResidentMerger:
+            self._source: WeightSource = SpreadMerger(material, self._spread.parts(self._out))
+        else:
+            self._source = source(material, self._out)
 
     def _merge(self, recipe: Recipe) -> Mapping[str, float]:
         """Makes all models the recipe's."""
@@ -178,7 +191,9 @@ class LiveModels(CandidateModels):
         if task.name not in self._models:
             member = self._pool.members[self._owners[task.name]]
             model, self._shared[task.name] = sharing_model(task, self._pool, member, self._out, self._dtype)
-            self._models[task.name] = model.to(self._device)
+            if self._spread is not None:
+                self._spread.place(model, self._shared[task.name], self._out)
+            self._models[task.name] = model if self._spread is not None else model.to(self._device)
             self._structures[task.name] = structure(model)
         return self._models[task.name]
 

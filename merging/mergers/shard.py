@@ -73,35 +73,28 @@ class KeptMaterial(Material):
         return self._read[kind, name]
 
 
-class ShardMerger(ResidentMerger):
+class PartMerger(ResidentMerger):
     """Merges some of a pool's weights, bit for bit as all together are merged.
 
-    Global statistics are exchanged: each shard passes over its own weights and receives what all the others have, and the
+    Global statistics are exchanged: each part passes over its own weights and receives what all the others have, and the
     same again in the second pass.
 
     Args:
-        material: Pool and statistics; only what belongs to the named weights is read.
-        names: The base's names of the weights.
+        material: Pool and statistics; only what belongs to the weights is read.
+        out: The weights to overwrite, by the base's name, all on one device.
     """
 
     _is_part = True
 
-    def __init__(self, material: Material, names: Sequence[str]) -> None:
-        weights = material.pool.weights
-        self.values = torch.empty(merged_bytes(weights, names), dtype=torch.uint8)
-        """All merged weights as `views` lays them, in the dtypes that an export has; the next merge overwrites them."""
-        super().__init__(KeptMaterial.of(material), views(self.values, weights, names))
+    def __init__(self, material: Material, out: Mapping[str, Tensor]) -> None:
+        super().__init__(material, out)
         self._global_stats: dict[str, Any] = {}
         self._more: Any = None
 
-    def read(self) -> None:
-        """Reads base and members; statistics are read when a method asks for them."""
-        pool = self._material.pool
-        pool.prefetch(self._out)
-        for name in self._out:
-            pool.base_weight(name)
-            for member in pool.members:
-                pool.member_weight(member, name)
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self._device
 
     def global_pass(self, method: str) -> dict[str, Any]:
         """A method's global statistics of every single weight: added up in one order, they give what all together give."""
@@ -146,3 +139,27 @@ class ShardMerger(ResidentMerger):
 
     def _second_passes(self, method: Method, global_stats: Any, parameters: Mapping[str, Value]) -> Any:
         return global_stats if self._more is None else method.combine(global_stats, self._more)
+
+
+class ShardMerger(PartMerger):
+    """A part in memory of its own, whose base and members are read once and kept.
+
+    Args:
+        material: Pool and statistics; only what belongs to the named weights is read.
+        names: The base's names of the weights.
+    """
+
+    def __init__(self, material: Material, names: Sequence[str]) -> None:
+        weights = material.pool.weights
+        self.values = torch.empty(merged_bytes(weights, names), dtype=torch.uint8)
+        """All merged weights as `views` lays them, in the dtypes that an export has; the next merge overwrites them."""
+        super().__init__(KeptMaterial.of(material), views(self.values, weights, names))
+
+    def read(self) -> None:
+        """Reads base and members; statistics are read when a method asks for them."""
+        pool = self._material.pool
+        pool.prefetch(self._out)
+        for name in self._out:
+            pool.base_weight(name)
+            for member in pool.members:
+                pool.member_weight(member, name)

@@ -15,7 +15,7 @@ from merging.checkpoints.pool import Pool
 from merging.checkpoints.vocabulary import Vocabulary
 from merging.errors import EngineLostError
 from merging.evaluation.engines import EngineSettings
-from merging.evaluation.live_models import CandidateModels, LiveModels, MakeSource, best_device
+from merging.evaluation.live_models import CandidateModels, LiveModels, MakeSource, best_device, best_devices
 from merging.evaluation.steps import EvaluationPlan, Measurement
 from merging.faults import is_fault, tells_of_device
 from merging.io import fact_cache
@@ -207,7 +207,10 @@ class Evaluator:
         """What holds the candidates."""
         setup, source = self._setup, self._source
         if setup.engine is None or setup.engine.kind == "transformers":
-            return LiveModels(material, tasks, setup.owners, self._device, setup.precision, source, setup.dtype)
+            # over several devices, a model is built in main memory
+            devices = best_devices() if torch.cuda.device_count() > 1 else []
+            device = torch.device("cpu") if devices else self._device
+            return LiveModels(material, tasks, setup.owners, device, setup.precision, source, setup.dtype, devices)
         from merging.evaluation.engines.engine_models import EngineModels
 
         # what shards send waits in main memory; the device is the engine's

@@ -4,16 +4,17 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
+from ray.util.scheduling_strategies import In, NodeLabelSchedulingStrategy, NotIn
 
 from merging.errors import ClusterError
 from merging.faults import is_fault, tells_of_device
 from ray_tasks.cluster_errors import surfaced
-from ray_tasks.connect import alive_nodes
+from ray_tasks.connect import NodeKind, alive_nodes
 from ray_tasks.evaluators.evaluator import Evaluator
 
 LOOK = 5.0
@@ -43,6 +44,7 @@ class EvaluatorGroup:
         say: Told, in a line for users, when there is no evaluator left to wait for, or more of them.
         kind: The class of the actors: made of `setup` and `threads`, with `build()` and `measure(assignment)`.
         memory: Bytes that each asks its node for; 0 for none.
+        nodes: Which nodes they may be started on.
     """
 
     setup: Any
@@ -54,7 +56,9 @@ class EvaluatorGroup:
     say: Callable[[str], None] = lambda text: None
     kind: type[Any] = Evaluator
     memory: int = 0
+    nodes: NodeKind = field(default_factory=NodeKind)
     _building: dict[Any, Any] = field(default_factory=dict, init=False)
+    _started: dict[Any, Any] = field(default_factory=dict, init=False)
     _nodes: dict[Any, str] = field(default_factory=dict, init=False)
     _blamed: Counter[str] = field(default_factory=Counter, init=False)
     _avoided: set[str] = field(default_factory=set, init=False)
@@ -118,6 +122,7 @@ class EvaluatorGroup:
             MergequestError: Building the first one failed: the evaluator's own error.
         """
         actor = self._building.pop(reference)
+        started = self._started.pop(actor, None)
         try:
             with surfaced("building an evaluator"):
                 self._nodes[actor] = ray.get(reference)
@@ -128,6 +133,10 @@ class EvaluatorGroup:
             if not self._ever and not isinstance(error, ClusterError) and not (sick and others):
                 raise
             self.count_death(f"{type(error).__name__}: {error}")
+            cause = getattr(error, "cause", None) or error
+            why = f"{type(cause).__name__}: {cause}"
+            with suppress(ray.exceptions.RayError):  # of one that died before it began, nobody knows where
+                self.blame(ray.get(started, timeout=1.0), why, "evaluators could not be built there")
             return None
         self._ever = True
         return actor
@@ -147,8 +156,8 @@ class EvaluatorGroup:
         """A node was lost, which is nobody's fault."""
         self._last = "A node was lost."
 
-    def blame(self, node: str, why: str) -> None:
-        """A candidate failed on a node, and not because of its recipe: it was measured elsewhere since.
+    def blame(self, node: str, why: str, what: str = "candidates failed there that were measured elsewhere") -> None:
+        """Something failed on a node, and not because of a recipe: a candidate that was measured elsewhere, or a building.
 
         After the second one nothing is started on that node any more, where there is another to start it on; else there
         is one evaluator less.
@@ -159,7 +168,7 @@ class EvaluatorGroup:
         del self._blamed[node]
         alive = {entry["NodeID"]: entry for entry in alive_nodes()}
         name = alive.get(node, {}).get("NodeManagerHostname", node[:8])
-        reason = f"{BLAMED} candidates failed there that were measured elsewhere, the last with {why}"
+        reason = f"{BLAMED} {what}, the last with {why.partition(chr(10))[0]}"
         if any(self._fits(entry) for key, entry in alive.items() if key not in {*self._avoided, node}):
             self._avoided.add(node)
             self.say(f"no more evaluators are started on node {name}: {reason}")
@@ -170,7 +179,8 @@ class EvaluatorGroup:
     def _fits(self, node: Any) -> bool:
         """Whether a node is large enough for an evaluator."""
         there = node["Resources"]
-        return bool(there.get("CPU", 0) >= self.threads and there.get("GPU", 0) >= self.gpus)
+        large = there.get("CPU", 0) >= self.threads and there.get("GPU", 0) >= self.gpus
+        return bool(large and self.nodes.fits(node))
 
     def count_answer(self) -> None:
         """One of them answered: they are no crash loop."""
@@ -182,17 +192,27 @@ class EvaluatorGroup:
             ray.kill(actor)
         self._nodes.clear()
         self._building.clear()
+        self._started.clear()
 
     def _spawn(self) -> None:
         options: dict[str, Any] = {"num_cpus": self.threads, "num_gpus": self.gpus}
         options |= {"max_restarts": 0, "max_task_retries": 0}
+        wanted: dict[str, Any] = {name: In(value) for name, value in self.nodes.labels.items()}
         if self._avoided:
-            options["scheduling_strategy"] = NodeLabelSchedulingStrategy({NODE_LABEL: NotIn(*sorted(self._avoided))})
+            wanted[NODE_LABEL] = NotIn(*sorted(self._avoided))
+        if wanted:
+            options["scheduling_strategy"] = NodeLabelSchedulingStrategy(wanted)
+        if self.nodes.accelerator_type is not None:
+            options["accelerator_type"] = self.nodes.accelerator_type
         options |= {"memory": self.memory} if self.memory else {}
         actor = ray.remote(**options)(self.kind).remote(self.setup, self.threads)
 
-        def build(evaluator: Any) -> str:
-            evaluator.build()
+        def place(evaluator: Any) -> str:
             return str(ray.get_runtime_context().get_node_id())
 
+        def build(evaluator: Any) -> str:
+            evaluator.build()
+            return place(evaluator)
+
+        self._started[actor] = actor.__ray_call__.remote(place)
         self._building[actor.__ray_call__.remote(build)] = actor

@@ -22,3 +22,20 @@ def test_a_cluster_with_gpus_is_asked_for_them_where_they_lie():
     assert len(seen["after two"]) == 1
     assert "CUDA error: y" in seen["after two"][0]
     assert seen["on the sick node"] == [0, 2]
+
+
+@pytest.mark.slow
+def test_evaluators_are_started_on_nodes_of_a_kind_and_not_where_they_cannot_be_built():
+    script = Path(__file__).with_name("kinds_of_nodes.py")
+    found = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, check=False)
+    assert found.returncode == 0, found.stderr
+    seen = json.loads(found.stdout.splitlines()[-1])
+    assert seen["sizes"] == [2, 8.0, 12.0]
+    assert seen["room"] == [2, 2, 4, 8]  # no evaluator lies across two nodes, no share across two GPUs
+    assert seen["refused"][0] == ""
+    assert "an evaluator of 8 GPUs fits no node: the largest has 4" in seen["refused"][1]
+    assert "no node has accelerator type A100: the cluster's accelerator types are H100" in seen["refused"][2]
+    assert "no node has label a=b" in seen["refused"][3]
+    assert seen["built"] == [[0], 2]
+    (said,) = [line for line in seen["said"] if "no more evaluators are started on node" in line]
+    assert "2 evaluators could not be built there, the last with OSError: no such device" in said
