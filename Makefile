@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart pools docs reference test test-fast test-slow test-endurance lint format clean mergekit-env mergekit-parity vllm-env test-vllm
+.PHONY: help quickstart pools papers docs reference test test-fast test-slow test-endurance lint format clean mergekit-env mergekit-parity vllm-env test-vllm
 
 help:
 	@echo "make quickstart  build a real pool of models and search for its best merge (about 10 minutes on 2 cores, installing included)"
 	@echo "make pools       the quick start's other pools: tagging, images"
+	@echo "make papers      the experiments of the papers behind the methods (hours on 2 cores; goes on where it was stopped)"
 	@echo "make test        lint, types, import floors, and all tests (about a quarter of an hour on 2 cores)"
 	@echo "make test-fast   the fast tests only"
 	@echo "make test-slow   the slow ones only: campaigns, Ray, what waits"
@@ -27,6 +28,9 @@ quickstart: $(VENV)/installed
 POOLS ?= tagging images
 pools: $(VENV)/installed
 	set -e; for pool in $(POOLS); do $(BIN)/mergequest quickstart --pool $$pool $(if $(CANDIDATES),--candidates $(CANDIDATES)); done
+
+papers: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.papers
 
 test: lint test-fast test-slow
 

@@ -273,8 +273,8 @@ class Bench:
         if recipe.method in METHODS:
             method = METHODS[recipe.method]
             complete = method.complete(recipe, self.weights.model_type)
-            base = [f"base:{kind}" for kind in method.base_needs(complete.parameters)]
-            self.need(*method.needs(complete.parameters), *base)
+            needs = method.needs(complete.parameters)
+            self.need(*needs.members, *(f"base:{kind}" for kind in needs.base))
         return self._material
 
     @cached_property
@@ -319,9 +319,9 @@ class Bench:
         if recipe.method not in METHODS:
             return []
         method = METHODS[recipe.method]
-        kinds = method.needs(recipe.parameters)
-        files = [self._material.statistics[kind][name] for kind in kinds for name in recipe.members]
-        files += [self._material.statistics[kind][BASE] for kind in method.base_needs(recipe.parameters)]
+        needs = method.needs(recipe.parameters)
+        files = [self._material.statistics[kind][name] for kind in needs.members for name in recipe.members]
+        files += [self._material.statistics[kind][BASE] for kind in needs.base]
         return [[file.kind, file.checkpoint, file.data, file.examples, dict(file.settings)] for file in files]
 
     def _print(self, who: str) -> str:

@@ -15,7 +15,7 @@ def solve(
     start: Tensor,
     iterations: int,
     tolerance: float,
-    diagonal: Tensor | None = None,
+    precondition: Callable[[Tensor], Tensor] = lambda value: value,
     project: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Steps towards A x = b, from a start, for B systems (Hestenes and Stiefel 1952).
@@ -28,19 +28,16 @@ def solve(
         start: x to begin at [B, m, n].
         iterations: Most steps.
         tolerance: Of ‖A x − b‖ / ‖b‖.
-        diagonal: Of A, broadcasting to [B, m, n], to precondition with; where it is 0 nothing is scaled.
+        precondition: M⁻¹ on [B, m, n], with M symmetric, positive definite and near A.
         project: Takes out of directions what is known not to be in A's range.
 
     Returns:
         x [B, m, n], ‖A x − b‖ / ‖b‖ [B], and whether negative curvature was met [B].
     """
-    scale = torch.ones((), dtype=right.dtype, device=right.device)
-    if diagonal is not None:
-        scale = torch.where(diagonal > 0, diagonal, 1.0).reciprocal()
     value = start.clone()
     residual = project(right - apply(value))
     goal = _dot(right, right).clamp(min=torch.finfo(right.dtype).tiny)
-    scaled = project(residual * scale)
+    scaled = project(precondition(residual))
     direction = scaled.clone()
     power = _dot(residual, scaled)
     indefinite = torch.zeros(len(right), dtype=torch.bool, device=right.device)
@@ -55,7 +52,7 @@ def solve(
         length = torch.where(active, power / torch.where(active, curvature, 1.0), 0.0)[:, None, None]
         value += length * direction
         residual -= project(length * applied)
-        scaled = project(residual * scale)
+        scaled = project(precondition(residual))
         renewed = _dot(residual, scaled)
         ratio = torch.where(active & (power > 0), renewed / torch.where(power > 0, power, 1.0), 0.0)
         direction = scaled + ratio[:, None, None] * direction

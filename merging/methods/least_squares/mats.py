@@ -61,7 +61,10 @@ class Mats(Method):
         "iterations": Parameter(100, "most steps of conjugate gradients", low=1, high=200, log=True, minimum=0),
         "tolerance": Parameter(1e-5, "relative residual to stop at", minimum=0.0, maximum=1.0, search=False),
         "preconditioner": Parameter(
-            "none", "scale the system by its diagonal", choices=("none", "jacobi"), search=False
+            "none",
+            "scale the system by its diagonal (jacobi), or solve a damped Kronecker product near it (kfac)",
+            choices=("none", "jacobi", "kfac"),
+            search=False,
         ),
     }
 
@@ -215,14 +218,13 @@ class PreparedMats(Prepared):
         self, system: Subspace, started: Mapping[str, Tensor], parameters: Mapping[str, Value]
     ) -> dict[str, Tensor]:
         """θ − θ_0 of a batch's weights."""
-        diagonal = system.diagonal() if parameters["preconditioner"] == "jacobi" else None
         solution, residuals, indefinite = solve(
             system.apply,
             system.right(),
             system.stack([started[weight.name].double() - weight.base for weight in system.weights]),
             int(parameters["iterations"]),
             float(parameters["tolerance"]),
-            diagonal,
+            system.preconditioner(str(parameters["preconditioner"])),
             system.project,
         )
         if min(system.factors) < 0 and indefinite.any():

@@ -1,6 +1,6 @@
 """A member's task parameter subspace as a symmetric positive semi-definite operator on a weight, many weights at once."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ def check_statistics(weight: Weight) -> None:
 
 SMALL = 1024
 """Largest side of K-FAC's factors whose range is found by eigenvalues; conjugate gradients cost more than they do."""
+DAMPING = 1e-3
+"""Of the preconditioner's factors, as a share of their mean diagonal: what is near singular is left to the iterations."""
 ROUNDING = 1e-6
 """Eigenvalues below this share of the largest are the rounding of float32 statistics."""
 
@@ -150,6 +152,50 @@ class Subspace:
             first = self.weights[0].base
             return torch.full((1, 1, 1), sum(self.factors), dtype=torch.float64, device=first.device)
         return self._sum.diagonal(dim1=1, dim2=2)[:, None, :] if self._subspace == "gram" else self._sum
+
+    def preconditioner(self, name: str) -> Callable[[Tensor], Tensor]:
+        """M⁻¹ for conjugate gradients.
+
+        Args:
+            name: `none`; `jacobi`, the operator's diagonal; `kfac`, V ↦ B̄⁻¹ V Ā⁻¹ with B̄ and Ā the members' weighted sums of
+                their two Grams, each with `DAMPING` of its mean diagonal added (Martens & Grosse 2015): of input Grams alone
+                that is the solution but for the damping.
+
+        Raises:
+            MethodError: `kfac` with a subspace that has no Grams, or factors of both signs.
+        """
+        if name == "none":
+            return lambda value: value
+        if name == "jacobi":
+            diagonal = self.diagonal()
+            scale = torch.where(diagonal > 0, diagonal, 1.0).reciprocal()
+            return lambda value: value * scale
+        if self._subspace not in ("gram", "kfac"):
+            raise MethodError(
+                f"preconditioner 'kfac' needs Grams, and subspace '{self._subspace}' has none: use 'jacobi', or 'none'"
+            )
+        if min(self.factors) < 0:
+            raise MethodError("preconditioner 'kfac' needs scaling factors ≥ 0: use 'jacobi', or 'none'")
+        if self._subspace == "gram":
+            assert self._sum is not None
+            inputs = _factored(self._sum)
+            return lambda value: torch.cholesky_solve(value.mT, inputs).mT
+        output = _factored(_summed([(factor / sum(self.factors), b) for factor, b, _ in self._pairs]))
+        inputs = _factored(_summed([(factor, a) for factor, _, a in self._pairs]))
+        return lambda value: torch.cholesky_solve(torch.cholesky_solve(value, output).mT, inputs).mT
+
+
+def _summed(terms: Sequence[tuple[float, Tensor]]) -> Tensor:
+    return torch.stack([factor * value for factor, value in terms]).sum(0)
+
+
+def _factored(matrices: Tensor) -> Tensor:
+    """Cholesky factors of damped positive semi-definite matrices [B, n, n]."""
+    mean = matrices.diagonal(dim1=1, dim2=2).mean(1)
+    damping = torch.where(mean > 0, DAMPING * mean, torch.ones_like(mean))
+    identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    factors: Tensor = torch.linalg.cholesky(matrices + damping[:, None, None] * identity)
+    return factors
 
 
 def _range(matrices: Sequence[Tensor]) -> Tensor | None:

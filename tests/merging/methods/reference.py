@@ -440,6 +440,18 @@ def mats(weights, scaling, parameters, examples):
         if parameters["preconditioner"] == "jacobi":
             units = torch.eye(base.numel(), dtype=torch.float64).reshape(-1, *base.shape)
             scale = 1 / torch.stack([(u * apply(u)).sum() for u in units]).reshape(base.shape)
+
+        def near(v, w=w, found=found, scale=scale, needed=needed):
+            if parameters["preconditioner"] != "kfac":
+                return scale * v
+            v = v.T if w.transposed else v
+            for kind, total in (("gram", 1.0), ("output_gram", sum(scaling.values()))):
+                if kind in needed[parameters["subspace"]]:
+                    gram = sum(a / total * found[kind][m] for m, a in scaling.items())
+                    damped = gram + 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+                    v = v @ torch.linalg.inv(damped) if kind == "gram" else torch.linalg.inv(damped) @ v
+            return v.T if w.transposed else v
+
         sides = []
         if parameters["subspace"] == "kfac":
             for kind in ("output_gram", "gram"):
@@ -453,15 +465,15 @@ def mats(weights, scaling, parameters, examples):
             return v.T if w.transposed else v
 
         r = project(r)
-        p = project(scale * r)
+        p = project(near(r))
         for _ in range(parameters["iterations"]):
             if r.norm() <= parameters["tolerance"] * right.norm():
                 break
             ap = apply(p)
-            old = (r * scale * r).sum()
+            old = (r * project(near(r))).sum()
             step = old / (p * ap).sum()
             x, r = x + step * p, project(r - step * ap)
-            p = project(scale * r) + (r * scale * r).sum() / old * p
+            p = project(near(r)) + (r * project(near(r))).sum() / old * p
         merged[w.name] = base + x
     return merged
 

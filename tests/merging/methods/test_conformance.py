@@ -47,6 +47,8 @@ VARIANTS = [
     ("mats", {"subspace": "fisher", "iterations": 8}),
     ("mats", {"subspace": "kfac", "iterations": 6, "tolerance": 0.0}),
     ("mats", {"subspace": "kfac", "iterations": 6, "preconditioner": "jacobi"}),
+    ("mats", {"subspace": "kfac", "iterations": 6, "preconditioner": "kfac"}),
+    ("mats", {"iterations": 3, "preconditioner": "kfac"}),
     ("mats", {"preconditioner": "jacobi", "iterations": 8}),
     ("regmean", {"rho": 0.999}),
     ("iso_c", {"rank": 0.5}),

@@ -1,0 +1,108 @@
+"""The papers' experiments, from a pool to the page, on tiny models."""
+
+import copy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from flows.config.campaign_file import Campaign
+from flows.directory.progress import Display
+from merging.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT))  # benchmarks are no part of what is installed
+
+from benchmarks.papers import __main__ as papers  # noqa: E402
+from benchmarks.papers.bench import Bench, Measured, paired  # noqa: E402
+from benchmarks.papers.figures import draw  # noqa: E402
+from benchmarks.papers.page import page  # noqa: E402
+from benchmarks.papers.pools import POOLS, PaperPool  # noqa: E402
+from benchmarks.papers.result import load, verdict  # noqa: E402
+
+
+@pytest.fixture
+def tiny(tiny_campaign, tmp_path) -> PaperPool:
+    campaign = Campaign.model_validate(copy.deepcopy(tiny_campaign))
+    together = dict.fromkeys(("one", "two", "three"), campaign.members["two"].checkpoint)
+    return PaperPool("tiny", 0, campaign, together, None, tmp_path / "tiny")
+
+
+@pytest.fixture
+def bench(tiny) -> Bench:
+    return Bench(tiny, Display(Console(quiet=True)), examples=12, statistic_examples=12)
+
+
+def test_every_experiment_is_a_module_with_its_pools():
+    found = (ROOT / "benchmarks" / "papers").glob("*/*.py")
+    modules = {f"{path.parent.name}.{path.stem}" for path in found if "def run(bench" in path.read_text()}
+    assert modules == set(papers.EXPERIMENTS)
+    for name in papers.EXPERIMENTS:
+        module = papers.module(name)
+        assert module.__doc__
+        assert set(module.POOLS) <= set(POOLS)
+
+
+def test_an_experiment_from_the_pool_to_the_page(tiny, tmp_path, monkeypatch):
+    """What is measured once is kept; the page, tables and figures come from the results alone."""
+    monkeypatch.setattr(papers, "POOLS", {"tiny": lambda root, seed, display: tiny})
+    names = ["gradient_matching.figure_2", "regmean.table_8", "quality_diversity.table_1"]
+    monkeypatch.setattr(
+        "benchmarks.papers.quality_diversity.subsets.dpp_kernel.quality",
+        lambda own, base: (dict.fromkeys(own, 1.0), []),
+    )
+    found = [papers.run(name, "tiny", 0, tmp_path, tmp_path / "results", 12) for name in names]
+    kept = {path: path.stat().st_mtime_ns for path in (tiny.place / "measured").iterdir()}
+    frame = load(found)
+    assert set(frame[frame.kind == "claim"].verdict) <= {"agrees", "no difference", "contradicts"}
+    curve = frame[(frame.experiment == names[0]) & (frame.task == "mean") & (frame.series == "task arithmetic")]
+    assert list(curve.x) == ["0.2", "0.4", "0.6", "0.8", "1.0", "1.25", "1.5"]
+    again = papers.run(names[0], "tiny", 0, tmp_path, tmp_path / "again", 12)
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(again).drop(columns="seconds"), pd.read_parquet(found[0]).drop(columns="seconds")
+    )
+    assert kept == {path: path.stat().st_mtime_ns for path in (tiny.place / "measured").iterdir()}
+    text = page(frame, tmp_path / "docs" / "papers")
+    assert "`gradient_matching.figure_2`" in text
+    assert (tmp_path / "docs" / "papers" / "gradient_matching.figure_2.tiny.0.svg").read_text().count("<circle") > 14
+    assert (tmp_path / "docs" / "papers" / "claims.tex").read_text().startswith("\\begin{tabular}")
+
+
+def test_measurements_are_what_the_models_say(bench, tiny):
+    scores = bench.member("two").scores
+    task = bench.tasks["two"]
+    assert scores["two"] == pytest.approx(task.evaluate(task.load_model(), "test", limit=12).value)
+    assert bench.own_members().values["two"].tolist() == bench.member("two").values["two"].tolist()
+    whole = bench.all_data()
+    assert whole is not None
+    assert whole.values["two"].tolist() == bench.member("two").values["two"].tolist()
+    one = bench.measure(Recipe("task_arithmetic", dict.fromkeys(bench.members, 0.0)))
+    assert one.scores == bench.base().scores
+
+
+def test_differences_are_paired():
+    generator = np.random.default_rng(0)
+    first = {"x": generator.random(50), "y": generator.random(80)}
+    second = {task: values - 0.1 + 1e-3 * generator.random(len(values)) for task, values in first.items()}
+    gap, error = paired(Measured(first), Measured(second))
+    gaps = {task: first[task] - second[task] for task in first}
+    assert gap == pytest.approx(np.mean([values.mean() for values in gaps.values()]))
+    assert error == pytest.approx(np.sqrt(sum(values.var() / len(values) for values in gaps.values())) / 2)
+    assert [verdict(gap, error), verdict(-gap, error), verdict(gap, gap)] == ["agrees", "contradicts", "no difference"]
+
+
+def test_figures_hold_every_point():
+    found = draw({"a <b>": [(0.0, 0.5, 0.1), (1.0, 0.7, 0.1)], "c": [(0.5, 0.6, float("nan"))]}, ("x", "y"), lines=True)
+    assert found.count('r="3.5"') == 3
+    assert "a &lt;b&gt;" in found
+    assert "nan" not in found
+
+
+def test_the_page_is_what_the_results_say():
+    """docs/papers.md is written from benchmarks/papers/results by `python -m benchmarks.papers --page`."""
+    results = sorted((ROOT / "benchmarks" / "papers" / "results").glob("*.parquet"))
+    if results:
+        assert (ROOT / "docs" / "papers.md").read_text() == page(load(results))
