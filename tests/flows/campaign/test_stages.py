@@ -81,3 +81,20 @@ def test_normalized_needs_a_member_of_each_task_s_own(checked, tiny_campaign):
 )
 def test_what_has_something_to_work_on_passes(checked, changes):
     checked(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "distillation on 72 unlabelled inputs"),
+        ({"distil": False}, "no distillation"),
+        ({"splits": ("validation",)}, "no distillation"),
+        ({"custom": ("two",)}, "no distillation"),
+    ],
+)
+def test_check_says_what_a_run_has(checked, capsys, changes, words):
+    checked(**{"search": {**PLAIN, "patience": 7}, "distil": None, **changes})
+    text = capsys.readouterr().err
+    assert words in text
+    assert "2 baselines (average, task_arithmetic at their defaults, the plain average)" in text
+    assert "at most 12 proposals by tpe, until 7 in a row are no better" in text

@@ -6,6 +6,8 @@ import yaml
 from flows.cli.submit import prepare
 from flows.cli.template import campaign_template, settings_reference
 from flows.config.campaign_file import dump, load_campaign
+from flows.config.search_settings import WITH_DATA, WITHOUT_DATA
+from flows.config.sections import DistilSettings
 from merging.errors import SettingsError
 
 
@@ -204,3 +206,61 @@ def test_a_job_s_command_line_holds_no_secret(campaign_file, what):
     with pytest.raises(SettingsError, match="--out: the address holds a password") as told:
         prepare(what, str(campaign_file()), "s3://key:hunter2@bucket/x")
     assert "hunter2" not in str(told.value)
+
+
+def without_defaults(settings):
+    """A campaign that leaves to the pool what the tests' own file says."""
+    for name in ("methods", "pruning", "patience"):
+        settings["search"].pop(name)
+    settings.pop("distil")
+
+
+def test_methods_follow_what_is_known_of_the_members(campaign_file):
+    path = changed(campaign_file, without_defaults)
+    assert tuple(load_campaign(str(path)).search.methods) == WITH_DATA
+
+    def without_train(settings):
+        without_defaults(settings)
+        settings["tasks"]["two"]["data"].pop("train")
+
+    path = changed(campaign_file, without_train)
+    assert tuple(load_campaign(str(path)).search.methods) == WITHOUT_DATA
+
+    def calibrated(settings):
+        without_train(settings)
+        settings["members"]["two"]["calibration"] = settings["tasks"]["one"]
+
+    path = changed(campaign_file, calibrated)
+    assert tuple(load_campaign(str(path)).search.methods) == WITH_DATA
+
+
+@pytest.mark.parametrize(
+    ("search", "pruning"),
+    [
+        ({}, "wilcoxon"),
+        ({"objective": ["mean", "worst"]}, "none"),
+        ({"objective": ["mean"]}, "wilcoxon"),
+        ({"anchor_examples": 8}, "none"),
+        ({"sampler": "nsga2"}, "none"),
+        ({"pruning": "none"}, "none"),
+        ({"pruning": "halving"}, "halving"),
+    ],
+)
+def test_candidates_are_pruned_where_nothing_speaks_against_it(campaign_file, search, pruning):
+    def edit(settings):
+        without_defaults(settings)
+        settings["search"] |= search
+
+    campaign = load_campaign(str(changed(campaign_file, edit)))
+    assert campaign.search.pruning == pruning
+    again = load_campaign(str(changed(campaign_file, edit)))
+    assert again.identity() == campaign.identity()
+
+
+def test_distillation_may_be_left_out_or_asked_for(campaign_file):
+    for given, kept in ((False, False), (None, None), ({}, DistilSettings())):
+        path = changed(campaign_file, lambda settings, given=given: settings.update(distil=given))
+        assert load_campaign(str(path)).distil == kept
+    path = changed(campaign_file, lambda settings: settings.update(distil={"weights": {"tow": 2.0}}))
+    with pytest.raises(SettingsError, match=r"distil: unknown member 'tow'. Did you mean 'two'"):
+        load_campaign(str(path))
