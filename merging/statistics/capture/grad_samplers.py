@@ -2,14 +2,19 @@
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from merging.checkpoints.models.parameter_names import conv1d
+from merging.faults import is_fault
 from merging.statistics.capture.modules import Unit
 from merging.statistics.capture.patches import is_convolution, rows_read, rows_written
 from merging.statistics.capture.per_sample_grads import Dense, GradientTerm, Outer, TableGradient
+from merging.statistics.capture.verification import differs
 
 Rule = Callable[[Any, Tensor, Tensor], dict[str, GradientTerm]]
 """(module, its input, gradient of its output) → parameter's name within the module → its gradients."""
@@ -23,7 +28,47 @@ def rule_for(unit: Unit) -> Rule | None:
     if is_convolution(module) and getattr(module, "groups", 1) != 1:
         return None
     rules = {**RULES, conv1d(): _conv1d}
-    return next((rule for kind, rule in rules.items() if type(module).forward is kind.forward), None)
+    known = next((rule for kind, rule in rules.items() if type(module).forward is kind.forward), None)
+    return known or (_scaling if unit.parameters.keys() == {"weight"} and _scales(module) else None)
+
+
+_SCALING: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def _scales(module: nn.Module) -> bool:
+    """Whether a module is some vector of its input, made greater entry by entry by its weight, as RMS norms are: tried once."""
+    if module not in _SCALING:
+        _SCALING[module] = _tried_scaling(module)
+    return _SCALING[module]
+
+
+@torch.no_grad()
+def _tried_scaling(module: nn.Module) -> bool:
+    weight = dict(module.named_parameters())["weight"]
+    if weight.dim() != 1:
+        return False
+    value = torch.linspace(-2, 3, 6 * len(weight), dtype=weight.dtype, device=weight.device).sin().view(2, 3, -1)
+    other = torch.linspace(-1, 2, len(weight), dtype=weight.dtype, device=weight.device)
+    try:
+        without, found = _with_weight(module, value, 0 * other), _with_weight(module, value, other)
+        wanted = without + other * (_with_weight(module, value, torch.ones_like(other)) - without)
+    except Exception as error:  # a module that wants other inputs may raise anything
+        if is_fault(error):
+            raise
+        return False
+    return found.shape == value.shape and not differs(found, wanted)
+
+
+def _scaling(module: nn.Module, value: Tensor, gradient: Tensor) -> dict[str, GradientTerm]:
+    weight = dict(module.named_parameters())["weight"]
+    with torch.no_grad():
+        with_ones, without = (_with_weight(module, value, make(weight)) for make in (torch.ones_like, torch.zeros_like))
+    return {"weight": Dense(_over_positions((with_ones - without) * gradient, 1))}
+
+
+def _with_weight(module: nn.Module, value: Tensor, weight: Tensor) -> Tensor:
+    output: Tensor = functional_call(module, {"weight": weight}, (value,))
+    return output
 
 
 def _linear(module: nn.Linear, value: Tensor, gradient: Tensor) -> dict[str, GradientTerm]:

@@ -79,8 +79,8 @@ def add_squares(pieces: Sequence[GradientTerm], examples: int, out: Tensor) -> N
     """
     outer = [piece for piece in pieces if isinstance(piece, Outer)]
     rows = [piece for piece in pieces if isinstance(piece, TableGradient)]
-    if len(outer) == len(pieces):
-        _add_outer(_joined([piece.left for piece in outer]), _joined([piece.right for piece in outer]), out)
+    if outer and len(outer) + len(rows) == len(pieces):
+        _add_outer(_joined([piece.left for piece in outer]), _joined([piece.right for piece in outer]), rows, out)
     elif len(rows) == len(pieces):
         _add_rows(_joined([piece.ids for piece in rows]), _joined([piece.values for piece in rows]), out)
     else:
@@ -122,23 +122,68 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 def _chunk(out: Tensor) -> int:
     """How many examples' gradients of a parameter are held at once."""
-    budget = CHUNK_BYTES.get(out.device.type, LARGE_CHUNK)
-    return max(1, budget // max(1, out.nbytes))
+    return max(1, _budget(out) // max(1, out.nbytes))
 
 
-def _add_outer(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Σ_n (left_nᵀ @ right_n)²; of a single position the square of a product is the product of squares."""
+def _budget(out: Tensor) -> int:
+    """Bytes of gradients that are held at once."""
+    return CHUNK_BYTES.get(out.device.type, LARGE_CHUNK)
+
+
+def _add_outer(left: Tensor, right: Tensor, tables: Sequence[TableGradient], out: Tensor) -> None:
+    """Σ_n (left_nᵀ @ right_n + what tables add)²; of a single position the square of a product is the product of squares.
+
+    In blocks of `out`'s rows, so that no example's gradient of a vocabulary's weight is ever held whole.
+    """
     matrix = out.flatten(1)
-    if left.shape[1] == 1:
+    if left.shape[1] == 1 and not tables:
         matrix.addmm_(left[:, 0].square().T, right[:, 0].square())
         return
     step = _chunk(out)
-    for start in range(0, len(left), step):
-        gradient = torch.bmm(left[start : start + step].transpose(1, 2), right[start : start + step])
-        if len(gradient) == 1:
-            matrix.addcmul_(gradient[0], gradient[0])
-        else:
-            matrix += gradient.square_().sum(0)
+    height = len(matrix) if step > 1 else max(1, _budget(out) // max(1, matrix[0].nbytes))
+    entries = [_Entries.of(table) for table in tables]
+    for first in range(0, len(matrix), height):
+        block = matrix[first : first + height]
+        for start in range(0, len(left), step):
+            rows = left[start : start + step, :, first : first + height]
+            gradient = torch.bmm(rows.transpose(1, 2), right[start : start + step])
+            for some in entries:
+                some.add_to(gradient, start, first)
+            if len(gradient) == 1:
+                block.addcmul_(gradient[0], gradient[0])
+            else:
+                block += gradient.square_().sum(0)
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """A table's gradients in the order of their rows, to be found by blocks of these.
+
+    Args:
+        order: Example by example, the places of its ids in ascending order [N, S].
+        ids: The ids in that order [N, S].
+        table: Where they are from.
+    """
+
+    order: Tensor
+    ids: Tensor
+    table: TableGradient
+
+    @classmethod
+    def of(cls, table: TableGradient) -> "_Entries":
+        """Sorts a table's."""
+        ids, order = table.ids.sort(dim=1)
+        return cls(order, ids, table)
+
+    def add_to(self, out: Tensor, start: int, first: int) -> None:
+        """Adds to `out` [n, H, D] what rows [first, first + H) of examples [start, start + n) have."""
+        bounds = torch.tensor([first, first + out.shape[1]], device=out.device).expand(len(out), 2).contiguous()
+        between = torch.searchsorted(self.ids[start : start + len(out)].contiguous(), bounds).tolist()
+        for n, (low, high) in enumerate(between):
+            if low < high:
+                places = self.order[start + n, low:high]
+                rows = self.ids[start + n, low:high] - first
+                out[n].index_add_(0, rows, self.table.values[start + n, places])
 
 
 def _add_rows(ids: Tensor, values: Tensor, out: Tensor) -> None:

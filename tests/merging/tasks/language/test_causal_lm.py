@@ -16,6 +16,7 @@ from transformers import (
 
 from merging.errors import TaskError
 from merging.statistics import STATISTICS, LikelihoodSettings, StatisticSettings, measure
+from merging.statistics.capture import per_sample_grads
 from merging.tasks import CausalLMSettings, make_task
 
 WORDS = "the cat dog sat ran on a mat hill big small red and then home 1 2 3 4 :".split()  # noqa: SIM905
@@ -223,8 +224,12 @@ def test_generation_is_greedy_and_graded(make, words):
     assert make(told, metric="contains", max_new_tokens=3).evaluate(model, "validation").value > 0.8
 
 
-def test_statistics_see_completions_only(make, heads, words):
+@pytest.mark.parametrize("at_once", [None, 600])
+def test_statistics_see_completions_only(make, heads, words, monkeypatch, caplog, at_once):
     """The empirical Fisher is the mean of squared gradients of single examples' summed log-likelihood."""
+    if at_once is not None:  # rows of the embedding that are computed together: 9 of 25
+        monkeypatch.setitem(per_sample_grads.CHUNK_BYTES, "cpu", at_once)
+    caplog.set_level("DEBUG")
     rows = random_rows(5)
     task = make(rows, splits=("train",))
     statistic = STATISTICS["fisher"](LikelihoodSettings(estimator="empirical", examples=5, batch_size=2))
@@ -239,7 +244,8 @@ def test_statistics_see_completions_only(make, heads, words):
         for name, value in model.named_parameters():
             expected[name] = expected.get(name, 0) + value.grad**2 / len(rows)
     assert fisher.keys() <= expected.keys()
-    assert "model.layers.1.mlp.down_proj.weight" in fisher
+    assert {"model.layers.1.mlp.down_proj.weight", "model.norm.weight", "model.embed_tokens.weight"} <= fisher.keys()
+    assert "run alone" not in caplog.text
     for name, value in fisher.items():
         torch.testing.assert_close(value.double(), expected[name], rtol=1e-3, atol=1e-7)
     gram = STATISTICS["gram"](StatisticSettings(examples=5, batch_size=2))
