@@ -65,6 +65,44 @@ class NodeKind:
 
 
 @dataclass(frozen=True)
+class WorkerEnvironment:
+    """What workers have besides their nodes' own environment.
+
+    Args:
+        env: Environment variables.
+        secrets: Such as nobody may see: Ray shows the others in its dashboard, and writes them into its logs.
+        pip: Packages to install on every node.
+        working_dir: Local directory to send to every node.
+    """
+
+    env: Mapping[str, str] = field(default_factory=dict)
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    pip: tuple[str, ...] = ()
+    working_dir: str | None = None
+
+    def runtime(self) -> dict[str, Any]:
+        """As Ray's `runtime_env`, but for what the job says that this process runs in: Ray refuses to hear it twice."""
+        job = _job()
+        said = job.get("env_vars") or {}
+        variables = {**WORKER_ENVIRONMENT, **self.env}
+        runtime: dict[str, Any] = {"env_vars": {name: v for name, v in variables.items() if name not in said}}
+        if self.pip and "pip" not in job:
+            runtime["pip"] = list(self.pip)
+        if self.working_dir is not None and "working_dir" not in job:
+            runtime["working_dir"] = self.working_dir
+        if self.secrets:
+            secrets = dict(self.secrets)
+
+            def set_secrets() -> None:  # travels by value, through the cluster's own store
+                import os
+
+                os.environ.update(secrets)
+
+            runtime["worker_process_setup_hook"] = set_secrets
+        return runtime
+
+
+@dataclass(frozen=True)
 class Cluster:
     """What there is to work with.
 
@@ -116,11 +154,14 @@ class DriverConfig(JobConfig):  # type: ignore[misc]  # Ray's class has no type
 
 
 @contextmanager
-def connect() -> Iterator[Cluster]:
+def connect(environment: WorkerEnvironment | None = None) -> Iterator[Cluster]:
     """Joins the cluster that `RAY_ADDRESS` names, or starts a local one for the block.
 
     A local cluster is bound to loopback, asks for a token, and ends with the block. One that is running already in this
     process is used and left as it is.
+
+    Args:
+        environment: What workers have besides their nodes' own; not looked at where a cluster is used that is running already.
 
     Raises:
         ClusterError: The cluster cannot be reached or refuses the token.
@@ -135,13 +176,13 @@ def connect() -> Iterator[Cluster]:
         _require_short_sockets()
         remove_dead(Path(_scratch()) / "ray")
     options: dict[str, Any] = {"address": chosen} if chosen else {"address": LOCAL, "include_dashboard": False}
-    environment = {"env_vars": _worker_environment()}
+    runtime = (environment or WorkerEnvironment()).runtime()
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             **options,
             job_config=DriverConfig(),
-            runtime_env=environment,
+            runtime_env=runtime,
             logging_level=logging.ERROR,
             log_to_driver=False,
         )
@@ -205,14 +246,13 @@ def _scratch() -> str:
     return os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
 
 
-def _worker_environment() -> dict[str, str]:
-    """`WORKER_ENVIRONMENT`, but for what the job that this process runs in says otherwise: Ray refuses to hear it twice."""
+def _job() -> dict[str, Any]:
+    """The runtime environment of the job that this process runs in; empty outside of one."""
     try:
-        job = json.loads(os.environ.get(JOB_CONFIG, "{}"))
-        given = (job.get("runtime_env") or {}).get("env_vars") or {}
+        runtime = json.loads(os.environ.get(JOB_CONFIG, "{}")).get("runtime_env") or {}
     except (ValueError, AttributeError):
-        given = {}
-    return {name: value for name, value in WORKER_ENVIRONMENT.items() if name not in given}
+        return {}
+    return runtime if isinstance(runtime, dict) else {}
 
 
 def evaluators_for(cluster: Cluster, wanted: int | None, threads: int, gpus: float | None, bytes_each: int) -> int:

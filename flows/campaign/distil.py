@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from flows.campaign.cluster import connected
 from flows.campaign.open_campaign import OpenCampaign
 from flows.config.sections import DistilSettings
 from flows.directory.progress import Display
@@ -10,7 +11,7 @@ from merging.mergers.material import subset_fingerprint
 from merging.methods import METHODS
 from merging.recipe import Recipe
 from merging.statistics import StatisticsFile
-from ray_tasks.connect import connect, gpus_each
+from ray_tasks.connect import gpus_each
 from ray_tasks.jobs import distillation as jobs
 from ray_tasks.jobs.distillation import DistillationJob
 
@@ -48,7 +49,7 @@ def distil(
             opened.setup(statistics), start, settings, key, path, checkpoint, hashing.fingerprint(data)
         )
         resources = opened.campaign.resources
-        with connect(), display.bar("percent of the distillation", 100) as bar:
+        with connected(opened.campaign), display.bar("percent of the distillation", 100) as bar:
             jobs.distil(
                 job,
                 threads=resources.threads,

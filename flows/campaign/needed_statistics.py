@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from flows.campaign.cluster import connected
 from flows.campaign.open_campaign import OpenCampaign
 from flows.config.campaign_file import Campaign
 from flows.directory.progress import Display
@@ -12,7 +13,7 @@ from merging.mergers.material import subset_fingerprint
 from merging.recipe import BASE
 from merging.statistics import STATISTICS, LikelihoodSettings, StatisticSettings, StatisticsFile, number_of_examples
 from merging.tasks.task import Split, Task
-from ray_tasks.connect import connect, gpus_each
+from ray_tasks.connect import gpus_each
 from ray_tasks.jobs.propagation import PropagationJob, solve
 from ray_tasks.jobs.statistics import BoundTask, Job, compute
 
@@ -94,7 +95,7 @@ def solutions(opened: OpenCampaign, cache: str, display: Display) -> dict[str, t
             campaign.base, paths, campaign.heads, bound, settings, key, path, checkpoint, digest, campaign.vocabulary
         )
         resources = campaign.resources
-        with connect(), display.bar("percent of the propagated solution", 100) as bar:
+        with connected(opened.campaign), display.bar("percent of the propagated solution", 100) as bar:
             solve(
                 whole,
                 threads=resources.threads,
@@ -147,7 +148,7 @@ def run(jobs: Iterable[Job], opened: OpenCampaign, display: Display) -> None:
     todo = [job for job in jobs if not storage.exists(job.path)]
     if not todo:
         return
-    with connect(), display.bar("examples", sum(job.examples for job in todo)) as bar:
+    with connected(opened.campaign), display.bar("examples", sum(job.examples for job in todo)) as bar:
         compute(
             todo,
             shard=settings.shard,

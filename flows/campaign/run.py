@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from flows.campaign.baselines import measure_baselines, require_baselines
+from flows.campaign.cluster import connected, worker_environment
 from flows.campaign.distil import Files, distil
 from flows.campaign.evaluators import evaluators
 from flows.campaign.examples import choosing_anchors, confirm, make_planner, search_split
@@ -38,7 +39,7 @@ from merging.io import addresses, atomic, documents, hashing, storage
 from merging.methods import METHODS
 from merging.recipe import Recipe, base_recipe, member_recipe
 from merging.statistics import STATISTICS
-from ray_tasks.connect import Cluster, connect, gpus_each
+from ray_tasks.connect import Cluster, gpus_each
 from search.budget import Budget, Ending
 from search.candidate import Candidate, Provenance
 from search.constraints import make_constraints
@@ -101,7 +102,7 @@ def run(campaign: Campaign, display: Display | None = None, *, retry_failed: boo
             try:
                 with (
                     tracked(campaign.tracking, campaign.name, directory, ledger.rows, display.note),
-                    connect() as cluster,
+                    connected(opened.campaign) as cluster,
                 ):
                     display.say(f"  {cluster.describe()}")
                     _work(opened, directory, cluster, ledger, display)
@@ -168,6 +169,7 @@ def _require_searchable(opened: OpenCampaign, directory: Directory) -> None:
     require_sources(opened)
     require_stages(opened)
     require_trackers(opened.campaign.tracking)
+    worker_environment(opened.campaign)  # for the errors that it raises
     require_baselines(opened)
     require_replaceable(directory.best)
 
@@ -209,7 +211,7 @@ def run_selection(campaign: Campaign, display: Display) -> Selection:
             opened, ledger = _opened(campaign, directory, display)
         directory.claim(campaign, opened.fingerprints)
         keep(opened.pool, directory.path)
-        with connect() as cluster:
+        with connected(opened.campaign) as cluster:
             with display.phase("Statistics"):
                 prepare_selection(opened, cache_of(opened.campaign), display)
                 greedy = campaign.selection.mode.startswith("greedy")

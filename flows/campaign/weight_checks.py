@@ -72,9 +72,9 @@ def _here(pool: Pool, members: list[str]) -> Iterator[dict[str, Finding]]:
 
 
 def _over_cluster(campaign: Campaign, pool: Pool, members: list[str]) -> Iterator[dict[str, Finding]]:
-    from ray_tasks.connect import connect  # a second, with Ray
+    from flows.campaign.cluster import connected  # a second, with Ray
     from ray_tasks.jobs.check_weights import PoolPaths, examine
 
     paths = {name: member.checkpoint for name, member in campaign.members.items()}
-    with connect():
+    with connected(campaign):
         yield from examine(pool, PoolPaths(campaign.base, paths, campaign.heads, campaign.vocabulary), members)

@@ -7,6 +7,7 @@ from typing import get_args
 from rich.console import Console
 from rich.table import Table
 
+from flows.campaign.cluster import connected
 from flows.campaign.evaluators import evaluators
 from flows.campaign.needed_statistics import published_files
 from flows.campaign.open_campaign import OpenCampaign, open_campaign
@@ -20,7 +21,6 @@ from merging.optimization.gradient_mismatch import Mismatch
 from merging.recipe import REFERENCE_BASE, Recipe, base_recipe, member_recipe
 from merging.registry import did_you_mean
 from merging.tasks.task import Score, Split
-from ray_tasks.connect import connect
 from ray_tasks.jobs.gradients import measure_mismatch
 from ray_tasks.jobs.parallel import each
 from ray_tasks.jobs.statistics import BoundTask
@@ -53,7 +53,7 @@ def evaluate(campaign: Campaign, what: Sequence[str], split: str, display: Displ
         opened = open_campaign(validate(Campaign, {**joined, "directory": None}, "evaluate"), display)
     scores: dict[str, dict[str, Score]] = {}
     norms: dict[str, Mismatch] = {}
-    with connect() as cluster:
+    with connected(campaign) as cluster:
         with evaluators(opened, published_files(opened), cluster, display) as executor:
             names = {recipe.identity: name for name, recipe in recipes.items()}
             queue = deque(recipes.values())

@@ -1,5 +1,6 @@
 """`mergequest submit`: a campaign, its statistics or a merge as a job of a Ray cluster, by Ray's own job client."""
 
+import ast
 import asyncio
 import os
 import shlex
@@ -9,12 +10,14 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
 
+from flows.campaign.cluster import worker_environment
 from flows.config.campaign_file import CAMPAIGN_FILE, Campaign, dump, load_campaign
 from flows.config.recipe_file import RECIPE, load_recipe
 from flows.config.yaml_file import refuse_secret, validate
@@ -35,8 +38,8 @@ def submit(
 ) -> int:
     """Sends work to a cluster.
 
-    The job's working directory holds the program and the resolved file, and nothing else: checkpoints, data and the
-    directory to fill stay where they are, and every node must be able to read them there.
+    The job's working directory holds the program, the resolved file and the modules of custom evaluators: checkpoints, data
+    and the directory to fill stay where they are, and every node must be able to read them there.
 
     Args:
         file: The campaign file, or the recipe file of a merge.
@@ -95,6 +98,7 @@ class Submission:
         text: Its content.
         cpus: CPUs that the command itself takes on its node; 0 for a driver that only hands out work.
         says: What it is, for users.
+        modules: Files and directories of the user's that go along.
     """
 
     command: tuple[str, ...]
@@ -102,6 +106,7 @@ class Submission:
     text: str
     cpus: int
     says: str
+    modules: tuple[Path, ...] = ()
 
     @property
     def entrypoint(self) -> str:
@@ -129,16 +134,62 @@ def prepare(what: str, file: str, out: str | None, settings: Sequence[str] = ())
         # reads and merges on the node itself, which must not be a head that is kept free of work
         return Submission(("merge", RECIPE, "--out", place), RECIPE, text, 1, f"{recipe.method} into {place}")
     resolved = load_campaign(file, settings).model_dump(mode="json")
+    modules = modules_of(validate(Campaign, resolved, file))
+    resolved["environment"]["working_dir"] = None  # it goes with the job
     if out is not None and what == "campaign":
         resolved["directory"] = addresses.absolute(out)
     campaign = validate(Campaign, resolved, file)
     if what == "campaign":
         says = f"{campaign.name} into {campaign.directory}"
-        return Submission(("run", CAMPAIGN_FILE), CAMPAIGN_FILE, dump(campaign), 0, says)
+        return Submission(("run", CAMPAIGN_FILE), CAMPAIGN_FILE, dump(campaign), 0, says, modules)
     there = () if out is None else ("--out", addresses.absolute(out))
     return Submission(
         ("statistics", CAMPAIGN_FILE, *there), CAMPAIGN_FILE, dump(campaign), 0, f"statistics of {campaign.name}"
     )
+
+
+def modules_of(campaign: Campaign) -> tuple[Path, ...]:
+    """What of the user's goes along: modules of custom evaluators in the working directory, and what they import from there.
+
+    Of `environment.working_dir`, all.
+
+    Raises:
+        SettingsError: That directory is missing, or holds what would hide the program's packages.
+    """
+    place = worker_environment(campaign, resolve=False).working_dir
+    found = dict.fromkeys(sorted(Path(place).iterdir())) if place is not None else {}
+    todo = [task.evaluator.partition(":")[0] for task in campaign.tasks.values() if task.kind == "custom"]
+    while todo:
+        name = todo.pop().partition(".")[0]
+        # an installed module of that name comes first, on the cluster as here
+        source = next((path for path in (Path(f"{name}.py"), Path(name)) if path.exists()), None)
+        if source is None or source.absolute() in found or name in PACKAGES or _is_installed(name):
+            continue
+        found[source.absolute()] = None
+        files = [source] if source.is_file() else sorted(source.rglob("*.py"))
+        todo += [imported for file in files for imported in _imports(file)]
+    return tuple(found)
+
+
+def _is_installed(name: str) -> bool:
+    """Whether Python finds a module without looking into the working directory."""
+    if name in sys.stdlib_module_names:
+        return True
+    here = Path.cwd()
+    path = [entry for entry in sys.path if Path(entry or ".").resolve() != here.resolve()]
+    return PathFinder.find_spec(name, path) is not None
+
+
+def _imports(file: Path) -> list[str]:
+    """The modules that a file imports by name; none of one that is no Python."""
+    try:
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+    except (SyntaxError, ValueError, OSError):
+        return []
+    plain = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    return plain + [
+        node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level
+    ]
 
 
 def _send(client: Any, job: Submission, place: str) -> str:
@@ -160,7 +211,14 @@ def _send(client: Any, job: Submission, place: str) -> str:
 
 
 def pack(job: Submission, place: Path) -> None:
-    """Writes what a job needs: the program's packages and the resolved file."""
+    """Writes what a job needs: the program's packages, the resolved file, and the user's own modules."""
+    for source in job.modules:
+        if source.is_dir():
+            shutil.copytree(
+                source, place / source.name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
+            )
+        else:
+            shutil.copy(source, place)
     for name in PACKAGES:
         spec = find_spec(name)
         assert spec is not None

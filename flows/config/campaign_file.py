@@ -14,6 +14,7 @@ from flows.config.sections import (
     BaseData,
     Baseline,
     DistilSettings,
+    EnvironmentSettings,
     ResourceSettings,
     SelectionSettings,
     StatisticsSettings,
@@ -117,6 +118,9 @@ class Campaign(Settings):
     )
     engine: EngineSettings = Field(default_factory=EngineSettings, description=EngineSettings.__doc__)
     tracking: TrackingSettings = Field(default_factory=TrackingSettings, description=TrackingSettings.__doc__)
+    environment: EnvironmentSettings = Field(
+        default_factory=EnvironmentSettings, description=EnvironmentSettings.__doc__
+    )
     resources: ResourceSettings = Field(default_factory=ResourceSettings, description=ResourceSettings.__doc__)
     seed: int = Field(0, ge=0, lt=1 << 63, description="Of sampler, selection and sampled statistics.")
 
@@ -321,7 +325,17 @@ class Campaign(Settings):
     def lasting(self) -> dict[str, Any]:
         """The settings that make two runs the same campaign: everything but budget, resources and place."""
         settings = self.model_dump(
-            mode="json", exclude={"directory", "resources", "test", "files_from", "tracking", "training", "baselines"}
+            mode="json",
+            exclude={
+                "directory",
+                "resources",
+                "test",
+                "files_from",
+                "tracking",
+                "environment",
+                "training",
+                "baselines",
+            },
         )
         for budget in BUDGETS:
             settings["search"].pop(budget)
@@ -382,6 +396,8 @@ def load_campaign(path: str, overrides: Sequence[str] = (), *, to_be_made: bool 
         settings["directory"] = resolve(campaign.directory or addresses.join("runs", campaign.name), root)
         resolve_pool(settings, root, to_be_made=to_be_made)
         settings["base_data"]["statistics"] = [resolve(file, root) for file in campaign.base_data.statistics]
+        if settings["environment"]["working_dir"]:
+            settings["environment"]["working_dir"] = resolve(settings["environment"]["working_dir"], root)
         for place in ("mlflow", "tensorboard"):
             if settings["tracking"][place]:
                 settings["tracking"][place] = resolve(settings["tracking"][place], root)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from flows.config.yaml_file import Settings
 from merging.optimization.distillation import DistillationSettings
@@ -14,6 +14,7 @@ from merging.statistics import (
     RepresentationSettings,
     StatisticSettings,
 )
+from merging.tasks.environment import secret_in
 from search.subsets.choose_subsets import Mode
 
 
@@ -188,6 +189,32 @@ Baseline = Literal["ensemble", "all_data", "fine_tuned"]
 
 class DistilSettings(DistillationSettings):
     """After the search, without labels: the members' outputs on their own inputs are distilled into the best merge."""
+
+
+class EnvironmentSettings(Settings):
+    """What workers on the cluster have besides their nodes' own environment."""
+
+    env: dict[str, str] = Field(
+        default_factory=dict,
+        description="Environment variables of workers. `${NAME}` stands for what the driver's environment holds, which is "
+        "never saved or shown; secrets written out are refused.",
+    )
+    pip: tuple[str, ...] = Field((), description="Packages that every node installs for the campaign (Ray's `pip`).")
+    working_dir: str | None = Field(
+        None,
+        description="Local directory that is sent to every node, with the modules of custom evaluators in it (Ray's "
+        "`working_dir`); `submit` sends such modules and what they import of the working directory by itself.",
+    )
+
+    @field_validator("env")
+    @classmethod
+    def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
+        if (place := secret_in(env)) is not None:
+            raise ValueError(
+                f"'{place}' looks like a secret, which would be saved with the campaign: write ${{{place}}} instead, and set "
+                "it where the campaign is started"
+            )
+        return env
 
 
 class TrackingSettings(Settings):

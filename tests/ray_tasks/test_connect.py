@@ -1,5 +1,7 @@
 import json
 import socket
+import subprocess
+import sys
 
 import pytest
 import ray
@@ -9,7 +11,7 @@ from ray_tasks.connect import (
     JOB_CONFIG,
     WORKER_ENVIRONMENT,
     Cluster,
-    _worker_environment,
+    WorkerEnvironment,
     connect,
     evaluators_for,
     room_for,
@@ -92,4 +94,39 @@ def test_a_directory_too_long_for_sockets_is_an_error(monkeypatch, tmp_path):
 )
 def test_what_a_job_says_of_its_environment_is_not_said_again(monkeypatch, job, missing):
     monkeypatch.setenv(JOB_CONFIG, json.dumps(job)) if job is not None else monkeypatch.delenv(JOB_CONFIG, False)
-    assert WORKER_ENVIRONMENT.keys() - _worker_environment().keys() == missing
+    assert WORKER_ENVIRONMENT.keys() - WorkerEnvironment().runtime()["env_vars"].keys() == missing
+
+
+def test_what_a_campaign_says_of_workers_goes_to_ray_but_for_what_the_job_says(monkeypatch, tmp_path):
+    monkeypatch.delenv(JOB_CONFIG, False)
+    said = WorkerEnvironment({"MINE": "1", "OTHER": "2"}, {"KEY": "hidden"}, ("wheel",), str(tmp_path))
+    runtime = said.runtime()
+    assert runtime["env_vars"].items() >= {"MINE": "1", "OTHER": "2", "TOKENIZERS_PARALLELISM": "false"}.items()
+    assert (runtime["pip"], runtime["working_dir"]) == (["wheel"], str(tmp_path))
+    assert "hidden" not in repr(said) + repr(runtime)
+    job = {"runtime_env": {"env_vars": {"MINE": "job's"}, "working_dir": "gcs://x", "pip": []}}
+    monkeypatch.setenv(JOB_CONFIG, json.dumps(job))
+    runtime = said.runtime()
+    assert "MINE" not in runtime["env_vars"]
+    assert not {"pip", "working_dir"} & runtime.keys()
+
+
+@pytest.mark.slow
+def test_workers_have_variables_and_secrets_and_ray_shows_no_secret(monkeypatch, tmp_path):
+    (tmp_path / "my_module.py").write_text("VALUE = 7\n")
+    code = f"""
+import json, os, sys
+import ray
+from ray_tasks.connect import WorkerEnvironment, connect
+
+def seen():
+    import my_module
+    context = ray.get_runtime_context()
+    told = json.dumps(dict(context.runtime_env)) + context.get_runtime_env_string()
+    return os.environ["MINE"], os.environ["KEY"], my_module.VALUE, "hidden-value" in told
+
+with connect(WorkerEnvironment({{"MINE": "1"}}, {{"KEY": "hidden-value"}}, (), {str(tmp_path)!r})):
+    print(ray.get(ray.remote(seen).remote()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "('1', 'hidden-value', 7, False)" in done.stdout, done.stderr[-2000:]

@@ -1,0 +1,75 @@
+"""What a campaign file says of its workers' environment."""
+
+from pathlib import Path
+
+import pytest
+
+from flows.campaign.cluster import worker_environment
+from flows.cli.submit import modules_of, pack, prepare
+from flows.config.campaign_file import load_campaign
+from merging.errors import SettingsError
+
+
+def load(campaign_file, **environment):
+    return load_campaign(str(campaign_file(environment=environment)))
+
+
+def test_secrets_are_looked_up_and_kept_apart(campaign_file, monkeypatch):
+    monkeypatch.setenv("MY_SECRET", "hidden")
+    campaign = load(campaign_file, env={"PLAIN": "1", "KEY": "a-${MY_SECRET}"}, pip=["wheel"])
+    found = worker_environment(campaign)
+    assert (found.env, found.secrets, found.pip) == ({"PLAIN": "1"}, {"KEY": "a-hidden"}, ("wheel",))
+    assert "hidden" not in campaign.model_dump_json() + repr(found)
+    assert campaign.identity() == load(campaign_file).identity()
+    monkeypatch.delenv("MY_SECRET")
+    with pytest.raises(SettingsError, match=r"environment.env.KEY: the environment variable MY_SECRET is not set"):
+        worker_environment(campaign)
+
+
+@pytest.mark.parametrize("value", ["hf_abcdefghijklmnopqrstu", "https://user:secret@host"])
+def test_a_secret_written_out_is_refused(campaign_file, value):
+    with pytest.raises(SettingsError, match=r"secret|password") as error:
+        load(campaign_file, env={"HF_TOKEN": value})
+    assert value not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["search", "merging.py", "mergequest"])
+def test_a_directory_that_would_hide_the_program_is_refused(campaign_file, tmp_path, name):
+    (tmp_path / "sent").mkdir()
+    campaign = load(campaign_file, working_dir="sent")
+    assert worker_environment(campaign).working_dir == str(tmp_path / "sent")
+    (tmp_path / "sent" / name).mkdir()
+    with pytest.raises(SettingsError, match=f"holds {name}, which would come before the program's own"):
+        worker_environment(campaign)
+    with pytest.raises(SettingsError, match="there is no local directory"):
+        worker_environment(load(campaign_file, working_dir="nowhere"))
+
+
+def test_submit_sends_a_custom_evaluator_and_what_it_imports_from_there(
+    campaign_file, tiny_campaign, tmp_path, monkeypatch
+):
+    work = tmp_path / "work"
+    (work / "my_package").mkdir(parents=True)
+    monkeypatch.chdir(work)
+    Path("my_score.py").write_text("import json, yaml\nfrom my_helper import half\nimport my_package.inner\n")
+    Path("my_helper.py").write_text("import my_score\n")
+    Path("my_package/__init__.py").write_text("")
+    Path("my_package/inner.py").write_text("import my_third\n")
+    for name in ("my_third", "unused", "yaml", "search", "json"):
+        Path(f"{name}.py").write_text("")
+    custom = {"kind": "custom", "evaluator": "my_score:score", "model_class": "AutoModelForSequenceClassification"}
+    file = campaign_file(tasks={"one": custom}, selection={"mode": "all"}, search={"methods": ["average"]})
+    campaign = load_campaign(str(file))
+    assert {path.name for path in modules_of(campaign)} == {"my_score.py", "my_helper.py", "my_package", "my_third.py"}
+    place = tmp_path / "packed"
+    place.mkdir()
+    pack(prepare("campaign", str(file), str(tmp_path / "out")), place)
+    assert (place / "my_package" / "inner.py").read_text() == "import my_third\n"
+    assert (place / "my_score.py").exists()
+    assert (place / "search" / "loop.py").exists()
+    assert not (place / "unused.py").exists()
+    sent = load_campaign(str(campaign_file(tasks={"one": custom}, environment={"working_dir": str(work)})))
+    with pytest.raises(SettingsError, match=r"holds search.py"):
+        modules_of(sent)
+    Path("search.py").unlink()
+    assert {path.name for path in modules_of(sent)} >= {"unused.py", "my_score.py"}
