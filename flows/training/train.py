@@ -90,7 +90,7 @@ def train_missing(campaign: Campaign, settings: TrainingSettings, together: str 
         display: Shows progress.
 
     Returns:
-        The directories that were made or are there from an earlier run.
+        The directories that were made.
 
     Raises:
         SettingsError: A member that is missing has no task, or lies at a remote address.
@@ -98,10 +98,8 @@ def train_missing(campaign: Campaign, settings: TrainingSettings, together: str 
     """
     courses, places = {}, []
     for name, member in campaign.members.items():
-        if storage.exists(addresses.join(member.checkpoint, CONFIG)) and not storage.exists(
-            addresses.join(member.checkpoint, "training.json")
-        ):
-            continue  # somebody else's
+        if storage.exists(addresses.join(member.checkpoint, CONFIG)):
+            continue  # nothing that is there is trained over, whoever made it
         task = campaign.task_of(name)
         if task is None:
             raise SettingsError(
