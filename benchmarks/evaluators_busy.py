@@ -50,7 +50,14 @@ class Sleeper:
         started = datetime.now(UTC)
         time.sleep(self._seconds)
         return SimpleNamespace(
-            measurement=None, error=None, worker="here", started=started, seconds=0.0, lost=False, fault=False
+            measurement=None,
+            error=None,
+            worker="here",
+            started=started,
+            seconds=0.0,
+            lost=False,
+            unreachable=False,
+            fault=False,
         )
 
 

@@ -34,7 +34,14 @@ class Sleeper:
     def measure(self, assignment):
         time.sleep(1.0)
         return SimpleNamespace(
-            measurement=None, error="measured", worker="", started=None, seconds=0.0, lost=False, fault=False
+            measurement=None,
+            error="measured",
+            worker="",
+            started=None,
+            seconds=0.0,
+            lost=False,
+            unreachable=False,
+            fault=False,
         )
 
 

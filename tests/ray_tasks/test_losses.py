@@ -38,7 +38,14 @@ class Light:
         time.sleep(assignment.deed)
         error = f"measured {assignment.ticket}"
         return SimpleNamespace(
-            measurement=None, error=error, worker="", started=started, seconds=0.0, lost=False, fault=False
+            measurement=None,
+            error=error,
+            worker="",
+            started=started,
+            seconds=0.0,
+            lost=False,
+            unreachable=False,
+            fault=False,
         )
 
 
