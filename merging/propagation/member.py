@@ -17,8 +17,7 @@ from merging.propagation.merged_layers import Layer, merged_layers
 from merging.propagation.paused_forward import HookPoint, Stop, Stream
 from merging.propagation.settings import PropagationSettings
 from merging.statistics.capture.hooks import without_cache
-from merging.statistics.capture.layers import decoder_mask
-from merging.statistics.capture.linear_calls import LinearCalls, inspect_calls
+from merging.statistics.capture.linear_calls import LinearCalls, inspect_calls, row_mask
 from merging.statistics.capture.single_examples import single_examples
 from merging.tasks.task import Batch, Task
 
@@ -128,7 +127,7 @@ class MemberPasses:
         stops = zip(*(stream.advance() for stream in self._streams), strict=True)
         # Where only one of the two models runs, it stands for both.
         for batch, (own, *_, merged) in zip(self._batches, (pair * 2 for pair in stops), strict=True):
-            take = partial(call.rows.take, mask=decoder_mask(batch) if call.decoding else batch.mask)
+            take = partial(call.rows.take, mask=row_mask(batch, call.decoding, merged.input.shape[:-1]))
             weights = self._weights(group, own, take)
             wanted = torch.cat([self._wanted(name, own, merged, take) for name in group], dim=1)
             read = take(merged.input)

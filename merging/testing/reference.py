@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from merging.checkpoints.models.parameter_names import checkpoint_names, conv1d, in_checkpoint
-from merging.statistics.capture.single_examples import single_examples
 from merging.tasks.likelihood import Likelihood
-from merging.tasks.task import Split, Task
+from merging.tasks.task import IGNORED, Batch, Split, Task
 
 
 @dataclass
@@ -31,10 +30,10 @@ class Sums:
 
 
 def brute_force(task: Task, split: Split = "train", stop: int | None = None) -> Sums:
-    """A task's statistics with the exact estimator, in its model's own dtype.
+    """A task's statistics in its model's own dtype, with the exact estimator, or with the labels of sequences in the data.
 
     Args:
-        task: Gives a row of logits for each example.
+        task: Gives logits.
         split: Which examples.
         stop: How many of them; by default all.
     """
@@ -59,7 +58,7 @@ def brute_force(task: Task, split: Split = "train", stop: int | None = None) -> 
             rows = rows_read(layer, value.detach())
             _add(sums.gram, layers[layer], torch.einsum("ngi,ngj->gij", rows, rows))
             sums.rows[layers[layer]] = sums.rows.get(layers[layer], 0) + len(rows)
-        for weight, log in _terms(likelihood, logits):
+        for weight, log in _terms(likelihood, logits, one):
             wanted = [*parameters.values(), *(out for _, _, out in seen)]
             gradients = torch.autograd.grad(log, wanted, retain_graph=True, allow_unused=True)
             for name, gradient in zip(parameters, gradients, strict=False):
@@ -133,15 +132,17 @@ def _layers(model: nn.Module) -> dict[nn.Module, str]:
     }
 
 
-def _alone(task: Task, split: Split, stop: int) -> Iterator[Any]:
-    for batch in task.batches(split, 0, stop, stop):
-        yield from single_examples(batch, unpadded=True)
+def _alone(task: Task, split: Split, stop: int) -> Iterator[Batch]:
+    for place in range(stop):
+        yield from task.batches(split, place, place + 1, 1)
 
 
-def _terms(likelihood: Likelihood, logits: Tensor) -> list[tuple[float, Tensor]]:
-    """Weights and functions of one example's logits whose squared gradients add up to its exact Fisher."""
-    if logits.dim() != 2:
-        raise ValueError(f"logits {list(logits.shape)}: one row an example is needed")
+def _terms(likelihood: Likelihood, logits: Tensor, one: Batch) -> list[tuple[float, Tensor]]:
+    """Weights and functions of one example's logits whose squared gradients add up to its Fisher."""
+    if logits.dim() == 3:
+        labels = one.labels[0, : logits.shape[1]]
+        real = labels != IGNORED
+        return [(1.0, logits[0][real].log_softmax(-1).gather(1, labels[real, None]).sum())]
     if likelihood == "categorical":
         return [(float(log.detach().exp()), log) for log in logits.log_softmax(-1)[0]]
     if likelihood == "bernoulli":

@@ -18,7 +18,7 @@ from merging.statistics.capture.modules import Logits
 from merging.statistics.capture.patches import geometry, row_dimensions, rows_read, rows_written
 from merging.statistics.capture.single_examples import padding_token, single_examples, unlike_pair
 from merging.statistics.capture.verification import differs, probe_gradient
-from merging.tasks.task import Batch
+from merging.tasks.task import IGNORED, Batch
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,20 @@ def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return value
 
 
-def row_mask(batch: Batch, decoding: bool) -> Tensor | None:
-    """Which positions of a layer's input are real."""
-    return decoder_mask(batch) if decoding else batch.mask
+def row_mask(batch: Batch, decoding: bool, rows: torch.Size) -> Tensor | None:
+    """Which positions of a layer's input are real.
+
+    Args:
+        batch: What the model runs on.
+        decoding: Whether the layer runs at the decoder's positions.
+        rows: The input's extents but for those of a row. Where they are the labels' and not the mask's, the layer runs at
+            positions of labels alone (an output layer that is spared the prompt).
+    """
+    if decoding:
+        return decoder_mask(batch)
+    if batch.is_sequential and batch.mask is not None and rows == batch.labels.shape != batch.mask.shape:
+        return batch.labels != IGNORED
+    return batch.mask
 
 
 def accountable(value: Tensor, mask: Tensor | None, examples: int, dimensions: int = 1) -> bool:
@@ -76,7 +87,7 @@ def real_mask(name: str, value: Tensor, batch: Batch, decoding: bool, dimensions
     Raises:
         UnaccountableRowsError: There is padding, and nobody can say which rows it is.
     """
-    mask = row_mask(batch, decoding)
+    mask = row_mask(batch, decoding, value.shape[: value.dim() - dimensions])
     if mask is None or bool(mask.all()) or accountable(value, mask, len(batch.indices), dimensions):
         return mask
     raise UnaccountableRowsError(
@@ -161,9 +172,10 @@ class _Sketch:
 
         def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             value, name = given(args, kwargs), self.layers[layer]
-            mask, dimensions = row_mask(batch, layer in self.decoding), row_dimensions(layer)
+            dimensions = row_dimensions(layer)
             self._inputs[name].append(value)
             value = rows_read(layer, value.detach())
+            mask = row_mask(batch, layer in self.decoding, value.shape[: value.dim() - dimensions])
             if not accountable(value, mask, len(batch.indices), dimensions):
                 self.unaccountable.add(name)
             every = value.reshape(-1, *value.shape[value.dim() - dimensions :])

@@ -1,12 +1,8 @@
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -18,99 +14,9 @@ from transformers import (
 )
 
 from merging.statistics import Partial, Statistic, measure_shard
-from merging.tasks.task import IGNORED, Batch, Score, Task, TaskSettings
-
-
-class TinyTask(Task):
-    """A model and its examples, in memory; batches are cut to the longest of their examples."""
-
-    kind = "tiny"
-
-    def __init__(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        labels: Tensor,
-        mask: Tensor | None = None,
-        head: str = "",
-    ) -> None:
-        super().__init__("tiny", TaskSettings(), head)
-        self.model, self.inputs, self.labels, self.mask = model, inputs, labels, mask
-
-    def check(self) -> list[str]:
-        return []
-
-    def load_model(self) -> nn.Module:
-        return copy.deepcopy(self.model).eval()
-
-    def size(self, split: str) -> int:
-        return len(self.labels) if split == "train" else 0
-
-    def data_fingerprint(self, split: str) -> str:
-        return "0123456789abcdef"
-
-    def evaluate(self, model: nn.Module, split: str, **options: object) -> Score:
-        return Score(0.0, 0.0, self.size(split), "none")
-
-    def batches(self, split: str, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
-        for first in range(start, min(stop, self.size(split)), batch_size):
-            part = slice(first, min(first + batch_size, stop, self.size(split)))
-            widths: dict[torch.Size, int] = {}
-            if self.mask is not None:
-                widths[self.mask.shape] = int(self.mask[part].sum(1).max())
-            if "decoder_input_ids" in self.inputs:
-                widths[self.labels.shape] = int((self.labels[part] != IGNORED).sum(1).max())
-
-            def cut(value: Tensor, part: slice = part, widths: dict[torch.Size, int] = widths) -> Tensor:
-                return value[part, : widths[value.shape]] if value.shape in widths else value[part]
-
-            yield Batch(
-                {name: cut(value) for name, value in self.inputs.items()},
-                cut(self.labels),
-                torch.arange(part.start, part.stop),
-                None if self.mask is None else cut(self.mask),
-            )
-
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        output = model(**batch.inputs)
-        return output if isinstance(output, Tensor) else output.logits
-
-    def representation(self, model: nn.Module, batch: Batch) -> Tensor:
-        return model.base_model(**batch.inputs).last_hidden_state
-
-
-def words(count: int, width: int, vocabulary: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Ids and mask [count, width], of differing lengths, padded on the right with 0."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(3, width + 1, (count,), generator=generator)
-    mask = (torch.arange(width) < lengths[:, None]).long()
-    return torch.randint(4, vocabulary, (count, width), generator=generator) * mask, mask
-
-
-def scramble(model: nn.Module, seed: int = 1) -> nn.Module:
-    """Float64 weights far from their initialisation, so that no gradient is negligible."""
-    model = model.double().eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter += (0.2 if parameter.dim() > 1 else 0.1) * noise
-    return model
-
-
-def bert(count: int) -> TinyTask:
-    config = BertConfig(
-        vocab_size=40,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=16,
-        num_labels=3,
-    )
-    ids, mask = words(count, 9, 40)
-    model = scramble(BertForSequenceClassification(config))
-    return TinyTask(model, {"input_ids": ids, "attention_mask": mask}, ids[:, 0] % 3, mask)
+from merging.tasks.task import IGNORED, Task
+from merging.testing.memory_task import MemoryTask as TinyTask
+from merging.testing.memory_task import scramble, tiny_encoder, words
 
 
 def llama(count: int) -> TinyTask:
@@ -171,7 +77,7 @@ def t5(count: int) -> TinyTask:
     return TinyTask(scramble(T5ForConditionalGeneration(config)), inputs, labels.masked_fill(real == 0, IGNORED), mask)
 
 
-TASKS: dict[str, Callable[[int], TinyTask]] = {"bert": bert, "llama": llama, "vit": vit, "gpt2": gpt2, "t5": t5}
+TASKS: dict[str, Callable[[int], TinyTask]] = {"bert": tiny_encoder, "llama": llama, "vit": vit, "gpt2": gpt2, "t5": t5}
 
 
 @pytest.fixture
