@@ -49,7 +49,7 @@ from search.ledger.ledger import Ledger
 from search.ledger.row import Row
 from search.loop import search
 from search.objective import EXPECTED, Objective, best, make_objective, own_scores, split_name
-from search.samplers.make_sampler import make_sampler, memories
+from search.samplers.make_sampler import memories, sampler_of_trials
 from search.study import build_study
 from search.subsets.choose_subsets import Selection, Subset
 
@@ -170,6 +170,8 @@ def _require_searchable(opened: OpenCampaign, directory: Directory) -> None:
     require_stages(opened)
     require_trackers(opened.campaign.tracking)
     worker_environment(opened.campaign)  # for the errors that it raises
+    search = opened.campaign.search
+    sampler_of_trials(search.sampler, opened.campaign.seed, search.sampler_arguments)  # for its errors, too
     require_baselines(opened)
     require_replaceable(directory.best)
 
@@ -418,7 +420,7 @@ def _search(
         ending = search(
             build_study(ledger, space, objectives=len(objective.names), split=split),
             space,
-            lambda number: make_sampler(settings.sampler, campaign.seed, settings.sampler_arguments, number, selection),
+            sampler_of_trials(settings.sampler, campaign.seed, settings.sampler_arguments, selection),
             ledger,
             executor,
             objective,

@@ -25,6 +25,7 @@ from merging.errors import ClusterError, SettingsError
 from merging.io import addresses
 from merging.io.secrets import redacted
 from merging.registry import did_you_mean
+from search.samplers.foreign import is_foreign
 
 What = Literal["campaign", "statistics", "merge"]
 
@@ -159,6 +160,8 @@ def modules_of(campaign: Campaign) -> tuple[Path, ...]:
     place = worker_environment(campaign, resolve=False).working_dir
     found = dict.fromkeys(sorted(Path(place).iterdir())) if place is not None else {}
     todo = [task.evaluator.partition(":")[0] for task in campaign.tasks.values() if task.kind == "custom"]
+    if is_foreign(campaign.search.sampler):
+        todo.append(campaign.search.sampler.partition(":")[0])
     while todo:
         name = todo.pop().partition(".")[0]
         # an installed module of that name comes first, on the cluster as here

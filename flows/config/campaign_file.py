@@ -34,6 +34,7 @@ from merging.tasks import TASKS, AnyTaskSettings
 from merging.tasks.task import Task
 from search.constraints import check as check_constraints
 from search.objective import EXPECTED, make_objective
+from search.samplers.foreign import is_foreign, require_form
 from search.samplers.make_sampler import QUALITY_DIVERSITY, SINGLE_OBJECTIVE, make_sampler
 from search.space.search_space import Space
 
@@ -253,7 +254,10 @@ class Campaign(Settings):
     def _search_can_start(self) -> None:
         """Makes sampler and space once, for the errors that they raise."""
         try:
-            make_sampler(self.search.sampler, self.seed, self.search.sampler_arguments)
+            if is_foreign(self.search.sampler):  # it is imported, or fetched, where a campaign is checked or run
+                require_form(self.search.sampler)
+            else:
+                make_sampler(self.search.sampler, self.seed, self.search.sampler_arguments)
             own = {task for member in self.members if (task := self.task_of(member))}
             check_constraints(self.search.constraints, list(self.tasks), own)
             self._objectives_fit()

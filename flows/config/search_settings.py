@@ -176,7 +176,10 @@ class SearchSettings(Settings):
         None, description="Begin with scaling factors found by gradient descent on validation; `{}` for its defaults."
     )
     sampler: str = Field(
-        "tpe", description="Optuna sampler: " + ", ".join(sorted(SAMPLERS)) + " (ours: subsets from a k-DPP)."
+        "tpe",
+        description="Optuna sampler: " + ", ".join(sorted(SAMPLERS)) + " (ours: subsets from a k-DPP)."
+        " Or any other: `optunahub:samplers/NAME` (needs mergequest[optunahub], a network), or `module:attribute`, a class or "
+        "a function of yours; it is made once a run, with the campaign's seed where it takes one.",
     )
     sampler_arguments: dict[str, Any] = Field(default_factory=dict, description="Its arguments, as Optuna names them.")
     history: int | None = Field(

@@ -3,7 +3,7 @@
 import inspect
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from merging.errors import SettingsError
 from merging.registry import did_you_mean
+from search.samplers.foreign import is_foreign, make_foreign
 from search.samplers.history_window import Generations, Mark, Memory, NewParameters, Recent
 from search.samplers.optuna_variants import (
     BreedingNSGAIIISampler,
@@ -76,6 +77,20 @@ MOST = 1_000_000
 _NOT_IN_A_FILE = ("Callable", "Sampler", "Mutation", "Crossover", "FrozenTrial", "ndarray")
 
 
+def sampler_of_trials(
+    name: str, seed: int, arguments: Mapping[str, Any] | None = None, selection: Selection | None = None
+) -> Callable[[int], BaseSampler]:
+    """Number of a trial → its sampler: ours are made anew for each, a foreign one lasts as long as the search.
+
+    Raises:
+        SettingsError: A foreign one cannot be had.
+    """
+    if is_foreign(name):
+        sampler = make_foreign(name, seed, arguments)
+        return lambda number: sampler
+    return lambda number: make_sampler(name, seed, arguments, number, selection)
+
+
 def ask_seed(seed: int, number: int) -> int:
     """The seed of one proposal: a function of the campaign's seed and the trial's number alone."""
     return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
@@ -94,7 +109,7 @@ def make_sampler(
     all.
 
     Args:
-        name: One of `SAMPLERS`.
+        name: One of `SAMPLERS`, or a foreign one, see `search.samplers.foreign`.
         seed: The campaign's.
         arguments: The sampler's arguments, as Optuna names them.
         number: The trial's.
@@ -104,6 +119,8 @@ def make_sampler(
     Raises:
         SettingsError: Unknown sampler or argument, or a value that the sampler refuses.
     """
+    if is_foreign(name):
+        return make_foreign(name, ask_seed(seed, number), arguments)
     if name not in SAMPLERS:
         raise SettingsError(f"unknown sampler '{name}'. {did_you_mean(name, list(SAMPLERS))}")
     known = _arguments(SAMPLERS[name])
