@@ -56,7 +56,8 @@ def gap(one: Row, other: Row, own: Values, others: Values, objective: Objective)
             variance += slope**2 * float(differences.var(ddof=1)) / len(differences)
         else:
             is_paired = False
-            variance += slope**2 * (one.standard_errors[task] ** 2 + other.standard_errors[task] ** 2)
+            errors = (row.standard_errors.get(task, float("nan")) for row in (one, other))
+            variance += slope**2 * sum(error**2 for error in errors)
     return Gap((one.objective or 0.0) - (other.objective or 0.0), sqrt(variance), is_paired)
 
 

@@ -467,6 +467,25 @@ def portfolio(
 
 
 @app.command()
+def export(
+    directory: Where,
+    candidate: Annotated[
+        str | None,
+        typer.Argument(
+            help="Its identity, or how that begins; by default the best merge that nothing was distilled into.",
+            metavar="[CANDIDATE]",
+        ),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Writes a campaign's candidate as a checkpoint, in exports/CANDIDATE of the directory."""
+    from flows.cli.winners import export_candidates, find_candidate
+
+    row = find_candidate(directory, candidate)
+    typer.echo(export_candidates(directory, [row], _display(quiet))[row.candidate])
+
+
+@app.command()
 def push(
     directory: Annotated[str, typer.Argument(help="A merged checkpoint.", metavar="DIR")],
     repository: Annotated[str, typer.Argument(help="Where to, on the Hugging Face Hub.", metavar="ORG/NAME")],

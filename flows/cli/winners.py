@@ -12,9 +12,11 @@ from flows.config.sections import DistilSettings
 from flows.directory.campaign_directory import Directory
 from flows.directory.progress import Display
 from flows.report.table import in_words
+from merging.errors import SettingsError
 from merging.io import addresses, storage
 from search.ledger.ledger import Ledger
 from search.ledger.row import Row
+from search.objective import best
 
 
 def export_candidates(path: str, rows: Sequence[Row], display: Display) -> dict[str, str]:
@@ -58,3 +60,25 @@ def export_candidates(path: str, rows: Sequence[Row], display: Display) -> dict[
                 recipe, used, _ = distil(opened, files, start, distillation(opened) or DistilSettings(), cache, display)
             export(opened, used, recipe, places[row.candidate], table=card, row=row)
     return places
+
+
+def find_candidate(path: str, candidate: str | None) -> Row:
+    """A campaign's candidate that was measured on all of validation.
+
+    Args:
+        path: The campaign's directory.
+        candidate: Its identity, or how that begins; None for the best merge that nothing was distilled into.
+
+    Raises:
+        SettingsError: There is no campaign, or no such candidate, or there are several.
+    """
+    directory = Directory(addresses.absolute(path))
+    rows = Ledger(directory.ledger, directory.campaign().name).rows()
+    ranked = best(rows, len(rows))
+    found = [row for row in ranked if (row.candidate.startswith(candidate) if candidate else row.method != "distilled")]
+    if not found:
+        wanted = f"no candidate '{candidate}'" if candidate else "no merge"
+        raise SettingsError(f"{path} has {wanted} that was measured on all of validation: see its ledger or report")
+    if candidate and len({row.candidate for row in found}) > 1:
+        raise SettingsError(f"{path}: '{candidate}' begins the names of {len(found)} candidates: give more of it")
+    return found[0]

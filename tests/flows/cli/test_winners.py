@@ -1,6 +1,7 @@
 """Candidates of a campaign become checkpoints, from its directory alone."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,12 @@ from typer.testing import CliRunner
 from flows.campaign.open_campaign import open_campaign
 from flows.cli.app import app
 from flows.cli.merge import merge_recipe
-from flows.cli.winners import export_candidates
+from flows.cli.winners import export_candidates, find_candidate
 from flows.config.campaign_file import load_campaign
 from flows.directory.campaign_directory import Directory
 from flows.directory.progress import Display
 from merging.checkpoints.checkpoint import Checkpoint
-from merging.errors import PoolError
+from merging.errors import PoolError, SettingsError
 from merging.io import atomic, documents
 from merging.recipe import Recipe
 from search.ledger.ledger import Ledger
@@ -75,3 +76,17 @@ def test_another_pool_is_refused(campaign):
     with pytest.raises(PoolError, match="'two' is not the checkpoint that this campaign was run on"):
         export_candidates(directory.path, rows, Display())
     assert not Path(directory.path, "exports").exists()
+
+
+def test_the_best_merge_or_a_candidate_by_how_its_name_begins(campaign):
+    directory, rows = campaign
+    made = Recipe("distilled", {"one": 1.0, "two": 1.0}, {"start": rows[0].candidate})
+    best = replace(rows[0], candidate=made.identity, method="distilled", parameters=made.parameters, objective=0.99)
+    Ledger(directory.ledger, "tiny").append(best)
+    assert find_candidate("out", None).candidate == rows[0].candidate
+    assert find_candidate("out", made.identity[:8]).method == "distilled"
+    with pytest.raises(SettingsError, match="no candidate 'nobody'"):
+        find_candidate("out", "nobody")
+    exported = CliRunner().invoke(app, ["export", "out", rows[1].candidate])
+    assert exported.exit_code == 0, exported.output
+    assert Path(exported.stdout.strip(), "config.json").exists()
