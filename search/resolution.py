@@ -70,12 +70,12 @@ def resolution(ranked: Sequence[Row], values: Mapping[str, Values], objective: O
         objective: What is maximised.
     """
     first, rest = ranked[:1], ranked[1 : 1 + RIVALS]
-    found = [
+    errors = [
         gap(one, other, values.get(one.candidate, {}), values.get(other.candidate, {}), objective).standard_error
         for one in first
         for other in rest
     ]
-    known = [error for error in found if isfinite(error)]
+    known = [error for error in errors if isfinite(error)]
     return 2.0 * median(known) if known else 0.0
 
 

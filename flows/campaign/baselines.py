@@ -105,8 +105,8 @@ def measure_baselines(
                     retries=resources.retries,
                     progress=partial(_reach, bar, number),
                 )
-                ((_, found),) = run
-                ledger.append(_row(recipes[name], split, found, directory, provenance))
+                ((_, measured),) = run
+                ledger.append(_row(recipes[name], split, measured, directory, provenance))
     rows = {(row.candidate, row.split): row for row in ledger.rows()}
     return [rows[recipes[name].identity, split] for name in wanted]
 
@@ -141,9 +141,9 @@ def _trained(opened: OpenCampaign, directory: Directory, display: Display) -> Ma
     return places | (dict.fromkeys(unseen, next(iter(heads))) if len(heads) == 1 else {})
 
 
-def _row(recipe: Recipe, split: str, found: jobs.Measured, directory: Directory, provenance: Provenance) -> Row:
-    scores = {task: score for task, (score, _) in found.items()}
-    trace = Trace([scores], {task: values for task, (_, values) in found.items() if values is not None})
+def _row(recipe: Recipe, split: str, measured: jobs.Measured, directory: Directory, provenance: Provenance) -> Row:
+    scores = {task: score for task, (score, _) in measured.items()}
+    trace = Trace([scores], {task: values for task, (_, values) in measured.items() if values is not None})
     seconds = sum(score.seconds for score in scores.values())
     candidate = Candidate(recipe, split, "reference")
     outcome = Outcome(candidate, Measurement(scores=scores, evaluate_seconds=seconds, trace=trace))

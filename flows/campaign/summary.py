@@ -61,8 +61,8 @@ def tables_as_markdown(directory: Directory, campaign: Campaign) -> str:
     worse = table.warning(lines)
     parts = [f"> **Warning.** {worse}\n"] if worse else []
     parts += [table.as_markdown(lines), *([significance.as_markdown(compared)] if compared else [])]
-    if found := _stages(directory, campaign):
-        parts.append(stages.as_markdown(*found))
+    if gained := _stages(directory, campaign):
+        parts.append(stages.as_markdown(*gained))
     return "\n".join(parts)
 
 
@@ -73,7 +73,7 @@ def tables_as_rich(directory: Directory, campaign: Campaign, width: int) -> list
     return [
         table.as_rich(lines, width),
         *([significance.as_rich(compared)] if compared else []),
-        *([stages.as_rich(*found)] if (found := _stages(directory, campaign)) else []),
+        *([stages.as_rich(*gained)] if (gained := _stages(directory, campaign)) else []),
         *([Text(f"WARNING: {worse}\n", style="bold red")] if worse else []),
     ]
 
@@ -100,11 +100,11 @@ def _stages(directory: Directory, campaign: Campaign) -> tuple[list[stages.Stage
         )
     except SettingsError:
         return None
-    found = stages.stages(rows, objective, values, directory.read_timings())
-    if len(found) < 2:
+    listed = stages.stages(rows, objective, values, directory.read_timings())
+    if len(listed) < 2:
         return None
     times = table.objective_scale(rows, scales_of(campaign.tasks))
-    return found, times, stages.smallest_visible(rows, objective, values)
+    return listed, times, stages.smallest_visible(rows, objective, values)
 
 
 def summary(directory: Directory) -> str:
@@ -166,7 +166,7 @@ def facts(directory: Directory, campaign: Campaign, rows: Sequence[Row] = ()) ->
         ],
         recipe=exported_recipe(directory, rows),
         notes=[hours] if (hours := cost_in_words(rows)) else [],
-        stages=stages.for_page(*found) if (found := _stages(directory, campaign)) else {},
+        stages=stages.for_page(*gained) if (gained := _stages(directory, campaign)) else {},
         versions=versions(),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )

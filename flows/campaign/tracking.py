@@ -249,8 +249,8 @@ class MLflow:
         from mlflow.tracking import MlflowClient
 
         self._client = MlflowClient(tracking_uri=self._uri)
-        found = self._client.get_experiment_by_name(self._experiment)
-        self._id = found.experiment_id if found else self._client.create_experiment(self._experiment)
+        experiment = self._client.get_experiment_by_name(self._experiment)
+        self._id = experiment.experiment_id if experiment else self._client.create_experiment(self._experiment)
         self._run = (
             run or self._client.create_run(self._id, run_name=name, tags={"mergequest.campaign": name}).info.run_id
         )

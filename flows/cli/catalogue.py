@@ -47,8 +47,8 @@ def print_methods_json(name: str | None = None) -> None:
     Raises:
         MethodError: There is none of this name.
     """
-    found = as_object(METHODS[name]) if name is not None else [as_object(METHODS[key]) for key in METHODS]
-    print(json.dumps(found, indent=2, ensure_ascii=False))  # noqa: T201
+    described = as_object(METHODS[name]) if name is not None else [as_object(METHODS[key]) for key in METHODS]
+    print(json.dumps(described, indent=2, ensure_ascii=False))  # noqa: T201
 
 
 def as_object(method: Method) -> dict[str, Any]:

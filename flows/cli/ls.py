@@ -29,11 +29,11 @@ def print_campaigns(prefix: str, as_json: bool = False) -> None:
     Raises:
         SettingsError: There is no campaign.
     """
-    found = sorted(campaigns_below(prefix))
-    if not found:
+    places = sorted(campaigns_below(prefix))
+    if not places:
         raise SettingsError(f"{prefix}: no campaign's directory there, nor {DEPTH} levels below it")
     table = Table("directory", "campaign", "state", "candidates", "best", "last row")
-    for place in found:
+    for place in places:
         try:
             status = read_status(place)
         except MergequestError as error:

@@ -73,18 +73,18 @@ def lineage(directory: str) -> list[str]:
     except MergequestError as error:
         raise SettingsError(f"{path} cannot be read, so that what was merged is not known: {error}") from error
     parts = [recipe.base, *(member.checkpoint for member in recipe.members.values())]
-    found = [part for whole in parts for part in whole.split("+") if hub.is_hub(part)]
-    return list(dict.fromkeys(part.removeprefix(hub.SCHEME).partition("@")[0] for part in found))
+    on_hub = [part for whole in parts for part in whole.split("+") if hub.is_hub(part)]
+    return list(dict.fromkeys(part.removeprefix(hub.SCHEME).partition("@")[0] for part in on_hub))
 
 
 def with_lineage(card: str, models: list[str]) -> str:
     """A model card whose head names what a merge was made of, as the Hub reads it."""
     head = _HEAD.match(card)
-    found: Any = yaml.safe_load(head[1]) if head else {}
-    if not isinstance(found, Mapping):
+    metadata: Any = yaml.safe_load(head[1]) if head else {}
+    if not isinstance(metadata, Mapping):
         raise SettingsError(f"{CARD}: what stands between its lines `---` is no mapping")
-    tags = list(dict.fromkeys([*(found.get("tags") or []), "merge", "mergequest"]))
-    settings = {**found, **({"base_model": models, "base_model_relation": "merge"} if models else {}), "tags": tags}
+    tags = list(dict.fromkeys([*(metadata.get("tags") or []), "merge", "mergequest"]))
+    settings = {**metadata, **({"base_model": models, "base_model_relation": "merge"} if models else {}), "tags": tags}
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     return f"---\n{text}---\n{card[head.end() :] if head else card}"
 

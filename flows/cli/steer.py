@@ -65,10 +65,10 @@ def enqueue(path: str, recipe: str) -> str:
             there = campaign.members[name].checkpoint if name in campaign.members else "none of this name"
             raise SettingsError(f"{recipe}: '{name}' is {member.checkpoint}, and the campaign's is {there}")
     model_type = str(Checkpoint.open(commits.get(campaign.base, campaign.base)).config.get("model_type", ""))
-    found = steering.complete(file.recipe().as_dict(), model_type)
-    steering.require_fit(found, list(campaign.search.methods), list(campaign.members))
-    steering.enqueue(path, found)
+    complete = steering.complete(file.recipe().as_dict(), model_type)
+    steering.require_fit(complete, list(campaign.search.methods), list(campaign.members))
+    steering.enqueue(path, complete)
     status = read_status(path)
     when = "before the next proposal" if status.state == "running" else "when the campaign goes on"
     full = status.done >= status.total
-    return f"{found.identity} is measured {when}" + (", with a larger search.candidates" if full else "")
+    return f"{complete.identity} is measured {when}" + (", with a larger search.candidates" if full else "")

@@ -38,8 +38,8 @@ def train(
         MergequestError: Something is unusable.
     """
     given = load_yaml(path)
-    told = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed}
-    changes = {key: value for key, value in told.items() if value is not None}
+    chosen = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed}
+    changes = {key: value for key, value in chosen.items() if value is not None}
     if "members" in given:
         if out is not None:
             raise SettingsError("--out: a campaign's members lie where its file says")

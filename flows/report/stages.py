@@ -68,14 +68,14 @@ def stages(
     starts = [row for row in merges if row.origin == "anchor"]
     proposals = [row for row in rows if row.origin == "search" and row.method != DISTILLED and row.split != "test"]
     baselines = [row for row in rows if row.origin == "anchor" and row.split != "test"]
-    found: list[Stage] = []
+    listed: list[Stage] = []
 
     def add(name: str, row: Row | None, before: Row | None, cost: str) -> None:
         if row is None:
             return
         step = None if before is None else gap(row, before, values(row.candidate), values(before.candidate), objective)
         least = 2 * step.standard_error if step is not None and isfinite(step.standard_error) else 0.0
-        found.append(Stage(name, row, step, cost, least))
+        listed.append(Stage(name, row, step, cost, least))
 
     seconds = timings or {}
     add("plain average", average, None, "")
@@ -87,7 +87,7 @@ def stages(
     if distilled := [row for row in ranked if row.method == DISTILLED]:
         start = next((row for row in merges if row.candidate == distilled[0].parameters.get("start")), None)
         add("distillation", distilled[0], start, _distillation(distilled[0], seconds))
-    return found
+    return listed
 
 
 def smallest_visible(rows: Sequence[Row], objective: Objective, values: Callable[[str], Values]) -> float:

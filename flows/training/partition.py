@@ -38,14 +38,14 @@ def dirichlet(labels: npt.NDArray[Any], parts: int, concentration: float, seed: 
     generator = np.random.default_rng(seed)
     classes = [np.flatnonzero(labels == name) for name in np.unique(labels)]
     for _ in range(DRAWS):
-        found: list[list[npt.NDArray[np.int64]]] = [[] for _ in range(parts)]
+        places_of: list[list[npt.NDArray[np.int64]]] = [[] for _ in range(parts)]
         for own in classes:
             shares = generator.dirichlet(np.full(parts, concentration))
             cuts = np.round(np.cumsum(shares)[:-1] * len(own)).astype(np.int64)
-            for part, places in zip(found, np.split(generator.permutation(own), cuts), strict=True):
+            for part, places in zip(places_of, np.split(generator.permutation(own), cuts), strict=True):
                 part.append(places)
-        if all(sum(len(places) > 0 for places in part) > 1 for part in found):
-            return [np.sort(np.concatenate(part)) for part in found]
+        if all(sum(len(places) > 0 for places in part) > 1 for part in places_of):
+            return [np.sort(np.concatenate(part)) for part in places_of]
     raise SettingsError(
         f"partition: of {DRAWS} draws none gave {parts} parts with two classes each from {len(labels)} examples of "
         f"{len(classes)} classes: raise `concentration` ({concentration:g}), or lower `parts`"
@@ -74,11 +74,11 @@ def write_parts(task: AnyTaskSettings, partition: Partition, directory: Path) ->
         raise SettingsError(f"partition: {folders[0]} is a folder: name files of a table (Parquet, CSV or JSON lines)")
     columns = [name for key in COLUMNS if (name := getattr(given, key, None)) is not None]
     frame = read_table(files, columns)
-    found: dict[str, AnyTaskSettings] = {}
+    settings_of: dict[str, AnyTaskSettings] = {}
     parts = dirichlet(frame[given.label].to_numpy(), partition.parts, partition.concentration, partition.seed)
     for number, places in enumerate(parts, start=1):
         name = f"{partition.task}-{number}"
         file = directory / f"{name}.parquet"
         atomic.write_bytes(str(file), frame.iloc[places].to_parquet(index=False))
-        found[name] = given.model_copy(update={"data": {"train": str(file)}})
-    return found
+        settings_of[name] = given.model_copy(update={"data": {"train": str(file)}})
+    return settings_of

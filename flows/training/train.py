@@ -135,14 +135,14 @@ def run_courses(
         MergequestError: See `train_together`.
     """
     calls = {name: (course, settings) for name, course in courses.items()}
-    found: dict[str, Trained] = {}
+    trained_of: dict[str, Trained] = {}
     title = f"Training: {len(calls)} model{'s' * (len(calls) > 1)}"
     with connect(), display.phase(title), display.bar("percent", 100) as bar:
         for name, trained in each(_train, calls, cpus=threads, progress=lambda share: bar.reach(int(100 * share))):
             how = "there already" if trained.reused else f"{trained.seconds:.0f} s, training loss {trained.loss:.3f}"
             display.say(f"  {name}: {how}")
-            found[name] = trained
-    return {name: found[name] for name in courses}
+            trained_of[name] = trained
+    return {name: trained_of[name] for name in courses}
 
 
 def lesson(base: str, task: AnyTaskSettings) -> Lesson:

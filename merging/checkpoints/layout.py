@@ -52,13 +52,13 @@ def _turned_experts(
         module = modules.get(live.get(name, "").rpartition(".")[0])
         if module is None or isinstance(module, nn.modules.conv._ConvNd):
             continue
-        told = getattr(module, "is_transposed", None)
-        if told is None:
+        transposed = getattr(module, "is_transposed", None)
+        if transposed is None:
             raise CheckpointError(
                 f"{checkpoint.path}: '{name}' {list(checkpoint.tensors[name].shape)} joins the experts of "
                 f"{type(module).__name__}, and whether each is stored [out, in] or [in, out] only its code tells: {ALIKE}"
             )
-        if told:
+        if transposed:
             turned.add(name)
     return turned
 

@@ -110,7 +110,7 @@ def measure_ensemble(
         out = {name: torch.empty(info.shape, dtype=torch.float32, device=device) for name, info in pool.weights.items()}
         ResidentMerger(material, out).merge(member_recipe(member))
         weights[member] = out
-    found = {}
+    measured = {}
     for task in tasks:
         if not task.has_logits:
             raise TaskError(f"task '{task.name}' ({task.kind}) gives no logits, so there is no ensemble on it")
@@ -121,8 +121,8 @@ def measure_ensemble(
             shared.check(weights[member])
             models.append(model.to(device))
         together = Ensemble(models, task.likelihood(models[0]), mean).eval()
-        found[task.name] = task.measure(together, split, limit=limit, precision=precision)
-    return found
+        measured[task.name] = task.measure(together, split, limit=limit, precision=precision)
+    return measured
 
 
 def _model(task: Task, material: Material, owner: Any, weights: dict[str, Tensor]) -> tuple[nn.Module, SharedWeights]:

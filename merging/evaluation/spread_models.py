@@ -68,12 +68,12 @@ class Spread:
 
     def parts(self, out: MutableMapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """The weights that lie with each of the devices, once models are placed; those of no model with the first."""
-        found: list[dict[str, Tensor]] = [{} for _ in self._devices]
+        by_device: list[dict[str, Tensor]] = [{} for _ in self._devices]
         for name, value in out.items():
             if name not in self._homes:
                 out[name] = value.to(self._devices[0])
-            found[self._homes.get(name, 0)][name] = out[name]
-        return found
+            by_device[self._homes.get(name, 0)][name] = out[name]
+        return by_device
 
     def _move(self, values: Sequence[Tensor], places: Mapping[int, int], settled: Collection[int]) -> None:
         """Brings memory to its device, and has everything that views it view it there."""
@@ -93,18 +93,18 @@ class Spread:
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The parts of a model that stay whole, in their order: layers, as transformers names them, and what lies beside these."""
     whole = set(getattr(model, "_no_split_modules", None) or ())
-    found: list[nn.Module] = []
+    blocks: list[nn.Module] = []
 
     def walk(module: nn.Module) -> None:
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if type(module).__name__ in whole or own:
-            found.append(module)
+            blocks.append(module)
             return
         for child in module.children():
             walk(child)
 
     walk(model)
-    return found
+    return blocks
 
 
 def shares(sizes: Sequence[int], count: int) -> list[int]:

@@ -73,10 +73,10 @@ def _parts(address: str) -> tuple[str, str | None, str]:
     """Repository, revision, and the path below it."""
     organisation, _, rest = address.removeprefix(SCHEME).partition("/")
     name, _, below = rest.partition("/")
-    found = _ID.fullmatch(f"{organisation}/{name}")
-    if found is None or ".." in below.split("/"):
+    match = _ID.fullmatch(f"{organisation}/{name}")
+    if match is None or ".." in below.split("/"):
         raise StorageError(f"'{address}' is no model on the Hub: expected hf://ORG/NAME or hf://ORG/NAME@REVISION")
-    return found[1], found[2] and found[2].replace("%2F", "/"), below
+    return match[1], match[2] and match[2].replace("%2F", "/"), below
 
 
 @cache

@@ -109,8 +109,8 @@ def write_adapter(
 
 def _most(pool: Pool, members: Sequence[str], name: str) -> int:
     """The sum of the members' ranks at a weight; 0 where some member holds it in full."""
-    found = [pool.member_factors(member, name) for member in members]
-    return sum(pair[1].shape[0] for pair in found if pair is not None) if None not in found else 0
+    factors = [pool.member_factors(member, name) for member in members]
+    return sum(pair[1].shape[0] for pair in factors if pair is not None) if None not in factors else 0
 
 
 def _factors(name: str, change: Tensor, most: int) -> tuple[Tensor, Tensor]:

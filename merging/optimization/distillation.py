@@ -129,7 +129,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Distilled:
+class DistillationResult:
     """What came of a distillation.
 
     Args:
@@ -148,7 +148,7 @@ class Distilled:
 
 
 @dataclass(frozen=True)
-class Part:
+class GradientPart:
     """A part of a step: its loss and the gradient in what is trained, by name, on the CPU."""
 
     loss: float
@@ -248,7 +248,7 @@ class Distiller:
         """Runs a teacher over all its examples and keeps its outputs, unless they are there, or are not to be kept."""
         self._teachers[number].run()
 
-    def gradient(self, step: int, part: int) -> Part:
+    def gradient(self, step: int, part: int) -> GradientPart:
         """The loss and the gradient of a part of a step.
 
         Raises:
@@ -269,13 +269,13 @@ class Distiller:
         gradients = self._models.take_gradients()
         if self._low_rank:
             gradients = self._low_rank.gradients(gradients)
-        return Part(total, {name: value.cpu() for name, value in gradients.items()})
+        return GradientPart(total, {name: value.cpu() for name, value in gradients.items()})
 
-    def apply(self, step: int, parts: Sequence[Part]) -> float:
+    def apply(self, step: int, parts: Sequence[GradientPart]) -> float:
         """Takes a step by the sum of its parts' gradients; returns its loss."""
         for name, value in self.trained.items():
-            found = [part.gradients[name].to(self._device) for part in parts if name in part.gradients]
-            value.grad = reduce(torch.add, found) if found else None
+            gradients = [part.gradients[name].to(self._device) for part in parts if name in part.gradients]
+            value.grad = reduce(torch.add, gradients) if gradients else None
         settings = self.settings
         self._adam.param_groups[0]["lr"] = settings.learning_rate * rate(step, self.steps, settings.warm_up)
         self._adam.step()
@@ -300,11 +300,11 @@ class Distiller:
 
     def state(self) -> dict[str, Tensor]:
         """What a worker that takes over must know: what is trained, and the optimizer's moments."""
-        found = {f"trained:{name}": value.detach() for name, value in self.trained.items()}
+        values = {f"trained:{name}": value.detach() for name, value in self.trained.items()}
         for name, value in self.trained.items():
             for key, moment in self._adam.state.get(value, {}).items():
-                found[f"{key}:{name}"] = moment
-        return {name: value.to("cpu", copy=True).contiguous() for name, value in found.items()}
+                values[f"{key}:{name}"] = moment
+        return {name: value.to("cpu", copy=True).contiguous() for name, value in values.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Goes on from `state`."""
@@ -361,8 +361,8 @@ class Record:
     @property
     def waited(self) -> int:
         """Looks since the best one. The start itself is not compared: it may have been fitted to these very examples."""
-        found = [look.held_out for look in self.looks if look.step]
-        return len(found) - 1 - int(np.argmin(found)) if found else 0
+        losses = [look.held_out for look in self.looks if look.step]
+        return len(losses) - 1 - int(np.argmin(losses)) if losses else 0
 
     def write(self, path: str, state: Mapping[str, Tensor]) -> None:
         """Keeps itself and the workers' state in one file, whole or not at all."""
@@ -402,7 +402,7 @@ class Record:
         return record, {name: value for name, value in tensors.items() if not name.startswith("best:")}
 
 
-class Workers(Protocol):
+class DistillationWorkers(Protocol):
     """Who computes a distillation: workers that all hold the same weights."""
 
     @property
@@ -496,7 +496,7 @@ def distil(
     cache: str | None = None,
     resume: str | None = None,
     every: int = 50,
-) -> Distilled:
+) -> DistillationResult:
     """Minimises the mean divergence of the merged model from each task's own member, on that task's train inputs.
 
     Args:
@@ -520,14 +520,14 @@ def distil(
 
 
 def train(
-    workers: Workers,
+    workers: DistillationWorkers,
     settings: DistillationSettings,
     key: str,
     progress: Callable[[float], None] = lambda share: None,
     *,
     resume: str | None = None,
     every: int = 50,
-) -> Distilled:
+) -> DistillationResult:
     """The loop of a distillation over workers; see `distil`.
 
     Args:
@@ -549,10 +549,10 @@ def train(
         if not held_out:
             return
         training = float(np.mean(record.losses)) if record.losses else float("nan")
-        found = Look(record.step, workers.look(), training)
-        if record.step and found.held_out < min([np.inf, *(past.held_out for past in record.looks if past.step)]):
+        now = Look(record.step, workers.look(), training)
+        if record.step and now.held_out < min([np.inf, *(past.held_out for past in record.looks if past.step)]):
             record.best = record.step, workers.weights()
-        record.looks.append(found)
+        record.looks.append(now)
         record.losses = []
 
     if not record.step:
@@ -566,4 +566,4 @@ def train(
         if resume and record.step % every == 0 and record.step < steps:
             record.write(resume, workers.state())
     best, weights = record.best or (record.step, workers.weights())
-    return Distilled(weights, tuple(record.looks), record.step, best, record.step * batch)
+    return DistillationResult(weights, tuple(record.looks), record.step, best, record.step * batch)

@@ -47,9 +47,9 @@ def divergence(
         return heat**2 * divergences(likelihood, logits / heat, wanted["logits"] / heat)
     own = log_softmax(logits / temperature, -1)
     classes, other, rest = wanted["classes"].long(), wanted["log_p"], wanted["log_rest"]
-    found = (other.exp() * (other - own.gather(-1, classes))).sum(-1)
+    known = (other.exp() * (other - own.gather(-1, classes))).sum(-1)
     left = own.scatter(-1, classes, -torch.inf).logsumexp(-1)
-    return temperature**2 * (found + rest.exp() * (rest - left))
+    return temperature**2 * (known + rest.exp() * (rest - left))
 
 
 def hidden_distance(own: Tensor, wanted: Tensor, batch: Batch) -> Tensor:

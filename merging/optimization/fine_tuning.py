@@ -249,11 +249,11 @@ def _data_fingerprint(path: str) -> str:
 
 def _groups(lessons: Mapping[str, Lesson]) -> list[list[str]]:
     """Tasks by head: those of one kind and the same classes together."""
-    found: dict[Any, list[str]] = {}
+    by_head: dict[Any, list[str]] = {}
     for name, lesson in lessons.items():
         head = (lesson.settings.kind, getattr(lesson.settings, "problem_type", None), tuple(lesson.labels))
-        found.setdefault(head, []).append(name)
-    return list(found.values())
+        by_head.setdefault(head, []).append(name)
+    return list(by_head.values())
 
 
 class _Head:

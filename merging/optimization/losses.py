@@ -72,21 +72,21 @@ class SharedModels:
     def linear(self) -> set[str]:
         """Names of the weights of linear layers."""
         names = {(value.data_ptr(), value.numel()): name for name, value in self.weights.items()}
-        found = {
+        every = {
             names.get((module.weight.data_ptr(), module.weight.numel()))
             for model in self.models
             for module in layer_names(model)
             if isinstance(module.weight, Tensor)
         }
-        return {name for name in found if name is not None}
+        return {name for name in every if name is not None}
 
     def take_gradients(self) -> dict[str, Tensor]:
         """The gradients of all models, summed by weight; they are cleared."""
-        found: dict[str, Tensor] = {}
+        gradients: dict[str, Tensor] = {}
         for shared in self._shared:
             for name, gradient in shared.take_gradients().items():
-                found[name] = found[name].add_(gradient) if name in found else gradient
-        return found
+                gradients[name] = gradients[name].add_(gradient) if name in gradients else gradient
+        return gradients
 
 
 class GradientModels:

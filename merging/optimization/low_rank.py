@@ -28,12 +28,12 @@ class LowRank:
             self.factors[f"a:{name}"] = random.to(start.device)
             self.factors[f"b:{name}"] = start.new_zeros(start.shape[0], size)
 
-    def gradients(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def gradients(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The factors' gradients, from those of the matrices: G Aᵀ of B and Bᵀ G of A."""
         gradients = {}
-        for name in self._start.keys() & found.keys():
-            gradients[f"a:{name}"] = self.factors[f"b:{name}"].T @ found[name]
-            gradients[f"b:{name}"] = found[name] @ self.factors[f"a:{name}"].T
+        for name in self._start.keys() & whole.keys():
+            gradients[f"a:{name}"] = self.factors[f"b:{name}"].T @ whole[name]
+            gradients[f"b:{name}"] = whole[name] @ self.factors[f"a:{name}"].T
         return gradients
 
     @torch.no_grad()

@@ -71,14 +71,14 @@ def parted(units: Sequence[Places], part: int, parts: int) -> Iterator[tuple[int
 
 def lengths_of(task: Task, places: Places) -> Places:
     """Tokens of each example [N]; 1 for all where examples are no sequences."""
-    found = np.ones(len(places), np.int64)
+    lengths = np.ones(len(places), np.int64)
     if not len(places) or task.batch("train", places[:1]).mask is None:
-        return found
+        return lengths
     for first in range(0, len(places), CHUNK):
         mask = task.batch("train", places[first : first + CHUNK]).mask
         if mask is not None:
-            found[first : first + CHUNK] = mask.sum(1).numpy()
-    return found
+            lengths[first : first + CHUNK] = mask.sum(1).numpy()
+    return lengths
 
 
 def rate(step: int, steps: int, warm_up: float) -> float:

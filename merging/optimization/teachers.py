@@ -89,7 +89,7 @@ class Teacher:
         likelihood = self._task.likelihood(model)
         places = np.arange(self._size)
         order = places[np.argsort(lengths_of(self._task, places), kind="stable")]
-        found: list[dict[str, Tensor]] = [{}] * self._size
+        outputs: list[dict[str, Tensor]] = [{}] * self._size
         autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast)
         for first in range(0, self._size, AT_ONCE):
             chosen = order[first : first + AT_ONCE]
@@ -100,10 +100,10 @@ class Teacher:
             kept = wanted_outputs(rows, likelihood, self.temperature, self._top_k)
             for name, value in kept.items():
                 for place, own in zip(chosen, torch.split(value.cpu(), counts.tolist()), strict=True):
-                    found[place] = {**found[place], name: own}
-        tensors = {name: torch.cat([one[name] for one in found]) for name in found[0]}
-        name = next(iter(found[0]))
-        tensors["ends"] = torch.tensor([len(one[name]) for one in found]).cumsum(0)
+                    outputs[place] = {**outputs[place], name: own}
+        tensors = {name: torch.cat([one[name] for one in outputs]) for name in outputs[0]}
+        name = next(iter(outputs[0]))
+        tensors["ends"] = torch.tensor([len(one[name]) for one in outputs]).cumsum(0)
         atomic.write_bytes(self._path, serialize(tensors, {"likelihood": likelihood}))
 
     def _open(self) -> None:

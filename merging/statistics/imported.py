@@ -61,7 +61,7 @@ def import_statistics(
         raise StatisticsError(f"the number of {what} behind {source} is {count}: a number from 1 is needed")
     opened = Checkpoint.open(checkpoint)
     turned = transposed_weights(opened)
-    found: dict[str, Tensor] = {}
+    imported: dict[str, Tensor] = {}
     for name, value in _tensors(source, pickled).items():
         own = _own_name(name, opened.tensors, kind)
         if own is None:
@@ -69,21 +69,21 @@ def import_statistics(
                 f"{source}: '{name}' is no matrix of {checkpoint} ({', '.join(list(opened.tensors)[:SHOWN])}, …): name the "
                 "checkpoint that it was computed of, or the tensors as that does"
             )
-        if own in found:
+        if own in imported:
             raise StatisticsError(f"{source}: two tensors are the {kind} of '{own}', '{name}' the second of them")
-        found[own] = _checked(source, name, kind, value, opened.tensors[own].shape, own in turned)
+        imported[own] = _checked(source, name, kind, value, opened.tensors[own].shape, own in turned)
         if sums:
-            found[own] /= count
-    if not found:
+            imported[own] /= count
+    if not imported:
         raise StatisticsError(f"{source} holds no tensors")
     about = Partial(
         counts={"examples": examples, "tokens": tokens},
-        transposed=tuple(sorted(turned & found.keys())),
-        uncovered=tuple(sorted(_matrices(opened) - found.keys())) if kind != "fisher" else (),
+        transposed=tuple(sorted(turned & imported.keys())),
+        uncovered=tuple(sorted(_matrices(opened) - imported.keys())) if kind != "fisher" else (),
     )
     settings = {"statistic": kind, "version": "imported", "from": addresses.base_name(source), "sums": sums}
     data = f"imported:{hashing.file_fingerprint(source)}"
-    return save_tensors(out, kind, settings, found, about, checkpoint=opened.fingerprint, data=data)
+    return save_tensors(out, kind, settings, imported, about, checkpoint=opened.fingerprint, data=data)
 
 
 def _tensors(source: str, pickled: bool) -> Mapping[str, Tensor]:

@@ -115,13 +115,13 @@ def classes_among(values: Iterable[Any], where: str, *, least: int = 2) -> list[
     Raises:
         TaskError: Some are neither, or there are fewer classes.
     """
-    found = {value.item() if isinstance(value, np.generic) else value for value in values}
-    if found and all(isinstance(value, str) and value for value in found):
-        names = sorted(found)
+    distinct = {value.item() if isinstance(value, np.generic) else value for value in values}
+    if distinct and all(isinstance(value, str) and value for value in distinct):
+        names = sorted(distinct)
     else:
-        numbers = [value for value in found if isinstance(value, int | float) and value == value // 1 and value >= 0]
-        if len(numbers) < len(found) or max(numbers, default=0) >= MAX_CLASSES:
-            strange = sorted(repr(value)[:LONGEST] for value in found if value not in numbers)
+        numbers = [value for value in distinct if isinstance(value, int | float) and value == value // 1 and value >= 0]
+        if len(numbers) < len(distinct) or max(numbers, default=0) >= MAX_CLASSES:
+            strange = sorted(repr(value)[:LONGEST] for value in distinct if value not in numbers)
             raise TaskError(
                 f"{where} holds {', '.join(strange[:SHOWN]) or max(numbers)}: names of classes, or numbers from 0, are needed"
             )

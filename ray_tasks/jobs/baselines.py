@@ -25,7 +25,7 @@ def ensemble(
 ) -> Measured:
     """`merging.evaluation.ensemble.measure_ensemble` over all tasks that have the split."""
     tasks = [task for task in setup.open_tasks() if task.has_split(split)]
-    found = measure_ensemble(
+    measured_of = measure_ensemble(
         setup.material(resident=True),
         tasks,
         setup.owners,
@@ -36,7 +36,7 @@ def ensemble(
         limit=limit,
         precision=setup.precision,
     )
-    return {name: _values(*measured) for name, measured in found.items()}
+    return {name: _values(*measured) for name, measured in measured_of.items()}
 
 
 def checkpoints(
@@ -51,14 +51,14 @@ def checkpoints(
         precision: `float32` or `bfloat16`.
         report: Told the share of the work that is done.
     """
-    found: Measured = {}
+    measured: Measured = {}
     for number, (name, bound) in enumerate(tasks.items(), start=1):
         task = bound.open()
         if task.has_split(split):
             model = task.load_model().to(best_device())
-            found[name] = _values(*task.measure(model, split, limit=limit, precision=precision))
+            measured[name] = _values(*task.measure(model, split, limit=limit, precision=precision))
         report(number / len(tasks))
-    return found
+    return measured
 
 
 def fine_tuned(setup: Setup, start: Recipe, settings: TrainingSettings, split: Split, report: Report) -> Measured:
@@ -74,7 +74,7 @@ def fine_tuned(setup: Setup, start: Recipe, settings: TrainingSettings, split: S
     every = [task for task in setup.open_tasks() if task.has_logits and task.has_split("validation")]
     seen = [task for task in every if task.settings.role == "seen"]
     tasks = [*seen, *(task for task in every if task not in seen)]
-    found = tune(
+    models = tune(
         setup.material(resident=True),
         seen,
         setup.owners,
@@ -86,7 +86,7 @@ def fine_tuned(setup: Setup, start: Recipe, settings: TrainingSettings, split: S
     )
     return {
         task.name: _values(*task.measure(model, split, precision=setup.precision))
-        for task, model in zip(tasks, found, strict=True)
+        for task, model in zip(tasks, models, strict=True)
         if task.has_split(split)
     }
 

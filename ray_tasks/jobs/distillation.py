@@ -14,7 +14,7 @@ from torch import Tensor
 from merging.errors import ClusterError
 from merging.evaluation.live_models import best_device
 from merging.io import storage
-from merging.optimization.distillation import DistillationSettings, Distilled, Distiller, Part, train
+from merging.optimization.distillation import DistillationResult, DistillationSettings, Distiller, GradientPart, train
 from merging.recipe import Recipe
 from merging.statistics import Partial, save_tensors
 from ray_tasks.cluster_errors import surfaced
@@ -66,7 +66,7 @@ def distil(
     gpus: float = 0.0,
     retries: int = 3,
     progress: Callable[[float], None] = lambda share: None,
-) -> Distilled:
+) -> DistillationResult:
     """Distils, and keeps the result as a statistics file of the kind `distilled`.
 
     Args:
@@ -85,24 +85,29 @@ def distil(
     count = max(1, min(workers or describe_cluster().places(threads, gpus), job.settings.parts))
     for attempt in range(retries + 1):
         try:
-            found = _attempt(job, count, threads, gpus, progress)
+            result = _attempt(job, count, threads, gpus, progress)
             break
         except ClusterError:
             if attempt == retries:
                 raise
     else:
         raise ClusterError("the distillation was never begun: `retries` is negative")
-    about = {**job.key, "steps": found.steps, "best": found.best, "looks": [[k.step, k.held_out] for k in found.looks]}
-    counts = Partial(counts={"examples": found.examples})
-    save_tensors(job.path, "distilled", about, found.weights, counts, checkpoint=job.checkpoint, data=job.data)
+    about = {
+        **job.key,
+        "steps": result.steps,
+        "best": result.best,
+        "looks": [[k.step, k.held_out] for k in result.looks],
+    }
+    counts = Partial(counts={"examples": result.examples})
+    save_tensors(job.path, "distilled", about, result.weights, counts, checkpoint=job.checkpoint, data=job.data)
     if storage.exists(job.resume):
         storage.remove(job.resume)
-    return found
+    return result
 
 
 def _attempt(
     job: DistillationJob, count: int, threads: int, gpus: float, progress: Callable[[float], None]
-) -> Distilled:
+) -> DistillationResult:
     kind: Any = ray.remote(num_cpus=threads, num_gpus=gpus)(_DistillationWorker)
     actors = [kind.remote(job, threads) for _ in range(count)]
     try:
@@ -115,7 +120,7 @@ def _attempt(
 
 
 class _Actors:
-    """`merging.optimization.distillation.Workers` that are actors."""
+    """`merging.optimization.distillation.DistillationWorkers` that are actors."""
 
     def __init__(self, actors: Sequence[Any], parts: int, steps: int, sizes: tuple[int, int], teachers: int) -> None:
         self._actors, self._parts, self._teachers = actors, range(parts), teachers
@@ -179,12 +184,12 @@ class _DistillationWorker:
 
     def gradient(self, step: int, part: int) -> tuple[float, Arrays]:
         """See `Distiller.gradient`."""
-        found = self._distiller.gradient(step, part)
-        return found.loss, _arrays(found.gradients)
+        part_gradient = self._distiller.gradient(step, part)
+        return part_gradient.loss, _arrays(part_gradient.gradients)
 
     def apply(self, step: int, *parts: tuple[float, Arrays]) -> float:
         """See `Distiller.apply`."""
-        return self._distiller.apply(step, [Part(loss, _tensors(gradients)) for loss, gradients in parts])
+        return self._distiller.apply(step, [GradientPart(loss, _tensors(gradients)) for loss, gradients in parts])
 
     def look(self, part: int) -> float:
         """See `Distiller.look`."""

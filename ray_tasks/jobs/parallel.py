@@ -47,7 +47,7 @@ class Worker:
     ready: bool = False
     holds: Any = None
     share: float = 0.0
-    asked: Any = None
+    pending: Any = None
 
 
 class Workers:
@@ -87,13 +87,13 @@ class Workers:
         """The shares that are done of the calls that are under way, added up, as far as they were heard of."""
         busy = [worker for worker, key, _ in self._out.values() if key is not None]
         for worker in busy:
-            if worker.asked is not None and ray.wait([worker.asked], timeout=0)[0]:
+            if worker.pending is not None and ray.wait([worker.pending], timeout=0)[0]:
                 try:
-                    worker.share, worker.asked = ray.get(worker.asked), None
+                    worker.share, worker.pending = ray.get(worker.pending), None
                 except ray.exceptions.RayError:  # its call will tell
                     continue
-            if worker.asked is None:
-                worker.asked = worker.actor.share.remote()
+            if worker.pending is None:
+                worker.pending = worker.actor.share.remote()
         return sum(worker.share for worker in busy)
 
     def free(self, waiting: int) -> list[Worker]:
@@ -115,7 +115,7 @@ class Workers:
     def run(self, worker: Worker, key: Hashable, function: Callable[..., Any], *arguments: Any) -> None:
         """Has a free process run `function(*arguments, report)`; `report(share)` is told how much of it is done."""
         done, value = worker.actor.run.options(num_returns=2).remote(function, *arguments)
-        worker.share, worker.asked = 0.0, None
+        worker.share, worker.pending = 0.0, None
         self._out[done] = (worker, key, value)
 
     def wait(self, timeout: float | None = None, *, fetch: bool = False) -> list[Reply]:

@@ -32,7 +32,7 @@ LOADERS = {
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRankDelta:
     """What an adapter adds to one weight: scaling · B @ A.
 
     Args:
@@ -80,7 +80,7 @@ class Adapted:
     tensors: Mapping[str, TensorInfo]
     origins: Mapping[str, str]
     whole: Mapping[str, str]
-    low_rank: Mapping[str, LowRank]
+    low_rank: Mapping[str, LowRankDelta]
 
 
 def adapted(
@@ -216,7 +216,7 @@ class _AdapterNames:
         tensors: dict[str, TensorInfo] = {}
         origins: dict[str, str] = {}
         whole: dict[str, str] = {}
-        low_rank: dict[str, LowRank] = {}
+        low_rank: dict[str, LowRankDelta] = {}
         for live, sharing in groups.items():
             stored = next((there for name in (live, *sharing) for there in self._stored.get(name, ())), None)
             saved = self._spelled(live)
@@ -326,7 +326,7 @@ class _AdapterNames:
             return name
         raise self._error(f"holds '{key}', of which {type(self._model).__name__} knows nothing. {REMEDY}")
 
-    def _low_rank(self, live: str, keys: Mapping[str, str]) -> LowRank:
+    def _low_rank(self, live: str, keys: Mapping[str, str]) -> LowRankDelta:
         path = live.rpartition(".")[0]
         module = self._modules[path]
         down, up = self._file.tensors[keys["A"]].shape, self._file.tensors[keys["B"]].shape
@@ -347,14 +347,14 @@ class _AdapterNames:
                 f"has rank {rank} for '{live}', its adapter_config.json says {declared:g}: copy both again"
             )
         alpha = of_module(self._settings.get("alpha_pattern"), path, self._settings.get("lora_alpha", 8))
-        return LowRank(
+        return LowRankDelta(
             keys["A"],
             keys["B"],
             alpha / (math.sqrt(rank) if self._settings.get("use_rslora") else rank),
             transposed,
         )
 
-    def _formed(self, name: str, there: TensorInfo, low: LowRank | None) -> TensorInfo:
+    def _formed(self, name: str, there: TensorInfo, low: LowRankDelta | None) -> TensorInfo:
         """Where a tensor of the base or the adapter lies; one that is formed from it lies in no file."""
         if low is None:
             return replace(there, name=name)

@@ -118,8 +118,8 @@ class EngineModels(CandidateModels):
         wanted = logits.log_softmax(-1).cpu().gather(-1, ids[:, 1:, None])[..., 0].numpy()
         if not np.isfinite(wanted).all():
             return False
-        found = np.stack(self._engine.log_likelihoods(ids.tolist()))
-        differences = np.nan_to_num(np.abs(found - wanted), nan=np.inf)
+        answers = np.stack(self._engine.log_likelihoods(ids.tolist()))
+        differences = np.nan_to_num(np.abs(answers - wanted), nan=np.inf)
         bound = TOLERANCE.get(self._dtype, ROUNDED_TOLERANCE)
         if differences.mean() > bound:
             row, place = np.unravel_index(differences.argmax(), differences.shape)
@@ -127,7 +127,7 @@ class EngineModels(CandidateModels):
                 f"the engine answers otherwise than transformers, from {what}: log-likelihoods differ by "
                 f"{differences.mean():.3g} nats a token in the mean "
                 f"(at most {bound:g} is rounding), most at token {place + 1} of probe {row}: "
-                f"{found[row, place]:.4f} instead of {wanted[row, place]:.4f}. Leave out `engine: vllm` for this model"
+                f"{answers[row, place]:.4f} instead of {wanted[row, place]:.4f}. Leave out `engine: vllm` for this model"
             )
         return True
 
@@ -155,7 +155,7 @@ def answerable(tasks: Sequence[Task]) -> list[CausalLM]:
     Raises:
         EngineError: One is of another kind, or generates as no engine does.
     """
-    found = []
+    names = []
     for task in tasks:
         if not isinstance(task, CausalLM):
             raise EngineError(
@@ -163,8 +163,8 @@ def answerable(tasks: Sequence[Task]) -> list[CausalLM]:
             )
         if task.generates:
             require_served(task.generation_config)
-        found.append(task)
-    return found
+        names.append(task)
+    return names
 
 
 def _heads(model: Any, pool: Pool, out: Mapping[str, Tensor]) -> dict[str, str]:

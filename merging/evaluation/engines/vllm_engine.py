@@ -134,7 +134,7 @@ class VllmEngine(TextEngine):
         outputs = self._answers(sequences, max_tokens=1, prompt_logprobs=0)
         return [
             np.array(
-                [found[token].logprob for found, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)],
+                [choices[token].logprob for choices, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)],
                 np.float64,
             )
             for output, ids in zip(outputs, sequences, strict=True)

@@ -8,7 +8,7 @@ from merging.methods.method import Parameter, register
 
 
 @register
-class Distilled(Solved):
+class DistilledMethod(Solved):
     """What `merging.optimization.distillation` made of another merge of these very members, scaled as a whole; see `Solved`.
 
     A campaign's last step (`distil`) computes it from the winner of the search.

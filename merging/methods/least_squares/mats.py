@@ -192,12 +192,12 @@ class PreparedMats(Prepared):
 
     def _in_blocks(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Values of weights as those of their blocks."""
-        found = {}
+        by_block = {}
         for name, value in values.items():
             views = self._blocks[name]
             for view, part in zip(views, value.reshape(len(views), *views[0].base.shape), strict=True):
-                found[view.name] = part
-        return found
+                by_block[view.name] = part
+        return by_block
 
     def _start(self, weights: Sequence[Weight], start: Method | None, members: Sequence[str]) -> Mapping[str, Tensor]:
         """Weights to begin at."""

@@ -78,7 +78,7 @@ class _Watch(TorchFunctionMode):
         return output
 
     def _look(self, value: Tensor, weight: Tensor, output: Tensor) -> Tensor | None:
-        found = next(
+        match = next(
             (
                 (name, whole, weight.data_ptr() - whole.data_ptr())
                 for name, whole in self._parameters
@@ -87,9 +87,9 @@ class _Watch(TorchFunctionMode):
             ),
             None,
         )
-        if found is None or weight.dim() not in (2, 3):
+        if match is None or weight.dim() not in (2, 3):
             return None
-        name, whole, offset = found
+        name, whole, offset = match
         experts, rows, columns = whole.shape
         inputs, outputs = weight.stride()[-2:]
         # the stored matrix is [rows, columns] with strides (columns, 1)
@@ -274,7 +274,7 @@ def _token_rows(module: nn.Module, given: list[Any], tokens: int) -> int:
 
 
 @dataclass
-class Stored:
+class StoredExpert:
     """A parameter's matrices as a checkpoint stores them.
 
     Args:
@@ -286,7 +286,7 @@ class Stored:
     transposed: set[str] = field(default_factory=set)
 
 
-def stored_experts(model: nn.Module, name: str, transposed: bool) -> Stored:
+def stored_experts(model: nn.Module, name: str, transposed: bool) -> StoredExpert:
     """How a checkpoint stores a parameter of experts, found by marking them.
 
     Args:
@@ -304,7 +304,7 @@ def stored_experts(model: nn.Module, name: str, transposed: bool) -> Stored:
     view[side] = shape[side]
     inputs = torch.arange(shape[side], dtype=torch.float32).view(view).expand(shape).contiguous()
     marks, places = in_checkpoint(model, {name: experts}), in_checkpoint(model, {name: inputs})
-    stored = Stored()
+    stored = StoredExpert()
     for key, mark in marks.items():
         place, count = places[key], shape[side]
         expected = torch.arange(count, dtype=torch.float32)

@@ -50,13 +50,13 @@ def _tried_scaling(module: nn.Module) -> bool:
     value = torch.linspace(-2, 3, 6 * len(weight), dtype=weight.dtype, device=weight.device).sin().view(2, 3, -1)
     other = torch.linspace(-1, 2, len(weight), dtype=weight.dtype, device=weight.device)
     try:
-        without, found = _with_weight(module, value, 0 * other), _with_weight(module, value, other)
+        without, scaled = _with_weight(module, value, 0 * other), _with_weight(module, value, other)
         wanted = without + other * (_with_weight(module, value, torch.ones_like(other)) - without)
     except Exception as error:  # a module that wants other inputs may raise anything
         if is_fault(error):
             raise
         return False
-    return found.shape == value.shape and not differs(found, wanted)
+    return scaled.shape == value.shape and not differs(scaled, wanted)
 
 
 def _scaling(module: nn.Module, value: Tensor, gradient: Tensor) -> dict[str, GradientTerm]:

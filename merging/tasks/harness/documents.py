@@ -136,7 +136,7 @@ def read_documents(task: Any, split: str, limit: int | None, chat: Mapping[str, 
     requests: list[list[Any]] = [[] for _ in docs]
     for request in task.instances:
         requests[request.doc_id].append(request)
-    return Documents(docs, [sorted(found, key=lambda request: request.idx) for found in requests])
+    return Documents(docs, [sorted(own, key=lambda request: request.idx) for own in requests])
 
 
 @contextlib.contextmanager

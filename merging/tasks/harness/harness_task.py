@@ -142,12 +142,12 @@ class HarnessTask(Task):
         """See `Task.predict`."""
         started = time.perf_counter()
         documents, places = self._read(self._split_names[split]), self._places(split)[positions]
-        asked = documents.asked(places)
+        requests_of = documents.asked(places)
         device = next(model.parameters()).device
         try:
             with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                self._answer(model, [request for requests in asked for request in requests])
-            predictions = self._judge.judged([documents.docs[place] for place in places], asked)
+                self._answer(model, [request for requests in requests_of for request in requests])
+            predictions = self._judge.judged([documents.docs[place] for place in places], requests_of)
         except TaskError as error:
             raise self.error(str(error)) from error
         except Exception as error:  # the harness and the code of its tasks raise all kinds
@@ -258,8 +258,8 @@ class HarnessTask(Task):
                 max_length=self.settings.max_length,
             )
             for kind in sorted({request.request_type for request in requests}):
-                asked = [r for r in requests if r.request_type == kind for _ in range(r.repeats or 1)]
-                for request, answer in zip(asked, getattr(engine, kind)(asked, disable_tqdm=True), strict=True):
+                repeated = [r for r in requests if r.request_type == kind for _ in range(r.repeats or 1)]
+                for request, answer in zip(repeated, getattr(engine, kind)(repeated, disable_tqdm=True), strict=True):
                     request.resps.append(answer)
                     likelihood = answer[0] if isinstance(answer, tuple) else answer
                     if isinstance(likelihood, float) and not math.isfinite(likelihood):
@@ -282,7 +282,7 @@ class Judge:
         from lm_eval.api.metrics import mean
 
         aggregations: dict[str, Callable[[list[Any]], float]] = task.aggregation()
-        filters = [found.name for found in task._filters]
+        filters = [entry.name for entry in task._filters]
         self.metric = metric or next(iter(aggregations))
         self.filter = filter or filters[0]
         if self.metric not in aggregations:
@@ -300,18 +300,18 @@ class Judge:
         """What the score is called: a metric that is better when it is less is made negative."""
         return self.metric if self.sign > 0 else f"neg_{self.metric}"
 
-    def judged(self, docs: Sequence[Any], asked: Sequence[Sequence[Any]]) -> Predictions:
+    def judged(self, docs: Sequence[Any], requests_of: Sequence[Sequence[Any]]) -> Predictions:
         """Results of documents whose requests were answered.
 
         Raises:
             TaskError: The harness gives no such number for a document.
         """
-        self._task._instances = [request for requests in asked for request in requests]
+        self._task._instances = [request for requests in requests_of for request in requests]
         with quiet_harness():
             self._task.apply_filters()
             results = [
                 self._task.process_results(doc, [request.filtered_resps[self.filter] for request in requests])
-                for doc, requests in zip(docs, asked, strict=True)
+                for doc, requests in zip(docs, requests_of, strict=True)
             ]
         if any(self.metric not in result for result in results):
             raise TaskError(f"the harness gives no '{self.metric}' for single documents, only {', '.join(results[0])}")

@@ -361,7 +361,7 @@ class LanguageTask(TextTask[list[Example]]):
         """
         if isinstance(model, TextEngine):
             likelihoods = model.log_likelihoods([one.ids for one in encoded])
-            own = [found[one.start - 1 :] for found, one in zip(likelihoods, encoded, strict=True)]
+            own = [likelihood[one.start - 1 :] for likelihood, one in zip(likelihoods, encoded, strict=True)]
             return np.array([part.sum() for part in own]), np.array([len(part) for part in own], np.float64), None
         device = next(model.parameters()).device
         sums, tokens, entropies = np.zeros((3, len(encoded)))

@@ -71,7 +71,7 @@ def choice_likelihoods(
         rows = [entry for entry in rows if entry[2].targets > 1]
         if not rows:
             continue
-        cache = next((found for name in CACHES if (found := getattr(output, name, None)) is not None), None)
+        cache = next((cached for name in CACHES if (cached := getattr(output, name, None)) is not None), None)
         if any(type(layer).__name__ not in PLAIN_LAYERS for layer in getattr(cache, "layers", [None])):
             return None
         for part in longest_first([one.targets for _, _, one in rows], batch_size):
