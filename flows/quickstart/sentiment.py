@@ -159,12 +159,12 @@ SENTIMENT = ShippedPool(
     labels=dict.fromkeys(DOMAINS, LABELS),
     training=TrainingSettings(),
     methods=WITH_DATA,
-    candidates=36,
+    candidates=24,
     statistics={
         "fisher": {"examples": 128},
         "representation": {"examples": 64},
         "propagated": {"examples": 160},
     },
-    distil={"steps": 240},
+    distil={"steps": 160},
 )
 """Nine sentences in ten are shorter than 64 tokens."""

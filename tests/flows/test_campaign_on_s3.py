@@ -56,7 +56,8 @@ def files(tiny_campaign, tmp_path, upload):
         settings = copy.deepcopy(tiny_campaign) | {"directory": str(tmp_path / "here")}
         settings["resources"] = {"evaluators": 1}
         settings["selection"] = {"mode": "all"}
-        settings["search"] = {"candidates": 6, "methods": ["average", "task_arithmetic", "regmean"]}
+        methods = ["average", "task_arithmetic", "regmean"]
+        settings["search"] = {"candidates": 6, "methods": methods, "pruning": "none"}
         (tmp_path / "campaign.yaml").write_text(yaml.safe_dump(settings))
         remote = copy.deepcopy(settings) | {"directory": addresses.join(root, "there")}
         for place, name in [(remote, "base"), *((member, "checkpoint") for member in remote["members"].values())]:

@@ -73,6 +73,7 @@ def campaign(tiny_pool, tmp_path):
             "search": {
                 "candidates": candidates,
                 "sampler": "random",
+                "patience": None,
                 "methods": {method: {} for method in methods},
             },
             **changes,

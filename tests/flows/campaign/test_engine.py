@@ -40,7 +40,13 @@ def campaign(tmp_path_factory):
             "tasks": task_settings(data),
             "task_heads": dict.fromkeys(task_settings(data), "one"),
             "selection": {"mode": "all"},
-            "search": {"methods": ["average", "ties"], "candidates": 5, "sampler": "random", "theory": False},
+            "search": {
+                "methods": ["average", "ties"],
+                "candidates": 5,
+                "sampler": "random",
+                "theory": False,
+                "pruning": "none",
+            },
             "resources": {"evaluators": 1},
             **settings,
         }
