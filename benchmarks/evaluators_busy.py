@@ -1,13 +1,18 @@
-"""How busy the driver keeps evaluators that sleep instead of computing: real Ray actors, real search, ledger and study.
+"""How busy the driver keeps evaluators: real Ray actors, real search, ledger and study.
 
     python benchmarks/evaluators_busy.py --evaluators 64 --rounds 32 --sleep 20
+    python benchmarks/evaluators_busy.py --merge --evaluators 8
 
-The actors are light (no torch, no CPU reserved), so that many of them run on a small machine; pool, executor and driver
-are the campaign's own. `busy` is the time that evaluators slept, over all evaluators and the whole run from the first
-candidate handed out to the last row; the last round, in which some have nothing left to do, is in it.
+Without `--merge` the actors are light (no torch, no CPU reserved) and sleep instead of computing, so that many of them run on
+a small machine; pool, executor and driver are the campaign's own. With it they are the campaign's own evaluators: each merges
+small encoders (four members, data-free methods) and evaluates them. Each is a process with torch, of 300 MB; where they share
+cores, a candidate takes as long as its share of them. `busy` is the time that evaluators slept or were at work, over all
+evaluators and the whole run from the first candidate handed out to the last row; the last round, in which some have nothing
+left to do, is in it.
 """
 
 import argparse
+import sys
 import tempfile
 import time
 from datetime import UTC, datetime
@@ -15,11 +20,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from flows.campaign.executor import RayExecutor
 from merging.evaluation.steps import Measurement
+from merging.tasks import CustomSettings
 from merging.tasks.task import Score
 from ray_tasks.connect import connect
-from ray_tasks.evaluators.evaluator import Answer, Assignment
+from ray_tasks.evaluators.evaluator import Answer, Assignment, Evaluator, Setup
 from ray_tasks.evaluators.evaluator_pool import EvaluatorPool
 from ray_tasks.evaluators.lifecycle import EvaluatorGroup
 from search.budget import Budget
@@ -75,17 +83,66 @@ class LightPool(EvaluatorPool):
         return [Answer(_scores(int(a.ticket)), None, a.worker, a.started, ticket=a.ticket) for a in answers]
 
 
+class Merging(Evaluator):
+    """A campaign's evaluator, whose workers find this file."""
+
+    def __init__(self, setup: Setup, threads: int) -> None:
+        sys.path.insert(0, str(Path(__file__).parent))
+        super().__init__(setup, 1)
+
+
+def score(model: Any, checkpoint: str, split: str, limit: int | None) -> float:
+    """How little a model says, for a number that depends on all of its weights."""
+    with torch.inference_mode():
+        states = model(input_ids=torch.arange(5, 69).view(4, 16)).last_hidden_state
+    return float(1 / (1 + states.std()))
+
+
+def small_pool(place: Path) -> Setup:
+    """Encoders of half a million parameters, and a task that each of them is evaluated on."""
+    from transformers import BertConfig, BertModel
+
+    for seed, name in enumerate(("base", *MEMBERS[:4])):
+        torch.manual_seed(seed)
+        BertModel(
+            BertConfig(
+                hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512, vocab_size=1000
+            )
+        ).save_pretrained(place / name)
+    settings = CustomSettings(evaluator="evaluators_busy:score", model_class="AutoModel")
+    members = {name: str(place / name) for name in MEMBERS[:4]}
+    tasks = {f"task{number}": settings for number in range(4)}
+    return Setup(str(place / "base"), members, (), {}, {}, tasks, dict.fromkeys(tasks, "a"))
+
+
 def _scores(number: int) -> Measurement:
     value = (number * 0.6180339887) % 1.0
     scores = {f"task{i}": Score(value - i / 100, 0.01, 200, "accuracy", 1.0, 1 - value, 0.01) for i in range(4)}
     return Measurement(scores, 0.0, 1.0)
 
 
-def measure(evaluators: int, candidates: int, sleep: float, sampler: str) -> str:
-    """One search; a line of the table."""
-    space = Space({method: MethodSpace() for method in METHODS}, MEMBERS, None, "per_member")
-    pool = LightPool(EvaluatorGroup(sleep, evaluators, threads=0, kind=Sleeper))
+class CountingPool(EvaluatorPool):
+    """Adds up how long evaluators were at work."""
+
+    seconds_at_work = 0.0
+
+    def wait(self, timeout: float) -> list[Answer]:
+        """As ever."""
+        answers = super().wait(timeout)
+        self.seconds_at_work += sum(answer.seconds for answer in answers)
+        return answers
+
+
+def measure(evaluators: int, candidates: int, sleep: float | None, sampler: str) -> str:
+    """One search; a line of the table. Without `sleep`, of evaluators that merge."""
+    methods, members = (METHODS, MEMBERS) if sleep is not None else (METHODS[:3], MEMBERS[:4])
+    space = Space({method: MethodSpace() for method in methods}, members, None, "per_member")
     with tempfile.TemporaryDirectory() as place:
+        pool: LightPool | CountingPool
+        if sleep is not None:
+            pool = LightPool(EvaluatorGroup(sleep, evaluators, threads=0, kind=Sleeper))
+        else:
+            pool = CountingPool(EvaluatorGroup(small_pool(Path(place)), evaluators, threads=0, kind=Merging))
         ledger = Ledger(str(Path(place) / "ledger"), "busy")
         try:
             start = time.perf_counter()
@@ -108,9 +165,10 @@ def measure(evaluators: int, candidates: int, sleep: float, sampler: str) -> str
         finally:
             pool.close()
         rows = len(ledger.rows())
-    busy = rows * sleep / (wall * evaluators)
+    worked = rows * sleep if sleep is not None else pool.seconds_at_work
+    busy = worked / (wall * evaluators)
     return (
-        f"| {evaluators} | {start:.0f} | {sleep:g} | {rows} | {wall:.1f} | {rows / wall:.1f} | {busy:.1%} | "
+        f"| {evaluators} | {start:.0f} | {worked / rows:.3g} | {rows} | {wall:.1f} | {rows / wall:.1f} | {busy:.1%} | "
         f"{1e3 * cpu / rows:.1f} |"
     )
 
@@ -122,14 +180,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="candidates of each evaluator")
     parser.add_argument("--most", type=int, default=2000, help="candidates of a run at most")
     parser.add_argument("--sleep", type=float, default=2.0, help="seconds of an evaluation")
+    parser.add_argument("--merge", action="store_true", help="merge and evaluate small models instead")
     parser.add_argument("--sampler", default="tpe")
     chosen = parser.parse_args()
-    print("| evaluators | start s | sleep s | candidates | s | candidates / s | busy | driver CPU ms / candidate |")
+    print("| evaluators | start s | s each | candidates | s | candidates / s | busy | driver CPU ms / candidate |")
     print("|--:|--:|--:|--:|--:|--:|--:|--:|")
     with connect():
         for evaluators in chosen.evaluators:
             candidates = min(chosen.most, chosen.rounds * evaluators)
-            print(measure(evaluators, candidates, chosen.sleep, chosen.sampler), flush=True)
+            print(measure(evaluators, candidates, None if chosen.merge else chosen.sleep, chosen.sampler), flush=True)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,10 @@ def language_pool(root: Path, size: str, base: str | None, members: int, dtype: 
         model: Any = LlamaForCausalLM(config)
     else:
         tokenizer, words = AutoTokenizer.from_pretrained(base), []
-        model = AutoModelForCausalLM.from_pretrained(base)
+        given = AutoModelForCausalLM.from_pretrained(base)
+        given.config.__dict__.pop("quantization_config", None)  # a GGUF file's, of weights that are plain numbers now
+        model = AutoModelForCausalLM.from_config(given.config)
+        model.load_state_dict(given.state_dict())
     model = model.to(dtype)
     generator = torch.Generator().manual_seed(0)
     names = ("base", *(f"m{number}" for number in range(members)))

@@ -89,6 +89,7 @@ class VllmEngine(TextEngine):
         self._bucket = settings.bucket * 1_000_000
         self._directory = tempfile.TemporaryDirectory(prefix="mergequest-engine-")
         (Path(self._directory.name) / "config.json").write_text(json.dumps(dict(config)))
+        _bear_wrappers()
         try:
             self._llm: Any = LLM(
                 model=self._directory.name,
@@ -193,6 +194,23 @@ def buckets(weights: Iterable[tuple[str, Tensor]], size: int) -> Iterator[list[t
         filled += value.nbytes
     if bucket:
         yield bucket
+
+
+def _bear_wrappers() -> None:
+    """Has vLLM's CPU backend start where llvmlite is imported, as it is once anything was merged.
+
+    It looks at the `vars` of everything in every module; those of llvmlite's library are no dictionary.
+    """
+    try:
+        from vllm.triton_utils import dispatcher
+    except ImportError:
+        return
+
+    def dictionary(value: Any) -> Any:
+        found = vars(value)
+        return found if isinstance(found, Mapping) else {}
+
+    dispatcher.vars = dictionary
 
 
 def _lost(error: BaseException) -> EngineLostError:
