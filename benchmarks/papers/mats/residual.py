@@ -6,6 +6,8 @@ from benchmarks.papers.result import Result
 POOLS = ("sentiment",)
 STARTS = ("average", "task_arithmetic", "fisher")
 ITERATIONS = (0, 2, 5, 20)
+PRECONDITIONED = (2, 5)
+"""Iterations with the preconditioner, which is near the solution at once."""
 
 
 def run(bench: Bench) -> Result:
@@ -21,6 +23,11 @@ def run(bench: Bench) -> Result:
                 f"from {start.replace('_', ' ')}", iterations, measured.report["residual"], task="largest residual"
             )
             ends[start, iterations] = measured
+    for iterations in PRECONDITIONED:
+        name = "from average, preconditioned"
+        measured = bench.measure(bench.default("mats", iterations=iterations, preconditioner="kfac"))
+        result.add(name, iterations, measured)
+        result.row(name, iterations, measured.report["residual"], task="largest residual")
     exact = bench.measure(bench.default("regmean", rho=1.0))
     damped = bench.measure(bench.default("regmean"))
     result.add("RegMean, ρ = 1 (exact)", ITERATIONS[-1], exact)
