@@ -88,7 +88,7 @@ def test_settings_of_the_command_line_stand_in_the_file_s_place(campaign_file):
         "search.candidates=7",
         "search.objective=[mean, worst]",
         "members.v1.5.examples=12",
-        "distil.steps=3",
+        "distil={steps: 3}",
     ]
     found = load_campaign(str(file), [*assignments, "search.seconds=null", "base=other", "search.candidates=9"])
     assert (found.search.candidates, found.search.objectives, found.distil.steps) == (9, ("mean", "worst"), 3)

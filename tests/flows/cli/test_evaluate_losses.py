@@ -38,7 +38,7 @@ def lose(monkeypatch):
             yield Losing(count)
 
         monkeypatch.setattr(flows.cli.evaluate, "evaluators", evaluators)
-        monkeypatch.setattr(flows.cli.evaluate, "connect", lambda: nullcontext())
+        monkeypatch.setattr(flows.cli.evaluate, "connected", lambda campaign: nullcontext())
 
     return times
 
