@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 from flows.campaign.distil import Files
 from flows.campaign.executor import RayExecutor
@@ -19,6 +20,20 @@ from ray_tasks.evaluators.prometheus import EvaluatorMetrics
 
 RESTARTS = 3
 """How often an evaluator is replaced at least, though candidates are not tried again: others shall be measured."""
+
+
+def under_way(pool: EvaluatorPool) -> list[dict[str, Any]]:
+    """What evaluators are at work on, for those who look from elsewhere."""
+    return [
+        {
+            "candidate": assignment.recipe.identity,
+            "split": assignment.split,
+            "method": assignment.recipe.method,
+            "members": list(assignment.recipe.members),
+            "seconds": round(seconds, 1),
+        }
+        for assignment, seconds in pool.under_way()
+    ]
 
 
 @contextmanager
@@ -54,6 +69,7 @@ def evaluators(opened: OpenCampaign, statistics: Files, cluster: Cluster, displa
             group, opened.campaign.search.candidate_seconds, shards, EvaluatorMetrics(opened.campaign.name)
         )
         display.pulse.phase, display.pulse.evaluators = "Evaluators", lambda: (pool.there, pool.at_work)
+        display.pulse.under_way = lambda: under_way(pool)
         try:
             count = pool.start()
             opened.pool.find_copies()  # selection and export read the pool once more, here
@@ -64,4 +80,5 @@ def evaluators(opened: OpenCampaign, statistics: Files, cluster: Cluster, displa
             place = opened.campaign.directory
             yield RayExecutor(pool, opened.campaign.search.examples, addresses.join(place, "logs") if place else None)
         finally:
+            display.pulse.under_way = list
             pool.close()

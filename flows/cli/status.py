@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime, timedelta
 from math import isfinite
+from statistics import median
 from typing import Any
 
 from flows.config.campaign_file import CAMPAIGN_FILE
@@ -17,6 +18,7 @@ from merging.io import documents, storage
 from merging.io.documents import is_number
 from search.candidate import ANCHORS
 from search.ledger.ledger import Ledger
+from search.ledger.row import Row
 from search.objective import best
 
 RECENT = 50
@@ -58,6 +60,8 @@ class Status:
         last: When the last row was written.
         cpu_hours: CPU hours of all rows.
         gpu_hours: GPU hours of all rows.
+        under_way: What evaluators are at work on, the longest first: candidate, split, method, members, seconds so far.
+        typical_seconds: Median time of the candidates measured so far; None before there are any.
     """
 
     name: str
@@ -87,6 +91,8 @@ class Status:
     last: str | None
     cpu_hours: float
     gpu_hours: float
+    under_way: list[dict[str, Any]]
+    typical_seconds: float | None
 
     @property
     def may_change(self) -> bool:
@@ -104,6 +110,11 @@ class Status:
         lines = [f"{self.name}: {self.state}, {', '.join(counts)}"]
         if self.state == "running":
             lines.append(f"{self.phase or 'starting'}; {self.busy} of {self.evaluators} evaluators at work")
+            if self.under_way:
+                first = self.under_way[0]
+                typical = f", of {self.typical_seconds:.1f} s as a rule" if self.typical_seconds is not None else ""
+                what = f"{first['method']} of {', '.join(first['members'])}" if first["members"] else first["method"]
+                lines.append(f"longest under way: {what} ({first['candidate']}), {_ago(first['seconds'])}{typical}")
         if self.best is not None:
             error = f" ± {self.best_error:.4f}" if self.best_error is not None else ""
             lines.append(f"best {self.best:.4f}{error}: {self.best_method} of {', '.join(self.best_members)}")
@@ -195,6 +206,8 @@ def read_status(path: str, now: datetime | None = None) -> Status:
         last=max(row.finished for row in rows).isoformat(timespec="seconds") if rows else None,
         cpu_hours=sum(row.cpu_hours or 0.0 for row in rows),
         gpu_hours=sum(row.gpu_hours or 0.0 for row in rows),
+        under_way=pulse.get("under_way", []) if is_running else [],
+        typical_seconds=median(took) if (took := [s for row in tried if (s := _seconds(row))]) else None,
     )
 
 
@@ -221,6 +234,7 @@ def _opening(pulse: dict[str, Any], now: datetime) -> Status:
             "ended": pulse.get("ended"),
             "cpu_hours": 0.0,
             "gpu_hours": 0.0,
+            "under_way": [],
         }
     )
 
@@ -241,9 +255,24 @@ def _signs(value: Any) -> dict[str, Any]:
     numbers = {name: value.get(name) for name in ("evaluators", "busy", "per_minute", "seconds_left", "pid")}
     if not all(number is None or (is_number(number) and abs(number) < 1e12) for number in numbers.values()):
         raise ValueError("a count that is no number")
+    under_way = [
+        {
+            "candidate": str(entry["candidate"]),
+            "split": str(entry["split"]),
+            "method": str(entry["method"]),
+            "members": [str(member) for member in entry["members"]],
+            "seconds": float(entry["seconds"]),
+        }
+        for entry in value.get("under_way") or []
+    ]
     texts = {name: None if value.get(name) is None else str(value[name]) for name in ("name", "phase", "host", "ended")}
     counts = {name: int(numbers.pop(name) or 0) for name in ("evaluators", "busy")}
-    return {"heard": value["heard"], **counts, **numbers, **texts}
+    return {"heard": value["heard"], "under_way": under_way, **counts, **numbers, **texts}
+
+
+def _seconds(row: Row) -> float:
+    """How long a candidate took."""
+    return (row.merge_seconds or 0.0) + (row.evaluate_seconds or 0.0)
 
 
 def _ago(seconds: float) -> str:

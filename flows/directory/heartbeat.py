@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from search.budget import Progress
 
 FILE = "progress.json"
+MOST = 32
+"""Candidates under way that are written, at most."""
 BEAT = 5.0
 """Seconds between two signs of life."""
 
@@ -30,6 +32,7 @@ class Pulse:
         phase: What is under way.
         evaluators: Says how many evaluators there are, and how many are at work.
         progress: How the search gets on, once it does.
+        under_way: Says what evaluators are at work on, the longest first: candidate, split, method, members, seconds.
         steering: What others have to say to the driver.
         look: Looks for it.
     """
@@ -37,6 +40,7 @@ class Pulse:
     phase: str = ""
     evaluators: Callable[[], tuple[int, int]] = lambda: (0, 0)
     progress: "Progress | None" = None
+    under_way: Callable[[], list[dict[str, Any]]] = list
     steering: Steering = field(default_factory=Steering)
     look: Callable[[], None] = lambda: None
 
@@ -49,6 +53,7 @@ class Pulse:
             "phase": self.phase,
             "evaluators": there,
             "busy": busy,
+            "under_way": self.under_way()[:MOST],
             "per_minute": progress.per_minute if progress else None,
             "seconds_left": progress.seconds_left if progress else None,
         }

@@ -41,6 +41,7 @@ class _Work:
         started: When it was handed out; once its clock runs, since when.
         deadline: When it has taken too long; inf until its clock runs: it waits for its turn, or for its weights.
         awaits: The delivery of its weights.
+        turn: When its evaluator turned to it; None while it waits.
         recalled: Whether it was handed to another evaluator too: this one leaves it out when its turn comes.
     """
 
@@ -50,6 +51,7 @@ class _Work:
     started: datetime
     deadline: float = math.inf
     awaits: Any = None
+    turn: float | None = None
     recalled: bool = False
 
 
@@ -135,6 +137,12 @@ class EvaluatorPool:
     def at_work(self) -> int:
         """How many of them have something to do."""
         return sum(bool(queue) for queue in list(self._queues.values()))
+
+    def under_way(self) -> list[tuple[Assignment, float]]:
+        """What evaluators are at work on, and for how many seconds, the longest first; may be asked from another thread."""
+        now = time.monotonic()
+        works = [(work.assignment, now - work.turn) for work in list(self._works.values()) if work.turn is not None]
+        return sorted(works, key=lambda entry: -entry[1])
 
     def submit(self, assignment: Assignment) -> None:
         """Hands an assignment to the evaluator that has least to do.
@@ -229,6 +237,8 @@ class EvaluatorPool:
     def _start_clock(self, actor: Any) -> None:
         """Starts the clock of the assignment whose turn it is, if it has what it waits for."""
         work = self._works[self._queues[actor][0]] if self._queues[actor] else None
+        if work is not None and work.turn is None:
+            work.turn = time.monotonic()
         if work is None or self.seconds is None or work.deadline < math.inf:
             return
         if work.awaits is None or ray.wait([work.awaits], timeout=0)[0]:
