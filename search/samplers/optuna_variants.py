@@ -174,7 +174,12 @@ def _take_numbers(optimizer: Any, state: Mapping[str, Any]) -> None:
 def bred(trial: FrozenTrial) -> Mark | None:
     """The generation and the parents of a trial that evolution proposed; None of any other."""
     mark = trial.system_attrs.get(BRED)
-    return None if mark is None else (mark[0], mark[1])
+    if (
+        not isinstance(mark, list) or len(mark) != 2 or not isinstance(mark[1], list)
+    ):  # a ledger's note, or what became of it
+        return None
+    numbers = [mark[0], *mark[1]]
+    return (mark[0], mark[1]) if all(type(number) is int and number >= 0 for number in numbers) else None
 
 
 class _Breeding(BaseGASampler):

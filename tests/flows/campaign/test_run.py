@@ -223,9 +223,15 @@ def test_running_it_again_does_nothing(finished):
     assert after == before
 
 
-def test_a_larger_budget_goes_on(finished, tmp_path):
+def test_a_larger_budget_goes_on_in_a_directory_of_an_earlier_version_too(finished, tmp_path, capsys):
+    """Such a one has a journal, which is not read, and a file that says where it is not."""
     directory, _ = finished
     shutil.copytree(directory, tmp_path / "out")
+    (tmp_path / "out" / "study").mkdir()
+    (tmp_path / "out" / "study" / "journal.log").write_text('{"op_code":0,"study_name":"somebody else"}\n')
+    file = tmp_path / "out" / "campaign.yaml"
+    file.write_text(file.read_text().replace("\nsearch:\n", "\nsearch:\n  storage: null\n"))
+    assert "storage: null" in file.read_text()
     campaign = Directory(str(tmp_path / "out")).campaign()
     more = campaign.model_copy(
         update={
@@ -234,7 +240,9 @@ def test_a_larger_budget_goes_on(finished, tmp_path):
             "resources": campaign.resources.model_copy(update=BRIEFLY["resources"]),
         }
     )
+    capsys.readouterr()
     run(more, Display())
+    assert "study/, which an earlier version kept, is not read" in " ".join(capsys.readouterr().err.split())
     before = {
         (row.candidate, row.split) for row in Ledger(str(directory / "ledger")).rows() if row.split == "validation"
     }
