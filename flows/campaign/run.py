@@ -34,7 +34,7 @@ from flows.report.table import objective_scale, plain_average
 from flows.report.test_answers import KeptOutcomes
 from flows.versions import code_version
 from merging.checkpoints.directories.manifest import require_replaceable
-from merging.errors import MethodError, PoolError, SearchError, SettingsError
+from merging.errors import MergequestError, MethodError, PoolError, SearchError, SettingsError, TaskError
 from merging.io import addresses, atomic, documents, hashing, storage
 from merging.methods import METHODS
 from merging.recipe import Recipe, base_recipe, member_recipe
@@ -50,6 +50,7 @@ from search.ledger.row import Row
 from search.loop import search
 from search.objective import EXPECTED, Objective, best, make_objective, own_scores, split_name
 from search.samplers.make_sampler import memories, sampler_of_trials
+from search.steering import StoppedError
 from search.study import build_study
 from search.subsets.choose_subsets import Selection, Subset
 
@@ -289,7 +290,7 @@ def _solutions(opened: OpenCampaign, display: Display) -> tuple[OpenCampaign, Fi
     """The solutions that methods ask for; of methods that the file did not name, one that cannot be solved is left out."""
     try:
         return opened, solutions(opened, cache_of(opened.campaign), display)
-    except (MethodError, PoolError) as error:
+    except (MethodError, PoolError, TaskError) as error:
         search = opened.campaign.search
         if tuple(search.methods) != WITH_DATA:
             raise
@@ -302,13 +303,13 @@ def _solutions(opened: OpenCampaign, display: Display) -> tuple[OpenCampaign, Fi
 def _distil(
     opened: OpenCampaign, statistics: Files, start: Recipe, settings: DistilSettings, display: Display
 ) -> tuple[Recipe, Files, dict[str, float]] | None:
-    """Distils into a merge; None where that was not asked for, and is not possible with this pool."""
+    """Distils into a merge; None where that was not asked for, and fails: the merges that were found stand without it."""
     try:
         return distil(opened, statistics, start, settings, cache_of(opened.campaign), display)
-    except PoolError as error:
-        if opened.campaign.distil is not None:
+    except MergequestError as error:
+        if opened.campaign.distil is not None or isinstance(error, StoppedError):
             raise
-        display.note(f"without distillation: {error}")
+        display.note(f"without distillation ({error}); `distil: {{}}` insists on it, `distil: false` leaves it out")
         return None
 
 
