@@ -32,6 +32,10 @@ PER_TOKEN = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 """Metrics whose items are a log-likelihood and what it counts for."""
 
 
+SHARES = ("acc", "acc_norm", "acc_mutual_info", "acc_bytes", "acc_all", "exact_match", "em", "f1", "mcc")
+"""Metrics of the harness that lie between 0 and 1 (mcc between −1 and 1), and are read as per cent."""
+
+
 class HarnessSettings(TaskSettings):
     """A task of lm-evaluation-harness by its name, or by a YAML file of yours, with the harness's own metric.
 
@@ -68,6 +72,16 @@ class HarnessSettings(TaskSettings):
         "AutoModelForCausalLM", description="Class in `transformers` that loads the checkpoint."
     )
     _directory: str = PrivateAttr(default_factory=os.getcwd)  # travels to the workers, which may have another
+
+    @property
+    def is_percent(self) -> bool:
+        """Whether the file names a metric that is a share; see `TaskSettings.is_percent`."""
+        return self.metric in SHARES
+
+    @property
+    def judged_by(self) -> str:
+        """The metric's name; where the file leaves it to the harness, that."""
+        return self.metric or "the harness's metric"
 
     @model_validator(mode="after")
     def _is_greedy(self) -> "HarnessSettings":
@@ -115,6 +129,11 @@ class HarnessTask(Task):
     def size(self, split: Split) -> int:
         """See `Task.size`; there are no training examples."""
         return 0 if split == "train" else len(self._places(split))
+
+    @property
+    def judged_by(self) -> str:
+        """The metric's name, as the harness has it."""
+        return self._judge.name
 
     @property
     def is_below_zero(self) -> bool:
