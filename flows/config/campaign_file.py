@@ -162,8 +162,8 @@ class Campaign(Settings):
         if not isinstance(value, dict) or not isinstance(search := value.get("search") or {}, dict):
             return value
         found = dict(search)
-        if "methods" not in found and _all_have_data(value):
-            found["methods"] = list(WITH_DATA)
+        if "methods" not in found and (methods := _default_methods(value)) is not None:
+            found["methods"] = methods
         if found.get("pruning") is None:
             several = isinstance(found.get("objective"), list | tuple) and len(found["objective"]) > 1
             stepwise = any(_kind(task).has_predictions for task in _entries(value, "tasks").values())
@@ -367,19 +367,26 @@ def _kind(task: Any) -> type[Task]:
     return TASKS[kind][0] if isinstance(kind, str) and kind in TASKS else TASKS["text_classification"][0]
 
 
-def _all_have_data(value: dict[str, Any]) -> bool:
-    """Whether every member has train examples of a kind of task that gives logits, in a file that is not checked yet."""
+def _default_methods(value: dict[str, Any]) -> list[str] | None:
+    """What a file that is not checked yet searches where it names no methods; None for those that need no data.
+
+    Every member must have train examples of a kind of task that gives logits. Of language models no layer-by-layer solution
+    is computed unasked: it takes as long as all else together, and on decoders RegMean keeps as much (docs/starts.md).
+    """
     members, tasks = value.get("members"), _entries(value, "tasks")
     if not isinstance(members, dict) or not members:
-        return False
+        return None
+    kinds = []
     for name, member in members.items():
         own = _setting(member, "calibration") if not isinstance(member, str) else None
         task = None if isinstance(member, str) else _setting(member, "task")
         source = own or tasks.get(str(task or name))
         data = _setting(source, "data") if source is not None else None
         if not isinstance(data, dict) or "train" not in data or not _kind(source).has_logits:
-            return False
-    return True
+            return None
+        kinds.append(_kind(source))
+    writes = any(kind.is_generative for kind in kinds)
+    return [name for name in WITH_DATA if not (writes and METHODS[name].solution)]
 
 
 def load_campaign(path: str, overrides: Sequence[str] = (), *, to_be_made: bool = False) -> Campaign:

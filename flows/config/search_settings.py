@@ -74,7 +74,7 @@ class SearchSettings(Settings):
         default_factory=lambda: {name: MethodSpace() for name in WITHOUT_DATA},
         description="Methods to search over, each with overrides of its ranges; a list of names will do. By default "
         + ", ".join(WITH_DATA)
-        + " where every member has calibration data, and else "
+        + " where every member has calibration data (of language models without the first), and else "
         + ", ".join(WITHOUT_DATA)
         + ".",
         min_length=1,

@@ -29,8 +29,9 @@ from merging.optimization.teachers import Teacher, hidden_and_logits
 from merging.recipe import Recipe
 from merging.tasks.task import Task
 
-FEWEST, MOST, PASSES = 400, 2000, 10
-"""Steps where the settings name none: a pass over all inputs within the first two, and at most so many passes."""
+USUAL, USUAL_OF_TOKENS, PASSES = (400, 2000), (100, 500), 10
+"""Steps where the settings name none: a pass over all inputs, within these bounds (of tasks that have a target at every token
+within the second ones), and at most so many passes."""
 MOST_HELD_OUT = 128
 """Held-out examples of a member: enough to see where the loss turns, cheap enough to be looked at often."""
 
@@ -44,7 +45,7 @@ class DistillationSettings(BaseModel):
         None,
         ge=1,
         description="Steps of AdamW on all merged weights; by default one pass over all inputs, but at least 400 and at most "
-        "2,000 steps, and never more than ten passes.",
+        "2,000 steps (100 and 500 where every token has a target), and never more than ten passes.",
     )
     batch: int = Field(32, ge=1, description="Unlabelled train examples a step, shuffled over all members.")
     at_once: int | None = Field(
@@ -197,9 +198,9 @@ class Distiller:
         trained = [np.arange(size - number) for number, size in zip(kept, sizes, strict=True)]
         lengths = [lengths_of(task, places) for task, places in zip(tasks, trained, strict=True)]
         self.schedule = Schedule(trained, lengths, settings.batch, settings.seed)
-        self.steps = settings.steps or min(
-            max(FEWEST, min(self.schedule.steps_a_pass, MOST)), PASSES * self.schedule.steps_a_pass
-        )
+        fewest, most = USUAL if all(task.one_label for task in tasks) else USUAL_OF_TOKENS
+        once = self.schedule.steps_a_pass
+        self.steps = settings.steps or min(max(fewest, min(once, most)), PASSES * once)
         weights = np.array([settings.weights.get(owner, 1.0) for owner in self._owners])
         if not weights.sum() > 0:
             raise TaskError(

@@ -129,6 +129,8 @@ class Task(ABC):
     """Whether `logits` and `batches` work: what Fisher, Gram and representations are computed from."""
     one_label: ClassVar[bool] = True
     """Whether an example has one label, and logits one row of classes for it; else one for every token."""
+    is_generative: ClassVar[bool] = False
+    """Whether its models write text: every output is a distribution over a vocabulary."""
     has_predictions: ClassVar[bool] = False
     """Whether `predict` and `score` work: what measures a candidate step by step."""
     runs_foreign_code: ClassVar[bool] = False

@@ -142,6 +142,7 @@ class LanguageTask(TextTask[list[Example]]):
     """A task on prompts and completions; see `Task`."""
 
     one_label: ClassVar[bool] = False
+    is_generative: ClassVar[bool] = True
 
     @abstractmethod
     def encoded(self, example: Example, number: int) -> Any:

@@ -233,6 +233,14 @@ def test_methods_follow_what_is_known_of_the_members(campaign_file):
     path = changed(campaign_file, calibrated)
     assert tuple(load_campaign(str(path)).search.methods) == WITH_DATA
 
+    def of_texts(settings):
+        without_train(settings)
+        texts = {"kind": "causal_lm", "data": {"train": "texts.jsonl"}, "text": "text"}
+        settings["members"]["two"]["calibration"] = texts
+
+    path = changed(campaign_file, of_texts)
+    assert tuple(load_campaign(str(path)).search.methods) == WITH_DATA[1:]
+
 
 @pytest.mark.parametrize(
     ("search", "pruning"),
