@@ -87,6 +87,11 @@ class ZeroShotImageClassification(ImageClassification):
         _ = self._prompts
         return notes
 
+    @property
+    def has_ensembles(self) -> bool:
+        """What is read of these models are features, which several have no mean of; see `Task.has_ensembles`."""
+        return False
+
     @cached_property
     def classes(self) -> Sequence[str]:
         """Names of the classes; see `FileTask.classes`."""

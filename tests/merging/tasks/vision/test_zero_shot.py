@@ -128,6 +128,7 @@ def test_the_score_is_transformers_own(make, kind):
     assert score.value == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
     assert score.loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-4)
     assert score.examples == 12
+    assert not task.has_ensembles
 
 
 @pytest.mark.parametrize("kind", KINDS)
