@@ -42,7 +42,7 @@ def require_baselines(opened: OpenCampaign) -> None:
                 )
             if name == "ensemble" and not task.has_ensembles:
                 raise SettingsError(
-                    f"baselines: task '{task_name}' is judged by more than logits of a model (what it generates, or its features): "
+                    f"baselines: task '{task_name}' is judged by more than a model's logits (what it generates, its features): "
                     "leave 'ensemble' out"
                 )
             if name == "all_data" and task_name not in unseen and not task.size("train"):
