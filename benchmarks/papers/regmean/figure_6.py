@@ -49,7 +49,9 @@ def run(bench: Bench) -> Result:
         ("RegMean", "member"),
     )
     average = _unseen(prefixes["average", most])
-    result.compare("… and above their average", ours, average, ("RegMean", "average"))
+    result.compare(
+        "On an unseen domain, RegMean of all is above their plain average", ours, average, ("RegMean", "average")
+    )
     curve = [_unseen(prefixes["regmean", k]).mean for k in range(1, most + 1)]
     best_k = int(np.argmax(curve)) + 1
     result.compare(

@@ -9,7 +9,8 @@ from flows.campaign.run import run
 from flows.config.campaign_file import load_campaign
 from flows.directory.campaign_directory import Directory
 from flows.directory.progress import Display
-from flows.report.table import results_table
+from flows.report.scales import scales_of
+from flows.report.table import as_markdown, results_table
 from flows.report.test_answers import KeptOutcomes
 from merging.tasks import make_task
 from search.ledger.ledger import Ledger
@@ -58,5 +59,5 @@ def test_baselines_are_rows_that_never_win(tiny_campaign, tmp_path):
         assert own.evaluate(own.load_model(), "test").value == found["all_data", "test"].scores[task]
     text = run(campaign, Display())  # nothing is measured again
     assert "ensemble of all members" in text
-    assert "unseen mean" in text
+    assert "unseen mean" in as_markdown(results_table(rows, list(campaign.tasks), scales_of(campaign.tasks)))
     assert len(Ledger(directory.ledger, campaign.name).rows()) == len(rows)

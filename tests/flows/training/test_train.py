@@ -40,6 +40,7 @@ def file(tiny_pool, write_texts, tmp_path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
 def test_members_of_a_train_file_become_a_campaign(file, tmp_path):
     settings = yaml.safe_load(file.read_text())
     settings |= {"shared_head": True, "partition": {"task": "beta", "parts": 2}, "together": "all"}
