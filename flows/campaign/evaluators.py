@@ -8,7 +8,7 @@ from typing import Any
 from flows.campaign.distil import Files
 from flows.campaign.executor import RayExecutor
 from flows.campaign.open_campaign import OpenCampaign
-from flows.campaign.regime import is_sharded, shards_of
+from flows.campaign.regime import is_sharded, require_fit, shards_of
 from flows.directory.progress import Display
 from merging.io import addresses
 from ray_tasks.connect import Cluster, NodeKind, evaluators_for, gpus_each, require_nodes, room_for
@@ -17,6 +17,7 @@ from ray_tasks.evaluators.evaluator_pool import EvaluatorPool
 from ray_tasks.evaluators.fed_evaluator import FedEvaluator
 from ray_tasks.evaluators.lifecycle import EvaluatorGroup
 from ray_tasks.evaluators.prometheus import EvaluatorMetrics
+from ray_tasks.sharded.placement import device_memory
 
 RESTARTS = 3
 """How often an evaluator is replaced at least, though candidates are not tried again: others shall be measured."""
@@ -36,6 +37,18 @@ def under_way(pool: EvaluatorPool) -> list[dict[str, Any]]:
     ]
 
 
+def require_evaluators(opened: OpenCampaign, cluster: Cluster) -> None:
+    """Looks, before statistics are computed for nothing, whether the cluster has nodes for evaluators.
+
+    Raises:
+        ClusterError: It has none of the accelerator type, labels or number of GPUs that are asked for, and is not told how many
+            evaluators to wait for.
+    """
+    resources = opened.campaign.resources
+    if resources.evaluators is None or not cluster.may_grow:
+        require_nodes(NodeKind(resources.accelerator_type, resources.labels), gpus_each(resources.gpus))
+
+
 @contextmanager
 def evaluators(opened: OpenCampaign, statistics: Files, cluster: Cluster, display: Display) -> Iterator[RayExecutor]:
     """Evaluators for the block, as many as fit, with threads and memory said."""
@@ -43,10 +56,11 @@ def evaluators(opened: OpenCampaign, statistics: Files, cluster: Cluster, displa
     nodes = NodeKind(resources.accelerator_type, resources.labels)
     cluster = cluster.now(nodes)  # statistics may have made it grow
     gpus = gpus_each(resources.gpus)
-    if resources.evaluators is None or not cluster.may_grow:
-        require_nodes(nodes, gpus)
+    require_evaluators(opened, cluster)
     is_fed = is_sharded(opened, statistics, cluster, gpus)
     estimate = opened.evaluator_memory(statistics, sharded=is_fed, on_gpu=gpus > 0)
+    if gpus:
+        require_fit(estimate, gpus, device_memory(gpus))
     memory = int((resources.memory or 0.0) * 1e9) or estimate.total
     needs = (resources.threads, gpus, memory)
     count = evaluators_for(cluster, resources.evaluators, *needs)

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import ceil
 
 from flows.campaign.distil import Files
 from flows.campaign.open_campaign import OpenCampaign
 from flows.directory.progress import Display
+from merging.errors import ClusterError
+from merging.evaluation.memory import EvaluatorMemory
 from ray_tasks.connect import Cluster
 from ray_tasks.evaluators.evaluator import Setup
 from ray_tasks.sharded.placement import Node, device_memory, nodes, plan, sharded
@@ -27,8 +30,29 @@ def is_sharded(opened: OpenCampaign, statistics: Files, cluster: Cluster, gpus: 
     if regime != "auto":
         return regime == "sharded"
     if gpus:
-        return 0 < device_memory(gpus) < opened.evaluator_memory(statistics, on_gpu=True).total
+        return 0 < device_memory(gpus) < opened.evaluator_memory(statistics, on_gpu=True).on_devices
     return cluster.nodes > 1 and opened.evaluator_memory(statistics).total > max(node.memory for node in nodes())
+
+
+def require_fit(memory: EvaluatorMemory, gpus: float, device_bytes: int) -> None:
+    """Looks whether an evaluator's GPUs hold what it is to hold.
+
+    Args:
+        memory: The evaluator's.
+        gpus: Its GPUs.
+        device_bytes: Memory of these together; 0 where it is not known.
+
+    Raises:
+        ClusterError: They do not.
+    """
+    if not 0 < device_bytes < memory.on_devices:
+        return
+    each = device_bytes / gpus
+    raise ClusterError(
+        f"an evaluator holds {memory.on_devices / 1e9:.3g} GB (models {memory.models / 2e9:.3g}, base and members "
+        f"{memory.pool / 1e9:.3g}, engine {memory.engine / 1e9:.3g}), and its {gpus:g} GPUs have {device_bytes / 1e9:.3g} GB: "
+        f"set resources.gpus: {ceil(memory.on_devices / each)}{' or resources.regime: sharded' * bool(memory.pool)}"
+    )
 
 
 @contextmanager

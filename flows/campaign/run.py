@@ -7,7 +7,7 @@ from dataclasses import replace
 from flows.campaign.baselines import measure_baselines, require_baselines
 from flows.campaign.cluster import connected, worker_environment
 from flows.campaign.distil import Files, distil
-from flows.campaign.evaluators import evaluators
+from flows.campaign.evaluators import evaluators, require_evaluators
 from flows.campaign.examples import choosing_anchors, confirm, make_planner, search_split
 from flows.campaign.executor import RayExecutor
 from flows.campaign.export import export
@@ -106,6 +106,7 @@ def run(campaign: Campaign, display: Display | None = None, *, retry_failed: boo
                     connected(opened.campaign) as cluster,
                 ):
                     display.say(f"  {cluster.describe()}")
+                    require_evaluators(opened, cluster)
                     _work(opened, directory, cluster, ledger, display)
             finally:
                 directory.write_timings(display.timings)

@@ -40,6 +40,11 @@ class EvaluatorMemory:
         """All of it, with the process."""
         return PROCESS_BYTES + self.models + self.pool + self.waiting + self.engine
 
+    @property
+    def on_devices(self) -> int:
+        """What of it lies on GPUs, where there are any: models are built in main memory, and candidates wait there."""
+        return self.models // 2 + self.pool + self.engine
+
     def per_parameter(self) -> dict[str, float]:
         """Bytes a merged parameter, by what they are for."""
         entries = max(self.parameters, 1)

@@ -138,9 +138,9 @@ def nodes() -> list[Node]:
 
 
 def device_memory(gpus: float) -> int:
-    """Bytes of GPU memory that an evaluator with so many GPUs, or such a share of one, may take."""
+    """Bytes of GPU memory that an evaluator with so many GPUs, or such a share of one, may take; 0 where none is found."""
     whole = ray.get(ray.remote(num_gpus=gpus, num_cpus=0)(_device_memory).remote())
-    return int(whole * min(gpus, 1.0))
+    return int(whole * gpus)
 
 
 def plan(
@@ -224,7 +224,7 @@ def sharded(
 
 
 def _device_memory() -> int:
-    """Within a task that has a GPU; evaluators use one device."""
+    """Of one GPU, within a task that has some."""
     return int(torch.cuda.mem_get_info()[1]) if torch.cuda.is_available() else 0
 
 

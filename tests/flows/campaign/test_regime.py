@@ -44,3 +44,14 @@ def test_a_plan_that_does_not_fit_is_refused_before_any_candidate(campaign_file,
     with pytest.raises(ClusterError, match=r"a shard takes .* resources.shard_memory allows 0.001 GB"):
         rows(campaign_file, tmp_path, "small", regime="sharded", shard_memory=0.001)
     assert not list((tmp_path / "small").rglob("*.parquet"))
+
+
+def test_a_campaign_for_gpus_that_the_cluster_has_not_is_refused_before_statistics(campaign_file, tmp_path):
+    for settings, says in (
+        ({"accelerator_type": "H100"}, r"no node has accelerator type H100: the cluster's accelerator types are none"),
+        ({"labels": {"market": "spot"}}, "no node has label market=spot"),
+        ({"gpus": 4}, r"an evaluator of 4 GPUs fits no node: the largest has 0; lower resources.gpus"),
+    ):
+        with pytest.raises(ClusterError, match=says):
+            rows(campaign_file, tmp_path, "refused", **{"evaluators": None, **settings})
+    assert not list((tmp_path / "refused").rglob("*.safetensors"))
