@@ -138,11 +138,11 @@ def _frozen_copy(model):
 
 
 def _exchanged(model):
-    model.pooler = torch.nn.Identity()
+    model.base_model.pooler = torch.nn.Identity()
 
 
 def _hook(model):
-    model.encoder.register_forward_hook(lambda module, args, output: None)
+    model.base_model.encoder.register_forward_hook(lambda module, args, output: None)
 
 
 def _written(model):
@@ -202,7 +202,9 @@ def test_an_evaluator_that_changes_the_model_changes_no_later_score(lent, change
 @pytest.mark.parametrize("change", [_written, _written_behind, _written_and_half])
 def test_an_evaluator_that_writes_into_the_weights_is_refused(lent, change):
     live, module, expected = lent(change)
-    with pytest.raises(TaskError, match=r"task 'one': .* wrote into the model's weights \(embeddings.word_emb.* copy"):
+    with pytest.raises(
+        TaskError, match=r"task 'one': .* wrote into the model's weights \(bert.embeddings.word_emb.* copy"
+    ):
         live.measure(base_recipe(), "validation")
     module.change = None
     scores = live.measure(member_recipe("two"), "validation").scores
