@@ -255,7 +255,8 @@ LANGUAGE = ShippedPool(
     task={"kind": "causal_lm", "choices": "choices", "completion": None, "max_length": 96},
     labels={},
     training=TrainingSettings(batch_size=32, learning_rate=5e-5, head_factor=1.0, autocast=True),
-    methods=("average", "task_arithmetic", "ties", "regmean"),
-    candidates=8,
-    statistics={"gram": {"examples": 64}, "representation": {"examples": 32}},
+    methods=("average", "task_arithmetic", "ties", "regmean", "regmean_propagated"),
+    candidates=9,
+    statistics={"gram": {"examples": 64}, "representation": {"examples": 32}, "propagated": {"examples": 64}},
+    precision="bfloat16",
 )

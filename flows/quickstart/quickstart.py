@@ -96,6 +96,7 @@ def make_campaign(
         "search": {"methods": list(pool.methods), "candidates": candidates or pool.candidates},
         "distil": pool.distil if pool.distil is False else dict(pool.distil),
         "test": {"top": 1},
+        "resources": {"precision": pool.precision},
     }
     return validate(Campaign, settings, "quick start")
 

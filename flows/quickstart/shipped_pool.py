@@ -33,6 +33,7 @@ class ShippedPool:
         candidates: How much of it.
         statistics: The campaign file's section.
         distil: The same, on distillation; False for none.
+        precision: Of evaluation.
     """
 
     about: str
@@ -45,6 +46,7 @@ class ShippedPool:
     candidates: int
     statistics: Mapping[str, Any] = field(default_factory=dict)
     distil: Mapping[str, Any] | Literal[False] = False
+    precision: str = "float32"
 
 
 def cut(groups: Mapping[str, Sequence[Item]], sizes: Mapping[Split, int], seed: int = 0) -> dict[Split, list[Item]]:
