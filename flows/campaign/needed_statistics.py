@@ -82,7 +82,7 @@ def solutions(opened: OpenCampaign, cache: str, display: Display) -> dict[str, t
         job = _own_job(opened, member, "gram", cache)  # the same data and the same complaints as any statistic
         bound[member], data[member] = job.data, job.fingerprints["data"]
     settings = campaign.statistics.propagated
-    key = {"statistic": "propagated", "version": 2, **settings.model_dump(mode="json", exclude={"batch_size"})}
+    key = {"statistic": "propagated", "version": 1, **settings.model_dump(mode="json", exclude={"batch_size"})}
     if campaign.vocabulary != "base":
         key["vocabulary"] = campaign.vocabulary
     checkpoint = subset_fingerprint(opened.pool, members)

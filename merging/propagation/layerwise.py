@@ -62,8 +62,7 @@ def propagate(
 
     Solves min Σ_t α_t ‖X̂_t Wᵀ + b − Y_t‖² / tokens_t + λ ‖W − W̄‖² for every group of layers that read one tensor, X̂_t
     their input in the model merged so far on member t's examples, Y_t the member's own output; where that is added
-    to a residual stream, Y_t also holds what the stream has lost so far, R_t − R̂_t, and every position counts relative to
-    the stream's length there, ‖R_t + W_t X_t‖ (`settings.relative`). W̄ is the plain mean, α_t are
+    to a residual stream, Y_t also holds what the stream has lost so far, R_t − R̂_t. W̄ is the plain mean, α_t are
     `settings.factors`. Only tokens that the task's logits depend on take part. The result does not depend on the order
     of members. Kin to RegMean (Jin et al. 2023) and RegMean++, which `settings.update` names.
 

@@ -128,12 +128,10 @@ class MemberPasses:
         # Where only one of the two models runs, it stands for both.
         for batch, (own, *_, merged) in zip(self._batches, (pair * 2 for pair in stops), strict=True):
             take = partial(call.rows.take, mask=row_mask(batch, call.decoding, merged.input.shape[:-1]))
-            weights = self._weights(group, own, take)
             wanted = torch.cat([self._wanted(name, own, merged, take) for name in group], dim=1)
             read = take(merged.input)
             missed = wanted - torch.cat([self._output(self._merged, name, read) for name in group], dim=1)
-            read = torch.cat([read, read.new_ones(len(read), 1)], dim=1) if biased else read
-            equations.update(*(rows if weights is None else rows * weights for rows in (read, missed, wanted)))
+            equations.update(torch.cat([read, read.new_ones(len(read), 1)], dim=1) if biased else read, missed, wanted)
         if not equations.finite:
             raise MethodError(
                 f"{self.member}: what enters or should leave '{group[0]}' holds NaN or Inf on its {self._task.name} "
@@ -145,19 +143,6 @@ class MemberPasses:
         """Which layers read in a batch what single examples do not make them read."""
         modules = {self._own.get_submodule(path): name for path, name in paths.items()}
         return inspect_calls(self._own, self._task.logits, modules, few)
-
-    def _weights(self, group: Sequence[str], own: Stop, take: Callable[[Tensor], Tensor]) -> Tensor | None:
-        """What each position's miss is divided by [rows, 1]: the length of the residual stream once it is written to.
-
-        Whatever reads the stream next norms it. A language model's first token is a hundred times as long as the others, and
-        would be all that is fitted.
-        """
-        place, *others = {self.calls[name].residual for name in group}
-        if not self._settings.relative or others or place is None or place not in self._last:
-            return None
-        stream = take(own.kept[place]) + self._output(self._own, group[0], take(own.input))
-        lengths = stream.square().mean(1, keepdim=True).sqrt()
-        return torch.where(lengths > 0, 1 / lengths, 0.0)
 
     def _wanted(self, name: str, own: Stop, merged: Stop, take: Callable[[Tensor], Tensor]) -> Tensor:
         """What a layer should put out: the member's output, and what the residual stream has lost so far."""

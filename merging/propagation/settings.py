@@ -21,11 +21,6 @@ class PropagationSettings(BaseModel):
     ridge: float = Field(
         1e-3, ge=0, description="Pull towards the mean weights, relative to the mean of the inputs' squares."
     )
-    relative: bool = Field(
-        True,
-        description="With `update: propagated`, what a layer adds to the residual stream is fitted relative to the stream's "
-        "length at each position, as the norms that read it see it; else tokens of huge activations outweigh all others.",
-    )
     update: Update = Field(
         "propagated",
         description="propagated: the merged model's inputs, the members' own outputs; regmean++: the merged model's "

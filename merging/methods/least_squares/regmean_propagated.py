@@ -6,12 +6,7 @@ from merging.methods.method import register
 
 @register
 class RegMeanPropagated(Solved):
-    """The layer-by-layer solution of `merging.propagation` for these very members, scaled as a whole; see `Solved`.
-
-    What a layer adds to the residual stream is fitted relative to the stream's length at each position: otherwise a language
-    model's first token, whose stream is a hundred times as long as the others', would be all that counts
-    (`statistics.propagated.relative`).
-    """
+    """The layer-by-layer solution of `merging.propagation` for these very members, scaled as a whole; see `Solved`."""
 
     name = "regmean_propagated"
     summary = "least squares, layer by layer, on the inputs that the merged model delivers"

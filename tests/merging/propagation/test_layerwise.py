@@ -16,12 +16,11 @@ KINDS = ("bert", "llama", "gpt2", "vit", "t5")
 SMALL = PropagationSettings(examples=40, batch_size=14)
 
 
-def ridge_fit(inputs, wanted, weight, bias, ridge, factors=(1.0, 1.0, 1.0), lengths=None):
-    """argmin Σ_t α_t ‖(X_t Wᵀ + b − Y_t) / lengths_t‖² / rows_t + λ ‖W − W̄‖² in float64, [out, in + 1], the bias last."""
+def ridge_fit(inputs, wanted, weight, bias, ridge, factors=(1.0, 1.0, 1.0)):
+    """argmin Σ_t α_t ‖X_t Wᵀ + b − Y_t‖² / rows_t + λ ‖W − W̄‖² in float64, as [out, in + 1] with the bias last."""
     gram, right = 0.0, 0.0
-    for x, y, factor, length in zip(inputs, wanted, factors, lengths or [torch.ones(1, 1)] * 3, strict=False):
-        x = torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.float64)], dim=1) / length
-        y = y / length
+    for x, y, factor in zip(inputs, wanted, factors, strict=False):
+        x = torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.float64)], dim=1)
         gram = gram + factor * x.T @ x / len(x)
         right = right + factor * x.T @ y.double() / len(x)
     pull = torch.full((len(gram),), ridge * float(gram.diagonal()[:-1].mean()), dtype=torch.float64)
@@ -129,12 +128,10 @@ def small(handmade):
     return handmade(Small(0), {m: (Small(seed), {"x": torch.randn(30, 3)}) for seed, m in enumerate(("one", "two"), 1)})
 
 
-@pytest.mark.parametrize(
-    ("update", "relative"), [("propagated", True), ("propagated", False), ("regmean++", True), ("regmean", True)]
-)
-def test_three_layers_by_hand(handmade, update, relative):
+@pytest.mark.parametrize("update", ["propagated", "regmean++", "regmean"])
+def test_three_layers_by_hand(handmade, update):
     pool = small(handmade)
-    settings = PropagationSettings(batch_size=8, ridge=0.01, update=update, relative=relative)
+    settings = PropagationSettings(batch_size=8, ridge=0.01, update=update)
     found = propagate(pool.pool, pool.tasks, pool.members, settings)
 
     models = [task.model.double() for task in pool.tasks.values()]
@@ -149,15 +146,11 @@ def test_three_layers_by_hand(handmade, update, relative):
             if update == "regmean":
                 merged = own
             wanted = [layer(x) for layer, x in zip(layers, own, strict=True)]
-            lengths = None
             if name == "b":
                 residual_own, residual_merged = own, merged
-                if update == "propagated" and relative:
-                    lengths = [(y + r).square().mean(1, keepdim=True).sqrt() for y, r in zip(wanted, own, strict=True)]
                 if update == "propagated":
                     wanted = [y + r - s for y, r, s in zip(wanted, own, merged, strict=True)]
-            means = mean([m.weight for m in layers]), mean([m.bias for m in layers])
-            fit = ridge_fit(merged, wanted, *means, 0.01, lengths=lengths)
+            fit = ridge_fit(merged, wanted, mean([m.weight for m in layers]), mean([m.bias for m in layers]), 0.01)
             torch.testing.assert_close(found.weights[f"{name}.weight"].double(), fit[:, :-1], rtol=0, atol=1e-5)
             torch.testing.assert_close(found.weights[f"{name}.bias"].double(), fit[:, -1], rtol=0, atol=1e-5)
             own = [layer(x) for layer, x in zip(layers, own, strict=True)]
@@ -169,51 +162,6 @@ def test_three_layers_by_hand(handmade, update, relative):
                 merged = [x + r for x, r in zip(merged, residual_merged, strict=True)]
     assert [fit.weights for fit in found.fits] == [("a.weight",), ("b.weight",), ("c.weight",)]
     assert [fit.residual for fit in found.fits] == [False, update == "propagated", False]
-
-
-class Norm(nn.Module):
-    def forward(self, h):
-        return h / h.square().mean(-1, keepdim=True).sqrt()
-
-
-class Sink(nn.Module):
-    """c(norm(h + b(norm(h)))), h = a(x): as a language model's blocks, whose first token may have a huge stream."""
-
-    def __init__(self, seed):
-        super().__init__()
-        torch.manual_seed(7)
-        self.a, self.b, self.c = (
-            nn.Linear(6, 12, bias=False),
-            nn.Linear(12, 12, bias=False),
-            nn.Linear(12, 2, bias=False),
-        )
-        self.first, self.second = Norm(), Norm()
-        torch.manual_seed(seed)
-        for layer in (self.a, self.b, self.c):
-            layer.weight.data += 0.3 * torch.randn_like(layer.weight)
-
-    def forward(self, x):
-        h = self.a(x)
-        h = h + self.b(self.first(h))
-        return self.c(self.second(h))
-
-
-def test_positions_of_huge_activations_do_not_outweigh_the_others(handmade):
-    torch.manual_seed(5)
-    inputs = {m: torch.randn(40, 6) * torch.where(torch.arange(40) < 8, 1000.0, 1.0)[:, None] for m in ("one", "two")}
-    pool = handmade(Sink(0), {m: (Sink(seed), {"x": inputs[m]}) for seed, m in enumerate(inputs, 1)})
-    missed = {}
-    for relative in (True, False):
-        settings = PropagationSettings(relative=relative)
-        weights = propagate(pool.pool, pool.tasks, pool.members, settings).weights
-        missed[relative] = 0.0
-        for task in pool.tasks.values():
-            model, x = task.load_model(), task.inputs["x"][8:]
-            with torch.no_grad():
-                own = task.model(x)
-                model.load_state_dict(weights)
-                missed[relative] += float((model(x) - own).square().sum())
-    assert missed[True] < 0.9 * missed[False]
 
 
 def test_factors_weigh_the_members(handmade):
