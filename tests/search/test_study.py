@@ -1,4 +1,5 @@
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -6,7 +7,8 @@ from optuna.trial import TrialState
 
 from merging.methods.method import METHODS
 from merging.recipe import Recipe
-from search.candidate import Candidate, Provenance
+from merging.tasks.task import Score
+from search.candidate import Candidate, Measurement, Outcome, Provenance
 from search.in_flight import measure
 from search.ledger.ledger import Ledger
 from search.loop import Budget, search
@@ -173,6 +175,56 @@ def test_proposals_that_were_in_flight_are_made_again_under_their_numbers(tmp_pa
     ledger = Ledger(str(tmp_path / "ledger"), "demo")
     run(16)
     assert {row.trial for row in ledger.rows()} == {None, *range(15)}
+
+
+class Shuffled:
+    """Several at once, which come back in any order and in groups."""
+
+    def __init__(self, capacity, chance):
+        self.capacity, self.chance, self.queue = capacity, chance, []
+
+    def submit(self, candidate):
+        self.queue.append(candidate)
+
+    def wait(self, timeout):
+        self.chance.shuffle(self.queue)
+        count = self.chance.randint(1, len(self.queue))
+        done, self.queue = self.queue[:count], self.queue[count:]
+        return [Outcome(one, Measurement({"x": Score(scores(one.recipe)["x"], 0.0, 1, "accuracy")})) for one in done]
+
+
+@pytest.mark.parametrize("sampler", ["random", "qmc"])
+def test_whatever_is_in_flight_at_a_death_the_same_proposals_are_measured_in_the_end(tmp_path, sampler):
+    """Of samplers whose proposals depend on their number alone."""
+    chance = random.Random(3)
+
+    def run(name, deadly):
+        ledger = Ledger(str(tmp_path / name), "demo")
+        extend, left = ledger.extend, chance.randint(1, 5)
+
+        def dying(rows):
+            nonlocal left
+            left -= 1
+            if deadly and left == 0 and chance.random() < 0.5:
+                raise Killed
+            extend(rows)
+            if deadly and left == 0:
+                raise Killed
+
+        ledger.extend = dying
+        arguments = (Shuffled(5, chance), make_objective("mean", ["x"]), Provenance("demo"), Budget(40))
+        search(build_study(ledger, SPACE), SPACE, lambda n: make_sampler(sampler, 1, None, n), ledger, *arguments)
+        return {(row.trial, row.candidate) for row in ledger.rows()}
+
+    deaths = 0
+    for _ in range(8):
+        try:
+            run("broken", True)
+            break
+        except Killed:
+            deaths += 1
+    assert deaths > 2
+    assert run("broken", False) == run("calm", False)
 
 
 def test_a_ledger_of_an_earlier_version_goes_on_without_what_it_lacks(quest, tmp_path):
