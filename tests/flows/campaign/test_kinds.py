@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from scipy.stats import pearsonr
 from sklearn.metrics import f1_score
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from flows.campaign.run import run
 from flows.config.campaign_file import load_campaign
@@ -68,7 +69,8 @@ def test_every_method_is_measured_on_every_kind_of_head(finished):
     assert (frame.status.isin(["complete", "pruned"])).all(), frame.error.dropna().tolist()
     assert set(frame[frame.origin == "anchor"].method) == METHODS
     assert {len(scores) for scores in frame[frame.status == "complete"].scores} == {3}
-    assert frame[frame.origin == "reference"].expected_errors.map(lambda found: 0 < found["rating"] < 1).all()
+    references = frame[frame.origin == "reference"]
+    assert references.expected_errors.map(lambda pairs: 0 < dict(pairs)["rating"] < 1).all()
 
 
 def test_the_winner_scores_as_scikit_learn_and_scipy_have_it(finished, tokenizer):
@@ -76,7 +78,11 @@ def test_the_winner_scores_as_scikit_learn_and_scipy_have_it(finished, tokenizer
     settings = yaml.safe_load((finished / "campaign.yaml").read_text())
     for name in HEADS:
         data = pd.read_parquet(settings["tasks"][name]["data"]["validation"])
-        model = AutoModelForSequenceClassification.from_pretrained(finished / "exports/best/heads" / name).eval()
+        best_path = finished / "exports" / "best"
+        config = AutoConfig.from_pretrained(best_path / "heads" / name)
+        model = AutoModelForSequenceClassification.from_pretrained(best_path, config=config).eval()
+        head = load_file(best_path / "heads" / name / "head.safetensors")
+        assert not model.load_state_dict(head, strict=False).unexpected_keys
         inputs = tokenizer(data["text"].tolist(), truncation=True, max_length=16, padding=True, return_tensors="pt")
         with torch.no_grad():
             logits = model(**inputs).logits.numpy()
