@@ -91,7 +91,7 @@ def test_the_winner_scores_as_scikit_learn_and_scipy_have_it(finished, tokenizer
         else:
             labels = np.stack([np.isin(np.arange(3), own) for own in data["label"]])
             expected = f1_score(labels, logits > 0, average="micro")
-        assert winner.scores[name] == pytest.approx(expected, abs=1e-4)
+        assert winner.scores[name] == pytest.approx(expected, abs=1e-3)
 
 
 def test_the_report_names_each_head_s_metric(finished):
