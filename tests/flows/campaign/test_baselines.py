@@ -42,7 +42,8 @@ def test_baselines_are_rows_that_never_win(tiny_campaign, tmp_path):
     assert best(rows)[0].method in ("average", "task_arithmetic")
     winner = best(rows)[0]
     assert found["fine_tuned", "test"].parameters["start"] == winner.candidate
-    lines = {line.label: line for line in results_table(rows, list(campaign.tasks))}
+    scales = scales_of(campaign.tasks)
+    lines = {line.label: line for line in results_table(rows, list(campaign.tasks), scales)}
     assert lines["trained on all data"].mean is not None
     assert lines["winner trained on the validation labels"].validation is None
     kept = KeptOutcomes(directory.outcomes).read(found["ensemble", "test"].candidate)
@@ -59,5 +60,5 @@ def test_baselines_are_rows_that_never_win(tiny_campaign, tmp_path):
         assert own.evaluate(own.load_model(), "test").value == found["all_data", "test"].scores[task]
     text = run(campaign, Display())  # nothing is measured again
     assert "ensemble of all members" in text
-    assert "unseen mean" in as_markdown(results_table(rows, list(campaign.tasks), scales_of(campaign.tasks)))
+    assert "unseen mean" in as_markdown(results_table(rows, list(campaign.tasks), scales))
     assert len(Ledger(directory.ledger, campaign.name).rows()) == len(rows)
