@@ -21,7 +21,7 @@ from search.samplers.history_window import Memory
 from search.samplers.windowed_study import WindowedStudy
 from search.space.search_space import Space
 from search.steering import Steering
-from search.study import CANDIDATE, NOTES, ORIGIN, PARAMS, VOID, lasting
+from search.study import CANDIDATE, NOTES, ORIGIN, PARAMS, VOID, recordable
 
 
 def search(
@@ -173,7 +173,7 @@ class _Search:
                 continue
             if recipe in self._space:
                 self._study.enqueue(self._space.params(recipe), {CANDIDATE: recipe.identity})
-            else:
+            elif recipe.identity not in {waiting.identity for waiting in self._unheard}:
                 self._unheard.append(recipe)
 
     def _ask(self) -> Candidate | None:
@@ -216,8 +216,13 @@ class _Search:
             if trial is None:
                 raise
             self._give_up(trial)
+            self._known += 1
             if self._repeats(f"{type(error).__name__}: {error}"):
                 raise SearchError(f"{self._error[1]} proposals in a row are no recipes: {error}") from error
+            if self._known >= self._budget.duplicates:
+                raise SearchError(
+                    f"{self._known} proposals in a row led to nothing new; the last one is no recipe: {error}"
+                ) from error
             return trial, None
 
     def _give_up(self, trial: Trial) -> None:
@@ -227,7 +232,7 @@ class _Search:
         self._tell(trial)
 
     def _noted(self, trial: Trial) -> dict[str, Any]:
-        return lasting(self._study._storage.get_trial_system_attrs(trial._trial_id))
+        return recordable(self._study._storage.get_trial_system_attrs(trial._trial_id))
 
     def _settle(self, outcomes: Sequence[Outcome]) -> None:
         """Writes the rows, and only then tells the study."""

@@ -4,7 +4,9 @@ The ledger is the only truth. What a sampler must find again besides parameters 
 bred in, say) is in the row's `sampler`, so that a search that was killed proposes what it would have proposed.
 """
 
+import json
 from collections.abc import Container, Iterator, Mapping
+from contextlib import suppress
 from itertools import count
 from typing import Any
 
@@ -12,8 +14,8 @@ import optuna
 from optuna import Study
 from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
 
-from merging.errors import MergequestError, MethodError, SettingsError
-from merging.io.documents import as_object
+from merging.errors import MergequestError, MethodError, SettingsError, StorageError
+from merging.io.documents import as_object, parse_json
 from merging.recipe import Recipe
 from search.candidate import PARTIAL
 from search.ledger.ledger import Ledger
@@ -54,6 +56,16 @@ def build_study(ledger: Ledger, space: Space, *, objectives: int = 1, split: str
 def lasting(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """What a sampler noted with a proposal, of a trial's system attributes, and will ask for again."""
     return {name: value for name, value in attributes.items() if not name.startswith(_FLEETING)}
+
+
+def recordable(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `lasting` that a row can hold: a foreign sampler may note anything in a study that is in memory."""
+    kept = {}
+    for name, value in lasting(attributes).items():
+        with suppress(TypeError, ValueError, RecursionError, StorageError):
+            parse_json(json.dumps({VOID: {"0": {NOTES: {name: value}}}}), "`sampler`")
+            kept[name] = value
+    return kept
 
 
 def _trials(ledger: Ledger, space: Space, objectives: int, split: str) -> list[FrozenTrial]:

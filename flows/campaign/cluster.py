@@ -1,11 +1,13 @@
 """The cluster of a campaign: joined with what the file says of its workers' environment."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from flows.config.campaign_file import Campaign
 from merging.errors import SettingsError
 from merging.io import addresses, storage
+from merging.io.secrets import hide
 from merging.tasks.environment import references, resolved
 from ray_tasks.connect import Cluster, WorkerEnvironment, connect
 
@@ -48,6 +50,10 @@ def worker_environment(campaign: Campaign, *, resolve: bool = True) -> WorkerEnv
                 f"environment.env.{name}: the environment variable {missing.args[0]} is not set here: set it where the "
                 "campaign is started (of a submitted one, on the node that its driver runs on)"
             ) from None
+    if resolve:
+        arguments = [getattr(task, "arguments", None) for task in campaign.tasks.values()]
+        # workers' logs and errors come to this process, which does not know these by their names
+        hide(os.environ.get(name, "") for name in references([settings.env, arguments]))
     place = settings.working_dir
     if place is not None:
         if not addresses.is_local(place) or not storage.is_dir(place):

@@ -27,7 +27,7 @@ from flows.directory.campaign_directory import Directory
 from flows.directory.heartbeat import heartbeat
 from flows.directory.progress import Display
 from flows.directory.search_progress import ProgressDisplay
-from flows.directory.steering import DirectorySteering
+from flows.directory.steering import DirectorySteering, forget_stop
 from flows.report.scales import scales_of
 from flows.report.stages import in_a_line, smallest_visible, stages
 from flows.report.table import objective_scale, plain_average
@@ -87,6 +87,7 @@ def run(campaign: Campaign, display: Display | None = None, *, retry_failed: boo
         if directory.is_finished(campaign) and not retry_failed:
             display.say(f"{directory.path} is finished: nothing to do")
             return summary(directory)
+        forget_stop(directory.path)
         with heartbeat(directory.path, display.pulse, campaign.name):
             with display.phase("Pool"):
                 opened, ledger = _opened(campaign, directory, display, retry_failed)

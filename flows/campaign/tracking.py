@@ -27,7 +27,7 @@ from merging.io.secrets import described
 from search.ledger.row import Row
 
 FILE = "tracking.json"
-"""Tracker → its run of this campaign, and how many rows it was told."""
+"""A tracker's run of this campaign, where that is, and how many rows it was told."""
 LOOK = 2.0
 """Seconds between two looks at the ledger."""
 AGAIN = 20.0
@@ -88,14 +88,15 @@ def tracked(
         rows: The ledger's rows by now.
         note: Told once of each tracker that fails.
     """
-    trackers: dict[str, Tracker] = {}
+    trackers: dict[str, tuple[Tracker, str]] = {}
     if settings.mlflow is not None:
-        trackers["mlflow"] = MLflow(settings.mlflow, settings.experiment or name)
+        experiment = settings.experiment or name
+        trackers["mlflow"] = MLflow(settings.mlflow, experiment), f"{experiment} at {settings.mlflow}"
     if settings.wandb is not None:
-        trackers["wandb"] = WandB(settings.wandb, directory)
+        trackers["wandb"] = WandB(settings.wandb, directory), settings.wandb
     if settings.tensorboard is not None:
-        trackers["tensorboard"] = TensorBoard(addresses.join(settings.tensorboard, name))
-    lines = [_Line(key, tracker, name, directory, rows, note) for key, tracker in trackers.items()]
+        trackers["tensorboard"] = TensorBoard(place := addresses.join(settings.tensorboard, name)), place
+    lines = [_Line(key, *tracker, name, directory, rows, note) for key, tracker in trackers.items()]
     for line in lines:
         line.start()
     ended = False
@@ -119,13 +120,14 @@ class _Line(threading.Thread):
         self,
         key: str,
         tracker: Tracker,
+        place: str,
         campaign: str,
         directory: Directory,
         rows: Callable[[], Sequence[Row]],
         note: Callable[[str], None],
     ) -> None:
         super().__init__(name=f"mergequest-{key}", daemon=True)
-        self.key, self.sent = key, 0
+        self.key, self.sent, self._place = key, 0, place
         self._tracker, self._campaign, self._directory, self._rows, self._note = (
             tracker,
             campaign,
@@ -165,11 +167,13 @@ class _Line(threading.Thread):
         path = self._directory / f".{self.key}-{FILE}"
         if not self._begun:
             known = documents.read_object(path) if storage.exists(path) else {}
+            if known.get("place", self._place) != self._place:
+                known = {}  # another server, project or directory, which knows nothing of that run
             run = known.get("run")
             self._run = self._tracker.begin(None if run is None else str(run), self._campaign)
             self.sent = int(known.get("sent", 0))
             self._begun = True
-            atomic.write_json(path, {"run": self._run, "sent": self.sent})
+            self._note_down(path)
         rows = self._rows()
         if self.sent >= len(rows):
             return
@@ -178,7 +182,10 @@ class _Line(threading.Thread):
                 self._tracker.row(number, rows[number])
                 self.sent = number + 1
         finally:
-            atomic.write_json(path, {"run": self._run, "sent": self.sent})
+            self._note_down(path)
+
+    def _note_down(self, path: str) -> None:
+        atomic.write_json(path, {"run": self._run, "place": self._place, "sent": self.sent})
 
     def _close(self) -> None:
         if self._ended:

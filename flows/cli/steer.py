@@ -1,6 +1,7 @@
 """`mergequest stop` and `mergequest enqueue`: what a running campaign is told by files in its directory."""
 
 import time
+from shlex import quote
 
 from flows.cli.status import read_status
 from flows.config.recipe_file import load_recipe
@@ -70,5 +71,7 @@ def enqueue(path: str, recipe: str) -> str:
     steering.enqueue(path, complete)
     status = read_status(path)
     when = "before the next proposal" if status.state == "running" else "when the campaign goes on"
-    full = status.done >= status.total
-    return f"{complete.identity} is measured {when}" + (", with a larger search.candidates" if full else "")
+    more = ""
+    if status.state == "finished" or status.done >= status.total:
+        more = f", with a larger budget: `mergequest resume {quote(path)} --candidates N`"
+    return f"{complete.identity} is measured {when}{more}"

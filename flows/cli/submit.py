@@ -145,7 +145,12 @@ def prepare(what: str, file: str, out: str | None, settings: Sequence[str] = ())
         return Submission(("run", CAMPAIGN_FILE), CAMPAIGN_FILE, dump(campaign), 0, says, modules)
     there = () if out is None else ("--out", addresses.absolute(out))
     return Submission(
-        ("statistics", CAMPAIGN_FILE, *there), CAMPAIGN_FILE, dump(campaign), 0, f"statistics of {campaign.name}"
+        ("statistics", CAMPAIGN_FILE, *there),
+        CAMPAIGN_FILE,
+        dump(campaign),
+        0,
+        f"statistics of {campaign.name}",
+        modules,
     )
 
 

@@ -38,8 +38,6 @@ class DirectorySteering(Steering):
         self._stopping = False
         self._seen: set[str] = set()
         self._queue: deque[Recipe] = deque()
-        if storage.exists(stop := addresses.join(directory, STOP)):  # of an earlier run
-            storage.remove(stop)
         self.look()
 
     def look(self) -> None:
@@ -77,6 +75,12 @@ class DirectorySteering(Steering):
 def request_stop(directory: str) -> None:
     """Asks the driver that is at work on a directory to end once what is in flight has been measured."""
     atomic.write_json(addresses.join(directory, STOP), {})
+
+
+def forget_stop(directory: str) -> None:
+    """Takes away what an earlier run was asked, before this one shows that it is there and can be asked itself."""
+    if storage.exists(stop := addresses.join(directory, STOP)):
+        storage.remove(stop)
 
 
 def enqueue(directory: str, recipe: Recipe) -> str:

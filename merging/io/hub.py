@@ -65,8 +65,10 @@ def pinned(path: str) -> str:
         return path
     if "+" in path:
         return "+".join(pinned(part) for part in path.split("+"))
-    repository, _, _ = _parts(path)
-    return f"{SCHEME}{repository}@{local_path(path).name}"
+    repository, revision, below = _parts(path)
+    with _lock:
+        commit = _snapshot(repository, revision).name
+    return f"{SCHEME}{repository}@{commit}" + (f"/{below}" if below else "")
 
 
 def _parts(address: str) -> tuple[str, str | None, str]:

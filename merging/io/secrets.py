@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterable
 from urllib.parse import unquote
 
 WITH_USER = (
@@ -44,6 +45,15 @@ _VARIABLE = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|PGPASS|API_?KEY|ACCESS_?K
 SHORTEST = 8
 """Characters of a variable's value below which it is rather a word."""
 HIDDEN = "***"
+_named: set[str] = set()
+
+
+def hide(values: Iterable[str]) -> None:
+    """Has `redacted` hide these in this process: what variables hold that a user refers to, whatever they are called.
+
+    Words and local paths stay as they are.
+    """
+    _named.update(value for value in values if len(value) >= SHORTEST and not value.startswith("/"))
 
 
 def holds_secret(address: str) -> bool:
@@ -77,10 +87,15 @@ def _may_name_a_user(protocol: str) -> bool:
 
 
 def redacted(text: str) -> str:
-    """A text in which passwords, tokens and signatures are replaced by asterisks, and what the environment holds of them."""
+    """A text in which passwords, tokens and signatures are replaced by asterisks, and what the environment holds of them.
+
+    So is what `hide` was told.
+    """
     for name, value in os.environ.items():
         if len(value) >= SHORTEST and value in text and _VARIABLE.search(name) and not value.startswith("/"):
             text = text.replace(value, HIDDEN)
+    for value in sorted(_named, key=len, reverse=True):
+        text = text.replace(value, HIDDEN)
     if "@" in text:
         text = _PASSWORD.sub(rf"\1{HIDDEN}@", text)
         text = _USER.sub(_without_user, text)

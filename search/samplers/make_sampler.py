@@ -157,7 +157,7 @@ def memories(
     whatever size; `qmc` a trial with each parameter.
 
     Args:
-        name: One of `SAMPLERS`.
+        name: One of `SAMPLERS`, or a foreign one, which sees all trials.
         arguments: The sampler's arguments.
         limit: How many trials models of all values see at most; more if the sampler is to start at random for as long.
             None for all.
@@ -165,6 +165,8 @@ def memories(
     Returns:
         For `search.loop.search`; None where the sampler is to see all trials, or looks at none.
     """
+    if is_foreign(name):
+        return None
     given = {**DEFAULTS.get(name, {}), **(arguments or {})}
     if name == QUALITY_DIVERSITY:
         inner = memories(given.get("sampler", "tpe"), given.get("sampler_arguments"), limit)

@@ -96,6 +96,16 @@ def test_a_directory_of_that_name_comes_first(server, pool, tiny_campaign, tmp_p
     assert load_recipe(str(recipe(tmp_path, members={"x": "else/x"}))).members["x"].checkpoint == "hf://else/x"
 
 
+def test_a_directory_of_a_repository_is_pinned_as_one(server, pool):
+    commit = pool["base"]
+    assert hub.pinned("hf://org/base") == f"hf://org/base@{commit}"
+    assert hub.pinned("hf://org/base/sub/dir") == f"hf://org/base@{commit}/sub/dir"
+    assert (
+        hub.pinned(f"hf://org/base@{commit}/sub+hf://org/two")
+        == f"hf://org/base@{commit}/sub+hf://org/two@{pool['two']}"
+    )
+
+
 def test_an_adapter_on_a_model_of_the_hub(server, pool, tiny_campaign, tmp_path):
     """`MODEL+ADAPTER`, both on the Hub."""
     base = load_file(f"{tiny_campaign['base']}/model.safetensors")

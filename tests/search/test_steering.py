@@ -71,7 +71,7 @@ def test_a_stop_ends_after_what_is_in_flight_and_a_resume_goes_on(run, capacity)
 def test_a_recipe_that_is_enqueued_is_measured_next_and_the_sampler_learns_of_it(run):
     inside = Recipe("task_arithmetic", {"a": 0.625, "b": 0.125}, {})
     outside = Recipe("task_arithmetic", {"a": 77.0, "b": 0.1}, {})
-    ending, executor, study, ledger = run(1, recipes=[inside, outside, inside])
+    ending, executor, study, ledger = run(1, recipes=[inside, outside, inside, outside])
     assert ending == "candidates"
     first = [candidate.recipe for candidate in executor.submitted[:2]]
     assert {recipe.identity for recipe in first} == {inside.identity, outside.identity}
@@ -79,7 +79,7 @@ def test_a_recipe_that_is_enqueued_is_measured_next_and_the_sampler_learns_of_it
     assert (row.origin, row.status, row.scaling) == ("search", "complete", inside.scaling)
     assert study.get_trials()[row.trial].value == row.objective
     assert ledger.get(outside.identity, "validation").trial is None
-    assert len(ledger.rows()) == 12
+    assert len(ledger.rows()) == len(executor.submitted) == 12
 
 
 def test_a_stop_between_measurements_says_so_unless_all_are_there(tmp_path, threads):

@@ -8,6 +8,7 @@ from flows.campaign.cluster import worker_environment
 from flows.cli.submit import modules_of, pack, prepare
 from flows.config.campaign_file import load_campaign
 from merging.errors import SettingsError
+from merging.io.secrets import storable
 
 
 def load(campaign_file, **environment):
@@ -24,6 +25,13 @@ def test_secrets_are_looked_up_and_kept_apart(campaign_file, monkeypatch):
     monkeypatch.delenv("MY_SECRET")
     with pytest.raises(SettingsError, match=r"environment.env.KEY: the environment variable MY_SECRET is not set"):
         worker_environment(campaign)
+
+
+def test_what_a_variable_holds_is_hidden_whatever_it_is_called(campaign_file, monkeypatch):
+    monkeypatch.setenv("MY_LOGIN", "correct horse battery")
+    monkeypatch.setenv("MY_PLACE", "/scratch/of-mine")
+    worker_environment(load(campaign_file, env={"LOGIN": "${MY_LOGIN}", "PLACE": "${MY_PLACE}"}))
+    assert storable("with correct horse battery in /scratch/of-mine") == "with *** in /scratch/of-mine"
 
 
 @pytest.mark.parametrize("value", ["hf_abcdefghijklmnopqrstu", "https://user:secret@host"])
@@ -68,6 +76,7 @@ def test_submit_sends_a_custom_evaluator_and_what_it_imports_from_there(
     assert (place / "my_score.py").exists()
     assert (place / "search" / "loop.py").exists()
     assert not (place / "unused.py").exists()
+    assert prepare("statistics", str(file), None).modules == modules_of(campaign)  # which opens every task
     sent = load_campaign(str(campaign_file(tasks={"one": custom}, environment={"working_dir": str(work)})))
     with pytest.raises(SettingsError, match=r"holds search.py"):
         modules_of(sent)

@@ -109,6 +109,17 @@ def test_tensorboard_has_every_row(directory, tmp_path):
     assert "method: ties" in events.Tensors("winner/text_summary")[0].tensor_proto.string_val[0].decode()
 
 
+def test_another_directory_of_tensorboard_s_is_told_every_row(directory, tmp_path):
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed: pip install 'mergequest[tensorboard]'")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for place in ("one", "two"):
+        assert run(directory, {"tensorboard": str(tmp_path / place)}, [[row(0), row(1)]]) == []
+        events = EventAccumulator(str(tmp_path / place / "tiny"))
+        events.Reload()
+        assert [point.step for point in events.Scalars("validation/objective")] == [0, 1]
+
+
 @pytest.mark.slow
 def test_wandb_offline_keeps_every_row(directory, tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="wandb is not installed: pip install 'mergequest[wandb]'")

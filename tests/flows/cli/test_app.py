@@ -26,7 +26,7 @@ from flows.cli.app import app
 from flows.config.campaign_file import load_campaign
 from flows.directory.campaign_directory import Directory
 from flows.directory.progress import Display
-from flows.directory.steering import DirectorySteering, request_stop
+from flows.directory.steering import DirectorySteering, forget_stop, request_stop
 from flows.versions import code_version
 from merging.methods import METHODS
 from merging.statistics import StatisticsFile
@@ -515,4 +515,6 @@ def test_what_is_not_of_the_campaign_is_neither_enqueued_nor_stopped(campaign_fi
     request_stop(directory.path)
     steering.look()
     assert steering.stopping()
+    assert DirectorySteering(directory.path, ["ties"], [], "bert").stopping()  # asked while the pool was opened
+    forget_stop(directory.path)
     assert not DirectorySteering(directory.path, ["ties"], [], "bert").stopping()  # the next run is not meant

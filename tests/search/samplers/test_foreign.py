@@ -15,7 +15,7 @@ from search.candidate import Provenance
 from search.ledger.ledger import Ledger
 from search.loop import search
 from search.objective import make_objective
-from search.samplers.make_sampler import sampler_of_trials
+from search.samplers.make_sampler import memories, sampler_of_trials
 from search.space.method_space import MethodSpace
 from search.space.search_space import Space
 
@@ -37,6 +37,24 @@ class Counting(RandomSampler):
 class Broken(RandomSampler):
     def sample_independent(self, study, trial, name, distribution):
         raise KeyError("no idea at https://u:secret@host")
+
+class Noting(RandomSampler):
+    def before_trial(self, study, trial):
+        for name, value in (("plain", [1.5]), ("object", object()), ("surrogate", chr(0xD800)), ("deep", deep())):
+            study._storage.set_trial_system_attr(trial._trial_id, f"mine:{name}", value)
+
+class Moody(RandomSampler):
+    asked = 0
+
+    def sample_independent(self, study, trial, name, distribution):
+        Moody.asked += 1
+        raise ValueError(f"no idea for the {Moody.asked}th time")
+
+def deep():
+    value = []
+    for _ in range(150):
+        value = [value]
+    return value
 
 def build(factor=2.0):
     return Counting(7, factor)
@@ -121,6 +139,24 @@ def test_one_that_fails_names_itself_and_shows_no_secret(place, run):
     with pytest.raises(MergequestError, match="sampler 'my_samplers:Broken' failed: KeyError") as error:
         run("my_samplers:Broken")
     assert "secret" not in str(error.value)
+
+
+def test_of_its_notes_a_row_has_what_a_file_can_hold(place, run, tmp_path):
+    _, rows = run("my_samplers:Noting")
+    assert len(rows) == 8
+    again = Ledger(str(tmp_path / "ledger"), "demo").rows()
+    notes = [row.sampler["notes"] for row in again if row.trial is not None and row.origin == "search"]
+    assert notes
+    assert all(found == {"mine:plain": [1.5]} for found in notes)
+
+
+def test_one_that_fails_otherwise_each_time_ends_the_search(place, run):
+    with pytest.raises(MergequestError, match="100 proposals in a row led to nothing new.*no idea for the 100th time"):
+        run("my_samplers:Moody")
+
+
+def test_it_sees_all_trials_whatever_its_arguments_are_called():
+    assert memories("my_samplers:Counting", {"n_startup_trials": [1]}) is None
 
 
 def test_a_package_of_optunahub_s(tmp_path, run, monkeypatch):
