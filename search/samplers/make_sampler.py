@@ -196,6 +196,10 @@ def _quality_diversity(seed: int, arguments: dict[str, Any], number: int, select
     inner = arguments.pop("sampler", "tpe")
     if inner == QUALITY_DIVERSITY:
         raise SettingsError(f"sampler '{QUALITY_DIVERSITY}' needs another one for all but the subset, not itself")
+    if is_foreign(inner):  # made anew for every trial it would forget, and be fetched, each time
+        raise SettingsError(
+            f"sampler '{QUALITY_DIVERSITY}' takes one of {', '.join(SAMPLERS)} beside it, not '{inner}'"
+        )
     wrapped = make_sampler(inner, seed, arguments.pop("sampler_arguments", None), number)
     similarity = np.eye(len(names)) if selection.similarity is None else selection.similarity
     try:

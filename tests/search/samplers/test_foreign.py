@@ -155,6 +155,15 @@ def test_one_that_fails_otherwise_each_time_ends_the_search(place, run):
         run("my_samplers:Moody")
 
 
+@pytest.mark.parametrize("inner", ["my_samplers:Counting", "optunahub:samplers/auto_sampler"])
+def test_beside_quality_diversity_it_is_refused_and_not_imported(campaign_file, inner):
+    with pytest.raises(SettingsError, match="sampler 'quality_diversity' takes one of"):
+        load_campaign(
+            str(campaign_file()),
+            ["search.sampler=quality_diversity", f"search.sampler_arguments={{sampler: '{inner}'}}"],
+        )
+
+
 def test_it_sees_all_trials_whatever_its_arguments_are_called():
     assert memories("my_samplers:Counting", {"n_startup_trials": [1]}) is None
 
