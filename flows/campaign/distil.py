@@ -1,6 +1,6 @@
 """A campaign's last, optional step: the members' outputs are distilled into the winner."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from flows.campaign.cluster import connected
 from flows.campaign.open_campaign import OpenCampaign
@@ -14,6 +14,7 @@ from merging.statistics import StatisticsFile
 from ray_tasks.connect import gpus_each
 from ray_tasks.jobs import distillation as jobs
 from ray_tasks.jobs.distillation import DistillationJob
+from search.ledger.row import Row
 
 Files = Mapping[str, tuple[str, ...]]
 
@@ -37,7 +38,8 @@ def distil(
     """
     data = {name: task.data_fingerprint("train") for name, task in opened.sources.items() if task.size("train")}
     key = {"statistic": "distilled", "version": 3, "start": start.as_dict(), **settings.model_dump(mode="json")}
-    teachers = {owner for name, (_, owner) in opened.campaign.sources().items() if opened.sources[name].has_logits}
+    taught = {name for name in data if opened.sources[name].has_logits}
+    teachers = {owner for name, (_, owner) in opened.campaign.sources().items() if name in taught}
     members = sorted({*start.members, *teachers})
     checkpoint = subset_fingerprint(opened.pool, members)
     path = addresses.join(
@@ -63,3 +65,29 @@ def distil(
     notes = {f"distil:{name}": float(file.settings[name]) for name in ("steps", "best") if name in file.settings}
     notes["distil:examples"] = float(file.examples)
     return made, {**statistics, subset: (*statistics.get(subset, ()), path)}, notes
+
+
+def files_of(
+    opened: OpenCampaign,
+    statistics: Files,
+    row: Row,
+    rows: Iterable[Row],
+    settings: DistilSettings,
+    cache: str,
+    display: Display,
+) -> Files:
+    """The statistics files that a candidate is merged from: of a distilled one with its own weights, made where they are gone.
+
+    Args:
+        opened: The campaign.
+        statistics: Member → statistics files, without those of any distillation.
+        row: The candidate.
+        rows: The ledger, which has the merge that a distilled one started from.
+        settings: How it was distilled.
+        cache: Directory of computed statistics.
+        display: Shows progress.
+    """
+    if row.method != "distilled":
+        return statistics
+    start = next(one.recipe for one in rows if one.candidate == row.parameters["start"])
+    return distil(opened, statistics, start, settings, cache, display)[1]

@@ -1,15 +1,18 @@
 """Which statistics a campaign lacks, and where those are that it has: published, cached by content, or computed now."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from flows.campaign.cluster import connected
 from flows.campaign.open_campaign import OpenCampaign
 from flows.config.campaign_file import Campaign
+from flows.config.search_settings import WITH_DATA
 from flows.directory.progress import Display
 from merging.checkpoints.checkpoint import Checkpoint
-from merging.errors import StatisticsError, TaskError
+from merging.errors import MethodError, PoolError, StatisticsError, TaskError
 from merging.io import addresses, hashing, storage
 from merging.mergers.material import subset_fingerprint
+from merging.methods import METHODS
 from merging.recipe import BASE
 from merging.statistics import STATISTICS, LikelihoodSettings, StatisticSettings, StatisticsFile, number_of_examples
 from merging.tasks.task import Split, Task
@@ -104,6 +107,22 @@ def solutions(opened: OpenCampaign, cache: str, display: Display) -> dict[str, t
                 progress=lambda share: bar.reach(int(100 * share)),
             )
     return {"+".join(members): (path,)}
+
+
+def usable_solutions(
+    opened: OpenCampaign, cache: str, display: Display
+) -> tuple[OpenCampaign, dict[str, tuple[str, ...]]]:
+    """The solutions that methods ask for; of methods that the file did not name, one that cannot be solved is left out."""
+    try:
+        return opened, solutions(opened, cache, display)
+    except (MethodError, PoolError, TaskError) as error:
+        search = opened.campaign.search
+        if tuple(search.methods) != WITH_DATA:
+            raise
+        left = {name: space for name, space in search.methods.items() if METHODS[name].solution is None}
+        display.note(f"without {', '.join(search.methods.keys() - left.keys())}: {error}")
+        campaign = opened.campaign.model_copy(update={"search": search.model_copy(update={"methods": left})})
+        return replace(opened, campaign=campaign), {}
 
 
 def joined(first: Mapping[str, tuple[str, ...]], second: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:

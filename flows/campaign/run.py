@@ -2,16 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from flows.campaign.baselines import measure_baselines, require_baselines
 from flows.campaign.cluster import connected, worker_environment
-from flows.campaign.distil import Files, distil
+from flows.campaign.distil import Files, distil, files_of
 from flows.campaign.evaluators import evaluators, require_evaluators
 from flows.campaign.examples import choosing_anchors, confirm, make_planner, search_split
 from flows.campaign.executor import RayExecutor
 from flows.campaign.export import export
-from flows.campaign.needed_statistics import cache_of, joined, member_statistics, require_sources, solutions
+from flows.campaign.needed_statistics import cache_of, joined, member_statistics, require_sources, usable_solutions
 from flows.campaign.open_campaign import OpenCampaign, open_campaign
 from flows.campaign.selection import prepare_selection, require_kernel, select_subsets
 from flows.campaign.stages import distillation, divides_by_unknown, require_stages
@@ -20,7 +19,6 @@ from flows.campaign.summary import summary, tables_as_markdown, write_report
 from flows.campaign.tracking import require_trackers, tracked
 from flows.campaign.weight_checks import keep
 from flows.config.campaign_file import Campaign
-from flows.config.search_settings import WITH_DATA
 from flows.config.sections import DistilSettings
 from flows.config.yaml_file import require_writable
 from flows.directory.campaign_directory import Directory
@@ -34,7 +32,7 @@ from flows.report.table import objective_scale, plain_average
 from flows.report.test_answers import KeptOutcomes
 from flows.versions import code_version
 from merging.checkpoints.directories.manifest import require_replaceable
-from merging.errors import MergequestError, MethodError, PoolError, SearchError, SettingsError, TaskError
+from merging.errors import MergequestError, SearchError, SettingsError
 from merging.io import addresses, atomic, documents, hashing, storage
 from merging.methods import METHODS
 from merging.recipe import Recipe, base_recipe, member_recipe
@@ -241,7 +239,7 @@ def _work(opened: OpenCampaign, directory: Directory, cluster: Cluster, ledger: 
         _objective(opened, ledger)
     with display.phase("Statistics"):
         statistics: Files = member_statistics(opened, opened.kinds, cache_of(opened.campaign), display)
-        opened, solved = _solutions(opened, display)
+        opened, solved = usable_solutions(opened, cache_of(opened.campaign), display)
         statistics = joined(statistics, solved)
         prepare_selection(opened, cache_of(opened.campaign), display)
     settings = distillation(opened)
@@ -260,7 +258,7 @@ def _work(opened: OpenCampaign, directory: Directory, cluster: Cluster, ledger: 
             distilled = _distil(opened, statistics, start.recipe, settings, display)
         with evaluators(opened, distilled[1] if distilled else statistics, cluster, display) as executor:
             if distilled is not None:
-                made, statistics, notes = distilled
+                made, _, notes = distilled
                 candidate = Candidate(made, "validation", "search")
                 with executor.planned(kept):
                     objective, retries = _objective(opened, ledger), campaign.resources.retries
@@ -276,30 +274,19 @@ def _work(opened: OpenCampaign, directory: Directory, cluster: Cluster, ledger: 
                         lambda recipe: told.get(recipe.identity, {}),
                     )
                 _tell_stages(opened, directory, ledger, display, last=True)
-            _test(opened, directory, executor, ledger, display)
+            _test(opened, directory, executor, ledger, display, distilled[0] if distilled else None)
     merges = [row for row in best(ledger.rows(), len(ledger.rows())) if row.method != "distilled"]
     measure_baselines(opened, statistics, directory, ledger, _provenance(opened), display, winner=merges[0].recipe)
     with display.phase("Export and report"):
         winner = best(ledger.rows())[0]
         directory.write_timings(display.timings)
         card = tables_as_markdown(directory, campaign)
-        export(opened, statistics, winner.recipe, directory.best, table=card, row=winner)
+        used = files_of(
+            opened, statistics, winner, ledger.rows(), settings or DistilSettings(), cache_of(campaign), display
+        )
+        export(opened, used, winner.recipe, directory.best, table=card, row=winner)
     directory.write_timings(display.timings)
     write_report(directory.path)
-
-
-def _solutions(opened: OpenCampaign, display: Display) -> tuple[OpenCampaign, Files]:
-    """The solutions that methods ask for; of methods that the file did not name, one that cannot be solved is left out."""
-    try:
-        return opened, solutions(opened, cache_of(opened.campaign), display)
-    except (MethodError, PoolError, TaskError) as error:
-        search = opened.campaign.search
-        if tuple(search.methods) != WITH_DATA:
-            raise
-        left = {name: space for name, space in search.methods.items() if METHODS[name].solution is None}
-        display.note(f"without {', '.join(search.methods.keys() - left.keys())}: {error}")
-        campaign = opened.campaign.model_copy(update={"search": search.model_copy(update={"methods": left})})
-        return replace(opened, campaign=campaign), {}
 
 
 def _distil(
@@ -451,12 +438,27 @@ def _search(
             confirm(opened, executor, ledger, objective, _provenance(opened), display.pulse.steering)
 
 
-def _test(opened: OpenCampaign, directory: Directory, executor: RayExecutor, ledger: Ledger, display: Display) -> None:
-    """What the table shows, once, on test: references, the plain average, each method's best, the best of all."""
+def _test(
+    opened: OpenCampaign,
+    directory: Directory,
+    executor: RayExecutor,
+    ledger: Ledger,
+    display: Display,
+    distilled: Recipe | None = None,
+) -> None:
+    """What the table shows, once, on test: references, the plain average, each method's best, the best of all.
+
+    Of merges that were distilled into, evaluators hold the weights of `distilled` alone: one of an earlier budget was tested
+    then.
+    """
     if without := [name for name, task in opened.tasks.items() if not task.has_split("test")]:
         display.note(f"no test split of {', '.join(without)}: the table stays with validation")
         return
-    ranked = distinct(best(ledger.rows(), len(ledger.rows())))
+    ranked = distinct(
+        row
+        for row in best(ledger.rows(), len(ledger.rows()))
+        if row.method != "distilled" or row.recipe == distilled or ledger.has(row.candidate, "test")
+    )
     chosen = [base_recipe(), *(member_recipe(member) for member in opened.pool.members)]
     average = plain_average(ledger.rows())
     chosen += [average.recipe] if average else []

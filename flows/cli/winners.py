@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from flows.campaign.distil import Files, distil
+from flows.campaign.distil import Files, files_of
 from flows.campaign.export import export
-from flows.campaign.needed_statistics import cache_of, joined, member_statistics, solutions
+from flows.campaign.needed_statistics import cache_of, joined, member_statistics, usable_solutions
 from flows.campaign.open_campaign import open_campaign
 from flows.campaign.stages import distillation
 from flows.campaign.summary import tables_as_markdown
@@ -48,17 +48,15 @@ def export_candidates(path: str, rows: Sequence[Row], display: Display) -> dict[
     with display.phase("Statistics"):
         cache = cache_of(campaign)
         files: Files = member_statistics(opened, opened.kinds, cache, display)
-        files = joined(files, solutions(opened, cache, display))
+        opened, solved = usable_solutions(opened, cache, display)
+        files = joined(files, solved)
     card = tables_as_markdown(directory, campaign)
-    known = {row.candidate: row for row in Ledger(directory.ledger, campaign.name).rows()}
+    known = Ledger(directory.ledger, campaign.name).rows()
+    settings = distillation(opened) or DistilSettings()
     for row in missing:
         with display.phase(f"Export: {row.candidate}, {in_words(row.method)}"):
-            recipe = row.recipe
-            used: Files = files
-            if row.method == "distilled":
-                start = known[str(row.parameters["start"])].recipe
-                recipe, used, _ = distil(opened, files, start, distillation(opened) or DistilSettings(), cache, display)
-            export(opened, used, recipe, places[row.candidate], table=card, row=row)
+            used = files_of(opened, files, row, known, settings, cache, display)
+            export(opened, used, row.recipe, places[row.candidate], table=card, row=row)
     return places
 
 

@@ -93,10 +93,11 @@ def train_missing(campaign: Campaign, settings: TrainingSettings, together: str 
         The directories that were made.
 
     Raises:
-        SettingsError: A member that is missing has no task, or lies at a remote address.
+        SettingsError: A member that is missing has no task, or that of another one, or lies at a remote address.
         MergequestError: Something else is unusable.
     """
-    courses, places = {}, []
+    courses: dict[str, Course] = {}
+    places, first_of = [], dict[str, str]()
     for name, member in campaign.members.items():
         if storage.exists(addresses.join(member.checkpoint, CONFIG)):
             continue  # nothing that is there is trained over, whoever made it
@@ -108,6 +109,11 @@ def train_missing(campaign: Campaign, settings: TrainingSettings, together: str 
         if not addresses.is_local(member.checkpoint):
             raise SettingsError(
                 f"members.{name}: {member.checkpoint} is remote; train into a local directory and copy it"
+            )
+        if (twin := first_of.setdefault(task, name)) != name:
+            raise SettingsError(
+                f"members.{name}: it would be trained on the data of '{twin}', to the same weights: give it a task of its own, "
+                "or train parts of one data set by a train file with `partition`"
             )
         place = addresses.local_path(member.checkpoint)
         places.append(place)

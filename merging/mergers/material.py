@@ -78,6 +78,7 @@ class Material:
                     f"method '{method.name}' needs the '{needs.whole}' solution of {subset}: a campaign computes it of "
                     f"all members; a recipe names its file under `statistics:`"
                 )
+            _require_start(self.statistics[needs.whole][subset], complete)
         return complete
 
     def weights(
@@ -211,6 +212,19 @@ def open_statistics(pool: Pool, files: Mapping[str, Sequence[str]]) -> dict[str,
                     f"{who} has two files with the statistic '{file.kind}', {one.path} and {path}: name one of them"
                 )
     return by_kind
+
+
+def _require_start(file: StatisticsFile, recipe: Recipe) -> None:
+    """Looks whether a solution that started from a merge is of the one that the recipe names.
+
+    Raises:
+        MethodError: It is of another.
+    """
+    named, start = recipe.parameters.get("start"), file.settings.get("start")
+    if named and isinstance(start, Mapping) and Recipe(**start).identity != named:
+        raise MethodError(
+            f"{file.path} started from another merge than the recipe's `start` ({named}): name the file of that one"
+        )
 
 
 def subset_fingerprint(pool: Pool, members: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ from merging.io import storage
 from merging.optimization.distillation import DistillationResult, DistillationSettings, Distiller, GradientPart, train
 from merging.recipe import Recipe
 from merging.statistics import Partial, save_tensors
+from merging.tasks.task import Task
 from ray_tasks.cluster_errors import surfaced
 from ray_tasks.connect import describe_cluster
 from ray_tasks.evaluators.evaluator import Setup
@@ -56,6 +57,12 @@ class DistillationJob:
     def cache(self) -> str:
         """Where teachers' outputs are kept."""
         return self.path.rpartition("/")[0]
+
+
+def sources_to_distil(setup: Setup) -> tuple[list[Task], dict[str, str]]:
+    """What there is to distil on, and whose heads run on it: a task of no member's may have no train examples."""
+    tasks, owners = sources_with_logits(setup)
+    return [task for task in tasks if task.size("train")], owners
 
 
 def distil(
@@ -169,7 +176,7 @@ class _DistillationWorker:
         torch.set_num_threads(threads)
         # of arrays that Ray shares between processes: nothing here writes into them
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        tasks, owners = sources_with_logits(job.setup)
+        tasks, owners = sources_to_distil(job.setup)
         material = job.setup.material(resident=True)
         self._distiller = Distiller(material, tasks, owners, job.start, job.settings, best_device(), job.cache)
 

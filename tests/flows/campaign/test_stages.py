@@ -3,14 +3,29 @@
 import pytest
 import yaml
 
+from flows.campaign.open_campaign import open_campaign
 from flows.campaign.run import check
+from flows.campaign.stages import distillation
 from flows.config.campaign_file import load_campaign
 from flows.directory.progress import Display
 from merging.errors import SettingsError
+from ray_tasks.jobs.distillation import sources_to_distil
 
 EVALUATOR = "def score(model, checkpoint, split, limit):\n    return -3.0\n"
 CUSTOM = {"kind": "custom", "evaluator": "a_judge:score", "model_class": "AutoModelForSequenceClassification"}
 PLAIN = {"methods": ["average", "task_arithmetic"]}
+
+
+def test_a_task_of_no_member_s_without_train_examples_is_left_out_of_the_distillation(campaign_file, tiny_campaign):
+    given = tiny_campaign["tasks"]["two"]
+    other = {**given, "data": {"validation": given["data"]["validation"]}}
+    path = campaign_file(
+        tasks={**tiny_campaign["tasks"], "other": other}, task_heads={"other": "two"}, search=PLAIN, distil=None
+    )
+    opened = open_campaign(load_campaign(str(path)), Display())
+    assert distillation(opened) is not None
+    tasks, owners = sources_to_distil(opened.setup({}))
+    assert {task.name: owners[task.name] for task in tasks} == {"one": "one", "two": "two", "three": "three"}
 
 
 @pytest.fixture

@@ -101,3 +101,23 @@ def test_labels_are_those_of_the_base_where_its_head_has_them(tiny_pool, tmp_pat
 def test_a_file_that_cannot_be_right_is_refused(file, changes, message):
     with pytest.raises(SettingsError, match=message):
         load_train_file({**yaml.safe_load(file.read_text()), **changes}, str(file))
+
+
+def test_two_missing_members_of_one_task_would_be_the_same(file, tiny_pool, tmp_path):
+    settings = yaml.safe_load(file.read_text())
+    members = {name: {"checkpoint": f"members/{name}", "task": "alpha"} for name in ("first", "second")}
+    campaign = tmp_path / "twins.yaml"
+    campaign.write_text(
+        yaml.safe_dump(
+            {
+                "name": "twins",
+                "base": settings["base"],
+                "members": members,
+                "tasks": {"alpha": settings["tasks"]["alpha"]},
+            }
+        )
+    )
+    result = CliRunner().invoke(app, ["train", str(campaign), "--quiet"])
+    assert result.exit_code == 2
+    assert "members.second: it would be trained on the data of 'first', to the same weights" in result.output
+    assert not (tmp_path / "members").exists()

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from merging.checkpoints.pool import Pool
 from merging.errors import MethodError
 from merging.mergers.disk import merge_to_disk
-from merging.mergers.material import Material
+from merging.mergers.material import Material, open_statistics, subset_fingerprint
 from merging.mergers.resident import ResidentMerger, joined
 from merging.mergers.weight_groups import split
 from merging.methods import METHODS
@@ -193,3 +193,17 @@ def test_groups_trim_by_the_whole_model_also_where_histograms_are_coarse(save_ba
         for groups in GROUPS.values():  # the second ones cut the first ones' parts
             merger.merge(grouped(plain, groups))
             assert all(torch.equal(out[name], expected[name]) for name in out)
+
+
+def test_a_distilled_merge_is_not_taken_for_one_of_another_start(material, tmp_path):
+    starts = [Recipe("task_arithmetic", {"one": factor, "two": 0.5}, {"normalize": 0.0}) for factor in (0.3, 0.7)]
+    pool = material.pool
+    weights = {name: pool.base_weight(name).clone() for name in pool.weights}
+    settings = {"statistic": "distilled", "start": starts[0].as_dict()}
+    path = str(tmp_path / "distilled.safetensors")
+    checkpoint = subset_fingerprint(pool, ["one", "two"])
+    save_tensors(path, "distilled", settings, weights, Partial(), checkpoint=checkpoint, data="")
+    there = Material(pool, open_statistics(pool, {"one+two": [path]}))
+    there.check(Recipe("distilled", {"one": 1.0, "two": 1.0}, {"start": starts[0].identity}))
+    with pytest.raises(MethodError, match="started from another merge"):
+        there.check(Recipe("distilled", {"one": 1.0, "two": 1.0}, {"start": starts[1].identity}))
