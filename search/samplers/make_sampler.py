@@ -193,14 +193,18 @@ def _sampled(trial: FrozenTrial) -> Mark | None:
 def _quality_diversity(seed: int, arguments: dict[str, Any], number: int, selection: Selection) -> BaseSampler:
     """The sampler on a selection's members; equal q, and members that differ, where it has neither q nor S."""
     names = selection.names
-    inner = arguments.pop("sampler", "tpe")
+    inner, given = str(arguments.pop("sampler", "tpe")), arguments.pop("sampler_arguments", None)
+    if given is not None and not isinstance(given, Mapping):
+        raise SettingsError(
+            f"sampler '{QUALITY_DIVERSITY}': sampler_arguments = {given!r} is no mapping of names to values"
+        )
     if inner == QUALITY_DIVERSITY:
         raise SettingsError(f"sampler '{QUALITY_DIVERSITY}' needs another one for all but the subset, not itself")
     if is_foreign(inner):  # made anew for every trial it would forget, and be fetched, each time
         raise SettingsError(
             f"sampler '{QUALITY_DIVERSITY}' takes one of {', '.join(SAMPLERS)} beside it, not '{inner}'"
         )
-    wrapped = make_sampler(inner, seed, arguments.pop("sampler_arguments", None), number)
+    wrapped = make_sampler(inner, seed, given, number)
     similarity = np.eye(len(names)) if selection.similarity is None else selection.similarity
     try:
         return QualityDiversitySampler(

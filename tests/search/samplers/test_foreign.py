@@ -164,6 +164,16 @@ def test_beside_quality_diversity_it_is_refused_and_not_imported(campaign_file, 
         )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"), [("{sampler: 3}", "unknown sampler '3'"), ("{sampler_arguments: 3}", "= 3 is no mapping")]
+)
+def test_what_stands_beside_quality_diversity_is_looked_at(campaign_file, arguments, said):
+    with pytest.raises(SettingsError, match=said):
+        load_campaign(
+            str(campaign_file()), ["search.sampler=quality_diversity", f"search.sampler_arguments={arguments}"]
+        )
+
+
 def test_it_sees_all_trials_whatever_its_arguments_are_called():
     assert memories("my_samplers:Counting", {"n_startup_trials": [1]}) is None
 
