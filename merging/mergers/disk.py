@@ -255,9 +255,8 @@ class _Merger:
         out, stretches = self._room(part)
         for names, scaling in split(out, self._recipe) if out else ():
             weights = list(self._weights(part, names))
-            prepared = running_statistics.prepare(
-                self.method, weights, Context(self.material.examples, self._global_stats)
-            )
+            context = Context(self.material.examples, self._global_stats, self.pool.model_type)
+            prepared = running_statistics.prepare(self.method, weights, context)
             prepared.merge(scaling, self._recipe.parameters, out)
             with self._lock:
                 self.report = joined([self.report, prepared.report()])

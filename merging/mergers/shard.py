@@ -27,6 +27,10 @@ def needs_second_pass(method: str) -> bool:
     return method not in REFERENCES and type(METHODS[method]).second_pass is not Method.second_pass
 
 
+SECOND_PASSES = 2
+"""Rounds in which exact global statistics become complete: what a start is asked (`mats`), then what that asks besides."""
+
+
 @dataclass(frozen=True)
 class KeptPool(Pool):
     """A pool that reads a weight when it is first asked for, and keeps it."""
@@ -112,17 +116,23 @@ class PartMerger(ResidentMerger):
         ordered = [every[name] for name in self._material.pool.weights if name in every]
         self._global_stats[method] = reduce(METHODS[method].combine, ordered)
 
-    def second_pass(self, recipe: Recipe) -> Any:
-        """What this shard's weights add to the global statistics for a recipe; None for nothing."""
-        complete = self._material.check(recipe)
-        return self._second_pass(METHODS[recipe.method], self._global_stats[recipe.method], complete.parameters)
+    def second_pass(self, recipe: Recipe, more: Sequence[Any] = ()) -> Any:
+        """What this shard's weights add to the global statistics for a recipe; None for nothing.
+
+        Args:
+            recipe: The recipe.
+            more: What all shards have added in earlier rounds.
+        """
+        complete, method = self._material.check(recipe), METHODS[recipe.method]
+        known = reduce(method.combine, _given(more), self._global_stats[recipe.method])
+        return self._second_pass(method, known, complete.parameters)
 
     def merge_part(self, recipe: Recipe, more: Sequence[Any] = ()) -> dict[str, float]:
         """Overwrites this shard's weights with the recipe's.
 
         Args:
             recipe: What to merge.
-            more: What all shards' `second_pass` gave for it.
+            more: What all shards' `second_pass` gave for it, in all rounds.
 
         Returns:
             The method's figures on this part of the merge.
@@ -130,7 +140,7 @@ class PartMerger(ResidentMerger):
         Raises:
             MethodError: The recipe is wrong, or has no merge.
         """
-        answers = [answer for answer in more if answer is not None]
+        answers = _given(more)
         self._more = reduce(METHODS[recipe.method].combine, answers) if answers else None
         return self.merge(recipe)
 
@@ -139,6 +149,11 @@ class PartMerger(ResidentMerger):
 
     def _second_passes(self, method: Method, global_stats: Any, parameters: Mapping[str, Value]) -> Any:
         return global_stats if self._more is None else method.combine(global_stats, self._more)
+
+
+def _given(more: Sequence[Any]) -> list[Any]:
+    """Answers of second passes without those that add nothing."""
+    return [answer for answer in more if answer is not None]
 
 
 class ShardMerger(PartMerger):

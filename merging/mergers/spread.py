@@ -9,7 +9,7 @@ from torch import Tensor
 
 from merging.mergers.material import Material
 from merging.mergers.resident import joined
-from merging.mergers.shard import PartMerger, needs_global_pass, needs_second_pass
+from merging.mergers.shard import SECOND_PASSES, PartMerger, needs_global_pass, needs_second_pass
 from merging.recipe import Recipe, Value
 
 
@@ -42,7 +42,10 @@ class SpreadMerger:
                 part.settle(method, moved(every, part.device))
             self._settled.add(method)
         if needs_second_pass(method) and self._refined.get(method, (None, []))[0] != recipe.parameters:
-            self._refined[method] = recipe.parameters, [part.second_pass(recipe) for part in parts]
+            answers: list[Any] = []
+            for _ in range(SECOND_PASSES):
+                answers += [part.second_pass(recipe, moved(answers, part.device)) for part in parts]
+            self._refined[method] = recipe.parameters, answers
         _, more = self._refined.get(method, (None, []))
         return joined([part.merge_part(recipe, moved(more, part.device)) for part in parts])
 

@@ -13,7 +13,7 @@ from merging.checkpoints.layout import transposed_weights
 from merging.errors import StatisticsError
 from merging.io import addresses, hashing
 from merging.statistics.statistic import Partial
-from merging.statistics.statistics_file import StatisticsFile, expected_shape, problem_of, save_tensors
+from merging.statistics.statistics_file import IMPORTED, StatisticsFile, expected_shape, problem_of, save_tensors
 
 ImportedKind: TypeAlias = Literal["fisher", "gram", "output_gram"]
 PREFIXES = ("module.", "model.", "_orig_mod.")
@@ -81,7 +81,7 @@ def import_statistics(
         transposed=tuple(sorted(turned & imported.keys())),
         uncovered=tuple(sorted(_matrices(opened) - imported.keys())) if kind != "fisher" else (),
     )
-    settings = {"statistic": kind, "version": "imported", "from": addresses.base_name(source), "sums": sums}
+    settings = {"statistic": kind, "version": IMPORTED, "from": addresses.base_name(source), "sums": sums}
     data = f"imported:{hashing.file_fingerprint(source)}"
     return save_tensors(out, kind, settings, imported, about, checkpoint=opened.fingerprint, data=data)
 

@@ -19,6 +19,8 @@ from merging.statistics.statistic import Partial, Statistic
 
 FORMAT = "mergequest.statistics"
 VERSION = 1
+IMPORTED = "imported"
+"""In place of a statistic's own version, of what others computed."""
 SYMMETRY = 1e-4
 """Largest |G − Gᵀ| relative to the largest |G| that rounding explains."""
 
@@ -119,6 +121,11 @@ class StatisticsFile:
             StatisticsError: The file has nothing for that name.
         """
         return self._info(name).shape
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether others computed it, of which weights they liked."""
+        return self.settings.get("version") == IMPORTED
 
     def copy_here(self) -> None:
         """Copies a remote file to this machine, once for all its processes, if there is room; then `read` maps it."""

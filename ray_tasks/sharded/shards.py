@@ -18,7 +18,7 @@ from ray.util.placement_group import placement_group_table, remove_placement_gro
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from merging.mergers.material import Material
-from merging.mergers.shard import ShardMerger, needs_global_pass, needs_second_pass
+from merging.mergers.shard import SECOND_PASSES, ShardMerger, needs_global_pass, needs_second_pass
 from merging.mergers.shard_planning import ShardContent
 from merging.recipe import Recipe, Value
 from ray_tasks.cluster_errors import surfaced
@@ -116,11 +116,11 @@ class Shard:
         elif not self._merger.knows(method):
             self._merger.settle(method, [reply.value for reply in replies])
 
-    def second_pass(self, recipe: Recipe) -> ShardReply:
-        """What a recipe asks of this shard's weights beside the global statistics."""
-        if recipe.method in self._failed or not self._merger.knows(recipe.method):
+    def second_pass(self, recipe: Recipe, *more: ShardReply) -> ShardReply:
+        """What a recipe asks of this shard's weights beside the global statistics, and what all shards answered before."""
+        if recipe.method in self._failed or not self._merger.knows(recipe.method) or any(reply.error for reply in more):
             return ShardReply()  # the merge says why
-        return self._reply(lambda: self._merger.second_pass(recipe))
+        return self._reply(lambda: self._merger.second_pass(recipe, [answer.value for answer in more]))
 
     def merge(self, recipe: Recipe, address: Address | None, turn: int, *more: ShardReply) -> ShardResult:
         """This shard's part of a recipe's merge; written to the evaluator of an address, if there is one."""
@@ -231,7 +231,10 @@ class Shards:
                 actor.settle.remote(method, *replies)
             self._settled.add(method)
         if needs_second_pass(method) and self._refined_for.get(method, (None, []))[0] != recipe.parameters:
-            self._refined_for[method] = recipe.parameters, [actor.second_pass.remote(recipe) for actor in actors]
+            answers: list[Any] = []
+            for _ in range(SECOND_PASSES):
+                answers += [actor.second_pass.remote(recipe, *answers) for actor in actors]
+            self._refined_for[method] = recipe.parameters, answers
         _, more = self._refined_for.get(method, (None, []))
         address, turn = (None, 0) if receiver is None else (receiver.address, receiver.turn())
         return [actor.merge.remote(recipe, address, turn, *more) for actor in actors]

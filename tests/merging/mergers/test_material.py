@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from merging.checkpoints.pool import Pool
@@ -10,6 +11,7 @@ from merging.errors import MethodError
 from merging.mergers.disk import merge_to_disk
 from merging.mergers.material import Material, open_statistics, subset_fingerprint
 from merging.mergers.resident import ResidentMerger, joined
+from merging.mergers.spread import SpreadMerger
 from merging.mergers.weight_groups import split
 from merging.methods import METHODS
 from merging.recipe import Recipe, base_recipe, member_recipe
@@ -207,3 +209,38 @@ def test_a_distilled_merge_is_not_taken_for_one_of_another_start(material, tmp_p
     there.check(Recipe("distilled", {"one": 1.0, "two": 1.0}, {"start": starts[0].identity}))
     with pytest.raises(MethodError, match="started from another merge"):
         there.check(Recipe("distilled", {"one": 1.0, "two": 1.0}, {"start": starts[1].identity}))
+
+
+@pytest.mark.parametrize("start", ["regmean", "ties"])
+def test_a_start_is_the_same_on_disk_in_parts_and_in_memory(tmp_path, start):
+    """RegMean's defaults follow the model type; TIES asks matrices of so many entries for more than a histogram."""
+    config = transformers.T5Config(
+        vocab_size=20, d_model=64, d_kv=32, d_ff=512, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "base")
+    for who in ("one", "two"):
+        with torch.no_grad():
+            for value in model.parameters():
+                value += 0.1 * torch.randn_like(value)
+        model.save_pretrained(tmp_path / who)
+    pool = Pool.open(str(tmp_path / "base"), {who: str(tmp_path / who) for who in ("one", "two")})
+    about, files = Partial({}, {"examples": 8, "tokens": 8}), {}
+    for who in pool.members:
+        inputs = [name for name in pool.weights if name.endswith((".q.weight", ".wi.weight"))]
+        rows = {name: torch.randn(80, 64) @ torch.randn(64, 64) for name in inputs}
+        grams = {name: value.T @ value for name, value in rows.items()}
+        path = str(tmp_path / f"{who}.safetensors")
+        files[who] = save_tensors(path, "gram", {}, grams, about, checkpoint="", data="")
+    material = Material(pool, {"gram": files})
+    subspace = {"regmean": "gram", "ties": "identity"}[start]
+    recipe = Recipe("mats", {"one": 1.0, "two": 1.0}, {"start": start, "iterations": 0, "subspace": subspace})
+    out, parts = empty_out(pool), list(empty_out(pool).items())
+    ResidentMerger(material, out).merge(recipe)
+    merge_to_disk(material, recipe, str(tmp_path / "out"))
+    SpreadMerger(material, [dict(parts[::2]), dict(parts[1::2])]).merge(recipe)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    for name, value in parts:
+        assert torch.equal(value, out[name]), name
+        torch.testing.assert_close(written[name], out[name], rtol=1e-5, atol=1e-7)

@@ -4,7 +4,7 @@ from safetensors.torch import save_file
 
 from merging.checkpoints.checkpoint import Checkpoint
 from merging.checkpoints.pool import Pool
-from merging.errors import CheckpointError, StatisticsError
+from merging.errors import CheckpointError, MethodError, StatisticsError
 from merging.mergers.material import Material, open_statistics
 from merging.mergers.resident import ResidentMerger
 from merging.methods import METHODS
@@ -61,6 +61,23 @@ def test_published_grams_merge_as_our_own(form, grams, tiny_material, tiny_pool,
     ours, theirs = merged(pool, own), merged(pool, files)
     for name, value in ours.items():
         torch.testing.assert_close(theirs[name], value, atol=1e-6, rtol=1e-5)
+
+
+def test_a_layer_that_was_not_published_is_no_expert_without_tokens(grams, tiny_material, tiny_pool, tmp_path):
+    pool = Pool.open(str(tiny_pool["base"]), {name: str(tiny_pool[name]) for name in TINY})
+    files = {member: (tiny_material.material.statistics["gram"][member].path,) for member in TINY}
+    left_out = next(name for name in grams["one"] if name.endswith("intermediate.dense.weight"))
+    save_file(
+        {name: value.clone() for name, value in grams["one"].items() if name != left_out}, tmp_path / "g.safetensors"
+    )
+    out = str(tmp_path / "one.gram.safetensors")
+    files["one"] = (
+        import_statistics(str(tmp_path / "g.safetensors"), "gram", str(tiny_pool["one"]), out, tokens=10).path,
+    )
+    with pytest.raises(
+        MethodError, match=rf"one: no gram for '{left_out.removeprefix('bert.')}', which other members have"
+    ):
+        merged(pool, files)
 
 
 def test_fishers(tiny_material, tiny_pool, tmp_path):
