@@ -174,8 +174,6 @@ class _DistillationWorker:
 
     def __init__(self, job: DistillationJob, threads: int) -> None:
         torch.set_num_threads(threads)
-        # of arrays that Ray shares between processes: nothing here writes into them
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         tasks, owners = sources_to_distil(job.setup)
         material = job.setup.material(resident=True)
         self._distiller = Distiller(material, tasks, owners, job.start, job.settings, best_device(), job.cache)
@@ -221,4 +219,7 @@ def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, npt.NDArray[Any]]:
 
 
 def _tensors(arrays: Arrays) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(np.asarray(value)) for name, value in arrays.items()}
+    """Arrays as tensors without a copy; what Ray shares between processes is read only, and nothing here writes into it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return {name: torch.from_numpy(np.asarray(value)) for name, value in arrays.items()}
