@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -174,9 +175,15 @@ class _DistillationWorker:
 
     def __init__(self, job: DistillationJob, threads: int) -> None:
         torch.set_num_threads(threads)
+        self._job = job
+
+    @cached_property
+    def _distiller(self) -> Distiller:
+        """Made by the first call: an error of a call keeps its type, one of an actor's making does not."""
+        job = self._job
         tasks, owners = sources_to_distil(job.setup)
         material = job.setup.material(resident=True)
-        self._distiller = Distiller(material, tasks, owners, job.start, job.settings, best_device(), job.cache)
+        return Distiller(material, tasks, owners, job.start, job.settings, best_device(), job.cache)
 
     def about(self) -> tuple[int, tuple[int, int], int]:
         """Steps, examples of a step and held out, number of teachers."""

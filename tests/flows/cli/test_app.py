@@ -427,7 +427,12 @@ def test_killed_and_resumed_equals_unbroken(campaign_file, tmp_path):
 
 @pytest.mark.slow
 def test_an_interruption_leaves_a_campaign_that_resumes(campaign_file, tmp_path):
-    search = {"candidates": 5000, "sampler": "random", "methods": ["average", "ties"]}  # more than it will measure
+    search = {
+        "candidates": 5000,
+        "sampler": "random",
+        "methods": ["average", "ties"],
+        "patience": None,
+    }  # more than it will do
     settings = {"selection": {"mode": "all"}, "test": {"top": 1}, "resources": {"evaluators": 1}}
     file = str(campaign_file(search=search, **settings))
     process = start("run", file, "--out", str(tmp_path / "out"))
