@@ -189,7 +189,7 @@ def test_a_package_of_optunahub_s(tmp_path, run, monkeypatch):
     with pytest.raises(SettingsError, match="the package has no 'Nothing'"):
         sampler_of_trials(f"optunahub:{package}:Nothing", 1)
     (package / "__init__.py").write_text(MINE)
-    with pytest.raises(SettingsError, match=r"has Counting, Broken of that kind: name one, .*:CLASS"):
+    with pytest.raises(SettingsError, match=r"has Counting, Broken, Noting, Moody of that kind: name one, .*:CLASS"):
         sampler_of_trials(f"optunahub:{package}", 1)
     import optunahub
 
