@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from flows.config.yaml_file import Settings
-from merging.optimization.distillation import DistillationSettings
+from merging.optimization.distillation_settings import DistillationSettings
 from merging.propagation import PropagationSettings
 from merging.statistics import (
     LikelihoodSettings,

@@ -17,14 +17,13 @@ from merging.checkpoints.checkpoint import CONFIG, Checkpoint
 from merging.errors import TaskError
 from merging.evaluation.live_models import best_device
 from merging.io import addresses, atomic, documents, hashing, storage
+from merging.optimization.schedule import bucketed, rate
 from merging.tasks import TASKS, AnyTaskSettings, Batch, CausalLM, Task, make_task
 from merging.tasks.head import IMAGE_PROCESSOR, load_image_processor, load_tokenizer, local_directory, quiet
 from merging.tasks.likelihood import losses
+from merging.tasks.task import IGNORED
 
 RECORD = "training.json"
-IGNORED = -100
-BUCKET = 16
-"""Batches whose examples are sorted by length together: enough to save padding, few enough to stay random."""
 
 Progress = Callable[[int, int, float], None]
 """Called after every step with steps done, steps in all, and the step's loss."""
@@ -371,26 +370,6 @@ def _stacked(parts: Sequence[Tensor], padding: int, left: bool) -> Tensor:
     )
 
 
-def bucketed(lengths: np.ndarray, batch_size: int, generator: np.random.Generator) -> list[np.ndarray]:
-    """Every example once, in random batches of similar length.
-
-    Args:
-        lengths: Tokens of each example [N].
-        batch_size: Examples a batch; the last may have fewer.
-        generator: Of the order.
-
-    Returns:
-        Positions of each batch's examples.
-    """
-    order = generator.permutation(len(lengths))
-    batches: list[np.ndarray] = []
-    for start in range(0, len(order), batch_size * BUCKET):
-        bucket = order[start : start + batch_size * BUCKET]
-        bucket = bucket[np.argsort(lengths[bucket], kind="stable")]
-        batches += [bucket[i : i + batch_size] for i in range(0, len(bucket), batch_size)]
-    return [batches[i] for i in generator.permutation(len(batches))]
-
-
 def _optimizer(models: Sequence[Any], settings: TrainingSettings) -> torch.optim.Optimizer:
     """AdamW with heads faster than the backbone, and no decay on biases and LayerNorm; shared parameters count once."""
     groups, seen = [], set[int]()
@@ -408,9 +387,3 @@ def _optimizer(models: Sequence[Any], settings: TrainingSettings) -> torch.optim
                     }
                 )
     return torch.optim.AdamW(groups, fused=True)
-
-
-def rate(step: int, steps: int, warm_up: float) -> float:
-    """The share of the peak rate at a step: linear up, then linear down to 0."""
-    rising = max(1, round(steps * warm_up))
-    return min((step + 1) / rising, (steps - step) / max(1, steps - rising))

@@ -8,8 +8,9 @@ from torch import nn
 from merging.errors import TaskError
 from merging.mergers.material import Material
 from merging.mergers.resident import ResidentMerger
-from merging.optimization.fine_tuning import TrainingSettings, rate
+from merging.optimization.fine_tuning import TrainingSettings
 from merging.optimization.losses import Endless, GradientModels
+from merging.optimization.schedule import rate
 from merging.recipe import Recipe
 from merging.tasks.task import Task
 

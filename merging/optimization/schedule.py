@@ -12,7 +12,7 @@ from merging.tasks.task import Task
 Places: TypeAlias = npt.NDArray[np.int64]
 """Places of examples in their split's fixed order [N]."""
 WINDOW = 16
-"""Steps whose examples are sorted by length together: enough to save padding, few enough to stay random."""
+"""Steps, or batches, whose examples are sorted by length together: enough to save padding, few enough to stay random."""
 CHUNK = 256
 
 
@@ -79,6 +79,26 @@ def lengths_of(task: Task, places: Places) -> Places:
         if mask is not None:
             lengths[first : first + CHUNK] = mask.sum(1).numpy()
     return lengths
+
+
+def bucketed(lengths: Places, batch_size: int, generator: np.random.Generator) -> list[Places]:
+    """Every example once, in random batches of similar length.
+
+    Args:
+        lengths: Tokens of each example [N].
+        batch_size: Examples a batch; the last may have fewer.
+        generator: Of the order.
+
+    Returns:
+        Positions of each batch's examples.
+    """
+    order = generator.permutation(len(lengths))
+    batches: list[Places] = []
+    for start in range(0, len(order), batch_size * WINDOW):
+        bucket = order[start : start + batch_size * WINDOW]
+        bucket = bucket[np.argsort(lengths[bucket], kind="stable")]
+        batches += [bucket[i : i + batch_size] for i in range(0, len(bucket), batch_size)]
+    return [batches[i] for i in generator.permutation(len(batches))]
 
 
 def rate(step: int, steps: int, warm_up: float) -> float:

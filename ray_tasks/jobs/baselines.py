@@ -1,6 +1,6 @@
 """Models that no recipe gives, measured as tasks of the cluster: ensembles, and checkpoints that were trained on all data."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +13,9 @@ from merging.recipe import Recipe
 from merging.tasks.predictions import Predictions
 from merging.tasks.task import Score, Split
 from ray_tasks.evaluators.evaluator import Setup
+from ray_tasks.jobs.parallel import Report
 from ray_tasks.jobs.statistics import BoundTask
 
-Report = Callable[[float], None]
 Measured = dict[str, tuple[Score, npt.NDArray[np.float32] | None]]
 """Task → its score, and the value of every example where the kind of task gives any."""
 

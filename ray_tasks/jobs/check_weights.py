@@ -10,7 +10,7 @@ from merging.checkpoints.validation import Finding
 from merging.checkpoints.vocabulary import Vocabulary
 from merging.io import fact_cache
 from ray_tasks.connect import alive_nodes
-from ray_tasks.jobs.parallel import each
+from ray_tasks.jobs.parallel import Report, each
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def examine(
 
 
 def _examine(
-    files: PoolPaths, members: Sequence[str], names: Sequence[str], report: Callable[[float], None]
+    files: PoolPaths, members: Sequence[str], names: Sequence[str], report: Report
 ) -> tuple[dict[str, Finding], dict[str, str]]:
     """Findings, and facts for the driver; nothing but the pool's common weights is compared."""
     whole = Pool.open(files.base, files.members, files.heads, files.vocabulary)

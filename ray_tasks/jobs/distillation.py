@@ -12,17 +12,18 @@ import ray
 import torch
 from torch import Tensor
 
-from merging.errors import ClusterError
 from merging.evaluation.live_models import best_device
 from merging.io import storage
-from merging.optimization.distillation import DistillationResult, DistillationSettings, Distiller, GradientPart, train
+from merging.optimization.distillation import DistillationResult, train
+from merging.optimization.distillation_settings import DistillationSettings
+from merging.optimization.distiller import Distiller, GradientPart
 from merging.recipe import Recipe
 from merging.statistics import Partial, save_tensors
 from merging.tasks.task import Task
 from ray_tasks.cluster_errors import surfaced
-from ray_tasks.connect import describe_cluster
 from ray_tasks.evaluators.evaluator import Setup
 from ray_tasks.jobs.gradients import sources_with_logits
+from ray_tasks.jobs.lockstep import in_lockstep
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -90,16 +91,21 @@ def distil(
         MergequestError: A task is unusable, or the loss is no number.
         ClusterError: Actors were lost more than `retries` times.
     """
-    count = max(1, min(workers or describe_cluster().places(threads, gpus), job.settings.parts))
-    for attempt in range(retries + 1):
-        try:
-            result = _attempt(job, count, threads, gpus, progress)
-            break
-        except ClusterError:
-            if attempt == retries:
-                raise
-    else:
-        raise ClusterError("the distillation was never begun: `retries` is negative")
+
+    def work(actors: Sequence[Any]) -> DistillationResult:
+        with surfaced("distilling"):
+            together = _Actors(actors, job.settings.parts, *ray.get(actors[0].about.remote()))
+            return train(together, job.settings, job.path, progress, resume=job.resume)
+
+    result = in_lockstep(
+        _DistillationWorker,
+        lambda room: [(job, threads)] * max(1, min(workers or room, job.settings.parts)),
+        work,
+        what="the distillation",
+        threads=threads,
+        gpus=gpus,
+        retries=retries,
+    )
     about = {
         **job.key,
         "steps": result.steps,
@@ -111,20 +117,6 @@ def distil(
     if storage.exists(job.resume):
         storage.remove(job.resume)
     return result
-
-
-def _attempt(
-    job: DistillationJob, count: int, threads: int, gpus: float, progress: Callable[[float], None]
-) -> DistillationResult:
-    kind: Any = ray.remote(num_cpus=threads, num_gpus=gpus)(_DistillationWorker)
-    actors = [kind.remote(job, threads) for _ in range(count)]
-    try:
-        with surfaced("distilling"):
-            workers = _Actors(actors, job.settings.parts, *ray.get(actors[0].about.remote()))
-            return train(workers, job.settings, job.path, progress, resume=job.resume)
-    finally:
-        for actor in actors:
-            ray.kill(actor)
 
 
 class _Actors:
@@ -188,7 +180,7 @@ class _DistillationWorker:
     def about(self) -> tuple[int, tuple[int, int], int]:
         """Steps, examples of a step and held out, number of teachers."""
         made = self._distiller
-        return made.steps, (made.settings.batch, sum(map(len, made.held_out))), made.teachers
+        return made.steps, made.sizes, made.teachers
 
     def run_teacher(self, number: int) -> None:
         """See `Distiller.run_teacher`."""

@@ -14,9 +14,8 @@ from merging.recipe import Recipe
 from merging.tasks import make_task
 from merging.tasks.task import Task
 from ray_tasks.evaluators.evaluator import Setup
+from ray_tasks.jobs.parallel import Report
 from ray_tasks.jobs.statistics import BoundTask
-
-Report = Callable[[float], None]
 
 
 def descend(setup: Setup, start: Recipe, settings: descent.DescentSettings, report: Report) -> list[descent.Waypoint]:

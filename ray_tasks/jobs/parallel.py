@@ -13,6 +13,7 @@ from ray_tasks.connect import describe_cluster, gpus_each
 
 POLL_SECONDS = 1.0
 Report = Callable[[float], None]
+"""Told the share of a call's work that is done."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import torch
 
 from merging.checkpoints.pool import Pool
 from merging.checkpoints.vocabulary import Vocabulary
-from merging.errors import ClusterError
 from merging.evaluation.live_models import best_device
 from merging.propagation import Fit, PropagationSettings
 from merging.propagation.equations import Equations, LeastSquaresUpdate
@@ -19,7 +18,7 @@ from merging.propagation.member import PassPlan
 from merging.propagation.member_group import MemberGroup
 from merging.statistics import Partial, save_tensors
 from ray_tasks.cluster_errors import surfaced
-from ray_tasks.connect import describe_cluster
+from ray_tasks.jobs.lockstep import in_lockstep
 from ray_tasks.jobs.statistics import BoundTask
 
 
@@ -83,37 +82,31 @@ def solve(
         MergequestError: A task, a member or an activation is unusable.
         ClusterError: Actors were lost more than `retries` times.
     """
-    for attempt in range(retries + 1):
-        try:
-            return _attempt(job, processes or describe_cluster().places(threads, gpus), threads, gpus, progress)
-        except ClusterError:
-            if attempt == retries:
-                raise
-    raise ClusterError("the propagated solution was never begun: `retries` is negative")
+    return in_lockstep(
+        _MemberGroupActor,
+        lambda room: [(job, members, threads) for members in _parted(sorted(job.members), processes or room)],
+        lambda actors: _solve(actors, progress),
+        what="the propagated solution",
+        threads=threads,
+        gpus=gpus,
+        retries=retries,
+    )
 
 
-def _attempt(
-    job: PropagationJob, processes: int, threads: int, gpus: float, progress: Callable[[float], None]
-) -> tuple[Fit, ...]:
-    kind: Any = ray.remote(num_cpus=threads, num_gpus=gpus)(_MemberGroupActor)
-    actors = [kind.remote(job, members, threads) for members in _parted(sorted(job.members), processes)]
-    try:
-        with surfaced("computing the propagated solution"):
-            plans = [plan for part in ray.get([actor.plans.remote() for actor in actors]) for plan in part]
-            groups = shared_inputs(plans)
-            ray.get([actor.begin.remote(groups, plans) for actor in actors])
-            fits: list[Fit] = []
-            for group in groups:
-                sums = [actor.equations.remote(group) for actor in actors]
-                solution, fit = actors[0].solve.options(num_returns=2).remote(group, *sums)
-                applied = [actor.apply.remote(group, solution) for actor in actors]
-                fits.append(ray.get([fit, *applied])[0])
-                progress(len(fits) / len(groups))
-            ray.get(actors[0].save.remote(fits))
-            return tuple(fits)
-    finally:
-        for actor in actors:
-            ray.kill(actor)
+def _solve(actors: Sequence[Any], progress: Callable[[float], None]) -> tuple[Fit, ...]:
+    with surfaced("computing the propagated solution"):
+        plans = [plan for part in ray.get([actor.plans.remote() for actor in actors]) for plan in part]
+        groups = shared_inputs(plans)
+        ray.get([actor.begin.remote(groups, plans) for actor in actors])
+        fits: list[Fit] = []
+        for group in groups:
+            sums = [actor.equations.remote(group) for actor in actors]
+            solution, fit = actors[0].solve.options(num_returns=2).remote(group, *sums)
+            applied = [actor.apply.remote(group, solution) for actor in actors]
+            fits.append(ray.get([fit, *applied])[0])
+            progress(len(fits) / len(groups))
+        ray.get(actors[0].save.remote(fits))
+        return tuple(fits)
 
 
 def _parted(members: Sequence[str], parts: int) -> list[list[str]]:

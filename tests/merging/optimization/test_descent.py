@@ -5,7 +5,8 @@ from merging.errors import MethodError
 from merging.evaluation.live_models import LiveModels
 from merging.mergers.resident import ResidentMerger
 from merging.optimization.descent import DescentSettings, descend
-from merging.optimization.distillation import DistillationSettings, distil
+from merging.optimization.distillation import distil
+from merging.optimization.distillation_settings import DistillationSettings
 from merging.optimization.losses import Endless, GradientModels
 from merging.recipe import Recipe
 

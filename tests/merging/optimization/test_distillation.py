@@ -1,19 +1,17 @@
-import numpy as np
 import pytest
 import torch
 
 from merging.errors import TaskError
 from merging.mergers.resident import ResidentMerger
-from merging.optimization import distillation
-from merging.optimization.distillation import DistillationSettings, Distiller, OneWorker, distil, train
+from merging.optimization.distillation import OneWorker, distil, train
+from merging.optimization.distillation_settings import DistillationSettings
+from merging.optimization.distiller import Distiller
 from merging.optimization.losses import SharedModels
-from merging.optimization.schedule import Schedule, parted
 from merging.recipe import Recipe
 
 MEMBERS = ("one", "three", "two")
 CPU = torch.device("cpu")
 START = Recipe("task_arithmetic", dict.fromkeys(MEMBERS, 0.3))
-FAR = Recipe("task_arithmetic", dict.fromkeys(MEMBERS, 5.0))
 BRIEF = DistillationSettings(steps=6, batch=9, learning_rate=1e-3, evaluations=3, held_out=0.2)
 
 
@@ -27,58 +25,6 @@ def same(one, other):
 
 def near(one, other, tolerance=1e-5):
     return all((one.weights[name] - other.weights[name]).abs().max() < tolerance for name in one.weights)
-
-
-def reference_gradient(tiny, distiller, step, settings):
-    """By autograd in float64, example by example, over the whole step at once."""
-    models = SharedModels(tiny.material.pool, tiny.tasks, tiny.owners, CPU)
-    ResidentMerger(tiny.material, models.weights).merge(tiny.material.check(FAR))
-    counts = [len(places) for places in distiller.schedule._places]
-    factors = np.array([settings.weights.get(tiny.owners[task.name], 1.0) for task in tiny.tasks])
-    units = distiller.schedule.step(step)
-    total = torch.zeros((), dtype=torch.float64)
-    for task, model, places, count, factor in zip(tiny.tasks, models.models, units, counts, factors, strict=True):
-        temperature = settings.temperatures.get(tiny.owners[task.name], settings.temperature)
-        teacher, model = task.load_model().double(), model.double().requires_grad_(True)
-        share = factor / factors.sum() * sum(counts) / count / sum(len(places) for places in units)
-        for place in places:
-            batch = task.batch("train", np.array([place]))
-            own, other = (task.logits(one, batch)[0] / temperature for one in (model, teacher))
-            p, log_q = other.detach().softmax(0), own.log_softmax(0)
-            total = total + share * temperature**2 * (p * (p.log() - log_q)).sum()
-            if settings.hidden:
-                h, t = (task.representation(one, batch)[0] for one in (model, teacher))
-                total = total + share * settings.hidden * (h - t).square().sum() / t.square().sum().detach()
-    total.backward()
-    found = {}
-    for task, model in zip(tiny.tasks, models.models, strict=True):
-        names = tiny.material.pool.members[tiny.owners[task.name]].names
-        parameters = dict(model.named_parameters())
-        for name in tiny.material.pool.weights:
-            gradient = parameters[names[name]].grad
-            if gradient is not None:
-                found[name] = found.get(name, 0) + gradient
-    return float(total.detach()), found
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"temperature": 2.0, "temperatures": {"two": 0.5}, "weights": {"one": 3.0}},
-        {"hidden": 0.7, "at_once": 2, "parts": 3},
-    ],
-)
-def test_the_loss_and_its_gradient_are_those_of_single_examples_in_float64(tiny_material, tmp_path, changes):
-    settings = BRIEF.model_copy(update=changes)
-    tiny = tiny_material
-    distiller = Distiller(tiny.material, tiny.tasks, tiny.owners, FAR, settings, CPU, str(tmp_path))
-    wanted, gradients = reference_gradient(tiny, distiller, 1, settings)
-    parts = [distiller.gradient(1, part) for part in range(settings.parts)]
-    assert sum(part.loss for part in parts) == pytest.approx(wanted, rel=5e-3)
-    for name, gradient in gradients.items():
-        found = sum(part.gradients[name].double() for part in parts if name in part.gradients)
-        torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()) + 1e-9)
 
 
 class KilledError(Exception):
@@ -206,31 +152,6 @@ def test_all_weights_zero_or_too_few_examples_are_refused(tiny_material, tmp_pat
         distil(tiny_material.material, [Single(tiny_material.tasks[0])], tiny_material.owners, START, BRIEF, CPU)
 
 
-@pytest.mark.parametrize("batch", [1, 5, 12, 64])
-def test_every_pass_has_every_example_once(batch):
-    places = [np.arange(3, 40), np.arange(0, 11), np.array([5])]
-    lengths = [np.arange(len(own)) % 7 for own in places]
-    schedule = Schedule(places, lengths, batch, 3)
-    count = schedule.steps_a_pass
-    for number in range(3):
-        steps = [schedule.step(number * count + at) for at in range(count)]
-        for task, own in enumerate(places):
-            seen = np.concatenate([step[task] for step in steps])
-            assert sorted(seen.tolist()) == own.tolist()
-        sizes = [sum(map(len, step)) for step in steps]
-        assert max(sizes) <= batch + 3
-    first, second = (np.concatenate([schedule.step(n * count + at)[0] for at in range(count)]) for n in (0, 1))
-    assert batch == 64 or first.tolist() != second.tolist()
-
-
-def test_parts_are_neighbours_and_nearly_equal():
-    units = [np.arange(5), np.arange(0), np.arange(4)]
-    cut = [list(parted(units, part, 4)) for part in range(4)]
-    assert sorted(sum(len(places) for _, places in part) for part in cut) == [2, 2, 2, 3]
-    joined = [(number, place) for part in cut for number, places in part for place in places]
-    assert joined == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (2, 0), (2, 1), (2, 2), (2, 3)]
-
-
 def test_without_held_out_examples_it_goes_to_the_end(tiny_material, tmp_path):
     found = run(tiny_material, replace_settings(held_out=0.0), cache=str(tmp_path))
     assert found.looks == ()
@@ -239,10 +160,3 @@ def test_without_held_out_examples_it_goes_to_the_end(tiny_material, tmp_path):
 
 def replace_settings(**changes):
     return BRIEF.model_copy(update=changes)
-
-
-def test_steps_follow_the_inputs_where_none_are_named(tiny_material, tmp_path):
-    tiny = tiny_material
-    settings = DistillationSettings(batch=8)
-    made = Distiller(tiny.material, tiny.tasks, tiny.owners, START, settings, CPU, str(tmp_path))
-    assert made.steps == distillation.PASSES * made.schedule.steps_a_pass == 10 * round(66 / 8)

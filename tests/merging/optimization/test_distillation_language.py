@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from merging.checkpoints.pool import Pool
 from merging.mergers.material import Material
 from merging.mergers.resident import ResidentMerger
-from merging.optimization.distillation import DistillationSettings, Distiller, distil
+from merging.optimization.distillation import distil
+from merging.optimization.distillation_settings import DistillationSettings
+from merging.optimization.distiller import Distiller
 from merging.optimization.losses import SharedModels
 from merging.recipe import Recipe
 from merging.tasks import CausalLMSettings, make_task

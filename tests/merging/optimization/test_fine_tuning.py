@@ -19,7 +19,6 @@ from merging.errors import CheckpointError, TaskError
 from merging.optimization.fine_tuning import (
     Lesson,
     TrainingSettings,
-    bucketed,
     joined,
     train_member,
     train_together,
@@ -153,18 +152,6 @@ def test_joined_batches_give_the_logits_of_single_examples(kind, tiny_pool, toke
             judged = batch.labels[row] >= 0
             assert batch.labels[row][judged].equal(wanted)
             assert torch.allclose(together[row][judged], alone[example.labels >= 0], atol=1e-5)
-
-
-def test_bucketed_takes_each_example_once_and_saves_padding():
-    generator = np.random.default_rng(0)
-    lengths = generator.integers(1, 60, size=1000)
-    batches = bucketed(lengths, 16, generator)
-    assert sorted(np.concatenate(batches)) == list(range(1000))
-    assert max(len(batch) for batch in batches) == 16
-    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
-    assert padded < 1.15 * lengths.sum()
-    firsts = [lengths[batch].mean() for batch in batches]
-    assert firsts != sorted(firsts)
 
 
 def test_tasks_of_one_head_are_trained_as_one_set(tiny_pool, train, tmp_path):

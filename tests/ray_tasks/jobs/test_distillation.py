@@ -6,7 +6,7 @@ import torch
 from merging.errors import TaskError
 from merging.evaluation.live_models import best_device
 from merging.optimization import distillation
-from merging.optimization.distillation import DistillationSettings
+from merging.optimization.distillation_settings import DistillationSettings
 from merging.recipe import Recipe
 from merging.statistics import StatisticsFile
 from merging.tasks import TextClassificationSettings
