@@ -1,0 +1,1 @@
+"""The commands' options and help texts, by what they are about; `flows.cli.app` has their names and order."""
