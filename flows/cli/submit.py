@@ -163,7 +163,7 @@ def modules_of(campaign: Campaign) -> tuple[Path, ...]:
         SettingsError: That directory is missing, or holds what would hide the program's packages.
     """
     place = worker_environment(campaign, resolve=False).working_dir
-    found = dict.fromkeys(sorted(Path(place).iterdir())) if place is not None else {}
+    modules = dict.fromkeys(sorted(Path(place).iterdir())) if place is not None else {}
     todo = [task.evaluator.partition(":")[0] for task in campaign.tasks.values() if task.kind == "custom"]
     if is_foreign(campaign.search.sampler):
         todo.append(campaign.search.sampler.partition(":")[0])
@@ -171,12 +171,12 @@ def modules_of(campaign: Campaign) -> tuple[Path, ...]:
         name = todo.pop().partition(".")[0]
         # an installed module of that name comes first, on the cluster as here
         source = next((path for path in (Path(f"{name}.py"), Path(name)) if path.exists()), None)
-        if source is None or source.absolute() in found or name in PACKAGES or _is_installed(name):
+        if source is None or source.absolute() in modules or name in PACKAGES or _is_installed(name):
             continue
-        found[source.absolute()] = None
+        modules[source.absolute()] = None
         files = [source] if source.is_file() else sorted(source.rglob("*.py"))
         todo += [imported for file in files for imported in _imports(file)]
-    return tuple(found)
+    return tuple(modules)
 
 
 def _is_installed(name: str) -> bool:

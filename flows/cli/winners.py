@@ -73,10 +73,12 @@ def find_candidate(path: str, candidate: str | None) -> Row:
     directory = Directory(addresses.absolute(path))
     rows = Ledger(directory.ledger, directory.campaign().name).rows()
     ranked = best(rows, len(rows))
-    found = [row for row in ranked if (row.candidate.startswith(candidate) if candidate else row.method != "distilled")]
-    if not found:
+    chosen = [
+        row for row in ranked if (row.candidate.startswith(candidate) if candidate else row.method != "distilled")
+    ]
+    if not chosen:
         wanted = f"no candidate '{candidate}'" if candidate else "no merge"
         raise SettingsError(f"{path} has {wanted} that was measured on all of validation: see its ledger or report")
-    if candidate and len({row.candidate for row in found}) > 1:
-        raise SettingsError(f"{path}: '{candidate}' begins the names of {len(found)} candidates: give more of it")
-    return found[0]
+    if candidate and len({row.candidate for row in chosen}) > 1:
+        raise SettingsError(f"{path}: '{candidate}' begins the names of {len(chosen)} candidates: give more of it")
+    return chosen[0]

@@ -161,15 +161,15 @@ class Campaign(Settings):
         """Methods and pruning where the file names none."""
         if not isinstance(value, dict) or not isinstance(search := value.get("search") or {}, dict):
             return value
-        found = dict(search)
-        if "methods" not in found and (methods := _default_methods(value)) is not None:
-            found["methods"] = methods
-        if found.get("pruning") is None:
-            several = isinstance(found.get("objective"), list | tuple) and len(found["objective"]) > 1
+        settings = dict(search)
+        if "methods" not in settings and (methods := _default_methods(value)) is not None:
+            settings["methods"] = methods
+        if settings.get("pruning") is None:
+            several = isinstance(settings.get("objective"), list | tuple) and len(settings["objective"]) > 1
             stepwise = any(_kind(task).has_predictions for task in _entries(value, "tasks").values())
-            fits = found.get("sampler", "tpe") in PRUNED_SAMPLERS and found.get("anchor_examples") is None
-            found["pruning"] = "wilcoxon" if fits and stepwise and not several else "none"
-        return value | {"search": found}
+            fits = settings.get("sampler", "tpe") in PRUNED_SAMPLERS and settings.get("anchor_examples") is None
+            settings["pruning"] = "wilcoxon" if fits and stepwise and not several else "none"
+        return value | {"search": settings}
 
     @model_validator(mode="after")
     def _names_agree(self) -> "Campaign":
@@ -351,9 +351,9 @@ class Campaign(Settings):
 
 def _entries(value: dict[str, Any], key: str) -> dict[str, Any]:
     """A section's entries that are themselves sections, of a file that is not checked yet."""
-    found = value.get(key)
-    given = found.items() if isinstance(found, dict) else ()
-    return {name: entry for name, entry in given if isinstance(entry, dict | BaseModel)}
+    section = value.get(key)
+    entries = section.items() if isinstance(section, dict) else ()
+    return {name: entry for name, entry in entries if isinstance(entry, dict | BaseModel)}
 
 
 def _setting(entry: Any, name: str, default: Any = None) -> Any:

@@ -28,7 +28,7 @@ def requirements(wheel: Path) -> list[str]:
         name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         lines = archive.read(name).decode().splitlines()
     wanted = [line.partition(":")[2].strip() for line in lines if line.startswith("Requires-Dist:")]
-    return [found for found in wanted if "extra ==" not in found and not LEFT_OUT.match(found)]
+    return [line for line in wanted if "extra ==" not in line and not LEFT_OUT.match(line)]
 
 
 def main() -> None:

@@ -183,14 +183,11 @@ def make_anchors(references: Sequence[Trace], count: int, seed: int) -> Anchors:
 
 
 class Traces:
-    """A planner that measures everything at once, and keeps the traces.
-
-    Args:
-        found: Candidate → its trace.
-    """
+    """A planner that measures everything at once, and keeps the traces."""
 
     def __init__(self) -> None:
         self.by_recipe: dict[str, Trace] = {}
+        """Identity of a recipe → its trace."""
 
     def plan(self, candidate: Candidate) -> EvaluationPlan | None:
         """See `Planner.plan`."""

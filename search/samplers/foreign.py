@@ -152,9 +152,9 @@ def _on_hub(name: str) -> Any:
         raise SettingsError(f"sampler '{name}': OptunaHub is not installed: pip install 'mergequest[optunahub]'")
     import optunahub
 
-    found = _ON_HUB.fullmatch(name)
-    assert found is not None
-    package, ref, attribute = found["package"], found["ref"], found["attribute"]
+    parts = _ON_HUB.fullmatch(name)
+    assert parts is not None
+    package, ref, attribute = parts["package"], parts["ref"], parts["attribute"]
     try:
         if Path(package).is_dir():
             place = Path(package).resolve()
