@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -167,10 +167,7 @@ def _slices(value: Mapping[str, Any], base: Model | None, diagnostics: Diagnosti
         diagnostics.problem("slices", "expected a list")
         return ()
     slices = []
-    for number, part in enumerate(parts):
-        where = f"slices.{number}"
-        if not is_mapping(part, where, SLICE_KEYS, diagnostics):
-            continue
+    for where, part in _mappings(parts, "slices", SLICE_KEYS, diagnostics):
         if part.get("residual_weight") is not None:
             diagnostics.problem(f"{where}.residual_weight", "mergekit itself has no use for it: leave it out")
         own = part.get("base_model")
@@ -195,10 +192,7 @@ def _sources(value: Any, where: str, keys: Sequence[str], diagnostics: Diagnosti
         diagnostics.problem(where, "expected a list of models")
         return ()
     sources = []
-    for number, entry in enumerate(value):
-        place = f"{where}.{number}"
-        if not is_mapping(entry, place, keys, diagnostics):
-            continue
+    for place, entry in _mappings(value, where, keys, diagnostics):
         if "model" not in entry:
             diagnostics.problem(f"{place}.model", "missing")
             continue
@@ -218,6 +212,16 @@ def _sources(value: Any, where: str, keys: Sequence[str], diagnostics: Diagnosti
     if twice:
         diagnostics.problem(where, f"'{twice[0]}' stands twice: give it the sum of its weights")
     return tuple(sources)
+
+
+def _mappings(
+    entries: Sequence[Any], where: str, keys: Sequence[str], diagnostics: Diagnostics
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The entries of a list that are mappings, and their places in the file; what `is_mapping` finds is a problem."""
+    for number, entry in enumerate(entries):
+        place = f"{where}.{number}"
+        if is_mapping(entry, place, keys, diagnostics):
+            yield place, entry
 
 
 def read_model(value: Any, where: str, diagnostics: Diagnostics) -> Model:
