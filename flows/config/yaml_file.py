@@ -31,6 +31,10 @@ WORDS: Mapping[str, str] = {
     "too_short": "expected at least one",
 }
 """What pydantic says in Python's words, in YAML's."""
+HOLDS_SECRET = (
+    "the address holds a password, token or signature, which would be saved with the results: leave it out, and give "
+    "credentials by the environment or the protocol's own configuration file"
+)
 
 
 class Settings(BaseModel):
@@ -85,7 +89,7 @@ def load_yaml(path: str) -> dict[str, Any]:
 
 
 def _secrets(value: Any, place: str) -> Iterator[str]:
-    """The places of addresses that hold a secret; a study's database has its own remedy."""
+    """The places of keys and values that hold a secret."""
     if isinstance(value, dict):
         for key, below in value.items():
             if holds_secret(str(key)):
@@ -148,10 +152,7 @@ def refuse_secret(what: str, address: str) -> None:
         SettingsError: It holds a password, token or signature.
     """
     if holds_secret(address):
-        raise SettingsError(
-            f"{what}: the address holds a password, token or signature, which would be saved with the results: leave it out, "
-            "and give credentials by the environment or the protocol's own configuration file"
-        )
+        raise SettingsError(f"{what}: {HOLDS_SECRET}")
 
 
 def require_writable(path: str) -> None:
@@ -189,10 +190,7 @@ def validate(model: type[Model], value: Mapping[str, Any], where: str) -> Model:
         SettingsError: One line for every mistake, with the place in the file and the nearest known key.
     """
     if places := list(_secrets(value, "")):
-        raise SettingsError(
-            f"{where}: {', '.join(places)}: the address holds a password, token or signature, which would be saved with the "
-            "results: leave it out, and give credentials by the environment or the protocol's own configuration file"
-        )
+        raise SettingsError(f"{where}: {', '.join(places)}: {HOLDS_SECRET}")
     try:
         return model.model_validate(value)
     except ValidationError as error:
