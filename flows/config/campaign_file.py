@@ -21,7 +21,7 @@ from flows.config.sections import (
     TestSettings,
     TrackingSettings,
 )
-from flows.config.yaml_file import Name, Settings, load_yaml, parent, resolve, said_in, validate
+from flows.config.yaml_file import Name, Settings, load_yaml, parent, require_known, resolve, said_in, validate
 from merging.checkpoints.validation import MAX_DISTANCE
 from merging.errors import MergequestError, SettingsError
 from merging.evaluation.engines import EngineSettings
@@ -29,7 +29,6 @@ from merging.io import addresses, hashing
 from merging.methods import METHODS
 from merging.optimization.fine_tuning import TrainingSettings
 from merging.recipe import BASE, GROUP
-from merging.registry import did_you_mean
 from merging.tasks import TASKS, AnyTaskSettings
 from merging.tasks.task import Task
 from search.constraints import check as check_constraints
@@ -176,8 +175,7 @@ class Campaign(Settings):
         if BASE in self.members:
             raise ValueError(f"no member may be called '{BASE}'")
         for method in self.search.methods:
-            if method not in METHODS:
-                raise ValueError(f"search.methods: unknown method '{method}'. {did_you_mean(method, list(METHODS))}")
+            require_known("search.methods", "method", method, METHODS)
             fixed = self.search.methods[method].scaling
             if fixed is not None and METHODS[method].scale_free and set(fixed.values) == {0}:
                 raise ValueError(f"search.methods.{method}.scaling: factors of 0 only, which cancel: give one above 0")
@@ -185,21 +183,16 @@ class Campaign(Settings):
                 raise ValueError("search.methods: 'distilled' comes after the search: set `distil: {}` instead")
         if self.distil:
             for member in {*self.distil.temperatures, *self.distil.weights}:
-                if member not in self.members:
-                    raise ValueError(f"distil: unknown member '{member}'. {did_you_mean(member, list(self.members))}")
+                require_known("distil", "member", member, self.members)
         self.files_from.check(self.members)
         for task, member in self.task_heads.items():
-            if task not in self.tasks:
-                raise ValueError(f"task_heads: unknown task '{task}'. {did_you_mean(task, list(self.tasks))}")
-            if member not in self.members:
-                raise ValueError(f"task_heads: unknown member '{member}'. {did_you_mean(member, list(self.members))}")
-        if self.base_data.task is not None and self.base_data.task not in self.tasks:
-            hint = did_you_mean(self.base_data.task, list(self.tasks))
-            raise ValueError(f"base_data.task: unknown task '{self.base_data.task}'. {hint}")
+            require_known("task_heads", "task", task, self.tasks)
+            require_known("task_heads", "member", member, self.members)
+        if self.base_data.task is not None:
+            require_known("base_data.task", "task", self.base_data.task, self.tasks)
         for name, member_settings in self.members.items():
-            if member_settings.task is not None and member_settings.task not in self.tasks:
-                hint = did_you_mean(member_settings.task, list(self.tasks))
-                raise ValueError(f"members.{name}.task: unknown task '{member_settings.task}'. {hint}")
+            if member_settings.task is not None:
+                require_known(f"members.{name}.task", "task", member_settings.task, self.tasks)
         self._unseen_tasks_are_nobody_s()
         for subset in self.selection.subsets:
             if not subset or len(set(subset)) < len(subset):
@@ -208,9 +201,7 @@ class Campaign(Settings):
                 raise ValueError(f"selection.subsets: '{min(strange)}' is no member")
         if (gradient := self.search.gradient) is not None and gradient.start is not None:
             for member in gradient.start.recipe().members:
-                if member not in self.members:
-                    hint = did_you_mean(member, list(self.members))
-                    raise ValueError(f"search.gradient.start: unknown member '{member}'. {hint}")
+                require_known("search.gradient.start", "member", member, self.members)
         if self.selection.sizes is not None and not all(1 <= k <= len(self.members) for k in self.selection.sizes):
             raise ValueError(f"selection.sizes: sizes lie between 1 and {len(self.members)}, the number of members")
         self._examples_are_told_apart()

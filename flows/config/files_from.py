@@ -4,12 +4,11 @@ from collections.abc import Collection
 
 from pydantic import Field
 
-from flows.config.yaml_file import Settings
+from flows.config.yaml_file import Settings, require_known
 from merging.checkpoints.directories.borrowed_files import Files, borrowed_files, notes_on_files
 from merging.checkpoints.pool import Pool
 from merging.errors import PoolError
 from merging.recipe import BASE
-from merging.registry import did_you_mean
 
 
 class FilesFrom(Settings):
@@ -28,8 +27,7 @@ class FilesFrom(Settings):
             ValueError: One is not.
         """
         for key, name in self.model_dump(exclude_none=True).items():
-            if name != BASE and name not in members:
-                raise ValueError(f"files_from.{key}: unknown member '{name}'. {did_you_mean(name, [BASE, *members])}")
+            require_known(f"files_from.{key}", "member", name, [BASE, *members])
 
     def files(self, pool: Pool) -> Files:
         """What a merge of a pool has in place of the base's files.

@@ -6,9 +6,8 @@ from pydantic import Field, model_validator
 
 from flows.config.campaign_file import resolve_data
 from flows.config.pool_settings import BaseCheckpoint
-from flows.config.yaml_file import Name, Settings, parent, resolve, said_in, validate
+from flows.config.yaml_file import Name, Settings, parent, require_known, resolve, said_in, validate
 from merging.optimization.fine_tuning import TrainingSettings
-from merging.registry import did_you_mean
 from merging.tasks import TASKS, AnyTaskSettings
 
 
@@ -60,8 +59,7 @@ class TrainFile(Settings):
         named = {"labels": self.labels, "own_head": self.own_head}
         for place, names in named.items():
             for name in names:
-                if name not in self.tasks:
-                    raise ValueError(f"{place}: unknown task '{name}'. {did_you_mean(name, list(self.tasks))}")
+                require_known(place, "task", name, self.tasks)
         if both := set(self.labels) & set(self.own_head):
             raise ValueError(f"own_head: '{min(both)}' has new `labels`; leave one of the two out")
         for name, task in self.tasks.items():
@@ -71,9 +69,7 @@ class TrainFile(Settings):
         if self.shared_head and (self.own_head or len({task.kind for task in self.tasks.values()}) > 1):
             raise ValueError("shared_head: for tasks of one kind, none of which has `own_head`")
         if self.partition is not None:
-            if self.partition.task not in self.tasks:
-                hint = did_you_mean(self.partition.task, list(self.tasks))
-                raise ValueError(f"partition.task: unknown task '{self.partition.task}'. {hint}")
+            require_known("partition.task", "task", self.partition.task, self.tasks)
             if not isinstance(getattr(self.tasks[self.partition.task], "label", None), str):
                 raise ValueError("partition.task: parts differ in classes, and it has no `label` column")
         taken = {*self.tasks, *(["base"] if self.shared_head else [])}

@@ -4,7 +4,7 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
@@ -181,6 +181,23 @@ def require_writable(path: str) -> None:
         raise SettingsError(
             f"there is no right to write in {parent} ({reason}): choose another place with --out"
         ) from error
+
+
+def require_known(place: str, kind: str, name: str, known: Iterable[str]) -> None:
+    """Looks whether a name that a file gives is one that there is; for validators, whose `ValueError` becomes one mistake.
+
+    Args:
+        place: The setting.
+        kind: What is named ("task").
+        name: The name.
+        known: All names that there are.
+
+    Raises:
+        ValueError: It is none of them; the message has the nearest.
+    """
+    names = list(known)
+    if name not in names:
+        raise ValueError(f"{place}: unknown {kind} '{name}'. {did_you_mean(name, names)}")
 
 
 def validate(model: type[Model], value: Mapping[str, Any], where: str) -> Model:
