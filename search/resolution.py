@@ -37,8 +37,7 @@ class Gap:
 def gap(one: Row, other: Row, own: Values, others: Values, objective: Objective) -> Gap:
     """The difference of two complete rows in what decides which candidate wins.
 
-    A task counts as much as the objective changes with its score. The variance of its difference is that of the mean of the
-    examples' differences: what both get right or wrong adds nothing to it. Tasks are independent of each other.
+    A task counts as much as the objective changes with its score. Tasks are independent of each other.
 
     Args:
         one: A row.
@@ -51,14 +50,32 @@ def gap(one: Row, other: Row, own: Values, others: Values, objective: Objective)
     for task, slope in _slopes(one, objective).items():
         if not slope:
             continue
-        if task in own and task in others and len(own[task]) == len(others[task]) > 1:
-            differences = own[task].astype(np.float64) - others[task]
-            variance += slope**2 * float(differences.var(ddof=1)) / len(differences)
-        else:
+        paired = paired_variance(task, own, others)
+        if paired is None:
             is_paired = False
             errors = (row.standard_errors.get(task, float("nan")) for row in (one, other))
-            variance += slope**2 * sum(error**2 for error in errors)
+            paired = sum(error**2 for error in errors)
+        variance += slope**2 * paired
     return Gap((one.objective or 0.0) - (other.objective or 0.0), sqrt(variance), is_paired)
+
+
+def paired_variance(task: str, own: Values, others: Values) -> float | None:
+    """The variance of the difference of two models' scores on a task, over the choice of examples.
+
+    It is that of the mean of the examples' differences, s²/N: what both get right or wrong adds nothing to it.
+
+    Args:
+        task: The task.
+        own: What was kept of one model's examples.
+        others: Of the other's, the same examples in the same order.
+
+    Returns:
+        The variance; None where examples cannot be compared one by one.
+    """
+    if task not in own or task not in others or not len(own[task]) == len(others[task]) > 1:
+        return None
+    differences = own[task].astype(np.float64) - others[task]
+    return float(differences.var(ddof=1)) / len(differences)
 
 
 def resolution(ranked: Sequence[Row], values: Mapping[str, Values], objective: Objective) -> float:

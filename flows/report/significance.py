@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import hypot, isfinite, sqrt
 
-import numpy as np
 from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -12,6 +11,7 @@ from rich.text import Text
 from flows.report.scales import digits, percent
 from flows.report.table import NOTHING, Cell, TableRow, markdown_line, text
 from flows.report.test_answers import Values
+from search.resolution import paired_variance
 
 COLUMNS = ("validation", "test", "test − validation", "winner − this")
 
@@ -89,8 +89,7 @@ def headline_rows(compared: Sequence[Compared]) -> list[Compared]:
 def difference(winner: TableRow, other: TableRow, own: Values, others: Values) -> Difference | None:
     """Winner − other of the mean over tasks on test; None where a task was not measured.
 
-    The variance of a task's difference is that of the mean of the examples' differences, s²/N: what both get right or
-    wrong adds nothing to it. Tasks are independent of each other.
+    The variance of a task's difference is `paired_variance`'s. Tasks are independent of each other.
     """
     values, variances, scales, is_paired = [], [], set[int](), True
     for task, cell in winner.scores.items():
@@ -101,12 +100,11 @@ def difference(winner: TableRow, other: TableRow, own: Values, others: Values) -
             return None
         values.append(cell.value - against.value)
         scales.add(cell.times)
-        if task in own and task in others and len(own[task]) == len(others[task]) > 1:
-            gaps = own[task].astype(np.float64) - others[task]
-            variances.append(float(gaps.var(ddof=1)) / len(gaps))
-        else:
+        variance = paired_variance(task, own, others)
+        if variance is None:
             is_paired = False
-            variances.append(cell.standard_error**2 + against.standard_error**2)
+            variance = cell.standard_error**2 + against.standard_error**2
+        variances.append(variance)
     times = scales.pop() if len(scales) == 1 else 1
     return Difference(sum(values) / len(values), sqrt(sum(variances)) / len(values), is_paired, times)
 
