@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from merging.errors import TaskError
 from merging.tasks.likelihood import Likelihood
+from merging.tasks.predictions import Floats
 from merging.tasks.task import IGNORED
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ SHOWN, LONGEST = 5, 100
 """Of a message: values, and characters of a value."""
 MAX_CLASSES = 1 << 16
 """Of a head: a label beyond is no class's number."""
-
-Floats = npt.NDArray[np.float64]
 
 
 def label_columns(label: str | Sequence[str] | None) -> list[str]:

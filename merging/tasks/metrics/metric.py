@@ -7,8 +7,9 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from merging.tasks.predictions import Floats
+
 Labels = npt.NDArray[Any]
-Floats = npt.NDArray[np.float64]
 
 RESAMPLES = 200
 """Of a bootstrap."""
@@ -69,15 +70,36 @@ class OfEachExample:
         return float(values.mean()), float(values.std() / np.sqrt(len(values)))
 
 
-def draws(weights: Floats, seed: int) -> Floats:
-    """How often each of some kinds of examples is drawn in each resample [RESAMPLES, K] (Efron 1979).
+@dataclass(frozen=True, kw_only=True)
+class OfAllExamples:
+    """A metric of all predictions together; its standard error is a bootstrap's.
 
     Args:
-        weights: How many examples there are of each kind [K].
-        seed: Of the draw.
+        percent: See `Metric`.
+        positive: See `Metric`.
     """
-    total = int(weights.sum())
-    drawn: Floats = np.random.default_rng(seed).multinomial(total, weights / total, size=RESAMPLES).astype(np.float64)
+
+    is_mean: ClassVar[bool] = False
+    percent: bool = True
+    positive: bool = True
+
+    def each(self, labels: Labels, outputs: Floats) -> None:
+        """There is none; see `Metric.each`."""
+
+
+def draws(numbers: npt.NDArray[Any], seed: int, resamples: int = RESAMPLES) -> Floats:
+    """How often each of some kinds of examples is drawn in each resample [B, K] (Efron 1979).
+
+    Examples that agree in all that a metric looks at are interchangeable, so that drawing them is drawing the numbers of each
+    kind from a multinomial distribution.
+
+    Args:
+        numbers: How many examples there are of each kind [K].
+        seed: Of the draw.
+        resamples: B.
+    """
+    total = int(numbers.sum())
+    drawn: Floats = np.random.default_rng(seed).multinomial(total, numbers / total, size=resamples).astype(np.float64)
     return drawn
 
 

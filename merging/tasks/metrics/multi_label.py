@@ -5,32 +5,23 @@ A label is predicted where its logit is above 0, its probability above one half.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
 from merging.errors import TaskError
 from merging.registry import Registry
-from merging.tasks.metrics.metric import Floats, Labels, Metric, OfEachExample, draws, ratio
+from merging.tasks.metrics.metric import Floats, Labels, Metric, OfAllExamples, OfEachExample, draws, ratio
 
 
 @dataclass(frozen=True)
-class F1:
-    """F1 over all examples; its standard error is a bootstrap's.
+class F1(OfAllExamples):
+    """F1 over all examples.
 
     Args:
         of_counts: (right [B, C], labelled and predicted together [B, C]) → [B].
-        percent: See `Metric`.
-        positive: See `Metric`.
     """
 
-    is_mean: ClassVar[bool] = False
     of_counts: Callable[[Floats, Floats], Floats]
-    percent: bool = True
-    positive: bool = True
-
-    def each(self, labels: Labels, outputs: Floats) -> None:
-        """There is none; see `Metric.each`."""
 
     def measure(self, labels: Labels, outputs: Floats, seed: int) -> tuple[float, float]:
         """The value, and its spread over resampled examples (Efron 1979)."""

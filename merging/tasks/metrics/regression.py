@@ -2,34 +2,26 @@
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from merging.errors import TaskError
 from merging.registry import Registry
-from merging.tasks.metrics.metric import Floats, Labels, Metric, OfEachExample, draws
+from merging.tasks.metrics.metric import Floats, Labels, Metric, OfAllExamples, OfEachExample, draws
 
 
 @dataclass(frozen=True)
-class Correlation:
-    """SciPy's correlation of labels and predictions, mean over outputs; its standard error is a bootstrap's.
+class Correlation(OfAllExamples):
+    """SciPy's correlation of labels and predictions, mean over outputs.
 
     A constant correlates with nothing: 0.
 
     Args:
         kind: Pearson's, or Spearman's, of ranks.
-        percent: See `Metric`.
-        positive: See `Metric`.
     """
 
-    is_mean: ClassVar[bool] = False
     kind: Literal["pearson", "spearman"]
-    percent: bool = True
-    positive: bool = False
-
-    def each(self, labels: Labels, outputs: Floats) -> None:
-        """There is none; see `Metric.each`."""
 
     def measure(self, labels: Labels, outputs: Floats, seed: int) -> tuple[float, float]:
         """The value, and its spread over resampled examples (Efron 1979); of Spearman's with the ranks among all."""
@@ -70,7 +62,7 @@ def _absolute(labels: Labels, outputs: Floats) -> Floats:
 
 
 REGRESSION: Registry[Metric] = Registry("metric of numbers", TaskError)
-REGRESSION.register("pearson", Correlation("pearson"))
-REGRESSION.register("spearman", Correlation("spearman"))
+REGRESSION.register("pearson", Correlation("pearson", positive=False))
+REGRESSION.register("spearman", Correlation("spearman", positive=False))
 REGRESSION.register("neg_squared_error", OfEachExample(_squared, percent=False, positive=False))
 REGRESSION.register("neg_absolute_error", OfEachExample(_absolute, percent=False, positive=False))

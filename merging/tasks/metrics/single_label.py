@@ -3,13 +3,13 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from merging.errors import TaskError
 from merging.registry import Registry
-from merging.tasks.metrics.metric import RESAMPLES, Floats, Labels, Metric, OfEachExample, ratio
+from merging.tasks.metrics.metric import RESAMPLES, Floats, Labels, Metric, OfAllExamples, OfEachExample, draws, ratio
 
 
 @dataclass(frozen=True)
@@ -28,24 +28,16 @@ class ClassCounts:
 
 
 @dataclass(frozen=True)
-class OfPredictions:
-    """A metric of all predictions together; its standard error is a bootstrap's.
+class OfPredictions(OfAllExamples):
+    """A metric of labels and predicted classes.
 
     Args:
         function: scikit-learn's (labels [N], predictions [N]) → value; greater is better.
         of_counts: The same metric of each resample [B], fast enough to be asked of hundreds.
-        percent: See `Metric`.
-        positive: See `Metric`.
     """
 
-    is_mean: ClassVar[bool] = False
     function: Callable[[Labels, Labels], Any]
     of_counts: Callable[[ClassCounts], Floats]
-    percent: bool = True
-    positive: bool = True
-
-    def each(self, labels: Labels, outputs: Floats) -> None:
-        """There is none; see `Metric.each`."""
 
     def measure(self, labels: Labels, outputs: Floats, seed: int) -> tuple[float, float]:
         """The value, and its spread over resampled examples (Efron 1979)."""
@@ -58,15 +50,19 @@ class OfPredictions:
 
 
 def resample(labels: Labels, predictions: Labels, classes: int, resamples: int, seed: int) -> ClassCounts:
-    """Draws examples with replacement, and counts.
+    """Draws examples with replacement, and counts; see `draws`.
 
-    Examples that agree in label and prediction are interchangeable, so that drawing them is drawing the numbers
-    of those pairs from a multinomial distribution.
+    Args:
+        labels: Class indices [N].
+        predictions: Class indices [N].
+        classes: C.
+        resamples: B.
+        seed: Of the draw.
     """
     pairs, numbers = np.unique(np.stack([labels, predictions]), axis=1, return_counts=True)
-    draws = np.random.default_rng(seed).multinomial(len(labels), numbers / len(labels), size=resamples)
+    drawn = draws(numbers, seed, resamples)
     of_label, of_prediction = np.eye(classes)[pairs[0]], np.eye(classes)[pairs[1]]
-    return ClassCounts(draws @ (of_label * of_prediction), draws @ of_label, draws @ of_prediction)
+    return ClassCounts(drawn @ (of_label * of_prediction), drawn @ of_label, drawn @ of_prediction)
 
 
 def _f1(counts: ClassCounts) -> Floats:

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
-RESAMPLES = 200
+from merging.tasks.metrics.metric import draws, ratio
+from merging.tasks.predictions import Floats
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,7 @@ def f1(counts: SpanCounts, seed: int = 0) -> tuple[float, float]:
     """Micro F1 over all entities, and its spread over resampled examples (Efron 1979); 0 where there are none."""
 
     def value(weights: Floats) -> Floats:
-        over, under = 2 * weights @ counts.right, weights @ (counts.predicted + counts.true)
-        return np.divide(over, under, out=np.zeros_like(over), where=under > 0)
+        return ratio(2 * weights @ counts.right, weights @ (counts.predicted + counts.true))
 
-    size = len(counts.true)
-    draws = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=RESAMPLES).astype(np.float64)
-    return float(value(np.ones((1, size)))[0]), float(value(draws).std(ddof=1))
+    once = np.ones(len(counts.true))
+    return float(value(once[None])[0]), float(value(draws(once, seed)).std(ddof=1))
