@@ -4,10 +4,11 @@ from collections.abc import Mapping
 
 from merging.registry import Registry
 from merging.tasks.likelihood import Likelihood
-from merging.tasks.metrics.metric import Floats, Labels, Metric
+from merging.tasks.metrics.metric import Labels, Metric
 from merging.tasks.metrics.multi_label import MULTI_LABEL
 from merging.tasks.metrics.regression import REGRESSION
 from merging.tasks.metrics.single_label import METRICS
+from merging.tasks.predictions import Floats
 
 __all__ = ["METRICS", "METRICS_OF", "MULTI_LABEL", "REGRESSION", "Floats", "Labels", "Metric"]
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from merging.errors import TaskError
 from merging.registry import Registry
-from merging.tasks.metrics.metric import Floats, Labels, Metric, OfAllExamples, OfEachExample, draws, ratio
+from merging.tasks.metrics.metric import Labels, Metric, OfAllExamples, OfEachExample, draws, ratio
+from merging.tasks.predictions import Floats
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import numpy as np
 
 from merging.errors import TaskError
 from merging.registry import Registry
-from merging.tasks.metrics.metric import RESAMPLES, Floats, Labels, Metric, OfAllExamples, OfEachExample, draws, ratio
+from merging.tasks.metrics.metric import RESAMPLES, Labels, Metric, OfAllExamples, OfEachExample, draws, ratio
+from merging.tasks.predictions import Floats
 
 
 @dataclass(frozen=True)
