@@ -4,7 +4,7 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
@@ -15,7 +15,7 @@ from merging.checkpoints.adapters.adapter import model_and_adapter
 from merging.errors import SettingsError, StorageError
 from merging.io import addresses, atomic, documents, hub, storage
 from merging.io.secrets import holds_secret, redacted
-from merging.registry import did_you_mean
+from merging.registry import Registry, did_you_mean
 
 Model = TypeVar("Model", bound=BaseModel)
 MAX_LINE, MAX_LINES = 600, 30
@@ -183,21 +183,20 @@ def require_writable(path: str) -> None:
         ) from error
 
 
-def require_known(place: str, kind: str, name: str, known: Iterable[str]) -> None:
+def require_known(place: str, kind: str, name: str, known: Collection[str] | Registry[Any]) -> None:
     """Looks whether a name that a file gives is one that there is; for validators, whose `ValueError` becomes one mistake.
 
     Args:
         place: The setting.
         kind: What is named ("task").
         name: The name.
-        known: All names that there are.
+        known: The names that there are; a registry of methods also contains modified ones ("lines+ties").
 
     Raises:
         ValueError: It is none of them; the message has the nearest.
     """
-    names = list(known)
-    if name not in names:
-        raise ValueError(f"{place}: unknown {kind} '{name}'. {did_you_mean(name, names)}")
+    if name not in known:
+        raise ValueError(f"{place}: unknown {kind} '{name}'. {did_you_mean(name, list(known))}")
 
 
 def validate(model: type[Model], value: Mapping[str, Any], where: str) -> Model:
