@@ -159,4 +159,5 @@ def test_an_evaluator_takes_what_is_estimated(paths, stored, dtype, regime):
         estimate = resident_memory(given, methods, ["one"], dtype)
     expected = estimate.models + estimate.pool + estimate.waiting
     measured = peak(work)
-    assert 0.7 * expected < measured < expected + OVERHEAD
+    # Mapped files count as held, and may leave memory before the peak.
+    assert 0.5 * expected < measured < expected + OVERHEAD
