@@ -229,8 +229,13 @@ def _renew_head(model: Any) -> None:
     """Random weights for all that is not the backbone: the base's head was another's."""
     fresh = dict(type(model)(model.config).named_parameters())
     for name, value in model.named_parameters():
-        if not name.startswith(f"{model.base_model_prefix}."):
+        if not name.startswith(_backbone_prefix(model)):
             value.copy_(fresh[name])
+
+
+def _backbone_prefix(model: Any) -> str:
+    """What the backbone's parameters are named by; nothing where the model holds its parts itself, as T5 does."""
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
 def _save_preprocessor(source: Path, out: Path) -> None:
@@ -374,7 +379,7 @@ def _optimizer(models: Sequence[Any], settings: TrainingSettings) -> torch.optim
     """AdamW with heads faster than the backbone, and no decay on biases and LayerNorm; shared parameters count once."""
     groups, seen = [], set[int]()
     for model in models:
-        backbone = f"{model.base_model_prefix}."
+        backbone = _backbone_prefix(model)
         for name, value in model.named_parameters():
             if id(value) not in seen:
                 seen.add(id(value))

@@ -10,6 +10,8 @@ from transformers import (
     BertForTokenClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from flows.quickstart.sentiment import LABELS
@@ -25,6 +27,7 @@ from merging.optimization.fine_tuning import (
 )
 from merging.tasks import (
     CausalLMSettings,
+    Seq2SeqSettings,
     TextClassification,
     TextClassificationSettings,
     TokenClassificationSettings,
@@ -152,6 +155,27 @@ def test_joined_batches_give_the_logits_of_single_examples(kind, tiny_pool, toke
             judged = batch.labels[row] >= 0
             assert batch.labels[row][judged].equal(wanted)
             assert torch.allclose(together[row][judged], alone[example.labels >= 0], atol=1e-5)
+
+
+def test_a_model_without_a_backbone_of_its_own_has_no_head_to_hurry(tokenizer, tmp_path):
+    """All of T5's parameters are the backbone's: `head_factor` must not speed up what is no head."""
+    config = {"vocab_size": 40, "d_model": 16, "d_ff": 24, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+    base, file = tmp_path / "base", tmp_path / "train.parquet"
+    T5ForConditionalGeneration(T5Config(**config, decoder_start_token_id=0)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    pd.DataFrame({"source": ["good film", "bad book"] * 8, "target": ["good", "bad"] * 8}).to_parquet(file)
+    one, ten = (
+        train_member(
+            base,
+            Seq2SeqSettings(data={"train": str(file)}),
+            tmp_path / str(factor),
+            TrainingSettings(batch_size=8, head_factor=factor),
+        ).path
+        for factor in (1, 10)
+    )
+    first, second, start = (Checkpoint.open(str(path)) for path in (one, ten, base))
+    assert all(first.read(name).equal(second.read(name)) for name in first.tensors)
+    assert not first.read("shared.weight").equal(start.read("shared.weight"))
 
 
 def test_tasks_of_one_head_are_trained_as_one_set(tiny_pool, train, tmp_path):
