@@ -258,5 +258,5 @@ LANGUAGE = ShippedPool(
     methods=("average", "task_arithmetic", "ties", "regmean", "regmean_propagated"),
     candidates=9,
     statistics={"gram": {"examples": 64}, "representation": {"examples": 32}, "propagated": {"examples": 64}},
-    precision="bfloat16",
+    resources={"precision": "bfloat16"},
 )

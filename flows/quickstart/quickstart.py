@@ -14,7 +14,7 @@ from flows.directory.progress import Display
 from flows.quickstart.images import IMAGES
 from flows.quickstart.language import LANGUAGE
 from flows.quickstart.sentiment import SENTIMENT
-from flows.quickstart.shipped_pool import Files, ShippedPool
+from flows.quickstart.shipped_pool import Files, ShippedPool, first_examples
 from flows.quickstart.tagging import TAGGING
 from merging.errors import SettingsError
 from merging.io import addresses
@@ -29,7 +29,15 @@ NAMES: Mapping[str, str] = {"sentiment": "quickstart"}
 """Pool → its campaign's name where that is another."""
 
 
-def run(pool: str, directory: str | None, cache: str, candidates: int | None, display: Display) -> str:
+def run(
+    pool: str,
+    directory: str | None,
+    cache: str,
+    candidates: int | None,
+    display: Display,
+    *,
+    examples: int | None = None,
+) -> str:
     """Builds the pool and runs the campaign; whatever is there already is used again.
 
     Args:
@@ -38,6 +46,7 @@ def run(pool: str, directory: str | None, cache: str, candidates: int | None, di
         cache: Where downloads are kept.
         candidates: Candidates to evaluate; by default the pool's own number.
         display: Shows progress.
+        examples: Of each split of each task at most; by default the pool's own numbers.
 
     Returns:
         The results table and the places of what was left.
@@ -52,6 +61,8 @@ def run(pool: str, directory: str | None, cache: str, candidates: int | None, di
     with display.phase("Base model and data"):
         base = made.base(kept, display.say)
         files = made.data(kept, root / "data", display.say)
+        if examples is not None:
+            files = first_examples(files, root / f"data-{examples}", examples)
     campaign = make_campaign(made, name, root, base, files, candidates)
     if Directory(str(root)).is_finished(campaign):
         return run_campaign(campaign, display)
@@ -87,18 +98,27 @@ def make_campaign(
         "name": name,
         "directory": str(root),
         "base": str(base),
-        "members": {task: {"checkpoint": str(root / "members" / task)} for task in files},
+        "members": {task: _member(pool, root / "members" / task, parts) for task, parts in files.items()},
         "tasks": {
             task: {**pool.task, "data": {str(split): str(file) for split, file in parts.items()}}
             for task, parts in files.items()
         },
         "statistics": dict(pool.statistics),
-        "search": {"methods": list(pool.methods), "candidates": candidates or pool.candidates},
+        "search": {**pool.search, "methods": list(pool.methods), "candidates": candidates or pool.candidates},
         "distil": pool.distil if pool.distil is False else dict(pool.distil),
         "test": {"top": 1},
-        "resources": {"precision": pool.precision},
+        "training": pool.training.model_dump(mode="json"),
+        "resources": dict(pool.resources),
     }
     return validate(Campaign, settings, "quick start")
+
+
+def _member(pool: ShippedPool, checkpoint: Path, files: Mapping[Any, Path]) -> dict[str, Any]:
+    """What the campaign file says of a member."""
+    member: dict[str, Any] = {"checkpoint": str(checkpoint)}
+    if pool.calibration is not None:
+        member["calibration"] = {**pool.calibration, "data": {"train": str(files["train"])}}
+    return member
 
 
 def _train(

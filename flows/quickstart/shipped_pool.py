@@ -32,8 +32,10 @@ class ShippedPool:
         methods: What the search tries.
         candidates: How much of it.
         statistics: The campaign file's section.
-        distil: The same, on distillation; False for none.
-        precision: Of evaluation.
+        search: More of its section on the search.
+        distil: Its section on distillation; False for none.
+        calibration: What it says of each member's own examples, without their data; None where they are the task's.
+        resources: Its section.
     """
 
     about: str
@@ -45,8 +47,10 @@ class ShippedPool:
     methods: Sequence[str]
     candidates: int
     statistics: Mapping[str, Any] = field(default_factory=dict)
+    search: Mapping[str, Any] = field(default_factory=dict)
     distil: Mapping[str, Any] | Literal[False] = False
-    precision: str = "float32"
+    calibration: Mapping[str, Any] | None = None
+    resources: Mapping[str, Any] = field(default_factory=dict)
 
 
 def cut(groups: Mapping[str, Sequence[Item]], sizes: Mapping[Split, int], seed: int = 0) -> dict[Split, list[Item]]:
@@ -93,3 +97,22 @@ def written(
             atomic.write_bytes(str(files[task][name]), frame.to_parquet(index=False))
     atomic.write_json(str(marker), key)
     return files
+
+
+def first_examples(files: Files, directory: Path, most: int) -> Files:
+    """Writes the first examples of every split below another directory.
+
+    Args:
+        files: The splits.
+        directory: Gets `<task>/<split>.parquet`.
+        most: Of each split at most so many.
+
+    Raises:
+        StorageError: There is no right or no space to write.
+    """
+    cut_files: Files = {task: {name: directory / task / f"{name}.parquet" for name in files[task]} for task in files}
+    for task, parts in files.items():
+        for name, file in parts.items():
+            frame = pd.read_parquet(file)[:most]
+            atomic.write_bytes(str(cut_files[task][name]), frame.to_parquet(index=False))
+    return cut_files

@@ -88,6 +88,9 @@ def quickstart(
     ] = None,
     cache: Annotated[str, typer.Option(help="Where downloads are kept.")] = "cache",
     candidates: Annotated[int | None, typer.Option(help="Candidates to evaluate.", min=1)] = None,
+    examples: Annotated[
+        int | None, typer.Option(help="Examples of each split at most, for a quick look; scores are poor then.", min=16)
+    ] = None,
     address: Address = None,
     quiet: Quiet = False,
 ) -> None:
@@ -95,4 +98,4 @@ def quickstart(
     join(address)
     from flows.quickstart.quickstart import run
 
-    typer.echo(run(pool, directory, cache, candidates, make_display(quiet)))
+    typer.echo(run(pool, directory, cache, candidates, make_display(quiet), examples=examples))
