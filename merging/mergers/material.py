@@ -146,9 +146,9 @@ class Material:
             if own in file.names:
                 values[who] = file.read(own)
         if values and kind == "gram":
-            # an expert that none of a member's tokens reached: they say nothing of its inputs; what was published is incomplete
+            # an expert that none of a member's tokens reached; what is missing for another reason, a method refuses
             for who, file in self.statistics[kind].items():
-                if who not in values and not file.is_imported and self._own_name(who, name) in file.uncovered:
+                if who not in values and self._own_name(who, name) in file.unreached:
                     values[who] = torch.zeros_like(next(iter(values.values())))
         return values
 

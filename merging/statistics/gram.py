@@ -109,7 +109,9 @@ class _Recorder:
         partial = self._sums.partial(self._shared, transposed_names(self._layers))
         for name, whole in self.experts.parameters.items():
             _store(partial, model, name, whole, self.experts.transposed[name])
-        partial.uncovered = uncovered(model, {*partial.sums, *partial.shared})
+        seen = {*partial.sums, *partial.shared}
+        partial.unreached = tuple(sorted({*self._layers.values()} - seen)) if seen else ()
+        partial.uncovered = uncovered(model, {*seen, *partial.unreached})
         return partial
 
     def _see(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -51,13 +51,14 @@ class OutputGram(GramStatistic):
             UnaccountableRowsError: See `GramStatistic`.
         """
         layers = layer_names(model)
-        sums = GramSums()
+        sums, left_out = GramSums(), set[str]()
         edges: list[tuple[nn.Module, GradientEdge]] = []
         calls: LinearCalls | None = None
         likelihood = task.likelihood(model)
 
         def hook(layer: nn.Module, args: Any, output: Tensor) -> Tensor | None:
             if rows_written(layer, output).shape[-1] > self.settings.largest:
+                left_out.add(layers[layer])
                 return None
             tapped: Tensor
             tapped, tapped_edges = tap(output, len(output))
@@ -90,5 +91,7 @@ class OutputGram(GramStatistic):
                                 sums.add(name, rows, mask, counted=number == 1, dimensions=dimensions)
                     sums.count(part)
         partial = sums.partial({}, transposed_names(layers))
-        partial.uncovered = uncovered(model, partial.sums) if partial.counts else ()
+        if partial.counts:
+            partial.unreached = tuple(sorted({*layers.values()} - {*partial.sums, *left_out}))
+            partial.uncovered = uncovered(model, {*partial.sums, *partial.unreached})
         return partial

@@ -36,7 +36,8 @@ class Partial:
         rows: Example position → one row; for statistics that keep each example's own result.
         shared: Parameter name → the name that holds the same tensor (q, k and v share one Gram).
         transposed: Names of weights that are stored [in, out], not [out, in].
-        uncovered: Names of the model's matrices that have no such sum, though others have.
+        unreached: Names of weights that no row reached (an expert's): their sum is 0, and not stored.
+        uncovered: Names of the model's other matrices that have no such sum, though others have: theirs is not known.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -44,6 +45,7 @@ class Partial:
     rows: dict[int, Tensor] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()
+    unreached: tuple[str, ...] = ()
     uncovered: tuple[str, ...] = ()
 
     def combine(self, other: "Partial") -> "Partial":
@@ -62,8 +64,10 @@ class Partial:
             raise StatisticsError("parts of a statistic were computed from different models")
         if both := self.rows.keys() & other.rows.keys():
             raise StatisticsError(f"parts of a statistic both hold example {min(both)}")
+        self.uncovered = tuple(sorted({*self.uncovered, *other.uncovered}))
         for first, second in ((self, other), (other, self)):
             first._own(name for name, holder in first.shared.items() if second.shared.get(name) != holder)
+            first._leave_out(self.uncovered)
         for name, value in other.sums.items():
             if name in self.sums:
                 self.sums[name] += value
@@ -73,13 +77,21 @@ class Partial:
             self.counts[name] = self.counts.get(name, 0) + count
         self.rows.update(other.rows)
         self.transposed = tuple(sorted({*self.transposed, *other.transposed}))
-        covered = {*self.sums, *self.shared}
-        self.uncovered = tuple(sorted({*self.uncovered, *other.uncovered} - covered))
+        known = {*self.sums, *self.shared, *self.uncovered}
+        self.unreached = tuple(sorted({*self.unreached, *other.unreached} - known))
         return self
 
     def _lacks(self, other: "Partial") -> bool:
         """Whether the other has a sum that this one neither has nor knows that it has not (an expert nobody reached)."""
-        return bool({*other.sums, *other.shared} - {*self.sums, *self.shared, *self.uncovered})
+        return bool({*other.sums, *other.shared} - {*self.sums, *self.shared, *self.unreached, *self.uncovered})
+
+    def _leave_out(self, names: Iterable[str]) -> None:
+        """Forgets sums that are not those of all examples."""
+        gone = set(names)
+        self._own(name for name, holder in self.shared.items() if holder in gone)
+        for name in gone:
+            self.sums.pop(name, None)
+            self.counts.pop(name, None)
 
     def _own(self, names: Iterable[str]) -> None:
         """Gives names that share another's sum one of their own."""

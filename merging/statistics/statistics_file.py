@@ -40,7 +40,8 @@ class StatisticsFile:
         mergequest: Version of the program that wrote it.
         shared: Name → the name under which the same tensor is stored.
         transposed: Names of weights that are stored [in, out].
-        uncovered: Names of the checkpoint's matrices that it has no statistic of, though it could be a matrix's.
+        unreached: Names of weights that none of the examples' tokens reached, so that their statistic is 0.
+        uncovered: Names of the checkpoint's other matrices that it has no statistic of, though it could be a matrix's.
     """
 
     path: str
@@ -53,6 +54,7 @@ class StatisticsFile:
     mergequest: str
     shared: Mapping[str, str]
     transposed: frozenset[str]
+    unreached: frozenset[str]
     uncovered: frozenset[str]
     _file: SafetensorsFile = field(repr=False)
     _alive: "WeakValueDictionary[str, Tensor]" = field(default_factory=WeakValueDictionary, repr=False, compare=False)
@@ -90,6 +92,7 @@ class StatisticsFile:
                 mergequest=about["mergequest"],
                 shared=_names_by_name(parse_json(about["shared"], "shared")),
                 transposed=_names(parse_json(about["transposed"], "transposed")),
+                unreached=_names(parse_json(about.get("unreached", "[]"), "unreached")),
                 uncovered=_names(parse_json(about.get("uncovered", "[]"), "uncovered")),
                 _file=file,
             )
@@ -121,11 +124,6 @@ class StatisticsFile:
             StatisticsError: The file has nothing for that name.
         """
         return self._info(name).shape
-
-    @property
-    def is_imported(self) -> bool:
-        """Whether others computed it, of which weights they liked."""
-        return self.settings.get("version") == IMPORTED
 
     def copy_here(self) -> None:
         """Copies a remote file to this machine, once for all its processes, if there is room; then `read` maps it."""
@@ -271,7 +269,7 @@ def save_tensors(
         kind: What they are.
         settings: What they were computed with.
         tensors: By name, on the CPU.
-        about: Gives counts, and shared, transposed and uncovered names.
+        about: Gives counts, and shared, transposed, unreached and uncovered names.
         checkpoint: Fingerprint of what they are a statistic of.
         data: Fingerprint of the examples.
 
@@ -293,6 +291,7 @@ def save_tensors(
         "mergequest": _own_version(),
         "shared": json.dumps(about.shared, sort_keys=True),
         "transposed": json.dumps(sorted(about.transposed)),
+        "unreached": json.dumps(sorted(about.unreached)),
         "uncovered": json.dumps(sorted(about.uncovered)),
     }
     atomic.write_bytes(path, serialize({name: value.contiguous() for name, value in tensors.items()}, metadata))

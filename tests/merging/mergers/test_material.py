@@ -244,3 +244,36 @@ def test_a_start_is_the_same_on_disk_in_parts_and_in_memory(tmp_path, start):
     for name, value in parts:
         assert torch.equal(value, out[name]), name
         torch.testing.assert_close(written[name], out[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_gram_is_zero_where_no_token_came_and_refused_where_it_is_not_known(complete_material, tiny_pool, tmp_path):
+    pool = Pool.open(str(tiny_pool["base"]), {who: str(tiny_pool[who]) for who in ("one", "two")})
+    grams = complete_material.statistics["gram"]
+    recipe = METHODS["regmean"].default_recipe(["one", "two"])
+    lost = next(name for name in pool.weights if name.endswith("output.dense.weight"))
+    own = pool.members["two"].names[lost]
+    stored = {name: grams["two"].read(name) for name in grams["two"].names if name not in grams["two"].shared}
+    without = {name: value for name, value in stored.items() if name != own}
+
+    def merged(tensors, **about):
+        path = str(tmp_path / f"{len(tensors)}.{'.'.join(about)}.safetensors")
+        counts = {"examples": 8, "tokens": 8}
+        file = save_tensors(
+            path,
+            "gram",
+            {},
+            tensors,
+            Partial(counts=counts, shared=dict(grams["two"].shared), **about),
+            checkpoint="",
+            data="",
+        )
+        out = empty_out(pool)
+        ResidentMerger(Material(pool, {"gram": {"one": grams["one"], "two": file}}), out).merge(recipe)
+        return out
+
+    zeros = merged(stored | {own: torch.zeros_like(stored[own])})
+    unreached = merged(without, unreached=(own,))
+    assert all(torch.equal(value, unreached[name]) for name, value in zeros.items())
+    for about in ({}, {"uncovered": (own,)}):
+        with pytest.raises(MethodError, match=f"two: no gram for '{re.escape(lost)}', which other members have"):
+            merged(without, **about)

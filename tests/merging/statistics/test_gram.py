@@ -204,7 +204,11 @@ def test_an_expert_has_the_gram_of_the_tokens_that_reach_it(tiny_task, sharded):
             rows, name = model.table(real[real % 3 == number]).detach(), f"experts.{number}.weight"
             assert partial.counts[name] == len(rows) > 0
             torch.testing.assert_close(partial.sums[name], rows.T @ rows)
-        assert partial.uncovered == ()
+        assert partial.uncovered == partial.unreached == ()
+    task.inputs["ids"] = 3 * (ids % 13) + 1  # all for one
+    alone = measure(task, gram(batch_size=3))
+    assert alone.sums.keys() == {"experts.1.weight"}
+    assert (alone.unreached, alone.uncovered) == (("experts.0.weight", "experts.2.weight"), ())
 
 
 class OutsideToo(nn.Module):
@@ -226,7 +230,7 @@ def test_a_weight_that_is_also_read_outside_of_its_layer_has_no_gram_and_is_name
     )
     partial = measure(task, gram())
     assert partial.sums.keys() == {"plain.weight"}
-    assert partial.uncovered == ("both.weight",)
+    assert (partial.unreached, partial.uncovered) == ((), ("both.weight",))
 
 
 def test_the_model_is_left_as_it_was(build):
