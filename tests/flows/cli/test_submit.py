@@ -4,10 +4,12 @@ import contextlib
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -61,6 +63,9 @@ def head(metrics_url):
     # ports that are fixed by default, and taken where another Ray runs on this machine
     options += [f"--{port}={free_port()}" for port in ("port", "dashboard-agent-listen-port", "ray-client-server-port")]
     options += ["--num-cpus=2", "--disable-usage-stats", f"--metrics-export-port={urlsplit(metrics_url).port}"]
+    # a job joins the head that was last started with its temporary directory, which must be this one; sockets need a short path
+    scratch = tempfile.mkdtemp(prefix="mq", dir="/tmp")
+    options.append(f"--temp-dir={scratch}")
     process = subprocess.Popen(
         [RAY, "start", "--head", "--block", *options],
         env=environment,
@@ -81,6 +86,7 @@ def head(metrics_url):
         with contextlib.suppress(ProcessLookupError):
             os.kill(own, signal.SIGKILL)
     process.wait(60)
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def start(command, environment, cwd):

@@ -73,7 +73,8 @@ def test_a_candidate_that_breaks_every_evaluator_is_a_failed_row_and_the_others_
     done = measure(EvaluatorPool(EvaluatorGroup(str(tmp_path / "flag"), 1, kind=kind, say=said.append)), 8)
     assert {answer.ticket for answer in done if answer.error} == {"3"}
     assert len(done) == 8
-    assert said == []
+    # A slow machine may be told that no evaluator is at work yet; no place may be blamed.
+    assert [line for line in said if not line.startswith("no evaluator is at work")] == []
 
 
 @pytest.mark.usefixtures("local_ray")
