@@ -45,6 +45,11 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(f"benchmarks.papers.{name}")
 
 
+def about(name: str) -> str:
+    """What an experiment is about."""
+    return (module(name).__doc__ or "").strip()
+
+
 def run(name: str, pool: str, seed: int, root: Path, results: Path, examples: int | None) -> Path:
     """Runs an experiment and writes its result.
 
@@ -64,9 +69,8 @@ def run(name: str, pool: str, seed: int, root: Path, results: Path, examples: in
         built = POOLS[pool](root, seed, display)
         result = module(name).run(Bench(built, display, examples))
     path = results / f"{name}.{pool}.{seed}.parquet"
-    save(
-        result, path, experiment=name, pool=pool, seed=seed, examples=examples or 0, seconds=time.monotonic() - started
-    )
+    facts = {"experiment": name, "about": about(name), "pool": pool, "seed": seed, "examples": examples or 0}
+    save(result, path, seconds=time.monotonic() - started, **facts)
     for claim in result.claims:
         display.say(f"  {claim.verdict}: {claim.claim}: {claim.ours}")
     return path

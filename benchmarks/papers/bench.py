@@ -1,8 +1,8 @@
 """A pool opened for measurements in this process; whatever is measured is kept by content, and measured once."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from merging.checkpoints.formats.safetensors_file import SafetensorsFile, read_a
 from merging.checkpoints.pool import Pool
 from merging.evaluation.ensemble import measure_ensemble
 from merging.evaluation.live_models import LiveModels, best_device
-from merging.evaluation.steps import EvaluationPlan
 from merging.io import atomic, hashing
 from merging.mergers.material import Material, open_statistics
 from merging.methods import METHODS
@@ -39,17 +38,15 @@ class Measured:
 
     Args:
         values: Task → one number an example [N], whose mean is the score.
-        losses: Task → mean loss.
         report: The method's figures on the merge.
     """
 
     values: Values
-    losses: Mapping[str, float] = field(default_factory=dict)
     report: Mapping[str, float] = field(default_factory=dict)
 
     def on(self, tasks: Sequence[str]) -> "Measured":
         """The same on some tasks alone."""
-        return Measured({task: self.values[task] for task in tasks}, self.losses, self.report)
+        return Measured({task: self.values[task] for task in tasks}, self.report)
 
     @property
     def scores(self) -> dict[str, float]:
@@ -107,7 +104,7 @@ class Bench:
         self._statistic_examples = statistic_examples
         self._settings = dict(tasks or pool.campaign.tasks)
         self._needs: tuple[str, ...] = ()
-        self._live: LiveModels | None = None
+        self._live: BenchModels | None = None
 
     def with_tasks(self, change: Callable[[AnyTaskSettings], AnyTaskSettings]) -> "Bench":
         """The same pool on other tasks."""
@@ -139,36 +136,37 @@ class Bench:
         campaign = self.pool.campaign
         return Pool.open(campaign.base, {name: member.checkpoint for name, member in campaign.members.items()})
 
+    @property
+    def tasks_apart(self) -> bool:
+        """Whether every member has a task that no other has."""
+        return len({self.own(name) for name in self.members}) == len(self.members)
+
     def own(self, member: str) -> str:
         """A member's task."""
         task = self.pool.campaign.task_of(member)
         assert task is not None
         return task
 
-    def measure(self, recipe: Recipe, split: Split = "test") -> Measured:
-        """What a recipe's merge scores on every task."""
+    def measure(self, recipe: Recipe, split: Split = "test", tasks: Sequence[str] | None = None) -> Measured:
+        """What a recipe's merge scores on some tasks; on all by default."""
         complete = self.material(recipe).check(recipe)
-        told = [complete.as_dict(), self._statistics_key(complete)]
 
-        def work() -> Measured:
-            self.display.say(f"  {self.pool.name}: {short(complete)} on {split}")
-            live = self._models(complete)
-            found = live.measure(complete, split, self.examples, EvaluationPlan())
-            assert found.trace is not None
-            values = {task: own.astype(np.float64) for task, own in found.trace.values.items()}
-            return Measured(values, {task: score.loss for task, score in found.scores.items()}, found.report)
+        def work(missing: Sequence[str]) -> Measured:
+            self.display.say(f"  {self.pool.name}: {short(complete)} on {split} of {', '.join(missing)}")
+            return self._models(complete).measure_on(missing, complete, split, self.examples)
 
-        return self._kept(["recipe", *told], split, work)
+        what = ["recipe", complete.as_dict(), self._statistics_key(complete)]
+        return self._kept(what, split, work, self.tasks if tasks is None else tasks)
 
     def ensemble(self, members: Sequence[str] | None = None, split: Split = "test") -> Measured:
         """The mean of members' probabilities."""
         chosen = sorted(members or self.members)
 
-        def work() -> Measured:
+        def work(missing: Sequence[str]) -> Measured:
             self.display.say(f"  {self.pool.name}: ensemble of {', '.join(chosen)} on {split}")
             found = measure_ensemble(
                 Material(self.weights),
-                list(self.tasks.values()),
+                [self.tasks[name] for name in missing],
                 self.owners,
                 chosen,
                 split,
@@ -177,26 +175,26 @@ class Bench:
             )
             return _of({task: predictions for task, (_, predictions) in found.items()})
 
-        return self._kept(["ensemble", chosen], split, work)
+        return self._kept(["ensemble", chosen], split, work, self.tasks)
 
     def all_data(self, split: Split = "test") -> Measured | None:
         """The model that was trained on all tasks; None where there is none."""
         if not self.pool.together:
             return None
 
-        def work() -> Measured:
+        def work(missing: Sequence[str]) -> Measured:
             self.display.say(f"  {self.pool.name}: the model of all data on {split}")
             found = {}
-            for name, settings in self._settings.items():
-                task = make_task(name, settings, self.pool.together[name])
+            for name in missing:
+                task = make_task(name, self._settings[name], self.pool.together[name])
                 found[name] = task.measure(task.load_model(), split, limit=self.examples)[1]
             return _of(found)
 
-        return self._kept(["all data", _content(self.pool.together)], split, work)
+        return self._kept(["all data", _content(self.pool.together)], split, work, self.tasks)
 
-    def member(self, name: str, split: Split = "test") -> Measured:
-        """A member as it is, on every task."""
-        return self.measure(member_recipe(name), split)
+    def member(self, name: str, split: Split = "test", tasks: Sequence[str] | None = None) -> Measured:
+        """A member as it is, on some tasks; on all by default."""
+        return self.measure(member_recipe(name), split, tasks)
 
     def base(self, split: Split = "test") -> Measured:
         """The base as it is."""
@@ -204,15 +202,15 @@ class Bench:
 
     def own_members(self, split: Split = "test") -> Measured:
         """Every member on its own task: what a merge is to keep."""
-        found = {self.own(name): self.member(name, split).values[self.own(name)] for name in self.members}
-        return Measured(found)
+        owned = {name: self.member(name, split, [self.own(name)]) for name in self.members}
+        return Measured({self.own(name): found.values[self.own(name)] for name, found in owned.items()})
 
     def default(self, method: str, members: Sequence[str] | None = None, **parameters: Any) -> Recipe:
         """A method at its defaults but for these parameters."""
         recipe = METHODS[method].default_recipe(members or self.members, self.weights.model_type)
         return METHODS[method].complete(Recipe(method, recipe.scaling, {**recipe.parameters, **parameters}))
 
-    def mismatch(self, recipe: Recipe, examples: int = 48) -> Mismatch:
+    def mismatch(self, recipe: Recipe, examples: int = 32) -> Mismatch:
         """The gradient mismatch of a recipe's merge on the members' training examples (GM, equation 8).
 
         With α = 1 for every member and H_0 = I whatever the recipe is, so that merges of all methods can be compared.
@@ -230,8 +228,9 @@ class Bench:
         """Its stand-in from Fisher information, without gradients."""
         self.need("fisher")
         complete = self.material(recipe).check(recipe)
+        fishers = [_told_by(self._material.statistics["fisher"][name]) for name in self.members]
         return self._kept_mismatch(
-            ["quadratic"],
+            ["quadratic", fishers],
             complete,
             lambda: quadratic_mismatch(self._material, self._merged(complete).__getitem__, self._plain()),
         )
@@ -245,6 +244,7 @@ class Bench:
     ) -> dpp_kernel.Matrix:
         """S over all tasks' examples of a split (QD)."""
         rows: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in self.members}
+        examples = min(examples, self.examples or examples)
         kind = STATISTICS["representation"]
         for task in self.tasks.values():
             for name in self.members:
@@ -280,7 +280,7 @@ class Bench:
     @cached_property
     def _material(self) -> Material:
         files: dict[str, tuple[str, ...]] = dict.fromkeys(self.members, ())
-        examples = {name: self.tasks[self.own(name)].size("train") for name in self.members}
+        examples = {name: task.size("train") for name, task in self._own_tasks().items()}
         if self.pool.base_task:
             examples[BASE] = self.tasks[self.pool.base_task].size("train")
         for kind in self._needs:
@@ -294,11 +294,11 @@ class Bench:
         return Material(self.weights, open_statistics(self.weights, files), examples)
 
     def _own_tasks(self) -> dict[str, Task]:
-        """Member → its own task, bound to itself."""
+        """Member → the task of its own training examples, bound to itself."""
         campaign = self.pool.campaign
         return {
-            name: make_task(self.own(name), campaign.tasks[self.own(name)], campaign.members[name].checkpoint)
-            for name in self.members
+            name: make_task(self.own(name), member.calibration or campaign.tasks[self.own(name)], member.checkpoint)
+            for name, member in campaign.members.items()
         }
 
     def _statistic(self, who: str, kind: str, task: Task) -> str:
@@ -322,14 +322,14 @@ class Bench:
         needs = method.needs(recipe.parameters)
         files = [self._material.statistics[kind][name] for kind in needs.members for name in recipe.members]
         files += [self._material.statistics[kind][BASE] for kind in needs.base]
-        return [[file.kind, file.checkpoint, file.data, file.examples, dict(file.settings)] for file in files]
+        return [_told_by(file) for file in files]
 
     def _print(self, who: str) -> str:
         return self.weights.base.fingerprint if who == BASE else self.weights.members[who].checkpoint.fingerprint
 
-    def _models(self, recipe: Recipe) -> LiveModels:
+    def _models(self, recipe: Recipe) -> "BenchModels":
         if self._live is None:
-            self._live = LiveModels(
+            self._live = BenchModels(
                 self.material(recipe), list(self.tasks.values()), self.owners, best_device(), "float32"
             )
         return self._live
@@ -344,27 +344,71 @@ class Bench:
         ResidentMerger(self.material(recipe), out).merge(recipe)
         return out
 
-    def _key(self, what: Sequence[Any], split: str) -> str:
-        data = {name: task.data_fingerprint("test" if split == "none" else split) for name, task in self.tasks.items()}  # type: ignore[arg-type]
-        return hashing.fingerprint([list(what), split, self.examples, self.weights.fingerprints(), data])
+    def _kept(
+        self, what: Sequence[Any], split: Split, work: Callable[[Sequence[str]], Measured], tasks: Iterable[str]
+    ) -> Measured:
+        """What is kept of a model's values on single tasks; what is missing, or of too few examples, is measured.
 
-    def _kept(self, what: Sequence[Any], split: Split, work: Callable[[], Measured]) -> Measured:
-        path = self.pool.place / "measured" / f"{self._key(what, split)}.safetensors"
+        Examples come in one order, so that the values of fewer are the first of those of more.
+        """
+        kept = {task: self._read(self._place([*what, split, self._data(task, split)]), task, split) for task in tasks}
+        if missing := [task for task, found in kept.items() if found is None]:
+            found = work(missing)
+            for task in missing:
+                values = np.ascontiguousarray(found.values[task])
+                path = self._place([*what, split, self._data(task, split)])
+                atomic.write_bytes(str(path), save({"values": values}, {"report": json.dumps(dict(found.report))}))
+                kept[task] = Measured({task: values}, found.report)
+        parts = [part for part in kept.values() if part is not None]
+        return Measured({task: own for part in parts for task, own in part.values.items()}, parts[0].report)
+
+    def _read(self, path: Path, task: str, split: Split) -> Measured | None:
         if not path.exists():
-            found = work()
-            about = {"losses": dict(found.losses), "report": dict(found.report)}
-            arrays = {task: np.ascontiguousarray(values) for task, values in found.values.items()}
-            atomic.write_bytes(str(path), save(arrays, {"about": json.dumps(about)}))
-        about = json.loads(SafetensorsFile.open(str(path)).metadata["about"])
-        return Measured(read_arrays(str(path)), about["losses"], about["report"])
+            return None
+        values = read_arrays(str(path))["values"]
+        size = self.tasks[task].size(split)
+        wanted = min(size, self.examples or size)
+        if len(values) < wanted:
+            return None
+        return Measured({task: values[:wanted]}, json.loads(SafetensorsFile.open(str(path)).metadata["report"]))
+
+    def _place(self, what: Sequence[Any], suffix: str = "safetensors") -> Path:
+        key = hashing.fingerprint([*what, self.weights.fingerprints()])
+        return self.pool.place / "measured" / f"{key}.{suffix}"
+
+    def _data(self, task: str, split: Split) -> list[str]:
+        return [task, self.tasks[task].data_fingerprint(split)]
 
     def _kept_mismatch(self, what: Sequence[Any], recipe: Recipe, work: Callable[[], Mismatch]) -> Mismatch:
-        path = self.pool.place / "measured" / f"{self._key([*what, recipe.as_dict()], 'none')}.json"
+        data = [[name, task.data_fingerprint("train")] for name, task in self._own_tasks().items()]
+        path = self._place([*what, recipe.as_dict(), self._statistics_key(recipe), data], "json")
         if not path.exists():
             found = work()
             atomic.write_json(str(path), {"total": found.total, "members": dict(found.members)})
         known = json.loads(path.read_text())
         return Mismatch(known["total"], known["members"])
+
+
+class BenchModels(LiveModels):
+    """Live models that are measured on some tasks alone."""
+
+    def measure_on(self, names: Sequence[str], recipe: Recipe, split: Split, limit: int | None) -> Measured:
+        """One merge, and its values on these tasks.
+
+        Args:
+            names: Of tasks.
+            recipe: What to merge.
+            split: Which examples.
+            limit: At most this many of a task.
+        """
+        report = self._merge(recipe)
+        found = {task.name: self._whole(task, split, limit)[1] for task in self._tasks if task.name in names}
+        return replace(_of(found), report=report)
+
+
+def _told_by(file: StatisticsFile) -> list[Any]:
+    """What tells one statistics file from another."""
+    return [file.kind, file.checkpoint, file.data, file.examples, dict(file.settings)]
 
 
 def short(recipe: Recipe) -> str:

@@ -1,21 +1,29 @@
 """The pools that experiments run on: fetched, cut and fine-tuned once, and kept by content."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flows.config.campaign_file import Campaign
+from flows.config.train_file import Partition
 from flows.config.yaml_file import validate
 from flows.directory.progress import Display
 from flows.quickstart.quickstart import POOLS as QUICKSTART
 from flows.quickstart.quickstart import make_campaign, task_settings
-from merging.optimization.fine_tuning import Lesson, train_together
+from flows.quickstart.sentiment import LABELS
+from flows.training.partition import write_parts
+from merging.io.atomic import new_dir
+from merging.optimization.fine_tuning import Lesson, save_start, train_together
 
 TOGETHER = "all"
 """The model that was trained on all tasks."""
 FIRST = "movie"
 """The domain that the base of `continued` was trained on."""
+PARTS = Partition(task="sentiment", parts=8, concentration=0.5)
+"""How the data of `parts` is cut."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +97,52 @@ def continued(root: Path, seed: int, display: Display) -> PaperPool:
     return PaperPool("continued", seed, validate(Campaign, given, "continued"), whole.together, FIRST, place)
 
 
+def parts(root: Path, seed: int, display: Display) -> PaperPool:
+    """Non-iid members of one data set (RM, appendix B): all domains as one, cut by Dirichlet shares of classes.
+
+    All start from one head, which is merged. One task: the test splits of all domains.
+    """
+    whole = POOLS["sentiment"](root, seed, display)
+    place, split_of = root / "parts" / f"seed-{seed}", dict[str, list[str]]()
+    domains: list[Any] = list(whole.campaign.tasks.values())
+    for split in ("train", "validation", "test"):
+        split_of[split] = [file for task in domains for file in _files(task.data[split])]
+    task = domains[0].model_copy(update={"data": split_of})
+    base = place / "base"
+    if not (base / "config.json").exists():
+        with torch.random.fork_rng(devices=[]), new_dir(str(base)) as directory:
+            torch.manual_seed(seed)
+            save_start(whole.campaign.base, task, LABELS, directory)
+    partition = PARTS.model_copy(update={"seed": seed})
+    settings_of = write_parts(task, partition, place / "data")
+    settings = QUICKSTART["sentiment"].training.model_copy(update={"seed": seed})
+    for name, own in settings_of.items():
+        train_together(base, {name: Lesson(own)}, place / "members" / name, settings, _told(display, name))
+    given: dict[str, Any] = {
+        "name": "parts",
+        "base": str(base),
+        "members": {
+            name: {
+                "checkpoint": str(place / "members" / name),
+                "task": PARTS.task,
+                "calibration": own.model_dump(mode="json"),
+            }
+            for name, own in settings_of.items()
+        },
+        "tasks": {PARTS.task: task.model_dump(mode="json")},
+    }
+    together = {PARTS.task: next(iter(whole.together.values()))}
+    return PaperPool("parts", seed, validate(Campaign, given, "parts"), together, None, place)
+
+
+def _files(given: str | Sequence[str]) -> list[str]:
+    return [given] if isinstance(given, str) else list(given)
+
+
 POOLS: Mapping[str, Callable[[Path, int, Display], PaperPool]] = {
     "sentiment": quickstart("sentiment", together=True),
     "continued": continued,
+    "parts": parts,
     "tagging": quickstart("tagging", together=False),
     "images": quickstart("images", together=False),
 }

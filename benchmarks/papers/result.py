@@ -1,6 +1,5 @@
 """What an experiment found: figures, and what became of the paper's claims; kept as Parquet."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -8,6 +7,7 @@ from typing import Any, Literal, TypeAlias
 import pandas as pd
 
 from benchmarks.papers.bench import Measured, paired
+from flows.report.experiments import COLUMNS, MEAN, SCORE
 from merging.io import atomic
 
 Verdict: TypeAlias = Literal["agrees", "no difference", "contradicts"]
@@ -33,7 +33,8 @@ class Result:
     """An experiment's outcome on one pool and seed.
 
     Args:
-        rows: Figures: `series`, `x` (a number or a name), `task` (`mean` for the mean over tasks), `value`, `error`.
+        rows: Figures: `series`, `x` (a number or a name), `task` (`mean` for the mean over tasks), `quantity` (`score` or
+            another), `value`, `error`.
         claims: What became of the paper's claims.
         plot: How rows of the mean are drawn: lines over x, points, or not at all.
         labels: Of the two axes.
@@ -53,9 +54,18 @@ class Result:
             self.row(series, x, value, error, task)
         self.row(series, x, measured.mean, measured.error)
 
-    def row(self, series: str, x: float | str, value: float, error: float = float("nan"), task: str = "mean") -> None:
+    def row(
+        self,
+        series: str,
+        x: float | str,
+        value: float,
+        error: float = float("nan"),
+        task: str = MEAN,
+        quantity: str = SCORE,
+    ) -> None:
         """One figure."""
-        self.rows.append({"series": series, "x": str(x), "task": task, "value": value, "error": error})
+        numbers = {"value": value, "error": error}
+        self.rows.append({"series": series, "x": str(x), "task": task, "quantity": quantity, **numbers})
 
     def compare(self, claim: str, one: Measured, other: Measured, names: tuple[str, str]) -> None:
         """A claim that one model is above the other, told by the paired difference: twice its error decides."""
@@ -79,16 +89,12 @@ def save(result: Result, path: Path, **about: Any) -> None:
     Args:
         result: The result.
         path: The file.
-        about: Columns that every row has: experiment, pool, seed.
+        about: Columns that every row has: experiment, what it is about, pool, seed, examples, seconds.
     """
     rows = [{"kind": "figure", **row} for row in result.rows]
     rows += [{"kind": "claim", **asdict(claim)} for claim in result.claims]
     frame = pd.DataFrame(rows).assign(
         plot=result.plot, xlabel=result.labels[0], ylabel=result.labels[1], note=result.note, **about
     )
+    frame = frame.reindex(columns=list(COLUMNS))
     atomic.write_bytes(str(path), frame.to_parquet(index=False))
-
-
-def load(paths: Sequence[Path]) -> pd.DataFrame:
-    """All results, one below the other."""
-    return pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True) if paths else pd.DataFrame()

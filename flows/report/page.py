@@ -2,13 +2,10 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from math import isfinite
 from typing import Any, TypedDict
 
 import plotly.io
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
@@ -16,6 +13,7 @@ from flows.report import figures, significance, table
 from flows.report.figures.style import number
 from flows.report.scales import Scales, percent
 from flows.report.table import TableRow
+from flows.report.templates import template
 from flows.report.test_answers import Values
 from search.candidate import ANCHORS, searched_split
 from search.ledger.distinct import apart
@@ -120,7 +118,7 @@ def render(
         "timeline": figures.timeline(rows, looks),
     }
     shown = {name: plot for name, plot in plots.items() if plot is not None}
-    page: str = _template().render(
+    page: str = template("report.html.j2").render(
         facts=given,
         tasks=tasks,
         lines=_winner_first(lines),
@@ -155,19 +153,6 @@ def render(
         plotly=Markup(get_plotlyjs()),
     )
     return page
-
-
-@cache
-def _template() -> Any:
-    environment = Environment(
-        loader=PackageLoader("flows", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["duration"] = _duration
-    return environment.get_template("report.html.j2")
 
 
 def _as_script(value: Any) -> str:
@@ -225,14 +210,3 @@ def _recipe(row: Row, facts: Facts) -> str:
     if recipe["parameters"]:
         value["parameters"] = recipe["parameters"]
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
-
-
-def _duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if not isfinite(seconds):
-        return table.NOTHING
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

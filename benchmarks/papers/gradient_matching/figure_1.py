@@ -20,7 +20,7 @@ def run(bench: Bench) -> Result:
     recipes += [bench.default(name) for name in ("average", "ties", "fisher", "regmean")]
     points = []
     for recipe in recipes:
-        error = 1 - bench.measure(recipe).on(own).mean
+        error = 1 - bench.measure(recipe, tasks=own).mean
         exact = float(np.log10(bench.mismatch(recipe).total))
         quadratic = float(np.log10(bench.quadratic(recipe).total))
         points.append((exact, quadratic, error))

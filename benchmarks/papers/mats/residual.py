@@ -4,6 +4,7 @@ from benchmarks.papers.bench import Bench
 from benchmarks.papers.result import Result
 
 POOLS = ("sentiment",)
+RESIDUAL = "largest residual"
 STARTS = ("average", "task_arithmetic", "fisher")
 ITERATIONS = (0, 2, 5, 20)
 PRECONDITIONED = (2, 5)
@@ -19,15 +20,13 @@ def run(bench: Bench) -> Result:
         for iterations in ITERATIONS:
             measured = bench.measure(bench.default("mats", start=start, iterations=iterations))
             result.add(f"from {start.replace('_', ' ')}", iterations, measured)
-            result.row(
-                f"from {start.replace('_', ' ')}", iterations, measured.report["residual"], task="largest residual"
-            )
+            result.row(f"from {start.replace('_', ' ')}", iterations, measured.report["residual"], quantity=RESIDUAL)
             ends[start, iterations] = measured
     for iterations in PRECONDITIONED:
         name = "from average, preconditioned"
         measured = bench.measure(bench.default("mats", iterations=iterations, preconditioner="kfac"))
         result.add(name, iterations, measured)
-        result.row(name, iterations, measured.report["residual"], task="largest residual")
+        result.row(name, iterations, measured.report["residual"], quantity=RESIDUAL)
     exact = bench.measure(bench.default("regmean", rho=1.0))
     damped = bench.measure(bench.default("regmean"))
     result.add("RegMean, ρ = 1 (exact)", ITERATIONS[-1], exact)

@@ -10,12 +10,16 @@ from search.subsets import dpp, dpp_kernel
 
 Subset = tuple[str, ...]
 METHODS = ("task_arithmetic", "ties")
+DRAWS = 30
+"""Random subsets of a size."""
+FEW = 4
+"""Up to so many members, subsets of every size are measured."""
 
 
 def kernel(bench: Bench, *, unit: bool = True) -> npt.NDArray[np.float64]:
     """L with the paper's S (validation examples, not centred), q (gain over the base) and ‖q‖ = 1."""
     base = bench.base("validation").scores
-    own = {name: bench.member(name, "validation").scores[bench.own(name)] for name in bench.members}
+    own = {name: bench.member(name, "validation", [bench.own(name)]).mean for name in bench.members}
     q, _ = dpp_kernel.quality(own, {name: base[bench.own(name)] for name in bench.members})
     values = np.array([q[name] for name in bench.members])
     return dpp_kernel.kernel(values / np.linalg.norm(values) if unit else values, bench.similarity())
@@ -26,9 +30,18 @@ def mode(bench: Bench, k: int) -> Subset:
     return tuple(bench.members[i] for i in dpp.map_subset(kernel(bench), k))
 
 
-def every(bench: Bench, k: int) -> list[Subset]:
-    """All subsets of k members."""
-    return list(combinations(bench.members, k))
+def sizes(bench: Bench) -> tuple[int, ...]:
+    """Sizes that subsets are looked at in: all from 2 for a pool of few members, else two of them."""
+    count = len(bench.members)
+    return tuple(range(2, count)) if count <= FEW else (2, count // 2)
+
+
+def drawn(bench: Bench, k: int, without: str | None = None) -> list[Subset]:
+    """Random subsets of k members, one of them left out or not; where there are no more than `DRAWS`, all of them."""
+    subsets = list(combinations([member for member in bench.members if member != without], k))
+    if len(subsets) <= DRAWS:
+        return subsets
+    return [subsets[i] for i in np.random.default_rng(0).choice(len(subsets), DRAWS, replace=False)]
 
 
 def expected_size(L: npt.NDArray[np.float64]) -> float:

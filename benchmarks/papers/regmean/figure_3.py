@@ -8,6 +8,7 @@ from benchmarks.papers.bench import Bench, Measured
 from benchmarks.papers.result import Result
 
 POOLS = ("sentiment", "tagging", "images")
+DROP = "relative drop"
 METHODS = ("average", "fisher", "regmean")
 
 
@@ -19,13 +20,13 @@ def run(bench: Bench) -> Result:
     for pair in combinations(bench.members, 2):
         tasks = [bench.own(member) for member in pair]
         for method in METHODS:
-            found = bench.measure(bench.default(method, pair)).on(tasks)
+            found = bench.measure(bench.default(method, pair), tasks=tasks)
             scores[method].append(found)
             drops = [1 - found.scores[task] / own.scores[task] for task in tasks]
-            result.row(method, "+".join(pair), float(np.mean(drops)), task="relative drop")
+            result.row(method, "+".join(pair), float(np.mean(drops)), quantity=DROP)
     for method in METHODS:
-        drops = [row["value"] for row in result.rows if row["series"] == method and row["task"] == "relative drop"]
-        result.row(method, "all pairs", float(np.mean(drops)), task="relative drop")
+        drops = [row["value"] for row in result.rows if row["series"] == method and row["quantity"] == DROP]
+        result.row(method, "all pairs", float(np.mean(drops)), quantity=DROP)
     whole = {method: _together(found) for method, found in scores.items()}
     result.compare(
         "Over pairs, RegMean is above the average", whole["regmean"], whole["average"], ("RegMean", "average")

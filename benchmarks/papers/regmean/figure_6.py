@@ -6,6 +6,7 @@ import numpy as np
 
 from benchmarks.papers.bench import Bench, Measured
 from benchmarks.papers.result import Result
+from merging.tasks.task import Split
 from search.subsets.greedy import greedy_forward
 
 POOLS = ("sentiment",)
@@ -18,25 +19,20 @@ def run(bench: Bench) -> Result:
     single, prefixes, greedy = [], {}, []
     for owner in bench.members:
         target, others = bench.own(owner), [member for member in bench.members if member != owner]
-        alone = {member: bench.member(member, "validation").scores[target] for member in others}
+        alone = {member: bench.member(member, "validation", [target]).scores[target] for member in others}
         order = sorted(others, key=lambda member: -alone[member])
-        single.append((owner, bench.member(order[0]).on([target])))
+        single.append((owner, bench.member(order[0], tasks=[target])))
         for method in METHODS:
             for k in range(1, len(order) + 1):
-                found = bench.measure(bench.default(method, order[:k])) if k > 1 else bench.member(order[0])
-                prefixes.setdefault((method, k), []).append((owner, found.on([target])))
+                found = _merged(bench, method, order[:k], target)
+                prefixes.setdefault((method, k), []).append((owner, found))
 
         def scores(subsets: Sequence[Sequence[str]], target: str = target) -> list[float | None]:
-            return [
-                (bench.measure(bench.default("regmean", Y), "validation") if len(Y) > 1 else bench.member(Y[0], "validation"))
-                .scores[target]
-                for Y in subsets
-            ]  # fmt: skip
+            return [_merged(bench, "regmean", Y, target, "validation").mean for Y in subsets]
 
         path = greedy_forward(others, scores)
         best = max(path, key=lambda Y: scores([Y])[0] or 0.0)
-        found = bench.measure(bench.default("regmean", best)) if len(best) > 1 else bench.member(best[0])
-        greedy.append((owner, found.on([target])))
+        greedy.append((owner, _merged(bench, "regmean", best, target)))
     for (method, k), parts in prefixes.items():
         result.add(f"{method}, prefixes", k, _unseen(parts))
     most = len(bench.members) - 1
@@ -59,6 +55,13 @@ def run(bench: Bench) -> Result:
         (f"{best_k} members", f"{most} members"),
     )  # fmt: skip
     return result
+
+
+def _merged(bench: Bench, method: str, subset: Sequence[str], target: str, split: Split = "test") -> Measured:
+    """A subset's merge on one task; a single member is itself."""
+    if len(subset) == 1:
+        return bench.member(subset[0], split, [target])
+    return bench.measure(bench.default(method, subset), split, [target])
 
 
 def _unseen(parts: Sequence[tuple[str, Measured]]) -> Measured:

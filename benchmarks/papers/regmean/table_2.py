@@ -3,7 +3,7 @@
 from benchmarks.papers.bench import Bench, Measured, averaged
 from benchmarks.papers.result import Result
 
-POOLS = ("sentiment", "tagging", "images")
+POOLS = ("sentiment", "parts", "tagging", "images")
 
 
 def run(bench: Bench) -> Result:
@@ -14,7 +14,7 @@ def run(bench: Bench) -> Result:
         "base": bench.base(),
         "members, mean": averaged(list(members.values())),
         "members, best by validation": members[max(validation, key=lambda name: validation[name])],
-        "members, each on its own task": bench.own_members(),
+        **({"members, each on its own task": bench.own_members()} if bench.tasks_apart else {}),
         "ensemble": bench.ensemble(),
         "average": bench.measure(bench.default("average")),
         "fisher": bench.measure(bench.default("fisher")),

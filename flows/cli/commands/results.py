@@ -7,10 +7,34 @@ import typer
 from flows.cli.commands.options import Quiet, Where, make_display
 
 
-def report(directory: Where) -> None:
-    """Writes a campaign's report anew from its ledger, finished or not."""
-    from flows.campaign.summary import write_report
+def report(
+    directory: Annotated[
+        str, typer.Argument(help="A campaign's directory; with `--experiment`, results.", metavar="DIR")
+    ],
+    experiment: Annotated[
+        bool,
+        typer.Option(
+            "--experiment",
+            help="DIR is an experiment's result (Parquet) or a directory of them, as `python -m benchmarks.papers` writes: "
+            "writes a page, figures as SVG, tables as CSV and LaTeX.",
+        ),
+    ] = False,
+    out: Annotated[
+        str | None,
+        typer.Option("--out", help="Of `--experiment`: directory to fill; by default `report` beside the results."),
+    ] = None,
+) -> None:
+    """Writes a campaign's report anew from its ledger, finished or not; or a page of experiments from their results."""
+    if experiment:
+        from flows.cli.experiments import write_experiments
 
+        typer.echo(write_experiments(directory, out))
+        return
+    from flows.campaign.summary import write_report
+    from merging.errors import SettingsError
+
+    if out is not None:
+        raise SettingsError("--out: a campaign's report lies in its directory; `--out` goes with `--experiment`")
     typer.echo(write_report(directory))
 
 
