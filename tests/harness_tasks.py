@@ -40,6 +40,11 @@ KINDS = {
             },
         ],
     },
+    "cloze": {
+        "output_type": "loglikelihood",
+        "doc_to_target": " {{reply}}",
+        "metric_list": [{"metric": "acc"}, {"metric": "perplexity", "higher_is_better": False}],
+    },
     "prose": {
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
@@ -63,8 +68,8 @@ def rows(count, seed):
     ]
 
 
-def write_llama(path, seed):
-    """A Llama near that of other seeds, with a tokenizer of `WORDS`."""
+def write_llama(path, seed, **changes):
+    """A Llama near that of other seeds, with a tokenizer of `WORDS`; `changes` of its configuration."""
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "<user>": 4, "<assistant>": 5, "<system>": 6}
     vocabulary |= {word: len(vocabulary) + place for place, word in enumerate(WORDS)}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -72,19 +77,20 @@ def write_llama(path, seed):
     words = PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", chat_template=CHAT
     )
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
+    settings = {
+        "vocab_size": len(vocabulary),
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    config = LlamaConfig(**(settings | changes))
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
     for value in model.parameters():

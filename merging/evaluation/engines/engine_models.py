@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from merging.checkpoints.pool import Pool
-from merging.errors import EngineError
+from merging.errors import EngineError, EngineLostError
 from merging.evaluation.engines.settings import EngineSettings
 from merging.evaluation.engines.vllm_engine import VllmEngine, require_served, require_vllm
 from merging.evaluation.live_models import CandidateModels, MakeSource, refuse_unmeasured, roundings
@@ -18,6 +18,7 @@ from merging.mergers.dtypes import model_dtype
 from merging.mergers.material import Material
 from merging.mergers.resident import ResidentMerger
 from merging.recipe import Recipe
+from merging.tasks.harness.harness_task import HarnessTask
 from merging.tasks.language.causal_lm import CausalLM
 from merging.tasks.task import Task
 
@@ -36,7 +37,7 @@ class EngineModels(CandidateModels):
 
     Args:
         material: Pool and statistics.
-        tasks: The tasks to evaluate, all of them `CausalLM`.
+        tasks: The tasks to evaluate, all of them `CausalLM` or `HarnessTask`.
         owners: Task → the member whose configuration it is evaluated with.
         device: Where merged weights lie before the engine takes them.
         settings: The engine's.
@@ -60,8 +61,7 @@ class EngineModels(CandidateModels):
     ) -> None:
         super().__init__(tasks, "float32")
         pool, self._dtype = material.pool, dtype or model_dtype(material.pool)
-        judged = answerable(tasks)
-        longest = max(task.longest for task in judged)
+        longest = longest_sequence(tasks)
         self._out = {
             name: torch.empty(info.shape, dtype=self._dtype, device=device) for name, info in pool.weights.items()
         }
@@ -79,8 +79,12 @@ class EngineModels(CandidateModels):
         generator = torch.Generator().manual_seed(0)
         for name, value in self._out.items():
             value.copy_(_noise(name, value, generator))
-        self._take()
-        self._prove("weights drawn by chance")
+        try:
+            self._take()
+            self._prove("weights drawn by chance")
+        except EngineLostError as error:  # another engine would die of the same model
+            names = "/".join(config["architectures"])
+            raise EngineError(f"vLLM cannot hold this {names}: {error}. Leave out `engine: vllm`") from error
         self._source = source(material, self._out)
 
     def _merge(self, recipe: Recipe) -> Mapping[str, float]:
@@ -139,7 +143,7 @@ def check_engine(pool: Pool, tasks: Sequence[Task], owners: Mapping[str, str]) -
         EngineError: vLLM is not installed or does not serve the model, a task is none that it answers, or weights are kept per
             task.
     """
-    answerable(tasks)
+    longest_sequence(tasks)
     for task in tasks:
         if kept := pool.members[owners[task.name]].head:
             raise EngineError(
@@ -149,22 +153,24 @@ def check_engine(pool: Pool, tasks: Sequence[Task], owners: Mapping[str, str]) -
     require_vllm(pool.base.config)
 
 
-def answerable(tasks: Sequence[Task]) -> list[CausalLM]:
-    """The tasks, if an engine can answer them.
+def longest_sequence(tasks: Sequence[Task]) -> int:
+    """Tokens of the longest sequence of all tasks, if an engine can answer them.
 
     Raises:
         EngineError: One is of another kind, or generates as no engine does.
+        TaskError: Some request of the harness cannot be made.
     """
-    names = []
+    longest = 0
     for task in tasks:
-        if not isinstance(task, CausalLM):
+        if not isinstance(task, CausalLM | HarnessTask):
             raise EngineError(
                 f"`engine: vllm` holds causal language models, and task '{task.name}' is of kind '{task.kind}': leave it out"
             )
-        if task.generates:
-            require_served(task.generation_config)
-        names.append(task)
-    return names
+        needs = task.engine_needs()
+        for generation in needs.generations:
+            require_served(generation)
+        longest = max(longest, needs.longest)
+    return longest
 
 
 def _heads(model: Any, pool: Pool, out: Mapping[str, Tensor]) -> dict[str, str]:

@@ -12,7 +12,8 @@ class EngineSettings(BaseModel):
 
     kind: Literal["transformers", "vllm"] = Field(
         "transformers",
-        description="transformers: live models, for every kind of task; vllm: an engine in every evaluator, for `causal_lm`.",
+        description="transformers: live models, for every kind of task; vllm: an engine in every evaluator, for `causal_lm` "
+        "and `lm_eval`.",
     )
     tensor_parallel: int = Field(
         1, ge=1, description="vllm: processes, each with a GPU, that a model's matrices are cut over."

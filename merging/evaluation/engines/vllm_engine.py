@@ -14,7 +14,7 @@ from torch import Tensor
 
 from merging.errors import EngineError, EngineLostError
 from merging.evaluation.engines.settings import EngineSettings
-from merging.tasks.language.text_engine import TextEngine
+from merging.tasks.language.text_engine import Greedy, TextEngine
 from merging.tasks.predictions import Floats
 
 ENVIRONMENT = {
@@ -25,6 +25,15 @@ ENVIRONMENT = {
 }
 WORKER = "merging.evaluation.engines.vllm_worker.BucketLoader"
 UNSERVED = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "penalty_alpha": None,
+    "guidance_scale": 1,
+    "dola_layers": None,
+    "encoder_repetition_penalty": 1,
+    "watermarking_config": None,
+    "max_time": None,
     "no_repeat_ngram_size": 0,
     "bad_words_ids": None,
     "min_length": 0,
@@ -132,13 +141,21 @@ class VllmEngine(TextEngine):
 
     def log_likelihoods(self, sequences: Sequence[Sequence[int]]) -> list[Floats]:
         """See `TextEngine.log_likelihoods`."""
-        outputs = self._answers(sequences, max_tokens=1, prompt_logprobs=0)
         return [
-            np.array(
-                [choices[token].logprob for choices, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)],
-                np.float64,
+            np.array([choice.logprob for choice in choices], np.float64)
+            for choices in self._tokens(sequences, likeliest=0)
+        ]
+
+    def greedy_likelihoods(self, sequences: Sequence[Sequence[int]]) -> list[tuple[Floats, Greedy]]:
+        """See `TextEngine.greedy_likelihoods`."""
+        return [
+            (
+                np.array([choice.logprob for choice in choices], np.float64),
+                np.array(
+                    [choice.rank == 1 for choice in choices], bool
+                ),  # of equal ones, the one that the engine takes
             )
-            for output, ids in zip(outputs, sequences, strict=True)
+            for choices in self._tokens(sequences, likeliest=1)
         ]
 
     def complete(self, prompts: Sequence[Sequence[int]], most: int, generation: Any) -> list[list[int]]:
@@ -152,6 +169,17 @@ class VllmEngine(TextEngine):
             repetition_penalty=generation.repetition_penalty or 1.0,
         )
         return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def _tokens(self, sequences: Sequence[Sequence[int]], likeliest: int) -> Iterator[list[Any]]:
+        """The `Logprob`s of each sequence's tokens but the first.
+
+        Args:
+            sequences: Token ids.
+            likeliest: Also look for so many of the likeliest tokens at each position, which makes those have rank 1 and on.
+        """
+        outputs = self._answers(sequences, max_tokens=1, prompt_logprobs=likeliest)
+        for output, ids in zip(outputs, sequences, strict=True):
+            yield [choices[token] for choices, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
 
     def _answers(self, prompts: Sequence[Sequence[int]], **parameters: Any) -> list[Any]:
         from vllm import SamplingParams
@@ -177,8 +205,8 @@ def require_served(generation: Any) -> None:
     for name, off in UNSERVED.items():
         if (value := getattr(generation, name, None)) not in (None, off, []):
             raise EngineError(
-                f"generation_config.json has {name}: {value}, which the engine knows nothing of: leave out `engine: vllm`, or "
-                "the setting"
+                f"generation_config.json or the task's arguments of generation have {name}: {value}, which the engine knows "
+                "nothing of: leave out `engine: vllm`, or the setting"
             )
 
 

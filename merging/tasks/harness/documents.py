@@ -51,10 +51,13 @@ def find_task(name: str, include_path: str | None, directory: str) -> Any:
         TaskError: The harness is not installed, knows no such task, or cannot load it or its data.
     """
     try:
+        import lm_eval.models.huggingface  # noqa: F401 (it needs more than the harness itself)
         from lm_eval.api.task import ConfigurableTask
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise TaskError(f"`kind: lm_eval` runs lm-evaluation-harness, which is not installed: {EXTRA}") from error
+        raise TaskError(
+            f"`kind: lm_eval` runs lm-evaluation-harness, which is not installed ({error.name}): {EXTRA}"
+        ) from error
     if include_path is not None and not Path(include_path).is_dir():
         raise TaskError(f"include_path: there is no directory {include_path}")
     with quiet_harness():

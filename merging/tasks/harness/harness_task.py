@@ -16,12 +16,13 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import nn
 
 from merging.checkpoints.models.parameter_names import Loading
-from merging.errors import TaskError
+from merging.errors import EngineError, TaskError
 from merging.io import hashing
 from merging.io.addresses import in_words
 from merging.registry import did_you_mean
 from merging.tasks.harness.documents import Documents, find_task, quiet_harness, read_documents
-from merging.tasks.head import blank_model, load_model, load_tokenizer
+from merging.tasks.head import blank_model, generation_config, load_model, load_tokenizer
+from merging.tasks.language.text_engine import EngineNeeds, NeedsRecorder, TextEngine
 from merging.tasks.predictions import Predictions
 from merging.tasks.task import Score, Split, Task, TaskSettings, register, score_of
 
@@ -156,17 +157,24 @@ class HarnessTask(Task):
         return hashing.fingerprint([lm_eval.__version__, json.dumps(shown, default=str), judge.metric, judge.filter])
 
     def predict(
-        self, model: nn.Module, split: Split, positions: npt.NDArray[np.int64], *, precision: str = "float32"
+        self,
+        model: nn.Module | TextEngine,
+        split: Split,
+        positions: npt.NDArray[np.int64],
+        *,
+        precision: str = "float32",
     ) -> Predictions:
         """See `Task.predict`."""
         started = time.perf_counter()
         documents, places = self._read(self._split_names[split]), self._places(split)[positions]
         requests_of = documents.asked(places)
-        device = next(model.parameters()).device
+        kind = "cpu" if isinstance(model, TextEngine) else next(model.parameters()).device.type
         try:
-            with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16"):
                 self._answer(model, [request for requests in requests_of for request in requests])
             predictions = self._judge.judged([documents.docs[place] for place in places], requests_of)
+        except EngineError:
+            raise
         except TaskError as error:
             raise self.error(str(error)) from error
         except Exception as error:  # the harness and the code of its tasks raise all kinds
@@ -176,6 +184,32 @@ class HarnessTask(Task):
     def score(self, predictions: Predictions) -> Score:
         """What the harness's aggregation makes of the documents' results; see `Task.score`."""
         return self._judge.score(predictions)
+
+    def engine_needs(self) -> EngineNeeds:
+        """What an engine must be able to do for this task: all of its requests are gone through, without a model.
+
+        Raises:
+            EngineError: It is judged on an encoder–decoder.
+            TaskError: Some request cannot be made.
+        """
+        if self.settings.model_class != "AutoModelForCausalLM":
+            raise EngineError(
+                f"`engine: vllm` holds causal language models, and task '{self.name}' has `model_class: "
+                f"{self.settings.model_class}`: leave out the engine"
+            )
+        if "max_length" in (self._task.config.generation_kwargs or {}):
+            raise self.error("the task's `max_length` of generation counts a batch's padding: say `max_gen_toks`")
+        recorder = NeedsRecorder()
+        for name in sorted(set(self._split_names.values())):
+            documents = self._read(name)
+            requests = [request for own in documents.asked(np.arange(len(documents.docs))) for request in own]
+            try:
+                self._answer(recorder, requests)
+            except TaskError as error:
+                raise self.error(str(error)) from error
+            except Exception as error:  # the harness and the code of its tasks raise all kinds
+                raise self.error(f"the harness cannot ask for its split '{name}': {in_words(error)}") from error
+        return recorder.needs
 
     def error(self, message: str) -> TaskError:
         """An error of this task."""
@@ -261,21 +295,32 @@ class HarnessTask(Task):
         engine: Any = SimpleNamespace(tokenizer=self._tokenizer, chat_template_args={})
         return str(HFLM.apply_chat_template(engine, history, add_generation_prompt))
 
-    def _answer(self, model: nn.Module, requests: Sequence[Any]) -> None:
+    @cached_property
+    def _config(self) -> tuple[Any, Any]:
+        """The head's configuration and `GenerationConfig` in transformers."""
+        model: Any = self.blank_model()[0]
+        return model.config, generation_config(self.head, self.base, model)
+
+    def _lm(self, model: nn.Module | TextEngine) -> Any:
+        """What the harness calls a model."""
+        limit = self.settings.max_length
+        if isinstance(model, TextEngine):
+            from merging.tasks.harness.engine_lm import EngineLM
+
+            return EngineLM(model, *self._config, self._tokenizer, limit)
+        from lm_eval.models.huggingface import HFLM
+
+        size = self.settings.batch_size
+        return HFLM(pretrained=model, tokenizer=self._tokenizer, batch_size=size, max_length=limit)
+
+    def _answer(self, model: nn.Module | TextEngine, requests: Sequence[Any]) -> None:
         """Has the harness run the model, and puts answers into the requests.
 
         Raises:
             TaskError: A log-likelihood is not finite.
         """
-        from lm_eval.models.huggingface import HFLM
-
         with quiet_harness():
-            engine: Any = HFLM(
-                pretrained=model,
-                tokenizer=self._tokenizer,
-                batch_size=self.settings.batch_size,
-                max_length=self.settings.max_length,
-            )
+            engine = self._lm(model)
             for kind in sorted({request.request_type for request in requests}):
                 repeated = [r for r in requests if r.request_type == kind for _ in range(r.repeats or 1)]
                 for request, answer in zip(repeated, getattr(engine, kind)(repeated, disable_tqdm=True), strict=True):

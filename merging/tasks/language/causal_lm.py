@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from merging.tasks.language.language_task import LIKELIHOODS, Example, LanguageSettings, LanguageTask
 from merging.tasks.language.prompts import Encoded, encode
 from merging.tasks.language.shared_prompts import CACHES, choice_likelihoods, have_one_prompt
-from merging.tasks.language.text_engine import TextEngine
+from merging.tasks.language.text_engine import EngineNeeds, TextEngine
 from merging.tasks.language.token_padding import padded
 from merging.tasks.predictions import Floats
 from merging.tasks.task import IGNORED, Batch, register
@@ -63,6 +63,10 @@ class CausalLM(LanguageTask):
     def __init__(self, name: str, settings: CausalLMSettings, head: str) -> None:
         super().__init__(name, settings, head)
         self._shared: dict[str, bool] = {}
+
+    def engine_needs(self) -> EngineNeeds:
+        """What an engine must be able to do for this task."""
+        return EngineNeeds(self.longest, [self.generation_config] if self.generates else [])
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Logits of the label positions alone [N, K, V]: what is before them is not multiplied with the vocabulary."""

@@ -198,8 +198,10 @@ class LanguageTask(TextTask[list[Example]]):
 
     @cached_property
     def generation_config(self) -> Any:
-        """The head's `GenerationConfig` of transformers: what ends a completion."""
-        return generation_config(self.head, self.base, self.blank_model()[0])
+        """The head's `GenerationConfig` of transformers: what ends a completion. Beams are not used; see `_generate`."""
+        generation = generation_config(self.head, self.base, self.blank_model()[0])
+        generation.num_beams = 1
+        return generation
 
     @property
     def is_below_zero(self) -> bool:

@@ -192,6 +192,76 @@ def test_a_tracker_that_comes_back_has_all(directory, tmp_path, monkeypatch):
     assert "secret" not in notes[0]
 
 
+class Tracker:
+    """Keeps what it is told; `hold(number)` may keep it busy."""
+
+    def __init__(self, directory):
+        pass
+
+    def begin(self, run, name):
+        return run or "run"
+
+    def row(self, number, row):
+        self.hold(number)
+        self.told.append(row.candidate)
+
+    def artifact(self, name, data):
+        self.told.append(name)
+
+    def end(self, ended):
+        self.told.append(ended)
+
+
+def test_an_interrupted_campaign_does_not_wait_for_a_tracker_that_does_not_answer(directory, monkeypatch):
+    stuck = threading.Event()
+
+    class Stuck(Tracker):
+        told: list = []
+
+        def hold(self, number):
+            stuck.wait()
+
+    monkeypatch.setattr(tracking, "TensorBoard", Stuck)
+    monkeypatch.setattr(tracking, "LAST", 10_000.0)  # longer than a test may take
+    monkeypatch.setattr(tracking, "INTERRUPTED", 0.2)
+    try:
+        notes = run(directory, {"tensorboard": "tb"}, [[row(0), row(1)]], KeyboardInterrupt())
+    finally:
+        stuck.set()
+    assert notes == ["tracking.tensorboard: 2 rows are not there; the ledger has them all, and a resume sends them"]
+
+
+def test_what_a_slow_tracker_was_not_told_at_an_interruption_it_is_told_by_the_next_run(directory, monkeypatch):
+    moment = 0.0
+
+    class Slow(Tracker):
+        told: list = []
+
+        def hold(self, number):
+            nonlocal moment
+            moment += 1.5  # seconds a row
+
+    clock = type("Clock", (), {"monotonic": lambda: moment, "sleep": time.sleep})
+    monkeypatch.setattr(tracking, "time", clock)
+    monkeypatch.setattr(tracking, "TensorBoard", Slow)
+    monkeypatch.setattr(tracking, "LOOK", 10_000.0)  # all of them at the end
+    rows = [row(number) for number in range(9)]
+    ledger, notes = [], []
+    with (
+        pytest.raises(KeyboardInterrupt),
+        tracked(TrackingSettings(tensorboard="tb"), "tiny", directory, lambda: list(ledger), notes.append),
+    ):
+        time.sleep(0.2)  # its first look
+        ledger += rows
+        raise KeyboardInterrupt
+    first = list(Slow.told)
+    assert first == ["c0", "c1", "c2", False]  # 3 seconds of the 4, then the run is closed
+    assert "6 rows are not there" in notes[0]
+    monkeypatch.setattr(tracking, "LOOK", 0.05)
+    assert run(directory, {"tensorboard": "tb"}, [rows]) == []
+    assert Slow.told[len(first) :] == [*(f"c{number}" for number in range(3, 9)), "report.html", "recipe.yaml", True]
+
+
 def test_what_is_not_installed_is_said_before_work(monkeypatch):
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=r"tracking.wandb: .*pip install 'mergequest\[wandb\]'"):

@@ -11,8 +11,9 @@ from merging.evaluation.live_models import LiveModels
 from merging.evaluation.steps import EvaluationPlan
 from merging.mergers.material import Material
 from merging.recipe import Recipe, base_recipe, member_recipe
-from merging.tasks import make_task
+from merging.tasks import HarnessSettings, make_task
 from merging.tasks.language.causal_lm import CausalLMSettings
+from tests.harness_tasks import write_llama, write_task
 from tests.merging.evaluation.engines.tiny_llama import task_settings, write_examples, write_pool
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make vllm-env, make test-vllm")
@@ -68,6 +69,54 @@ def test_an_engine_scores_every_candidate_as_transformers_does(tmp_path):
     for call in (lambda: engine.measure(base_recipe(), "validation"), lambda: proof([[5, 6]])):
         with pytest.raises(EngineLostError, match=r"the engine has died \(RuntimeError: Executor failed"):
             call()
+
+
+def test_the_harness_scores_an_engine_as_it_scores_transformers(tmp_path):
+    """All kinds of requests, with few-shot examples, windows of long texts, and stop texts."""
+    pytest.importorskip("lm_eval")
+    paths = {name: write_llama(tmp_path / name, seed, head_dim=32) for seed, name in enumerate(("base", "one", "two"))}
+    pool = Pool.open(paths["base"], {name: paths[name] for name in ("one", "two")})
+    asked = {
+        "quiz": {"metric": "brier_score", "num_fewshot": 2, "chat": True},
+        "cloze": {"metric": "perplexity"},
+        "prose": {"max_length": 6},
+        "sums": {"metric": "bleu", "generation": {"max_gen_toks": 40, "repetition_penalty": 1.1}},
+    }
+    tasks = [
+        make_task(
+            kind,
+            HarnessSettings(
+                task=f"my_{kind}", include_path=write_task(tmp_path / kind, kind, validation=6), **settings
+            ),
+            paths["one"],
+        )
+        for kind, settings in asked.items()
+    ]
+    owners = {task.name: "one" for task in tasks}
+    live = LiveModels(Material(pool), tasks, owners, CPU)
+    engine = EngineModels(Material(pool), tasks, owners, CPU, VLLM)
+    for recipe in RECIPES:
+        expected, measured = live.measure(recipe, "test"), engine.measure(recipe, "test")
+        for task, score in expected.scores.items():
+            assert measured.scores[task].value == pytest.approx(score.value, rel=1e-4, abs=1e-4), (recipe, task)
+    (cloze,) = (task for task in tasks if task.name == "cloze")
+    greedy = engine._engine.greedy_likelihoods([[5, 6, 7, 8, 9]] * 2)
+    best = live._models[cloze.name](torch.tensor([[5, 6, 7, 8, 9]])).logits[0, :-1].argmax(-1).tolist()
+    chosen = [5, 6, 7, 8, 9][1:]
+    live_is_greedy = [one == other for one, other in zip(best, chosen, strict=True)]
+    assert [flags.tolist() for _, flags in greedy] == [live_is_greedy] * 2
+
+
+def test_a_model_that_an_engine_fails_on_at_start_is_no_lost_evaluator(tmp_path):
+    """vLLM's CPU backend has no attention with heads of 8, and says so once it computes."""
+    pytest.importorskip("lm_eval")
+    pool = Pool.open(write_llama(tmp_path / "base", 0), {"one": write_llama(tmp_path / "one", 1)})
+    task = make_task(
+        "quiz", HarnessSettings(task="my_quiz", include_path=write_task(tmp_path / "t", "quiz")), str(tmp_path / "one")
+    )
+    with pytest.raises(EngineError, match="head_dim") as caught:
+        EngineModels(Material(pool), [task], {"quiz": "one"}, CPU, VLLM)
+    assert not isinstance(caught.value, EngineLostError)
 
 
 def test_an_engine_of_a_16_bit_pool(tmp_path):

@@ -15,31 +15,8 @@ from merging.mergers.material import Material
 from merging.recipe import base_recipe
 from merging.tasks import TextClassificationSettings, make_task
 from merging.tasks.language.causal_lm import CausalLMSettings
-from merging.tasks.language.text_engine import TextEngine
+from tests.live_engine import Transformers
 from tests.merging.evaluation.engines.tiny_llama import task_settings, write_examples, write_pool
-
-
-class Transformers(TextEngine):
-    """An engine that is a live model, one sequence at a time."""
-
-    def __init__(self, model):
-        self._model = model
-
-    def log_likelihoods(self, sequences):
-        found = []
-        for ids in sequences:
-            logits = self._model(input_ids=torch.tensor([ids])).logits[0, :-1]
-            found.append(logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].double().numpy())
-        return found
-
-    def complete(self, prompts, most, generation):
-        answers = []
-        for ids in prompts:
-            whole = self._model.generate(
-                input_ids=torch.tensor([ids]), generation_config=generation, max_new_tokens=most, do_sample=False
-            )
-            answers.append(whole[0, len(ids) :].tolist())
-        return answers
 
 
 def test_a_task_asks_an_engine_for_what_it_asks_a_model(tmp_path):
