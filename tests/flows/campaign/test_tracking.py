@@ -6,6 +6,7 @@ import time
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -216,7 +217,7 @@ def test_an_interrupted_campaign_does_not_wait_for_a_tracker_that_does_not_answe
     stuck = threading.Event()
 
     class Stuck(Tracker):
-        told: list = []
+        told: ClassVar[list] = []
 
         def hold(self, number):
             stuck.wait()
@@ -235,7 +236,7 @@ def test_what_a_slow_tracker_was_not_told_at_an_interruption_it_is_told_by_the_n
     moment = 0.0
 
     class Slow(Tracker):
-        told: list = []
+        told: ClassVar[list] = []
 
         def hold(self, number):
             nonlocal moment
@@ -247,13 +248,15 @@ def test_what_a_slow_tracker_was_not_told_at_an_interruption_it_is_told_by_the_n
     monkeypatch.setattr(tracking, "LOOK", 10_000.0)  # all of them at the end
     rows = [row(number) for number in range(9)]
     ledger, notes = [], []
-    with (
-        pytest.raises(KeyboardInterrupt),
-        tracked(TrackingSettings(tensorboard="tb"), "tiny", directory, lambda: list(ledger), notes.append),
-    ):
-        time.sleep(0.2)  # its first look
-        ledger += rows
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with tracked(TrackingSettings(tensorboard="tb"), "tiny", directory, lambda: list(ledger), notes.append):
+            time.sleep(0.2)  # its first look
+            ledger.extend(rows)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     first = list(Slow.told)
     assert first == ["c0", "c1", "c2", False]  # 3 seconds of the 4, then the run is closed
     assert "6 rows are not there" in notes[0]
