@@ -25,6 +25,8 @@ import torch
 import yaml
 from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast
 
+import ray_tasks  # noqa: F401  settles the environment before Ray reads it
+
 METHODS = ["average", "task_arithmetic", "ties", "fisher", "gradient_matching", "regmean"]
 WORDS = tuple("good bad great awful fine poor film book story plot music actor very not really so the a was is".split())  # noqa: SIM905
 

@@ -54,7 +54,9 @@ class StatisticsSettings(Settings):
         None,
         description="Directory of computed statistics, shared between campaigns; by default the campaign's own.",
     )
-    shard: int = Field(64, ge=1, description="Examples computed at a time; a lost process costs one shard.")
+    shard: int = Field(
+        64, ge=1, description="Examples computed at a time; a lost process costs the shards in its part of the sum."
+    )
 
 
 PAPER: Mapping[str, Any] = {

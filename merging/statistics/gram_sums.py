@@ -49,10 +49,13 @@ class GramSums:
         self._counts["tokens"] += token_count(batch)
 
     def partial(self, shared: dict[str, str], transposed: tuple[str, ...]) -> Partial:
-        """What was accumulated, on the CPU; `transposed` restricted to names that have a Gram."""
+        """What was accumulated, on the CPU, and is no longer here; `transposed` restricted to names that have a Gram."""
         if not self._counts["examples"]:
             return Partial()
-        sums = {name: (value.triu() + value.triu(1).mT).cpu() for name, value in self._sums.items()}
+        sums = {}
+        for name in list(self._sums):  # one after another, so that no second copy of all is there
+            value = self._sums.pop(name)
+            sums[name] = (value.triu() + value.triu(1).mT).cpu()
         named = tuple(name for name in transposed if name in sums or name in shared)
         return Partial(sums, self._counts, shared=shared, transposed=named)
 
@@ -68,11 +71,11 @@ class GramStatistic(Statistic):
         Raises:
             StatisticsError: See `accumulate`.
         """
-        read = list(batches)
+        again = list(batches) if iter(batches) is batches else batches
         try:
-            return self.accumulate(model, task, read, alone=False)
+            return self.accumulate(model, task, again, alone=False)
         except UnaccountableRowsError:
-            return self.accumulate(model, task, read, alone=True)
+            return self.accumulate(model, task, again, alone=True)
 
     @abstractmethod
     def accumulate(self, model: nn.Module, task: Task, batches: Iterable[Batch], *, alone: bool) -> Partial:

@@ -1,8 +1,8 @@
 """What a statistic is: sums over examples that can be taken in any order and on any machine."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -24,6 +24,10 @@ class StatisticSettings(BaseModel):
     def key(self) -> dict[str, Any]:
         """The settings that the numbers depend on, JSON-like."""
         return self.model_dump(mode="json", exclude={"batch_size"})
+
+
+Block = tuple[tuple[str, int, int], ...]
+"""Parts of sums that lie behind each other: name, first row, row after the last."""
 
 
 @dataclass
@@ -81,6 +85,50 @@ class Partial:
         self.unreached = tuple(sorted({*self.unreached, *other.unreached} - known))
         return self
 
+    def outline(self) -> "Partial":
+        """The same without numbers: sums of the same shapes on the device `meta`; what outlines combine to is the outline."""
+        return replace(
+            self,
+            sums={name: value.to("meta") for name, value in self.sums.items()},
+            counts=dict(self.counts),
+            rows=dict(self.rows),
+            shared=dict(self.shared),
+        )
+
+    def blocks(self, most: int) -> list[Block]:
+        """All sums in the order of their names, in blocks of at most so many bytes, or of one row that has more."""
+        made: list[list[tuple[str, int, int]]] = []
+        left = 0
+        for name in sorted(self.sums):
+            height, size = _rows(self.sums[name])
+            step = max(1, most // max(1, size))
+            for start in range(0, height, step):
+                stop = min(start + step, height)
+                need = (stop - start) * size
+                if not made or need > left:
+                    made.append([])
+                    left = most
+                made[-1].append((name, start, stop))
+                left -= need
+        return [tuple(block) for block in made]
+
+    def block(self, block: Block) -> dict[str, Tensor]:
+        """What this one has of some parts of the whole: views of its sums, that of the name's holder where it shares one."""
+        found = {}
+        for name, start, stop in block:
+            value = self.sums.get(self.shared.get(name, name))
+            if value is not None:
+                found[name] = value[start:stop] if value.dim() else value
+        return found
+
+    def of_block(self, block: Block, sums: Mapping[str, Tensor]) -> "Partial":
+        """A partial of one block of these sums, with the counts that belong to its rows."""
+        counts = {name: count for name, count in self.counts.items() if name in ("examples", "tokens") or name in sums}
+        for name, start, stop in block:
+            if f"{name}[0]" in self.counts:
+                counts |= {f"{name}[{row - start}]": self.counts[f"{name}[{row}]"] for row in range(start, stop)}
+        return Partial(dict(sums), counts)
+
     def _lacks(self, other: "Partial") -> bool:
         """Whether the other has a sum that this one neither has nor knows that it has not (an expert nobody reached)."""
         return bool({*other.sums, *other.shared} - {*self.sums, *self.shared, *self.unreached, *self.uncovered})
@@ -100,6 +148,12 @@ class Partial:
             self.sums[name] = self.sums[holder].clone()
             if holder in self.counts:
                 self.counts[name] = self.counts[holder]
+
+
+def _rows(value: Tensor) -> tuple[int, int]:
+    """How many rows a sum has, and bytes of each."""
+    height = len(value) if value.dim() else 1
+    return height, value.numel() * value.element_size() // max(1, height)
 
 
 class Statistic(ABC):
@@ -124,7 +178,7 @@ class Statistic(ABC):
         Args:
             model: The member's live model, in evaluation mode, on the device to use.
             task: Gives logits and representations.
-            batches: On the CPU.
+            batches: On the CPU. The next is asked for once the one before was added, and may have to be waited for.
 
         Returns:
             Sums on the CPU.
@@ -133,6 +187,8 @@ class Statistic(ABC):
     @abstractmethod
     def finalize(self, partial: Partial) -> dict[str, Tensor]:
         """What is kept of a complete sum: means, float32, by parameter name.
+
+        Large sums are given in blocks of rows, and each row is kept by itself: in float32, in the sum's shape.
 
         Raises:
             StatisticsError: It was computed over no examples, or holds NaN or Inf.

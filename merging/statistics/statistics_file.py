@@ -8,9 +8,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from weakref import WeakValueDictionary
 
+import torch
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from merging.checkpoints.directories.writer import layout, raw_bytes
 from merging.checkpoints.formats.safetensors_file import SafetensorsFile, TensorInfo
 from merging.errors import CheckpointError, StatisticsError, StorageError
 from merging.io import atomic
@@ -21,6 +23,8 @@ FORMAT = "mergequest.statistics"
 VERSION = 1
 IMPORTED = "imported"
 """In place of a statistic's own version, of what others computed."""
+BLOCK_BYTES = 1 << 26
+"""Of a sum that are finalized and written at once, and that travel together."""
 SYMMETRY = 1e-4
 """Largest |G − Gᵀ| relative to the largest |G| that rounding explains."""
 
@@ -231,7 +235,7 @@ def problem_of(kind: str, value: Tensor) -> str | None:
 
 
 def save(path: str, statistic: Statistic, partial: Partial, *, checkpoint: str, data: str) -> StatisticsFile:
-    """Finalizes a complete sum and writes it, whole or not at all.
+    """Finalizes a complete sum and writes it block by block, whole or not at all.
 
     Args:
         path: Where to; a path or address.
@@ -247,9 +251,50 @@ def save(path: str, statistic: Statistic, partial: Partial, *, checkpoint: str, 
         StatisticsError: The statistic is over no examples, or holds NaN or Inf.
         StorageError: There is no right or no space to write.
     """
-    return save_tensors(
-        path, statistic.kind, statistic.key(), statistic.finalize(partial), partial, checkpoint=checkpoint, data=data
-    )
+    sums = (partial.block(block) for block in partial.blocks(BLOCK_BYTES))
+    return save_blocks(path, statistic, partial.outline(), sums, checkpoint=checkpoint, data=data)
+
+
+def save_blocks(
+    path: str,
+    statistic: Statistic,
+    outline: Partial,
+    sums: Iterable[Mapping[str, Tensor]],
+    *,
+    checkpoint: str,
+    data: str,
+) -> StatisticsFile:
+    """Finalizes and writes a complete sum that is never whole in one place; the file is there whole, or not at all.
+
+    Args:
+        path: Where to; a path or address.
+        statistic: What was measured.
+        outline: All of the complete sum but its numbers.
+        sums: These, block by block, as `outline.blocks(BLOCK_BYTES)` cuts them.
+        checkpoint: Fingerprint of the checkpoint that it was measured of.
+        data: Fingerprint of the examples that it was measured on.
+
+    Returns:
+        The file, opened.
+
+    Raises:
+        StatisticsError: The statistic is over no examples, or holds NaN or Inf.
+        StorageError: There is no right or no space to write.
+    """
+    if not outline.sums:
+        tensors = statistic.finalize(outline)
+        return save_tensors(path, statistic.kind, statistic.key(), tensors, outline, checkpoint=checkpoint, data=data)
+    about = _metadata(statistic.kind, statistic.key(), outline, checkpoint, data)
+    shapes = [(name, torch.float32, tuple(outline.sums[name].shape)) for name in sorted(outline.sums)]
+    with atomic.open_new(path) as file:
+        file.write(layout(path, shapes, about).header)
+        for block, values in zip(outline.blocks(BLOCK_BYTES), sums, strict=True):
+            result = statistic.finalize(outline.of_block(block, values))
+            for name, _, _ in block:
+                if result[name].shape != values[name].shape or result[name].dtype != torch.float32:
+                    raise StatisticsError(f"{statistic.kind}: `finalize` changed the shape or dtype of a sum, '{name}'")
+                file.write(raw_bytes(result[name].contiguous()))
+    return StatisticsFile.open(path)
 
 
 def save_tensors(
@@ -279,7 +324,13 @@ def save_tensors(
     Raises:
         StorageError: There is no right or no space to write.
     """
-    metadata = {
+    metadata = _metadata(kind, settings, about, checkpoint, data)
+    atomic.write_bytes(path, serialize({name: value.contiguous() for name, value in tensors.items()}, metadata))
+    return StatisticsFile.open(path)
+
+
+def _metadata(kind: str, settings: Mapping[str, Any], about: Partial, checkpoint: str, data: str) -> dict[str, str]:
+    return {
         "format": FORMAT,
         "format_version": str(VERSION),
         "kind": kind,
@@ -294,8 +345,6 @@ def save_tensors(
         "unreached": json.dumps(sorted(about.unreached)),
         "uncovered": json.dumps(sorted(about.uncovered)),
     }
-    atomic.write_bytes(path, serialize({name: value.contiguous() for name, value in tensors.items()}, metadata))
-    return StatisticsFile.open(path)
 
 
 def _names(value: Any) -> frozenset[str]:

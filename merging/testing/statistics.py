@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from merging.errors import StatisticsError
-from merging.statistics import STATISTICS, Partial, Statistic, StatisticsFile, measure, measure_shard, save
+from merging.statistics import (
+    STATISTICS,
+    Measurement,
+    Partial,
+    Statistic,
+    StatisticsFile,
+    measure,
+    measure_shard,
+    save,
+)
 from merging.tasks.task import Task
 from merging.testing.memory_task import tiny_encoder
 
@@ -67,6 +76,26 @@ class StatisticTests:
             total = parts[order[0]].combine(parts[order[1]]).combine(parts[order[2]])
             assert total.counts == whole.counts
             close(self.spread(total), self.spread(whole))
+
+    def test_shards_are_added_to_one_sum_as_they_come(self, task: Task) -> None:
+        """As a process of a cluster measures them, also after it was asked what it has."""
+        measurement = Measurement(self.statistic(2), task, "train", task.load_model())
+        measurement.add(3, 5)
+        measurement.add(0, 3)
+        assert measurement.partial().counts["examples"] == 5
+        measurement.add(5, task.size("train"))
+        whole = measure(task, self.statistic(3))
+        assert measurement.partial().counts == whole.counts
+        close(self.spread(measurement.partial()), self.spread(whole))
+
+    def test_blocks_of_rows_are_finalized_by_themselves(self, task: Task) -> None:
+        """A large sum is never whole in one place."""
+        partial = measure(task, self.statistic(3))
+        whole, outline = self.statistic(3).finalize(partial), partial.outline()
+        for block in outline.blocks(1 << 9):
+            part = self.statistic(3).finalize(outline.of_block(block, partial.block(block)))
+            for name, start, stop in block:
+                assert torch.equal(part[name], whole[name][start:stop] if whole[name].dim() else whole[name])
 
     def test_no_examples_are_neutral_and_no_result(self, task: Task) -> None:
         """A shard may be empty; a statistic may not."""

@@ -144,13 +144,27 @@ class Workers:
                 if lost is None:
                     raise
                 self._count(("start", worker.number) if key is None else key, lost)
-            if isinstance(lost, ray.exceptions.RayActorError):
-                ray.kill(worker.actor)
-                del self._workers[worker.number]
+            # where what it raised says that of another process, it is alive itself
+            if isinstance(lost, ray.exceptions.RayActorError) and not isinstance(error, ray.exceptions.RayTaskError):
+                self.discard(worker)
         else:
             worker.ready = True
             self._lost.pop(("start", worker.number), None)
         return [] if key is None else [Reply(key, value, lost)]
+
+    def answers(self, worker: Worker) -> bool:
+        """Whether a process is alive; waits where its node may be lost until that is known."""
+        try:
+            ray.get(worker.actor.share.remote())
+        except ray.exceptions.RayError:
+            return False
+        return True
+
+    def discard(self, worker: Worker) -> None:
+        """Ends a process that has nothing to do, if it is not gone; another may take its place."""
+        if self._workers.get(worker.number) is worker:
+            ray.kill(worker.actor)
+            del self._workers[worker.number]
 
     def _count(self, what: Hashable, error: Exception) -> None:
         """The one place where losses are counted; a node that is lost may take an object of each of its processes along."""

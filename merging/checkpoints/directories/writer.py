@@ -64,7 +64,7 @@ def lay_out(outlines: Sequence[Outline], max_bytes: int = SHARD_BYTES) -> tuple[
         filled += need
     names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
     return tuple(
-        _shard(name, sorted(group, key=lambda outline: -outline[1].itemsize))
+        layout(name, sorted(group, key=lambda outline: -outline[1].itemsize))
         for name, group in zip(names if len(groups) > 1 else [SINGLE], groups, strict=True)
     )
 
@@ -73,10 +73,10 @@ def _nbytes(outline: Outline) -> int:
     return torch.Size(outline[2]).numel() * outline[1].itemsize
 
 
-def _shard(file: str, outlines: Sequence[Outline]) -> FileLayout:
+def layout(file: str, outlines: Sequence[Outline], metadata: Mapping[str, str] = {"format": "pt"}) -> FileLayout:
     """The layout of one file (the safetensors format: length of the header, header as JSON, bytes of the tensors)."""
     words = {dtype: word for word, dtype in DTYPES.items()}
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
     stops: list[int] = []
     for name, dtype, shape in outlines:
         start = stops[-1] if stops else 0
@@ -140,7 +140,7 @@ class LocalFiles(WeightFiles):
     def open(self, shard: FileLayout) -> Iterator[Write]:
         """Any number of threads may write to a file."""
         file = self._files[shard.name]
-        yield lambda place, value: file.write(place, _bytes(value))
+        yield lambda place, value: file.write(place, raw_bytes(value))
 
     def close(self, *, complete: bool) -> None:
         """Makes what was written durable, if it is complete, and closes the files."""
@@ -179,7 +179,7 @@ class RemoteFiles(WeightFiles):
                 nonlocal place
                 if offset != place:
                     raise ValueError(f"{shard.name} is at byte {place}, and cannot go on at {offset}")
-                place += stream.write(_bytes(value))
+                place += stream.write(raw_bytes(value))
 
             yield write
 
@@ -265,6 +265,6 @@ def _without_code(name: str, content: bytes) -> bytes:
     return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _bytes(value: Tensor) -> memoryview:
+def raw_bytes(value: Tensor) -> memoryview:
     """A contiguous CPU tensor's bytes."""
     return value.reshape(-1).view(torch.uint8).numpy().data

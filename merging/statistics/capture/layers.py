@@ -125,7 +125,7 @@ def means(kind: str, partial: Partial) -> dict[str, Tensor]:
     }
     if bad := [name for name, value in result.items() if not value.isfinite().all()]:
         raise StatisticsError(
-            f"the {kind} of '{bad[0]}' holds NaN or Inf (as do {len(bad) - 1} more): the member's weights or "
+            f"the {kind} of '{bad[0]}' holds NaN or Inf: the member's weights or "
             "its task's examples make its output overflow; measure in float32, or leave the member out"
         )
     return result

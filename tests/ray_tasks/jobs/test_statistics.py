@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from merging.errors import StatisticsError
 from merging.statistics import (
     STATISTICS,
     LikelihoodSettings,
+    Partial,
     RepresentationSettings,
     StatisticSettings,
     StatisticsFile,
@@ -48,6 +50,33 @@ class CountedTask(BoundTask):
 
         task.load_model = counted
         return task
+
+
+@dataclass(frozen=True)
+class InSmallBlocks(CountedTask):
+    def open(self):
+        from merging.statistics import statistics_file
+        from ray_tasks.jobs import statistics
+
+        statistics_file.BLOCK_BYTES = statistics.BLOCK_BYTES = 1 << 12
+        place = Path(self.loads + ".processes")
+        place.mkdir(exist_ok=True)
+        (place / str(os.getpid())).touch()
+        deadline = time.monotonic() + 60
+        while len(list(place.iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)  # so that two processes share the work
+        return super().open()
+
+
+@dataclass(frozen=True)
+class DoomedTask(InSmallBlocks):
+    def open(self):
+        try:
+            Path(self.loads + ".doomed").touch(exist_ok=False)
+            Partial.block = lambda *arguments: os._exit(1)  # the first process, once it is asked for its part
+        except FileExistsError:
+            pass
+        return super().open()
 
 
 @pytest.fixture
@@ -101,11 +130,35 @@ def test_a_failing_shard_is_its_own_error(make_job):
         run([bad])
 
 
-def test_a_lost_worker_costs_its_shard_only(make_job, kill_one):
-    job = make_job("fisher", LikelihoodSettings(examples=20, batch_size=1))
+def assert_serial(job, batches):
+    """The file holds what one process measures, but for the order of float32 sums."""
+    file, task, statistic = StatisticsFile.open(job.path), job.data.open(), STATISTICS[job.kind](job.settings)
+    assert file.examples == 20
+    for name, value in statistic.finalize(measure(task, statistic)).items():
+        scale = value if job.kind == "fisher" else torch.outer(value.diagonal(), value.diagonal()).sqrt()
+        assert ((file.read(name) - value).abs() <= 2 * batches * 2**-24 * scale).all(), name
+
+
+def test_a_lost_worker_costs_the_shards_of_its_sum(make_job, kill_one):
+    job = make_job("fisher", LikelihoodSettings(examples=20, batch_size=2))
     with kill_one("_Process.run"):
-        run([job], shard=2)
-    assert StatisticsFile.open(job.path).examples == 20
+        seen = run([job], shard=2)
+    assert sum(examples for _, examples in seen) == 20
+    assert_serial(job, 10)
+
+
+@pytest.mark.parametrize("kind", ["fisher", "gram"])
+@pytest.mark.parametrize("task", [InSmallBlocks, DoomedTask])
+def test_parts_of_several_processes_are_summed_block_by_block(make_job, tmp_path, kind, task):
+    """`DoomedTask`: one of them dies while they are."""
+    settings = {"fisher": LikelihoodSettings, "gram": StatisticSettings}[kind](examples=20, batch_size=2)
+    job = make_job(kind, settings)
+    bound = task(**vars(job.data), loads=str(tmp_path / "loads"))
+    seen = run([replace(job, data=bound, model=bound)], shard=2)
+    assert len(Path(bound.loads).read_text().splitlines()) >= 2
+    assert sum(examples for _, examples in seen) == 20
+    assert (min(examples for _, examples in seen) < 0) == (task is DoomedTask)
+    assert_serial(job, 10)
 
 
 def test_a_lost_node_costs_the_shards_whose_sum_lay_there(make_job, tiny_campaign, tmp_path):
