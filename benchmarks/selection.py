@@ -6,8 +6,9 @@ Every subset of a finished campaign's members is merged once, by one method at i
 examples of each task's validation and test split (kept in a file, to be read at the next call). Then each policy chooses
 with what it may see (the DPP q and S of the campaign's selection, greedy the validation scores), and the tables tell what
 its subsets score on test: in the mean over all tasks, and on each task from the members of the *other* tasks alone, as
-where the target is a task that none of them was trained on. The last table ranks what each policy ends with among all
-subsets of two members or more; its differences are paired over the test examples.
+where the target is a task that none of them was trained on. The last table ranks what each policy has of a size among all
+subsets of that size, and what it ends with among all of two members or more; a random subset is the mean of these, and
+differences from it are paired over the test examples.
 """
 
 import argparse
@@ -48,11 +49,13 @@ class Ended:
         policy: Its name.
         measured: Merges that it had measured on validation.
         subset: The best of those on validation.
+        size: Where only subsets of one size were asked for.
     """
 
     policy: str
     measured: int
     subset: Subset
+    size: int | None = None
 
 
 def recording(task: Task) -> list[Predictions]:
@@ -169,22 +172,34 @@ def ends(scores: Scores, selection: Selection, members: Sequence[str], tasks: Se
         proposed = list(dict.fromkeys(Y for Y in Ys if len(Y) > 1))
         return Ended(policy, measured or len(proposed), max(proposed, key=lambda Y: mean(own[Y], tasks)))
 
-    everyone = tuple(sorted(members))
+    N, everyone = len(members), tuple(sorted(members))
+    path = greedy_path(scores, members, tasks)
+    sized = [
+        Ended(f"{policy}, k = {k}", measured, Y, k)
+        for k in range(2, N)
+        for policy, measured, Y in (
+            ("DPP, q", 0, chosen(selection, members, k)),
+            ("DPP, equal q", 0, chosen(selection, members, k, equal=True)),
+            ("greedy forward", sum(range(N, N - k, -1)), path[k - 1]),
+        )
+        if Y
+    ]
     return [
+        *sized,
         Ended("all members", 0, everyone),
         best("DPP, q", [*(chosen(selection, members, k) for k in sizes), everyone]),
         best("DPP, equal q", [*(chosen(selection, members, k, equal=True) for k in sizes), everyone]),
-        best("greedy forward", greedy_path(scores, members, tasks), len(members) * (len(members) + 1) // 2),
+        best("greedy forward", path, N * (N + 1) // 2),
         best("every subset", own),
     ]
 
 
 def ranking(scores: Scores, ended: Sequence[Ended], tasks: Sequence[str]) -> list[list[str]]:
-    """A line for each policy: its rank on test among all subsets of two or more, and how far it is from a random one."""
-    every = {Y: own for Y, own in scores["test"].items() if len(Y) > 1}
-    order = sorted((mean(own, tasks) for own in every.values()), reverse=True)
+    """A line for each policy: its rank on test among the subsets that there are, and how far it is from a random one."""
     lines = []
     for end in ended:
+        every = {Y: own for Y, own in scores["test"].items() if (len(Y) == end.size if end.size else len(Y) > 1)}
+        order = sorted((mean(own, tasks) for own in every.values()), reverse=True)
         score = mean(every[end.subset], tasks)
         apart = {
             task: every[end.subset][task] - np.mean([own[task] for own in every.values()], axis=0) for task in tasks
@@ -232,7 +247,7 @@ def main() -> None:
         others = [name for name in members if name != owner and campaign.task_of(name) != task]
         unseen.append(table(scores, selection, others, [task]))
     show(f"A task from the members of the others, mean over tasks, {given.method}", columns, averaged(unseen))
-    columns = ["chosen by", "subset", "merges measured", "test mean", "rank", "less the mean of all subsets"]
+    columns = ["chosen by", "subset", "merges measured", "test mean", "rank", "less a random subset"]
     lines = ranking(scores, ends(scores, selection, members, tasks), tasks)
     show(f"What each policy ends with, {given.method}", columns, lines)
 

@@ -1,6 +1,7 @@
 """What merges are compared with beside base and members: an ensemble, a model of all data, a merge trained on the labels."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from flows.training.train import Course, lesson, run_courses
 from merging.errors import SettingsError
 from merging.evaluation.steps import Trace
 from merging.io import addresses
+from merging.optimization.fine_tuning import Lesson
 from merging.recipe import Recipe
 from merging.tasks.task import Split
 from ray_tasks.jobs import baselines as jobs
@@ -125,14 +127,29 @@ def _recipe(name: Baseline, opened: OpenCampaign, winner: Recipe | None) -> Reci
     return Recipe(name, winner.scaling, {"start": winner.identity, **training})
 
 
+def all_data_lessons(opened: OpenCampaign) -> dict[str, Lesson]:
+    """What the model of all data learns: every task that is a member's own, with the classes of that member's head.
+
+    A train split may lack a class that its head has and other splits ask for. Heads of the same classes in one order are one.
+    """
+    campaign, unseen = opened.campaign, opened.campaign.unseen()
+    lessons = {name: lesson(campaign.base, task) for name, task in campaign.tasks.items() if name not in unseen}
+    for name, made in lessons.items():
+        classes = getattr(opened.tasks[name], "classes", ())
+        if made.labels and all(label.isdecimal() for label in made.labels):
+            lessons[name] = replace(made, labels=[str(number) for number in range(max(len(classes), len(made.labels)))])
+        elif made.labels and set(made.labels) <= set(classes):
+            lessons[name] = replace(made, labels=tuple(classes))
+    return lessons
+
+
 def _trained(opened: OpenCampaign, directory: Directory, display: Display) -> Mapping[str, str]:
     """Task → checkpoint of the model that was trained on all of them, in the campaign's directory."""
     campaign = opened.campaign
     if not addresses.is_local(directory.path):
         raise SettingsError("baselines: 'all_data' is trained into the campaign's directory, which must be a local one")
     unseen = campaign.unseen()
-    lessons = {name: lesson(campaign.base, task) for name, task in campaign.tasks.items() if name not in unseen}
-    course = Course(campaign.base, lessons, addresses.local_path(directory / ALL_DATA))
+    course = Course(campaign.base, all_data_lessons(opened), addresses.local_path(directory / ALL_DATA))
     made = run_courses({"all data": course}, campaign.training, campaign.resources.threads, display)
     places = {task: str(place) for task, place in made["all data"].places.items()}
     heads = set(

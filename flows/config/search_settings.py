@@ -16,9 +16,9 @@ from search.constraints import Constraint
 from search.samplers.make_sampler import SAMPLERS
 from search.space.method_space import Granularity, MethodSpace
 
-WITH_DATA = ("regmean_propagated", "esm", "regmean", "fisher", "ace", "svc+iso_cts", "tsv_m", "task_arithmetic")
+WITH_DATA = ("regmean_propagated", "esm", "regmean", "fisher", "ace", "tsv_m", "task_arithmetic")
 """Methods where every member has calibration data: the strongest label-free merges."""
-WITHOUT_DATA = ("average", "ace", "svc+iso_cts", "tsv_m", "task_arithmetic", "ties")
+WITHOUT_DATA = ("average", "ace", "tsv_m", "task_arithmetic", "ties")
 """Methods that know of the members their weights alone."""
 PRUNED_SAMPLERS = ("tpe", "random", "gp", "quality_diversity")
 """Samplers that learn from candidates that were given up."""

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 from PIL import Image
 
+from flows.config.search_settings import WITH_DATA
 from flows.quickstart.fetch import Package, Progress, fetch, members, read_members, run_with
 from flows.quickstart.shipped_pool import Files, ShippedPool, cut, written
 from merging.errors import StorageError
@@ -277,7 +278,13 @@ IMAGES = ShippedPool(
     task={"kind": "image_classification"},
     labels=LABELS,
     training=TrainingSettings(epochs=2, batch_size=16, learning_rate=5e-5, head_factor=20.0),
-    methods=("average", "task_arithmetic", "ties", "regmean"),
-    candidates=8,
-    statistics={"gram": {"examples": 64}, "representation": {"examples": 32}},
+    methods=WITH_DATA,
+    candidates=12,
+    statistics={
+        "fisher": {"examples": 64},
+        "gram": {"examples": 64},
+        "representation": {"examples": 32},
+        "propagated": {"examples": 64},
+    },
+    distil={"steps": 160},
 )

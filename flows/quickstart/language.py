@@ -256,7 +256,12 @@ LANGUAGE = ShippedPool(
     labels={},
     training=TrainingSettings(batch_size=32, learning_rate=5e-5, head_factor=1.0, autocast=True),
     methods=("average", "task_arithmetic", "ties", "regmean", "regmean_propagated"),
-    candidates=9,
+    candidates=8,
     statistics={"gram": {"examples": 64}, "representation": {"examples": 32}, "propagated": {"examples": 64}},
-    resources={"precision": "bfloat16"},
+    search={"theory": False},
+    distil={"steps": 60, "examples": 400, "precision": "bfloat16", "parts": 1, "evaluations": 4},
+    calibration={"kind": "causal_lm", "completion": None, "max_new_tokens": 3, "max_length": 96},
+    resources={"precision": "bfloat16", "threads": 2},
 )
+"""Members complete their own prompts: their statistics and the distillation see no right answer. An evaluator takes 9 GB, so
+that two cores share one."""

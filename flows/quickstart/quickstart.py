@@ -60,15 +60,19 @@ def run(
     root, kept = Path(addresses.absolute(directory or f"runs/{name}")), Path(addresses.absolute(cache))
     with display.phase("Base model and data"):
         base = made.base(kept, display.say)
-        files = made.data(kept, root / "data", display.say)
-        if examples is not None:
-            files = first_examples(files, root / f"data-{examples}", examples)
+        files = data_files(made, kept, root, display, examples)
     campaign = make_campaign(made, name, root, base, files, candidates)
     if Directory(str(root)).is_finished(campaign):
         return run_campaign(campaign, display)
     with connect():
         train_members(made, base, files, root / "members", display)
         return run_campaign(campaign, display)
+
+
+def data_files(pool: ShippedPool, cache: Path, root: Path, display: Display, examples: int | None = None) -> Files:
+    """A pool's data below its campaign's directory, or the first examples of each split."""
+    files = pool.data(cache, root / "data", display.say)
+    return files if examples is None else first_examples(files, root / "data" / f"first-{examples}", examples)
 
 
 def train_members(pool: ShippedPool, base: Path, files: Files, members: Path, display: Display) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from flows.config.search_settings import WITH_DATA
 from flows.quickstart.fetch import Package, Progress, fetch, fetch_base, members
 from flows.quickstart.shipped_pool import Files, ShippedPool, cut, written
 from merging.errors import StorageError
@@ -119,7 +120,7 @@ TAGGING = ShippedPool(
     task={"kind": "token_classification", "metric": "token_accuracy", "max_length": 64},
     labels=dict.fromkeys(GENRES, TAGS),
     training=TrainingSettings(),
-    methods=("average", "task_arithmetic", "ties", "fisher", "regmean", "regmean_propagated"),
+    methods=WITH_DATA,
     candidates=10,
     statistics={
         "fisher": {"examples": 96},

@@ -2,9 +2,12 @@
 
 import copy
 
+import pandas as pd
 import pytest
 import yaml
 
+from flows.campaign.baselines import all_data_lessons
+from flows.campaign.open_campaign import open_campaign
 from flows.campaign.run import run
 from flows.config.campaign_file import load_campaign
 from flows.directory.campaign_directory import Directory
@@ -61,3 +64,16 @@ def test_baselines_are_rows_that_never_win(tiny_campaign, tmp_path):
     assert "ensemble of all members" in text
     assert "unseen mean" in as_markdown(results_table(rows, list(campaign.tasks), scales))
     assert len(Ledger(directory.ledger, campaign.name).rows()) == len(rows)
+
+
+def test_the_model_of_all_data_has_every_class_of_its_members_heads(tiny_campaign, tmp_path):
+    settings = copy.deepcopy(tiny_campaign)
+    whole = pd.read_parquet(settings["tasks"]["three"]["data"]["train"])
+    few = tmp_path / "train.parquet"
+    whole[whole["label"] < 2].to_parquet(few)  # its head has three
+    settings["tasks"]["three"]["data"]["train"] = str(few)
+    (tmp_path / "campaign.yaml").write_text(yaml.safe_dump(settings))
+    opened = open_campaign(load_campaign(str(tmp_path / "campaign.yaml")), Display())
+    lessons = all_data_lessons(opened)
+    assert {name: len(made.labels) for name, made in lessons.items()} == {"one": 2, "two": 3, "three": 3}
+    assert lessons["two"].labels == lessons["three"].labels, "one head for both"
