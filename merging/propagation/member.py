@@ -15,6 +15,7 @@ from merging.propagation.equations import Equations
 from merging.propagation.execution_order import Call, trace
 from merging.propagation.merged_layers import Layer, merged_layers
 from merging.propagation.paused_forward import HookPoint, Stop, Stream
+from merging.propagation.repeated_passes import RepeatedPasses
 from merging.propagation.settings import PropagationSettings
 from merging.statistics.capture.hooks import without_cache
 from merging.statistics.capture.linear_calls import LinearCalls, inspect_calls, row_mask
@@ -89,21 +90,26 @@ class MemberPasses:
         if not inspected.unlike.isdisjoint(self.calls):
             batches = [one for batch in batches for one in single_examples(batch, unpadded=True)]
         self._batches = batches
-        self._streams: list[Stream] = []
+        self._streams: list[Stream | RepeatedPasses] = []
         self._last: dict[HookPoint, str] = {}
 
     def begin(self, groups: Sequence[Sequence[str]]) -> None:
         """Starts the passes, which will stop before the first layer of each group of weights."""
         update = self._settings.update
         stops = [self.calls[group[0]].path for group in groups]
+        places: list[list[HookPoint]] = [[] for _ in groups]
         if update == "propagated":
+            places = [[place for name in group if (place := self.calls[name].residual)] for group in groups]
             names = [name for group in groups for name in group]
             self._last = {place: name for name in names if (place := self.calls[name].residual)}
         models = {"propagated": [self._own, self._merged], "regmean++": [self._merged], "regmean": [self._own]}[update]
-        self._streams = [
-            Stream(model, [partial(self._task.logits, model, batch) for batch in self._batches], stops, [*self._last])
-            for model in models
-        ]
+        for model in models:
+            runs = [partial(self._task.logits, model, batch) for batch in self._batches]
+            self._streams.append(
+                RepeatedPasses(model, runs, stops, places)
+                if self._settings.recompute
+                else Stream(model, runs, stops, [*self._last])
+            )
 
     def end(self) -> None:
         """Gives the rest of the passes up."""

@@ -18,6 +18,11 @@ class PropagationSettings(BaseModel):
         ge=1,
         description="Examples per forward pass, each with a thread of its own; changes rounding and padding only.",
     )
+    recompute: bool = Field(
+        False,
+        description="Run every block again for each of its layers, and keep its output alone: the same solution from less "
+        "memory, in about twice the time.",
+    )
     ridge: float = Field(
         1e-3, ge=0, description="Pull towards the mean weights, relative to the mean of the inputs' squares."
     )

@@ -256,6 +256,20 @@ def test_batches_change_rounding_only(given):
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("kind", "update"),
+    [*((kind, "propagated") for kind in (*KINDS, "albert")), ("gpt2", "regmean++"), ("bert", "regmean")],
+)
+def test_blocks_that_run_again_give_the_same_bits(given, kind, update):
+    pool = given(kind)
+    settings = SMALL.model_copy(update={"update": update})
+    whole = propagate(pool.pool, pool.tasks, pool.members, settings)
+    again = propagate(pool.pool, pool.tasks, pool.members, settings.model_copy(update={"recompute": True}))
+    assert again.fits == whole.fits
+    for name, value in whole.weights.items():
+        assert torch.equal(again.weights[name], value), name
+
+
 def test_what_is_not_solved_is_the_plain_mean(given):
     pool = given("bert")
     found = propagate(pool.pool, pool.tasks, pool.members, SMALL)
