@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make quickstart  build a real pool of models and search for its best merge (about 13 minutes on 2 cores, installing included)"
-	@echo "make pools       the quick start's other pools: tagging, images, language (POOLS=tagging for one, EXAMPLES=48 for a quick look)"
+	@echo "make pools       the quick start's other pools: tagging, images, language, seq2seq (POOLS=tagging for one, EXAMPLES=48 for a quick look)"
 	@echo "make papers      the experiments of the papers behind the methods (hours on 2 cores; goes on where it was stopped)"
 	@echo "make test        lint, types, import floors, and all tests (about a quarter of an hour on 2 cores)"
 	@echo "make test-fast   the fast tests only"
@@ -25,7 +25,7 @@ help:
 quickstart: $(VENV)/installed
 	$(BIN)/mergequest quickstart $(if $(CANDIDATES),--candidates $(CANDIDATES))
 
-POOLS ?= tagging images language
+POOLS ?= tagging images language seq2seq
 pools: $(VENV)/installed
 	set -e; for pool in $(POOLS); do $(BIN)/mergequest quickstart --pool $$pool $(if $(CANDIDATES),--candidates $(CANDIDATES)) $(if $(EXAMPLES),--examples $(EXAMPLES)); done
 

@@ -14,6 +14,7 @@ from flows.directory.progress import Display
 from flows.quickstart.images import IMAGES
 from flows.quickstart.language import LANGUAGE
 from flows.quickstart.sentiment import SENTIMENT
+from flows.quickstart.seq2seq import SEQ2SEQ
 from flows.quickstart.shipped_pool import Files, ShippedPool, first_examples
 from flows.quickstart.tagging import TAGGING
 from merging.errors import SettingsError
@@ -24,7 +25,13 @@ from merging.tasks import AnyTaskSettings
 from ray_tasks.connect import connect
 from ray_tasks.jobs.parallel import each
 
-POOLS: Mapping[str, ShippedPool] = {"sentiment": SENTIMENT, "tagging": TAGGING, "images": IMAGES, "language": LANGUAGE}
+POOLS: Mapping[str, ShippedPool] = {
+    "sentiment": SENTIMENT,
+    "tagging": TAGGING,
+    "images": IMAGES,
+    "language": LANGUAGE,
+    "seq2seq": SEQ2SEQ,
+}
 NAMES: Mapping[str, str] = {"sentiment": "quickstart"}
 """Pool → its campaign's name where that is another."""
 

@@ -82,7 +82,9 @@ def import_statistics(
 
 
 def quickstart(
-    pool: Annotated[str, typer.Option(help="sentiment, tagging (parts of speech), images or language.")] = "sentiment",
+    pool: Annotated[
+        str, typer.Option(help="sentiment, tagging (parts of speech), images, language or seq2seq.")
+    ] = "sentiment",
     directory: Annotated[
         str | None, typer.Option("--out", help="Directory to fill; default: runs/quickstart, or runs/POOL.")
     ] = None,
