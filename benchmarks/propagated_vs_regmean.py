@@ -75,7 +75,7 @@ def main() -> None:
     def values() -> dict[str, np.ndarray]:
         """What every test example scores under the weights in `out`."""
         return {
-            member: task.values(task.outcomes(models[member], arguments.split, np.arange(task.size(arguments.split))))
+            member: task.predict(models[member], arguments.split, np.arange(task.size(arguments.split))).values
             for member, task in own.items()
         }
 

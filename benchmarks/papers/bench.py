@@ -281,6 +281,9 @@ class Bench:
     def _material(self) -> Material:
         files: dict[str, tuple[str, ...]] = dict.fromkeys(self.members, ())
         examples = {name: task.size("train") for name, task in self._own_tasks().items()}
+        # Merges of the whole pool that a campaign has left: RegMean propagated, distilled.
+        whole = sorted((self.pool.place / "statistics").glob("pool.*.safetensors"))
+        files["+".join(sorted(self.members))] = tuple(str(path) for path in whole)
         if self.pool.base_task:
             examples[BASE] = self.tasks[self.pool.base_task].size("train")
         for kind in self._needs:
@@ -322,6 +325,8 @@ class Bench:
         needs = method.needs(recipe.parameters)
         files = [self._material.statistics[kind][name] for kind in needs.members for name in recipe.members]
         files += [self._material.statistics[kind][BASE] for kind in needs.base]
+        if needs.whole is not None:
+            files.append(self._material.statistics[needs.whole]["+".join(recipe.members)])
         return [_told_by(file) for file in files]
 
     def _print(self, who: str) -> str:

@@ -37,7 +37,9 @@ class TrainingSettings(BaseModel):
     epochs: int = Field(1, ge=1, description="Passes over the training split.")
     batch_size: int = Field(16, ge=1, description="Examples per step.")
     learning_rate: float = Field(2e-4, gt=0, description="AdamW's peak rate for the backbone.")
-    head_factor: float = Field(10.0, gt=0, description="The head's rate over the backbone's.")
+    head_factor: float = Field(
+        10.0, gt=0, description="The head's rate over the backbone's; a language model's output layer is no head."
+    )
     weight_decay: float = Field(0.01, ge=0, description="AdamW's, on weight matrices.")
     warm_up: float = Field(
         0.1, ge=0, le=1, description="Share of the steps in which the rate rises from 0; it falls to 0 in the rest."
@@ -234,8 +236,13 @@ def _renew_head(model: Any) -> None:
 
 
 def _backbone_prefix(model: Any) -> str:
-    """What the backbone's parameters are named by; nothing where the model holds its parts itself, as T5 does."""
-    return "" if model.base_model is model else f"{model.base_model_prefix}."
+    """What the backbone's parameters are named by.
+
+    Nothing where the model holds its parts itself, as T5 does, and of a language model: its output layer was pretrained with
+    all the rest, whether it is tied to the embeddings or not.
+    """
+    whole = model.base_model is model or model.get_output_embeddings() is not None
+    return "" if whole else f"{model.base_model_prefix}."
 
 
 def _save_preprocessor(source: Path, out: Path) -> None:

@@ -7,7 +7,11 @@ import torch
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
     BertForTokenClassification,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
@@ -35,10 +39,28 @@ from merging.tasks import (
 )
 
 SETTINGS = TrainingSettings(epochs=12, batch_size=8, learning_rate=2e-3)
+SMALL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+T5 = {
+    "vocab_size": 40,
+    "d_model": 16,
+    "d_ff": 24,
+    "d_kv": 8,
+    "num_layers": 1,
+    "num_heads": 2,
+    "decoder_start_token_id": 0,
+}
 
 
 def task_on(train: Path, max_length: int = 16) -> TextClassificationSettings:
     return TextClassificationSettings(data={"train": str(train)}, max_length=max_length)
+
+
+def language(train: str) -> CausalLMSettings:
+    return CausalLMSettings(data={"train": train}, prompt="source", completion="target")
+
+
+def seq2seq(train: str) -> Seq2SeqSettings:
+    return Seq2SeqSettings(data={"train": train})
 
 
 @pytest.fixture(scope="module")
@@ -157,25 +179,46 @@ def test_joined_batches_give_the_logits_of_single_examples(kind, tiny_pool, toke
             assert torch.allclose(together[row][judged], alone[example.labels >= 0], atol=1e-5)
 
 
-def test_a_model_without_a_backbone_of_its_own_has_no_head_to_hurry(tokenizer, tmp_path):
-    """All of T5's parameters are the backbone's: `head_factor` must not speed up what is no head."""
-    config = {"vocab_size": 40, "d_model": 16, "d_ff": 24, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+@pytest.mark.parametrize(
+    ("model", "settings", "trained"),
+    [
+        (lambda: T5ForConditionalGeneration(T5Config(**T5)), seq2seq, "shared.weight"),
+        (lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=False)), language, "lm_head.weight"),
+        (
+            lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True)),
+            language,
+            "model.embed_tokens.weight",
+        ),
+        (
+            lambda: GPT2LMHeadModel(
+                GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, tie_word_embeddings=False)
+            ),
+            language,
+            "lm_head.weight",
+        ),
+        (
+            lambda: BertLMHeadModel(BertConfig(**SMALL, is_decoder=True)),
+            language,
+            "cls.predictions.transform.dense.weight",
+        ),
+    ],
+    ids=["t5", "llama-untied", "llama-tied", "gpt2-untied", "bert-decoder"],
+)
+def test_a_language_model_has_no_head_that_learns_faster(model, settings, trained, tokenizer, tmp_path):
+    """What turns states into words was pretrained with the rest: `head_factor` must not speed it up."""
     base, file = tmp_path / "base", tmp_path / "train.parquet"
-    T5ForConditionalGeneration(T5Config(**config, decoder_start_token_id=0)).save_pretrained(base)
+    model().save_pretrained(base)
     tokenizer.save_pretrained(base)
     pd.DataFrame({"source": ["good film", "bad book"] * 8, "target": ["good", "bad"] * 8}).to_parquet(file)
     one, ten = (
         train_member(
-            base,
-            Seq2SeqSettings(data={"train": str(file)}),
-            tmp_path / str(factor),
-            TrainingSettings(batch_size=8, head_factor=factor),
+            base, settings(str(file)), tmp_path / str(factor), TrainingSettings(batch_size=8, head_factor=factor)
         ).path
         for factor in (1, 10)
     )
     first, second, start = (Checkpoint.open(str(path)) for path in (one, ten, base))
     assert all(first.read(name).equal(second.read(name)) for name in first.tensors)
-    assert not first.read("shared.weight").equal(start.read("shared.weight"))
+    assert not first.read(trained).equal(start.read(trained))
 
 
 def test_tasks_of_one_head_are_trained_as_one_set(tiny_pool, train, tmp_path):
