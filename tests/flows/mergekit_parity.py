@@ -36,13 +36,15 @@ SIZE = {
     "vocab_size": 64,
     "max_position_embeddings": 64,
 }
+ENCODER = {name: value for name, value in SIZE.items() if "key_value" not in name}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 ARCHITECTURES: Mapping[str, tuple[str, str, dict[str, Any]]] = {
     "Llama": ("LlamaForCausalLM", "LlamaConfig", {**SIZE, "tie_word_embeddings": False}),
     "Mistral": ("MistralForCausalLM", "MistralConfig", {**SIZE, "tie_word_embeddings": False, "head_dim": 8}),
     "Qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {**SIZE, "tie_word_embeddings": True}),
     "Qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**SIZE, "tie_word_embeddings": True, "head_dim": 8}),
     "Gemma 2": ("Gemma2ForCausalLM", "Gemma2Config", {**SIZE, "head_dim": 8, "query_pre_attn_scalar": 8}),
-    "Phi-3": ("Phi3ForCausalLM", "Phi3Config", {**SIZE, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}),
+    "Phi-3": ("Phi3ForCausalLM", "Phi3Config", {**SIZE, **TOKENS}),
     "OLMo 2": ("Olmo2ForCausalLM", "Olmo2Config", {**SIZE, "pad_token_id": 0, "eos_token_id": 2}),
     "StarCoder 2": ("Starcoder2ForCausalLM", "Starcoder2Config", {**SIZE, "tie_word_embeddings": False}),
     "GPT-2": (
@@ -50,16 +52,102 @@ ARCHITECTURES: Mapping[str, tuple[str, str, dict[str, Any]]] = {
         "GPT2Config",
         {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 64, "n_positions": 64},
     ),
-    "GPT-NeoX": ("GPTNeoXForCausalLM", "GPTNeoXConfig", {k: v for k, v in SIZE.items() if "key_value" not in k}),
+    "GPT-NeoX": ("GPTNeoXForCausalLM", "GPTNeoXConfig", ENCODER),
     "Mixtral": (
         "MixtralForCausalLM",
         "MixtralConfig",
         {**SIZE, "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False},
     ),
-    "BERT": ("BertForSequenceClassification", "BertConfig", {k: v for k, v in SIZE.items() if "key_value" not in k}),
+    "BERT": ("BertForSequenceClassification", "BertConfig", ENCODER),
+    "Gemma": ("GemmaForCausalLM", "GemmaConfig", {**SIZE, "head_dim": 8}),
+    "Gemma 3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**SIZE, "head_dim": 8, "query_pre_attn_scalar": 8}),
+    "Cohere": ("CohereForCausalLM", "CohereConfig", {**SIZE, **TOKENS}),
+    "Granite": ("GraniteForCausalLM", "GraniteConfig", {**SIZE, "tie_word_embeddings": False}),
+    "StableLM": ("StableLmForCausalLM", "StableLmConfig", {**SIZE, "tie_word_embeddings": False}),
+    "Phi": ("PhiForCausalLM", "PhiConfig", {**SIZE, "tie_word_embeddings": False}),
+    "GLM-4": ("Glm4ForCausalLM", "Glm4Config", {**SIZE, **TOKENS, "head_dim": 8, "tie_word_embeddings": False}),
+    "Mamba": (
+        "MambaForCausalLM",
+        "MambaConfig",
+        {"hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 64, "state_size": 8, "tie_word_embeddings": False},
+    ),
+    "Qwen3-MoE": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {
+            **SIZE,
+            "head_dim": 8,
+            "moe_intermediate_size": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "RoBERTa": ("RobertaForSequenceClassification", "RobertaConfig", {**ENCODER, **TOKENS}),
+    "DistilBERT": (
+        "DistilBertForSequenceClassification",
+        "DistilBertConfig",
+        {"dim": 32, "hidden_dim": 64, "n_layers": 3, "n_heads": 4, "vocab_size": 64, "max_position_embeddings": 64},
+    ),
+    "T5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4, "vocab_size": 64},
+    ),
+    "DeepSeek-V3": (
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        {
+            **SIZE,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 8,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "ViT": (
+        "ViTForImageClassification",
+        "ViTConfig",
+        {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+    ),
+    "LLaVA": (
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        {
+            "text_config": {"model_type": "llama", **SIZE},
+            "vision_config": {
+                "model_type": "clip_vision_model",
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+                "image_size": 16,
+                "patch_size": 4,
+            },
+            "image_token_id": 63,
+        },
+    ),
 }
-"""Name → class, configuration's class, configuration."""
+"""Name → class, configuration's class, configuration. mergekit has definitions of all but the last three."""
 LAYERS = 3
+TABLE = 9
+"""Architectures of one table, which must not be wider than a page."""
 
 
 def _models(names: tuple[str, ...], **parameters: Any) -> list[dict[str, Any]]:
@@ -205,6 +293,7 @@ class Cell:
         largest: Largest difference.
         missing: Tensors that mergekit did not write.
         error: Why one of the two refused, or nothing.
+        both: Whether both did.
     """
 
     far: int = 0
@@ -212,10 +301,13 @@ class Cell:
     largest: float = 0.0
     missing: tuple[str, ...] = ()
     error: str = ""
+    both: bool = False
 
     @property
     def mark(self) -> str:
         """For the table."""
+        if self.both:
+            return "–"
         if self.error:
             return "refused" if self.error.startswith("mergequest") else "✗"
         return ("=" if not self.far else "≠") + ("†" if self.missing else "")
@@ -272,12 +364,13 @@ def _absolute(value: Any, place: Path) -> Any:
 
 
 def _compare(model_class: str, file: Path, theirs: Path, ours: Path) -> Cell:
-    if (theirs / "error.txt").exists():
-        return Cell(error="mergekit: " + (theirs / "error.txt").read_text())
+    refused = f"mergekit: {error.read_text()}" if (error := theirs / "error.txt").exists() else ""
     try:
         merge_recipe(str(file), str(ours), None, 1.0, Display(Console(quiet=True)))
     except MergequestError as error:
-        return Cell(error=f"mergequest: {error}")
+        return Cell(error=f"{refused} mergequest: {error}".strip(), both=bool(refused))
+    if refused:
+        return Cell(error=refused)
     mine, other = _tensors(ours), _tensors(theirs)
     if mine.keys() != other.keys():  # mergekit writes mixtures as transformers holds them
         mine, other = _loaded(model_class, ours), _loaded(model_class, theirs)
@@ -299,13 +392,16 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
 def table(cells: Mapping[tuple[str, str], Cell]) -> str:
     """Merges by architectures, in Markdown."""
     architectures = list(dict.fromkeys(architecture for architecture, _ in cells))
-    lines = ["| merge | " + " | ".join(architectures) + " |", "|---|" + "---|" * len(architectures)]
-    for merge in dict.fromkeys(merge for _, merge in cells):
-        marks = " | ".join(cells[architecture, merge].mark for architecture in architectures)
-        lines.append(f"| {merge} | {marks} |")
+    lines = []
+    for first in range(0, len(architectures), TABLE):
+        shown = architectures[first : first + TABLE]
+        lines += ["", "| merge | " + " | ".join(shown) + " |", "|---|" + "---|" * len(shown)]
+        for merge in dict.fromkeys(merge for _, merge in cells):
+            marks = " | ".join(cells[architecture, merge].mark for architecture in shown)
+            lines.append(f"| {merge} | {marks} |")
     equal = sum(cell.mark.startswith("=") for cell in cells.values())
     lines += ["", f"{equal} of {len(cells)} are equal."]
-    return "\n".join(lines)
+    return "\n".join(lines[1:])
 
 
 def page_with(measured: str) -> str:
