@@ -16,7 +16,7 @@ help:
 	@echo "make docs        the documentation site, in site/"
 	@echo "make reference   the pages of docs/ that are written from the program: settings, methods, columns, commands, API"
 	@echo "make mergekit-env     mergekit 0.1.5 in an environment of its own, .mergekit/, for the test that compares"
-	@echo "make mergekit-parity  the table of docs/mergekit.md anew, from merges by both (about 4 minutes)"
+	@echo "make mergekit-parity  the table of docs/mergekit.md anew, from merges by both (about 6 minutes)"
 	@echo "make vllm-env        vLLM for the CPU, with mergequest, in an environment of its own, .vllm/ (several minutes)"
 	@echo "make test-vllm       the tests with a real inference engine, in that environment (about 5 minutes on 2 cores)"
 	@echo "make format      format and fix what can be fixed"

@@ -144,7 +144,7 @@ ARCHITECTURES: Mapping[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
 }
-"""Name → class, configuration's class, configuration. mergekit has definitions of all but the last three."""
+"""Name → class, configuration's class, configuration. mergekit infers the last three; it has definitions of the others."""
 LAYERS = 3
 TABLE = 9
 """Architectures of one table, which must not be wider than a page."""
@@ -399,8 +399,8 @@ def table(cells: Mapping[tuple[str, str], Cell]) -> str:
         for merge in dict.fromkeys(merge for _, merge in cells):
             marks = " | ".join(cells[architecture, merge].mark for architecture in shown)
             lines.append(f"| {merge} | {marks} |")
-    equal = sum(cell.mark.startswith("=") for cell in cells.values())
-    lines += ["", f"{equal} of {len(cells)} are equal."]
+    counts = {mark: sum(cell.mark == mark for cell in cells.values()) for mark in ("=", "=†")}
+    lines += ["", f"{counts['=']} of {len(cells)} are equal, and {counts['=†']} in all that mergekit writes."]
     return "\n".join(lines[1:])
 
 
