@@ -52,7 +52,8 @@ class StatisticsSettings(Settings):
     )
     cache: str | None = Field(
         None,
-        description="Directory of computed statistics, shared between campaigns; by default the campaign's own.",
+        description="Directory of computed statistics, shared between campaigns; by default the campaign's own. Statistics "
+        "computed anew may differ in their last bits: which process sums which examples is left to chance.",
     )
     shard: int = Field(
         64, ge=1, description="Examples computed at a time; a lost process costs the shards in its part of the sum."
