@@ -4,7 +4,7 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
@@ -31,6 +31,8 @@ WORDS: Mapping[str, str] = {
     "too_short": "expected at least one",
 }
 """What pydantic says in Python's words, in YAML's."""
+KIND = re.compile(r"float|int|str|bool|constrained-str|(dict|list|tuple)\[.*\]")
+"""What pydantic calls, in the place of a mistake, one of the kinds that a value may be of."""
 HOLDS_SECRET = (
     "the address holds a password, token or signature, which would be saved with the results: leave it out, and give "
     "credentials by the environment or the protocol's own configuration file"
@@ -210,12 +212,53 @@ def validate(model: type[Model], value: Mapping[str, Any], where: str) -> Model:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        mistakes = [redacted(_explain(model, entry)) for entry in error.errors(include_url=False)]
+        entries = _of_the_kind_meant(error.errors(include_url=False))
+        mistakes = [redacted(_explain(model, entry)) for entry in entries]
         lines = [f"  - {line if len(line) <= MAX_LINE else line[:MAX_LINE] + ' …'}" for line in mistakes[:MAX_LINES]]
         lines += [f"  … and {len(mistakes) - MAX_LINES} more"] if len(mistakes) > MAX_LINES else []
         raise SettingsError(
             f"{where}: {len(mistakes)} mistake{'s' * (len(mistakes) > 1)}:\n" + "\n".join(lines)
         ) from error
+
+
+def _of_the_kind_meant(entries: Sequence[Any]) -> list[Any]:
+    """Mistakes of values of several kinds (a number or a mapping): of the kind that was meant, and where none was, as one.
+
+    pydantic tries every kind, and has its name in the place. A kind that fails by the value's type alone was not meant, if
+    another one does not. A list whose entries are all wrong counts as empty; that is no mistake of its own.
+    """
+    meant: set[tuple[Any, ...]] = set()
+    above: set[tuple[Any, ...]] = set()
+    kept: dict[tuple[Any, ...], Any] = {}
+    for entry in entries:
+        place = entry["loc"]
+        above.update(place[:end] for end in range(len(place)))
+        kinds = [end for end, part in enumerate(place) if KIND.fullmatch(str(part))]
+        meant.update(place[:end] for end in kinds if end < len(place) - 1 or not _by_type_alone(entry))
+    for number, entry in enumerate(entries):
+        place = entry["loc"]
+        if entry["type"] == "too_short" and place in above:
+            continue
+        if place and KIND.fullmatch(str(place[-1])) and _by_type_alone(entry) and place[:-1] in meant:
+            continue
+        cleaned = tuple(part for part in place if not KIND.fullmatch(str(part)))
+        if cleaned == place:  # two mistakes of one place stay two
+            kept[number, *place] = entry
+        elif first := kept.get(cleaned):
+            both = f"{_message(first)}, or {_message(entry).removeprefix('Input should be ')}"
+            kept[cleaned] = {**first, "msg": both, "type": "union"}
+        else:
+            kept[cleaned] = {**entry, "loc": cleaned}
+    return list(kept.values())
+
+
+def _by_type_alone(entry: Any) -> bool:
+    return str(entry["type"]).endswith("_type")
+
+
+def _message(entry: Any) -> str:
+    """What pydantic says is wrong, in YAML's words."""
+    return WORDS.get(entry["type"], str(entry["msg"]).removeprefix("Value error, "))
 
 
 def _explain(model: type[BaseModel], entry: Any) -> str:
@@ -236,7 +279,7 @@ def _explain(model: type[BaseModel], entry: Any) -> str:
     if entry.get("ctx", {}).get("pattern") == NAME:
         given = repr(entry["input"])
         return f"{place}: a name has letters, digits and . _ - only, and begins with a letter or digit (found {given})"
-    message = WORDS.get(entry["type"], str(entry["msg"]).removeprefix("Value error, "))
+    message = _message(entry)
     shown = "" if isinstance(entry["input"], dict) else f" (found {entry['input']!r})"
     return f"{place}: {message}{shown}" if place else message
 

@@ -44,6 +44,31 @@ def test_scaling_factors_of_members_and_of_their_groups(load, text, scaling):
     assert load(text).recipe().scaling == scaling
 
 
+@pytest.mark.parametrize(
+    ("text", "mistakes"),
+    [
+        ("scaling: x", ["scaling: Input should be a valid number, unable to parse string as a number (found 'x')"]),
+        ("scaling: {nyt: .nan}", ["scaling.nyt: Input should be a finite number (found nan)"]),
+        ("scaling: {nyt: {}}", ["scaling.nyt: expected at least one"]),
+        (
+            "scaling: {nyt: [1]}",
+            ["scaling.nyt: Input should be a valid number, or expected `key: value` entries (found [1])"],
+        ),
+        (
+            "scaling: {amazon: {'*': x}, nyt: y}",
+            [
+                "scaling.amazon.*: Input should be a valid number, unable to parse string as a number (found 'x')",
+                "scaling.nyt: Input should be a valid number, unable to parse string as a number (found 'y')",
+            ],
+        ),
+    ],
+)
+def test_a_value_of_several_kinds_is_one_mistake(load, text, mistakes):
+    with pytest.raises(SettingsError) as error:
+        load(text)
+    assert str(error.value).split("\n  - ")[1:] == mistakes
+
+
 @pytest.mark.parametrize(("text", "scaling"), [("", 0.5), ("scaling: {nyt: 0.5}", 0.5), ("scaling: 1", 1.0)])
 def test_a_linear_merge_is_the_mean_where_nothing_is_said(load, text, scaling, tmp_path):
     path = tmp_path / "linear.yaml"
