@@ -8,12 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from flows.config.yaml_file import Settings
 from merging.optimization.distillation_settings import DistillationSettings
 from merging.propagation import PropagationSettings
-from merging.statistics import (
-    LikelihoodSettings,
-    OutputGramSettings,
-    RepresentationSettings,
-    StatisticSettings,
-)
+from merging.statistics import GramSettings, LikelihoodSettings, OutputGramSettings, RepresentationSettings
 from merging.tasks.environment import secret_in
 from search.subsets.choose_subsets import Mode
 
@@ -37,9 +32,7 @@ class StatisticsSettings(Settings):
     """How statistics are computed where no published file stands in for them."""
 
     fisher: LikelihoodSettings = Field(default_factory=LikelihoodSettings, description="Diagonal Fisher information.")
-    gram: StatisticSettings = Field(
-        default_factory=StatisticSettings, description="Gram matrices of layer inputs (RegMean)."
-    )
+    gram: GramSettings = Field(default_factory=GramSettings, description="Gram matrices of layer inputs (RegMean).")
     output_gram: OutputGramSettings = Field(
         default_factory=OutputGramSettings, description="Gram matrices of layer outputs' gradients (K-FAC)."
     )

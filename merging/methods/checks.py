@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from merging.errors import MethodError
+from merging.kernels.gram_sketch import extents
 from merging.methods.method import Weight
 from merging.recipe import BASE
 from merging.registry import did_you_mean
@@ -80,7 +81,7 @@ def statistic(
     Args:
         weight: Whose.
         kind: `fisher`, `gram`, …
-        shape: What each member's must be.
+        shape: What each member's must be, or, of a Gram, what its sketch must stand for.
         nonnegative: Refuse negative entries.
         base: Give the base's too, where it is there.
 
@@ -96,7 +97,8 @@ def statistic(
         if member not in own:
             raise MethodError(f"{member}: no {kind} for '{weight.name}', which other members have. {remedy}")
         value = own[member]
-        if list(value.shape) != list(shape):
+        given = extents(value.shape) if kind == "gram" and value.dim() > 1 else value.shape
+        if list(given) != list(shape):
             raise MethodError(
                 f"{member}: {kind} of '{weight.name}' has shape {list(value.shape)}, not {list(shape)}: it "
                 f"belongs to another model. {remedy}"

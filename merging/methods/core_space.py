@@ -9,6 +9,7 @@ from torch import Tensor
 
 from merging.errors import MethodError
 from merging.kernels.blockwise import Scratch, weighted_sum
+from merging.kernels.gram_sketch import dense
 from merging.methods.checks import check_weights, chosen, target
 from merging.methods.lines import Lines
 from merging.methods.method import Context, Method, Prepared, Weight, modifier
@@ -235,7 +236,7 @@ def _grams(weight: Weight) -> FactorGrams:
     right = torch.cat([weight.factors[member][1].double() for member in members])
     reading = left if weight.transposed else right.mT
     grams = weight.statistics.get("gram", {}) if sum(ranks.values()) else {}
-    inputs = {m: (reading.mT @ grams[m].double() @ reading).cpu() for m in members if m in grams}
+    inputs = {m: (reading.mT @ dense(grams[m]).double() @ reading).cpu() for m in members if m in grams}
     return FactorGrams(ranks, (left.mT @ left).cpu(), (right @ right.mT).cpu(), weight.transposed, inputs)
 
 

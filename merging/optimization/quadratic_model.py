@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from merging.errors import MethodError
+from merging.kernels.gram_sketch import dense
 from merging.mergers.linear_basis import Basis
 from merging.mergers.material import Material
 from merging.methods.least_squares.blocks import blocks_of
@@ -127,7 +128,7 @@ def _bend(moves: Tensor, gram: Tensor, output: Tensor | None, weight: Weight) ->
     """B V A for every row V of [N, weight's entries], A the Gram of inputs, B that of output gradients or the identity."""
     first = blocks_of(weight)[0].base  # a convolution's groups, or experts, are matrices each
     matrices = moves.view(len(moves), -1, *first.shape)
-    gram = gram.to(torch.float32)
+    gram = dense(gram).to(torch.float32)
     if weight.transposed:
         bent = gram @ matrices
         bent = bent if output is None else bent @ output.to(torch.float32)

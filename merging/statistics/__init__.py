@@ -2,7 +2,7 @@
 
 from merging.statistics.compute import measure, measure_shard, number_of_examples
 from merging.statistics.fisher import Fisher
-from merging.statistics.gram import Gram
+from merging.statistics.gram import Gram, GramSettings
 from merging.statistics.likelihood import LikelihoodSettings
 from merging.statistics.measurement import Measurement, Shard
 from merging.statistics.output_gram import OutputGram, OutputGramSettings
@@ -16,6 +16,7 @@ __all__ = [
     "Block",
     "Fisher",
     "Gram",
+    "GramSettings",
     "LikelihoodSettings",
     "Measurement",
     "OutputGram",

@@ -1,10 +1,11 @@
 """Gram matrices of linear layers' inputs (RegMean's G_t, MaTS' and K-FAC's A_t)."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from merging.errors import StatisticsError
@@ -14,11 +15,26 @@ from merging.statistics.capture.linear_calls import LinearCalls, given, inspect_
 from merging.statistics.capture.patches import is_convolution, row_dimensions, rows_read
 from merging.statistics.capture.single_examples import padding_token, unlike_pair
 from merging.statistics.gram_sums import GramStatistic, GramSums
-from merging.statistics.statistic import Partial, register
+from merging.statistics.statistic import Partial, StatisticSettings, register
 from merging.tasks.task import Batch, Task
 
 PATCH_BYTES = 1 << 26
 """Of what a convolution reads that are unfolded at once."""
+
+
+class GramSettings(StatisticSettings):
+    """Settings of Grams."""
+
+    rank: int | None = Field(
+        None,
+        ge=1,
+        description="Of layers with at least four times as many inputs n, keep a Nyström sketch of this rank r and the exact "
+        "diagonal: (n + r) (r + 1) numbers in place of n². An approximation; by default all Grams are kept whole.",
+    )
+
+    def key(self) -> dict[str, Any]:
+        """The settings that the numbers depend on: the rank only where there is one."""
+        return {name: value for name, value in super().key().items() if name != "rank" or value is not None}
 
 
 @register
@@ -33,10 +49,13 @@ class Gram(GramStatistic):
 
     Layers that are given the same tensors (query, key and value) have one Gram, under the name of the first. A weight
     that is also read outside of its layer has none.
+
+    With the setting `rank` those of wide layers are sketches (`merging.kernels.gram_sketch`).
     """
 
     kind: ClassVar[str] = "gram"
     version: ClassVar[int] = 3
+    settings_type: ClassVar[type[StatisticSettings]] = GramSettings
 
     def accumulate(self, model: nn.Module, task: Task, batches: Iterable[Batch], *, alone: bool) -> Partial:
         """One forward pass a batch, or an example.
@@ -54,7 +73,8 @@ class Gram(GramStatistic):
                     if recorder is None:
                         calls = inspect_calls(model, task.logits, layers, batch)
                         experts = ExpertRows(model)
-                        recorder = _Recorder(layers, calls, experts)
+                        rank = self.settings.rank if isinstance(self.settings, GramSettings) else None
+                        recorder = _Recorder(layers, calls, experts, rank)
                         few = unlike_pair(batch, padding_token(model))
                         experts.verify(task.logits, next(calls.parts(few, alone=alone)))
                         recorder.open()
@@ -71,12 +91,12 @@ class Gram(GramStatistic):
 class _Recorder:
     """Sees what goes into each layer."""
 
-    def __init__(self, layers: dict[nn.Module, str], calls: LinearCalls, experts: ExpertRows) -> None:
+    def __init__(self, layers: dict[nn.Module, str], calls: LinearCalls, experts: ExpertRows, rank: int | None) -> None:
         self._layers = {layer: name for layer, name in layers.items() if name not in calls.incomplete}
         self._decoding = calls.decoding
         self._holders = {name: holder for name, holder in calls.holders.items() if name not in calls.incomplete}
         self._holding = set(self._holders.values())
-        self._sums = GramSums()
+        self._sums = GramSums(rank)
         self.experts = experts
         self._batch: Batch | None = None
         self._inputs: dict[str, list[Tensor]] = defaultdict(list)
@@ -108,7 +128,7 @@ class _Recorder:
         """What was seen."""
         partial = self._sums.partial(self._shared, transposed_names(self._layers))
         for name, whole in self.experts.parameters.items():
-            _store(partial, model, name, whole, self.experts.transposed[name])
+            _store(partial, model, name, whole, self.experts.transposed[name], self._sums.nothing)
         seen = {*partial.sums, *partial.shared}
         partial.unreached = tuple(sorted({*self._layers.values()} - seen)) if seen else ()
         partial.uncovered = uncovered(model, {*seen, *partial.unreached})
@@ -160,7 +180,9 @@ class _Recorder:
         )
 
 
-def _store(partial: Partial, model: nn.Module, name: str, whole: Tensor, transposed: bool) -> None:
+def _store(
+    partial: Partial, model: nn.Module, name: str, whole: Tensor, transposed: bool, nothing: Callable[[int], Tensor]
+) -> None:
     """Gives the experts of one parameter the names that a checkpoint has for them.
 
     Args:
@@ -169,10 +191,11 @@ def _store(partial: Partial, model: nn.Module, name: str, whole: Tensor, transpo
         name: The parameter's own name.
         whole: The parameter.
         transposed: It is stored [experts, in, out].
+        nothing: The sum over no rows, of so many inputs.
     """
     inputs = whole.shape[1 if transposed else 2]
     keys = [f"{name}[{expert}]" for expert in range(len(whole))]
-    grams = [partial.sums.pop(key, torch.zeros(inputs, inputs)) for key in keys]
+    grams = [partial.sums.pop(key, nothing(inputs)) for key in keys]
     counts = [partial.counts.pop(key, 0) for key in keys]
     stored = stored_experts(model, name, transposed)
     holders: dict[int, str] = {}

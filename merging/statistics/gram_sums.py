@@ -3,8 +3,10 @@
 from abc import abstractmethod
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, float32, nn, promote_types
 
+from merging.kernels.gram_sketch import add_rows, is_sketch, random_vectors, stored_shape
 from merging.statistics.capture.layers import means, real_rows, token_count
 from merging.statistics.capture.linear_calls import UnaccountableRowsError
 from merging.statistics.statistic import Partial, Statistic
@@ -16,9 +18,15 @@ LEAST_BLOCK_ELSEWHERE = 1024
 
 
 class GramSums:
-    """Accumulates Grams by name, and the number of rows in each."""
+    """Accumulates Grams by name, and the number of rows in each.
 
-    def __init__(self) -> None:
+    Args:
+        rank: Vectors of the sketch that stands for the Gram of a wide layer; None keeps all Grams whole.
+    """
+
+    def __init__(self, rank: int | None = None) -> None:
+        self._rank = rank
+        self._vectors: dict[int, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._counts = {"examples": 0, "tokens": 0}
 
@@ -35,8 +43,10 @@ class GramSums:
         rows = real_rows(value, mask, dimensions)
         rows = rows.to(promote_types(rows.dtype, float32))
         if name not in self._sums:
-            self._sums[name] = rows.new_zeros(*rows.shape[1:], rows.shape[-1])
-        if dimensions == 1:
+            self._sums[name] = rows.new_zeros(*rows.shape[1:-1], *stored_shape(rows.shape[-1], self._rank))
+        if is_sketch(self._sums[name]):
+            add_rows(self._sums[name], rows if dimensions == 1 else rows.transpose(0, 1), self._random_vectors(rows))
+        elif dimensions == 1:
             _add_upper(self._sums[name], rows)
         else:
             by_group = rows.transpose(0, 1)
@@ -55,9 +65,22 @@ class GramSums:
         sums = {}
         for name in list(self._sums):  # one after another, so that no second copy of all is there
             value = self._sums.pop(name)
-            sums[name] = (value.triu() + value.triu(1).mT).cpu()
+            sums[name] = value.cpu() if is_sketch(value) else (value.triu() + value.triu(1).mT).cpu()
         named = tuple(name for name in transposed if name in sums or name in shared)
         return Partial(sums, self._counts, shared=shared, transposed=named)
+
+    def nothing(self, inputs: int) -> Tensor:
+        """The sum over no rows."""
+        return torch.zeros(stored_shape(inputs, self._rank))
+
+    def _random_vectors(self, rows: Tensor) -> Tensor:
+        """Those for layers with as many inputs as these rows, made once."""
+        assert self._rank is not None
+        inputs = rows.shape[-1]
+        if inputs not in self._vectors:
+            self._vectors[inputs] = random_vectors(inputs, self._rank)
+        self._vectors[inputs] = self._vectors[inputs].to(rows)
+        return self._vectors[inputs]
 
 
 class GramStatistic(Statistic):

@@ -17,6 +17,7 @@ from merging.checkpoints.formats.safetensors_file import SafetensorsFile, Tensor
 from merging.errors import CheckpointError, StatisticsError, StorageError
 from merging.io import atomic
 from merging.io.documents import as_object, parse_json
+from merging.kernels.gram_sketch import diagonal, extents, is_sketch
 from merging.statistics.statistic import Partial, Statistic
 
 FORMAT = "mergequest.statistics"
@@ -191,7 +192,9 @@ class StatisticsFile:
 
     def _expected(self, name: str, weight: tuple[int, ...]) -> tuple[int, ...]:
         """The shape that a weight's statistic must have."""
-        return expected_shape(self.kind, self.shape(name), weight, transposed=name in self.transposed)
+        stored = self.shape(name)
+        expected = expected_shape(self.kind, stored, weight, transposed=name in self.transposed)
+        return stored if self.kind == "gram" and len(stored) > 1 and extents(stored) == expected else expected
 
     def _check_values(self, name: str, value: Tensor) -> None:
         if problem := problem_of(self.kind, value):
@@ -226,12 +229,21 @@ def problem_of(kind: str, value: Tensor) -> str | None:
         return "NaN or Inf"
     if kind == "fisher" and (value < 0).any():
         return f"{int((value < 0).sum()):,} negative entries, which no Fisher has"
+    if kind == "gram" and is_sketch(value) and min(extents(value.shape)) > 1:
+        if (diagonal(value) < 0).any():
+            return "a Gram's sketch with negative entries on its diagonal"
+        core = value[..., extents(value.shape)[-1] :, :-1]
+        return "a Gram's sketch that is not symmetric" if _is_asymmetric(core) else None
     if kind in ("gram", "output_gram"):
         if value.dim() not in (2, 3) or value.shape[-2] != value.shape[-1]:
             return f"shape {list(value.shape)}, which is not square"
-        if value.numel() and (value - value.mT).abs().max() > SYMMETRY * value.abs().max():
+        if _is_asymmetric(value):
             return "a matrix that is not symmetric"
     return None
+
+
+def _is_asymmetric(value: Tensor) -> bool:
+    return bool(value.numel() and (value - value.mT).abs().max() > SYMMETRY * value.abs().max())
 
 
 def save(path: str, statistic: Statistic, partial: Partial, *, checkpoint: str, data: str) -> StatisticsFile:

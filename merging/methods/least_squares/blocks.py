@@ -6,6 +6,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from merging.errors import MethodError
+from merging.kernels.gram_sketch import extents
 from merging.methods.checks import check_weights, target
 from merging.methods.method import Prepared, Weight
 from merging.recipe import Value
@@ -36,7 +37,8 @@ def blocks_of(weight: Weight) -> list[Weight]:
     rows, columns = shape[1:] if is_experts else (shape[0] // count, shape[1:].numel())
     sides = (columns, rows) if weight.transposed else (rows, columns)
     for kind, value in grams:
-        if tuple(value.shape[-2:]) != (sides[SIDES[kind]],) * 2:
+        given = extents(value.shape) if kind == "gram" else tuple(value.shape)
+        if given[-2:] != (sides[SIDES[kind]],) * 2:
             raise _misfit(weight, (kind, value))
 
     def parts(value: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from merging.errors import MethodError
 from merging.kernels.blockwise import Scratch, accumulate, difference, weighted_sum
+from merging.kernels.gram_sketch import dense, diagonal, is_sketch
 from merging.methods.checks import statistic, target
 from merging.methods.depth import is_embedding
 from merging.methods.method import Weight
@@ -29,7 +30,7 @@ class System:
 
     Args:
         weights: The weights, each [out_i, in] or transposed.
-        grams: Member → G_t [in, in].
+        grams: Member → G_t [in, in], or its sketch.
     """
 
     def __init__(self, weights: Sequence[Weight], grams: Mapping[str, Tensor]) -> None:
@@ -51,7 +52,8 @@ class System:
         """
         product = self._products.get(member)
         if product is None:
-            gram = _wide("gram", self.grams[member], scratch)
+            own = self.grams[member]
+            gram = dense(own) if is_sketch(own) else _wide("gram", own, scratch)
             if member in self._products:
                 product = self._products[member] = torch.empty(self.shape, dtype=gram.dtype, device=gram.device)
             else:
@@ -96,10 +98,13 @@ class SystemBatch:
         sums = self._take("grams", self._inputs)
         for total, system in zip(sums, self.systems, strict=True):
             terms = [(system.grams[member], factor) for member, factor in zip(members, factors, strict=True)]
-            accumulate(total, terms, self._scratch)
-            diagonal = total.diagonal().clone()
-            diagonal += beta * diagonal.mean()  # that of the sum is the sum of the members'
-            total.mul_(rho).diagonal().copy_(diagonal)
+            accumulate(total, [term for term in terms if not is_sketch(term[0])], self._scratch)
+            for gram, weight in terms:
+                if is_sketch(gram):
+                    total.add_(dense(gram), alpha=weight)
+            own = total.diagonal().clone()
+            own += beta * own.mean()  # that of the sum is the sum of the members'
+            total.mul_(rho).diagonal().copy_(own)
         return sums
 
     def right(
@@ -130,7 +135,7 @@ class SystemBatch:
             if rho < 1 or beta or pulled:
                 columns = {}
                 for i in part:
-                    own = system.grams[members[i]].diagonal()
+                    own = diagonal(system.grams[members[i]])
                     columns[members[i]] = own * (factors[i] * (1 - rho)) + pull[index] / len(members)
                     if beta:
                         columns[members[i]] += factors[i] * beta * own.double().mean()
@@ -196,7 +201,7 @@ def unreached(batches: Iterable[SystemBatch]) -> dict[str, float]:
         len(system.weights)
         for batch in batches
         for system in batch.systems
-        if not any(bool(gram.diagonal().any()) for gram in system.grams.values())
+        if not any(bool(diagonal(gram).any()) for gram in system.grams.values())
     )
     return {"unreached_experts": float(count)} if count else {}
 
@@ -210,7 +215,7 @@ def grams_of(weight: Weight) -> dict[str, Tensor]:
     inputs = matrix(weight.base, weight.transposed).shape[1]
     grams = statistic(weight, "gram", (inputs, inputs), nonnegative=False)
     for member, gram in grams.items():
-        if (low := gram.diagonal().min().item()) < 0:
+        if (low := diagonal(gram).min().item()) < 0:
             raise MethodError(
                 f"{member}: gram of '{weight.name}' has a negative diagonal ({low:g}): a sum of squares "
                 "never has. Compute the gram statistic of this member again"

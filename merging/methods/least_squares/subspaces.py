@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from merging.errors import MethodError
+from merging.kernels.gram_sketch import dense, diagonal
 from merging.methods.checks import statistic
 from merging.methods.least_squares.gram_systems import matrix
 from merging.methods.method import Weight
@@ -38,7 +39,8 @@ def check_statistics(weight: Weight) -> None:
         if not sides:
             raise MethodError(f"'{weight.name}' has shape {list(weight.base.shape)} and a {kind}: only matrices can")
         for member, value in statistic(weight, kind, (sides[side], sides[side]), nonnegative=False).items():
-            if (low := value.diagonal().min().item()) < 0:
+            low = (diagonal(value) if kind == "gram" else value.diagonal()).min().item()
+            if low < 0:
                 raise MethodError(
                     f"{member}: {kind} of '{weight.name}' has a negative diagonal ({low:g}). Compute the {kind} statistic "
                     "of this member again"
@@ -93,7 +95,9 @@ class Subspace:
     def _statistic(self, kind: str, member: str) -> Tensor:
         """One member's statistic of all weights, float64, a new tensor."""
         values = [weight.statistics[kind][member] for weight in self.weights]
-        return self.stack([value.double() for value in values]) if kind == "fisher" else torch.stack(values).double()
+        if kind == "fisher":
+            return self.stack([value.double() for value in values])
+        return torch.stack([dense(value).double() for value in values])
 
     def stack(self, values: Sequence[Tensor]) -> Tensor:
         """Tensors in the shape of the weights as [B, out, in], or [B, 1, n] where they are no matrices."""

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from merging.kernels.gram_sketch import dense
 from merging.methods.latest import Latest
 from merging.methods.least_squares.blocks import InBlocks, blocks_of
 from merging.methods.least_squares.gram_systems import averaged_layers, grams_of
@@ -114,7 +115,7 @@ class PreparedEsm(PreparedSpectral):
         lefts, rights, sizes = [], [], []
         for member in members:
             moved = batch.moved({member: 1.0}, self.scratch)
-            grams = [row.weight.statistics["gram"][member].double() for row in batch.rows]
+            grams = [dense(row.weight.statistics["gram"][member]).double() for row in batch.rows]
             each = max(moved.shape[1] // len(members), 1)
             left, values, _ = (part[..., :each] for part in triples(moved @ _root(torch.stack(grams))))
             power = values.square() ** POWER * (values > 0)

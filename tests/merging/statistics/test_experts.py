@@ -8,10 +8,11 @@ from torch.nn import functional as F
 
 from merging.checkpoints.pool import Pool
 from merging.errors import CheckpointError, StatisticsError
+from merging.kernels.gram_sketch import dense, diagonal, is_sketch
 from merging.mergers.material import Material
 from merging.mergers.resident import ResidentMerger
 from merging.recipe import Recipe
-from merging.statistics import Gram, StatisticSettings, StatisticsFile, measure, save
+from merging.statistics import Gram, GramSettings, StatisticSettings, StatisticsFile, measure, save
 from merging.tasks.task import IGNORED
 
 SIZE = {
@@ -294,3 +295,17 @@ def test_experts_whose_padding_cannot_be_told_run_alone_or_are_refused(tiny_task
     task.mask = task.inputs["attention_mask"]
     with pytest.raises(StatisticsError, match="set the statistic's batch_size to 1"):
         measure(task, gram(3))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_wide_experts_have_a_sketch_each(make, name):
+    task = make(name, count=2)
+    whole = measure(task, gram(2))
+    sketched = measure(task, Gram(GramSettings(batch_size=2, rank=3)))
+    assert sketched.counts == whole.counts
+    assert sketched.unreached == whole.unreached
+    for one, value in whole.sums.items():
+        kept = sketched.sums[one]
+        assert is_sketch(kept) == (value.shape[-1] >= 12)
+        assert dense(kept).shape == value.shape
+        torch.testing.assert_close(diagonal(kept), value.diagonal(dim1=-2, dim2=-1), rtol=1e-4, atol=1e-5)
