@@ -8,7 +8,7 @@ from torch import Tensor
 
 from merging.methods.least_squares.task_vector_grams import PreparedTaskVectorGrams, normalised_gram
 from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
-from merging.methods.spectral.singular_vectors import Matrices, triples
+from merging.methods.spectral.singular_vectors import EMBEDDINGS, Matrices, triples
 from merging.recipe import Value
 
 EPSILON = {"gpt2": 4e-2, "roberta": 2e-4, "xlm-roberta": 2e-4}
@@ -45,6 +45,7 @@ class Ace(Method):
         "refine": Parameter(
             False, "make the solution's strongest directions stronger", choices=(False, True), search=False
         ),
+        "embeddings": EMBEDDINGS,
     }
 
     def is_linear(self, parameters: Mapping[str, Value]) -> bool:

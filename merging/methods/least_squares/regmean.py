@@ -15,10 +15,8 @@ from merging.methods.least_squares.blocks import InBlocks
 from merging.methods.least_squares.cholesky import factor, solve
 from merging.methods.least_squares.gram_systems import averaged_layers, batches, unreached
 from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
+from merging.methods.model_types import T5
 from merging.recipe import Value
-
-T5 = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct", "udop")
-"""Model types of T5 and its kin, for which the paper has another ρ."""
 
 
 @register
@@ -28,10 +26,14 @@ class RegMean(Method):
     ρ and β are two choices of the diagonal Λ_t that the paper's objective adds, Σ tr (W − W_t) Λ_t (W − W_t)ᵀ (appendix A):
     Λ_t = (1/ρ − 1) diag(G_t), a penalty per input, and Λ_t = β mean(diag(G_t)) I, the same for all inputs.
 
-    Weights without a Gram (biases, LayerNorm, embeddings) are the plain mean. The scaling factors scale what
-    each member adds to the base, θ_0 + Σ α_t u_t with u_t = (Σ G̃_s)⁻¹ G̃_t τ_t (τ_t / T where there is no Gram):
-    linear in α, and one shared factor scales the whole merge. With `factors` = `gram` they weigh the Grams inside
-    the solve instead, (Σ α_t G̃_t)⁻¹ Σ α_t G̃_t τ_t; both are RegMean at α = 1. On a real pool of seven members a search
+    Weights without a Gram (biases, LayerNorm, embeddings) are the plain mean. An embedding's Gram would be diagonal, how often
+    each row is read, and row v of the merge Σ c_t[v] W_t[v] / Σ c_t[v]; on two pools of encoders that gained nothing worth
+    having over the mean (sentiment −0.20 ± 0.17 points of accuracy counted on the Grams' examples, +0.05 ± 0.18 on all training
+    texts; parts of speech +0.02 ± 0.01), so it is not there.
+
+    The scaling factors scale what each member adds to the base, θ_0 + Σ α_t u_t with u_t = (Σ G̃_s)⁻¹ G̃_t τ_t (τ_t / T where
+    there is no Gram): linear in α, and one shared factor scales the whole merge. With `factors` = `gram` they weigh the Grams
+    inside the solve instead, (Σ α_t G̃_t)⁻¹ Σ α_t G̃_t τ_t; both are RegMean at α = 1. On a real pool of seven members a search
     over contributions gained one to five points of accuracy over RegMean, one over weights inside the solve and ρ
     nothing; so contributions are the default, and ρ is not searched unless a campaign gives it a range.
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from merging.methods.least_squares.task_vector_grams import PreparedTaskVectorGrams
 from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
+from merging.methods.spectral.singular_vectors import EMBEDDINGS
 from merging.recipe import Value
 
 
@@ -35,6 +36,7 @@ class Wudi(Method):
             minimum=1e-14,
             maximum=1.0,
         ),
+        "embeddings": EMBEDDINGS,
     }
 
     def is_linear(self, parameters: Mapping[str, Value]) -> bool:

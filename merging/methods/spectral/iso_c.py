@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
-from merging.methods.spectral.singular_vectors import PreparedSpectral, polar
+from merging.methods.spectral.singular_vectors import EMBEDDINGS, PreparedSpectral, polar
 from merging.recipe import Value
 
 
@@ -32,6 +32,7 @@ class IsoC(Method):
             maximum=1.0,
             search=False,
         ),
+        "embeddings": EMBEDDINGS,
     }
 
     def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:

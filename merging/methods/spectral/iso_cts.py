@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
-from merging.methods.spectral.singular_vectors import PreparedSpectral, mean_size, norms, polar, triples
+from merging.methods.spectral.singular_vectors import EMBEDDINGS, PreparedSpectral, mean_size, norms, polar, triples
 from merging.recipe import Value
 
 
@@ -35,6 +35,7 @@ class IsoCts(Method):
             minimum=0.0,
             maximum=1.0,
         ),
+        "embeddings": EMBEDDINGS,
     }
 
     def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:

@@ -19,14 +19,27 @@ from torch import Tensor
 from merging.kernels.blockwise import Scratch, accumulate, weighted_sum
 from merging.methods.averaging.weighted_sum import mean_step
 from merging.methods.checks import check_weights, chosen, target
+from merging.methods.depth import is_embedding
 from merging.methods.latest import Latest
-from merging.methods.method import Prepared, Weight
+from merging.methods.method import Parameter, Prepared, Weight
+from merging.methods.model_types import T5
 from merging.recipe import Value
 
 NOISE = 1e-5
 """Singular values below this share of the matrix's largest are rounding noise."""
 BATCH_BYTES = 1 << 28
 """Most that the float64 task vectors of one batch take, unless a single one takes more."""
+
+EMBEDDINGS = Parameter(
+    "matrix",
+    "an embedding is merged as a matrix, or, a table of rows that it is, the mean (T5 and its kin)",
+    choices=("matrix", "mean"),
+    search=False,
+    default_for=dict.fromkeys(T5, "mean"),
+)
+"""T5 scales nothing that it reads: what its embedding moves by goes through every block at full strength, and where it is tied
+into the logits. On a pool of four tasks (the plain average has 15 %) with it as a matrix and as the mean: ACE 0 and 7 %, TSV-M
+0 and 11 %, Iso-C 10 and 18 %."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +210,7 @@ class PreparedSpectral(Prepared):
         matrices = {weight.name: self.matrices(weight) for weight in weights}
         self.batches = batches_of([matrix for each in matrices.values() for matrix in each], oriented=self.oriented)
         self.rest = [weight for weight in weights if not matrices[weight.name]]
+        self._tables = [weight for weight in weights if matrices[weight.name] and is_embedding(weight.name)]
         # whether each member's part is kept apart → of every batch, what members move it by; [B, out, in] float32
         self._kept: dict[bool, Latest[list[list[Tensor]]]] = {False: Latest(), True: Latest()}
 
@@ -219,7 +233,7 @@ class PreparedSpectral(Prepared):
 
     @torch.no_grad()
     def merge(self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]) -> None:
-        """Matrices batch by batch; the rest is θ_0 + Σ α_t τ_t / T."""
+        """Matrices batch by batch; the rest is θ_0 + Σ α_t τ_t / T, with `embeddings` = `mean` embeddings, too."""
         factors = {member: scaling[member] for member in chosen(scaling, self.members)}
         destinations = [[row.of(target(out, row.weight)) for row in batch.rows] for batch in self.batches]
         shared = len(set(factors.values())) == 1
@@ -233,7 +247,8 @@ class PreparedSpectral(Prepared):
             for row, (matrix, destination) in enumerate(zip(batch.rows, written, strict=True)):
                 terms = [(part[row], scale) for part, scale in zip(parts, scales, strict=True)]
                 weighted_sum([(matrix.of(matrix.weight.base), 1.0), *terms], destination, self.scratch)
-        mean_step(self.rest, factors, out, self.scratch)
+        tables = self._tables if parameters.get("embeddings") == "mean" else []
+        mean_step([*self.rest, *tables], factors, out, self.scratch)
 
     def _solution(
         self, members: tuple[str, ...], parameters: Mapping[str, Value], *, apart: bool

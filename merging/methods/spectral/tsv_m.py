@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
-from merging.methods.spectral.singular_vectors import PreparedSpectral, directions, inverse, polar
+from merging.methods.spectral.singular_vectors import EMBEDDINGS, PreparedSpectral, directions, inverse, polar
 from merging.recipe import Value
 
 
@@ -32,6 +32,7 @@ class TsvM(Method):
             minimum=0.0,
             maximum=1.0,
         ),
+        "embeddings": EMBEDDINGS,
     }
 
     def is_linear(self, parameters: Mapping[str, Value]) -> bool:

@@ -44,9 +44,9 @@ class PerExample:
     """A context in which a model's passes are recorded; the model is put back as it was at the end.
 
     Gradients follow from what goes into layers and from their outputs' gradients. Whether these make up torch's own
-    gradients is tried once for every way in which the model's layers run; where they do not (a weight that is read
-    outside of its layer, what is shared by a batch), or where padding changes the logits, every example runs alone,
-    without padding.
+    gradients is tried for two examples of the first batch, and once for every other way in which the model's layers run;
+    where they do not (a weight that is read outside of its layer, what is shared by a batch), or where padding changes the
+    logits, every example runs alone, without padding.
 
     Args:
         model: A model in evaluation mode.
@@ -81,11 +81,10 @@ class PerExample:
 
     def forward(self, batch: Batch) -> Tensor:
         """The batch's logits, recorded for `add_squares`."""
-        self._examples = len(batch.indices)
         self._forget()
-        if self._examples > 1 and not self._alone:
+        if len(batch.indices) > 1 and not self._alone:
             try:
-                if self._probed or not self._padding_matters(batch):
+                if self._verified or self._pair_adds_up(batch):
                     output = self._recorded(batch)
                     if self._adds_up(batch, output):
                         return output
@@ -95,6 +94,7 @@ class PerExample:
                 logger.debug("examples run alone: the model cannot be recorded", exc_info=True)
             self._forget()
             self._alone = True
+        self._examples = len(batch.indices)
         return self._separate(batch)
 
     def add_squares(self, objective: Tensor, sums: dict[str, Tensor], *, last: bool) -> None:
@@ -122,16 +122,22 @@ class PerExample:
                 handle = unit.module.register_forward_hook(self._hook(unit), with_kwargs=True)
                 self._restore.callback(handle.remove)
             self._probed = True
+        self._forget()
+        self._examples = len(batch.indices)
         self._recording = True
         try:
             return self._logits(self._model, batch)
         finally:
             self._recording = False
 
-    def _padding_matters(self, batch: Batch) -> bool:
+    def _pair_adds_up(self, batch: Batch) -> bool:
+        """Whether padding does not matter to two examples of a batch, and their gradients add up."""
+        pair = unlike_pair(batch, padding_token(self._model))
+        return not self._padding_matters(pair) and self._adds_up(pair, self._recorded(pair))
+
+    def _padding_matters(self, pair: Batch) -> bool:
         """Whether two examples' logits are others than each one's alone, without padding."""
         with torch.no_grad():
-            pair = unlike_pair(batch, padding_token(self._model))
             together = self._logits(self._model, pair)
             alone = [self._logits(self._model, one) for one in single_examples(pair, unpadded=True)]
         if together.dim() == 2:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = {"cpu": 1 << 22}
-"""Bytes of gradients that are held at once: what stays in a CPU's cache; elsewhere `LARGE_CHUNK`."""
+"""Bytes of gradients that are held at once; elsewhere `LARGE_CHUNK`."""
+BLOCK_BYTES = {"cpu": 1 << 19}
+"""The same of blocks of rows, which are squared as they come from a matrix product: what stays in a CPU core's own cache."""
 LARGE_CHUNK = 1 << 28
 
 
@@ -122,33 +124,30 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 def _chunk(out: Tensor) -> int:
     """How many examples' gradients of a parameter are held at once."""
-    return max(1, _budget(out) // max(1, out.nbytes))
-
-
-def _budget(out: Tensor) -> int:
-    """Bytes of gradients that are held at once."""
-    return CHUNK_BYTES.get(out.device.type, LARGE_CHUNK)
+    return max(1, CHUNK_BYTES.get(out.device.type, LARGE_CHUNK) // max(1, out.nbytes))
 
 
 def _add_outer(left: Tensor, right: Tensor, tables: Sequence[TableGradient], out: Tensor) -> None:
     """Σ_n (left_nᵀ @ right_n + what tables add)²; of a single position the square of a product is the product of squares.
 
-    In blocks of `out`'s rows, so that no example's gradient of a vocabulary's weight is ever held whole.
+    In blocks of `out`'s rows, so that no example's gradient of a large weight is ever held whole, and each is squared while
+    it is in the cache.
     """
     matrix = out.flatten(1)
     if left.shape[1] == 1 and not tables:
         matrix.addmm_(left[:, 0].square().T, right[:, 0].square())
         return
-    step = _chunk(out)
-    height = len(matrix) if step > 1 else max(1, _budget(out) // max(1, matrix[0].nbytes))
-    entries = [_Entries.of(table) for table in tables]
-    for first in range(0, len(matrix), height):
+    budget = BLOCK_BYTES.get(out.device.type, LARGE_CHUNK)
+    step = max(1, budget // max(1, out.nbytes))
+    height = len(matrix) if step > 1 else max(1, budget // max(1, matrix[0].nbytes))
+    entries = [_Entries.of(table, len(matrix), height) for table in tables]
+    for number, first in enumerate(range(0, len(matrix), height)):
         block = matrix[first : first + height]
         for start in range(0, len(left), step):
             rows = left[start : start + step, :, first : first + height]
             gradient = torch.bmm(rows.transpose(1, 2), right[start : start + step])
             for some in entries:
-                some.add_to(gradient, start, first)
+                some.add_to(gradient, start, number)
             if len(gradient) == 1:
                 block.addcmul_(gradient[0], gradient[0])
             else:
@@ -162,28 +161,31 @@ class _Entries:
     Args:
         order: Example by example, the places of its ids in ascending order [N, S].
         ids: The ids in that order [N, S].
+        ends: Example by example, how many ids lie before each block, and before the end.
+        height: Rows of a block.
         table: Where they are from.
     """
 
     order: Tensor
     ids: Tensor
+    ends: Sequence[Sequence[int]]
+    height: int
     table: TableGradient
 
     @classmethod
-    def of(cls, table: TableGradient) -> "_Entries":
-        """Sorts a table's."""
+    def of(cls, table: TableGradient, rows: int, height: int) -> "_Entries":
+        """Sorts a table's [rows, D], in blocks of so many rows."""
         ids, order = table.ids.sort(dim=1)
-        return cls(order, ids, table)
+        edges = torch.arange(0, rows + height, height, device=ids.device).expand(len(ids), -1).contiguous()
+        return cls(order, ids, torch.searchsorted(ids, edges).tolist(), height, table)
 
-    def add_to(self, out: Tensor, start: int, first: int) -> None:
-        """Adds to `out` [n, H, D] what rows [first, first + H) of examples [start, start + n) have."""
-        bounds = torch.tensor([first, first + out.shape[1]], device=out.device).expand(len(out), 2).contiguous()
-        between = torch.searchsorted(self.ids[start : start + len(out)].contiguous(), bounds).tolist()
-        for n, (low, high) in enumerate(between):
+    def add_to(self, out: Tensor, start: int, number: int) -> None:
+        """Adds to `out` [n, H, D] what the rows of a block have of examples [start, start + n)."""
+        for n, gradient in enumerate(out, start):
+            low, high = self.ends[n][number : number + 2]
             if low < high:
-                places = self.order[start + n, low:high]
-                rows = self.ids[start + n, low:high] - first
-                out[n].index_add_(0, rows, self.table.values[start + n, places])
+                rows = self.ids[n, low:high] - number * self.height
+                gradient.index_add_(0, rows, self.table.values[n, self.order[n, low:high]])
 
 
 def _add_rows(ids: Tensor, values: Tensor, out: Tensor) -> None:

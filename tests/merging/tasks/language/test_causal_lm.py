@@ -228,7 +228,7 @@ def test_generation_is_greedy_and_graded(make, words):
 def test_statistics_see_completions_only(make, heads, words, monkeypatch, caplog, at_once):
     """The empirical Fisher is the mean of squared gradients of single examples' summed log-likelihood."""
     if at_once is not None:  # rows of the embedding that are computed together: 9 of 25
-        monkeypatch.setitem(per_sample_grads.CHUNK_BYTES, "cpu", at_once)
+        monkeypatch.setitem(per_sample_grads.BLOCK_BYTES, "cpu", at_once)
     caplog.set_level("DEBUG")
     rows = random_rows(5)
     task = make(rows, splits=("train",))
