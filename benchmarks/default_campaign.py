@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from benchmarks.papers.bench import Bench, Measured, paired, spread
+from benchmarks.papers.bench import Bench, Measured, paired
 from benchmarks.papers.pools import PaperPool
 from flows.campaign.baselines import ALL_DATA
 from flows.config.campaign_file import load_campaign
@@ -52,8 +52,11 @@ GROUPS = ("references", "defaults", "tuned", "labels", "tpe", "inputs")
 CPU = torch.device("cpu")
 BACKWARD = 3
 """An example that is run forward and backward costs as much as so many that are evaluated."""
-SMALL, WHOLE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0), (0.5, 0.75, 1.0, 1.25, 1.5)
+SMALL, WHOLE = (0.2, 0.3, 0.5, 0.7), (0.75, 1.0, 1.25)
+"""Factors that are tried, of methods that add task vectors up and of those that do not."""
 SCALING = "scaling"
+TESTED = 3
+"""So many of a group, those that validation likes best, are measured on test."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ PEERS: Mapping[str, Tuned] = {
     "karcher": Tuned("karcher", {}),
     "model_stock": Tuned("model_stock", {}),
     "fisher": Tuned("fisher", {}),
-    "regmean": Tuned("regmean", {}, "rho", (0.1, 0.5, 0.7, 0.9, 1.0)),
+    "regmean": Tuned("regmean", {}, "rho", (0.5, 0.9, 1.0)),
     "tall masks": Tuned("consensus", {}, SCALING, SMALL),
     "iso_c": Tuned("iso_c", {}, SCALING, WHOLE),
     "iso_cts": Tuned("iso_cts", {}, SCALING, WHOLE),
@@ -105,7 +108,7 @@ class Arm:
     Args:
         group: What kind of way.
         name: Which.
-        test: What it scores on test.
+        test: What it scores on test; None where it was not looked at.
         validation: Its mean on validation; NaN where it was not looked at.
         chosen: What validation chose.
         seconds: Processor time of its training, where there is any.
@@ -113,7 +116,7 @@ class Arm:
 
     group: str
     name: str
-    test: Measured
+    test: Measured | None
     validation: float = float("nan")
     chosen: str = ""
     seconds: float = float("nan")
@@ -126,9 +129,13 @@ class Comparison:
         directory: Of a finished campaign whose members each have a task.
         display: Shows what is measured.
         examples: Most examples of a task and split; None for all.
+        peers: Which of the peers' methods; all where none is named.
     """
 
-    def __init__(self, directory: Path, display: Display, examples: int | None = None) -> None:
+    def __init__(
+        self, directory: Path, display: Display, examples: int | None = None, peers: Sequence[str] = ()
+    ) -> None:
+        self.peers = peers
         self.campaign = load_campaign(str(directory / "campaign.yaml"))
         whole = directory / ALL_DATA
         places = {task: whole / task if (whole / task).is_dir() else whole for task in self.campaign.tasks}
@@ -161,9 +168,8 @@ class Comparison:
     @property
     def spent(self) -> int:
         """Examples that the campaign evaluated, those that it ran backward counted `BACKWARD` times."""
-        evaluated = sum(
-            sum(row.examples.values()) for row in self.rows if row.split == "validation" and row.trial is not None
-        )
+        candidates = [row for row in self.rows if row.split == "validation" and row.origin != "reference"]
+        evaluated = sum(sum(row.examples.values()) for row in candidates)
         backward = self.distilled.proxies.get("distil:examples", 0.0) if self.distilled is not None else 0.0
         return evaluated + BACKWARD * int(backward)
 
@@ -174,28 +180,24 @@ class Comparison:
             yield Arm("references", "one model trained on all data", whole)
 
     def defaults(self, seeds: int, inputs: Sequence[int]) -> Iterator[Arm]:
-        """(a) Every method of the search at its defaults, the best of them on validation first."""
-        arms = []
-        for name in ("average", *self.campaign.search.methods):
-            recipe = self.bench.default(name)
-            arms.append(
-                Arm("defaults", name, self.bench.measure(recipe), self.bench.measure(recipe, "validation").mean)
-            )
-        yield replace(max(arms, key=lambda arm: arm.validation), name="best at its defaults, by validation")
-        yield from arms
+        """(a) The search's methods at their defaults: those that validation likes best, the best of them first."""
+        known = {row.candidate: row.objective for row in self.rows if row.split == "validation"}
+        recipes = {name: self.bench.default(name) for name in ("average", *self.campaign.search.methods)}
+        recipes = {name: recipe for name, recipe in recipes.items() if known.get(recipe.identity) is not None}
+        means = {name: float(known[recipe.identity] or 0.0) for name, recipe in recipes.items()}
+        yield from self._tested("defaults", {name: (recipe, means[name], "") for name, recipe in recipes.items()})
 
     def tuned(self, seeds: int, inputs: Sequence[int]) -> Iterator[Arm]:
-        """(c) The peers' methods, each with one number tuned on validation, the best of them on validation first."""
-        arms = [self._tuned(name, peer) for name, peer in PEERS.items()]
-        plusplus = PropagationSettings(update="regmean++", examples=self.campaign.statistics.propagated.examples)
-        arms.append(
-            self._trained(
-                "tuned", "regmean++", ["regmean++", plusplus.model_dump()], lambda: self._propagated(plusplus)
-            )
-        )
-        arms.append(self._adaptive())
-        yield replace(max(arms, key=lambda arm: arm.validation), name="best of the peers, by validation")
-        yield from arms
+        """(c) The peers' methods, each with one number tuned on validation: those that it likes best, the best first."""
+        chosen = {name: self._tuned(peer) for name, peer in PEERS.items() if not self.peers or name in self.peers}
+        yield from self._tested("tuned", chosen)
+        others = {"regmean++": self._plusplus, "adaptive": self._adaptive}
+        yield from (make() for name, make in others.items() if not self.peers or name in self.peers)
+
+    def _tested(self, group: str, found: Mapping[str, tuple[Recipe, float, str]]) -> Iterator[Arm]:
+        """Recipes with their means on validation, best first; only the first are measured on test."""
+        for place, (name, (recipe, mean, chosen)) in enumerate(sorted(found.items(), key=lambda item: -item[1][1])):
+            yield Arm(group, name, self.bench.measure(recipe) if place < TESTED else None, mean, chosen)
 
     def labels(self, seeds: int, inputs: Sequence[int]) -> Iterator[Arm]:
         """(d) The best merge at its defaults, all its weights trained on the validation labels; heads stay."""
@@ -259,7 +261,8 @@ class Comparison:
                     "inputs", name, what, lambda settings=settings: self._distilled(settings), validation=False
                 )
 
-    def _tuned(self, name: str, peer: Tuned) -> Arm:
+    def _tuned(self, peer: Tuned) -> tuple[Recipe, float, str]:
+        """The best recipe on validation, its mean there, and what was chosen."""
         plain = self.bench.default(peer.method, **peer.parameters)
         recipes = {"": plain}
         if peer.number == SCALING:
@@ -268,8 +271,13 @@ class Comparison:
             recipes = {f"{v:g}": replace(plain, parameters={**plain.parameters, peer.number: v}) for v in peer.values}
         scores = {value: self.bench.measure(recipe, "validation").mean for value, recipe in recipes.items()}
         chosen = max(scores, key=lambda value: scores[value])
-        test = self.bench.measure(recipes[chosen])
-        return Arm("tuned", name, test, scores[chosen], f"{peer.number} {chosen}" if peer.number else "")
+        return recipes[chosen], scores[chosen], f"{peer.number} {chosen}" if peer.number else ""
+
+    def _plusplus(self) -> Arm:
+        """RegMean++, by as many inputs as RegMean propagated had."""
+        settings = PropagationSettings(update="regmean++", examples=self.campaign.statistics.propagated.examples)
+        what = ["regmean++", settings.model_dump()]
+        return self._trained("tuned", "regmean++", what, lambda: self._propagated(settings))
 
     def _adaptive(self) -> Arm:
         """Task arithmetic, its factors by gradient on unlabelled inputs: kin to AdaMerging, on the members' outputs."""
@@ -374,15 +382,18 @@ def table(campaign: Measured, arms: Sequence[Arm]) -> pd.DataFrame:
     """All arms' means on test in points, and what the campaign's winner has more, paired, each with its standard error."""
     rows = []
     for arm in arms:
-        gap, error = paired(campaign, arm.test)
+        unknown = float("nan")
+        mean, deviation, gap, error = unknown, unknown, unknown, unknown
+        if arm.test is not None:
+            mean, deviation, (gap, error) = arm.test.mean, arm.test.error, paired(campaign, arm.test)
         rows.append(
             {
                 "group": arm.group,
                 "arm": arm.name,
                 "chosen": arm.chosen,
                 "validation": 100 * arm.validation,
-                "test": 100 * arm.test.mean,
-                "test_error": 100 * spread(arm.test.values),
+                "test": 100 * mean,
+                "test_error": 100 * deviation,
                 "campaign_less_this": 100 * gap,
                 "error": 100 * error,
                 "cpu_seconds": arm.seconds,
@@ -399,10 +410,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of TPE, and of distillation with fewer inputs")
     parser.add_argument("--inputs", type=int, nargs="+", default=[50, 100, 256, 400, 1600], help="of each member")
     parser.add_argument("--examples", type=int, help="most examples of a task and split; by default all")
+    parser.add_argument(
+        "--peers", nargs="+", default=(), help="of mergekit's and fusion-bench's methods; by default all"
+    )
     parser.add_argument("--out", type=Path, help="the CSV; by default in benchmarks/results")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    comparison = Comparison(given.directory.absolute(), Display(), given.examples)
+    comparison = Comparison(given.directory.absolute(), Display(), given.examples, given.peers)
     winner = comparison.bench.measure(comparison.winner.recipe)
     arms = [Arm("campaign", f"winner: {comparison.winner.method}", winner, comparison.winner.objective or 0.0)]
     out = given.out or Path(__file__).parent / "results" / f"default_campaign.{comparison.campaign.name}.csv"

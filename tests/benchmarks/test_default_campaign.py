@@ -41,18 +41,23 @@ def comparison(tiny_campaign, tiny_pool, tmp_path) -> Comparison:
 
 def test_the_best_of_a_peer_is_chosen_on_validation_and_paired_on_test(comparison, monkeypatch):
     values = (0.1, 0.9, 1.5)
-    monkeypatch.setattr(default_campaign, "PEERS", {"peer": Tuned("task_arithmetic", {}, "scaling", values)})
-    first, *arms = list(comparison.tuned(1, []))
+    peers = {"peer": Tuned("task_arithmetic", {}, "scaling", values), "mean": Tuned("average", {})}
+    monkeypatch.setattr(default_campaign, "PEERS", peers)
+    monkeypatch.setattr(default_campaign, "TESTED", 1)
+    first, second, *others = comparison.tuned(1, [])
     bench = comparison.bench
     recipes = [Recipe("task_arithmetic", dict.fromkeys(bench.members, value)) for value in values]
     means = [bench.measure(recipe, "validation").mean for recipe in recipes]
-    assert arms[0].validation == max(means)
-    assert arms[0].chosen == f"scaling {values[int(np.argmax(means))]:g}"
-    assert first.validation == max(arm.validation for arm in arms)
-    assert {arm.name for arm in arms} == {"peer", "regmean++", "task arithmetic, factors by descent without labels"}
+    peer = first if first.name == "peer" else second
+    assert peer.validation == max(means)
+    assert peer.chosen == f"scaling {values[int(np.argmax(means))]:g}"
+    assert first.validation >= second.validation
+    assert first.test is not None
+    assert second.test is None
+    assert {arm.name for arm in others} == {"regmean++", "task arithmetic, factors by descent without labels"}
     winner = bench.measure(comparison.winner.recipe)
-    shown = table(winner, arms).iloc[0]
-    gaps = [winner.values[task] - arms[0].test.values[task] for task in winner.values]
+    shown = table(winner, [first, second]).iloc[0]
+    gaps = [winner.values[task] - first.test.values[task] for task in winner.values]
     assert shown["campaign_less_this"] == pytest.approx(100 * np.mean([gap.mean() for gap in gaps]), abs=0.01)
     assert shown["error"] == pytest.approx(
         100 * np.sqrt(sum(gap.var() / len(gap) for gap in gaps)) / len(gaps), abs=0.01
