@@ -1,12 +1,16 @@
 """Which of a member's tensors is which weight of the base: what is merged, what is a task's head, and what does not fit."""
 
+import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 from merging.checkpoints.checkpoint import Checkpoint
 from merging.checkpoints.formats.buffers import is_buffer
+from merging.checkpoints.models.skeleton import build, live_names
+from merging.errors import CheckpointError
 
 
 @dataclass
@@ -29,9 +33,9 @@ class Matched:
         return tuple(key for key in self.checkpoint.tensors if key in kept)
 
 
-def _prefixes(checkpoint: Checkpoint) -> list[str]:
+def _prefixes(names: Iterable[str]) -> list[str]:
     """What may stand before a backbone's names: nothing, or the first component of some of them."""
-    return ["", *sorted({key.split(".", 1)[0] + "." for key in checkpoint.tensors if "." in key})]
+    return ["", *sorted({key.split(".", 1)[0] + "." for key in names if "." in key})]
 
 
 def match(base: Checkpoint, name: str, member: Checkpoint, heads: Sequence[str], problems: list[str]) -> Matched:
@@ -47,21 +51,16 @@ def match(base: Checkpoint, name: str, member: Checkpoint, heads: Sequence[str],
     own = {key for key, info in member.tensors.items() if not is_buffer(key, info.shape)}
     weights = [key for key, info in base.tensors.items() if not is_buffer(key, info.shape)]
 
-    def overlap(pair: tuple[str, str]) -> int:
-        ours, theirs = pair
-        return sum(theirs + key[len(ours) :] in own for key in weights if key.startswith(ours))
-
-    pairs = [("", "")] + [("", p) for p in _prefixes(member)[1:]] + [(p, "") for p in _prefixes(base)[1:]]
-    ours, theirs = max(pairs, key=overlap)
-    if (shared := overlap((ours, theirs))) * 2 < len(weights):
+    names = _same_names({key: key for key in weights}, {key: key for key in own})
+    left, extra = [key for key in weights if key not in names], own - set(names.values())
+    if left and extra and _may_be_the_same(base, left, member, extra):
+        names = _names_as_loaded(base, weights, name, member, own, names, problems)
+    if len(names) * 2 < len(weights):
         problems.append(
-            f"{name}: {member.architecture} shares {shared} of the base's {len(weights)} weights "
+            f"{name}: {member.architecture} shares {len(names)} of the base's {len(weights)} weights "
             f"({base.architecture}): it is another model"
         )
         return Matched(member, {}, list(own))
-    names = {
-        key: theirs + key[len(ours) :] for key in weights if key.startswith(ours) and theirs + key[len(ours) :] in own
-    }
     names = {key: raw for key, raw in names.items() if not is_head(raw, heads) and not is_head(key, heads)}
     modules = {".".join(parts[:depth]) for parts in map(_split, names.values()) for depth in range(len(parts))}
     head = []
@@ -84,7 +83,91 @@ def match(base: Checkpoint, name: str, member: Checkpoint, heads: Sequence[str],
     return Matched(member, names, head)
 
 
+def _same_names(ours: Mapping[str, str], theirs: Mapping[str, str]) -> dict[str, str]:
+    """The base's stored name → the member's, of weights of one name, but for what stands before a backbone's.
+
+    Args:
+        ours: A name of each of the base's weights → its name in the file.
+        theirs: The same of the member.
+    """
+
+    def paired(before: str, instead: str) -> dict[str, str]:
+        pairs = ((raw, instead + key[len(before) :]) for key, raw in ours.items() if key.startswith(before))
+        return {raw: theirs[key] for raw, key in pairs if key in theirs}
+
+    swaps = [("", prefix) for prefix in _prefixes(theirs)] + [(prefix, "") for prefix in _prefixes(ours)[1:]]
+    return max((paired(*swap) for swap in swaps), key=len)
+
+
+def _may_be_the_same(base: Checkpoint, left: Sequence[str], member: Checkpoint, extra: Iterable[str]) -> bool:
+    """Whether weights that only one of the two has may be the same under other names, and not heads: transformers knows."""
+    if base.architecture == member.architecture:
+        return True
+    shapes = {base.tensors[key].shape for key in left}
+    others = [member.tensors[key] for key in extra]
+    return any(info.shape in shapes for info in others) or sum(info.nbytes for info in others) * 20 > member.nbytes
+
+
+def _names_as_loaded(
+    base: Checkpoint,
+    weights: Sequence[str],
+    name: str,
+    member: Checkpoint,
+    own: set[str],
+    names: dict[str, str],
+    problems: list[str],
+) -> dict[str, str]:
+    """As `_same_names`, by the names under which transformers loads both: versions of it saved other names (`gamma`).
+
+    Args:
+        base: The base.
+        weights: Its weights.
+        name: The member's name, for messages.
+        member: The member.
+        own: Its weights.
+        names: What was found by the names as they are stored; given back where transformers does not know better.
+        problems: What is one weight in the model, and stored as other parts, is added.
+    """
+    ours, theirs = _loaded_names(base, weights), _loaded_names(member, own)
+    alone, others = _alone(ours), _alone(theirs)
+    better = _same_names(
+        {alone.get(key, key): key for key in weights}, {others.get(raw, raw): raw for raw in sorted(own)}
+    )
+    names = better if len(better) > len(names) else names
+    parts = {theirs[raw]: raw for raw in sorted(own - set(names.values()), reverse=True) if raw in theirs}
+    for key in weights:
+        if key not in names and (raw := parts.get(ours.get(key, ""))):
+            problems.append(
+                f"{name}: stores as '{raw}' what the base stores as '{key}', in other parts: save both by one version of "
+                f"transformers (`{member.architecture}.from_pretrained(DIR).save_pretrained(NEW)`)"
+            )
+            break
+    return names
+
+
+def _loaded_names(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, str]:
+    """Name in the file → name in the model, of all that transformers loads; nothing where it has no such model."""
+    return _of_configuration(
+        json.dumps(checkpoint.config, sort_keys=True), checkpoint.architecture, tuple(sorted(names))
+    )
+
+
+@lru_cache(maxsize=4)  # members of a pool are mostly of one configuration and the same names
+def _of_configuration(config: str, architecture: str, names: tuple[str, ...]) -> dict[str, str]:
+    try:
+        return live_names(build("config.json", json.loads(config), architecture), names)
+    except CheckpointError:
+        return {}
+
+
+def _alone(loaded: Mapping[str, str]) -> dict[str, str]:
+    """Of names in files and in the model, those that have their name in the model alone."""
+    counts = Counter(loaded.values())
+    return {raw: target for raw, target in loaded.items() if counts[target] == 1}
+
+
 def _split(name: str) -> list[str]:
+    return name.split(".")
     return name.split(".")
 
 

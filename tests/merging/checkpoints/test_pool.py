@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertForMaskedLM
+from transformers import BertForMaskedLM, MixtralConfig, MixtralForCausalLM, ViTConfig, ViTForImageClassification
 
 from merging.checkpoints.checkpoint import SINGLE
 from merging.checkpoints.pool import Pool
@@ -97,6 +97,52 @@ def test_another_architecture(tiny_pool, tmp_path, save_base):
     save_file({name.replace("encoder", "stack"): value for name, value in values.items()}, other / SINGLE)
     with pytest.raises(PoolError, match="other: .* it is another model"):
         Pool.open(str(tiny_pool["base"]), {"other": str(other)})
+
+
+def saved_by_another_version(model, path):
+    """Writes a model under its own names, where `save_pretrained` gives it those of its first version."""
+    model.save_pretrained(path)
+    save_file({name: value.clone() for name, value in model.state_dict().items()}, path / SINGLE)
+
+
+@pytest.mark.parametrize("which", ["base", "two"])
+def test_weights_that_another_version_called_otherwise(which, tmp_path):
+    config = ViTConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    values = {}
+    for name in ("base", "one", "two"):
+        model = ViTForImageClassification(config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter)  # no two are equal
+        (saved_by_another_version if name == which else ViTForImageClassification.save_pretrained)(
+            model, tmp_path / name
+        )
+        values[name] = model.state_dict()
+    pool = Pool.open(str(tmp_path / "base"), {name: str(tmp_path / name) for name in ("one", "two")})
+    assert not pool.notes
+    own = [next(key for key, v in values["base"].items() if v.equal(pool.base_weight(name))) for name in pool.weights]
+    assert sorted(own) == sorted(values["base"])
+    for member in ("one", "two"):
+        for name, key in zip(pool.weights, own, strict=True):
+            assert pool.member_weight(member, name).equal(values[member][key])
+
+
+@pytest.mark.parametrize("which", [["one"], ["one", "two"]])
+def test_experts_that_another_version_stored_joined(which, tmp_path):
+    config = MixtralConfig(
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=16,
+        num_local_experts=2,
+    )
+    for name in ("base", "one", "two"):
+        save = saved_by_another_version if name in which else MixtralForCausalLM.save_pretrained
+        save(MixtralForCausalLM(config), tmp_path / name)
+    with pytest.raises(PoolError, match=r"one: stores as .*experts.*, in other parts: save both by one version"):
+        Pool.open(str(tmp_path / "base"), {name: str(tmp_path / name) for name in ("one", "two")})
 
 
 def test_settings_that_leave_no_trace_in_shapes(tiny_pool, tmp_path):

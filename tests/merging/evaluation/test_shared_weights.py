@@ -152,16 +152,16 @@ OLD_NAMES = {
 ALL = ("base", "one", "two")
 
 
-@pytest.mark.parametrize(
-    ("name", "which"),
-    [("bert", ALL), *((name, which) for name in ("llava", "gpt2") for which in (ALL, ("base",), ("one", "two")))],
-)
+@pytest.mark.parametrize("which", [ALL, ("base",), ("one", "two"), ("one",)])
+@pytest.mark.parametrize("name", ["bert", "llava", "gpt2"])
 def test_checkpoints_of_older_names(name, which, tmp_path, probe):
     family = probe.family = FAMILIES[name]
     paths = written(family, tmp_path)
+    count = len(opened(paths).pool.weights)
     for member in which:
         renamed(tmp_path / member, OLD_NAMES[name])
     material = opened(paths)
+    assert len(material.pool.weights) == count
     merge_to_disk(material, RECIPE, str(tmp_path / "merged"))
     live_models(material, family.auto, "two").measure(RECIPE, "validation")
     stored = getattr(transformers, family.auto).from_pretrained(tmp_path / "merged").eval()
