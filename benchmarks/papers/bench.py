@@ -147,15 +147,29 @@ class Bench:
         assert task is not None
         return task
 
-    def measure(self, recipe: Recipe, split: Split = "test", tasks: Sequence[str] | None = None) -> Measured:
-        """What a recipe's merge scores on some tasks; on all by default."""
+    def measure(
+        self,
+        recipe: Recipe,
+        split: Split = "test",
+        tasks: Sequence[str] | None = None,
+        averaged: Sequence[str] = (),
+    ) -> Measured:
+        """What a recipe's merge scores on some tasks; on all by default.
+
+        Args:
+            recipe: The recipe.
+            split: Which examples.
+            tasks: Which tasks.
+            averaged: Weights whose names begin so are the members' plain mean, whatever the recipe makes of them.
+        """
         complete = self.material(recipe).check(recipe)
 
         def work(missing: Sequence[str]) -> Measured:
             self.display.say(f"  {self.pool.name}: {short(complete)} on {split} of {', '.join(missing)}")
-            return self._models(complete).measure_on(missing, complete, split, self.examples)
+            mean = self.default("average", complete.members)
+            return self._models(complete).measure_on(missing, complete, split, self.examples, (mean, averaged))
 
-        what = ["recipe", complete.as_dict(), self._statistics_key(complete)]
+        what = ["recipe", complete.as_dict(), self._statistics_key(complete), *([list(averaged)] if averaged else [])]
         return self._kept(what, split, work, self.tasks if tasks is None else tasks)
 
     def ensemble(self, members: Sequence[str] | None = None, split: Split = "test") -> Measured:
@@ -397,7 +411,14 @@ class Bench:
 class BenchModels(LiveModels):
     """Live models that are measured on some tasks alone."""
 
-    def measure_on(self, names: Sequence[str], recipe: Recipe, split: Split, limit: int | None) -> Measured:
+    def measure_on(
+        self,
+        names: Sequence[str],
+        recipe: Recipe,
+        split: Split,
+        limit: int | None,
+        but: tuple[Recipe, Sequence[str]],
+    ) -> Measured:
         """One merge, and its values on these tasks.
 
         Args:
@@ -405,8 +426,18 @@ class BenchModels(LiveModels):
             recipe: What to merge.
             split: Which examples.
             limit: At most this many of a task.
+            but: Another recipe, and how names of weights begin that are its.
         """
+        other, beginnings = but
+        kept = {}
+        if beginnings:
+            self._merge(other)
+            kept = {name: out.clone() for name, out in self._out.items() if name.startswith(tuple(beginnings))}
         report = self._merge(recipe)
+        for name, value in kept.items():
+            self._out[name].copy_(value)
+        for shared in self._shared.values() if kept else ():
+            shared.refresh()
         found = {task.name: self._whole(task, split, limit)[1] for task in self._tasks if task.name in names}
         return replace(_of(found), report=report)
 

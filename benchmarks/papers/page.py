@@ -19,13 +19,14 @@ HEAD = """# The papers, reproduced
 Written by `python -m benchmarks.papers` from its results, never by hand. Every experiment runs on models and data that come
 through package registries (`make papers`): *sentiment*, MiniLM on four domains, each with a head of its own; *continued*, the
 same from a base that learnt movie reviews first, whose head all share; *parts*, eight non-iid members of these domains
-as one set; *tagging*, parts of speech in four genres; *images*, a ViT-S on digits, clothes, things and signs. They are smaller
-than the papers' pools: a claim that fails here may hold there. `mergequest report --experiment benchmarks/papers/results`
-makes one page, figures, CSV and LaTeX of the same results.
+as one set; *pairs*, inference, definition, usage and sense from WordNet; *tagging*, parts of speech in four genres; *images*,
+a ViT-S on digits, clothes, things and signs. They are smaller than the papers' pools: a claim that fails here may hold there.
+`mergequest report --experiment benchmarks/papers/results` makes one page, figures, CSV and LaTeX of the same results.
 
 Scores are of test, × 100. Differences are paired over the same examples, ± one standard error. Beyond twice of it they *agree*
 with the paper or *contradict* it; within it there is *no difference* that so many examples show. One comparison in twenty is
-beyond it by chance.
+beyond it by chance. A *seed* is that of the members' training: order of examples, heads, and the parts' shares; test examples
+are the same. *Control* and *Ours* begin what no paper says: a look at why something came out so.
 """
 FIGURES = "papers"
 """Directory of the figures beside the page."""
@@ -42,7 +43,7 @@ def page(frame: pd.DataFrame) -> str:
     """The page of all results."""
     lines = [HEAD]
     if claims := experiments.claims(frame):
-        bold = [[*row[:-1], f"**{row[-1]}**" if row[-1] == "contradicts" else row[-1]] for row in claims.rows]
+        bold = [[f"**{cell}**" if cell == "contradicts" else cell for cell in row] for row in claims.rows]
         lines += [f"## All claims\n\n{experiments.counted(frame)}.\n", Table(bold, words=True).as_markdown(), ""]
     every = experiments.experiments(frame)
     for paper, title in PAPERS.items():

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.papers.wordnet import PAIRS
 from flows.config.campaign_file import Campaign
 from flows.config.train_file import Partition
 from flows.config.yaml_file import validate
@@ -14,6 +15,7 @@ from flows.directory.progress import Display
 from flows.quickstart.quickstart import POOLS as QUICKSTART
 from flows.quickstart.quickstart import make_campaign, task_settings
 from flows.quickstart.sentiment import LABELS
+from flows.quickstart.shipped_pool import ShippedPool
 from flows.training.partition import write_parts
 from merging.io.atomic import new_dir
 from merging.optimization.fine_tuning import Lesson, save_start, train_together
@@ -47,16 +49,17 @@ class PaperPool:
     place: Path
 
 
-def quickstart(name: str, *, together: bool) -> Callable[[Path, int, Display], PaperPool]:
-    """A pool of the quick start: a member for each task, all from one base.
+def shipped(name: str, made: ShippedPool, *, together: bool) -> Callable[[Path, int, Display], PaperPool]:
+    """A pool as those of the quick start: a member for each task, all from one base.
 
     Args:
-        name: The quick start's pool.
+        name: Its name.
+        made: What it is.
         together: Whether a model is trained on all tasks, too.
     """
 
     def build(root: Path, seed: int, display: Display) -> PaperPool:
-        made, place = QUICKSTART[name], root / name / f"seed-{seed}"
+        place = root / name / f"seed-{seed}"
         base = made.base(root / "cache", display.say)
         files = made.data(root / "cache", root / name / "data", display.say)
         settings = made.training.model_copy(update={"seed": seed})
@@ -131,7 +134,7 @@ def parts(root: Path, seed: int, display: Display) -> PaperPool:
         },
         "tasks": {PARTS.task: task.model_dump(mode="json")},
     }
-    together = {PARTS.task: next(iter(whole.together.values()))}
+    together = dict.fromkeys([PARTS.task], next(iter(whole.together.values()))) if whole.together else {}
     return PaperPool("parts", seed, validate(Campaign, given, "parts"), together, None, place)
 
 
@@ -140,11 +143,12 @@ def _files(given: str | Sequence[str]) -> list[str]:
 
 
 POOLS: Mapping[str, Callable[[Path, int, Display], PaperPool]] = {
-    "sentiment": quickstart("sentiment", together=True),
+    "sentiment": shipped("sentiment", QUICKSTART["sentiment"], together=True),
     "continued": continued,
     "parts": parts,
-    "tagging": quickstart("tagging", together=False),
-    "images": quickstart("images", together=False),
+    "tagging": shipped("tagging", QUICKSTART["tagging"], together=False),
+    "pairs": shipped("pairs", PAIRS, together=False),
+    "images": shipped("images", QUICKSTART["images"], together=False),
 }
 """Name → what builds it below a directory, for a seed."""
 

@@ -174,19 +174,43 @@ def experiments(frame: pd.DataFrame) -> list[Experiment]:
 
 
 def claims(frame: pd.DataFrame) -> Table | None:
-    """Every claim beside what was measured; None where there is none."""
-    rows = [["seed", "experiment", "pool", "the paper's claim", "ours", ""]]
-    for row in frame[frame.kind == "claim"].itertuples():
-        rows.append(
-            [str(row.seed), str(row.experiment), str(row.pool), str(row.claim), str(row.ours), str(row.verdict)]
-        )
+    """Every claim beside what was measured, the seeds of one claim side by side; None where there is none."""
+    seeds = sorted({int(seed) for seed in frame[frame.kind == "claim"].seed})
+    rows = [["experiment", "pool", "the paper's claim"]]
+    for seed in seeds:
+        rows[0] += [f"seed {seed}", ""]
+    for name, pool, claim, own in _by_claim(frame):
+        rows.append([name, pool, claim, *(word for seed in seeds for word in own.get(seed, ("–", "")))])
     return Table(rows, words=True) if len(rows) > 1 else None
 
 
 def counted(frame: pd.DataFrame) -> str:
-    """How many claims came out how."""
+    """How many claims came out how, and how seeds agree on those that were measured with several."""
     counts = frame[frame.kind == "claim"].verdict.value_counts()
-    return f"{int(counts.sum())} comparisons: " + ", ".join(f"{int(counts.get(word, 0))} {word}" for word in VERDICTS)
+    words = f"{int(counts.sum())} comparisons: " + ", ".join(f"{int(counts.get(word, 0))} {word}" for word in VERDICTS)
+    verdicts = [{verdict for _, verdict in own.values()} for *_, own in _by_claim(frame) if len(own) > 1]
+    if not verdicts:
+        return words
+    same = sum(len(kinds) == 1 for kinds in verdicts)
+    opposite = sum({VERDICTS[0], VERDICTS[2]} <= kinds for kinds in verdicts)
+    return (
+        f"{words}. {len(verdicts)} of more than one seed: {same} with the same verdict, {opposite} with opposite ones, "
+        f"{len(verdicts) - same - opposite} where one seed shows no difference"
+    )
+
+
+def _by_claim(frame: pd.DataFrame) -> list[tuple[str, str, str, dict[int, tuple[str, str]]]]:
+    """Experiment, pool, claim, and seed → what was measured and the verdict; claims that say the same in their order."""
+    found: dict[tuple[str, str, str, int], dict[int, tuple[str, str]]] = {}
+    counts: dict[tuple[str, str, str, int], int] = {}
+    for row in frame[frame.kind == "claim"].itertuples():
+        key = (str(row.experiment), str(row.pool), str(row.claim))
+        seed = int(row.seed)  # type: ignore[arg-type]
+        counts[*key, seed] = counts.get((*key, seed), 0) + 1
+        found.setdefault((*key, counts[*key, seed]), {})[seed] = (str(row.ours), str(row.verdict))
+    order = list(dict.fromkeys(key[:2] for key in found))
+    listed = sorted(found.items(), key=lambda item: order.index(item[0][:2]))
+    return [(name, pool, claim, own) for (name, pool, claim, _), own in listed]
 
 
 def as_html(frame: pd.DataFrame, written: str = "") -> str:

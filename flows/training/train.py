@@ -15,7 +15,7 @@ from flows.training.partition import write_parts
 from merging.checkpoints.checkpoint import CONFIG
 from merging.errors import SettingsError, StorageError
 from merging.io import addresses, atomic, documents, hashing, storage
-from merging.optimization.fine_tuning import Lesson, Trained, TrainingSettings, save_start, train_together
+from merging.optimization.fine_tuning import Lesson, Trained, TrainingSettings, has_answers, save_start, train_together
 from merging.tasks import TASKS, AnyTaskSettings
 from ray_tasks.connect import connect
 from ray_tasks.jobs.parallel import each
@@ -81,7 +81,7 @@ def train(file: TrainFile, display: Display) -> list[str]:
 
 
 def train_missing(campaign: Campaign, settings: TrainingSettings, together: str | None, display: Display) -> list[str]:
-    """Fine-tunes the members of a campaign whose checkpoints are not there, each on its own task.
+    """Fine-tunes the members of a campaign whose checkpoints are not there, each on its own task, or on its part of it.
 
     Args:
         campaign: The campaign.
@@ -93,11 +93,12 @@ def train_missing(campaign: Campaign, settings: TrainingSettings, together: str 
         The directories that were made.
 
     Raises:
-        SettingsError: A member that is missing has no task, or that of another one, or lies at a remote address.
+        SettingsError: A member that is missing has no task, or that of another one, or lies at a remote address; or it is not
+            clear whether it is to be trained on its task or on its calibration data.
         MergequestError: Something else is unusable.
     """
     courses: dict[str, Course] = {}
-    places, first_of = [], dict[str, str]()
+    places, first_of = [], dict[Any, str]()
     for name, member in campaign.members.items():
         if storage.exists(addresses.join(member.checkpoint, CONFIG)):
             continue  # nothing that is there is trained over, whoever made it
@@ -110,14 +111,15 @@ def train_missing(campaign: Campaign, settings: TrainingSettings, together: str 
             raise SettingsError(
                 f"members.{name}: {member.checkpoint} is remote; train into a local directory and copy it"
             )
-        if (twin := first_of.setdefault(task, name)) != name:
+        own = _own_lesson(campaign, name, task)
+        if (twin := first_of.setdefault((task, *own.files), name)) != name:
             raise SettingsError(
                 f"members.{name}: it would be trained on the data of '{twin}', to the same weights: give it a task of its own, "
                 "or train parts of one data set by a train file with `partition`"
             )
         place = addresses.local_path(member.checkpoint)
         places.append(place)
-        courses[name] = Course(campaign.base, {task: lesson(campaign.base, campaign.tasks[task])}, place)
+        courses[name] = Course(campaign.base, {task: own}, place)
     if together is not None:
         if together in campaign.members:
             raise SettingsError(f"--together: '{together}' is a member's name")
@@ -158,6 +160,26 @@ def lesson(base: str, task: AnyTaskSettings) -> Lesson:
     known = _classes_of(base, kind)
     numbered = all(name.isdecimal() for name in classes) and len(classes) <= len(known)
     return Lesson(task, () if numbered or set(classes) <= set(known) else classes)
+
+
+def _own_lesson(campaign: Campaign, name: str, task: str) -> Lesson:
+    """What a member is trained on: its task, or its part of it where members of one task have examples of their own.
+
+    Raises:
+        SettingsError: Its calibration data have labels, as a part has, but no other member has its task.
+    """
+    whole, own = lesson(campaign.base, campaign.tasks[task]), campaign.members[name].calibration
+    if own is None or own.kind != whole.settings.kind or not has_answers(own):
+        return whole  # examples for statistics
+    part = Lesson(own, whole.labels)
+    if part.files == whole.files:
+        return whole
+    if sum(campaign.task_of(other) == task for other in campaign.members) > 1:
+        return part
+    raise SettingsError(
+        f"members.{name}: it is not there, and could be trained on all examples of '{task}' or on its calibration data, which "
+        "have labels: set the calibration's `label` (or `completion`) to null, or give it a task of its own on those data"
+    )
 
 
 def _train(course: Course, settings: TrainingSettings, report: Callable[[float], None]) -> Trained:

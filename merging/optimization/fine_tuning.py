@@ -71,7 +71,7 @@ class Lesson:
         data = getattr(self.settings, "data", {})
         if not TASKS[self.settings.kind][0].has_logits or "train" not in data:
             raise TaskError("training needs a task that gives logits, with a `train` split in its `data`")
-        if getattr(self.settings, "label", "") is None or getattr(self.settings, "is_unanswered", False):
+        if not has_answers(self.settings):
             raise TaskError(
                 "there is nothing to train on: the examples have no labels (`label` or `completion` is null)"
             )
@@ -82,6 +82,11 @@ class Lesson:
         prints = [_data_fingerprint(file) for file in self.files]
         settings = self.settings.model_dump(mode="json", exclude={"data", "role"})
         return [prints[0] if len(prints) == 1 else prints, settings, list(self.labels)]
+
+
+def has_answers(settings: AnyTaskSettings) -> bool:
+    """Whether a task's examples have labels, or completions."""
+    return getattr(settings, "label", "") is not None and not getattr(settings, "is_unanswered", False)
 
 
 @dataclass(frozen=True)

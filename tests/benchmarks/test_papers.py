@@ -1,6 +1,7 @@
 """The papers' experiments, from a pool to the page, on tiny models."""
 
 import copy
+import random
 import sys
 from pathlib import Path
 
@@ -12,12 +13,14 @@ from rich.console import Console
 from flows.config.campaign_file import Campaign
 from flows.directory.progress import Display
 from flows.report.experiments import load, write_files
+from merging.errors import StorageError
 from merging.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))  # benchmarks are no part of what is installed
 
 from benchmarks.papers import __main__ as papers  # noqa: E402
+from benchmarks.papers import wordnet  # noqa: E402
 from benchmarks.papers.bench import Bench, Measured, paired  # noqa: E402
 from benchmarks.papers.page import page  # noqa: E402
 from benchmarks.papers.pools import POOLS, PaperPool  # noqa: E402
@@ -81,6 +84,47 @@ def test_measurements_are_what_the_models_say(bench, tiny):
     assert whole.values["two"].tolist() == bench.member("two").values["two"].tolist()
     one = bench.measure(Recipe("task_arithmetic", dict.fromkeys(bench.members, 0.0)))
     assert one.scores == bench.base().scores
+
+
+def test_some_weights_of_a_merge_can_be_the_mean(bench):
+    average = bench.measure(bench.default("average"))
+    fitted = bench.default("task_arithmetic")
+    assert bench.measure(fitted, averaged=["bert."]).values["two"].tolist() == average.values["two"].tolist()
+    part = bench.measure(fitted, averaged=["bert.pooler."])
+    assert part.values != bench.measure(fitted).values
+    assert bench.measure(fitted).report == part.report
+
+
+def test_pairs_of_texts_from_wordnet():
+    raw = """  1 licence
+00000001 03 n 01 animal 0 002 ~ 00000002 n 0000 ~ 00000003 n 0000 | a living thing
+00000002 05 n 02 dog 0 wolf_(a) 1 002 @ 00000001 n 0000 ~ 00000004 n 0000 | barks; "the dog ran"; "dogs bark"
+00000003 05 n 01 cat 0 001 @ 00000001 n 0000 | it meows
+00000004 05 n 01 toy_dog 0 001 @ 00000002 n 0000 | a small dog
+"""
+    nouns = wordnet.synsets(raw, "noun")
+    assert nouns["noun 00000002"] == wordnet.Synset(
+        "noun 00000002", ("dog", "wolf"), ("noun 00000001",), ("noun 00000004",), "barks", ("the dog ran", "dogs bark")
+    )
+    dog = "dog: barks"
+    assert [(pair.text, pair.text_pair, pair.label) for pair in wordnet.inference(nouns, random.Random(0))] == [
+        (dog, "It is a kind of animal.", "follows"),
+        (dog, "It is a kind of toy dog.", "open"),
+        (dog, "It is a kind of cat.", "excluded"),
+    ]
+    pairs = list(wordnet.definition(nouns, random.Random(0)))
+    assert ("barks", "dog", "right") in [(pair.text, pair.text_pair, pair.label) for pair in pairs]
+    hot = wordnet.Synset("n", ("dog",), (), (), "a sausage", ("a hot dog",))
+    senses = {"dog": [nouns["noun 00000002"], hot]}
+    assert [(p.text, p.text_pair, p.label) for p in wordnet.usage(senses, random.Random(0))][2:] == [
+        ("a hot dog", "dog: barks", "other"),
+        ("a hot dog", "dog: a sausage", "right"),
+    ]
+    same, other = wordnet.sense(senses, random.Random(0))
+    assert (same.text, same.text_pair, same.label) == ("dog: the dog ran", "dogs bark", "same")
+    assert {other.text.removeprefix("dog: "), other.text_pair} == {"the dog ran", "a hot dog"}
+    with pytest.raises(StorageError, match=r"line 1 of data\.verb is no entry of WordNet"):
+        wordnet.synsets("00000001 03 v", "verb")
 
 
 def test_differences_are_paired():

@@ -16,18 +16,19 @@ FEW = 4
 """Up to so many members, subsets of every size are measured."""
 
 
-def kernel(bench: Bench, *, unit: bool = True) -> npt.NDArray[np.float64]:
+def kernel(bench: Bench) -> npt.NDArray[np.float64]:
     """L with the paper's S (validation examples, not centred), q (gain over the base) and ‖q‖ = 1."""
     base = bench.base("validation").scores
     own = {name: bench.member(name, "validation", [bench.own(name)]).mean for name in bench.members}
     q, _ = dpp_kernel.quality(own, {name: base[bench.own(name)] for name in bench.members})
     values = np.array([q[name] for name in bench.members])
-    return dpp_kernel.kernel(values / np.linalg.norm(values) if unit else values, bench.similarity())
+    return dpp_kernel.kernel(values / np.linalg.norm(values), bench.similarity())
 
 
-def mode(bench: Bench, k: int) -> Subset:
-    """The most probable subset of k members."""
-    return tuple(bench.members[i] for i in dpp.map_subset(kernel(bench), k))
+def mode(bench: Bench, k: int, *, ours: bool = False) -> Subset:
+    """The most probable subset of k members by the paper's kernel, or by ours: S of centred representations, equal q."""
+    L = bench.similarity(centered=True) if ours else kernel(bench)
+    return tuple(bench.members[i] for i in dpp.map_subset(L, k))
 
 
 def sizes(bench: Bench) -> tuple[int, ...]:

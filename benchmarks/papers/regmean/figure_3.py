@@ -7,7 +7,7 @@ import numpy as np
 from benchmarks.papers.bench import Bench, Measured
 from benchmarks.papers.result import Result
 
-POOLS = ("sentiment", "tagging", "images")
+POOLS = ("sentiment", "pairs", "tagging", "images")
 DROP = "relative drop"
 METHODS = ("average", "fisher", "regmean")
 

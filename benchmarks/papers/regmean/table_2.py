@@ -3,7 +3,9 @@
 from benchmarks.papers.bench import Bench, Measured, averaged
 from benchmarks.papers.result import Result
 
-POOLS = ("sentiment", "parts", "tagging", "images")
+HEAD = ("bert.pooler.", "classifier.")
+"""A head that all members share, and the layer below it that only it reads."""
+POOLS = ("sentiment", "parts", "pairs", "tagging", "images")
 
 
 def run(bench: Bench) -> Result:
@@ -20,6 +22,8 @@ def run(bench: Bench) -> Result:
         "fisher": bench.measure(bench.default("fisher")),
         "regmean": bench.measure(bench.default("regmean")),
     }
+    if shared := "classifier.weight" in bench.weights.weights:
+        rows["regmean, pooler and head averaged"] = bench.measure(bench.default("regmean"), averaged=HEAD)
     if (whole := bench.all_data()) is not None:
         rows["multi-task"] = whole
     result = Result()
@@ -33,6 +37,14 @@ def run(bench: Bench) -> Result:
     best = rows["members, best by validation"]
     result.compare("RegMean is above the best member", regmean, best, ("RegMean", "best member"))
     result.compare("RegMean is above the ensemble", regmean, rows["ensemble"], ("RegMean", "ensemble"))
+    if shared:
+        part = rows["regmean, pooler and head averaged"]
+        claim = "Control: RegMean of all but the pooler and the shared head, which are averaged, is above RegMean"
+        result.compare(claim, part, regmean, ("all but the head", "RegMean"))
+        claim = (
+            "Control: RegMean of all but the pooler and the shared head, which are averaged, is above the plain average"
+        )
+        result.compare(claim, part, rows["average"], ("all but the head", "average"))
     if whole is not None:
         result.compare("Multi-task training is above RegMean", whole, regmean, ("multi-task", "RegMean"))
     return result

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli.app import app
-from flows.report.experiments import COLUMNS, load
+from flows.report.experiments import COLUMNS, claims, counted, load
 
 ABOUT = {"about": "Is A <b>better</b> & B?", "note": "", "examples": 0, "seconds": 3.0, "xlabel": "α", "ylabel": "y"}
 
@@ -86,7 +86,7 @@ def test_results_become_a_page_and_files(results):
     }
     html = (place / "experiments.html").read_text()
     rows = Cells(html).rows
-    assert ["0", "paper.curve", "tiny", "A is above B", "A 80.0, B 70.0: +10.0 ± 2.0", "agrees"] in rows
+    assert ["paper.curve", "tiny", "A is above B", "A 80.0, B 70.0: +10.0 ± 2.0", "agrees"] in rows
     assert rows[3:5] == [["mean over tasks", "2.0", "10.0"], ["A", "61.2 ± 1.0", "50.0 ± 1.0"]]
     assert rows[5:7] == [["residual_norm", "2.0"], ["A", "1.23e+03"]]
     assert rows[7:9] == [["", "one", "two", "mean"], ["m & n", "25.0 ± 1.5", "75.0 ± 1.5", "50.0 ± 1.5"]]
@@ -99,6 +99,27 @@ def test_results_become_a_page_and_files(results):
     figures = pd.read_csv(place / "paper.curve.tiny.0.csv")
     assert figures[figures.quantity == "score"].value.tolist() == [0.5, 0.61234, 0.7]
     assert pd.read_csv(place / "claims.csv").verdict.tolist() == ["agrees", "contradicts"]
+
+
+def test_seeds_of_a_claim_stand_side_by_side(results):
+    """Also where one says it twice, or only one has it; the words count where they agree."""
+    said = [("A is above B", "+1", "agrees"), ("A is above B", "+2", "no difference"), ("C", "-3", "contradicts")]
+    second = [{"kind": "claim", **dict(zip(("claim", "ours", "verdict"), claim, strict=True))} for claim in said]
+    frame = pd.concat([load([str(results)]), result("paper.curve", second, plot="none").assign(seed=1)])
+    table = claims(frame)
+    assert table is not None
+    assert table.rows[0] == ["experiment", "pool", "the paper's claim", "seed 0", "", "seed 1", ""]
+    start = ["paper.curve", "tiny"]
+    assert table.rows[1:] == [
+        [*start, "A is above B", "A 80.0, B 70.0: +10.0 ± 2.0", "agrees", "+1", "agrees"],
+        [*start, "B_1 is", "-3.0 ± 1.0", "contradicts", "–", ""],
+        [*start, "A is above B", "–", "", "+2", "no difference"],
+        [*start, "C", "–", "", "-3", "contradicts"],
+    ]
+    assert counted(frame) == (
+        "5 comparisons: 2 agrees, 1 no difference, 2 contradicts. 1 of more than one seed: 1 with the same verdict, "
+        "0 with opposite ones, 0 where one seed shows no difference"
+    )
 
 
 def test_latex_reads_what_is_special(results):

@@ -1,18 +1,23 @@
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from flows.cli.app import app
-from flows.config.campaign_file import load_campaign
+from flows.config.campaign_file import Campaign, PoolMember, load_campaign
 from flows.config.train_file import load_train_file
-from flows.training.train import lesson
+from flows.directory.progress import Display
+from flows.training.train import Course, lesson, train_missing
 from merging.checkpoints.checkpoint import Checkpoint
 from merging.checkpoints.pool import Pool
 from merging.errors import SettingsError
+from merging.optimization.fine_tuning import TrainingSettings
 from merging.tasks import TextClassificationSettings
 
 
@@ -63,11 +68,13 @@ def test_members_of_a_train_file_become_a_campaign(file, tmp_path):
     assert before == {
         name: (tmp_path / "members" / name / "model.safetensors").stat().st_mtime_ns for name in names[:-1]
     }
-    # a member that got lost is trained from the campaign file as it was, and no other is touched
-    whole = Checkpoint.open(campaign.members["alpha"].checkpoint).fingerprint
-    shutil.rmtree(campaign.members["alpha"].checkpoint)
+    # members that got lost, a part's among them, are trained from the campaign file as they were, and no other is touched
+    lost = {name: campaign.members[name].checkpoint for name in ("alpha", "beta-2")}
+    before = {name: Checkpoint.open(place).fingerprint for name, place in lost.items()}
+    for place in lost.values():
+        shutil.rmtree(place)
     train(places[-1], "--epochs", 1)
-    assert Checkpoint.open(campaign.members["alpha"].checkpoint).fingerprint == whole
+    assert {name: Checkpoint.open(place).fingerprint for name, place in lost.items()} == before
     assert train(places[-1], "--epochs", 2) == ""
 
 
@@ -121,3 +128,52 @@ def test_two_missing_members_of_one_task_would_be_the_same(file, tiny_pool, tmp_
     assert result.exit_code == 2
     assert "members.second: it would be trained on the data of 'first', to the same weights" in result.output
     assert not (tmp_path / "members").exists()
+
+
+@pytest.mark.parametrize("also", ["there", "missing"])
+def test_a_missing_part_is_trained_on_its_own_examples(file, monkeypatch, also):
+    campaign = parts_campaign(file, {"first": "alpha.test.parquet", "second": "alpha.train.parquet"})
+    if also == "there":
+        campaign = campaign.model_copy(
+            update={"members": campaign.members | {"second": PoolMember(checkpoint=campaign.base, task="alpha")}}
+        )
+    made = courses_of(campaign, monkeypatch)
+    assert {name: next(iter(course.lessons.values())).files for name, course in made.items()} == {
+        name: [str(file.parent / data)]
+        for name, data in (("first", "alpha.test.parquet"), ("second", "alpha.train.parquet"))
+        if also == "missing" or name == "first"
+    }
+
+
+def test_examples_for_statistics_are_not_trained_on(file, monkeypatch):
+    campaign = parts_campaign(file, {"first": "alpha.test.parquet"})
+    with pytest.raises(SettingsError, match=r"members\.first: .*all examples of 'alpha' or on its calibration data"):
+        courses_of(campaign, monkeypatch)
+    unlabelled = parts_campaign(file, {"first": "alpha.test.parquet"}, label=None)
+    (lesson_of_first,) = courses_of(unlabelled, monkeypatch)["first"].lessons.values()
+    assert lesson_of_first.files == [str(file.parent / "alpha.train.parquet")]
+
+
+def parts_campaign(file: Path, data_of: Mapping[str, str], **calibration: Any) -> Campaign:
+    """A campaign of members of one task, with examples of their own, whose checkpoints are not there."""
+    settings = yaml.safe_load(file.read_text())
+    members = {
+        name: {
+            "checkpoint": str(file.parent / "members" / name),
+            "task": "alpha",
+            "calibration": {"kind": "text_classification", "data": {"train": data}, "max_length": 16, **calibration},
+        }
+        for name, data in data_of.items()
+    }
+    path = file.parent / "parts.yaml"
+    tasks = {"alpha": settings["tasks"]["alpha"]}
+    path.write_text(yaml.safe_dump({"name": "parts", "base": settings["base"], "members": members, "tasks": tasks}))
+    return load_campaign(str(path))
+
+
+def courses_of(campaign: Campaign, monkeypatch) -> dict[str, Course]:
+    """What would be trained."""
+    made: dict[str, Course] = {}
+    monkeypatch.setattr("flows.training.train.run_courses", lambda courses, *_: made.update(courses) or {})
+    train_missing(campaign, TrainingSettings(), None, Display(Console(quiet=True)))
+    return made
