@@ -17,7 +17,7 @@ from merging.errors import StorageError
 from merging.optimization.fine_tuning import TrainingSettings
 from merging.tasks.task import Split
 
-SIZES: Mapping[Split, int] = {"train": 1200, "validation": 120, "test": 200}
+SIZES: Mapping[Split, int] = {"train": 800, "validation": 120, "test": 200}
 MOST = 2
 """Pairs of a synset, or of a word."""
 MOST_WORDS = 24
