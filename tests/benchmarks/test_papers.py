@@ -90,15 +90,14 @@ def test_some_weights_of_a_merge_can_be_the_mean(bench):
     average = bench.measure(bench.default("average"))
     fitted = bench.default("task_arithmetic")
     assert bench.measure(fitted, averaged=["bert."]).values["two"].tolist() == average.values["two"].tolist()
-    part = bench.measure(fitted, averaged=["bert.pooler."])
-    assert part.values != bench.measure(fitted).values
-    assert bench.measure(fitted).report == part.report
+    none = bench.measure(fitted, averaged=["no weight."])
+    assert none.values["two"].tolist() == bench.measure(fitted).values["two"].tolist()
 
 
 def test_pairs_of_texts_from_wordnet():
     raw = """  1 licence
 00000001 03 n 01 animal 0 002 ~ 00000002 n 0000 ~ 00000003 n 0000 | a living thing
-00000002 05 n 02 dog 0 wolf_(a) 1 002 @ 00000001 n 0000 ~ 00000004 n 0000 | barks; "the dog ran"; "dogs bark"
+00000002 05 n 02 dog 0 wolf(a) 1 002 @ 00000001 n 0000 ~ 00000004 n 0000 | barks; "the dog ran"; "dogs bark"
 00000003 05 n 01 cat 0 001 @ 00000001 n 0000 | it meows
 00000004 05 n 01 toy_dog 0 001 @ 00000002 n 0000 | a small dog
 """
