@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from types import TracebackType
 from typing import Any
@@ -21,12 +22,21 @@ from merging.faults import is_fault
 from merging.statistics.capture.grad_samplers import rule_for
 from merging.statistics.capture.hooks import differentiable, tap
 from merging.statistics.capture.modules import Logits, Unit, find_units
-from merging.statistics.capture.per_sample_grads import Computed, GradientTerm, add_squares, add_weighted
+from merging.statistics.capture.per_sample_grads import (
+    Computed,
+    GradientTerm,
+    add_squares,
+    as_matrix,
+    weighted_product,
+)
 from merging.statistics.capture.single_examples import padding_token, single_examples, unlike_pair
 from merging.statistics.capture.verification import differs, probe_gradient
 from merging.tasks.task import IGNORED, Batch
 
 logger = logging.getLogger(__name__)
+
+VECTORS = 8
+"""By so many random products are two gradients compared: of one, the number may be near 0 by chance."""
 
 
 @dataclass
@@ -194,23 +204,42 @@ class PerExample:
             seed = seed * (batch.labels != IGNORED)[..., None]
         weights = torch.linspace(0.5, 1.5, self._examples, dtype=output.dtype)[_shuffled(self._examples)]
         weights = weights.to(output.device)
-        with differentiable(self._model, parameters=True):
-            whole = self._logits(self._model, batch)
-            by_example = seed * weights.view(-1, *[1] * (output.dim() - 1))
-            sums = torch.autograd.grad(whole, list(self._names.values()), by_example, allow_unused=True)
-        true = {name: g for name, g in zip(self._names, sums, strict=True) if g is not None}
-        largest = max((float(gradient.norm()) for gradient in true.values()), default=0.0)
+        by_example = seed * weights.view(-1, *[1] * (output.dim() - 1))
+        whole, true = self._true_products(batch, by_example)
+        largest = max((float(product.norm()) for product in true.values()), default=0.0)
         uses = self._uses((output * seed).sum(), last=False)
         for name, parameter in self._names.items():
-            total = torch.zeros_like(parameter)
-            add_weighted(uses.get(name, []), weights, total)
-            if differs(total, true.pop(name, torch.zeros_like(total)), largest):
+            product = weighted_product(uses.get(name, []), weights, parameter, _vectors(parameter))
+            if differs(product, true.pop(name, torch.zeros_like(product)), largest):
                 logger.debug("examples run alone: what its layer's calls show of '%s' is not its gradient", name)
                 return False
         if differs(output.detach(), whole.detach()):
             return False
         self._verified.add(way)
         return True
+
+    def _true_products(self, batch: Batch, seed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The batch's logits, and torch's gradients for theirs times `_vectors`; one parameter's is held at a time."""
+        products: dict[str, Tensor] = {}
+
+        def reduce(parameter: Tensor, name: str) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            assert gradient is not None
+            products[name] = as_matrix(gradient) @ _vectors(parameter)
+
+        with differentiable(self._model, parameters=True):
+            whole = self._logits(self._model, batch)
+            parameters: list[Any] = list(self._names.values())
+            handles = [
+                parameter.register_post_accumulate_grad_hook(partial(reduce, name=name))
+                for name, parameter in zip(self._names, parameters, strict=True)
+            ]
+            try:
+                torch.autograd.backward(whole, seed, inputs=parameters)
+            finally:
+                for handle in handles:
+                    handle.remove()
+        return whole, products
 
     def _forget(self) -> None:
         self._calls, self._graphs, self._outputs = [], [], []
@@ -296,3 +325,10 @@ def _pulled_back(call: _UnitCall, gradients: Sequence[Tensor | None], examples: 
 def _shuffled(count: int) -> Tensor:
     """A permutation without a pattern, the same at every call."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))
+
+
+def _vectors(parameter: Tensor) -> Tensor:
+    """Vectors [C, K] with which a parameter's gradient is multiplied, so that it is known by a few numbers a row."""
+    columns = as_matrix(parameter).shape[1]
+    drawn = torch.randn(columns, VECTORS, generator=torch.Generator().manual_seed(columns), dtype=torch.float64)
+    return drawn.to(parameter)

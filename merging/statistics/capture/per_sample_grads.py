@@ -94,28 +94,36 @@ def add_squares(pieces: Sequence[GradientTerm], examples: int, out: Tensor) -> N
             out += gradient.square_().sum(0)
 
 
-def add_weighted(pieces: Sequence[GradientTerm], weights: Tensor, out: Tensor) -> None:
-    """Adds Σ_n weights_n Σ_pieces gradient_n to `out`.
+def weighted_product(pieces: Sequence[GradientTerm], weights: Tensor, parameter: Tensor, vectors: Tensor) -> Tensor:
+    """G @ vectors [R, K], G = Σ_n weights_n Σ_pieces gradient_n [R, C] as `as_matrix` has it, which is never held itself.
 
     Args:
         pieces: One for each use of the parameter.
         weights: One number an example [N].
-        out: In the parameter's shape, contiguous.
+        parameter: The parameter.
+        vectors: [C, K].
     """
+    rows = as_matrix(parameter).shape[0]
+    out = vectors.new_zeros(rows, vectors.shape[1])
+    by_example = weights[:, None, None]
     for piece in pieces:
-        by_example = weights[:, None, None]
         if isinstance(piece, Outer):
-            matrix = out.flatten(1)
-            matrix.addmm_((piece.left * by_example).flatten(0, 1).T, piece.right.flatten(0, 1))
+            out.addmm_((piece.left * by_example).flatten(0, 1).T, piece.right.flatten(0, 1) @ vectors)
         elif isinstance(piece, TableGradient):
-            out.index_add_(0, piece.ids.flatten(), (piece.values * by_example).flatten(0, 1))
+            out.index_add_(0, piece.ids.flatten(), (piece.values * by_example).flatten(0, 1) @ vectors)
         else:
-            step = _chunk(out)
+            step = _chunk(parameter)
             for start in range(0, len(weights), step):
                 part = weights[start : start + step]
-                gradient = out.new_zeros(len(part), *out.shape)
+                gradient = parameter.new_zeros(len(part), *parameter.shape)
                 piece.add_to(gradient, start)
-                out += torch.tensordot(part, gradient, 1)
+                out += torch.tensordot(part, gradient.reshape(len(part), rows, -1) @ vectors, 1)
+    return out
+
+
+def as_matrix(value: Tensor) -> Tensor:
+    """A parameter, or its gradient, [R, C]: all but its first dimension in one; [entries, 1] of what has no second."""
+    return value.flatten(1) if value.dim() > 1 else value.reshape(-1, 1)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
