@@ -44,8 +44,9 @@ READINGS = {
     ("regmean.table_2", "parts"): (
         "It is the merged head and the layer below it, the pooler, more than the encoder: with both averaged instead, as the "
         "row below has it, no difference to the plain average is left. On the first 200 test examples RegMean has 42.0, 57.0 "
-        "with the head averaged, 63.0 with the pooler averaged, too, where the plain average has 65.5. Their inputs are one token an example and, in a part, mostly of one class; fitted to these, the pooler's weights move by "
-        "3.4 times their norm. More examples behind the Grams (400 for 96 a member) change little (43.5); the Grams' diagonals "
+        "with the head averaged, 63.0 with the pooler averaged, too, where the plain average has 65.5. Their inputs are one "
+        "token an example and, in a part, mostly of one class; fitted to these, the pooler's weights move by 3.4 times their "
+        "norm. More examples behind the Grams (400 for 96 a member) change little (43.5); the Grams' diagonals "
         "alone (ρ = 0) have 63.0."
     ),
     ("regmean.table_8", "sentiment"): (
