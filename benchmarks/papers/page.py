@@ -35,7 +35,8 @@ READINGS = {
     ),
     ("gradient_matching.table_1", "continued"): (
         "At α = 1 the vectors of three members add up, which goes too far on this pool; task arithmetic loses more by it. At "
-        "the α that is best on test (0.2) gradient matching and the average do not differ. δ was not varied."
+        "the α that is best on test (0.2) gradient matching and the average do not differ. δ is not "
+        "the cause: from 1e-12 to 1e-3 it moves the score by 0.3 (first 100 test examples a domain)."
     ),
     ("regmean.figure_6", "sentiment"): (
         "The paper's members share one head. Here a domain has the head that was trained above its own member's encoder; what "
