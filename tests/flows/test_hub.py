@@ -86,6 +86,28 @@ def test_a_recipe_of_ids_merges_as_one_of_directories_and_names_commits(server, 
     assert all(torch.equal(again[name], two[name]) for name in two)
 
 
+def test_a_mergekit_configuration_of_ids_merges_as_the_recipe_does(server, pool, tmp_path):
+    assert mergequest("merge", recipe(tmp_path, method="task_arithmetic"), "--out", tmp_path / "ours")[1] == 0
+    one = {"model": {"path": "org/one", "revision": "v1"}}
+    theirs = {
+        "merge_method": "task_arithmetic",
+        "base_model": "org/base",
+        "models": [
+            {"model": one, "parameters": {"weight": 0.3}},
+            {"model": "org/two@main", "parameters": {"weight": 0.3}},
+        ],
+    }
+    (tmp_path / "mergekit.yaml").write_text(yaml.safe_dump(theirs))
+    output, status = mergequest("merge", tmp_path / "mergekit.yaml", "--out", tmp_path / "theirs")
+    assert status == 0, output
+    ours, theirs = (load_file(tmp_path / place / "model.safetensors") for place in ("ours", "theirs"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    written = yaml.safe_load((tmp_path / "theirs" / "recipe.yaml").read_text())
+    assert {member["checkpoint"] for member in written["members"].values()} == {
+        f"hf://org/{name}@{pool[name]}" for name in ("one", "two")
+    }
+
+
 def test_a_directory_of_that_name_comes_first(server, pool, tiny_campaign, tmp_path):
     shutil.copytree(tiny_campaign["base"], tmp_path / "org" / "base")
     found = load_recipe(str(recipe(tmp_path, members={"one": "hf://org/one@v1", "two": "org/base+hf://org/two@main"})))

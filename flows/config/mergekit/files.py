@@ -51,7 +51,7 @@ def from_mergekit(value: Mapping[str, Any], path: str) -> Translated:
 
 
 def _require_directories(recipe: Mapping[str, Any], path: str) -> None:
-    """Looks whether models that mergekit might have fetched from the Hub are here.
+    """Looks whether models that are not on the Hub are here.
 
     Raises:
         SettingsError: One is not.
@@ -67,8 +67,4 @@ def _require_directories(recipe: Mapping[str, Any], path: str) -> None:
 
 
 def _absent(place: str) -> str:
-    name = "/".join(place.rsplit("/", 2)[1:])
-    return (
-        f"there is no directory {place}: mergekit fetches models from the Hub, mergequest reads directories "
-        f"(`hf download {name} --local-dir DIR`, and name DIR)"
-    )
+    return f"there is no directory {place}, and that is no ORG/NAME of a model on the Hub"

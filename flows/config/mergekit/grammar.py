@@ -1,6 +1,5 @@
 """mergekit's file as it is written: keys, references to models, slices, and where parameters stand."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from typing import Any, TypeAlias
 
 from flows.config.mergekit.diagnostics import Diagnostics
 from flows.config.mergekit.methods import METHODS
+from merging.io import hub
 from merging.registry import did_you_mean
 
 Params: TypeAlias = Mapping[str, Any]
@@ -253,15 +253,11 @@ def _path(value: Any, where: str, diagnostics: Diagnostics) -> str | None:
     if not isinstance(value, str):
         diagnostics.problem(where, "expected a model's directory")
         return None
-    hub = re.fullmatch(r"([^/@\s]+/[^/@\s]+)@(\S+)", value)
-    if hub or revision:
-        path, revision = (hub[1], hub[2]) if hub else (value, revision)
-        diagnostics.problem(
-            where,
-            f"a revision ('{revision}') is of the Hub, and checkpoints are read from directories: "
-            f"`hf download {path} --revision {revision} --local-dir DIR`, and name DIR",
-        )
-    return value
+    if revision is None:
+        return value
+    if not hub.is_id(on_hub := f"{value}@{revision}"):
+        diagnostics.problem(where, f"a revision is of a model on the Hub, and '{value}' is no ORG/NAME of one")
+    return on_hub
 
 
 def _parameters(entry: Mapping[str, Any], where: str, diagnostics: Diagnostics) -> Params:

@@ -95,7 +95,10 @@ def test_an_adapter_whose_model_has_no_part_in_the_merge():
         (task_vectors("ties", "dtype: float64\nout_dtype: bf16"), ["dtype: 'float64'", "out_dtype: 'bf16'"]),
         (task_vectors("ties").replace("model: two", "model: one"), ["models: 'one' stands twice"]),
         (task_vectors("ties").replace("base_model: b", ""), ["base_model: missing: ties needs one"]),
-        (task_vectors("ties").replace("base_model: b", "base_model: o/b@v2"), ["base_model: a revision ('v2')"]),
+        (
+            task_vectors("ties").replace("base_model: b", "base_model: {model: {path: ./b, revision: v2}}"),
+            ["base_model.model: a revision is of a model on the Hub"],
+        ),
         (task_vectors("ties").replace("base_model: b", "base_model: b+c"), ["base_model: an adapter on a model"]),
         (
             "merge_method: slerp\nbase_model: a\nmodels: [{model: b}, {model: c}]\nparameters: {t: 1}",
