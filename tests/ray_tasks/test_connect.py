@@ -1,4 +1,5 @@
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -130,3 +131,18 @@ with connect(WorkerEnvironment({{"MINE": "1"}}, {{"KEY": "hidden-value"}}, (), {
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "('1', 'hidden-value', 7, False)" in done.stdout, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", ["", "ray.init(num_cpus=1, include_dashboard=False)"])
+def test_ray_may_be_imported_and_started_first(before):
+    code = f"""
+import ray
+{before}
+from ray_tasks.connect import connect
+with connect():
+    print(ray.get(ray.remote(lambda: "from a worker").remote()))
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert "from a worker" in done.stdout, done.stderr[-2000:]
