@@ -168,7 +168,6 @@ def _alone(loaded: Mapping[str, str]) -> dict[str, str]:
 
 def _split(name: str) -> list[str]:
     return name.split(".")
-    return name.split(".")
 
 
 def _extends(raw: str, modules: set[str]) -> bool:

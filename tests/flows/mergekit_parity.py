@@ -37,6 +37,14 @@ SIZE = {
     "max_position_embeddings": 64,
 }
 ENCODER = {name: value for name, value in SIZE.items() if "key_value" not in name}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 4,
+}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 ARCHITECTURES: Mapping[str, tuple[str, str, dict[str, Any]]] = {
     "Llama": ("LlamaForCausalLM", "LlamaConfig", {**SIZE, "tie_word_embeddings": False}),
@@ -117,29 +125,14 @@ ARCHITECTURES: Mapping[str, tuple[str, str, dict[str, Any]]] = {
     "ViT": (
         "ViTForImageClassification",
         "ViTConfig",
-        {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "image_size": 16,
-            "patch_size": 4,
-        },
+        VISION,
     ),
     "LLaVA": (
         "LlavaForConditionalGeneration",
         "LlavaConfig",
         {
             "text_config": {"model_type": "llama", **SIZE},
-            "vision_config": {
-                "model_type": "clip_vision_model",
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 3,
-                "num_attention_heads": 4,
-                "image_size": 16,
-                "patch_size": 4,
-            },
+            "vision_config": {"model_type": "clip_vision_model", **VISION},
             "image_token_id": 63,
         },
     ),

@@ -39,8 +39,7 @@ def check_statistics(weight: Weight) -> None:
         if not sides:
             raise MethodError(f"'{weight.name}' has shape {list(weight.base.shape)} and a {kind}: only matrices can")
         for member, value in statistic(weight, kind, (sides[side], sides[side]), nonnegative=False).items():
-            low = (diagonal(value) if kind == "gram" else value.diagonal()).min().item()
-            if low < 0:
+            if (low := diagonal(value).min().item()) < 0:
                 raise MethodError(
                     f"{member}: {kind} of '{weight.name}' has a negative diagonal ({low:g}). Compute the {kind} statistic "
                     "of this member again"

@@ -235,6 +235,7 @@ class PreparedSpectral(Prepared):
     def merge(self, scaling: Mapping[str, float], parameters: Mapping[str, Value], out: Mapping[str, Tensor]) -> None:
         """Matrices batch by batch; the rest is θ_0 + Σ α_t τ_t / T, with `embeddings` = `mean` embeddings, too."""
         factors = {member: scaling[member] for member in chosen(scaling, self.members)}
+        means = self._means(parameters)
         destinations = [[row.of(target(out, row.weight)) for row in batch.rows] for batch in self.batches]
         shared = len(set(factors.values())) == 1
         moved: Iterable[list[Tensor]]
@@ -245,10 +246,16 @@ class PreparedSpectral(Prepared):
             moved, scales = self._moved([factors], parameters), [1.0]
         for batch, parts, written in zip(self.batches, moved, destinations, strict=True):
             for row, (matrix, destination) in enumerate(zip(batch.rows, written, strict=True)):
+                if matrix.weight.name in means:
+                    continue
                 terms = [(part[row], scale) for part, scale in zip(parts, scales, strict=True)]
                 weighted_sum([(matrix.of(matrix.weight.base), 1.0), *terms], destination, self.scratch)
+        mean_step(list(means.values()), factors, out, self.scratch)
+
+    def _means(self, parameters: Mapping[str, Value]) -> dict[str, Weight]:
+        """By name, the weights that are the mean: what has no matrices, and embeddings where the parameters say so."""
         tables = self._tables if parameters.get("embeddings") == "mean" else []
-        mean_step([*self.rest, *tables], factors, out, self.scratch)
+        return {weight.name: weight for weight in [*self.rest, *tables]}
 
     def _solution(
         self, members: tuple[str, ...], parameters: Mapping[str, Value], *, apart: bool
@@ -262,6 +269,10 @@ class PreparedSpectral(Prepared):
     def _moved(
         self, scalings: Sequence[Mapping[str, float]], parameters: Mapping[str, Value]
     ) -> Iterator[list[Tensor]]:
-        """Batch by batch, what matrices move by for each scaling [B, out, in], float32."""
+        """Batch by batch, what matrices move by for each scaling [B, out, in], float32; nothing where all are the mean."""
+        means = self._means(parameters)
         for index, batch in enumerate(self.batches):
-            yield [batch.turn(step).float().contiguous() for step in self.steps(index, scalings, parameters)]
+            if all(row.weight.name in means for row in batch.rows):
+                yield []
+            else:
+                yield [batch.turn(step).float().contiguous() for step in self.steps(index, scalings, parameters)]
