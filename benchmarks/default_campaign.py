@@ -218,7 +218,7 @@ class Comparison:
             )
 
         what = ["labels", start.as_dict(), settings.model_dump(mode="json")]
-        test = self.bench._kept(what, "test", work, self.bench.tasks)
+        test = self.bench.kept(what, "test", work, self.bench.tasks)
         yield Arm(
             "labels", f"trained on the validation labels, from {start.method}", test, seconds=test.report["seconds"]
         )
@@ -285,19 +285,19 @@ class Comparison:
         settings = DescentSettings(loss="distil")
 
         def make() -> dict[str, torch.Tensor]:
-            tasks = list(self.bench._own_tasks().values())
+            tasks = list(self.bench.own_tasks().values())
             found = descend(self.bench.material(start), tasks, self.bench.owners, start, settings, CPU)
-            return self.bench._merged(found[-1].recipe)
+            return self.bench.merged(found[-1].recipe)
 
         return self._trained(
             "tuned", "task arithmetic, factors by descent without labels", ["descent", settings.model_dump()], make
         )
 
     def _propagated(self, settings: PropagationSettings) -> Mapping[str, torch.Tensor]:
-        return propagate(self.bench.weights, self.bench._own_tasks(), self.bench.members, settings).weights
+        return propagate(self.bench.weights, self.bench.own_tasks(), self.bench.members, settings).weights
 
     def _distilled(self, settings: DistillationSettings) -> Mapping[str, torch.Tensor]:
-        tasks = list(self.bench._own_tasks().values())
+        tasks = list(self.bench.own_tasks().values())
         result = distil(self.bench.material(self.start), tasks, self.bench.owners, self.start, settings, CPU)
         looks = ", ".join(f"{look.step}: {look.held_out:.4f}" for look in result.looks)
         self._display.say(f"  {result.steps} steps, best {result.best}; held out {looks}")
@@ -315,7 +315,7 @@ class Comparison:
         """Weights that are no recipe's, measured with every member's own head."""
         splits: list[Split] = ["test", "validation"] if validation else ["test"]
         found = {
-            split: self.bench._kept(what, split, self._measuring(what, name, make, split), self.bench.tasks)
+            split: self.bench.kept(what, split, self._measuring(what, name, make, split), self.bench.tasks)
             for split in splits
         }
         mean = found["validation"].mean if validation else float("nan")

@@ -26,6 +26,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import psutil
+import ray
 import torch
 
 from flows.campaign.executor import RayExecutor
@@ -120,8 +121,6 @@ class Relay:
 
     def measure(self, work: SimpleNamespace) -> Any:
         """Has it measured."""
-        import ray  # here: whoever imports it before `ray_tasks` leaves it without a token
-
         started, begin = datetime.now(UTC), time.perf_counter()
         payload = ray.get(self._shared.measure.remote(work.payload))
         return SimpleNamespace(
@@ -220,8 +219,6 @@ def measure(evaluators: int, candidates: int, sleep: float | None, sampler: str,
         if sleep is not None:
             pool = LightPool(EvaluatorGroup(sleep, evaluators, threads=0, kind=Sleeper))
         elif shared:
-            import ray
-
             setup = small_pool(Path(place))
             servers = [ray.remote(num_cpus=0)(Shared).remote(setup) for _ in range(shared)]
             pool = RelayPool(EvaluatorGroup(servers, evaluators, threads=0, kind=Relay))

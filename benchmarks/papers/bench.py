@@ -170,7 +170,7 @@ class Bench:
             return self._models(complete).measure_on(missing, complete, split, self.examples, (mean, averaged))
 
         what = ["recipe", complete.as_dict(), self._statistics_key(complete), *([list(averaged)] if averaged else [])]
-        return self._kept(what, split, work, self.tasks if tasks is None else tasks)
+        return self.kept(what, split, work, self.tasks if tasks is None else tasks)
 
     def ensemble(self, members: Sequence[str] | None = None, split: Split = "test") -> Measured:
         """The mean of members' probabilities."""
@@ -189,7 +189,7 @@ class Bench:
             )
             return _of({task: predictions for task, (_, predictions) in found.items()})
 
-        return self._kept(["ensemble", chosen], split, work, self.tasks)
+        return self.kept(["ensemble", chosen], split, work, self.tasks)
 
     def all_data(self, split: Split = "test") -> Measured | None:
         """The model that was trained on all tasks; None where there is none."""
@@ -204,7 +204,7 @@ class Bench:
                 found[name] = task.measure(task.load_model(), split, limit=self.examples)[1]
             return _of(found)
 
-        return self._kept(["all data", _content(self.pool.together)], split, work, self.tasks)
+        return self.kept(["all data", _content(self.pool.together)], split, work, self.tasks)
 
     def member(self, name: str, split: Split = "test", tasks: Sequence[str] | None = None) -> Measured:
         """A member as it is, on some tasks; on all by default."""
@@ -233,8 +233,8 @@ class Bench:
 
         def work() -> Mismatch:
             self.display.say(f"  {self.pool.name}: gradient mismatch of {short(complete)}")
-            merged = self._merged(complete)
-            return gradient_mismatch(self._material, self._own_tasks(), merged, self._plain(), examples=examples)
+            merged = self.merged(complete)
+            return gradient_mismatch(self._material, self.own_tasks(), merged, self._plain(), examples=examples)
 
         return self._kept_mismatch(["mismatch", examples], complete, work)
 
@@ -246,7 +246,7 @@ class Bench:
         return self._kept_mismatch(
             ["quadratic", fishers],
             complete,
-            lambda: quadratic_mismatch(self._material, self._merged(complete).__getitem__, self._plain()),
+            lambda: quadratic_mismatch(self._material, self.merged(complete).__getitem__, self._plain()),
         )
 
     def _plain(self) -> Recipe:
@@ -267,7 +267,7 @@ class Bench:
                 if not path.exists():
                     self.display.say(f"  {self.pool.name}: what {name} makes of {task.name}")
                     statistic = kind(kind.settings_type(examples=examples))
-                    model = self._own_tasks()[name].load_model()
+                    model = self.own_tasks()[name].load_model()
                     part = measure_shard(task, statistic, split, 0, min(examples, task.size(split)), "cpu", model)
                     found = statistic.finalize(part)["representation"].numpy()
                     atomic.write_bytes(str(path), save({"rows": np.ascontiguousarray(found)}))
@@ -294,7 +294,7 @@ class Bench:
     @cached_property
     def _material(self) -> Material:
         files: dict[str, tuple[str, ...]] = dict.fromkeys(self.members, ())
-        examples = {name: task.size("train") for name, task in self._own_tasks().items()}
+        examples = {name: task.size("train") for name, task in self.own_tasks().items()}
         # Merges of the whole pool that a campaign has left: RegMean propagated, distilled.
         whole = sorted((self.pool.place / "statistics").glob("pool.*.safetensors"))
         files["+".join(sorted(self.members))] = tuple(str(path) for path in whole)
@@ -306,11 +306,11 @@ class Bench:
                 task = make_task(BASE, self._settings[self.pool.base_task], self.pool.campaign.base)
                 files[BASE] = (self._statistic(BASE, kind.partition(":")[2], task),)
             else:
-                for name, task in self._own_tasks().items():
+                for name, task in self.own_tasks().items():
                     files[name] = (*files[name], self._statistic(name, kind, task))
         return Material(self.weights, open_statistics(self.weights, files), examples)
 
-    def _own_tasks(self) -> dict[str, Task]:
+    def own_tasks(self) -> dict[str, Task]:
         """Member → the task of its own training examples, bound to itself."""
         campaign = self.pool.campaign
         return {
@@ -353,7 +353,7 @@ class Bench:
             )
         return self._live
 
-    def _merged(self, recipe: Recipe) -> dict[str, Any]:
+    def merged(self, recipe: Recipe) -> dict[str, Any]:
         """A recipe's merged weights."""
         import torch
 
@@ -363,7 +363,7 @@ class Bench:
         ResidentMerger(self.material(recipe), out).merge(recipe)
         return out
 
-    def _kept(
+    def kept(
         self, what: Sequence[Any], split: Split, work: Callable[[Sequence[str]], Measured], tasks: Iterable[str]
     ) -> Measured:
         """What is kept of a model's values on single tasks; what is missing, or of too few examples, is measured.
@@ -399,7 +399,7 @@ class Bench:
         return [task, self.tasks[task].data_fingerprint(split)]
 
     def _kept_mismatch(self, what: Sequence[Any], recipe: Recipe, work: Callable[[], Mismatch]) -> Mismatch:
-        data = [[name, task.data_fingerprint("train")] for name, task in self._own_tasks().items()]
+        data = [[name, task.data_fingerprint("train")] for name, task in self.own_tasks().items()]
         path = self._place([*what, recipe.as_dict(), self._statistics_key(recipe), data], "json")
         if not path.exists():
             found = work()
