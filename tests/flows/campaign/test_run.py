@@ -277,14 +277,15 @@ def test_hours_of_processors_are_a_budget_that_a_resume_goes_on_with(finished, t
     spent = sum(row.cpu_hours for row in rows if row.split == "validation" and row.origin in ("anchor", "search"))
     with pytest.raises(SettingsError, match="gpu_hours: evaluators have no GPU"):
         run(campaign.model_copy(update={"search": campaign.search.model_copy(update={"gpu_hours": 1.0})}), Display())
-    for budget, more in ((spent * 0.999, 0), (spent * 1.5, 1)):
+    for budget, more in ((spent * 0.999, False), (spent * 1.5, True)):
         search = campaign.search.model_copy(update={"cpu_hours": budget})
         run(campaign.model_copy(update={"search": search}), Display())
         after = Ledger(str(tmp_path / "out/ledger")).rows()
         tried = [row for row in after if row.split == "validation" and row.origin in ("anchor", "search")]
-        assert 14 + more <= len(tried) < 14 + 30 * more + 1
-        # one candidate is in flight, and one asked ahead
-        assert sum(row.cpu_hours for row in tried) < budget + 2 * max(row.cpu_hours for row in tried)
+        assert len(tried) > 14 if more else len(tried) == 14
+        # one candidate is in flight, and one asked ahead; how many the budget is enough for is the machine's speed
+        ahead = 2 * max(row.cpu_hours for row in tried)
+        assert budget - ahead <= sum(row.cpu_hours for row in tried) < budget + ahead
 
 
 def test_one_failing_candidate_is_a_row(campaign_file, tmp_path):
