@@ -315,7 +315,10 @@ OWN: dict[str, tuple[Any, Callable[[str, Path], object]]] = {
     ".lease.json": (LEASE, lambda path, place: lock.is_gone(lock._read(path) or {})),
     ".mergequest.json": ({"version": 1, "files": {"a": 3, "b": "c"}}, lambda path, place: written(str(place))),
     "progress.json": (PROGRESS, lambda path, place: read_status(str(place)).as_text()),
-    "done.json": (["a", 12, None, 3], lambda path, place: read_status(str(place)).as_json()),
+    "done.json": (
+        {"candidates": 12, "seconds": None, "top": 3, "baselines": []},
+        lambda path, place: read_status(str(place)).as_json(),
+    ),
 }
 
 

@@ -9,12 +9,11 @@ import typer
 from typer.core import TyperGroup
 
 from flows.cli.commands import campaigns, directories, merges, pools, results
+from flows.cli.old_spellings import add_old_spellings
 
 # Numpy solves small systems here. Its threads would each spin for a tenth of a second when it is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-OLD_GROUP = "campaign"
-"""What stood before `run`, `resume`, `status` and `check`; this version still reads it, with a note."""
 IMPORT = "statistics import"
 """A command of two words, beside `statistics CAMPAIGN.yaml`."""
 COMMANDS: Mapping[str, Callable[..., None]] = {
@@ -73,18 +72,10 @@ class Commands(TyperGroup):
             raise typer.Exit(130) from None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command that a line begins with; `campaign run` is what `run` was called."""
+        """The command that a line begins with; of two words, `statistics import`."""
         if args[:2] == IMPORT.split():
             return IMPORT, self.get_command(ctx, IMPORT), args[2:]
-        if args[:1] != [OLD_GROUP]:
-            return super().resolve_command(ctx, args)
-        rest = args[1:]
-        if not rest or rest[0].startswith("-"):
-            typer.echo(ctx.get_help())
-            raise typer.Exit
-        new = f"{ctx.command_path} {rest[0]}"
-        typer.secho(f"note: '{ctx.command_path} {OLD_GROUP} {rest[0]}' is '{new}' now", fg="yellow", err=True)
-        return super().resolve_command(ctx, rest)
+        return super().resolve_command(ctx, args)
 
 
 app = typer.Typer(
@@ -118,6 +109,7 @@ def _options(
 
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
+add_old_spellings(app)
 
 
 def main() -> None:

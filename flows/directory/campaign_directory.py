@@ -8,6 +8,8 @@ from shlex import quote
 from typing import Any
 
 from flows.config.campaign_file import CAMPAIGN_FILE, Campaign, dump, load_campaign
+from flows.config.search_settings import SearchSettings
+from flows.config.sections import TestSettings
 from flows.config.yaml_file import require_writable
 from flows.directory.heartbeat import FILE as PULSE
 from flows.directory.lock import lease
@@ -149,8 +151,11 @@ class Directory:
 
     def is_finished(self, campaign: Campaign) -> bool:
         """Whether this very budget was spent here, and what it led to is still there."""
-        places = (self / DONE, self.report, addresses.join(self.best, "config.json"))
-        return all(map(storage.exists, places)) and documents.read_json(self / DONE) == _budget(campaign)
+        places = (self / CAMPAIGN_FILE, self / DONE, self.report, addresses.join(self.best, "config.json"))
+        if not all(map(storage.exists, places)) or self.campaign().identity() != campaign.identity():
+            return False
+        spent = _spent(documents.read_json(self / DONE))
+        return spent is not None and all(spent.get(name, UNSPENT[name]) == v for name, v in _budget(campaign).items())
 
     def finish(self, campaign: Campaign) -> None:
         """Notes that the campaign's budget is spent, and its winner exported."""
@@ -197,6 +202,16 @@ class Directory:
 
 
 DONE = "done.json"
+LISTED = ("candidates", "seconds", "top", "budget_examples", "patience", "min_delta", "confirm")
+"""The budget in the order in which early versions wrote it."""
+UNSPENT: Mapping[str, Any] = {
+    **{
+        name: SearchSettings.model_fields[name].default for name in (*LISTED, "gpu_hours", "cpu_hours") if name != "top"
+    },
+    "top": TestSettings.model_fields["top"].default,
+    "baselines": [],
+}
+"""What a budget is that a file says nothing of: the version that wrote it did not know the setting."""
 LEASE = ".lease.json"
 POOL = "pool.json"
 FACTS = "facts.json"
@@ -231,21 +246,23 @@ def _seconds(value: Any) -> dict[str, float]:
     return {str(phase): float(seconds) for phase, seconds in value.items()}
 
 
-def _budget(campaign: Campaign) -> list[object]:
+def _budget(campaign: Campaign) -> dict[str, Any]:
     """What a finished campaign has spent; with more of it, there is more to do."""
-    settings = campaign.search
-    return [
-        campaign.identity(),
-        settings.candidates,
-        settings.seconds,
-        campaign.test.top,
-        settings.budget_examples,
-        settings.patience,
-        settings.min_delta,
-        settings.confirm,
-        *([settings.gpu_hours, settings.cpu_hours] if settings.gpu_hours or settings.cpu_hours else []),
-        *campaign.baselines,
-    ]
+    search = campaign.search.model_dump(mode="json", include=set(UNSPENT))
+    return {**search, "top": campaign.test.top, "baselines": list(campaign.baselines)}
+
+
+def _spent(value: Any) -> dict[str, Any] | None:
+    """`done.json`: a budget by name; None where it holds something else.
+
+    Early versions wrote a list: a hash of all settings, which those that a later version adds change, and these.
+    """
+    if not isinstance(value, list) or len(value) < len(LISTED):
+        return value if isinstance(value, dict) else None
+    budget, rest = dict(zip(LISTED, value[1:], strict=False)), value[len(LISTED) + 1 :]
+    baselines = [entry for entry in rest if isinstance(entry, str)]
+    hours = rest[: len(rest) - len(baselines)]
+    return {**budget, **dict(zip(("gpu_hours", "cpu_hours"), hours, strict=False)), "baselines": baselines}
 
 
 def _differences(one: Campaign, other: Campaign) -> list[str]:

@@ -128,16 +128,6 @@ def test_the_version_and_one_method_are_told():
     assert next(method for method in every if method["name"] == "regmean")["statistics"] == ["gram"]
 
 
-def test_the_old_spelling_still_works_with_a_note(campaign_file):
-    file = campaign_file(base="nowhere")
-    old, new = mergequest("campaign", "check", file), mergequest("check", file)
-    note = "note: 'mergequest campaign check' is 'mergequest check' now\n"
-    assert old[1] == new[1] == 2
-    assert old[0].split("\n", 1)[0].endswith("now")
-    assert old[0].split("\n", 1)[1] == new[0], note
-    assert mergequest("campaign", "--help") == mergequest("--help")
-
-
 def test_ls_shows_the_campaigns_below_a_place(campaign_file, tmp_path):
     for name, place in (("first", "runs/first"), ("second", "runs/vision/second"), ("third", "else")):
         campaign = load_campaign(str(campaign_file(name=name, directory=place)))

@@ -1,12 +1,15 @@
 import errno
 import fcntl
+import json
 import os
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
+from flows.cli.status import read_status
 from flows.config.campaign_file import load_campaign
 from flows.directory.campaign_directory import Directory
 from merging.errors import LedgerError, PoolError
@@ -49,6 +52,33 @@ def test_a_finished_campaign_goes_on_with_a_larger_budget(campaign_file, tmp_pat
         Path(path).write_text("{}")
     assert directory.is_finished(campaign)
     assert not directory.is_finished(load_campaign(str(campaign_file(search=budget))))
+    assert not directory.is_finished(load_campaign(str(campaign_file(seed=1))))
+
+
+def test_a_finished_campaign_stays_finished_when_the_program_learns_new_settings(campaign_file, tmp_path):
+    """Its files know nothing of what a later version can set, and mean the defaults."""
+    directory = Directory(str(tmp_path / "out"))
+    campaign = load_campaign(str(campaign_file(search={"candidates": 9, "cpu_hours": 2.0}, baselines=["ensemble"])))
+    directory.claim(campaign, {})
+    directory.finish(campaign)
+    for path in (directory.report, directory.best + "/config.json"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text("{}")
+    file, done = tmp_path / "out/campaign.yaml", tmp_path / "out/done.json"
+    settings, spent = yaml.safe_load(file.read_text()), json.loads(done.read_text())
+    del settings["search"]["gradient"], settings["engine"], settings["search"]["confirm"], spent["confirm"]
+    file.write_text(yaml.safe_dump(settings))
+    search = campaign.search
+    listed = ["hash", 9, None, campaign.test.top, None, search.patience, search.min_delta, search.confirm]
+    for written in (spent, [*listed, None, 2.0, "ensemble"]):
+        done.write_text(json.dumps(written))
+        assert read_status(str(directory.path)).state == "finished"
+        assert directory.is_finished(campaign)
+        more = campaign.model_copy(update={"baselines": ("ensemble", "all_data")})
+        assert not directory.is_finished(more)
+    for damaged in ([], ["hash", 8], {"candidates": 8}, "finished", None):
+        done.write_text(json.dumps(damaged))
+        assert not directory.is_finished(campaign)
 
 
 def test_a_changed_configuration_is_noticed_and_other_words_for_the_same_are_not(campaign_file, make, tmp_path):
