@@ -16,6 +16,7 @@ from merging.checkpoints.formats.config_checks import check_config
 from merging.checkpoints.formats.configuration import function_of
 from merging.checkpoints.formats.quantised import refuse_quantised
 from merging.checkpoints.formats.safetensors_file import SafetensorsFile, TensorInfo
+from merging.checkpoints.formats.wrapped import refuse_wrapped
 from merging.errors import CheckpointError, StorageError
 from merging.io import addresses, documents, fact_cache, hashing, storage
 
@@ -45,8 +46,8 @@ class Checkpoint:
         """Opens a model directory: reads its configuration and headers, no weights.
 
         Raises:
-            CheckpointError: It is missing, incomplete, damaged, quantised, an adapter, a pickle, or names a file outside
-                itself.
+            CheckpointError: It is missing, incomplete, damaged, quantised, an adapter, in PEFT's wrapper, a pickle, or names a
+                file outside itself.
         """
         try:
             there = storage.is_dir(path)
@@ -73,6 +74,7 @@ class Checkpoint:
                 raise CheckpointError(f"{path}: '{min(twice)}' stands in two of its files")
             tensors.update(file.tensors)
         check_config(config, len(tensors), addresses.join(path, CONFIG))
+        refuse_wrapped(path, tensors)
         refuse_quantised(path, config, ((info.name, info.dtype, info.shape) for info in tensors.values()))
         return cls(path, config, tensors, {file.path: file for file in files})
 

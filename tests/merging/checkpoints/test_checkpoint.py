@@ -5,7 +5,9 @@ import struct
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
 from merging.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
 from merging.errors import CheckpointError
@@ -60,6 +62,29 @@ def test_adapter_is_named(copied):
     (copied / "config.json").rename(copied / "adapter_config.json")
     with pytest.raises(CheckpointError, match="It is an adapter"):
         Checkpoint.open(str(copied))
+
+
+@pytest.mark.parametrize(
+    ("saved", "kept"),
+    [
+        ("wrapper", ""),
+        ("wrapper", "base_model.model."),
+        ("model", "lora_"),
+        ("model", "base_layer"),
+        ("model", "to_save"),
+    ],
+)
+def test_a_model_saved_in_its_wrapper_is_refused_with_the_remedy(copied, saved, kept):
+    """Whole, or what a script kept of it."""
+    model = AutoModelForSequenceClassification.from_pretrained(copied)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"]))
+    state = (adapted if saved == "wrapper" else adapted.get_base_model()).state_dict()
+    state = {name: value.clone() for name, value in state.items() if kept in name}
+    save_file(state, copied / SINGLE)
+    with pytest.raises(CheckpointError, match=r"one is the state of a model in PEFT's wrapper .*merge_and_unload\(\)"):
+        Checkpoint.open(str(copied))
+    adapted.merge_and_unload().save_pretrained(copied)
+    assert Checkpoint.open(str(copied)).architecture == "BertForSequenceClassification"
 
 
 def test_missing_weights(copied):
