@@ -30,7 +30,7 @@ def main(root: Path) -> None:
     assert not ledger.duplicated(["candidate", "split"]).any()
     winner = tried.loc[tried.objective.idxmax()]
     average = tried[(tried.method == "average") & (tried.origin == "anchor")].iloc[0]
-    assert winner.objective > average.objective, "no search ends below its anchors"
+    assert winner.objective > average.objective, "no search ends below its baselines"
     tests = ledger[ledger.split == "test"].set_index("candidate")
     mean = lambda row: sum(value for _, value in row.scores) / len(row.scores)  # noqa: E731
     shown = {"winner": winner, "distilled": distilled, "its start": start, "average": average}

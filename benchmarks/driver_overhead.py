@@ -64,11 +64,11 @@ class Sleeping:
         time.sleep(max(0.0, self._due[0][0] - started))
         now = time.perf_counter()
         self.waited += now - started
-        found = []
+        result = []
         while self._due and self._due[0][0] <= now:
             candidate = heappop(self._due)[2]
-            found.append(Outcome(candidate, Measurement(_scores(candidate), 0.0, self._sleep, "host/1/cpu")))
-        return found
+            result.append(Outcome(candidate, Measurement(_scores(candidate), 0.0, self._sleep, "host/1/cpu")))
+        return result
 
 
 def _scores(candidate: Candidate) -> dict[str, Score]:

@@ -148,10 +148,10 @@ def engines(pool: Pool, data: str, examples: int, device: torch.device, settings
         held = make([likelihood, generation])
         start = time.perf_counter() - start
         held.measure(recipes[0], "validation", limit=examples)
-        found = [held.measure(recipe, "validation", limit=examples) for recipe in recipes[1:]]
-        merge = min(one.merge_seconds for one in found)
-        scored = min(one.scores["likelihood"].seconds for one in found)
-        both = min(one.evaluate_seconds for one in found)
+        measured = [held.measure(recipe, "validation", limit=examples) for recipe in recipes[1:]]
+        merge = min(one.merge_seconds for one in measured)
+        scored = min(one.scores["likelihood"].seconds for one in measured)
+        both = min(one.evaluate_seconds for one in measured)
         return (
             f"| {name} | {start:.1f} | {merge:.3g} | {scored:.3g} | {both:.3g} | {3600 / (merge + both):,.0f} | "
             f"{(_memory(device) - before) / 1e9:.2f} |"

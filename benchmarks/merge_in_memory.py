@@ -24,7 +24,7 @@ GROWTH = (2, 4, 8, 16)
 
 def shapes(layers: int, hidden: int, vocabulary: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a BERT encoder's weights."""
-    found: dict[str, tuple[int, ...]] = {"embeddings.word_embeddings.weight": (vocabulary, hidden)}
+    result: dict[str, tuple[int, ...]] = {"embeddings.word_embeddings.weight": (vocabulary, hidden)}
     for layer in range(layers):
         linear = {
             "attention.self.query": (hidden, hidden),
@@ -35,12 +35,12 @@ def shapes(layers: int, hidden: int, vocabulary: int) -> dict[str, tuple[int, ..
             "output.dense": (hidden, 4 * hidden),
         }
         for name, shape in linear.items():
-            found[f"encoder.layer.{layer}.{name}.weight"] = shape
-            found[f"encoder.layer.{layer}.{name}.bias"] = shape[:1]
+            result[f"encoder.layer.{layer}.{name}.weight"] = shape
+            result[f"encoder.layer.{layer}.{name}.bias"] = shape[:1]
         for name in ("attention.output.LayerNorm", "output.LayerNorm"):
-            found[f"encoder.layer.{layer}.{name}.weight"] = (hidden,)
-            found[f"encoder.layer.{layer}.{name}.bias"] = (hidden,)
-    return found
+            result[f"encoder.layer.{layer}.{name}.weight"] = (hidden,)
+            result[f"encoder.layer.{layer}.{name}.bias"] = (hidden,)
+    return result
 
 
 def pool(arguments: argparse.Namespace) -> list[Weight]:

@@ -30,21 +30,21 @@ from merging.tasks import make_task
 def grams(directory: str, pool: Pool, tasks: dict, examples: int) -> dict[str, StatisticsFile]:
     """Every member's Gram file: of the campaign where it has one of so many examples, else computed beside them."""
     folder = addresses.join(directory, "statistics")
-    found = {}
+    result = {}
     for member, task in tasks.items():
         checkpoint = pool.members[member].checkpoint
         names = [name for name in storage.list_dir(folder) if name.startswith(f"{member}.gram.")]
         files = [StatisticsFile.open(addresses.join(folder, name)) for name in names]
         fitting = [f for f in files if f.checkpoint == checkpoint.fingerprint and f.examples == examples]
         if fitting:
-            found[member] = fitting[0]
+            result[member] = fitting[0]
             continue
         statistic = STATISTICS["gram"](StatisticSettings(examples=examples))
         path = addresses.join(folder, f"{member}.gram.benchmark-{examples}.safetensors")
         data = task.data_fingerprint("train")
         partial = measure(task, statistic, device=best_device())
-        found[member] = save(path, statistic, partial, checkpoint=checkpoint.fingerprint, data=data)
-    return found
+        result[member] = save(path, statistic, partial, checkpoint=checkpoint.fingerprint, data=data)
+    return result
 
 
 def main() -> None:

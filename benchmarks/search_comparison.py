@@ -108,9 +108,9 @@ class Here:
     def wait(self, timeout: float) -> list[Outcome]:
         """See `search.candidate.Executor`."""
         candidate = self._queue.pop()
-        found = self._known.get((candidate.recipe.identity, candidate.split))
-        if found is not None:
-            return [Outcome(candidate, Measurement(_scores(found), found.merge_seconds, found.evaluate_seconds))]
+        result = self._known.get((candidate.recipe.identity, candidate.split))
+        if result is not None:
+            return [Outcome(candidate, Measurement(_scores(result), result.merge_seconds, result.evaluate_seconds))]
         self._live = self._live or self._make()
         return [Outcome(candidate, self._live.measure(candidate.recipe, candidate.split))]
 
@@ -135,7 +135,7 @@ def _scores(row: Row) -> dict[str, Score]:
 
 def theory(opened: Opened, space: Space) -> tuple[list[Recipe], dict[str, dict[str, dict[str, Any]]]]:
     """The minimisers of the quadratic models of linear methods, shared and per member; and the models, by kind and method."""
-    found, models = [], {kind: {} for kind in CURVATURES}
+    result, models = [], {kind: {} for kind in CURVATURES}
     for method in LINEAR:
         recipe = METHODS[method].default_recipe(opened.members)
         basis = compute_basis(opened.material, method, opened.members, recipe.parameters, CPU)
@@ -145,8 +145,8 @@ def theory(opened: Opened, space: Space) -> tuple[list[Recipe], dict[str, dict[s
             for shared in (True, False) if kind == CURVATURES[0] else ():  # as a campaign with both statistics does
                 factors = minimiser(list(forms.values()), shared=shared)
                 scaling = dict(zip(basis.members, map(float, factors[0]), strict=True))
-                found.append(space.nearest(Recipe(method, scaling, recipe.parameters)))
-    return found, models
+                result.append(space.nearest(Recipe(method, scaling, recipe.parameters)))
+    return result, models
 
 
 def gradient_starts(opened: Opened, space: Space) -> tuple[list[Recipe], int]:
@@ -162,8 +162,8 @@ def starts(opened: Opened, place: Path, kind: str) -> list[Recipe]:
     path = place / f"{kind}.json"
     if not path.exists():
         space = Began(Arm("tpe"), opened.members, [])
-        found, about = theory(opened, space) if kind == "theory" else gradient_starts(opened, space)
-        path.write_text(json.dumps({"starts": [recipe.as_dict() for recipe in found], "about": about}))
+        result, about = theory(opened, space) if kind == "theory" else gradient_starts(opened, space)
+        path.write_text(json.dumps({"starts": [recipe.as_dict() for recipe in result], "about": about}))
     return [_recipe(entry) for entry in json.loads(path.read_text())["starts"]]
 
 
@@ -245,7 +245,7 @@ def report(place: Path, statistic_examples: Mapping[str, int]) -> str:
             rows = Ledger(str(path)).rows()
             if any(row.split == "test" for row in rows):
                 runs.setdefault(name, []).append(rows)
-    tried = [row for found in runs.values() for rows in found for row in rows if row.split == "validation"]
+    tried = [row for result in runs.values() for rows in result for row in rows if row.split == "validation"]
     known = max(row.objective or 0.0 for row in tried)
     count = len({row.candidate for row in tried})
     lines = [
@@ -254,19 +254,19 @@ def report(place: Path, statistic_examples: Mapping[str, int]) -> str:
         "| arm | seeds | reached | evaluations | examples | further examples | validation | test |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for name, found in runs.items():
-        reached = [_reached(rows, known - 0.005) for rows in found]
+    for name, result in runs.items():
+        reached = [_reached(rows, known - 0.005) for rows in result]
         evaluations, examples = (np.median([own[place] for own in reached]) for place in (0, 1))
         arm = ARMS[name]
         kinds = {kind for method in arm.methods for kind in (*METHODS[method].requires, METHODS[method].solution)}
         further = [f"{statistic_examples[kind]} {kind}" for kind in statistic_examples if kind in kinds]
         if arm.gradient:
             further.append(f"{json.loads((place / 'gradient.json').read_text())['about']} gradient")
-        ends = [best(rows)[0].objective or 0.0 for rows in found]
-        tests = [np.mean(list(row.scores.values())) for rows in found for row in rows if row.split == "test"]
+        ends = [best(rows)[0].objective or 0.0 for rows in result]
+        tests = [np.mean(list(row.scores.values())) for rows in result for row in rows if row.split == "test"]
         shown = [f"{value:.0f}" if np.isfinite(value) else "–" for value in (evaluations, examples)]
         lines.append(
-            f"| {name} | {len(found)} | {sum(np.isfinite(own[0]) for own in reached)} | {' | '.join(shown)} "
+            f"| {name} | {len(result)} | {sum(np.isfinite(own[0]) for own in reached)} | {' | '.join(shown)} "
             f"| {', '.join(further)} | {100 * np.median(ends):.1f} | {100 * np.median(tests):.1f} |"
         )
     tuned = place / "fine_tuned.json"
@@ -290,8 +290,8 @@ def ranks(place: Path, members: Sequence[str]) -> str:
         own = [row for row in rows.values() if row.method == method]
         factors = [np.array([[row.scaling[member] for member in members]]) for row in own]
         loss, score = ([np.mean(list(getattr(row, name).values())) for row in own] for name in ("losses", "scores"))
-        for kind, found in models.items():
-            forms = [Quadratic.from_dict(form) for form in found[method].values()]
+        for kind, result in models.items():
+            forms = [Quadratic.from_dict(form) for form in result[method].values()]
             predicted = [sum(form(point) for form in forms) for point in factors]
             with_loss, with_score = (
                 spearmanr(predicted, truth).statistic for truth in (loss, [-value for value in score])

@@ -71,8 +71,8 @@ def quickstart_pool(campaign: str, place: Path, sizes: Mapping[str, int], tokens
             frame = pd.read_parquet(file).sample(frac=1.0, random_state=0)[: sizes[split]]
             data[name][split] = _written(frame, place / "data" / name / f"{split}.parquet")
     members = {name: member.checkpoint for name, member in settings.members.items()}
-    found = Path(campaign) / "statistics"
-    return _opened("quick start", settings.base, members, data, place, tokens, ALIKE, found)
+    result = Path(campaign) / "statistics"
+    return _opened("quick start", settings.base, members, data, place, tokens, ALIKE, result)
 
 
 def unlike_pool(campaign: str, place: Path, sizes: Mapping[str, int], tokens: int, layers: int) -> Opened:
@@ -164,7 +164,7 @@ def _opened(
     place: Path,
     tokens: int,
     propagated: int,
-    found: Path | None = None,
+    result: Path | None = None,
 ) -> Opened:
     """The pool with its statistics, computed unless they are there, or among those that were found elsewhere."""
     pool = Pool.open(base, members, ())
@@ -174,7 +174,7 @@ def _opened(
     for kind in ("fisher", "gram"):
         statistic = STATISTICS[kind](STATISTICS[kind].settings_type(examples=STATISTIC_EXAMPLES[kind]))
         for member, task in tasks.items():
-            there = sorted(found.glob(f"{member}.{kind}.*.safetensors")) if found else []
+            there = sorted(result.glob(f"{member}.{kind}.*.safetensors")) if result else []
             path = str(there[-1]) if there else str(place / "statistics" / f"{member}.{kind}.safetensors")
             if not storage.exists(path):
                 checkpoint = pool.members[member].checkpoint.fingerprint

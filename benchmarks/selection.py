@@ -88,11 +88,11 @@ def measured(directory: Path, method: str, examples: int, cache: Path) -> Scores
     campaign = load_campaign(str(directory / "campaign.yaml"))
     members = {name: member.checkpoint for name, member in campaign.members.items()}
     subsets = [Y for k in range(1, len(members) + 1) for Y in combinations(sorted(members), k)]
-    found = json.loads(cache.read_text()) if cache.exists() else {}
+    result = json.loads(cache.read_text()) if cache.exists() else {}
     splits: list[Split] = ["validation", "test"]
     wanted = [(split, Y) for split in splits for Y in subsets]
     keys = {entry: f"{method} {examples} {entry[0]} {'+'.join(entry[1])}" for entry in wanted}
-    if any(key not in found for key in keys.values()):
+    if any(key not in result for key in keys.values()):
         kinds = METHODS[method].needs({}).members
         files = {
             name: tuple(
@@ -109,15 +109,15 @@ def measured(directory: Path, method: str, examples: int, cache: Path) -> Scores
         material = Material(pool, open_statistics(pool, files), {})
         live = LiveModels(material, tasks, owners, best_device(), campaign.resources.precision)
         for (split, Y), key in keys.items():
-            if key not in found:
+            if key not in result:
                 for predictions in seen.values():
                     predictions.clear()
                 live.measure(METHODS[method].default_recipe(Y, pool.model_type), split, examples, EvaluationPlan())
                 joined = {task: Predictions.join(seen[task.name]) for task in tasks}
-                found[key] = {task.name: values(task, own).round(6).tolist() for task, own in joined.items()}
-                cache.write_text(json.dumps(found))
+                result[key] = {task.name: values(task, own).round(6).tolist() for task, own in joined.items()}
+                cache.write_text(json.dumps(result))
     return {
-        split: {Y: {task: np.array(own) for task, own in found[keys[split, Y]].items()} for Y in subsets}
+        split: {Y: {task: np.array(own) for task, own in result[keys[split, Y]].items()} for Y in subsets}
         for split in ("validation", "test")
     }
 

@@ -35,12 +35,12 @@ def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
     """A document with something else at a place; `...` takes the place away."""
     if not path:
         return new
-    found: Any = dict(value) if isinstance(value, dict) else list(value)
+    result: Any = dict(value) if isinstance(value, dict) else list(value)
     if len(path) == 1 and new is ...:
-        del found[path[0]]
+        del result[path[0]]
     else:
-        found[path[0]] = replaced(found[path[0]], path[1:], new)
-    return found
+        result[path[0]] = replaced(result[path[0]], path[1:], new)
+    return result
 
 
 @st.composite

@@ -80,14 +80,14 @@ class _Handler(BaseHTTPRequestHandler):
             for name, value in self.headers.items():
                 upstream.putheader(name, value)
             upstream.endheaders(body)
-            found = upstream.getresponse()
-            data, headers = found.read(), dict(found.getheaders())
+            result = upstream.getresponse()
+            data, headers = result.read(), dict(result.getheaders())
         finally:
             upstream.close()
         if fault == "lost":
             return self._reset()
         self.server.sent += len(data) if self.command == "GET" else 0
-        return self._answer(found.status, headers, data)
+        return self._answer(result.status, headers, data)
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _serve  # noqa: N815
 

@@ -72,10 +72,10 @@ def commands():
 @pytest.mark.parametrize(("page", "line"), sorted(set(commands())))
 def test_every_command_in_the_documents_exists(page, line):
     words = line.replace("\\", "").split()
-    found = CliRunner().invoke(app, [words[0], "--help"])
-    assert found.exit_code == 0, line
+    result = CliRunner().invoke(app, [words[0], "--help"])
+    assert result.exit_code == 0, line
     for option in re.findall(r"--[a-z-]+", line):
-        assert option in found.output, f"{page}: {line}"
+        assert option in result.output, f"{page}: {line}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

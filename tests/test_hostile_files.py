@@ -284,9 +284,9 @@ def test_recipe(place: Path, content: bytes) -> None:
     path.write_bytes(content)
 
     def read() -> Recipe:
-        found = load_recipe(str(path))
+        result = load_recipe(str(path))
         try:
-            return found.recipe()
+            return result.recipe()
         except MergequestError as error:
             raise MergequestError(f"{path}: {error}") from error
 
@@ -323,8 +323,8 @@ OWN: dict[str, tuple[Any, Callable[[str, Path], object]]] = {
 
 
 def _check_pool(place: Path) -> None:
-    found = {"checkpoints": {"base": "ab"}, "data": {"t": {"validation": "ef"}}, "configurations": {"one": CONFIG}}
-    Directory(str(place)).check_pool(found)
+    result = {"checkpoints": {"base": "ab"}, "data": {"t": {"validation": "ef"}}, "configurations": {"one": CONFIG}}
+    Directory(str(place)).check_pool(result)
 
 
 @pytest.fixture(scope="module")
@@ -367,11 +367,11 @@ def test_own_files(campaign: Path, name: str, data: Any) -> None:
     path = campaign / name
     path.write_bytes(data.draw(hostile.json_files(valid)))
     try:
-        found, message = read_or_refused(
+        result, message = read_or_refused(
             lambda: read(str(path), campaign), str(campaign) if name == "done.json" else ""
         )
         assert message != ""
-        assert message is not None or repr(read(str(path), campaign)) == repr(found)  # read as it is, whoever reads it
+        assert message is not None or repr(read(str(path), campaign)) == repr(result)  # read as it is, whoever reads it
     finally:
         path.unlink()
 
@@ -396,9 +396,9 @@ def test_ledger(place: Path, campaign: Path, data: Any) -> None:
     (directory / "one.parquet").write_bytes(data.draw(hostile.changed_bytes(whole, most=2)))
 
     def read() -> None:
-        for found in Ledger(str(directory)).rows():
-            assert found.scores == {"t": 0.5}
-            assert found.members == ("one",)
+        for result in Ledger(str(directory)).rows():
+            assert result.scores == {"t": 0.5}
+            assert result.members == ("one",)
 
     refused(read, str(directory))
 

@@ -81,7 +81,7 @@ def synsets(raw: str, kind: str) -> dict[str, Synset]:
     Raises:
         StorageError: A line has another form.
     """
-    found = {}
+    result = {}
     for number, line in enumerate(raw.splitlines(), start=1):
         if line.startswith("  "):
             continue
@@ -100,8 +100,8 @@ def synsets(raw: str, kind: str) -> dict[str, Synset]:
         examples = tuple(text for text in re.findall(r'"([^"]+)"', gloss) if len(text.split()) <= MOST_WORDS)
         if definition and len(definition.split()) <= MOST_WORDS:
             key = f"{kind} {columns[0]}"
-            found[key] = Synset(key, words, tuple(to["@"]), tuple(to["~"]), definition, examples)
-    return found
+            result[key] = Synset(key, words, tuple(to["@"]), tuple(to["~"]), definition, examples)
+    return result
 
 
 def inference(nouns: Mapping[str, Synset], generator: random.Random) -> Iterator[Pair]:

@@ -262,7 +262,7 @@ def _work(opened: OpenCampaign, directory: Directory, cluster: Cluster, ledger: 
                 candidate = Candidate(made, "validation", "search")
                 with executor.planned(kept):
                     objective, retries = _objective(opened, ledger), campaign.resources.retries
-                    told = {made.identity: notes}
+                    notes_of = {made.identity: notes}
                     measure(
                         [candidate],
                         executor,
@@ -271,7 +271,7 @@ def _work(opened: OpenCampaign, directory: Directory, cluster: Cluster, ledger: 
                         _provenance(opened),
                         retries,
                         display.pulse.steering,
-                        lambda recipe: told.get(recipe.identity, {}),
+                        lambda recipe: notes_of.get(recipe.identity, {}),
                     )
                 _tell_stages(opened, directory, ledger, display, last=True)
             _test(opened, directory, executor, ledger, display, distilled[0] if distilled else None)
@@ -306,14 +306,14 @@ def _tell_stages(
     opened: OpenCampaign, directory: Directory, ledger: Ledger, display: Display, *, last: bool = False
 ) -> None:
     """Says what the stages so far, or the last of them, gained and cost."""
-    found = stages(
+    gained = stages(
         ledger.rows(),
         _objective(opened, ledger),
         KeptOutcomes(directory.validation_outcomes).read,
         display.timings,
     )
     times = objective_scale(ledger.rows(), scales_of(opened.campaign.tasks))
-    for stage in found[-1:] if last else found:
+    for stage in gained[-1:] if last else gained:
         display.say(f"  {in_a_line(stage, times)}")
 
 

@@ -201,15 +201,15 @@ def counted(frame: pd.DataFrame) -> str:
 
 def _by_claim(frame: pd.DataFrame) -> list[tuple[str, str, str, dict[int, tuple[str, str]]]]:
     """Experiment, pool, claim, and seed → what was measured and the verdict; claims that say the same in their order."""
-    found: dict[tuple[str, str, str, int], dict[int, tuple[str, str]]] = {}
+    by_claim: dict[tuple[str, str, str, int], dict[int, tuple[str, str]]] = {}
     counts: dict[tuple[str, str, str, int], int] = {}
     for row in frame[frame.kind == "claim"].itertuples():
         key = (str(row.experiment), str(row.pool), str(row.claim))
         seed = int(row.seed)  # type: ignore[arg-type]
         counts[*key, seed] = counts.get((*key, seed), 0) + 1
-        found.setdefault((*key, counts[*key, seed]), {})[seed] = (str(row.ours), str(row.verdict))
-    order = list(dict.fromkeys(key[:2] for key in found))
-    listed = sorted(found.items(), key=lambda item: order.index(item[0][:2]))
+        by_claim.setdefault((*key, counts[*key, seed]), {})[seed] = (str(row.ours), str(row.verdict))
+    order = list(dict.fromkeys(key[:2] for key in by_claim))
+    listed = sorted(by_claim.items(), key=lambda item: order.index(item[0][:2]))
     return [(name, pool, claim, own) for (name, pool, claim, _), own in listed]
 
 

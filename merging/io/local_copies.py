@@ -28,7 +28,7 @@ UNUSED = 7 * 86400.0
 _locks: list[IO[str]] = []
 
 
-def found(path: str) -> Path | None:
+def copy_of(path: str) -> Path | None:
     """The copy of a remote file as it is now; None where there is none.
 
     Raises:

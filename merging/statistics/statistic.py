@@ -114,12 +114,12 @@ class Partial:
 
     def block(self, block: Block) -> dict[str, Tensor]:
         """What this one has of some parts of the whole: views of its sums, that of the name's holder where it shares one."""
-        found = {}
+        views = {}
         for name, start, stop in block:
             value = self.sums.get(self.shared.get(name, name))
             if value is not None:
-                found[name] = value[start:stop] if value.dim() else value
-        return found
+                views[name] = value[start:stop] if value.dim() else value
+        return views
 
     def of_block(self, block: Block, sums: Mapping[str, Tensor]) -> "Partial":
         """A partial of one block of these sums, with the counts that belong to its rows."""

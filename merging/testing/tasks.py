@@ -128,9 +128,9 @@ class TaskTests:
         same(task.predict(model, "validation", places), whole.take(places))
         steps = [task.predict(model, "validation", np.arange(size)[first : first + 4]) for first in range(0, size, 4)]
         same(Predictions.join(steps), whole)
-        found, expected = task.score(Predictions.join(steps)), task.evaluate(model, "validation")
-        assert found.value == pytest.approx(expected.value, rel=1e-4, abs=1e-6)
-        assert found.metric == expected.metric == task.judged_by
+        joined, expected = task.score(Predictions.join(steps)), task.evaluate(model, "validation")
+        assert joined.value == pytest.approx(expected.value, rel=1e-4, abs=1e-6)
+        assert joined.metric == expected.metric == task.judged_by
 
     def test_a_score_is_made_of_its_predictions(self, make_task: MakeTask) -> None:
         """One finite number per example; the mean of these where the metric is one."""

@@ -411,8 +411,8 @@ def _loaded(model_class: str, path: Path) -> dict[str, torch.Tensor]:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
-        found = measure(Path(scratch), list(ARCHITECTURES), list(MERGES))
-    for (architecture, merge), cell in found.items():
+        result = measure(Path(scratch), list(ARCHITECTURES), list(MERGES))
+    for (architecture, merge), cell in result.items():
         seen = f"{cell.far} of {cell.entries} far, at most {cell.largest:.2g}; {len(cell.missing)} missing {cell.error[:200]}"
         sys.stdout.write(f"{architecture}, {merge}: {cell.mark} {seen}\n")
-    PAGE.write_text(page_with(table(found)))
+    PAGE.write_text(page_with(table(result)))

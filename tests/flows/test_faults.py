@@ -127,7 +127,7 @@ def rows_of(directory):
     return [row for file in files for row in from_table(pq.read_table(io.BytesIO(storage.read_bytes(file))))]
 
 
-def found(directory, candidates=CANDIDATES):
+def scores_of(directory, candidates=CANDIDATES):
     """(candidate, split) → score; every one there once."""
     rows = rows_of(directory)
     scores = {(row.candidate, row.split): dict(row.scores) for row in rows}
@@ -239,10 +239,10 @@ def test_nothing_is_lost_or_repeated_whatever_dies(campaign, raylets, scratch, t
     reader.join()
     assert not reader.failures
     assert reader.times > 10
-    scores = found(directory)
+    scores = scores_of(directory)
     file, calm = campaign("calm")
     Driver(file, calm, environment).finish()
-    assert scores == found(calm)
+    assert scores == scores_of(calm)
     measured = (tmp_path / "broken.txt").read_text().split("\n")[:-1]
     assert len(scores) <= len(measured) <= len(scores) + lost
     assert sum(count - 1 for count in Counter(measured).values()) <= lost
@@ -292,10 +292,10 @@ def test_twenty_drivers_killed_on_a_faulty_s3_lose_and_repeat_nothing(
     faults, requests = sum(count for fault, count in unreliable.faults.items() if fault), len(unreliable.requests)
     unreliable.reset()
     assert not reader.failures
-    scores = found(directory, 4 * DRIVERS)
+    scores = scores_of(directory, 4 * DRIVERS)
     file, calm = campaign("calm", **changes)
     Driver(file, calm, plain_environment() | {"RAY_TMPDIR": scratch}).finish()
-    assert scores == found(calm, 4 * DRIVERS)
+    assert scores == scores_of(calm, 4 * DRIVERS)
     measured = (tmp_path / "broken.txt").read_text().split("\n")[:-1]
     figures = {
         "drivers killed": DRIVERS,
@@ -326,7 +326,7 @@ def test_ctrl_c_and_sigterm_end_within_seconds_and_it_resumes(campaign, scratch)
         assert not [p for p in psutil.process_iter(["environ"]) if scratch in str(p.info["environ"])]
     driver = Driver(file, directory, environment)
     driver.finish()
-    assert found(directory)
+    assert scores_of(directory)
 
 
 def test_shards_that_a_node_takes_along_are_read_again_elsewhere(campaign, raylets, tmp_path, monkeypatch):
@@ -337,12 +337,12 @@ def test_shards_that_a_node_takes_along_are_read_again_elsewhere(campaign, rayle
     driver.until(9)
     say("lose")
     driver.finish()
-    told = driver.log.read_text()
-    assert "sharded: 3 shards on 3 nodes" in told
-    assert re.search(r"a node was lost, and shard \d with it", told)
-    assert re.search(r"shard \d found room on", told)
+    reported = driver.log.read_text()
+    assert "sharded: 3 shards on 3 nodes" in reported
+    assert re.search(r"a node was lost, and shard \d with it", reported)
+    assert re.search(r"shard \d found room on", reported)
 
-    assert len(found(directory, candidates=20)) == 20 + 4
+    assert len(scores_of(directory, candidates=20)) == 20 + 4
     monkeypatch.syspath_prepend(tmp_path)
     opened = open_campaign(load_campaign(str(file)), Display())
     live = LiveModels(opened.setup({}).material(), list(opened.tasks.values()), {"norm": "two"}, torch.device("cpu"))

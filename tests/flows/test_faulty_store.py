@@ -113,8 +113,8 @@ def test_a_ledger_loses_and_doubles_nothing(store):
                 failures += 1
                 ledger = None  # a new driver
     fail(0.0)
-    found = Ledger(f"{place}/ledger", "demo").rows()
-    assert sorted(row.candidate for row in found) == sorted(row.candidate for row in rows)
+    actual = Ledger(f"{place}/ledger", "demo").rows()
+    assert sorted(row.candidate for row in actual) == sorted(row.candidate for row in rows)
     assert failures > 2
 
 

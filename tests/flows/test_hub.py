@@ -28,10 +28,10 @@ from hub_server import serving
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    with serving() as found:
-        url = found.url + "/{repo_id}/resolve/{revision}/{filename}"
+    with serving() as result:
+        url = result.url + "/{repo_id}/resolve/{revision}/{filename}"
         constants = huggingface_hub.constants
-        monkeypatch.setattr(constants, "ENDPOINT", found.url)
+        monkeypatch.setattr(constants, "ENDPOINT", result.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -39,14 +39,14 @@ def server(monkeypatch, tmp_path):
         monkeypatch.delenv("HF_TOKEN", raising=False)
         hub._snapshot.cache_clear()
         huggingface_hub.close_session()
-        yield found
+        yield result
         hub._snapshot.cache_clear()
         huggingface_hub.close_session()
 
 
 def mergequest(*arguments):
-    found = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    return " ".join(found.output.split()), found.exit_code
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return " ".join(result.output.split()), result.exit_code
 
 
 def recipe(tmp_path, **changes):
@@ -110,10 +110,10 @@ def test_a_mergekit_configuration_of_ids_merges_as_the_recipe_does(server, pool,
 
 def test_a_directory_of_that_name_comes_first(server, pool, tiny_campaign, tmp_path):
     shutil.copytree(tiny_campaign["base"], tmp_path / "org" / "base")
-    found = load_recipe(str(recipe(tmp_path, members={"one": "hf://org/one@v1", "two": "org/base+hf://org/two@main"})))
-    assert found.base == str(tmp_path / "org/base")
-    assert found.members["one"].checkpoint == "hf://org/one@v1"
-    assert found.members["two"].checkpoint == f"{tmp_path}/org/base+hf://org/two@main"
+    result = load_recipe(str(recipe(tmp_path, members={"one": "hf://org/one@v1", "two": "org/base+hf://org/two@main"})))
+    assert result.base == str(tmp_path / "org/base")
+    assert result.members["one"].checkpoint == "hf://org/one@v1"
+    assert result.members["two"].checkpoint == f"{tmp_path}/org/base+hf://org/two@main"
     assert load_recipe(str(recipe(tmp_path, members={"x": "org/x"}))).members["x"].checkpoint == f"{tmp_path}/org/x"
     assert load_recipe(str(recipe(tmp_path, members={"x": "else/x"}))).members["x"].checkpoint == "hf://else/x"
 

@@ -29,15 +29,15 @@ def manifest(name):
     return documents(name)[0]
 
 
-def cluster_spec(found):
-    return found["spec"].get("rayClusterSpec", found["spec"])
+def cluster_spec(result):
+    return result["spec"].get("rayClusterSpec", result["spec"])
 
 
-def pods(found):
-    spec = cluster_spec(found)
+def pods(result):
+    spec = cluster_spec(result)
     groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
     return [group["template"] for group in groups] + [
-        found["spec"][key] for key in ("submitterPodTemplate",) if key in found["spec"]
+        result["spec"][key] for key in ("submitterPodTemplate",) if key in result["spec"]
     ]
 
 
@@ -56,15 +56,15 @@ def test_kuberay_takes_its_resources(kuberay, name):
     kuberay.validate(manifest(name))
 
 
-def changed(found, path, value):
+def changed(result, path, value):
     """With a value in another's place, or without it where the value is `None`."""
     *way, last = [int(step) if step.isdigit() else step for step in path.split(".")]
     for step in way:
-        found = found[step]
+        result = result[step]
     if value is None:
-        del found[last]
+        del result[last]
     else:
-        found[last] = value
+        result[last] = value
 
 
 @pytest.mark.parametrize(
@@ -91,9 +91,9 @@ def changed(found, path, value):
     ],
 )
 def test_kuberay_refuses_a_wrong_cluster(kuberay, path, value):
-    found = manifest("raycluster.yaml")
-    changed(found, path, value)
-    assert not kuberay.is_valid(found)
+    result = manifest("raycluster.yaml")
+    changed(result, path, value)
+    assert not kuberay.is_valid(result)
 
 
 @pytest.mark.parametrize(
@@ -111,9 +111,9 @@ def test_kuberay_refuses_a_wrong_cluster(kuberay, path, value):
     ],
 )
 def test_kuberay_refuses_a_wrong_job(kuberay, path, value):
-    found = manifest("rayjob.yaml")
-    changed(found, path, value)
-    assert not kuberay.is_valid(found)
+    result = manifest("rayjob.yaml")
+    changed(result, path, value)
+    assert not kuberay.is_valid(result)
 
 
 def agrees(resource):
@@ -144,13 +144,13 @@ def test_kubernetes_takes_the_network_policy():
     assert not agrees(policy)
 
 
-def autoscaling(found):
+def autoscaling(result):
     """What Ray's autoscaler makes of a resource: it has read it, and checked it by its own schema."""
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr as derive
     from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 
     return AutoscalingConfig(
-        derive({"metadata": found["metadata"], "spec": cluster_spec(found)}), skip_content_hash=True
+        derive({"metadata": result["metadata"], "spec": cluster_spec(result)}), skip_content_hash=True
     )
 
 
@@ -200,19 +200,19 @@ def test_rays_autoscaler_starts_a_node_for_every_gpu_that_is_asked_for(name, gpu
     ],
 )
 def test_rays_autoscaler_refuses_a_wrong_cluster(path, value, error):
-    found = manifest("raycluster.yaml")
-    changed(found, path, value)
+    result = manifest("raycluster.yaml")
+    changed(result, path, value)
     with pytest.raises(error):
-        autoscaling(found)
+        autoscaling(result)
 
 
 @pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
 def test_kuberay_clusters_are_closed(name):
-    found = manifest(name)
-    spec = cluster_spec(found)
+    result = manifest(name)
+    spec = cluster_spec(result)
     assert spec["authOptions"] == {"mode": "token"}
     assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
-    for pod in pods(found):
+    for pod in pods(result):
         assert pod["spec"]["securityContext"]["runAsNonRoot"]
         # with the one that the operator adds to the head's pod, or a restricted namespace refuses the head
         for container in (*pod["spec"]["containers"], spec["autoscalerOptions"]):

@@ -17,14 +17,14 @@ INFRA = Path(__file__).parents[2] / "infra"
 def exported():
     """Name in Prometheus → labels, of everything that evaluators count."""
     metrics = [value for value in vars(EvaluatorMetrics("a")).values() if isinstance(value, Metric)]
-    found = {}
+    result = {}
     for metric in metrics:
         name, labels = f"ray_{metric.info['name']}", set(metric.info["tag_keys"])
         if isinstance(metric, Histogram):
-            found |= {f"{name}_{part}": labels | {"le"} for part in ("bucket", "count", "sum")}
+            result |= {f"{name}_{part}": labels | {"le"} for part in ("bucket", "count", "sum")}
         else:
-            found[f"{name}_total" if isinstance(metric, Counter) else name] = labels
-    return found
+            result[f"{name}_total" if isinstance(metric, Counter) else name] = labels
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +38,10 @@ def expressions(board):
 
 def test_the_dashboard_asks_for_what_is_exported(board, exported):
     variables = [entry["query"]["query"] for entry in board["templating"]["list"] if entry["type"] == "query"]
-    asked = {name for text in expressions(board) + variables for name in re.findall(r"\w*mergequest_\w+", text)}
-    assert asked <= set(exported)
+    requested = {name for text in expressions(board) + variables for name in re.findall(r"\w*mergequest_\w+", text)}
+    assert requested <= set(exported)
     # nothing is exported that the dashboard does not show; of a histogram, the buckets
-    assert {name for name in exported if not name.endswith(("_count", "_sum"))} <= asked
+    assert {name for name in exported if not name.endswith(("_count", "_sum"))} <= requested
 
 
 def test_its_queries_group_by_labels_that_there_are(board, exported):

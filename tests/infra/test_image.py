@@ -18,8 +18,8 @@ def instructions():
     """Instruction and arguments, comments dropped and continued lines joined."""
     text = (ROOT / "infra" / "Dockerfile").read_text()
     lines = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
-    found = [line.strip() for line in re.sub(r"\\\n\s*", "", lines).splitlines() if line.strip()]
-    return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in found]
+    result = [line.strip() for line in re.sub(r"\\\n\s*", "", lines).splitlines() if line.strip()]
+    return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in result]
 
 
 def test_every_package_is_copied_and_passes_the_ignore_file(instructions):

@@ -17,8 +17,8 @@ def engine():
     """A container engine that has the image's base: nothing is pulled for a test."""
     for command in filter(None, (os.environ.get("ENGINE"), "docker", "podman")):
         with contextlib.suppress(OSError):
-            asked = [*command.split(), "image", "inspect", "docker.io/library/python:3.11-slim"]
-            if subprocess.run(asked, capture_output=True, timeout=60).returncode == 0:
+            requested = [*command.split(), "image", "inspect", "docker.io/library/python:3.11-slim"]
+            if subprocess.run(requested, capture_output=True, timeout=60).returncode == 0:
                 return command
     pytest.skip("no docker or podman here that has python:3.11-slim")
 

@@ -35,7 +35,7 @@ def tiny_material(tiny_pool, tiny_campaign, tmp_path_factory) -> TinyMaterial:
     pool = Pool.open(str(tiny_pool["base"]), members)
     settings = {name: TextClassificationSettings(**tiny_campaign["tasks"][name]) for name in TINY}
     tasks = [make_task(name, settings[name], members[name]) for name in TINY]
-    found: dict[str, dict[str, Any]] = {kind: {} for kind in SETTINGS}
+    result: dict[str, dict[str, Any]] = {kind: {} for kind in SETTINGS}
     for task in tasks:
         for kind in SETTINGS:
             statistic = STATISTICS[kind](SETTINGS[kind])
@@ -46,8 +46,8 @@ def tiny_material(tiny_pool, tiny_campaign, tmp_path_factory) -> TinyMaterial:
                 checkpoint=pool.members[task.name].checkpoint.fingerprint,
                 data="d",
             )
-            found[kind][task.name] = file
-    return TinyMaterial(Material(pool, found), tasks, {name: name for name in TINY})
+            result[kind][task.name] = file
+    return TinyMaterial(Material(pool, result), tasks, {name: name for name in TINY})
 
 
 @pytest.fixture(scope="session")

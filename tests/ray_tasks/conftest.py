@@ -17,11 +17,11 @@ def collect() -> Callable[..., dict[str, Any]]:
     """Waits for so many answers of a pool of evaluators: `collect(pool, 2)` gives them by ticket."""
 
     def wait(pool: Any, count: int) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        result: dict[str, Any] = {}
         deadline = time.monotonic() + 120
-        while len(found) < count and time.monotonic() < deadline:
-            found |= {done.ticket: done for done in pool.wait(5.0)}
-        return found
+        while len(result) < count and time.monotonic() < deadline:
+            result |= {done.ticket: done for done in pool.wait(5.0)}
+        return result
 
     return wait
 

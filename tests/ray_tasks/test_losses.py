@@ -176,10 +176,10 @@ def test_what_waits_for_its_turn_has_no_part_in_what_befalls_its_evaluator(make_
     pool.start()
     for ticket, deed in (("hangs", 60.0), ("dies", "die"), ("x", 1.2), ("y", 1.2)):
         pool.submit(work(ticket, deed))
-    found = {done.ticket: done for done in until(lambda: not pool.at_work and pool.there == 2, pool)}
-    assert found["hangs"].error.startswith("TimeoutError: not measured within 2 s")
-    assert found["dies"].lost
-    assert [(found[ticket].error, found[ticket].lost) for ticket in "xy"] == [
+    result = {done.ticket: done for done in until(lambda: not pool.at_work and pool.there == 2, pool)}
+    assert result["hangs"].error.startswith("TimeoutError: not measured within 2 s")
+    assert result["dies"].lost
+    assert [(result[ticket].error, result[ticket].lost) for ticket in "xy"] == [
         ("measured x", False),
         ("measured y", False),
     ]

@@ -33,31 +33,31 @@ def devices(report):
 
 
 def main():
-    found = {}
+    result = {}
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 2, "include_dashboard": False})
     nodes.add_node(num_cpus=4, num_gpus=1)
     os.environ["RAY_ADDRESS"] = nodes.address
     with connect() as cluster:
-        found["default"] = gpus_each(None), gpus_each(0.5), gpus_each(0.0)
-        found["first order"] = [*dict(each(devices, dict.fromkeys("abc", ()))).values()]
-        found["sharing"] = [gpus for _, gpus in dict(each(devices, {"a": ()}, gpus=0.0)).values()]
+        result["default"] = gpus_each(None), gpus_each(0.5), gpus_each(0.0)
+        result["first order"] = [*dict(each(devices, dict.fromkeys("abc", ()))).values()]
+        result["sharing"] = [gpus for _, gpus in dict(each(devices, {"a": ()}, gpus=0.0)).values()]
         count = evaluators_for(cluster, None, 1, 0.4, 1)
         pool = EvaluatorPool(EvaluatorGroup(None, count, gpus=0.4, kind=Idle))
-        found["evaluators"] = count, pool.start(timeout=60.0, grace=30.0)
+        result["evaluators"] = count, pool.start(timeout=60.0, grace=30.0)
         pool.close()
         said = []
         group = EvaluatorGroup(None, 2, gpus=1.0, kind=Idle, say=said.append)
         (sick,) = (node["NodeID"] for node in ray.nodes() if node["Resources"].get("GPU") == 1)
         group.blame(sick, "CUDA error: x")
-        found["after one"] = list(said)
+        result["after one"] = list(said)
         group.blame(sick, "CUDA error: y")
-        found["after two"] = said
+        result["after two"] = said
         pool = EvaluatorPool(group)
         pool.start(timeout=60.0)
-        found["on the sick node"] = sum(node == sick for node in group._nodes.values()), pool.there
+        result["on the sick node"] = sum(node == sick for node in group._nodes.values()), pool.there
         pool.close()
     nodes.shutdown()
-    print(json.dumps(found))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -102,21 +102,21 @@ def test_improvements_of_any_objective_count_and_broken_constraints_do_not():
 
 
 def test_patience_counts_proposals_and_asks_once_what_an_improvement_is():
-    asked = []
+    requested = []
 
     def least():
-        asked.append(None)
+        requested.append(None)
         return 0.1
 
     tally = Tally(Budget(99, patience=2, min_delta=least), [], 99)
     for value in (0.5, 0.2, 0.55, 0.3):
         tally.add(replace(row(value), origin="anchor"))
         assert tally.spent() is None
-    assert not asked
+    assert not requested
     for value, ending in ((0.6, None), (0.67, None), (0.7, None), (0.76, "plateau")):
         tally.add(row(value))
         assert tally.spent() == ending
-    assert len(asked) == 1
+    assert len(requested) == 1
 
 
 def test_the_time_of_earlier_runs_counts_without_the_pauses(clock):

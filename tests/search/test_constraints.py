@@ -10,8 +10,8 @@ REFERENCES = {"amazon": 0.9, "nyt": 0.8}
 
 def test_a_drop_is_measured_from_the_tasks_own_member_and_a_floor_from_zero():
     bounds = [Constraint(task="amazon", drop=0.05), Constraint(task="nyt", floor=0.7)]
-    found = violations({"amazon": 0.8, "nyt": 0.75}, REFERENCES, bounds)
-    assert found == pytest.approx({"amazon.drop": 0.05, "nyt.floor": -0.05})
+    result = violations({"amazon": 0.8, "nyt": 0.75}, REFERENCES, bounds)
+    assert result == pytest.approx({"amazon.drop": 0.05, "nyt.floor": -0.05})
 
 
 def test_a_score_on_the_bound_holds():

@@ -40,12 +40,12 @@ def answer(value=0.5, error=0.1, examples=9, **fields):
     ],
 )
 @pytest.mark.parametrize("objective", [make_objective("mean", ["one"]), None])
-def test_an_answer_that_no_row_holds_is_a_failed_candidate(tmp_path, measurement, raised, told, objective):
+def test_an_answer_that_no_row_holds_is_a_failed_candidate(tmp_path, measurement, raised, reported, objective):
     row = to_row(Outcome(CANDIDATE, measurement, raised), objective, Provenance("demo"))
     Ledger(str(tmp_path), "demo").append(row)
-    (found,) = Ledger(str(tmp_path), "demo").rows()
-    assert (found.status, told in (found.error or "")) == ("failed", True), found.error
-    assert len(found.error) <= 2000
+    (result,) = Ledger(str(tmp_path), "demo").rows()
+    assert (result.status, reported in (result.error or "")) == ("failed", True), result.error
+    assert len(result.error) <= 2000
 
 
 class Loses:

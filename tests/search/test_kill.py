@@ -23,7 +23,7 @@ def rows_of(directory):
 def test_a_search_that_is_killed_again_and_again_leaves_the_rows_of_an_unbroken_one(tmp_path):
     script = Path(__file__).with_name("kill_and_resume.py")
     arguments = [tmp_path, CANDIDATES, KILLS, 1, "tpe"]
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, script, *map(str, arguments)],
         cwd=ROOT,
         env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
@@ -32,8 +32,8 @@ def test_a_search_that_is_killed_again_and_again_leaves_the_rows_of_an_unbroken_
         timeout=600,
         check=False,
     )
-    assert found.returncode == 0, found.stderr
-    hits = int(found.stdout.split()[-1])  # how many drivers died before they were done
+    assert result.returncode == 0, result.stderr
+    hits = int(result.stdout.split()[-1])  # how many drivers died before they were done
     assert hits >= KILLS // 2
     unbroken, _ = rows_of(tmp_path / "unbroken")
     broken, rows = rows_of(tmp_path / "broken")

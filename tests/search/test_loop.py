@@ -238,10 +238,10 @@ def test_known_recipes_are_not_measured_again_until_the_space_is_exhausted(campa
     rows = campaign.rows()
     assert len(rows) == len({row.candidate for row in rows}) == 1 + 9  # the plain average is outside
     assert len(campaign.executor.submitted) == 10
-    asked = len(campaign.study.trials)
-    assert asked > 40
+    requested = len(campaign.study.trials)
+    assert requested > 40
     assert campaign.run(candidates=50, duplicates=40) == "exhausted"
-    assert len(campaign.study.trials) == asked
+    assert len(campaign.study.trials) == requested
 
 
 @pytest.mark.parametrize("sampler", ["grid", "brute_force"])
@@ -339,8 +339,8 @@ def test_several_objectives(campaign, sampler):
     rows = campaign.rows()
     assert all(row.objectives == {"worst": min(row.scores.values()), "x": row.scores["x"]} for row in rows)
     assert all(row.objective == row.objectives["worst"] for row in rows)
-    told = [(trial.user_attrs["candidate"], tuple(trial.values)) for trial in campaign.study.trials]
-    assert told == [(row.candidate, tuple(row.objectives.values())) for row in rows]
+    reported = [(trial.user_attrs["candidate"], tuple(trial.values)) for trial in campaign.study.trials]
+    assert reported == [(row.candidate, tuple(row.objectives.values())) for row in rows]
     front = {trial.user_attrs["candidate"] for trial in campaign.study.best_trials}
     assert front == {row.candidate for row in pareto(rows)}
     assert campaign.run(candidates=25, sampler=sampler) == "candidates"
@@ -414,13 +414,13 @@ def test_a_bounded_history_is_all_that_the_sampler_sees(campaign):
 def test_what_a_sampler_needs_of_the_history_does_for_all_of_it(campaign, tmp_path, sampler, arguments):
     if sampler == "cmaes":
         campaign.space = Space({"task_arithmetic": MethodSpace()}, "ab", None, "per_member")
-    found, seen = [], []
+    result, seen = [], []
     for history in (None, memories(sampler, arguments)):
         campaign.run(candidates=40, sampler=sampler, arguments=arguments, history=history)
-        found.append([row.candidate for row in campaign.rows()])
+        result.append([row.candidate for row in campaign.rows()])
         seen = history
         shutil.rmtree(tmp_path / "ledger")
-    assert found[0] == found[1]
+    assert result[0] == result[1]
     assert 2 <= len(seen[0].trials()) <= 20
 
 

@@ -130,8 +130,8 @@ def test_own_scores_are_those_of_the_tasks_member():
     tasks_of = {"a": "x", "a2": "x", "b": "y"}
     assert own_scores(rows, tasks_of, "validation") == {"x": 0.95, "y": 0.8}
     errors = [replace(row, expected_errors={task: 1 - score / 2 for task, score in row.scores.items()}) for row in rows]
-    found = own_scores(errors, tasks_of, "validation", expected=True)
-    assert found == {"x": pytest.approx(0.475), "y": pytest.approx(0.4)}
+    result = own_scores(errors, tasks_of, "validation", expected=True)
+    assert result == {"x": pytest.approx(0.475), "y": pytest.approx(0.4)}
 
 
 def test_the_best_are_complete_validated_candidates_and_the_earliest_of_equals():

@@ -89,7 +89,7 @@ class SafetensorsFile:
     @cached_property
     def _here(self) -> Path | None:
         """The file itself, or this machine's copy of a remote one, if there was one when it was last looked for."""
-        return addresses.local_path(self.path) if addresses.is_local(self.path) else local_copies.found(self.path)
+        return addresses.local_path(self.path) if addresses.is_local(self.path) else local_copies.copy_of(self.path)
 
     def copy_here(self) -> None:
         """Makes this machine's copy of a remote file, for all its processes, if there is room; then `read` maps it."""
@@ -97,7 +97,7 @@ class SafetensorsFile:
 
     def find_copy(self) -> None:
         """Looks once more for a copy of a remote file, which another process may have made meanwhile."""
-        self._use(local_copies.found)
+        self._use(local_copies.copy_of)
 
     def _use(self, copy_of: Callable[[str], Path | None]) -> None:
         if self._here is None and (copy := copy_of(self.path)) is not None:

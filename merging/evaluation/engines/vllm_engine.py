@@ -235,8 +235,8 @@ def _bear_wrappers() -> None:
         return
 
     def dictionary(value: Any) -> Any:
-        found = vars(value)
-        return found if isinstance(found, Mapping) else {}
+        fields = vars(value)
+        return fields if isinstance(fields, Mapping) else {}
 
     dispatcher.vars = dictionary
 

@@ -38,20 +38,20 @@ def test_baselines_are_rows_that_never_win(tiny_campaign, tmp_path):
     run(campaign, Display())
     directory = Directory(str(tmp_path / "out"))
     rows = Ledger(directory.ledger, campaign.name).rows()
-    found = {(row.method, row.split): row for row in rows if row.method in campaign.baselines}
+    result = {(row.method, row.split): row for row in rows if row.method in campaign.baselines}
     splits = {(name, split) for name in ("ensemble", "all_data") for split in ("validation", "test")}
-    assert set(found) == splits | {("fine_tuned", "test")}
-    assert all(row.status == "complete" and row.origin == "reference" for row in found.values())
+    assert set(result) == splits | {("fine_tuned", "test")}
+    assert all(row.status == "complete" and row.origin == "reference" for row in result.values())
     assert best(rows)[0].method in ("average", "task_arithmetic")
     winner = best(rows)[0]
-    assert found["fine_tuned", "test"].parameters["start"] == winner.candidate
+    assert result["fine_tuned", "test"].parameters["start"] == winner.candidate
     scales = scales_of(campaign.tasks)
     lines = {line.label: line for line in results_table(rows, list(campaign.tasks), scales)}
     assert lines["trained on all data"].mean is not None
     assert lines["winner trained on the validation labels"].validation is None
-    kept = KeptOutcomes(directory.outcomes).read(found["ensemble", "test"].candidate)
+    kept = KeptOutcomes(directory.outcomes).read(result["ensemble", "test"].candidate)
     assert {task: float(values.mean()) for task, values in kept.items()} == pytest.approx(
-        found["ensemble", "test"].scores, rel=1e-6
+        result["ensemble", "test"].scores, rel=1e-6
     )
     assert all(
         row.objective == pytest.approx(sum(row.scores[t] for t in ("one", "two", "three")) / 3) for row in best(rows, 9)
@@ -59,7 +59,7 @@ def test_baselines_are_rows_that_never_win(tiny_campaign, tmp_path):
     assert all("far" in row.scores for row in rows if row.method != "all_data")  # it has a head each: none is far's
     for task in ("two", "three"):  # of the same classes, so one model
         own = make_task(task, campaign.tasks[task], str(tmp_path / "out" / "baselines" / "all_data" / "three"))
-        assert own.evaluate(own.load_model(), "test").value == found["all_data", "test"].scores[task]
+        assert own.evaluate(own.load_model(), "test").value == result["all_data", "test"].scores[task]
     text = run(campaign, Display())  # nothing is measured again
     assert "ensemble of all members" in text
     assert "unseen mean" in as_markdown(results_table(rows, list(campaign.tasks), scales))

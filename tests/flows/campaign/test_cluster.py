@@ -18,9 +18,9 @@ def load(campaign_file, **environment):
 def test_secrets_are_looked_up_and_kept_apart(campaign_file, monkeypatch):
     monkeypatch.setenv("MY_SECRET", "hidden")
     campaign = load(campaign_file, env={"PLAIN": "1", "KEY": "a-${MY_SECRET}"}, pip=["wheel"])
-    found = worker_environment(campaign)
-    assert (found.env, found.secrets, found.pip) == ({"PLAIN": "1"}, {"KEY": "a-hidden"}, ("wheel",))
-    assert "hidden" not in campaign.model_dump_json() + repr(found)
+    result = worker_environment(campaign)
+    assert (result.env, result.secrets, result.pip) == ({"PLAIN": "1"}, {"KEY": "a-hidden"}, ("wheel",))
+    assert "hidden" not in campaign.model_dump_json() + repr(result)
     assert campaign.identity() == load(campaign_file).identity()
     monkeypatch.delenv("MY_SECRET")
     with pytest.raises(SettingsError, match=r"environment.env.KEY: the environment variable MY_SECRET is not set"):

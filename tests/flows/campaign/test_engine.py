@@ -32,7 +32,7 @@ def campaign(tmp_path_factory):
     }
 
     def make(name, **settings):
-        found = {
+        result = {
             "name": name,
             "directory": str(root / name),
             "base": paths["base"],
@@ -51,7 +51,7 @@ def campaign(tmp_path_factory):
             **settings,
         }
         file = root / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(found))
+        file.write_text(yaml.safe_dump(result))
         return load_campaign(str(file))
 
     return make
@@ -68,10 +68,10 @@ def test_a_campaign_gives_the_same_scores_in_either_engine_resident_and_sharded(
     expected = scores(campaign("transformers"))
     two = {"evaluators": 2, "regime": "resident"}
     for name, resources in (("resident", two), ("sharded", {"evaluators": 1, "regime": "sharded", "shards": 2})):
-        found = scores(campaign(name, engine=ENGINE, resources=resources))
-        assert found.keys() == expected.keys()
+        result = scores(campaign(name, engine=ENGINE, resources=resources))
+        assert result.keys() == expected.keys()
         for key, score in expected.items():
-            assert found[key] == pytest.approx(score, rel=1e-4, abs=1e-4), (name, key)
+            assert result[key] == pytest.approx(score, rel=1e-4, abs=1e-4), (name, key)
 
 
 def test_a_killed_engine_is_a_lost_evaluator_and_the_candidate_is_measured_elsewhere(campaign):

@@ -49,7 +49,7 @@ def test_the_winner_by_anchor_examples_is_confirmed_on_everything(campaign_file)
         (directory / name).unlink()
     run_in(campaign_file, anchor_examples=10, confirm=2)
     again = Anchors.read(str(directory / "anchors.safetensors"))
-    assert all((again.tasks[task].positions == found.positions).all() for task, found in first.tasks.items())
+    assert all((again.tasks[task].positions == result.positions).all() for task, result in first.tasks.items())
     assert len(pd.read_parquet(directory / "ledger")) == len(pd.read_parquet(directory.parent / "before"))
 
 

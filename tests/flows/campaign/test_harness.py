@@ -72,6 +72,6 @@ def test_the_winner_s_score_is_the_harness_s_own(judged, tmp_path):
         bootstrap_iters=0,
     )["results"]
     assert winner
-    scores = [dict(found) for found in tested.scores]
+    scores = [dict(result) for result in tested.scores]
     wanted = {"quiz": results["my_quiz"]["acc,none"], "prose": -results["my_prose"]["word_perplexity,none"]}
-    assert any(found == pytest.approx(wanted, rel=1e-5) for found in scores), (scores, wanted)
+    assert any(result == pytest.approx(wanted, rel=1e-5) for result in scores), (scores, wanted)

@@ -60,7 +60,7 @@ def test_the_paper_s_kernel_is_named_as_a_whole_and_setting_by_setting(campaign_
 def test_the_paper_s_similarity_is_the_mean_cosine_over_validation_examples(campaign_file, tmp_path):
     campaign = load_campaign(str(campaign_file(selection={"kernel": "paper", "quality": "gain"})))
     opened = open_campaign(campaign, Display())
-    found = member_similarity(opened, str(tmp_path / "cache"), Display())
+    result = member_similarity(opened, str(tmp_path / "cache"), Display())
     statistic = STATISTICS["representation"](campaign.statistics.representation)
     rows = {member: [] for member in opened.pool.members}
     for task in opened.tasks.values():
@@ -69,7 +69,7 @@ def test_the_paper_s_similarity_is_the_mean_cosine_over_validation_examples(camp
             own.append(statistic.finalize(partial)["representation"].double())
     unit = [torch.nn.functional.normalize(torch.cat(own), dim=1) for own in rows.values()]
     expected = torch.tensor([[float((a * b).sum(1).mean()) for b in unit] for a in unit])
-    torch.testing.assert_close(torch.tensor(found), expected.double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(result), expected.double(), rtol=0, atol=1e-6)
 
 
 def test_a_portfolio_is_told_as_a_table_and_as_json(make):
@@ -78,10 +78,10 @@ def test_a_portfolio_is_told_as_a_table_and_as_json(make):
     assert len(lines) == 5
     assert all(row.candidate in line for row, line in zip(rows, lines[1:], strict=True))
     assert lines[0].split()[:4] == ["candidate", "method", "objective", "amazon"]
-    found = json.loads(as_json(rows))
-    assert [entry["candidate"] for entry in found] == [row.candidate for row in rows]
-    assert found[0]["similarity"] == 0.0
-    assert found[1]["recipe"] == rows[1].recipe.as_dict()
+    result = json.loads(as_json(rows))
+    assert [entry["candidate"] for entry in result] == [row.candidate for row in rows]
+    assert result[0]["similarity"] == 0.0
+    assert result[1]["recipe"] == rows[1].recipe.as_dict()
 
 
 @pytest.mark.slow
@@ -114,7 +114,7 @@ def test_a_campaign_that_finds_its_subsets_by_measuring_and_draws_among_them(cam
     assert drawn
     assert drawn <= {tuple(subset) for subset in selection["subsets"]}
     assert sum(row.origin in ("anchor", "search") for row in rows) == 10
-    told = CliRunner().invoke(app, ["portfolio", str(directory), "-k", "2", "--json"])
-    assert told.exit_code == 0, told.output
-    assert 1 <= len(json.loads(told.output)) <= 2
+    reported = CliRunner().invoke(app, ["portfolio", str(directory), "-k", "2", "--json"])
+    assert reported.exit_code == 0, reported.output
+    assert 1 <= len(json.loads(reported.output)) <= 2
     assert yaml.safe_load((directory / "campaign.yaml").read_text())["selection"]["sizes"] == [1, 2]

@@ -32,5 +32,5 @@ def test_a_report_names_every_kind_of_task_and_its_metric(tmp_path):
             }
         )
     )
-    found = facts(Directory(str(tmp_path)), load_campaign(str(file)))
-    assert found["tasks"] == {name: words for name, (_, words) in TASKS.items()}
+    result = facts(Directory(str(tmp_path)), load_campaign(str(file)))
+    assert result["tasks"] == {name: words for name, (_, words) in TASKS.items()}

@@ -49,11 +49,11 @@ FAILED = row(1, status="failed", error="TaskError: no", objective=None, objectiv
 def directory(tmp_path, monkeypatch):
     monkeypatch.setattr(tracking, "LOOK", 0.05)
     monkeypatch.setattr(tracking, "AGAIN", 0.1)
-    found = Directory(str(tmp_path / "out"))
-    Path(found.best).mkdir(parents=True)
-    Path(found.report).write_text("<html>the report</html>")
-    (Path(found.best) / "recipe.yaml").write_text("method: ties\n")
-    return found
+    result = Directory(str(tmp_path / "out"))
+    Path(result.best).mkdir(parents=True)
+    Path(result.report).write_text("<html>the report</html>")
+    (Path(result.best) / "recipe.yaml").write_text("method: ties\n")
+    return result
 
 
 def run(directory, settings, steps, ending=None):
@@ -84,9 +84,9 @@ def test_mlflow_has_a_run_of_every_row_as_it_comes(directory, tmp_path):
     Path(directory / ".mlflow-tracking.json").write_text(json.dumps({"run": parent.info.run_id, "sent": 1}))  # killed
     assert run(directory, settings, [[*first, row(2)], [row(3)]]) == []
     parents = client.search_runs([experiment], "tags.`mergequest.campaign` = 'tiny'")
-    assert [found.info.run_id for found in parents] == [parent.info.run_id]
+    assert [result.info.run_id for result in parents] == [parent.info.run_id]
     assert parents[0].info.status == "FINISHED"
-    assert {found.path for found in client.list_artifacts(parent.info.run_id)} == {"report.html", "recipe.yaml"}
+    assert {result.path for result in client.list_artifacts(parent.info.run_id)} == {"report.html", "recipe.yaml"}
     children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
     by_candidate = {child.data.params["candidate"]: child for child in children}
     assert sorted(child.data.params["candidate"] for child in children) == ["c0", "c1", "c2", "c3"]
@@ -166,7 +166,7 @@ def test_a_tracker_that_is_down_costs_a_note(directory, server):
 
 def test_a_tracker_that_comes_back_has_all(directory, tmp_path, monkeypatch):
     class Flaky:
-        told, calls = [], 0
+        reported, calls = [], 0
 
         def __init__(self, directory):
             pass
@@ -217,7 +217,7 @@ def test_an_interrupted_campaign_does_not_wait_for_a_tracker_that_does_not_answe
     stuck = threading.Event()
 
     class Stuck(Tracker):
-        told: ClassVar[list] = []
+        reported: ClassVar[list] = []
 
         def hold(self, number):
             stuck.wait()
@@ -236,7 +236,7 @@ def test_what_a_slow_tracker_was_not_told_at_an_interruption_it_is_told_by_the_n
     moment = 0.0
 
     class Slow(Tracker):
-        told: ClassVar[list] = []
+        reported: ClassVar[list] = []
 
         def hold(self, number):
             nonlocal moment

@@ -38,8 +38,8 @@ COMMAND = [sys.executable, "-m", "mergequest"]
 
 def mergequest(*arguments, **options):
     """Runs a command in this process; returns what it printed and its exit code."""
-    found = CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
-    return found.output, found.exit_code
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
+    return result.output, result.exit_code
 
 
 def test_help_answers_without_the_heavy_packages():
@@ -90,10 +90,10 @@ def test_settings_of_the_command_line_stand_in_the_file_s_place(campaign_file):
         "members.v1.5.examples=12",
         "distil={steps: 3}",
     ]
-    found = load_campaign(str(file), [*assignments, "search.seconds=null", "base=other", "search.candidates=9"])
-    assert (found.search.candidates, found.search.objectives, found.distil.steps) == (9, ("mean", "worst"), 3)
-    assert (found.members["v1.5"].examples, found.search.seconds) == (12, None)
-    assert found.base == str(file.parent / "other")
+    result = load_campaign(str(file), [*assignments, "search.seconds=null", "base=other", "search.candidates=9"])
+    assert (result.search.candidates, result.search.objectives, result.distil.steps) == (9, ("mean", "worst"), 3)
+    assert (result.members["v1.5"].examples, result.search.seconds) == (12, None)
+    assert result.base == str(file.parent / "other")
     methods = load_campaign(
         str(file), ["search.methods=[ties, linear]", "search.methods.ties.scaling=0.5"]
     ).search.methods
@@ -156,9 +156,9 @@ def test_bad_input_is_one_message_and_exit_code_2(tmp_path):
     assert done.returncode == 2
     assert "membres: unknown key. Did you mean 'members'?" in done.stderr
     assert "Traceback" not in done.stderr
-    asked = subprocess.run([*COMMAND, "--traceback", "run", str(file)], capture_output=True, text=True, check=False)
-    assert asked.returncode != 0
-    assert "Traceback" in asked.stderr
+    requested = subprocess.run([*COMMAND, "--traceback", "run", str(file)], capture_output=True, text=True, check=False)
+    assert requested.returncode != 0
+    assert "Traceback" in requested.stderr
 
 
 def test_methods_lists_what_there_is():
@@ -215,12 +215,12 @@ def test_statistics_of_others_are_imported(tiny_pool, tmp_path):
     inputs = torch.randn(50, weight.shape[1])
     source, out = tmp_path / "grams.safetensors", tmp_path / "one.gram.safetensors"
     save_file({"encoder.layer.0.output.dense": inputs.T @ inputs}, source)
-    told = ("--checkpoint", tiny_pool["one"], "--tokens", 50, "--sums", "--out", out)
-    output, status = mergequest("statistics", "import", source, "--kind", "gram", *told)
+    reported = ("--checkpoint", tiny_pool["one"], "--tokens", 50, "--sums", "--out", out)
+    output, status = mergequest("statistics", "import", source, "--kind", "gram", *reported)
     assert (status, output.splitlines()[-1]) == (0, str(out))
-    found = StatisticsFile.open(str(out)).read("bert.encoder.layer.0.output.dense.weight")
-    torch.testing.assert_close(found, inputs.T @ inputs / 50)
-    output, status = mergequest("statistics", "import", source, "--kind", "gramm", *told)
+    result = StatisticsFile.open(str(out)).read("bert.encoder.layer.0.output.dense.weight")
+    torch.testing.assert_close(result, inputs.T @ inputs / 50)
+    output, status = mergequest("statistics", "import", source, "--kind", "gramm", *reported)
     assert (status, "Did you mean 'gram'?" in output) == (2, True)
 
 
@@ -470,8 +470,8 @@ def test_a_running_campaign_is_told_to_measure_a_recipe_and_to_stop(campaign_fil
     assert mergequest("stop", out, "--wait")[1] == 0
     output, _ = process.communicate(timeout=60)
     assert (process.returncode, "stopped as asked" in output) == (0, True), output
-    found = json.loads(mergequest("status", out, "--json")[0])
-    assert (found["state"], found["ended"]) == ("unfinished", "stopped")
+    result = json.loads(mergequest("status", out, "--json")[0])
+    assert (result["state"], result["ended"]) == ("unfinished", "stopped")
     rows = len(rows_of(out / "ledger"))
     again = start("resume", str(out), "--set", f"search.candidates={rows + 3}")
     output, _ = again.communicate(timeout=400)

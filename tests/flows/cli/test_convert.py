@@ -40,9 +40,9 @@ def convert(path, out, **options):
 def test_a_head_and_every_other_file_stay(pickled, tmp_path):
     path, model = pickled
     convert(path, tmp_path / "out")
-    found = load_file(tmp_path / "out" / "model.safetensors")
-    assert found.keys() == model.state_dict().keys()
-    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+    result = load_file(tmp_path / "out" / "model.safetensors")
+    assert result.keys() == model.state_dict().keys()
+    assert all(torch.equal(result[name], value) for name, value in model.state_dict().items())
     ids = torch.arange(8)[None]
     with torch.no_grad():
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
@@ -66,10 +66,10 @@ def test_shards_tied_and_transposed_tensors(pickled, tmp_path):
     weight_map = {name: file for file, part in parts.items() for name in part}
     (path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     convert(path, tmp_path / "out", max_shard_bytes=2000)
-    found = Checkpoint.open(str(tmp_path / "out"))
+    result = Checkpoint.open(str(tmp_path / "out"))
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
-    assert found.tensors.keys() == state.keys()
-    assert all(torch.equal(found.read(name), value) for name, value in state.items())
+    assert result.tensors.keys() == state.keys()
+    assert all(torch.equal(result.read(name), value) for name, value in state.items())
     (path / "pytorch_model-00002-of-00002.bin").unlink()
     with pytest.raises(CheckpointError, match="pytorch_model-00002-of-00002.bin"):
         convert(path, tmp_path / "again")

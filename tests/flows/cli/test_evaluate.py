@@ -50,9 +50,9 @@ def test_recipes_checkpoints_members_and_the_base(campaign_file, recipe_file, tm
     tasks = [make_task(name, settings, members[name]) for name, settings in campaign.tasks.items()]
     live = LiveModels(Material(Pool.open(campaign.base, members)), tasks, campaign.owners(), best_device())
     merged = Recipe("task_arithmetic", SCALING)
-    for found, recipe in zip(printed, (base_recipe(), member_recipe("two"), merged, merged), strict=True):
+    for result, recipe in zip(printed, (base_recipe(), member_recipe("two"), merged, merged), strict=True):
         scores = live.measure(recipe, "test").scores
-        assert found == [pytest.approx(scores[name].value, abs=1e-4) for name in campaign.tasks]
+        assert result == [pytest.approx(scores[name].value, abs=1e-4) for name in campaign.tasks]
 
 
 def test_unknown_words_and_splits_are_named(campaign_file):

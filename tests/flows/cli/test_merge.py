@@ -165,9 +165,9 @@ def test_a_recipe_with_a_secret_is_refused_without_repeating_it(write_recipe, tm
     settings = yaml.safe_load(Path(write_recipe()).read_text())
     settings["members"]["one"]["checkpoint"] = "zip://x::https://user:hunter2@host/x.zip"
     (tmp_path / "secret.yaml").write_text(yaml.safe_dump(settings))
-    with pytest.raises(SettingsError, match="members.one.checkpoint: the address holds a password") as told:
+    with pytest.raises(SettingsError, match="members.one.checkpoint: the address holds a password") as reported:
         merge_recipe(str(tmp_path / "secret.yaml"), str(tmp_path / "out"), None, 1.0, Display())
-    assert "hunter2" not in str(told.value) + "".join(capsys.readouterr())
+    assert "hunter2" not in str(reported.value) + "".join(capsys.readouterr())
 
 
 def test_a_merge_in_another_dtype_is_loaded_in_it(write_recipe, tmp_path):
@@ -239,8 +239,8 @@ def test_a_t5_s_regmean_has_the_rho_of_its_paper(parameters, rho, tmp_path):
         gram = StatisticsFile.open(settings["statistics"][0]).read(name).double()
         softened[m] = rho * gram + (1 - rho) * gram.diagonal().diag()
     expected = torch.linalg.solve(sum(softened.values()), sum(softened[m] @ weights[m].T for m in members)).T
-    found = Checkpoint.open(str(tmp_path / "out")).read(name)
-    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
+    result = Checkpoint.open(str(tmp_path / "out")).read(name)
+    torch.testing.assert_close(result, expected.float(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_file_of_slices_is_a_model_of_as_many_layers_and_repeats_itself(tiny_pool, tmp_path, capsys):

@@ -17,8 +17,8 @@ runner = CliRunner()
 
 
 def call(*words):
-    found = runner.invoke(app, [str(word) for word in words])
-    return found.exit_code, " ".join(found.output.split())
+    result = runner.invoke(app, [str(word) for word in words])
+    return result.exit_code, " ".join(result.output.split())
 
 
 @pytest.fixture
@@ -51,10 +51,10 @@ def expected(tiny_pool, name):
 
 
 def test_a_configuration_is_shown_as_a_recipe_and_merged(configuration, tiny_pool, tmp_path):
-    code, told = call("merge", configuration(), "--out", tmp_path / "out")
-    assert code == 0, told
-    assert "is mergekit's. As a recipe:" in told
-    assert "layers:1: 1.0" in told
+    code, reported = call("merge", configuration(), "--out", tmp_path / "out")
+    assert code == 0, reported
+    assert "is mergekit's. As a recipe:" in reported
+    assert "layers:1: 1.0" in reported
     merged = Checkpoint.open(str(tmp_path / "out"))
     for name in merged.tensors:
         if merged.tensors[name].dtype.is_floating_point:
@@ -63,8 +63,8 @@ def test_a_configuration_is_shown_as_a_recipe_and_merged(configuration, tiny_poo
 
 def test_the_recipe_that_is_written_merges_to_the_same(configuration, tmp_path):
     path = configuration(dtype="bfloat16")
-    code, told = call("convert", path, "--out", tmp_path / "below" / "recipe.yaml")
-    assert code == 0, told
+    code, reported = call("convert", path, "--out", tmp_path / "below" / "recipe.yaml")
+    assert code == 0, reported
     recipe = load_recipe(str(tmp_path / "below" / "recipe.yaml"))
     assert recipe.base == load_recipe(str(path)).base
     assert not Path(yaml.safe_load((tmp_path / "below" / "recipe.yaml").read_text())["base"]).is_absolute()
@@ -79,24 +79,24 @@ def test_the_recipe_that_is_written_merges_to_the_same(configuration, tmp_path):
 
 
 def test_a_recipe_is_shown_where_no_file_is_named(configuration):
-    code, told = call("convert", configuration())
+    code, reported = call("convert", configuration())
     assert code == 0
-    assert "method: task_arithmetic" in told
+    assert "method: task_arithmetic" in reported
 
 
 def test_models_of_the_hub_are_to_be_downloaded_and_nothing_is_replaced(configuration, tmp_path):
-    code, told = call("merge", configuration(base_model="org/llama"), "--out", tmp_path / "out")
+    code, reported = call("merge", configuration(base_model="org/llama"), "--out", tmp_path / "out")
     assert code == 2
-    assert "HF_HUB_OFFLINE is set" in " ".join(told.split())
+    assert "HF_HUB_OFFLINE is set" in " ".join(reported.split())
     path = configuration()
     assert call("convert", path, "--out", path)[0] == 2
     assert "merge_method" in path.read_text()
     assert call("convert", tmp_path / "nowhere.yaml")[0] == 2
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("method: linear\n")
-    code, told = call("convert", recipe)
+    code, reported = call("convert", recipe)
     assert code == 2
-    assert "no mergekit configuration" in told
+    assert "no mergekit configuration" in reported
 
 
 def test_files_of_weights_have_a_size_in_parameters_or_bytes(configuration, tmp_path):
@@ -107,9 +107,9 @@ def test_files_of_weights_have_a_size_in_parameters_or_bytes(configuration, tmp_
     assert files[0] == files[1]
     assert len(files[0]) > 5
     for bad in ("0", "5X", "-1B", "1.5B"):
-        code, told = call("merge", path, "--out", tmp_path / "c", f"--out-shard-size={bad}")
-        assert code == 2, told
-        assert "is no size" in told
+        code, reported = call("merge", path, "--out", tmp_path / "c", f"--out-shard-size={bad}")
+        assert code == 2, reported
+        assert "is no size" in reported
 
 
 def test_a_merge_without_a_tokenizer(configuration, tmp_path):
@@ -132,8 +132,8 @@ def test_a_merge_on_a_device_is_the_merge(configuration, tiny_pool, tmp_path, me
         models = [{"model": str(tiny_pool[name])} for name in ("one", "two")]
     path = configuration(**changes, models=models)
     assert call("merge", path, "--out", tmp_path / "a", "--dtype", "float16")[0] == 0
-    code, told = call("merge", path, "--out", tmp_path / "b", "--dtype", "float16", "--device", "cpu")
-    assert code == 0, told
+    code, reported = call("merge", path, "--out", tmp_path / "b", "--dtype", "float16", "--device", "cpu")
+    assert code == 0, reported
     one, two = (load_file(tmp_path / out / "model.safetensors") for out in "ab")
     assert one.keys() == two.keys()
     for name in one:
@@ -143,9 +143,9 @@ def test_a_merge_on_a_device_is_the_merge(configuration, tiny_pool, tmp_path, me
 
 def test_a_device_that_is_not_here_is_refused_before_anything_is_read(configuration, tmp_path):
     for device in ("cuda:63", "abacus", "hpu", "meta"):
-        code, told = call("merge", configuration(), "--out", tmp_path / "out", "--device", device)
+        code, reported = call("merge", configuration(), "--out", tmp_path / "out", "--device", device)
         assert code == 2
-        assert f"--device: '{device}' cannot be used here" in told
+        assert f"--device: '{device}' cannot be used here" in reported
     assert not (tmp_path / "out").exists()
 
 
@@ -183,16 +183,16 @@ def test_an_adapter_on_another_model_is_a_member(tiny_pool, tmp_path):
     }
     path = tmp_path / "theirs.yaml"
     path.write_text(yaml.safe_dump(text))
-    code, told = call("merge", path, "--out", tmp_path / "out")
-    assert code == 0, told
+    code, reported = call("merge", path, "--out", tmp_path / "out")
+    assert code == 0, reported
     merged = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.allclose(merged[f"{key}.weight"], moved[f"{key}.weight"] + 2 * up @ down, atol=1e-6)
     assert torch.allclose(merged["pooler.dense.weight"], moved["pooler.dense.weight"])
     again = load_recipe(str(tmp_path / "out" / "recipe.yaml"))
     assert any(member.checkpoint.endswith("other+" + str(adapter)) for member in again.members.values())
-    code, told = call("merge", path, "--out", adapter)
+    code, reported = call("merge", path, "--out", adapter)
     assert code == 2
-    assert "would replace" in told
+    assert "would replace" in reported
 
 
 def test_layers_one_after_another(tiny_pool, tmp_path):
@@ -209,9 +209,9 @@ def test_layers_one_after_another(tiny_pool, tmp_path):
     }
     path = tmp_path / "theirs.yaml"
     path.write_text(yaml.safe_dump(value))
-    code, told = call("merge", path, "--out", tmp_path / "out")
-    assert code == 0, told
-    assert "is mergekit's. As a recipe:" in told
+    code, reported = call("merge", path, "--out", tmp_path / "out")
+    assert code == 0, reported
+    assert "is mergekit's. As a recipe:" in reported
     merged = load_file(tmp_path / "out" / "model.safetensors")
     own = {name: load_file(Path(place) / "model.safetensors") for name, place in (("one", one), ("two", two))}
     key = "bert.encoder.layer.{}.output.dense.weight"

@@ -41,11 +41,11 @@ def row(number, status="complete", **changes):
 def directory(campaign_file, tmp_path):
     """A campaign's directory with seven candidates, one of them failed and one pruned, and a reference."""
     campaign = load_campaign(str(campaign_file(directory="out", search={"candidates": 20})))
-    found = Directory(str(tmp_path / "out"))
-    found.claim(campaign, {})
+    result = Directory(str(tmp_path / "out"))
+    result.claim(campaign, {})
     rows = [row(number) for number in range(5)] + [row(5, "failed", error="TaskError: x"), row(6, "pruned")]
-    Ledger(found.ledger, "tiny").extend([*rows, row(9, origin="reference")])
-    return found
+    Ledger(result.ledger, "tiny").extend([*rows, row(9, origin="reference")])
+    return result
 
 
 def pulse(**changes):
@@ -93,12 +93,12 @@ def test_before_any_sign_of_life(directory):
 
 def test_estimates_are_called_so(campaign_file, tmp_path):
     campaign = load_campaign(str(campaign_file(directory="out", search={"candidates": 20, "anchor_examples": 5})))
-    found = Directory(str(tmp_path / "out"))
-    found.claim(campaign, {})
+    result = Directory(str(tmp_path / "out"))
+    result.claim(campaign, {})
     scores = {"scores": {"one": 0.5, "two": 0.54}, "standard_errors": {"one": 0.03, "two": 0.04}}
-    ledger = Ledger(found.ledger, "tiny")
+    ledger = Ledger(result.ledger, "tiny")
     ledger.extend([row(2, split="anchors", **scores), row(1, split="anchors")])
-    status = read_status(found.path)
+    status = read_status(result.path)
     assert (status.done, status.best, status.is_estimate, status.estimated, status.confirmed) == (2, 0.52, True, 2, 0)
     assert status.best_error == pytest.approx(0.025)
     assert "best 0.5200 ± 0.0250: ties" in status.as_text()
@@ -107,7 +107,7 @@ def test_estimates_are_called_so(campaign_file, tmp_path):
         in status.as_text()
     )
     ledger.append(row(2, objective=0.49, objectives={"mean": 0.49}))
-    status = read_status(found.path)
+    status = read_status(result.path)
     assert (status.done, status.best, status.best_error, status.is_estimate) == (2, 0.49, None, False)
     assert "1 of them confirmed on all; the best is confirmed" in status.as_text()
 

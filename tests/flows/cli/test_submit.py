@@ -125,8 +125,8 @@ def counters(metrics_url):
     with contextlib.suppress(urllib.error.URLError, ConnectionError):
         text = urllib.request.urlopen(metrics_url, timeout=5).read().decode()
         lines = re.findall(r"^ray_mergequest_candidates_total\{(.*)\} (\S+)$", text, re.MULTILINE)
-        labels = [(dict(re.findall(r'(\w+)="([^"]*)"', found)), float(value)) for found, value in lines]
-        return {(found["campaign"], found["status"]): value for found, value in labels}
+        labels = [(dict(re.findall(r'(\w+)="([^"]*)"', result)), float(value)) for result, value in lines]
+        return {(result["campaign"], result["status"]): value for result, value in labels}
     return {}
 
 
@@ -246,12 +246,12 @@ def test_a_failing_job_is_an_exit_code(head, campaign_file, checkout, tmp_path):
 
 def workers_of(environment):
     """The head's processes → what Ray calls them."""
-    found = {}
+    result = {}
     for process in psutil.process_iter(["cmdline"]):
         with contextlib.suppress(psutil.Error):
             if process.environ().get("RAY_AUTH_TOKEN") == environment["RAY_AUTH_TOKEN"]:
-                found[process.pid] = " ".join(process.info["cmdline"] or ())[:80]
-    return found
+                result[process.pid] = " ".join(process.info["cmdline"] or ())[:80]
+    return result
 
 
 def test_without_the_token_nothing_is_submitted(head, campaign_file, tmp_path):

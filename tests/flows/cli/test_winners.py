@@ -62,9 +62,9 @@ def test_each_is_a_checkpoint_with_its_recipe_heads_and_card(campaign, tmp_path)
         merge_recipe(str(place / "recipe.yaml"), str(tmp_path / row.method), None, 1.0, Display())
         assert Checkpoint.open(str(place)).fingerprint == Checkpoint.open(str(tmp_path / row.method)).fingerprint
     before = {path: path.stat().st_mtime_ns for path in Path(directory.path).rglob("*")}
-    told = CliRunner().invoke(app, ["portfolio", "out", "-k", "2", "--tolerance", "1", "--export", "--json"])
-    assert told.exit_code == 0, told.output
-    assert {entry["candidate"]: entry["path"] for entry in json.loads(told.stdout)} == places
+    reported = CliRunner().invoke(app, ["portfolio", "out", "-k", "2", "--tolerance", "1", "--export", "--json"])
+    assert reported.exit_code == 0, reported.output
+    assert {entry["candidate"]: entry["path"] for entry in json.loads(reported.stdout)} == places
     assert {path: path.stat().st_mtime_ns for path in Path(directory.path).rglob("*")} == before
 
 

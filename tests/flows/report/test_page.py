@@ -156,9 +156,9 @@ def test_the_table_shows_the_numbers_of_the_ledger(make):
 
 
 def test_what_each_stage_gained_comes_before_everything_else(make):
-    told = {"caption": "On validation.", "columns": ["stage", "best of it", "validation", "gain", "cost"]}
-    told |= {"rows": [["search", "ties", "70.1", "+0.4 ± 0.3: within the error", "40 candidates, 3 min"]]}
-    page = Page(render(make.full(24), tasks=make.tasks, facts={"stages": told}))
+    reported = {"caption": "On validation.", "columns": ["stage", "best of it", "validation", "gain", "cost"]}
+    reported |= {"rows": [["search", "ties", "70.1", "+0.4 ± 0.3: within the error", "40 candidates, 3 min"]]}
+    page = Page(render(make.full(24), tasks=make.tasks, facts={"stages": reported}))
     assert list(page.sections)[:2] == ["stages", "results"]
     assert "+0.4 ± 0.3: within the error" in page.sections["stages"]
     assert "#stages" in [attributes["href"] for tag, attributes in page.tags if tag == "a"]

@@ -12,17 +12,17 @@ from search.candidate import Candidate, Measurement, Outcome
 def outcome(metrics):
     values = {task: np.linspace(0, 1, 5, dtype=np.float32) for task in metrics}
     scores = {task: Score(0.5, 0.1, 5, metric, is_mean=METRICS[metric].is_mean) for task, metric in metrics.items()}
-    found = Measurement(scores, trace=Trace([scores], values, values))
-    return Outcome(Candidate(Recipe("base", {}), "test", "final"), found)
+    result = Measurement(scores, trace=Trace([scores], values, values))
+    return Outcome(Candidate(Recipe("base", {}), "test", "final"), result)
 
 
 def test_what_a_metric_averages_is_kept_and_nothing_else(tmp_path):
     kept = KeptOutcomes(str(tmp_path))
     given = outcome({"right": "accuracy", "together": "macro_f1"})
     assert kept.learn(given) is given
-    found = kept.read(given.candidate.recipe.identity)
-    assert set(found) == {"right"}
-    assert found["right"] == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    result = kept.read(given.candidate.recipe.identity)
+    assert set(result) == {"right"}
+    assert result["right"] == pytest.approx([0, 0.25, 0.5, 0.75, 1])
 
 
 def test_what_was_never_kept_is_empty(tmp_path):

@@ -85,13 +85,13 @@ def test_labels_are_those_of_the_base_where_its_head_has_them(tiny_pool, tmp_pat
         ("others", ["x", "y", "x"]),
     ):
         pd.DataFrame({"text": ["a", "b", "c"], "label": labels}).to_parquet(tmp_path / f"{name}.parquet")
-    found = {
+    actual = {
         name: lesson(
             str(tiny_pool["three"]), TextClassificationSettings(data={"train": str(tmp_path / f"{name}.parquet")})
         ).labels
         for name in ("numbers", "names", "others")
     }
-    assert found == {"numbers": (), "names": (), "others": ["x", "y"]}
+    assert actual == {"numbers": (), "names": (), "others": ["x", "y"]}
 
 
 @pytest.mark.parametrize(

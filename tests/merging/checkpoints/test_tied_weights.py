@@ -146,14 +146,14 @@ def test_a_tied_t5_of_which_one_member_has_a_head_apart(tmp_path):
     save_file(values | {HEAD: head}, tmp_path / "a" / SINGLE, {"format": "pt"})
     pool = Pool.open(str(tmp_path / "base"), {name: str(tmp_path / name) for name in ("a", "b")})
     merge_to_disk(Material(pool), Recipe("average", {"a": 1.0, "b": 1.0}), str(tmp_path / "out"))
-    found = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
-    torch.testing.assert_close(found.lm_head.weight, base.shared.weight + 0.25)
-    torch.testing.assert_close(found.shared.weight, base.shared.weight)
+    result = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(result.lm_head.weight, base.shared.weight + 0.25)
+    torch.testing.assert_close(result.shared.weight, base.shared.weight)
     want = copy.deepcopy(base)
     want.lm_head.weight = torch.nn.Parameter(base.shared.weight + 0.25)
     with torch.no_grad():
         torch.testing.assert_close(
-            found(input_ids=IDS, decoder_input_ids=IDS).logits, want(input_ids=IDS, decoder_input_ids=IDS).logits
+            result(input_ids=IDS, decoder_input_ids=IDS).logits, want(input_ids=IDS, decoder_input_ids=IDS).logits
         )
 
 

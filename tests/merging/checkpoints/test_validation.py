@@ -45,23 +45,23 @@ def test_one_reading_gives_distances_and_fingerprints(remote, unreliable, tiny_p
     pool = remote()
     local = Pool.open(str(tiny_pool["base"]), {name: str(tiny_pool[name]) for name in MEMBERS})
     unreliable.reset()
-    found = validation.examine(pool, MEMBERS)
-    assert validation.distances(pool, found) == check_weights(local)
+    result = validation.examine(pool, MEMBERS)
+    assert validation.distances(pool, result) == check_weights(local)
     assert pool.fingerprints() == local.fingerprints()
     assert unreliable.sent <= file_bytes(pool)
 
 
 def test_what_was_found_is_known_here_and_where_it_is_told(remote, unreliable, elsewhere, upload, tiny_pool):
     pool = remote()
-    found = validation.examine(pool, MEMBERS)
-    validation.keep(pool, found)
-    told = fact_cache.known([validation.key(pool, member) for member in MEMBERS])
+    result = validation.examine(pool, MEMBERS)
+    validation.keep(pool, result)
+    reported = fact_cache.known([validation.key(pool, member) for member in MEMBERS])
     unreliable.reset()
-    assert validation.recall(remote()) == found
+    assert validation.recall(remote()) == result
     elsewhere(1)
     assert validation.recall(remote()) == {}
-    fact_cache.learn(told)
-    assert validation.recall(remote()) == found
+    fact_cache.learn(reported)
+    assert validation.recall(remote()) == result
     upload(tiny_pool["three"], pool.members["two"].checkpoint.path)
     assert set(validation.recall(remote())) == {"one", "three"}
 
@@ -72,9 +72,9 @@ def test_a_local_file_that_is_written_again_is_another(tiny_pool, save_member, t
     assert storage.checksum(str(file)) == ""  # it may be written again within the same tick
     monkeypatch.setattr(storage, "SETTLED", -60.0)
     pool = Pool.open(str(tiny_pool["base"]), {"x": str(tmp_path / "x")})
-    found = validation.examine(pool, ["x"])
-    validation.keep(pool, found)
-    assert validation.recall(Pool.open(str(tiny_pool["base"]), {"x": str(tmp_path / "x")})) == found
+    result = validation.examine(pool, ["x"])
+    validation.keep(pool, result)
+    assert validation.recall(Pool.open(str(tiny_pool["base"]), {"x": str(tmp_path / "x")})) == result
     before, times = pool.members["x"].checkpoint.fingerprint, file.stat()
     tensors = load_file(file)
     tensors["classifier.bias"] += 1.0
@@ -93,10 +93,10 @@ def test_what_is_bad_is_named_and_looked_at_again(tiny_pool, save_member, tmp_pa
     tensors[name][0, 0] = float("nan")
     save_file(tensors, tmp_path / "x" / "model.safetensors", metadata={"format": "pt"})
     pool = Pool.open(str(tiny_pool["base"]), {"x": str(tmp_path / "x"), "one": str(tiny_pool["one"])})
-    found = validation.examine(pool, ["x", "one"])
-    validation.keep(pool, found)
+    result = validation.examine(pool, ["x", "one"])
+    validation.keep(pool, result)
     with pytest.raises(PoolError, match=r"unusable weights \(1 tensors\):\n  - x: '.*query.weight' holds NaN or Inf"):
-        validation.distances(pool, found)
+        validation.distances(pool, result)
     assert set(validation.recall(pool)) == {"one"}
 
 
@@ -104,9 +104,9 @@ def test_what_is_bad_is_named_and_looked_at_again(tiny_pool, save_member, tmp_pa
     ("members", "parts", "sizes"), [(3, 1, [3]), (17, 1, [5, 6, 6]), (5, 3, [1, 2, 2]), (2, 9, [1, 1])]
 )
 def test_slices_are_small_and_as_many_as_asked_for(members, parts, sizes):
-    found = list(validation.slices([str(number) for number in range(members)], parts))
-    assert [len(part) for part in found] == sizes
-    assert [name for part in found for name in part] == [str(number) for number in range(members)]
+    result = list(validation.slices([str(number) for number in range(members)], parts))
+    assert [len(part) for part in result] == sizes
+    assert [name for part in result for name in part] == [str(number) for number in range(members)]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -199,12 +199,12 @@ def test_every_tensor_that_counts_tokens(tmp_path, vocabulary):
     a = save(moved(base, 1, 18), tmp_path / "a", added=["<x>", "<y>"])
     b = save(moved(base, 2), tmp_path / "b")
     merge(tmp_path, vocabulary)
-    found = transformers.BartForConditionalGeneration.from_pretrained(tmp_path / "out")
+    result = transformers.BartForConditionalGeneration.from_pretrained(tmp_path / "out")
     rows = 16 if vocabulary == "base" else 18
-    shared = found.model.shared.weight
-    assert (len(shared), found.final_logits_bias.shape[1], found.config.vocab_size) == (rows, rows, rows)
+    shared = result.model.shared.weight
+    assert (len(shared), result.final_logits_bias.shape[1], result.config.vocab_size) == (rows, rows, rows)
     name = "model.shared.weight"
     torch.testing.assert_close(shared[:16], (a[name][:16] + b[name]) / 2)
     torch.testing.assert_close(shared[16:], a[name][16:rows])
     ids = torch.tensor([[rows - 1, 3]])
-    assert found(input_ids=ids, decoder_input_ids=ids).logits.shape[-1] == rows
+    assert result(input_ids=ids, decoder_input_ids=ids).logits.shape[-1] == rows

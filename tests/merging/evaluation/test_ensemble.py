@@ -20,10 +20,10 @@ def test_one_member_is_itself(tiny_material):
     live = LiveModels(tiny_material.material, tiny_material.tasks, tiny_material.owners, CPU)
     alone = live.measure(member_recipe("two"), "validation").scores
     for mean in ("probabilities", "logits"):
-        found = measure_ensemble(
+        result = measure_ensemble(
             tiny_material.material, tiny_material.tasks, tiny_material.owners, ["two"], "validation", CPU, mean=mean
         )
-        for task, (score, _) in found.items():
+        for task, (score, _) in result.items():
             assert score.value == alone[task].value
             assert score.loss == pytest.approx(alone[task].loss, rel=1e-6)
 

@@ -29,10 +29,14 @@ def live(tiny_pool, tiny_campaign):
 
 
 def test_a_member_scores_as_its_own_model(live, tiny_pool, tiny_campaign):
-    found = live.measure(member_recipe("two"), "validation").scores["two"]
+    result = live.measure(member_recipe("two"), "validation").scores["two"]
     task = make_task("two", TextClassificationSettings(**tiny_campaign["tasks"]["two"]), str(tiny_pool["two"]))
     expected = task.evaluate(AutoModelForSequenceClassification.from_pretrained(tiny_pool["two"]).eval(), "validation")
-    assert (found.value, found.loss, found.expected_error) == (expected.value, expected.loss, expected.expected_error)
+    assert (result.value, result.loss, result.expected_error) == (
+        expected.value,
+        expected.loss,
+        expected.expected_error,
+    )
 
 
 def test_all_tasks_see_the_merge(live, tiny_pool):
@@ -100,24 +104,24 @@ def test_steps_end_where_the_whole_ends(live):
     recipe = Recipe("task_arithmetic", {"one": 0.5, "two": 0.5})
     whole = live.measure(recipe, "validation", limit=25)
     seen = []
-    found = live.measure(recipe, "validation", 25, EvaluationPlan(10, lambda trace: bool(seen.append(trace.examples))))
-    assert not found.pruned
+    result = live.measure(recipe, "validation", 25, EvaluationPlan(10, lambda trace: bool(seen.append(trace.examples))))
+    assert not result.pruned
     assert seen == [10, 20]
-    assert [step["two"].examples for step in found.trace.scores] == [10, 20, 25]
+    assert [step["two"].examples for step in result.trace.scores] == [10, 20, 25]
     for task in OWNERS:
-        assert found.scores[task].value == whole.scores[task].value
-        assert found.scores[task].loss == pytest.approx(whole.scores[task].loss, abs=1e-6)
-        assert found.trace.values[task].mean() == pytest.approx(whole.scores[task].value)
-        assert 1 - found.trace.surrogates[task].mean() == pytest.approx(whole.scores[task].expected_error, abs=1e-6)
+        assert result.scores[task].value == whole.scores[task].value
+        assert result.scores[task].loss == pytest.approx(whole.scores[task].loss, abs=1e-6)
+        assert result.trace.values[task].mean() == pytest.approx(whole.scores[task].value)
+        assert 1 - result.trace.surrogates[task].mean() == pytest.approx(whole.scores[task].expected_error, abs=1e-6)
 
 
 def test_a_gate_stops_and_the_scores_are_those_so_far(live):
     recipe = Recipe("task_arithmetic", {"one": 0.5, "two": 0.5})
-    found = live.measure(recipe, "validation", plan=EvaluationPlan(8, lambda trace: trace.examples >= 16))
+    result = live.measure(recipe, "validation", plan=EvaluationPlan(8, lambda trace: trace.examples >= 16))
     first = live.measure(recipe, "validation", limit=16)
-    assert found.pruned
-    assert {score.examples for score in found.scores.values()} == {16}
-    assert [found.scores[task].value for task in OWNERS] == [first.scores[task].value for task in OWNERS]
+    assert result.pruned
+    assert {score.examples for score in result.scores.values()} == {16}
+    assert [result.scores[task].value for task in OWNERS] == [first.scores[task].value for task in OWNERS]
 
 
 def _train(model):

@@ -75,13 +75,13 @@ class Given:
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     """Pools of 18 million parameters in bfloat16 and float32, with Fisher information."""
-    root, found = tmp_path_factory.mktemp("memory"), {}
+    root, result = tmp_path_factory.mktemp("memory"), {}
     for dtype in (torch.bfloat16, torch.float32):
-        found[dtype] = {name: str(root / str(dtype) / name) for name in ("base", *MEMBERS)}
-        for seed, path in enumerate(found[dtype].values()):
+        result[dtype] = {name: str(root / str(dtype) / name) for name in ("base", *MEMBERS)}
+        for seed, path in enumerate(result[dtype].values()):
             torch.manual_seed(seed)
             LlamaForCausalLM(LlamaConfig(**CONFIG)).to(dtype).save_pretrained(path)
-    return found
+    return result
 
 
 def material(paths, fisher):

@@ -66,11 +66,11 @@ def test_a_model_over_several_devices_is_the_model(name, count, tmp_path, probe)
         member_recipe("two"),
         base_recipe(),
     ):
-        found, expected = spread.measure(recipe, "validation"), whole.measure(recipe, "validation")
-        assert {key: score.value for key, score in found.scores.items()} == {
+        result, expected = spread.measure(recipe, "validation"), whole.measure(recipe, "validation")
+        assert {key: score.value for key, score in result.scores.items()} == {
             key: score.value for key, score in expected.scores.items()
         }
-        assert found.report == expected.report
+        assert result.report == expected.report
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_what_is_copied_after_every_merge_cannot_be_spread():
 
 def test_what_a_method_knows_travels_with_its_tensors():
     value = {"a": [torch.ones(2), (1, torch.zeros(1))], "b": None}
-    found = moved(value, torch.device("meta"))
-    assert found["a"][0].is_meta
-    assert found["a"][1][1].is_meta
-    assert found["b"] is None
+    result = moved(value, torch.device("meta"))
+    assert result["a"][0].is_meta
+    assert result["a"][1][1].is_meta
+    assert result["b"] is None

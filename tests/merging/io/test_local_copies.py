@@ -34,7 +34,7 @@ def test_of_many_that_ask_at_once_one_makes_it(one, unreliable, tiny_pool):
         (copy,) = set(threads.map(local_copies.made, [weights(one)] * 6))
     assert copy.read_bytes() == (tiny_pool["one"] / "model.safetensors").read_bytes()
     assert [method for method, _, _ in unreliable.requests].count("GET") == 1
-    assert local_copies.found(weights(one)) == copy
+    assert local_copies.copy_of(weights(one)) == copy
 
 
 def test_a_copy_is_read_instead_until_the_file_changes(one, unreliable, tiny_pool, upload):
@@ -75,7 +75,7 @@ def test_without_room_or_wish_all_is_read_from_afar(one, tiny_pool, monkeypatch)
             spoil(patch)
             checkpoint = Checkpoint.open(one)
             checkpoint.copy_here()
-            assert local_copies.found(weights(one)) is None
+            assert local_copies.copy_of(weights(one)) is None
             assert torch.equal(checkpoint.read("classifier.bias"), expected.read("classifier.bias"))
 
 
@@ -92,7 +92,7 @@ def test_a_disk_that_fills_up_keeps_nothing(one, monkeypatch):
 def test_what_nobody_opened_for_long_goes(one, tmp_path):
     copy = local_copies.made(weights(one))
     os.utime(copy, (0, 0))
-    assert local_copies.found(weights(one)) == copy  # opened
+    assert local_copies.copy_of(weights(one)) == copy  # opened
     old = copy.with_name("old")
     old.write_bytes(b"x")
     os.utime(old, (0, 0))

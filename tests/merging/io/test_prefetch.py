@@ -47,8 +47,8 @@ def test_only_so_much_is_read_ahead(path, unreliable):
     window.prefetch(spans)
     window.take(*spans[0])
     for span in spans[1:]:
-        asked = sum(1 for _, _, asked in unreliable.requests if asked)
-        assert asked <= spans.index(span) + 4
+        requested = sum(1 for _, _, requested in unreliable.requests if requested)
+        assert requested <= spans.index(span) + 4
         assert window.take(*span) == DATA[slice(*span)]
     assert len(unreliable.requests) == len(spans)
 
@@ -61,8 +61,8 @@ def test_any_order_any_thread_and_twice(path, unreliable):
     shuffled = random.Random(1).sample(spans, len(spans)) + spans[:5]
     unreliable.rate = 0.05
     with ThreadPoolExecutor(8) as threads:
-        found = list(threads.map(lambda span: bytes(window.take(*span)), shuffled))
-    assert found == [DATA[slice(*span)] for span in shuffled]
+        result = list(threads.map(lambda span: bytes(window.take(*span)), shuffled))
+    assert result == [DATA[slice(*span)] for span in shuffled]
     good = len(unreliable.requests) - sum(n for fault, n in unreliable.faults.items() if fault)
     assert good <= -(-99_000 // 7_700) + 5
 

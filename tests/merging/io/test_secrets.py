@@ -41,9 +41,9 @@ HARMLESS = (
 def test_an_address_with_a_secret_is_refused_without_repeating_it(address):
     assert holds_secret(address)
     assert "hunter2" not in redacted(f"cannot read {address}: no")
-    with pytest.raises(StorageError) as told:
+    with pytest.raises(StorageError) as reported:
         storage.read_bytes(address)
-    assert "hunter2" not in str(told.value)
+    assert "hunter2" not in str(reported.value)
 
 
 @pytest.mark.parametrize("address", HARMLESS)
@@ -53,8 +53,10 @@ def test_other_addresses_stay_as_they_are(address):
 
 
 def test_what_programs_say_is_redacted():
-    told = "401 for https://u:hunter2@h/x?a=1&token=hunter2 (Authorization: Bearer hunter2hunter2) password = hunter2"
-    assert redacted(told) == "401 for https://***@h/x?a=1&token=*** (Authorization: Bearer ***) password = ***"
+    reported = (
+        "401 for https://u:hunter2@h/x?a=1&token=hunter2 (Authorization: Bearer hunter2hunter2) password = hunter2"
+    )
+    assert redacted(reported) == "401 for https://***@h/x?a=1&token=*** (Authorization: Bearer ***) password = ***"
     assert (
         redacted("max_new_tokens=5, token_id=3, tokenizer=fast, key=2")
         == "max_new_tokens=5, token_id=3, tokenizer=fast, key=2"

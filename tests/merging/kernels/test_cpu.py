@@ -138,10 +138,10 @@ def test_magnitudes_are_counted_as_torch_counts_them(kinds):
     (weight,) = pool(kinds, members=2, sizes=(40_003,))
     (wide,) = widened([weight])
     band = (0x3DA00000, 0x3DC80000)
-    asked = [("m0", band), ("m1", band), ("m0", (0, magnitude_histogram.INFINITE)), ("m1", (5, 6))]
+    requested = [("m0", band), ("m1", band), ("m0", (0, magnitude_histogram.INFINITE)), ("m1", (5, 6))]
     for ours, theirs in zip(
-        magnitude_histogram.tallies(weight, asked, Scratch()),
-        magnitude_histogram.tallies(wide, asked, Scratch()),
+        magnitude_histogram.tallies(weight, requested, Scratch()),
+        magnitude_histogram.tallies(wide, requested, Scratch()),
         strict=True,
     ):
         assert ours.above == theirs.above
@@ -168,8 +168,8 @@ def test_distances_are_those_of_float64(kinds):
     for weight in pool(kinds):
         base = weight.base.double()
         expected = [float((value.double() - base).square().sum()) for value in weight.members.values()]
-        found = cpu.squares(weight.base, list(weight.members.values()))
-        assert found == pytest.approx([*expected, float(base.square().sum())], rel=1e-6)
+        result = cpu.squares(weight.base, list(weight.members.values()))
+        assert result == pytest.approx([*expected, float(base.square().sum())], rel=1e-6)
 
 
 def test_random_numbers_of_the_loops_are_chance_s_also_beyond_32_bits():

@@ -57,12 +57,12 @@ def complete_material(material, tmp_path_factory):
     """The pool with every kind of statistic; query, key and value share their Grams."""
     root = tmp_path_factory.mktemp("statistics")
     generator = torch.Generator().manual_seed(0)
-    found = {}
+    result = {}
 
     def save(kind, who, tensors, shared=None):
         about = Partial({}, {"examples": 8, "tokens": 8}, shared=shared or {})
         path = str(root / f"{who}.{kind}.safetensors")
-        found.setdefault(kind, {})[who] = save_tensors(path, kind, {}, tensors, about, checkpoint="", data="")
+        result.setdefault(kind, {})[who] = save_tensors(path, kind, {}, tensors, about, checkpoint="", data="")
 
     def square(size):
         value = torch.randn(2 * size, size, generator=generator)
@@ -83,7 +83,7 @@ def complete_material(material, tmp_path_factory):
     for subset in ("one+three+two", "one+two"):
         for kind in ("propagated", "distilled"):
             save(kind, subset, solved)
-    return replace(material, statistics=found)
+    return replace(material, statistics=result)
 
 
 def grouped(recipe, groups, step=0.0):

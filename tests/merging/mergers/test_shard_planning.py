@@ -25,18 +25,18 @@ def material(tiny_pool, tmp_path_factory):
 def test_every_weight_lies_in_one_shard_of_about_equal_bytes(material, shards):
     places = place(material, ["ties"], shards)
     assert len(places) == shards
-    assert sorted(name for found in places for name in found.names) == sorted(material.pool.weights)
+    assert sorted(name for result in places for name in result.names) == sorted(material.pool.weights)
     stored = sum(info.nbytes for info in material.pool.weights.values())
     # base and three members, and one Gram, though three weights ask for it
-    assert sum(found.read_bytes for found in places) == 4 * stored + 4 * 32 * 32
-    assert sum(found.merged_bytes for found in places) == stored
+    assert sum(result.read_bytes for result in places) == 4 * stored + 4 * 32 * 32
+    assert sum(result.merged_bytes for result in places) == stored
     largest = max(info.nbytes for info in material.pool.weights.values())
     assert max(p.held_bytes for p in places) <= sum(p.held_bytes for p in places) / shards + 5 * 3 * largest
 
 
 def test_weights_that_share_a_statistic_lie_together(material):
     places = place(material, ["regmean"], 1000)
-    assert {frozenset(found.names) & QKV for found in places} == {frozenset(), frozenset(QKV)}
+    assert {frozenset(result.names) & QKV for result in places} == {frozenset(), frozenset(QKV)}
     assert len(places) == len(material.pool.weights) - 2
     # what RegMean prepares of three members is counted, and what an average refers to is not
     average = place(material, ["average"], 1)[0]

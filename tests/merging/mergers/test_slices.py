@@ -64,16 +64,16 @@ def test_layers_compute_what_they_did(kind, tmp_path):
     holder, _, attribute = stack.rpartition(".")
     setattr(expected.get_submodule(holder), attribute, modules)
     tokens = torch.arange(16).reshape(2, 8)
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    result = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     if getattr(expected.config, "layer_types", None):
-        expected.config.layer_types = found.config.layer_types
+        expected.config.layer_types = result.config.layer_types
         types = CONFIGS[kind].layer_types
-        assert found.config.layer_types == [types[layer] for _, layer in PICKS]
+        assert result.config.layer_types == [types[layer] for _, layer in PICKS]
     expected.config.num_hidden_layers = len(PICKS)
-    assert found.config.num_hidden_layers == len(PICKS)
+    assert result.config.num_hidden_layers == len(PICKS)
     with torch.no_grad():
         torch.testing.assert_close(
-            found(tokens, use_cache=False).logits, expected(tokens, use_cache=False).logits, rtol=1e-5, atol=1e-6
+            result(tokens, use_cache=False).logits, expected(tokens, use_cache=False).logits, rtol=1e-5, atol=1e-6
         )
 
 

@@ -17,13 +17,13 @@ def test_a_recipe_without_groups_has_one():
 
 def test_every_weight_has_the_factor_of_its_group():
     scaling = {"a@layers:0-2": 0.1, "a@layers:3-": 0.2, "b@*attention*": 0.3, "b@*": 0.4, "c": 0.5}
-    found = split(NAMES, Recipe("ties", scaling))
-    assert sorted(name for names, _ in found for name in names) == sorted(NAMES)
-    for names, factors in found:
+    result = split(NAMES, Recipe("ties", scaling))
+    assert sorted(name for names, _ in result for name in names) == sorted(NAMES)
+    for names, factors in result:
         for name in names:
             number = next((int(part) for part in name.split(".") if part.isdigit()), 0 if "embed" in name else 9)
             assert factors == {"a": 0.1 if number < 3 else 0.2, "b": 0.3 if "attention" in name else 0.4, "c": 0.5}
-    assert len(found) == 4
+    assert len(result) == 4
 
 
 def test_groups_of_a_part_are_those_of_the_whole():

@@ -82,8 +82,8 @@ def fisher(weights, scaling, parameters, examples):
     floor = 1e-6 * sum(scale[m] * every[m].mean() for m in scaling) / len(scaling)
     merged = {}
     for w in weights:
-        found = stat(w, "fisher")
-        f = {m: (found[m] * scale[m]).clamp(min=floor) if found else floor for m in scaling}
+        result = stat(w, "fisher")
+        f = {m: (result[m] * scale[m]).clamp(min=floor) if result else floor for m in scaling}
         upper = sum(scaling[m] * f[m] * w.members[m].double() for m in scaling)
         merged[w.name] = upper / sum(scaling[m] * f[m] for m in scaling)
     return merged
@@ -93,11 +93,11 @@ def gradient_matching(weights, scaling, parameters, examples):
     merged = {}
     for w in weights:
         base, tau = f64(w)
-        found = stat(w, "fisher")
-        h = {m: examples.get(m, 1) * found[m] if found else 0.0 for m in scaling}
+        result = stat(w, "fisher")
+        h = {m: examples.get(m, 1) * result[m] if result else 0.0 for m in scaling}
         h0 = parameters["delta"]
-        if parameters["base_curvature"] == "fisher" and found:
-            h0 = h0 + examples.get("base", 1) * found["base"]
+        if parameters["base_curvature"] == "fisher" and result:
+            h0 = h0 + examples.get("base", 1) * result["base"]
         lower = h0 + sum(scaling[m] * h[m] for m in scaling)
         if parameters["clamp"]:
             lower = torch.as_tensor(lower, dtype=torch.float64).clamp(min=parameters["delta"])
@@ -413,21 +413,21 @@ def mats(weights, scaling, parameters, examples):
     for w in weights:
         base = w.base.double()
         mean = sum(w.members[m].double() for m in scaling) / len(scaling)
-        found = {kind: stat(w, kind) for kind in ("fisher", "gram", "output_gram")}
+        result = {kind: stat(w, kind) for kind in ("fisher", "gram", "output_gram")}
         needed = {"identity": (), "fisher": ("fisher",), "gram": ("gram",), "kfac": ("gram", "output_gram")}
-        if not all(found[kind] for kind in needed[parameters["subspace"]]):
+        if not all(result[kind] for kind in needed[parameters["subspace"]]):
             merged[w.name] = mean
             continue
 
-        def operator(m, v, w=w, found=found):
+        def operator(m, v, w=w, result=result):
             if parameters["subspace"] == "identity":
                 return v
             if parameters["subspace"] == "fisher":
-                return found["fisher"][m] * v
+                return result["fisher"][m] * v
             v = v.T if w.transposed else v
-            v = v @ found["gram"][m]
+            v = v @ result["gram"][m]
             if parameters["subspace"] == "kfac":
-                v = found["output_gram"][m] @ v
+                v = result["output_gram"][m] @ v
             return v.T if w.transposed else v
 
         def apply(v, operator=operator):
@@ -441,13 +441,13 @@ def mats(weights, scaling, parameters, examples):
             units = torch.eye(base.numel(), dtype=torch.float64).reshape(-1, *base.shape)
             scale = 1 / torch.stack([(u * apply(u)).sum() for u in units]).reshape(base.shape)
 
-        def near(v, w=w, found=found, scale=scale, needed=needed):
+        def near(v, w=w, result=result, scale=scale, needed=needed):
             if parameters["preconditioner"] != "kfac":
                 return scale * v
             v = v.T if w.transposed else v
             for kind, total in (("gram", 1.0), ("output_gram", sum(scaling.values()))):
                 if kind in needed[parameters["subspace"]]:
-                    gram = sum(a / total * found[kind][m] for m, a in scaling.items())
+                    gram = sum(a / total * result[kind][m] for m, a in scaling.items())
                     damped = gram + 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
                     v = v @ torch.linalg.inv(damped) if kind == "gram" else torch.linalg.inv(damped) @ v
             return v.T if w.transposed else v
@@ -455,7 +455,7 @@ def mats(weights, scaling, parameters, examples):
         sides = []
         if parameters["subspace"] == "kfac":
             for kind in ("output_gram", "gram"):
-                together = sum(g / g.trace() for g in found[kind].values())
+                together = sum(g / g.trace() for g in result[kind].values())
                 sides.append(together @ torch.linalg.pinv(together, rtol=1e-6, hermitian=True))
 
         def project(v, w=w, sides=sides):

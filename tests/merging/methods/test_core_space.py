@@ -40,8 +40,8 @@ def adapters(seed=0, ranks=RANKS, grams=False):
         conv = "conv" in name
         inputs = rows if conv else columns
         x = {member: torch.randn(64, inputs, generator=g) for member in ranks}
-        found = {"gram": {m: v.T @ v / 64 for m, v in x.items()}} if grams and "embed" not in name else {}
-        weights.append(Weight(name, base, members, found, conv, factors))
+        actual = {"gram": {m: v.T @ v / 64 for m, v in x.items()}} if grams and "embed" not in name else {}
+        weights.append(Weight(name, base, members, actual, conv, factors))
     for name, shape in {"layer.0.query.bias": (10,), "pooler.weight": (10, 10)}.items():
         base = torch.randn(shape, generator=g)
         nothing = torch.empty(10, 0), torch.empty(0, base[0].numel())
@@ -51,7 +51,7 @@ def adapters(seed=0, ranks=RANKS, grams=False):
 
 def cores(weights, members):
     """Each adapted weight's core and the bases that it is expanded by, in float64, from SVDs of the stacked factors."""
-    found = {}
+    actual = {}
     for w in weights:
         pairs = {m: w.factors[m] for m in members}
         up = {m: (r.T if w.transposed else left).double() for m, (left, r) in pairs.items()}
@@ -62,20 +62,20 @@ def cores(weights, members):
         inputs = torch.linalg.svd(torch.cat(list(down.values())), full_matrices=False)[2]
         moved = {m: outputs.T @ up[m] @ down[m] @ inputs.T for m in members}
         grams = {m: inputs @ v.double() @ inputs.T for m, v in w.statistics.get("gram", {}).items()}
-        found[w.name] = Weight(w.name, torch.zeros_like(moved[members[0]]), moved, {"gram": grams} if grams else {})
-        found[w.name + " bases"] = outputs, inputs
-    return found
+        actual[w.name] = Weight(w.name, torch.zeros_like(moved[members[0]]), moved, {"gram": grams} if grams else {})
+        actual[w.name + " bases"] = outputs, inputs
+    return actual
 
 
 def expanded(method, weights, parameters, reference):
     members = list(SCALING)
-    found = cores(weights, members)
-    inner = [found[w.name] for w in weights if w.name in found]
+    actual = cores(weights, members)
+    inner = [actual[w.name] for w in weights if w.name in actual]
     merged = getattr(reference, method)(inner, SCALING, parameters, {})
     result = {w.name: w.base.double() for w in weights}
     for w in weights:
         if w.name in merged:
-            outputs, inputs = found[w.name + " bases"]
+            outputs, inputs = actual[w.name + " bases"]
             step = outputs @ merged[w.name] @ inputs
             result[w.name] = w.base.double() + (step.T if w.transposed else step)
     return result

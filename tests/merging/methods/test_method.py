@@ -74,6 +74,6 @@ def test_parameters_of_single_members_are_checked(method, parameters, message):
 
 
 def test_parameters_of_single_members_survive_completion_under_a_modifier():
-    found = METHODS["lines+della"].complete(Recipe("lines+della", {"movie": 1.0}, {"density@movie": 0.7}))
-    assert found.parameters["density@movie"] == 0.7
-    assert METHODS["lines+della"].complete(found) == found
+    result = METHODS["lines+della"].complete(Recipe("lines+della", {"movie": 1.0}, {"density@movie": 0.7}))
+    assert result.parameters["density@movie"] == 0.7
+    assert METHODS["lines+della"].complete(result) == result

@@ -78,8 +78,8 @@ class Several(OneWorker):
 
     def step(self, step):
         parts = range(self.all[0].settings.parts)
-        found = {part: self.all[part % len(self.all)].gradient(step, part) for part in reversed(parts)}
-        losses = [one.apply(step, [found[part] for part in parts]) for one in self.all]
+        result = {part: self.all[part % len(self.all)].gradient(step, part) for part in reversed(parts)}
+        losses = [one.apply(step, [result[part] for part in parts]) for one in self.all]
         return losses[0]
 
 
@@ -118,19 +118,19 @@ def test_it_stops_where_held_out_examples_like_nothing_better(tiny_material, tmp
     settings = DistillationSettings(
         steps=40, batch=9, learning_rate=3.0, evaluations=20, patience=2, held_out=0.3, warm_up=0
     )
-    found = run(tiny_material, settings, cache=str(tmp_path))
-    assert [look.step for look in found.looks] == [0, 2, 4, 6]
-    assert (found.steps, found.best) == (6, 2)
-    held_out = [look.held_out for look in found.looks]
+    result = run(tiny_material, settings, cache=str(tmp_path))
+    assert [look.step for look in result.looks] == [0, 2, 4, 6]
+    assert (result.steps, result.best) == (6, 2)
+    held_out = [look.held_out for look in result.looks]
     assert min(held_out[1:]) == held_out[1]
 
 
 def test_low_rank_additions_leave_all_but_matrices_alone(tiny_material, tmp_path):
-    found = run(tiny_material, BRIEF.model_copy(update={"rank": 2, "held_out": 0.0}), cache=str(tmp_path))
+    result = run(tiny_material, BRIEF.model_copy(update={"rank": 2, "held_out": 0.0}), cache=str(tmp_path))
     merged = SharedModels(tiny_material.material.pool, tiny_material.tasks, tiny_material.owners, CPU)
     ResidentMerger(tiny_material.material, merged.weights).merge(tiny_material.material.check(START))
     for name, value in merged.weights.items():
-        change = found.weights[name] - value
+        change = result.weights[name] - value
         if name in merged.linear:
             assert 1 <= torch.linalg.matrix_rank(change.double(), rtol=1e-4) <= 2, name
         else:
@@ -153,9 +153,9 @@ def test_all_weights_zero_or_too_few_examples_are_refused(tiny_material, tmp_pat
 
 
 def test_without_held_out_examples_it_goes_to_the_end(tiny_material, tmp_path):
-    found = run(tiny_material, replace_settings(held_out=0.0), cache=str(tmp_path))
-    assert found.looks == ()
-    assert found.steps == found.best == 6
+    result = run(tiny_material, replace_settings(held_out=0.0), cache=str(tmp_path))
+    assert result.looks == ()
+    assert result.steps == result.best == 6
 
 
 def replace_settings(**changes):

@@ -93,13 +93,13 @@ def test_the_loss_is_that_of_single_examples(pool_and_tasks, tmp_path, targets, 
     made = Distiller(Material(pool), tasks, owners, START, settings, CPU, str(tmp_path))
     counts = [len(places) for places in made.schedule._places]
     wanted = reference(pool, tasks, owners, made.schedule.step(0), counts, targets == "all", top_k)
-    found = sum(made.gradient(0, part).loss for part in range(settings.parts))
-    assert found == pytest.approx(wanted, rel=1e-3)
+    result = sum(made.gradient(0, part).loss for part in range(settings.parts))
+    assert result == pytest.approx(wanted, rel=1e-3)
 
 
 def test_a_merge_comes_nearer_to_its_members(pool_and_tasks, tmp_path):
     pool, tasks, owners = pool_and_tasks
     settings = DistillationSettings(steps=20, batch=8, learning_rate=3e-3, held_out=0.2, top_k=6)
-    found = distil(Material(pool), tasks, owners, START, settings, CPU, cache=str(tmp_path))
-    assert found.looks[-1].training < 0.7 * found.looks[1].training
-    assert set(found.weights) == set(pool.weights)
+    result = distil(Material(pool), tasks, owners, START, settings, CPU, cache=str(tmp_path))
+    assert result.looks[-1].training < 0.7 * result.looks[1].training
+    assert set(result.weights) == set(pool.weights)

@@ -35,15 +35,15 @@ def reference_gradient(tiny, made, step, settings):
                 h, t = (task.representation(one, batch)[0] for one in (model, teacher))
                 total = total + share * settings.hidden * (h - t).square().sum() / t.square().sum().detach()
     total.backward()
-    found = {}
+    result = {}
     for task, model in zip(tiny.tasks, models.models, strict=True):
         names = tiny.material.pool.members[tiny.owners[task.name]].names
         parameters = dict(model.named_parameters())
         for name in tiny.material.pool.weights:
             gradient = parameters[names[name]].grad
             if gradient is not None:
-                found[name] = found.get(name, 0) + gradient
-    return float(total.detach()), found
+                result[name] = result.get(name, 0) + gradient
+    return float(total.detach()), result
 
 
 @pytest.mark.parametrize(
@@ -62,8 +62,8 @@ def test_the_loss_and_its_gradient_are_those_of_single_examples_in_float64(tiny_
     parts = [made.gradient(1, part) for part in range(settings.parts)]
     assert sum(part.loss for part in parts) == pytest.approx(wanted, rel=5e-3)
     for name, gradient in gradients.items():
-        found = sum(part.gradients[name].double() for part in parts if name in part.gradients)
-        torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()) + 1e-9)
+        result = sum(part.gradients[name].double() for part in parts if name in part.gradients)
+        torch.testing.assert_close(result, gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()) + 1e-9)
 
 
 def test_steps_follow_the_inputs_where_none_are_named(tiny_material, tmp_path):

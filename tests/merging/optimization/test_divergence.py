@@ -21,10 +21,10 @@ def reference(own, other, likelihood, temperature):
 def test_divergence_is_that_of_its_formula(likelihood, temperature):
     own, other = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
     own.requires_grad_(True)
-    found = divergence(own, wanted_outputs(other, likelihood, temperature, 5), likelihood, temperature)
+    result = divergence(own, wanted_outputs(other, likelihood, temperature, 5), likelihood, temperature)
     wanted = reference(own, other, likelihood, temperature)
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
-    (gradient,) = torch.autograd.grad(found.sum(), own, retain_graph=True)
+    torch.testing.assert_close(result.double(), wanted, rtol=1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(result.sum(), own, retain_graph=True)
     (expected,) = torch.autograd.grad(wanted.sum(), own)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
     nothing = divergence(other, wanted_outputs(other, likelihood, temperature), likelihood, temperature)
@@ -40,11 +40,11 @@ def test_the_likeliest_classes_and_all_others_as_one(temperature):
     top = wanted["classes"].long()
     q, p = (torch.cat([one.gather(1, top), 1 - one.gather(1, top).sum(1, keepdim=True)], 1) for one in (q, p))
     expected = temperature**2 * (p * (p / q).log()).sum(1)
-    found = divergence(own, wanted, "categorical", temperature)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
-    assert (found <= divergence(own, {"logits": other}, "categorical", temperature) + 1e-5).all()
+    result = divergence(own, wanted, "categorical", temperature)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-6)
+    assert (result <= divergence(own, {"logits": other}, "categorical", temperature) + 1e-5).all()
 
 
 def test_means_of_examples_with_different_numbers_of_rows():
-    found = example_means(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([2, 0, 1]))
-    assert found.tolist() == [2.0, 0.0, 5.0]
+    result = example_means(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([2, 0, 1]))
+    assert result.tolist() == [2.0, 0.0, 5.0]

@@ -229,10 +229,10 @@ def test_tasks_of_one_head_are_trained_as_one_set(tiny_pool, train, tmp_path):
         part.to_parquet(tmp_path / f"{name}.parquet")
         halves[name] = Lesson(task_on(tmp_path / f"{name}.parquet"), LABELS)
     steps = []
-    found = train_together(
+    result = train_together(
         tiny_pool["base"], halves, tmp_path / "all", SETTINGS, lambda done, total, loss: steps.append(total)
     )
-    assert found.places == {"first": tmp_path / "all", "second": tmp_path / "all"}
+    assert result.places == {"first": tmp_path / "all", "second": tmp_path / "all"}
     assert steps[-1] == 12 * len(frame) // 8
     task = make_task("one", TextClassificationSettings(data={"validation": str(train)}), str(tmp_path / "all"))
     assert task.evaluate(task.load_model(), "validation").value > 0.9
@@ -245,9 +245,9 @@ def test_tasks_of_unlike_heads_share_a_backbone(tiny_pool, train, tmp_path):
     )
     tags = TokenClassificationSettings(data={"train": str(tmp_path / "tags.parquet")}, metric="token_accuracy")
     lessons = {"sentiment": Lesson(task_on(train), LABELS), "tags": Lesson(tags, ["N", "A"])}
-    found = train_together(tiny_pool["base"], lessons, tmp_path / "all", SETTINGS)
-    assert found.places == {name: tmp_path / "all" / name for name in lessons}
-    first, second = (Checkpoint.open(str(found.places[name])) for name in lessons)
+    result = train_together(tiny_pool["base"], lessons, tmp_path / "all", SETTINGS)
+    assert result.places == {name: tmp_path / "all" / name for name in lessons}
+    first, second = (Checkpoint.open(str(result.places[name])) for name in lessons)
     base = Checkpoint.open(str(tiny_pool["base"]))
     both = [name for name in first.tensors if name in second.tensors and "classifier" not in name]
     assert both
@@ -255,7 +255,7 @@ def test_tasks_of_unlike_heads_share_a_backbone(tiny_pool, train, tmp_path):
     moved = [not first.read(f"bert.{name}").equal(base.read(name)) for name in base.tensors if f"bert.{name}" in both]
     assert sum(moved) > len(moved) / 2
     for name, settings in {"sentiment": task_on(train), "tags": tags}.items():
-        task = make_task(name, settings, str(found.places[name]))
+        task = make_task(name, settings, str(result.places[name]))
         assert task.evaluate(task.load_model(), "train").value > 0.9
 
 

@@ -59,18 +59,18 @@ def test_is_the_difference_of_gradients_under_the_members_own_labels(opened):
         own_norms[member] = sum(float(part.square().sum()) for part in parts.values()) ** 0.5
         for name, part in parts.items():
             total[name] = total.get(name, 0) + part
-    found = gradient_mismatch(Material(pool, {}, COUNTS), tasks, weights, RECIPE, batch_size=7)
-    assert found.total == pytest.approx(sum(float(v.square().sum()) for v in total.values()) ** 0.5, rel=1e-3)
-    assert found.members == pytest.approx(own_norms, rel=1e-3)
-    assert found.total > 1e-3
+    result = gradient_mismatch(Material(pool, {}, COUNTS), tasks, weights, RECIPE, batch_size=7)
+    assert result.total == pytest.approx(sum(float(v.square().sum()) for v in total.values()) ** 0.5, rel=1e-3)
+    assert result.members == pytest.approx(own_norms, rel=1e-3)
+    assert result.total > 1e-3
 
 
 def test_a_member_has_none_at_its_own_weights(opened):
     pool, tasks = opened
     alone = Recipe("task_arithmetic", {"two": 1.0})
-    found = gradient_mismatch(Material(pool), tasks, merged(pool, member_recipe("two")), alone)
+    result = gradient_mismatch(Material(pool), tasks, merged(pool, member_recipe("two")), alone)
     other = gradient_mismatch(Material(pool), tasks, merged(pool, member_recipe("one")), alone)
-    assert found.total < 1e-5 < other.total
+    assert result.total < 1e-5 < other.total
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def files(opened, tmp_path_factory):
     pool, tasks = opened
     place = tmp_path_factory.mktemp("fishers")
     statistic = STATISTICS["fisher"](LikelihoodSettings(examples=8))
-    found = {
+    result = {
         m: save(
             str(place / m),
             statistic,
@@ -92,10 +92,10 @@ def files(opened, tmp_path_factory):
     g = torch.Generator().manual_seed(0)
     base = {name: torch.rand(tuple(info.shape), generator=g) for name, info in pool.weights.items()}
     about = Partial(counts={"examples": 7})
-    found["base"] = save_tensors(
+    result["base"] = save_tensors(
         str(place / "base"), "fisher", {}, base, about, checkpoint=pool.base.fingerprint, data="d"
     )
-    return found
+    return result
 
 
 GROUPED = {"one@layers:0": 0.5, "one@*": 0.2, "two": 1.5}
@@ -122,8 +122,8 @@ def test_the_recipe_s_own_factors_examples_and_base_curvature_count(recipe, prio
     recipe = material.check(recipe)
     weights = merged(pool, METHODS["average"].default_recipe(MEMBERS))
     plain = gradient_mismatch(Material(pool, {}, COUNTS), tasks, weights, RECIPE)
-    found = gradient_mismatch(material, tasks, weights, recipe)
-    assert (found.total == pytest.approx(plain.total, rel=1e-5)) == (recipe.scaling == ALPHA and prior(1e9) == 1.0)
+    result = gradient_mismatch(material, tasks, weights, recipe)
+    assert (result.total == pytest.approx(plain.total, rel=1e-5)) == (recipe.scaling == ALPHA and prior(1e9) == 1.0)
     square = 0.0
     for name in pool.weights:
         part = 0.0
@@ -140,9 +140,9 @@ def test_references_have_the_terms_of_all_members(opened):
     pool, tasks = opened
     weights = merged(pool, base_recipe())
     material = Material(pool, {}, COUNTS)
-    found = gradient_mismatch(material, tasks, weights, base_recipe())
+    result = gradient_mismatch(material, tasks, weights, base_recipe())
     same = gradient_mismatch(material, tasks, weights, Recipe("task_arithmetic", dict.fromkeys(MEMBERS, 1.0)))
-    assert found == same
+    assert result == same
 
 
 def test_a_prior_that_is_partly_nothing_is_refused(opened, files):
@@ -164,9 +164,9 @@ def test_the_stand_in_is_its_formula(opened, files):
             fisher = files[m].read(pool.members[m].names[name]).double()
             part = part + ALPHA[m] * COUNTS[m] * fisher * (weights[name].double() - pool.member_weight(m, name))
         square += float(part.square().sum())
-    found = quadratic_mismatch(material, weights.__getitem__, RECIPE)
-    assert found.total == pytest.approx(square**0.5, rel=1e-9)
-    assert set(found.members) == set(MEMBERS)
+    result = quadratic_mismatch(material, weights.__getitem__, RECIPE)
+    assert result.total == pytest.approx(square**0.5, rel=1e-9)
+    assert set(result.members) == set(MEMBERS)
     alone = Recipe("task_arithmetic", {"two": 1.0})
     assert quadratic_mismatch(material, lambda name: pool.member_weight("two", name), alone).total == 0.0
 

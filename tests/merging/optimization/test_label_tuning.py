@@ -13,13 +13,13 @@ START = Recipe("average", dict.fromkeys(("one", "three", "two"), 1.0))
 def test_learns_the_validation_labels_and_leaves_heads_alone(tiny_material):
     tasks, owners = tiny_material.tasks, tiny_material.owners
     before = LiveModels(tiny_material.material, tasks, owners, CPU).measure(START, "validation").scores
-    told = []
+    reported = []
     settings = TrainingSettings(epochs=30, learning_rate=1e-2)
     models = tune(
-        tiny_material.material, tasks, owners, START, settings, CPU, lambda done, total: told.append((done, total))
+        tiny_material.material, tasks, owners, START, settings, CPU, lambda done, total: reported.append((done, total))
     )
     steps = 30 * -(-max(task.size("validation") for task in tasks) // 16)
-    assert told[-1] == (steps, steps)
+    assert reported[-1] == (steps, steps)
     for task, model in zip(tasks, models, strict=True):
         assert task.evaluate(model, "validation").loss < before[task.name].loss - 0.05
         own = task.load_model()

@@ -37,11 +37,11 @@ def test_distillation_looks_at_target_positions_and_not_at_padding(tiny_material
     sequences = replace(batch, labels=torch.where(real, 0, -100))
     padded = torch.where(real, batch.inputs["input_ids"], 7)
     other = replace(sequences, inputs={**batch.inputs, "input_ids": padded})
-    found, same = (losses.gradients([one])[0] for one in (sequences, other))
-    assert found == pytest.approx(same, rel=1e-5)
+    result, same = (losses.gradients([one])[0] for one in (sequences, other))
+    assert result == pytest.approx(same, rel=1e-5)
     with torch.no_grad():
         merged, wanted = (
             Positions(task).logits(model, batch)[real].double() for model in (losses._models[0], task.load_model())
         )
     expected = kl_div(log_softmax(merged, -1), log_softmax(wanted, -1), reduction="batchmean", log_target=True)
-    assert found == pytest.approx(float(expected), rel=1e-4)
+    assert result == pytest.approx(float(expected), rel=1e-4)

@@ -33,24 +33,26 @@ def test_a_ridge_holds_weights_back_and_not_the_bias():
     x = torch.cat([torch.randn(50, 2, generator=torch.Generator().manual_seed(1)), ones], dim=1)
     e = 3.0 * ones
     free, held = summed(x, e, e).solve(0.0, True, "w"), summed(x, e, e).solve(1e9, True, "w")
-    for found in (free, held):
-        torch.testing.assert_close(found.delta[:, 0], torch.tensor([0, 0, 3.0], dtype=torch.float64), rtol=0, atol=1e-5)
+    for result in (free, held):
+        torch.testing.assert_close(
+            result.delta[:, 0], torch.tensor([0, 0, 3.0], dtype=torch.float64), rtol=0, atol=1e-5
+        )
     assert summed(x, e, e).solve(1e9, False, "w").delta.abs().max() < 1e-6
 
 
 def test_shares_that_are_missed_before_and_after():
     x = torch.tensor([[1.0], [2.0]])
-    found = summed(x, torch.tensor([[1.0], [1.0]]), torch.tensor([[2.0], [0.0]])).solve(0.0, False, "w")
-    assert found.delta.item() == pytest.approx(0.6)
-    assert found.before == pytest.approx(0.5)
-    assert found.after == pytest.approx((0.4**2 + 0.2**2) / 4)
+    result = summed(x, torch.tensor([[1.0], [1.0]]), torch.tensor([[2.0], [0.0]])).solve(0.0, False, "w")
+    assert result.delta.item() == pytest.approx(0.6)
+    assert result.before == pytest.approx(0.5)
+    assert result.after == pytest.approx((0.4**2 + 0.2**2) / 4)
 
 
 def test_inputs_that_are_never_seen_get_a_ridge_and_stay():
     x = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]])
     e = 2 * x[:, :1]
-    found = summed(x, e, e).solve(0.0, False, "w")
-    torch.testing.assert_close(found.delta[:, 0], torch.tensor([2.0, 0.0], dtype=torch.float64), rtol=0, atol=1e-6)
+    result = summed(x, e, e).solve(0.0, False, "w")
+    torch.testing.assert_close(result.delta[:, 0], torch.tensor([2.0, 0.0], dtype=torch.float64), rtol=0, atol=1e-6)
     twin = torch.cat([x[:, :1], x[:, :1]], dim=1)
     assert summed(twin, e, e).solve(0.0, False, "w").added > 0
 

@@ -38,9 +38,9 @@ def ends(calls, *endings):
 )
 def test_the_layers_that_write_into_a_residual_stream_are_found(traced, kind, writers):
     calls = traced(kind)
-    found = {path for path, call in calls.items() if call.residual}
-    assert found == ends(calls, *writers)
-    assert len(found) == (10 if kind == "t5" else 4)
+    result = {path for path, call in calls.items() if call.residual}
+    assert result == ends(calls, *writers)
+    assert len(result) == (10 if kind == "t5" else 4)
 
 
 def test_a_residual_passes_before_the_layer_reads(traced):
@@ -100,5 +100,5 @@ def test_a_layer_that_runs_twice_is_left_out(given):
     model = task.load_model()
     paths = {path: path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     (batch,) = task.batches("train", 0, 8, 8)
-    found = trace(model, task, paths, batch)
-    assert set(found) == {"albert.encoder.embedding_hidden_mapping_in", "albert.pooler", "classifier"}
+    result = trace(model, task, paths, batch)
+    assert set(result) == {"albert.encoder.embedding_hidden_mapping_in", "albert.pooler", "classifier"}

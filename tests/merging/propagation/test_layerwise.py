@@ -64,10 +64,10 @@ def mismatch(given, weights):
 )
 def test_identical_members_give_that_member(given, kind, update):
     pool = given(kind, members=2, noise=0.0)
-    found = propagate(pool.pool, pool.tasks, pool.members, SMALL.model_copy(update={"update": update}))
-    assert found.weights.keys() == pool.pool.weights.keys()
-    assert len(found.fits) > 6
-    for name, value in found.weights.items():
+    result = propagate(pool.pool, pool.tasks, pool.members, SMALL.model_copy(update={"update": update}))
+    assert result.weights.keys() == pool.pool.weights.keys()
+    assert len(result.fits) > 6
+    for name, value in result.weights.items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, pool.pool.member_weight("m0", name), rtol=0, atol=2e-4)
 
@@ -75,13 +75,13 @@ def test_identical_members_give_that_member(given, kind, update):
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_are_nearer_to_the_members_than_those_of_regmean_and_of_the_mean(given, kind):
     pool = given(kind)
-    found = {
+    result = {
         update: propagate(pool.pool, pool.tasks, pool.members, SMALL.model_copy(update={"update": update})).weights
         for update in ("propagated", "regmean")
     }
     plain = {name: mean([pool.pool.member_weight(m, name) for m in pool.members]).float() for name in pool.pool.weights}
-    assert mismatch(pool, found["propagated"]) < mismatch(pool, found["regmean"])
-    assert mismatch(pool, found["propagated"]) < 0.9 * mismatch(pool, plain)
+    assert mismatch(pool, result["propagated"]) < mismatch(pool, result["regmean"])
+    assert mismatch(pool, result["propagated"]) < 0.9 * mismatch(pool, plain)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_outputs_are_nearer_to_the_members_than_those_of_regmean_and_of_the_mean
 )
 def test_update_regmean_solves_the_plain_normal_equations(given, kind, path, weight, transposed):
     pool = given(kind)
-    found = propagate(pool.pool, pool.tasks, pool.members, SMALL.model_copy(update={"update": "regmean"})).weights
+    result = propagate(pool.pool, pool.tasks, pool.members, SMALL.model_copy(update={"update": "regmean"})).weights
     weights = {
         m: pool.pool.member_weight(m, f"{weight}.weight").T
         if transposed
@@ -105,9 +105,9 @@ def test_update_regmean_solves_the_plain_normal_equations(given, kind, path, wei
     inputs = [inputs_of(pool.tasks[m], path) for m in pool.members]
     wanted = [x @ weights[m].T + biases[m] for x, m in zip(inputs, pool.members, strict=True)]
     expected = ridge_fit(inputs, wanted, mean(weights.values()), mean(biases.values()), SMALL.ridge)
-    merged = found[f"{weight}.weight"].T if transposed else found[f"{weight}.weight"]
+    merged = result[f"{weight}.weight"].T if transposed else result[f"{weight}.weight"]
     torch.testing.assert_close(merged.double(), expected[:, :-1], rtol=0, atol=1e-4)
-    torch.testing.assert_close(found[f"{weight}.bias"].double(), expected[:, -1], rtol=0, atol=1e-4)
+    torch.testing.assert_close(result[f"{weight}.bias"].double(), expected[:, -1], rtol=0, atol=1e-4)
 
 
 class Small(nn.Module):
@@ -132,7 +132,7 @@ def small(handmade):
 def test_three_layers_by_hand(handmade, update):
     pool = small(handmade)
     settings = PropagationSettings(batch_size=8, ridge=0.01, update=update)
-    found = propagate(pool.pool, pool.tasks, pool.members, settings)
+    result = propagate(pool.pool, pool.tasks, pool.members, settings)
 
     models = [task.model.double() for task in pool.tasks.values()]
     own = [task.inputs["x"].double() for task in pool.tasks.values()]
@@ -151,8 +151,8 @@ def test_three_layers_by_hand(handmade, update):
                 if update == "propagated":
                     wanted = [y + r - s for y, r, s in zip(wanted, own, merged, strict=True)]
             fit = ridge_fit(merged, wanted, mean([m.weight for m in layers]), mean([m.bias for m in layers]), 0.01)
-            torch.testing.assert_close(found.weights[f"{name}.weight"].double(), fit[:, :-1], rtol=0, atol=1e-5)
-            torch.testing.assert_close(found.weights[f"{name}.bias"].double(), fit[:, -1], rtol=0, atol=1e-5)
+            torch.testing.assert_close(result.weights[f"{name}.weight"].double(), fit[:, :-1], rtol=0, atol=1e-5)
+            torch.testing.assert_close(result.weights[f"{name}.bias"].double(), fit[:, -1], rtol=0, atol=1e-5)
             own = [layer(x) for layer, x in zip(layers, own, strict=True)]
             merged = [x @ fit[:, :-1].T + fit[:, -1] for x in merged]
             if name == "a":
@@ -160,8 +160,8 @@ def test_three_layers_by_hand(handmade, update):
             if name == "b":
                 own = [x + r for x, r in zip(own, residual_own, strict=True)]
                 merged = [x + r for x, r in zip(merged, residual_merged, strict=True)]
-    assert [fit.weights for fit in found.fits] == [("a.weight",), ("b.weight",), ("c.weight",)]
-    assert [fit.residual for fit in found.fits] == [False, update == "propagated", False]
+    assert [fit.weights for fit in result.fits] == [("a.weight",), ("b.weight",), ("c.weight",)]
+    assert [fit.residual for fit in result.fits] == [False, update == "propagated", False]
 
 
 def test_factors_weigh_the_members(handmade):
@@ -177,10 +177,10 @@ def test_factors_weigh_the_members(handmade):
         wanted = [model.a(x) for model, x in zip(models, inputs, strict=True)]
     means = mean([m.a.weight for m in models]), mean([m.a.bias for m in models])
     fit = ridge_fit(inputs, wanted, *means, 0.01, factors=(2.0, 0.5))
-    found, scaled = merged(2.0, 0.5), merged(8.0, 2.0)
-    torch.testing.assert_close(found["a.weight"].double(), fit[:, :-1], rtol=0, atol=1e-5)
-    torch.testing.assert_close(found["a.bias"].double(), fit[:, -1], rtol=0, atol=1e-5)
-    for name, value in found.items():
+    result, scaled = merged(2.0, 0.5), merged(8.0, 2.0)
+    torch.testing.assert_close(result["a.weight"].double(), fit[:, :-1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(result["a.bias"].double(), fit[:, -1], rtol=0, atol=1e-5)
+    for name, value in result.items():
         torch.testing.assert_close(scaled[name], value, rtol=0, atol=1e-5)
     with pytest.raises(MethodError, match="factors: all are 0"):
         merged(0.0, 0.0)
@@ -242,8 +242,8 @@ def test_the_order_of_members_changes_nothing(given):
 
 def test_some_members_may_be_left_out(given):
     pool = given("bert")
-    found = propagate(pool.pool, {"m1": pool.tasks["m1"]}, ["m1"], SMALL).weights
-    for name, value in found.items():
+    result = propagate(pool.pool, {"m1": pool.tasks["m1"]}, ["m1"], SMALL).weights
+    for name, value in result.items():
         torch.testing.assert_close(value, pool.pool.member_weight("m1", name), rtol=0, atol=2e-4)
 
 
@@ -272,31 +272,31 @@ def test_blocks_that_run_again_give_the_same_bits(given, kind, update):
 
 def test_what_is_not_solved_is_the_plain_mean(given):
     pool = given("bert")
-    found = propagate(pool.pool, pool.tasks, pool.members, SMALL)
-    solved = {name for fit in found.fits for name in fit.weights}
+    result = propagate(pool.pool, pool.tasks, pool.members, SMALL)
+    solved = {name for fit in result.fits for name in fit.weights}
     solved |= {name.replace(".weight", ".bias") for name in solved}
     assert "pooler.dense.weight" in solved
-    assert not any("classifier" in name for name in found.weights)
-    rest = found.weights.keys() - solved
+    assert not any("classifier" in name for name in result.weights)
+    rest = result.weights.keys() - solved
     assert {"embeddings.word_embeddings.weight", "encoder.layer.1.output.LayerNorm.bias"} <= rest
     for name in rest:
         values = [pool.pool.member_weight(member, name) for member in pool.members]
-        assert torch.equal(found.weights[name], mean(values).float())
+        assert torch.equal(result.weights[name], mean(values).float())
 
 
 def test_layers_that_run_twice_are_the_plain_mean(given):
     pool = given("albert", count=10)
-    found = propagate(pool.pool, pool.tasks, pool.members, SMALL)
-    assert {fit.weights for fit in found.fits} == {("encoder.embedding_hidden_mapping_in.weight",), ("pooler.weight",)}
+    result = propagate(pool.pool, pool.tasks, pool.members, SMALL)
+    assert {fit.weights for fit in result.fits} == {("encoder.embedding_hidden_mapping_in.weight",), ("pooler.weight",)}
 
 
 def test_progress_reaches_the_end_and_nothing_is_left_running(given):
     pool = given("bert", count=10)
-    told = []
+    reported = []
     threads = threading.active_count()
-    found = propagate(pool.pool, pool.tasks, pool.members, SMALL, progress=lambda *done: told.append(done))
-    total = len(found.fits)
-    assert told == [(done, total) for done in range(total + 1)]
+    result = propagate(pool.pool, pool.tasks, pool.members, SMALL, progress=lambda *done: reported.append(done))
+    total = len(result.fits)
+    assert reported == [(done, total) for done in range(total + 1)]
     assert threading.active_count() == threads
 
 

@@ -54,9 +54,9 @@ def test_what_is_seen_at_the_stops_is_that_of_passes_which_pause(way):
         wanted = seen(paused, STOPS)
         paused.close()
         repeated = RepeatedPasses(model, runs, STOPS, NO_PLACES)
-        found = seen(repeated, STOPS)
+        result = seen(repeated, STOPS)
         repeated.close()
-    assert all(torch.equal(a, b) for x, y in zip(wanted, found, strict=True) for a, b in zip(x, y, strict=True))
+    assert all(torch.equal(a, b) for x, y in zip(wanted, result, strict=True) for a, b in zip(x, y, strict=True))
     assert "forward" not in vars(model.blocks[0])
 
 

@@ -101,6 +101,6 @@ def test_batches_change_rounding_only_and_identical_members_stay(zoo, name):
         for weight, value in first.weights.items():
             torch.testing.assert_close(other.weights[weight], value, rtol=0, atol=2e-3, msg=weight)
     pool, tasks = zoo(name, 0.0)
-    found = propagate(pool, tasks, ["a", "b"], PropagationSettings(examples=20, batch_size=7))
-    for weight, value in found.weights.items():
+    result = propagate(pool, tasks, ["a", "b"], PropagationSettings(examples=20, batch_size=7))
+    for weight, value in result.weights.items():
         torch.testing.assert_close(value, pool.member_weight("a", weight), rtol=0, atol=5e-4, msg=weight)

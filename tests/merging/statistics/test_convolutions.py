@@ -57,11 +57,11 @@ def outputs(size: int) -> OutputGram:
     return OutputGram(OutputGramSettings(estimator="exact", batch_size=size))
 
 
-def assert_near(found, expected, tolerance=1e-9):
-    assert found.keys() == expected.keys()
+def assert_near(result, expected, tolerance=1e-9):
+    assert result.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(
-            found[name].to(value.dtype), value, rtol=tolerance, atol=tolerance * float(value.abs().max())
+            result[name].to(value.dtype), value, rtol=tolerance, atol=tolerance * float(value.abs().max())
         )
 
 
@@ -91,17 +91,19 @@ def test_statistics_are_their_definitions(make, kind, dimensions):
     task = make(kind, dimensions)
     expected = brute_force(task)
     for size in (2, 5):
-        found = measure(task, grams(size))
-        assert_near(spread(found), expected.gram)
-        assert {name: found.counts[name] for name in found.sums} == {name: expected.rows[name] for name in found.sums}
+        result = measure(task, grams(size))
+        assert_near(spread(result), expected.gram)
+        assert {name: result.counts[name] for name in result.sums} == {
+            name: expected.rows[name] for name in result.sums
+        }
         assert_near(measure(task, outputs(size)).sums, expected.output_gram)
         fisher = Fisher(LikelihoodSettings(estimator="exact", batch_size=size))
         assert_near(measure(task, fisher).sums, expected.fisher)
-    assert found.shared == {}  # one input, two kernels: each its own rows
+    assert result.shared == {}  # one input, two kernels: each its own rows
     if KINDS[kind].get("groups", 1) > 1:
         groups = KINDS[kind]["groups"]
         extent = 4 // groups * (9 if dimensions == 2 else 3)
-        assert found.sums["middle.weight"].shape == (groups, extent, extent)
+        assert result.sums["middle.weight"].shape == (groups, extent, extent)
 
 
 @pytest.mark.parametrize("kind", ["stride", "groups"])
@@ -123,16 +125,16 @@ def test_real_architectures(tiny_task, name):
     model = model.double().eval()
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     task = tiny_task(model, {"pixel_values": images}, torch.arange(3))
-    found, expected = measure(task, grams(3)), brute_force(task)
-    assert_near(spread(found), expected.gram)
-    assert found.uncovered == ()
+    result, expected = measure(task, grams(3)), brute_force(task)
+    assert_near(spread(result), expected.gram)
+    assert result.uncovered == ()
     fisher = Fisher(LikelihoodSettings(estimator="exact", batch_size=3))
     assert_near(measure(task, fisher).sums, expected.fisher)
 
 
 def members_of(make, kind):
     """Weights with Grams of two members, and their rows: x and y of every group of the middle convolution."""
-    base, found = make(kind).load_model().state_dict(), {}
+    base, result = make(kind).load_model().state_dict(), {}
     for seed, member in enumerate(("a", "b")):
         task = make(kind)
         generator = torch.Generator().manual_seed(seed)
@@ -141,12 +143,14 @@ def members_of(make, kind):
                 value += 0.1 * torch.randn(value.shape, generator=generator, dtype=torch.float64)
         task.inputs = {"x": torch.randn(5, 2, 7, 6, generator=generator, dtype=torch.float64)}
         partial = measure(task, grams(5))
-        found[member] = task.model.state_dict(), grams(5).finalize(partial)
+        result[member] = task.model.state_dict(), grams(5).finalize(partial)
     weights = []
     for name, value in base.items():
-        gram = {member: own[1][name] for member, own in found.items() if name in own[1]}
+        gram = {member: own[1][name] for member, own in result.items() if name in own[1]}
         weights.append(
-            Weight(name, value, {member: own[0][name] for member, own in found.items()}, {"gram": gram} if gram else {})
+            Weight(
+                name, value, {member: own[0][name] for member, own in result.items()}, {"gram": gram} if gram else {}
+            )
         )
     return weights
 

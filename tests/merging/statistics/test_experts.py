@@ -75,7 +75,7 @@ def make(tiny_task):
 
 def by_hand(task):
     """What reaches each expert of each layer: rows that gate and up read, and rows that down reads; without padding."""
-    model, found = task.load_model(), {}
+    model, result = task.load_model(), {}
     for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
         config._experts_implementation = "eager"
 
@@ -88,7 +88,7 @@ def by_hand(task):
                     both = token @ weight if module.is_transposed else F.linear(token, weight)
                     if module.has_bias:
                         both = both + module.gate_up_proj_bias[expert]
-                    read, made = found.setdefault((path, expert), ([], []))
+                    read, made = result.setdefault((path, expert), ([], []))
                     read.append(token.double())
                     made.append(module._apply_gate(both).double())
 
@@ -103,7 +103,7 @@ def by_hand(task):
     grams = {}
     for layer, path in enumerate(experts):
         for expert in range(4):
-            rows = found.get((path, expert), ([], []))
+            rows = result.get((path, expert), ([], []))
             grams[layer, expert] = (
                 [torch.stack(own).T @ torch.stack(own) if own else None for own in rows],
                 len(rows[0]),
@@ -111,11 +111,11 @@ def by_hand(task):
     return grams
 
 
-def assert_gram(found, expected):
+def assert_gram(result, expected):
     if expected is None:
-        assert not found.any()
+        assert not result.any()
     else:
-        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+        torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])

@@ -37,20 +37,20 @@ def by_loop(task: Task, estimator: str) -> dict[str, Tensor]:
             nothing = {"ignore_index": IGNORED, "reduction": "sum"}
             terms = [(1.0, -F.nll_loss(logs.flatten(0, -2), batch.labels.flatten(), **nothing))]
         for weight, log in terms:
-            found = torch.autograd.grad(log, parameters, retain_graph=True, allow_unused=True)
-            for parameter, gradient in zip(parameters, found, strict=True):
+            result = torch.autograd.grad(log, parameters, retain_graph=True, allow_unused=True)
+            for parameter, gradient in zip(parameters, result, strict=True):
                 if gradient is not None:
                     sums[names[id(parameter)]] += weight * gradient.square()
     return sums
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-9) -> None:
+def assert_same(result: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-9) -> None:
     """Equal to rounding: relative to each tensor's largest entry, or (a key's bias has no gradient) to the model's."""
-    assert found.keys() == expected.keys()
+    assert result.keys() == expected.keys()
     largest = max(float(value.max()) for value in expected.values())
     for name, value in expected.items():
         scale = max(float(value.max()), 1e-9 * largest)
-        assert float((found[name] - value).abs().max()) <= tolerance * scale, name
+        assert float((result[name] - value).abs().max()) <= tolerance * scale, name
 
 
 # Llama's normalisation computes in float32, whatever the weights.
@@ -98,9 +98,9 @@ def test_logistic_regression_by_hand(tiny_task):
     # ∂ log p_c / ∂ W_k = (δ_ck − p_k) x, so Σ_c p_c (δ_ck − p_k)² = p_k (1 − p_k).
     variance = p * (1 - p)
     task = tiny_task(model, {"input": x}, torch.zeros(2, dtype=torch.int64))
-    found = fisher().finalize(measure(task, fisher()))
-    torch.testing.assert_close(found["weight"], (variance.T @ x.square() / 2).float())
-    torch.testing.assert_close(found["bias"], variance.mean(0).float())
+    result = fisher().finalize(measure(task, fisher()))
+    torch.testing.assert_close(result["weight"], (variance.T @ x.square() / 2).float())
+    torch.testing.assert_close(result["bias"], variance.mean(0).float())
 
 
 def test_sampled_converges_to_exact(tiny_task):
@@ -159,10 +159,10 @@ def test_layers_used_twice_tied_weights_and_any_module(tiny_task):
     torch.manual_seed(0)
     ids = torch.randint(0, 11, (5, 4))
     task = tiny_task(TwiceUsed().double(), {"ids": ids}, torch.zeros(5, dtype=torch.int64))
-    found = measure(task, fisher(batch_size=4)).sums
-    assert_same(found, by_loop(task, "exact"))
-    assert not found["idle.weight"].any()
-    assert found["scale"].all()
+    result = measure(task, fisher(batch_size=4)).sums
+    assert_same(result, by_loop(task, "exact"))
+    assert not result["idle.weight"].any()
+    assert result["scale"].all()
 
 
 class Branching(nn.Module):
@@ -213,9 +213,9 @@ def test_the_model_is_left_as_it_was(build):
 def test_float32_agrees_with_float64(build, tiny_task):
     task = build("bert")
     single_precision = tiny_task(task.load_model().float(), task.inputs, task.labels, task.mask)
-    found = measure(single_precision, fisher()).sums
-    assert found["classifier.weight"].dtype == torch.float32
-    assert_same({name: value.double() for name, value in found.items()}, by_loop(task, "exact"), 1e-4)
+    result = measure(single_precision, fisher()).sums
+    assert result["classifier.weight"].dtype == torch.float32
+    assert_same({name: value.double() for name, value in result.items()}, by_loop(task, "exact"), 1e-4)
 
 
 def test_exact_is_refused_for_sequences(build):
@@ -323,8 +323,8 @@ def test_several_labels_and_regressions_have_their_own_likelihood(build, problem
             log = -F.binary_cross_entropy_with_logits(z, label, reduction="sum")
             terms = [(1.0, log if binary else -(z - label).square().sum() / 2)]
         for weight, log in terms:
-            found = torch.autograd.grad(log, parameters, retain_graph=True, allow_unused=True)
-            for parameter, gradient in zip(parameters, found, strict=True):
+            result = torch.autograd.grad(log, parameters, retain_graph=True, allow_unused=True)
+            for parameter, gradient in zip(parameters, result, strict=True):
                 if gradient is not None:
                     expected[names[id(parameter)]] += weight * gradient.square()
     assert_same(measure(task, fisher(estimator)).sums, expected)
@@ -387,8 +387,8 @@ def test_experts_have_the_names_of_their_checkpoint(tmp_path, tiny_task, bare):
     model = load_model(str(tmp_path), "AutoModelForSequenceClassification")
     ids = torch.randint(1, 40, (5, 6), generator=torch.Generator().manual_seed(1))
     task = tiny_task(model, {"input_ids": ids}, ids[:, 0] % 3)
-    found = measure(task, fisher())
-    assert {n: v.shape for n, v in found.sums.items()} == {n: v.shape for n, v in load_file(file).items()}
+    result = measure(task, fisher())
+    assert {n: v.shape for n, v in result.sums.items()} == {n: v.shape for n, v in load_file(file).items()}
     # by_loop knows no experts: it sums squares of the model's own parameters
     expected = by_loop(task, "exact")
     for layer in range(2):
@@ -399,4 +399,4 @@ def test_experts_have_the_names_of_their_checkpoint(tmp_path, tiny_task, bare):
             here = f"{prefix}.block_sparse_moe.experts.{expert}"
             parts = {"w1": up[expert, :12], "w3": up[expert, 12:], "w2": down[expert]}
             for name, value in parts.items():
-                torch.testing.assert_close(found.sums[f"{here}.{name}.weight"], value, rtol=1e-3, atol=1e-7)
+                torch.testing.assert_close(result.sums[f"{here}.{name}.weight"], value, rtol=1e-3, atol=1e-7)

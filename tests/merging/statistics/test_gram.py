@@ -54,8 +54,8 @@ def test_is_the_mean_outer_product_over_real_tokens(build, name):
     for weight, values in seen.items():
         if weight in TIED_OUTPUTS:
             continue
-        found = means[partial.shared.get(weight, weight)]
-        torch.testing.assert_close(found.double(), expected_mean(values), rtol=1e-5, atol=1e-6)
+        result = means[partial.shared.get(weight, weight)]
+        torch.testing.assert_close(result.double(), expected_mean(values), rtol=1e-5, atol=1e-6)
     assert {*means, *partial.shared} == {*seen} - TIED_OUTPUTS
 
 

@@ -46,7 +46,7 @@ def test_published_grams_merge_as_our_own(form, grams, tiny_material, tiny_pool,
             torch.save(tensors, source)
         else:
             save_file(tensors, source)
-        found = import_statistics(
+        result = import_statistics(
             str(source),
             "gram",
             str(tiny_pool[member]),
@@ -55,8 +55,8 @@ def test_published_grams_merge_as_our_own(form, grams, tiny_material, tiny_pool,
             sums=form == "sums",
             pickled=form == "pickle",
         )
-        files[member] = (found.path,)
-        assert (found.tokens, set(found.names)) == (tokens, set(grams[member]))
+        files[member] = (result.path,)
+        assert (result.tokens, set(result.names)) == (tokens, set(grams[member]))
     own = {member: (tiny_material.material.statistics["gram"][member].path,) for member in TINY}
     ours, theirs = merged(pool, own), merged(pool, files)
     for name, value in ours.items():
@@ -84,13 +84,13 @@ def test_fishers(tiny_material, tiny_pool, tmp_path):
     file = tiny_material.material.statistics["fisher"]["one"]
     values = {name: file.read(name) * 24 for name in file.names}
     save_file(values, tmp_path / "f.safetensors")
-    found = import_statistics(
+    result = import_statistics(
         str(tmp_path / "f.safetensors"), "fisher", str(tiny_pool["one"]), str(tmp_path / "o.safetensors"),
         tokens=200, examples=24, sums=True,
     )  # fmt: skip
-    assert found.checkpoint == Checkpoint.open(str(tiny_pool["one"])).fingerprint
+    assert result.checkpoint == Checkpoint.open(str(tiny_pool["one"])).fingerprint
     for name in file.names:
-        torch.testing.assert_close(found.read(name), file.read(name))
+        torch.testing.assert_close(result.read(name), file.read(name))
 
 
 @pytest.mark.parametrize(

@@ -74,8 +74,8 @@ def test_experts_keep_their_own_counts_in_blocks():
     partial = Partial({"e": sums}, {"examples": 9, "tokens": 9, "e[0]": 2, "e[1]": 0, "e[2]": 5})
     blocks = partial.blocks(16)
     assert blocks == [(("e", 0, 1),), (("e", 1, 2),), (("e", 2, 3),)]
-    found = [gram().finalize(partial.of_block(block, partial.block(block)))["e"] for block in blocks]
-    assert torch.equal(torch.cat(found), sums / torch.tensor([2.0, 1.0, 5.0])[:, None, None])
+    result = [gram().finalize(partial.of_block(block, partial.block(block)))["e"] for block in blocks]
+    assert torch.equal(torch.cat(result), sums / torch.tensor([2.0, 1.0, 5.0])[:, None, None])
 
 
 def test_what_is_nan_leaves_no_file(tmp_path):

@@ -35,8 +35,8 @@ def by_loop(task: Task, estimator: str) -> dict[str, Tensor]:
             nothing = {"ignore_index": IGNORED, "reduction": "sum"}
             terms = [(1.0, -F.nll_loss(logs.flatten(0, -2), batch.labels.flatten(), **nothing))]
         for number, (weight, log) in enumerate(terms):
-            found = torch.autograd.grad(log, [out for _, _, out in outputs], retain_graph=True)
-            for (layer, name, _), gradient in zip(outputs, found, strict=True):
+            result = torch.autograd.grad(log, [out for _, _, out in outputs], retain_graph=True)
+            for (layer, name, _), gradient in zip(outputs, result, strict=True):
                 for row in rows_written(layer, gradient)[:, 0]:
                     sums[name] = sums[name] + weight * torch.outer(row, row)
                     rows[name] += number == 0
@@ -48,12 +48,12 @@ def by_loop(task: Task, estimator: str) -> dict[str, Tensor]:
 )
 def test_is_the_definition(build, name, estimator):
     task = build(name, 4)
-    found = output_gram().finalize(measure(task, output_gram(estimator)))
+    result = output_gram().finalize(measure(task, output_gram(estimator)))
     expected = by_loop(task, estimator)
-    assert found.keys() == expected.keys()
+    assert result.keys() == expected.keys()
     for weight, value in expected.items():
         torch.testing.assert_close(
-            found[weight].double(), value, rtol=1e-5, atol=1e-5 * max(1e-6, float(value.abs().max()))
+            result[weight].double(), value, rtol=1e-5, atol=1e-5 * max(1e-6, float(value.abs().max()))
         )
 
 
@@ -72,11 +72,11 @@ def test_agrees_with_the_fisher_of_a_bias(tiny_task):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double()
     task = tiny_task(model, {"input": torch.randn(6, 3, dtype=torch.float64)}, torch.zeros(6, dtype=torch.int64))
-    found = output_gram().finalize(measure(task, output_gram()))
+    result = output_gram().finalize(measure(task, output_gram()))
     fisher = Fisher(LikelihoodSettings())
     bias = fisher.finalize(measure(task, fisher))
-    torch.testing.assert_close(found["0.weight"].diagonal(), bias["0.bias"])
-    torch.testing.assert_close(found["2.weight"].diagonal(), bias["2.bias"])
+    torch.testing.assert_close(result["0.weight"].diagonal(), bias["0.bias"])
+    torch.testing.assert_close(result["2.weight"].diagonal(), bias["2.bias"])
 
 
 def test_wide_outputs_are_left_out(build):

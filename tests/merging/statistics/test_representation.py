@@ -14,14 +14,14 @@ def representation(pooling: str = "cls", batch_size: int = 3) -> Representation:
 def test_one_row_an_example_without_padding(build, pooling):
     task = build("bert")
     model = task.load_model()
-    found = representation().finalize(measure(task, representation(pooling)))
+    result = representation().finalize(measure(task, representation(pooling)))
     with torch.no_grad():
         for position in range(7):
             (batch,) = task.batches("train", position, position + 1, 1)
             states = task.representation(model, batch)[0]
             expected = states[0] if pooling == "cls" else states.mean(0)
-            torch.testing.assert_close(found["representation"][position], expected.float())
-    assert found["positions"].tolist() == list(range(7))
+            torch.testing.assert_close(result["representation"][position], expected.float())
+    assert result["positions"].tolist() == list(range(7))
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -36,14 +36,14 @@ def test_a_decoder_s_last_real_token_and_an_encoder_s_first_stand_for_a_text(bui
         )
         task.inputs["attention_mask"] = task.mask = task.mask.flip(1)
     task.batches = lambda split, start, stop, size: iter([Batch(task.inputs, task.labels, torch.arange(7), task.mask)])
-    found = representation().finalize(measure(task, representation()))["representation"]
+    result = representation().finalize(measure(task, representation()))["representation"]
     with torch.no_grad():
         states = task.representation(task.load_model(), Batch(task.inputs, task.labels, torch.arange(7), task.mask))
     for position in range(7):
         places = task.mask[position].nonzero().flatten()
         expected = states[position, places[0] if name == "bert" else places[-1]]
-        torch.testing.assert_close(found[position], expected.float())
-    assert float(found.std(0).max()) > 1e-3
+        torch.testing.assert_close(result[position], expected.float())
+    assert float(result.std(0).max()) > 1e-3
 
 
 def test_no_spread_is_refused(build):
@@ -57,11 +57,11 @@ def test_no_spread_is_refused(build):
 
 def test_mean_over_images_patches(build):
     task = build("vit")
-    found = representation().finalize(measure(task, representation("mean")))["representation"]
+    result = representation().finalize(measure(task, representation("mean")))["representation"]
     with torch.no_grad():
         (batch,) = task.batches("train", 0, 7, 7)
         states = task.representation(task.load_model(), batch)
-    torch.testing.assert_close(found, states.mean(1).float())
+    torch.testing.assert_close(result, states.mean(1).float())
 
 
 def test_sharded_is_serial_and_ordered_by_position(build, sharded):

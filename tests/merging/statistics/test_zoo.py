@@ -150,11 +150,11 @@ def zoo(build: Callable[..., object], tiny_task: type) -> Callable[[str], object
     return make
 
 
-def assert_near(found, expected, tolerance=2e-5):
+def assert_near(result, expected, tolerance=2e-5):
     largest = max(float(value.abs().max()) for value in expected.values())
     for name, value in expected.items():
         scale = max(float(value.abs().max()), 1e-9 * largest)
-        assert float((found[name].double() - value.double()).abs().max()) <= tolerance * scale, name
+        assert float((result[name].double() - value.double()).abs().max()) <= tolerance * scale, name
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -163,15 +163,15 @@ def test_every_statistic_is_its_definition(zoo, name):
     sums = brute_force(task)
     fisher, grams, outputs, rows = sums.fisher, sums.gram, sums.output_gram, sums.rows
     for size in (3, 4):
-        found = measure(task, Fisher(LikelihoodSettings(batch_size=size)))
-        assert found.sums.keys() == fisher.keys()
-        assert_near(found.sums, fisher)
-        found = measure(task, Gram(StatisticSettings(batch_size=size)))
+        result = measure(task, Fisher(LikelihoodSettings(batch_size=size)))
+        assert result.sums.keys() == fisher.keys()
+        assert_near(result.sums, fisher)
+        result = measure(task, Gram(StatisticSettings(batch_size=size)))
         # what joined experts have is compared in test_experts.py
-        assert {name for name in {*found.sums, *found.shared} if "experts" not in name} == {*grams}
-        assert_near({weight: found.sums[found.shared.get(weight, weight)] for weight in grams}, grams)
-        assert {weight: found.counts[found.shared.get(weight, weight)] for weight in grams} == rows
-        found = measure(task, OutputGram(OutputGramSettings(batch_size=size)))
-        assert not any(value.any() for weight, value in outputs.items() if weight not in found.sums)
-        assert_near(found.sums, {weight: outputs[weight] for weight in found.sums})
-        assert all(found.counts[weight] == rows[weight] for weight in found.sums)
+        assert {name for name in {*result.sums, *result.shared} if "experts" not in name} == {*grams}
+        assert_near({weight: result.sums[result.shared.get(weight, weight)] for weight in grams}, grams)
+        assert {weight: result.counts[result.shared.get(weight, weight)] for weight in grams} == rows
+        result = measure(task, OutputGram(OutputGramSettings(batch_size=size)))
+        assert not any(value.any() for weight, value in outputs.items() if weight not in result.sums)
+        assert_near(result.sums, {weight: outputs[weight] for weight in result.sums})
+        assert all(result.counts[weight] == rows[weight] for weight in result.sums)

@@ -146,19 +146,19 @@ def test_has_nothing_for_statistics(custom):
 
 def test_fingerprint_follows_code_and_arguments(custom, tmp_path):
     task = custom("my_scores:norm")
-    found = {
+    actual = {
         task.data_fingerprint("test"),
         task.data_fingerprint("validation"),
         custom("my_scores:norm", arguments={"scale": 3}).data_fingerprint("test"),
     }
     (tmp_path / "my_scores.py").write_text(SOURCE.replace("):\n", "):  # changed\n\n") + "\n# changed\n")
-    found.add(task.data_fingerprint("test"))
-    assert len(found) == 3
+    actual.add(task.data_fingerprint("test"))
+    assert len(actual) == 3
     (tmp_path / "my_scores.py").write_text(SOURCE + "\nTHRESHOLD = 2\n")
-    found.add(task.data_fingerprint("test"))
+    actual.add(task.data_fingerprint("test"))
     (tmp_path / "my_scores.py").write_text("no Python (")
-    found.add(task.data_fingerprint("test"))
-    assert len(found) == 5
+    actual.add(task.data_fingerprint("test"))
+    assert len(actual) == 5
 
 
 def test_every_split_is_measured_unless_some_are_named(custom):

@@ -63,9 +63,9 @@ def own(task, split="test"):
     with torch.no_grad():
         for text, label in zip(examples.texts[0], examples.labels, strict=True):
             inputs = task.tokenizer(text, return_tensors="pt")
-            found = model(**inputs, labels=torch.tensor(label[None], dtype=torch.float32))
-            logits.append(found.logits[0])
-            losses.append(float(found.loss))
+            result = model(**inputs, labels=torch.tensor(label[None], dtype=torch.float32))
+            logits.append(result.logits[0])
+            losses.append(float(result.loss))
     return torch.stack(logits).double(), np.array(losses), examples.labels
 
 
@@ -80,8 +80,8 @@ def test_several_labels_are_judged_as_transformers_trains_them(make):
     assert score.expected_error == pytest.approx(1 - np.exp(-losses).mean(), abs=1e-6)
     p = logits.sigmoid()
     assert score.entropy == pytest.approx(float(-(p * p.log() + (1 - p) * (1 - p).log()).sum(1).mean()), abs=1e-5)
-    found = task.predict(task.load_model(), "test", np.arange(20))
-    assert found.values == pytest.approx(np.exp(-losses)[task.order("test")], abs=1e-6)  # of an F1, the surrogate
+    result = task.predict(task.load_model(), "test", np.arange(20))
+    assert result.values == pytest.approx(np.exp(-losses)[task.order("test")], abs=1e-6)  # of an F1, the surrogate
 
 
 def test_a_regression_is_judged_as_transformers_trains_it(make):
@@ -252,10 +252,10 @@ def test_losses_are_what_the_task_is_judged_by(make, tiny_pool, heads, problem, 
     for name, weight in live.weights.items():
         weight.copy_(pool.member_weight("x", name))
     batches = list(task.batches("validation", 0, 30, 30))
-    found, gradients = live.gradients(batches)
+    result, gradients = live.gradients(batches)
     score = task.evaluate(task.load_model(), "validation")
     expected = {"cross_entropy": score.loss, "expected_error": score.expected_error, "distil": 0.0}[loss]
-    assert found == pytest.approx(expected, abs=1e-5)
+    assert result == pytest.approx(expected, abs=1e-5)
     assert gradients
     largest = max(float(g.abs().max()) for g in gradients.values())
     assert (largest > 1e-4) == (loss != "distil")

@@ -38,8 +38,8 @@ def test_parts_joined_are_the_whole():
     joined = Predictions.join([whole.take(np.array([0])), whole.take(np.array([1, 2]))])
     for name in ("values", "surrogates", "losses", "entropies"):
         assert (getattr(joined, name) == getattr(whole, name)).all()
-    found, expected = (vars(scored("macro_f1", each)) for each in (joined, replace(whole, seconds=0.0)))
-    assert found == pytest.approx(expected, nan_ok=True)
+    result, expected = (vars(scored("macro_f1", each)) for each in (joined, replace(whole, seconds=0.0)))
+    assert result == pytest.approx(expected, nan_ok=True)
     assert Predictions.join([whole, whole]).seconds == 1.0
     assert Predictions.join([whole, Predictions(np.zeros(2))]).losses is None
 

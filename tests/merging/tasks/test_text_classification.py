@@ -54,8 +54,8 @@ def test_a_tokenizer_that_pads_on_the_left(make_text_task, frames, task, tmp_pat
     head = edit_config(task.head, tmp_path)
     file = Path(head) / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"padding_side": "left"}))
-    found = make_text_task(frames, head=head).evaluate(task.load_model(), "validation")
-    assert found.loss == pytest.approx(task.evaluate(task.load_model(), "validation").loss, abs=1e-6)
+    result = make_text_task(frames, head=head).evaluate(task.load_model(), "validation")
+    assert result.loss == pytest.approx(task.evaluate(task.load_model(), "validation").loss, abs=1e-6)
 
 
 def test_metric_setting(make_text_task, frames, tokenizer):
@@ -169,7 +169,7 @@ def test_fingerprint_follows_what_the_model_sees(make_text_task, frames, save_ba
     other_head = tmp_path / "other_head"
     shutil.copytree(tiny_pool["two"], other_head)
     (other_head / "tokenizer.json").write_text(json.dumps(tokens))
-    found = [
+    result = [
         make_text_task(frames | {"train": other_text}).data_fingerprint("train"),
         make_text_task(frames | {"train": other_label}).data_fingerprint("train"),
         make_text_task(frames, max_length=8).data_fingerprint("train"),
@@ -177,7 +177,7 @@ def test_fingerprint_follows_what_the_model_sees(make_text_task, frames, save_ba
         make_text_task(frames).data_fingerprint("test"),
         original,
     ]
-    assert len(set(found)) == len(found)
+    assert len(set(result)) == len(result)
 
 
 def test_fingerprint_ignores_what_the_model_does_not_see(make_text_task, frames, tiny_pool):

@@ -74,23 +74,23 @@ def test_evaluators_measure_what_this_process_measures(pool, setup, collect):
     recipe = Recipe("task_arithmetic", {"one": 0.4, "three": 0.8})
     pool.submit(Assignment("merge", recipe, "validation"))
     pool.submit(Assignment("base", base_recipe(), "test", limit=5))
-    found = collect(pool, 2)
+    result = collect(pool, 2)
     tasks = [make_task(name, settings, setup.members[name]) for name, settings in setup.tasks.items()]
     live = LiveModels(setup.material(), tasks, setup.owners, torch.device("cpu"))
     expected = live.measure(recipe, "validation")
-    for name, score in found["merge"].measurement.scores.items():
+    for name, score in result["merge"].measurement.scores.items():
         assert (score.value, score.loss) == (expected.scores[name].value, expected.scores[name].loss)
-    assert {score.examples for score in found["base"].measurement.scores.values()} == {5}
-    assert found["merge"].worker != found["base"].worker
+    assert {score.examples for score in result["base"].measurement.scores.values()} == {5}
+    assert result["merge"].worker != result["base"].worker
 
 
 def test_a_failing_recipe_is_an_answer(pool, collect):
     pool.submit(Assignment("bad", Recipe("task_arithmetic", {"nobody": 1.0}), "validation"))
     pool.submit(Assignment("good", member_recipe("one"), "validation"))
-    found = collect(pool, 2)
-    assert found["bad"].error.startswith("MethodError: 'nobody' is no member of the pool")
-    assert not found["bad"].lost
-    assert found["good"].measurement is not None
+    result = collect(pool, 2)
+    assert result["bad"].error.startswith("MethodError: 'nobody' is no member of the pool")
+    assert not result["bad"].lost
+    assert result["good"].measurement is not None
 
 
 def test_a_gate_decides_in_the_evaluator(pool, setup, collect):
@@ -99,10 +99,10 @@ def test_a_gate_decides_in_the_evaluator(pool, setup, collect):
         Assignment("some", base_recipe(), "validation", plan=EvaluationPlan(8, lambda trace: trace.examples >= limit))
     )
     pool.submit(Assignment("all", base_recipe(), "validation", plan=EvaluationPlan(8)))
-    found = collect(pool, 2)
-    assert found["some"].measurement.pruned
-    assert {score.examples for score in found["some"].measurement.scores.values()} == {16}
-    whole, some = found["all"].measurement.trace, found["some"].measurement.trace
+    result = collect(pool, 2)
+    assert result["some"].measurement.pruned
+    assert {score.examples for score in result["some"].measurement.scores.values()} == {16}
+    whole, some = result["all"].measurement.trace, result["some"].measurement.trace
     assert all(whole.values[task][:16].tolist() == some.values[task].tolist() for task in setup.tasks)
 
 
@@ -111,9 +111,9 @@ def test_a_killed_evaluator_is_lost_and_replaced(pool, collect):
     pool.submit(Assignment("first", base_recipe(), "validation"))
     pool.submit(Assignment("second", base_recipe(), "validation"))
     os.kill(victim, signal.SIGKILL)
-    found = collect(pool, 2)
-    lost = [done for done in found.values() if done.lost]
-    assert len(found) == 2
+    result = collect(pool, 2)
+    lost = [done for done in result.values() if done.lost]
+    assert len(result) == 2
     assert len(lost) <= 1
     deadline = time.monotonic() + 120
     while pool.there < 2 and time.monotonic() < deadline:

@@ -18,8 +18,8 @@ def test_tasks_find_what_one_process_finds(tiny_pool, monkeypatch):
     pool = Pool.open(str(tiny_pool["base"]), members)
     parts = list(examine(pool, PoolPaths(str(tiny_pool["base"]), members, ()), list(members)))
     assert sorted(sorted(part) for part in parts) == [["one"], ["three", "two"]]
-    found = {name: finding for part in parts for name, finding in part.items()}
+    result = {name: finding for part in parts for name, finding in part.items()}
     assert recall(pool) == {}  # findings are kept by who asked
     assert pool.base.is_recognised
     assert all(member.checkpoint.is_recognised for member in pool.members.values())
-    assert distances(pool, found) == check_weights(Pool.open(str(tiny_pool["base"]), members))
+    assert distances(pool, result) == check_weights(Pool.open(str(tiny_pool["base"]), members))

@@ -36,13 +36,13 @@ def written(job):
 
 def test_actors_come_to_the_weights_of_one_process(job, tmp_path):
     shares = []
-    found = distil(job, workers=2, progress=shares.append)
+    result = distil(job, workers=2, progress=shares.append)
     tasks, owners = sources_with_logits(job.setup)
     material = job.setup.material()
     cache = str(tmp_path / "own")
     alone = distillation.distil(material, tasks, owners, job.start, SETTINGS, best_device(), cache=cache)
     torch.testing.assert_close(written(job), dict(alone.weights), rtol=0, atol=1e-5)
-    assert [look.step for look in found.looks] == [look.step for look in alone.looks] == [0, 3, 5]
+    assert [look.step for look in result.looks] == [look.step for look in alone.looks] == [0, 3, 5]
     assert shares == sorted(shares)
     one = replace(job, path=str(tmp_path / "one"))
     distil(one, workers=1)

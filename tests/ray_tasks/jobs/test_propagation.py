@@ -47,13 +47,13 @@ def written(job):
 
 
 def test_sharded_equals_serial(job):
-    told = []
-    fits = solve(job, processes=2, progress=told.append)
+    reported = []
+    fits = solve(job, processes=2, progress=reported.append)
     serial = in_one_process(job)
     assert layers(fits) == layers(serial.fits)
     torch.testing.assert_close(written(job), dict(serial.weights), rtol=0, atol=1e-4)
-    assert told == sorted(told)
-    assert told[-1] == 1.0
+    assert reported == sorted(reported)
+    assert reported[-1] == 1.0
 
 
 def test_a_lost_actor_begins_the_work_again(job, kill_one):

@@ -126,8 +126,8 @@ def test_shards_merge_bit_for_bit_what_one_process_merges(setup, shards):
     receiver = Receiver(buffers.address) if buffers else None
     for recipe in RECIPES:
         report = merger.merge(recipe)
-        out, found = deliver(material, arrived(shards.merge(recipe, receiver)), buffers)
-        assert found == report
+        out, result = deliver(material, arrived(shards.merge(recipe, receiver)), buffers)
+        assert result == report
         for name, value in expected.items():
             assert torch.equal(out[name], value), (recipe, name)
 

@@ -25,10 +25,10 @@ def world():
 def test_estimates_are_right_on_average_and_know_their_error(world, count):
     references, right = world
     drawn = [choose(references, count, seed) for seed in range(DRAWS)]
-    found = np.array([anchors.estimate(right[anchors.positions]) for anchors in drawn])
-    errors = found[:, 0] - right.mean()
+    result = np.array([anchors.estimate(right[anchors.positions]) for anchors in drawn])
+    errors = result[:, 0] - right.mean()
     assert abs(errors.mean()) < 0.006
-    assert 0.9 < np.sqrt((found[:, 1] ** 2).mean()) / errors.std() < 1.6
+    assert 0.9 < np.sqrt((result[:, 1] ** 2).mean()) / errors.std() < 1.6
     at_random = [np.random.default_rng(s).choice(right, count, replace=False).mean() for s in range(DRAWS)]
     assert errors.std() < 0.6 * np.std(at_random)
 

@@ -56,9 +56,9 @@ def outcome_of(trace, recipe=None, origin="search", pruned=False):
 
 
 def test_differences_are_judged_by_their_ranks_and_ties_say_nothing():
-    found = np.random.default_rng(0).normal(-0.3, 1, size=40)
-    expected = wilcoxon(found, alternative="less").pvalue
-    assert p_worse(found) == p_worse(np.concatenate([found, np.zeros(30)])) == pytest.approx(expected)
+    result = np.random.default_rng(0).normal(-0.3, 1, size=40)
+    expected = wilcoxon(result, alternative="less").pvalue
+    assert p_worse(result) == p_worse(np.concatenate([result, np.zeros(30)])) == pytest.approx(expected)
     assert p_worse(np.zeros(5)) == p_worse(np.zeros(0)) == 1.0
 
 
@@ -69,13 +69,13 @@ def test_differences_are_judged_by_their_ranks_and_ties_say_nothing():
 def test_differences_count_as_the_objective_weighs_their_tasks(name, weights):
     value = make_objective(name, TASKS).parts[name]
     own, bar = trace_of({"x": answers(0.4)["x"], "y": answers(0.1)["y"]}), trace_of(answers(0.3, 1))
-    found = paired_differences(own, bar, value)
+    result = paired_differences(own, bar, value)
     parts = [
         weight * (own.surrogates[task].astype(float) - bar.surrogates[task]) / SIZE
         for task, weight in zip(TASKS, weights, strict=True)
         if weight
     ]
-    assert found == pytest.approx(np.concatenate(parts), abs=1e-7)
+    assert result == pytest.approx(np.concatenate(parts), abs=1e-7)
 
 
 def test_a_metric_that_grades_examples_is_compared_by_its_own_numbers():
@@ -83,9 +83,9 @@ def test_a_metric_that_grades_examples_is_compared_by_its_own_numbers():
         replace(trace, values={task: np.log(chosen) for task, chosen in trace.surrogates.items()})
         for trace in (trace_of(answers(0.2)), trace_of(answers(0.3, 1)))
     )
-    found = paired_differences(own, bar, MEAN.parts["mean"])
+    result = paired_differences(own, bar, MEAN.parts["mean"])
     expected = [0.5 * (own.values[task].astype(float) - bar.values[task]) / SIZE for task in TASKS]
-    assert found == pytest.approx(np.concatenate(expected), abs=1e-7)
+    assert result == pytest.approx(np.concatenate(expected), abs=1e-7)
 
 
 def test_no_lower_an_accuracy_is_never_pruned_however_unsure_the_candidate():
@@ -212,11 +212,11 @@ def test_a_search_keeps_its_winner_and_saves_examples(run, policy):
 
 @pytest.mark.parametrize("policy", ["wilcoxon", "halving"])
 def test_a_resumed_search_prunes_as_an_unbroken_one(run, policy):
-    def told(rows):
+    def reported(rows):
         return {row.candidate: (row.trial, row.status, row.examples, row.proxies, row.objective) for row in rows}
 
     unbroken, _, _ = run(policy, 24, "unbroken")
     run(policy, 9, "broken")
     run(policy, 15, "broken")
     resumed, _, _ = run(policy, 24, "broken")
-    assert told(resumed) == told(unbroken)
+    assert reported(resumed) == reported(unbroken)

@@ -23,7 +23,7 @@ def row(number, method, members, x, y, split="validation", origin="search", **mo
 
 
 @pytest.fixture(scope="module")
-def found():
+def result():
     """Objectives that are a method's height and what its members add; regmean mostly has the bad member c."""
     rows = []
     for number, (method, members) in enumerate(
@@ -36,8 +36,8 @@ def found():
     return frame(rows)
 
 
-def test_effects_are_those_that_were_put_in(found):
-    effects = analysis.marginal_effects(found).set_index("name")
+def test_effects_are_those_that_were_put_in(result):
+    effects = analysis.marginal_effects(result).set_index("name")
     mean = np.mean(list(METHOD.values()))
     for name, height in METHOD.items():
         assert effects.loc[name, "adjusted"] == pytest.approx(height - mean, abs=1e-9)
@@ -58,8 +58,8 @@ def test_what_cannot_be_told_apart_has_no_effect():
 
 
 @pytest.mark.parametrize("evaluator", ["ped-anova", "fanova", "impurity"])
-def test_importance_finds_the_method(found, evaluator):
-    shares = analysis.importance(found, evaluator)
+def test_importance_finds_the_method(result, evaluator):
+    shares = analysis.importance(result, evaluator)
     assert shares.sum() == pytest.approx(1.0)
     assert shares["method"] > 0.05
     if evaluator != "ped-anova":
@@ -67,18 +67,18 @@ def test_importance_finds_the_method(found, evaluator):
     assert analysis.importance(frame([row(1, "ties", "ab", 0.5, 0.5)])).empty
 
 
-def test_what_a_target_cost(found):
-    cost = analysis.evaluations_to_target(found, [0.0, 0.6, 0.7])
-    first = next(i for i, value in enumerate(history(found)["best"]) if value >= 0.6)
+def test_what_a_target_cost(result):
+    cost = analysis.evaluations_to_target(result, [0.0, 0.6, 0.7])
+    first = next(i for i, value in enumerate(history(result)["best"]) if value >= 0.6)
     assert list(cost["candidates"][:2]) == [1, first + 1]
     assert list(cost["examples"][:2]) == [150, 150 * (first + 1)]
     assert list(cost["seconds"][:2]) == [10.0, 10.0 * (first + 1)]
     assert cost.loc[2, ["candidates", "examples", "seconds"]].isna().all()
 
 
-def test_campaigns_side_by_side(found):
-    early = found[found["trial"] < 4]
-    table = analysis.compare({"early": early, "whole": found, "empty": frame([])})
+def test_campaigns_side_by_side(result):
+    early = result[result["trial"] < 4]
+    table = analysis.compare({"early": early, "whole": result, "empty": frame([])})
     assert list(table["campaign"]) == ["whole", "early", "empty"]
     assert table.loc[0, ["candidates", "failed", "at", "members"]].tolist() == [25, 1, 6, "a+b+c"]
     assert table.loc[0, "test"] == pytest.approx(0.56)
@@ -86,8 +86,8 @@ def test_campaigns_side_by_side(found):
     assert table.loc[2, "candidates"] == 0
 
 
-def test_a_study_of_the_ledger(found):
-    study = analysis.as_study(found)
+def test_a_study_of_the_ledger(result):
+    study = analysis.as_study(result)
     assert len(study.trials) == 24
     assert study.best_params == {
         "method": "regmean", "members": "a+b+c", "regmean.rho": 0.1,
@@ -111,21 +111,21 @@ def test_of_few_candidates_nothing_is_called_important():
     assert shares.sum() == pytest.approx(1.0)
 
 
-def test_what_validation_promised(found):
+def test_what_validation_promised(result):
     errors = {"standard_errors": {"x": 0.03, "y": 0.04}}
     rows = [row(1, "ties", "ab", 0.7, 0.8, **errors), row(2, "ties", "bc", 0.6, 0.6, **errors)]
     rows += [row(1, "ties", "ab", 0.65, 0.75, split="test", origin="final", **errors)]
-    told = analysis.validation_beside_test(frame(rows))
-    assert told[["candidate", "origin", "members"]].to_numpy().tolist() == [["c1", "search", "a+b"]]
-    assert told[["validation", "test", "change"]].to_numpy()[0] == pytest.approx([0.75, 0.7, -0.05])
-    assert told["standard_error"][0] == pytest.approx(0.025 * 2**0.5)
-    assert analysis.validation_beside_test(found)["change"].to_list() == pytest.approx([0.56 - 0.61])
+    reported = analysis.validation_beside_test(frame(rows))
+    assert reported[["candidate", "origin", "members"]].to_numpy().tolist() == [["c1", "search", "a+b"]]
+    assert reported[["validation", "test", "change"]].to_numpy()[0] == pytest.approx([0.75, 0.7, -0.05])
+    assert reported["standard_error"][0] == pytest.approx(0.025 * 2**0.5)
+    assert analysis.validation_beside_test(result)["change"].to_list() == pytest.approx([0.56 - 0.61])
 
 
-def test_a_study_of_everything_says_what_became_of_it_and_when(found):
-    study = analysis.as_study(found, every=True, name="demo")
+def test_a_study_of_everything_says_what_became_of_it_and_when(result):
+    study = analysis.as_study(result, every=True, name="demo")
     states = [trial.state.name for trial in study.trials]
     assert (states.count("COMPLETE"), states.count("FAIL")) == (24, 1)
     assert study.study_name == "demo"
-    times = [time.to_pydatetime().astimezone() for time in sorted(found[found["origin"] == "search"]["finished"])]
+    times = [time.to_pydatetime().astimezone() for time in sorted(result[result["origin"] == "search"]["finished"])]
     assert [trial.datetime_complete for trial in study.trials] == [time.replace(tzinfo=None) for time in times]

@@ -56,17 +56,17 @@ def test_the_frame_is_tidy(tmp_path):
     ledger = Ledger(str(tmp_path))
     for entry in ROWS:
         ledger.append(entry)
-    found = load(str(tmp_path))
-    assert list(found["candidate"]) == ["c1", "c0", "c1", "c2", "c3", "c4", "c5"]
-    first = found[(found["candidate"] == "c1") & (found["split"] == "validation")].iloc[0]
+    result = load(str(tmp_path))
+    assert list(result["candidate"]) == ["c1", "c0", "c1", "c2", "c3", "c4", "c5"]
+    first = result[(result["candidate"] == "c1") & (result["split"] == "validation")].iloc[0]
     assert (first["parameter.rho"], first["parameter.mode"], first["scaling.b"]) == (0.5, "plain", 0.1)
     assert (first["score.x"], first["mean"], first["worst"]) == pytest.approx((0.8, 0.7, 0.6))
     assert (first["members"], first["size"], first["loss.y"], first["trial"]) == ("a+b", 2, 2.0, 1)
-    failed = found[found["status"] == "failed"].iloc[0]
+    failed = result[result["status"] == "failed"].iloc[0]
     assert failed[["objective", "mean", "score.x", "loss.x", "parameter.rho"]].isna().all()
-    assert columns(found, "score") == {"x": "score.x", "y": "score.y"}
-    assert columns(found, "scaling") == {"a": "scaling.a", "b": "scaling.b", "c": "scaling.c"}
-    assert str(found["finished"].dtype).endswith("UTC]")
+    assert columns(result, "score") == {"x": "score.x", "y": "score.y"}
+    assert columns(result, "scaling") == {"a": "scaling.a", "b": "scaling.b", "c": "scaling.c"}
+    assert str(result["finished"].dtype).endswith("UTC]")
 
 
 def test_an_empty_ledger_has_the_same_first_columns(tmp_path):
@@ -89,17 +89,17 @@ def test_the_search_is_where_it_measured():
     few = [
         replace(entry, split="anchors") for entry in ROWS if entry.split == "validation" and entry.origin != "reference"
     ]
-    found = frame([*ROWS[:3], ROWS[5], ROWS[6], *few])
-    assert searched_split(found) == "anchors"
+    result = frame([*ROWS[:3], ROWS[5], ROWS[6], *few])
+    assert searched_split(result) == "anchors"
     assert searched_split(frame(ROWS)) == "validation"
-    assert list(history(found)["candidate"]) == ["c0", "c1", "c2", "c3", "c4"]
-    assert set(history(found)["split"]) == {"anchors"}
-    assert list(candidates(found)["candidate"]) == ["c1", "c3", "c0"]
+    assert list(history(result)["candidate"]) == ["c0", "c1", "c2", "c3", "c4"]
+    assert set(history(result)["split"]) == {"anchors"}
+    assert list(candidates(result)["candidate"]) == ["c1", "c3", "c0"]
 
 
 def test_the_best_of_each_method():
-    found = best_by_method(frame(ROWS))
-    assert list(zip(found["method"], found["candidate"], strict=True)) == [
+    result = best_by_method(frame(ROWS))
+    assert list(zip(result["method"], result["candidate"], strict=True)) == [
         ("regmean", "c1"),
         ("ties", "c3"),
         ("average", "c0"),
@@ -108,9 +108,9 @@ def test_the_best_of_each_method():
 
 
 def test_the_history_never_falls():
-    found = history(frame(ROWS))
-    assert list(found["candidate"]) == ["c0", "c1", "c2", "c3", "c4"]
-    assert list(found["best"]) == [0.4, 0.7, 0.7, 0.7, 0.7]
+    result = history(frame(ROWS))
+    assert list(result["candidate"]) == ["c0", "c1", "c2", "c3", "c4"]
+    assert list(result["best"]) == [0.4, 0.7, 0.7, 0.7, 0.7]
 
 
 def test_members_shares_among_the_best():

@@ -48,11 +48,11 @@ def test_every_field_survives(tmp_path):
     ledger = Ledger(path, "demo")
     assert ledger.append(FULL)
     assert ledger.append(BARE)
-    found = {row.candidate: row for row in Ledger(path, "demo").rows()}
+    result = {row.candidate: row for row in Ledger(path, "demo").rows()}
     for row in (FULL, BARE):
         for field in fields(Row):
-            assert getattr(found[row.candidate], field.name) == getattr(row, field.name), field.name
-    assert found[FULL.candidate].recipe.identity == FULL.candidate
+            assert getattr(result[row.candidate], field.name) == getattr(row, field.name), field.name
+    assert result[FULL.candidate].recipe.identity == FULL.candidate
     assert {field.name for field in fields(Row)} == set(SCHEMA.names)
 
 

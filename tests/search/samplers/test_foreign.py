@@ -103,9 +103,9 @@ def test_a_sampler_of_one_s_own_proposes_and_hears_of_every_end(place, run, name
     assert len(rows) == 8
     import my_samplers
 
-    told = my_samplers.Counting.heard
-    assert 4 < len(told) < 8  # of the last ones it would hear before it proposed again
-    assert told == [(trial.number, "COMPLETE", [trial.value]) for trial in study.trials[: len(told)]]
+    reported = my_samplers.Counting.heard
+    assert 4 < len(reported) < 8  # of the last ones it would hear before it proposed again
+    assert reported == [(trial.number, "COMPLETE", [trial.value]) for trial in study.trials[: len(reported)]]
     sampler = sampler_of_trials(name, 5, {"factor": 3.0})(0)
     assert sampler is not None
     assert sampler._sampler.made == ((5, 3.0) if name.endswith("Counting") else (7, 3.0))
@@ -147,7 +147,7 @@ def test_of_its_notes_a_row_has_what_a_file_can_hold(place, run, tmp_path):
     again = Ledger(str(tmp_path / "ledger"), "demo").rows()
     notes = [row.sampler["notes"] for row in again if row.trial is not None and row.origin == "search"]
     assert notes
-    assert all(found == {"mine:plain": [1.5]} for found in notes)
+    assert all(result == {"mine:plain": [1.5]} for result in notes)
 
 
 def test_one_that_fails_otherwise_each_time_ends_the_search(place, run):

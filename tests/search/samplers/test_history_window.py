@@ -5,9 +5,9 @@ from search.samplers.history_window import Generations, NewParameters, Recent
 
 
 def trial(number, value, state=TrialState.COMPLETE, constraints=None):
-    found = create_trial(state=state, value=value, constraints=constraints)
-    found.number = number
-    return found
+    result = create_trial(state=state, value=value, constraints=constraints)
+    result.number = number
+    return result
 
 
 def test_the_best_quarter_and_the_latest_are_kept():
@@ -29,9 +29,9 @@ def test_what_keeps_its_constraints_is_better_than_what_does_not():
 
 
 def marked(number, generation, parents=(), state=TrialState.COMPLETE):
-    found = trial(number, 0.0 if state == TrialState.COMPLETE else None, state)
-    found.system_attrs = {} if generation is None else {"mark": (generation, parents)}
-    return found
+    result = trial(number, 0.0 if state == TrialState.COMPLETE else None, state)
+    result.system_attrs = {} if generation is None else {"mark": (generation, parents)}
+    return result
 
 
 def test_two_generations_and_their_parents_are_kept():
@@ -51,7 +51,7 @@ def test_a_trial_with_each_parameter_is_kept():
     memory = NewParameters()
     entry = optuna.distributions.FloatDistribution(0, 1)
     for number, names in enumerate(["a", "a", "ab", "b", "c", "abc"]):
-        found = create_trial(value=0.0, params=dict.fromkeys(names, 0.5), distributions=dict.fromkeys(names, entry))
-        found.number = number
-        memory.add(found)
+        result = create_trial(value=0.0, params=dict.fromkeys(names, 0.5), distributions=dict.fromkeys(names, entry))
+        result.number = number
+        memory.add(result)
     assert [known.number for known in memory.trials()] == [0, 2, 4]

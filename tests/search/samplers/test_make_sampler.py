@@ -142,9 +142,9 @@ def test_mistakes_are_named(name, arguments, message):
     ],
 )
 def test_a_history_is_as_long_as_the_sampler_needs(name, arguments, known):
-    found = memories(name, arguments, 100)
+    result = memories(name, arguments, 100)
     if known is None:
-        assert found is None
+        assert result is None
         return
     entry = optuna.distributions.FloatDistribution(0, 1)
     size = arguments.get("popsize") or arguments.get("population_size") or 100
@@ -154,9 +154,9 @@ def test_a_history_is_as_long_as_the_sampler_needs(name, arguments, known):
         trial.number = number
         if name != "cmaes" or "popsize" in arguments:
             trial.system_attrs = {"cma:generation": number // size, "bred": [number // size, []]}
-        for memory in found:
+        for memory in result:
             memory.add(trial)
-    numbers = {trial.number for memory in found for trial in memory.trials()}
+    numbers = {trial.number for memory in result for trial in memory.trials()}
     assert known * 0.75 <= len(numbers) <= known * 1.5
 
 

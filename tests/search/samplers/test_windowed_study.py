@@ -20,19 +20,19 @@ def study():
 @pytest.mark.parametrize("limit", [None, 8])
 def test_waiting_trials_come_first_and_in_order(study, limit):
     asking = WindowedStudy(study, None if limit is None else [Recent(limit)])
-    found = []
+    result = []
     for _ in range(3):
-        found.append((asking.next_number, asking.has_waiting))
-        asked = asking.ask()
-        assert asked.number == found[-1][0]
-        found[-1] += (asked.suggest_float("x", 0, 1),)
-        asking.under_way(asked)
-    assert found[:2] == [(30, True, 0.25), (31, True, 0.5)]
-    assert found[2][:2] == (32, False)
+        result.append((asking.next_number, asking.has_waiting))
+        requested = asking.ask()
+        assert requested.number == result[-1][0]
+        result[-1] += (requested.suggest_float("x", 0, 1),)
+        asking.under_way(requested)
+    assert result[:2] == [(30, True, 0.25), (31, True, 0.5)]
+    assert result[2][:2] == (32, False)
     running = asking.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    assert [t.params["x"] for t in running] == [x for *_, x in found]
-    asking.tell(asked, 99.0)
-    asking.finished(asked)
+    assert [t.params["x"] for t in running] == [x for *_, x in result]
+    asking.tell(requested, 99.0)
+    asking.finished(requested)
     seen = asking.get_trials(states=(TrialState.COMPLETE,))
     assert len(seen) == (31 if limit is None else 7)  # 99 is among the best and the latest
     assert seen[-1].values == [99.0]

@@ -44,9 +44,9 @@ dtype: bfloat16
 
 def convert(text, names=NAMES, template=lambda path: None):
     """A configuration's translation, whose recipe is valid."""
-    found = translate(yaml.safe_load(text), "theirs.yaml", lambda path: names, template)
-    validate(RecipeFile, found.recipe, "recipe").recipe()  # parameters and their ranges, too
-    return found
+    result = translate(yaml.safe_load(text), "theirs.yaml", lambda path: names, template)
+    validate(RecipeFile, result.recipe, "recipe").recipe()  # parameters and their ranges, too
+    return result
 
 
 def task_vectors(method, extra="", density=0.25, more=""):

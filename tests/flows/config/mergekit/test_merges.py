@@ -71,8 +71,8 @@ def test_methods_of_task_vectors(method, extra, expected):
 )
 def test_thinning_may_be_a_member_s_own(method, more, expected):
     recipe = convert(task_vectors(method, more=more).replace("0.25", "0.5", 1)).recipe
-    found = {key: value for key, value in recipe["parameters"].items() if key.partition("@")[0] in DENSITIES}
-    assert found == pytest.approx(expected)
+    result = {key: value for key, value in recipe["parameters"].items() if key.partition("@")[0] in DENSITIES}
+    assert result == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -116,19 +116,19 @@ def test_an_adapter_whose_model_has_no_part_in_the_merge():
     ],
 )
 def test_what_cannot_be_expressed_is_one_error_that_names_it(text, messages):
-    told = refusal(text)
-    assert told.startswith("theirs.yaml is mergekit's")
+    reported = refusal(text)
+    assert reported.startswith("theirs.yaml is mergekit's")
     for message in messages:
-        assert message in told, told
+        assert message in reported, reported
 
 
 def test_all_mistakes_are_in_one_error():
-    told = refusal(task_vectors("ties", "nonsense: 1\ntokenizer_source: nobody\nparameters: {wieght: 1}"))
-    assert "nonsense" in told
-    assert "wieght" in told
+    reported = refusal(task_vectors("ties", "nonsense: 1\ntokenizer_source: nobody\nparameters: {wieght: 1}"))
+    assert "nonsense" in reported
+    assert "wieght" in reported
 
 
 def test_what_mergekit_ignores_is_noted():
-    found = convert(task_vectors("ties", "name: mine\nparameters: {int8_mask: true, t: 0.5}"))
-    assert len(found.notes) == 3
-    assert any("int8_mask" in note for note in found.notes)
+    result = convert(task_vectors("ties", "name: mine\nparameters: {int8_mask: true, t: 0.5}"))
+    assert len(result.notes) == 3
+    assert any("int8_mask" in note for note in result.notes)

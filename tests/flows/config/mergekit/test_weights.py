@@ -27,7 +27,7 @@ def reference(setting, name):
 def test_gradients_by_filter_are_one_group_a_layer_and_filter():
     recipe = convert(GRADIENT).recipe
     assert recipe["dtype"] == "bfloat16"
-    found = factor_of(recipe, "a")
+    result = factor_of(recipe, "a")
     for name in NAMES:
         if "self_attn" in name:
             expected = reference([0, 0.5, 0.3, 0.7, 1], name)
@@ -35,7 +35,7 @@ def test_gradients_by_filter_are_one_group_a_layer_and_filter():
             expected = reference([1, 0.5, 0.7, 0.3, 0], name)
         else:
             expected = 0.5
-        assert found[name] == pytest.approx(expected), name
+        assert result[name] == pytest.approx(expected), name
         assert factor_of(recipe, "b")[name] == pytest.approx(1 - expected)
     assert recipe["scaling"]["a"]["*.1.*mlp*"] == pytest.approx(reference([1, 0.5, 0.7, 0.3, 0], NAMES[8]))
 
@@ -47,8 +47,8 @@ def test_a_gradient_alone_is_one_group_a_layer():
     assert list(groups) == ["layers:0", "layers:1", "layers:2", "layers:3", "*"]
     assert list(groups.values()) == pytest.approx([0, 1 / 3, 2 / 3, 1, 0])
     assert recipe["scaling"]["two"] == 1.0
-    found = factor_of(recipe, "one")
-    assert all(found[name] == pytest.approx(reference([0, 1], name)) for name in NAMES)
+    result = factor_of(recipe, "one")
+    assert all(result[name] == pytest.approx(reference([0, 1], name)) for name in NAMES)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_gradient_alone_is_one_group_a_layer():
 )
 def test_filters_mean_the_same_in_every_weight(setting):
     text = task_vectors("task_arithmetic").replace("weight: 0.5", f"weight: {setting}")
-    found = factor_of(convert(text).recipe, "one")
+    result = factor_of(convert(text).recipe, "one")
     given = yaml.safe_load(setting)
     for name in NAMES:
         chosen = next(
@@ -74,15 +74,15 @@ def test_filters_mean_the_same_in_every_weight(setting):
             if entry.get("filter") in (None, "*") or entry["filter"] in name
         )
         expected = reference(chosen, name) if isinstance(chosen, list) else chosen
-        assert found[name] == pytest.approx(expected), name
+        assert result[name] == pytest.approx(expected), name
 
 
 def test_what_no_filter_chooses_has_the_next_place_s_value():
     text = task_vectors("task_arithmetic", "parameters: {weight: 0.3}").replace(
         "weight: 0.5", "weight: [{filter: mlp, value: 0.2}]"
     )
-    found = factor_of(convert(text).recipe, "one")
-    assert {found["model.layers.2.mlp.up_proj.weight"], found["model.norm.weight"]} == {0.2, 0.3}
+    result = factor_of(convert(text).recipe, "one")
+    assert {result["model.layers.2.mlp.up_proj.weight"], result["model.norm.weight"]} == {0.2, 0.3}
 
 
 def test_slices_that_follow_each_other_have_parameters_of_their_own():
@@ -105,6 +105,6 @@ parameters: {weight: 0.75}
 
 
 def test_a_filter_that_fits_no_weight_is_noted():
-    found = convert(GRADIENT.replace("self_attn", "attention"))
-    assert any("filter 'attention' fits none" in note for note in found.notes)
-    assert not any("'mlp'" in note for note in found.notes)
+    result = convert(GRADIENT.replace("self_attn", "attention"))
+    assert any("filter 'attention' fits none" in note for note in result.notes)
+    assert not any("'mlp'" in note for note in result.notes)

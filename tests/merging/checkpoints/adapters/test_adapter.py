@@ -117,9 +117,9 @@ def test_is_what_peft_merges(bases, tmp_path, name):
     assert opened.adapted.low_rank
     assert labels in (None, len(opened.config.get("id2label", ())))
     for key, value in merged.items():
-        found = opened.read(key)
-        assert (found.dtype, tuple(found.shape)) == (opened.tensors[key].dtype, opened.tensors[key].shape)
-        torch.testing.assert_close(found, value, rtol=1e-6, atol=1e-6)
+        result = opened.read(key)
+        assert (result.dtype, tuple(result.shape)) == (opened.tensors[key].dtype, opened.tensors[key].shape)
+        torch.testing.assert_close(result, value, rtol=1e-6, atol=1e-6)
 
 
 def test_bfloat16_is_rounded_once(bases, tmp_path):
@@ -292,9 +292,9 @@ def test_embeddings_and_head_are_the_live_models(tmp_path, name, tie):
     base = tiny("Qwen2", tie_word_embeddings=tie)
     base.save_pretrained(tmp_path / "base")
     live = trained(base, tmp_path / "a", **TIED[name])
-    found = load_model(str(tmp_path / "a"), "AutoModelForCausalLM", base=str(tmp_path / "base"))
+    result = load_model(str(tmp_path / "a"), "AutoModelForCausalLM", base=str(tmp_path / "base"))
     with torch.no_grad():
-        torch.testing.assert_close(found(IDS).logits, live(IDS).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(result(IDS).logits, live(IDS).logits, rtol=1e-5, atol=1e-5)
         assert (live(IDS).logits - base(IDS).logits).abs().max() > 0.1
     opened = open_checkpoint(str(tmp_path / "a"), str(tmp_path / "base"))
     assert ("lm_head.weight" in opened.tensors) == (not tie or name != "neither")
@@ -315,8 +315,8 @@ def test_a_base_that_stores_the_tied_weight_twice(tmp_path, equal):
     merge_to_disk(Material(pool), Recipe("linear", {"a": 1.0}), str(tmp_path / "out"))
     assert ("lm_head.weight" in load_file(tmp_path / "out" / SINGLE)) is not equal
     with torch.no_grad():
-        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-        torch.testing.assert_close(found(IDS).logits, live(IDS).logits, rtol=1e-5, atol=1e-5)
+        result = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        torch.testing.assert_close(result(IDS).logits, live(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_names_of_an_older_transformers(tmp_path):
@@ -347,8 +347,8 @@ def test_names_of_an_older_transformers(tmp_path):
     pool = Pool.open(str(tmp_path / "base"), {"a": str(tmp_path / "a")})
     merge_to_disk(Material(pool), Recipe("linear", {"a": 1.0}), str(tmp_path / "out"))
     with torch.no_grad():
-        found = type(base).from_pretrained(tmp_path / "out")
-        torch.testing.assert_close(found(input_ids=IDS).logits, live(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+        result = type(base).from_pretrained(tmp_path / "out")
+        torch.testing.assert_close(result(input_ids=IDS).logits, live(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
         assert (live(input_ids=IDS).logits - base(input_ids=IDS).logits).abs().max() > 0.01
 
 
@@ -360,9 +360,9 @@ def test_saved_embeddings_of_a_grown_vocabulary(tmp_path, tie, targets):
     base.resize_token_embeddings(42)
     live = trained(base, tmp_path / "a", target_modules=targets)
     live.save_pretrained(tmp_path / "a", save_embedding_layers=True)
-    found = load_model(str(tmp_path / "a"), "AutoModelForCausalLM", base=str(tmp_path / "base"))
+    result = load_model(str(tmp_path / "a"), "AutoModelForCausalLM", base=str(tmp_path / "base"))
     with torch.no_grad():
-        torch.testing.assert_close(found(IDS).logits, live(IDS).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(result(IDS).logits, live(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -378,9 +378,9 @@ def test_attention_of_a_mixture_of_experts(tmp_path, kind, changes):
     live = trained(base, tmp_path / "a", target_modules=["q_proj", "v_proj"])
     pool = Pool.open(str(tmp_path / "base"), {"a": str(tmp_path / "a")})
     merge_to_disk(Material(pool), Recipe("linear", {"a": 1.0}), str(tmp_path / "out"))
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    result = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
-        torch.testing.assert_close(found(IDS).logits, live(IDS).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(result(IDS).logits, live(IDS).logits, rtol=1e-5, atol=1e-5)
         assert (live(IDS).logits - base(IDS).logits).abs().max() > 0.05
 
 
@@ -403,9 +403,9 @@ def test_a_vision_language_model(tmp_path):
     live = trained(base, tmp_path / "a", target_modules=r".*language_model.*\.(q_proj|v_proj)")
     pool = Pool.open(str(tmp_path / "base"), {"a": str(tmp_path / "a")})
     merge_to_disk(Material(pool), Recipe("linear", {"a": 1.0}), str(tmp_path / "out"))
-    found = type(base).from_pretrained(tmp_path / "out")
+    result = type(base).from_pretrained(tmp_path / "out")
     with torch.no_grad():
-        torch.testing.assert_close(found(input_ids=IDS).logits, live(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(result(input_ids=IDS).logits, live(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
 
 
 OTHERS = {
@@ -452,10 +452,10 @@ def test_is_what_the_live_model_computes(tmp_path, name):
         live.save_pretrained(tmp_path / "a")
     pool = Pool.open(str(tmp_path / "base"), {"a": str(tmp_path / "a")})
     merge_to_disk(Material(pool), Recipe("linear", {"a": 1.0}), str(tmp_path / "out"))
-    found, info = type(base).from_pretrained(tmp_path / "out", output_loading_info=True)
+    result, info = type(base).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
     with torch.no_grad():
-        one, other, before = (model(**inputs) for model in (found.eval(), live, base))
+        one, other, before = (model(**inputs) for model in (result.eval(), live, base))
     get = "logits_per_image" if kind == "CLIP" else "logits"
     torch.testing.assert_close(one[get], other[get], rtol=1e-5, atol=1e-5)
     assert (other[get] - before[get]).abs().max() > 0.05

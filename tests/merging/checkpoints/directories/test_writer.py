@@ -55,8 +55,8 @@ def test_what_is_written_is_read_by_safetensors(tiny_pool, tmp_path, most, where
     assert all(info.start % info.dtype.itemsize == 0 for info in again.tensors.values()), "aligned"
     assert again.config == like.config
     if "://" not in path:
-        found = {k: v for file in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(file).items()}
-        assert set(found) == set(MIXED)
+        result = {k: v for file in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(file).items()}
+        assert set(result) == set(MIXED)
         assert (tmp_path / "out" / "heads/a/x.txt").read_text() == "hello"
         assert (tmp_path / "out" / "tokenizer.json").exists()
         assert (tmp_path / "out" / INDEX).exists() == (most < 100)

@@ -142,6 +142,6 @@ def test_equal_files_are_compared_without_transformers():
 def test_how_a_head_reads_its_backbone_matters_where_both_have_it(architecture, fits):
     first = {"model_type": "modernbert", "architectures": [architecture]}
     assert not differences(first, first | {"classifier_pooling": "cls"})
-    found = differences(first, first | {"classifier_pooling": "mean"})
-    assert [field for field, _, _ in found] == ([] if fits else ["classifier_pooling"])
+    result = differences(first, first | {"classifier_pooling": "mean"})
+    assert [field for field, _, _ in result] == ([] if fits else ["classifier_pooling"])
     assert not differences(first, {**first, "architectures": ["ModernBertModel"], "classifier_pooling": "mean"})

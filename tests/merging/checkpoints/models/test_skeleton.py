@@ -33,9 +33,9 @@ TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num
 def test_the_table_of_tokens(kind, config, table):
     """One of patches, of pixels, or of characters by hash is none."""
     model = skeleton.build("somewhere", config.to_dict(), kind)
-    found = skeleton.token_table(model)
-    assert found is (model.get_submodule(table) if table else None)
-    assert found is None or found.weight.is_meta
+    result = skeleton.token_table(model)
+    assert result is (model.get_submodule(table) if table else None)
+    assert result is None or result.weight.is_meta
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "other."])

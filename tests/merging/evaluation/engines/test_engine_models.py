@@ -32,7 +32,7 @@ def both(root, **settings):
     paths = write_pool(root, **settings)
     pool = Pool.open(paths["base"], {name: paths[name] for name in ("one", "two")})
     data = {"validation": write_examples(root / "data.parquet")}
-    tasks = [make_task(name, CausalLMSettings(**found), paths["one"]) for name, found in task_settings(data).items()]
+    tasks = [make_task(name, CausalLMSettings(**result), paths["one"]) for name, result in task_settings(data).items()]
     owners = {task.name: "one" for task in tasks}
     live = LiveModels(Material(pool), tasks, owners, CPU)
     return live, lambda: EngineModels(Material(pool), tasks, owners, CPU, VLLM)
@@ -43,10 +43,10 @@ def test_an_engine_scores_every_candidate_as_transformers_does(tmp_path):
     live, make = both(tmp_path, tied=True)
     engine = make()
     for recipe in RECIPES:
-        expected, found = live.measure(recipe, "validation"), engine.measure(recipe, "validation")
+        expected, result = live.measure(recipe, "validation"), engine.measure(recipe, "validation")
         for task, score in expected.scores.items():
-            assert found.scores[task].value == pytest.approx(score.value, rel=1e-4, abs=1e-4), (recipe, task)
-            assert found.scores[task].loss == pytest.approx(score.loss, abs=1e-4)
+            assert result.scores[task].value == pytest.approx(score.value, rel=1e-4, abs=1e-4), (recipe, task)
+            assert result.scores[task].loss == pytest.approx(score.loss, abs=1e-4)
     stepwise = engine.measure(RECIPES[2], "validation", plan=EvaluationPlan(5))
     again = live.measure(RECIPES[2], "validation", plan=EvaluationPlan(5))
     for task, values in again.trace.losses.items():
@@ -76,7 +76,7 @@ def test_the_harness_scores_an_engine_as_it_scores_transformers(tmp_path):
     pytest.importorskip("lm_eval")
     paths = {name: write_llama(tmp_path / name, seed, head_dim=32) for seed, name in enumerate(("base", "one", "two"))}
     pool = Pool.open(paths["base"], {name: paths[name] for name in ("one", "two")})
-    asked = {
+    requested = {
         "quiz": {"metric": "brier_score", "num_fewshot": 2, "chat": True},
         "cloze": {"metric": "perplexity"},
         "prose": {"max_length": 6},
@@ -90,7 +90,7 @@ def test_the_harness_scores_an_engine_as_it_scores_transformers(tmp_path):
             ),
             paths["one"],
         )
-        for kind, settings in asked.items()
+        for kind, settings in requested.items()
     ]
     owners = {task.name: "one" for task in tasks}
     live = LiveModels(Material(pool), tasks, owners, CPU)
@@ -123,5 +123,5 @@ def test_an_engine_of_a_16_bit_pool(tmp_path):
     live, make = both(tmp_path, dtype=torch.bfloat16)
     engine = make()
     for recipe in RECIPES[:3]:
-        expected, found = live.measure(recipe, "validation"), engine.measure(recipe, "validation")
-        assert found.scores["likelihood"].value == pytest.approx(expected.scores["likelihood"].value, abs=0.05)
+        expected, result = live.measure(recipe, "validation"), engine.measure(recipe, "validation")
+        assert result.scores["likelihood"].value == pytest.approx(expected.scores["likelihood"].value, abs=0.05)

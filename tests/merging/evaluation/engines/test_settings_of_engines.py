@@ -22,16 +22,16 @@ from tests.merging.evaluation.engines.tiny_llama import task_settings, write_exa
 def test_a_task_asks_an_engine_for_what_it_asks_a_model(tmp_path):
     paths = write_pool(tmp_path)
     data = {"validation": write_examples(tmp_path / "data.parquet", 6)}
-    tasks = [make_task(name, CausalLMSettings(**found), paths["one"]) for name, found in task_settings(data).items()]
+    tasks = [make_task(name, CausalLMSettings(**result), paths["one"]) for name, result in task_settings(data).items()]
     pool = Pool.open(paths["base"], {"one": paths["one"]})
     live = LiveModels(Material(pool), tasks, dict.fromkeys((task.name for task in tasks), "one"), torch.device("cpu"))
     expected = live.measure(base_recipe(), "validation").scores
     model = live._models["likelihood"]
     model.config.use_cache = True
     for task in tasks:
-        found = task.evaluate(Transformers(model), "validation")
-        assert found.value == pytest.approx(expected[task.name].value, rel=1e-5)
-        assert found.loss == pytest.approx(expected[task.name].loss, abs=1e-5)
+        result = task.evaluate(Transformers(model), "validation")
+        assert result.value == pytest.approx(expected[task.name].value, rel=1e-5)
+        assert result.loss == pytest.approx(expected[task.name].loss, abs=1e-5)
 
 
 def test_what_no_engine_answers_is_refused_before_it_starts(tmp_path, tiny_pool, tiny_campaign):
@@ -61,6 +61,6 @@ def test_an_engine_that_is_not_installed_says_how_to_get_it(tmp_path):
 
 def test_weights_travel_in_buckets_of_a_size():
     weights = [(str(number), torch.zeros(size)) for number, size in enumerate((10, 20, 100, 5, 5))]
-    found = [[name for name, _ in bucket] for bucket in buckets(weights, 4 * 30)]
-    assert found == [["0", "1"], ["2"], ["3", "4"]]
+    result = [[name for name, _ in bucket] for bucket in buckets(weights, 4 * 30)]
+    assert result == [["0", "1"], ["2"], ["3", "4"]]
     assert list(buckets([], 10)) == []

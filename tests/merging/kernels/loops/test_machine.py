@@ -40,8 +40,8 @@ def fresh(tmp_path, monkeypatch):
 
 
 def kept(cache: Path) -> Path:
-    (found,) = cache.rglob("reductions.largest")
-    return found
+    (result,) = cache.rglob("reductions.largest")
+    return result
 
 
 @pytest.mark.slow

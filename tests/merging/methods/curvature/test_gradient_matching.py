@@ -123,8 +123,8 @@ def test_removal_that_does_not_cancel_is_the_formula(merge):
 def test_delta_depends_on_the_base_curvature_unless_given():
     method = METHODS["gradient_matching"]
     assert method.complete(Recipe("gradient_matching", {"a": 1.0})).parameters["delta"] == 1.0
-    asked = Recipe("gradient_matching", {"a": 1.0}, {"base_curvature": "fisher"})
-    assert method.complete(asked).parameters["delta"] == 1e-12
+    requested = Recipe("gradient_matching", {"a": 1.0}, {"base_curvature": "fisher"})
+    assert method.complete(requested).parameters["delta"] == 1e-12
     given = Recipe("gradient_matching", {"a": 1.0}, {"base_curvature": "fisher", "delta": 0.1})
     assert method.complete(given).parameters["delta"] == 0.1
 

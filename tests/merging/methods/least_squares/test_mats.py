@@ -159,8 +159,8 @@ def test_a_start_is_another_method(start):
 def test_a_factor_of_nothing_leaves_a_member_out(parameters, make_pool, merge, subset, assert_close):
     weights = make_pool()
     others = {"amazon": 0.7, "nyt": 1.1}
-    found = merge("mats", weights, {**others, "movie": 0.0}, parameters)
-    assert_close(found, merge("mats", subset(weights, list(others)), others, parameters), 1e-6)
+    actual = merge("mats", weights, {**others, "movie": 0.0}, parameters)
+    assert_close(actual, merge("mats", subset(weights, list(others)), others, parameters), 1e-6)
 
 
 def test_a_kronecker_preconditioner_needs_fewer_steps(make_pool, complete):

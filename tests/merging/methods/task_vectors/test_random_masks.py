@@ -20,19 +20,19 @@ def correlation(a, b):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_numbers_are_uniform_and_bits_even(seed):
-    found = numbers(seed)
-    counts = np.histogram(found, bins=256, range=(0, 1))[0]
+    result = numbers(seed)
+    counts = np.histogram(result, bins=256, range=(0, 1))[0]
     expected = SIZE / 256
     assert abs(((counts - expected) ** 2 / expected).sum() - 255) < 5 * (2 * 255) ** 0.5
-    bits = (found * random_masks.LEVELS).astype(np.int64)[:, None] >> np.arange(16) & 1
+    bits = (result * random_masks.LEVELS).astype(np.int64)[:, None] >> np.arange(16) & 1
     assert np.abs(bits.mean(axis=0) - 0.5).max() < 5 * 0.5 / SIZE**0.5
 
 
 @pytest.mark.parametrize("lag", [1, 2, 3, 64, 1024, 65536])
 def test_entries_know_nothing_of_one_another(lag):
-    found = numbers()
-    assert abs(correlation(found[:-lag], found[lag:])) < 5
-    assert abs(correlation(found[:-lag] < 0.1, found[lag:] < 0.1)) < 5
+    result = numbers()
+    assert abs(correlation(result[:-lag], result[lag:])) < 5
+    assert abs(correlation(result[:-lag] < 0.1, result[lag:] < 0.1)) < 5
 
 
 def test_members_weights_and_seeds_know_nothing_of_one_another():

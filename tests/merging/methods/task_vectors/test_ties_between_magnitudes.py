@@ -64,8 +64,8 @@ def test_loops_torch_stretches_and_order_keep_the_same_entries(method, parameter
     wide = [replace(w, base=w.base.double(), members={"a": w.members["a"].double()}) for w in weights]
     turned = list(reversed(weights))
     for others in (wide, turned):
-        found = kept(others, merge(method, others, {"a": 1.0}, parameters))
-        assert all(torch.equal(found[name], whole[name]) for name in whole)
+        result = kept(others, merge(method, others, {"a": 1.0}, parameters))
+        assert all(torch.equal(result[name], whole[name]) for name in whole)
 
 
 @pytest.mark.parametrize("method", ["ties", "breadcrumbs"])

@@ -23,15 +23,15 @@ def model(seed, sizes, dtype=torch.float32, steps=None):
 
 def kept(weights, global_stats, density, scope, chunk=1000):
     trimmer = top_k.Trimmer(weights, global_stats)
-    found = {}
+    result = {}
     for w in weights:
         cut = trimmer.cut("m", density, "" if scope == "global" else w.name)
         row = w.members["m"].float() - w.base.float()
         for start in range(0, row.numel(), chunk):
             piece = row[start : start + chunk]
             cut.apply(piece, trimmer.numbers(w, w.start + start, piece.numel(), [cut]))
-        found[w.name] = torch.cat([found.get(w.name, row[:0]), row])
-    return found
+        result[w.name] = torch.cat([result.get(w.name, row[:0]), row])
+    return result
 
 
 @pytest.fixture
@@ -47,20 +47,20 @@ def expected(reference):
 @pytest.mark.parametrize(("dtype", "steps"), [(torch.float32, None), (torch.float32, 2000), (torch.bfloat16, None)])
 def test_exactly_the_largest_stay_whatever_the_bins(scope, density, dtype, steps, expected):
     weights = model(0, (40_000, 7, 3000, 20_000), dtype, steps)
-    found = kept(weights, top_k.global_pass(weights), density, scope)
+    result = kept(weights, top_k.global_pass(weights), density, scope)
     wanted = expected(weights, density, scope)
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert all(torch.equal(result[name], wanted[name]) for name in wanted)
 
 
 def test_equal_magnitudes_of_either_sign_are_settled_by_chance():
     signs = torch.tensor([1.0, -1.0]).repeat(5000)
     weights = [Weight(name, torch.zeros(10_000), {"m": 0.5 * signs}) for name in ("b", "a")]
-    found = kept(weights, top_k.global_pass(weights), 0.7, "global")
+    result = kept(weights, top_k.global_pass(weights), 0.7, "global")
     for name in ("a", "b"):
-        for part in found[name].split(2500):
+        for part in result[name].split(2500):
             assert abs(float((part != 0).float().mean()) - 0.7) < 5 * (0.21 / 2500) ** 0.5
-        assert torch.equal(found[name][found[name] != 0], (0.5 * signs)[found[name] != 0])
-    assert not torch.equal(found["a"], found["b"])
+        assert torch.equal(result[name][result[name] != 0], (0.5 * signs)[result[name] != 0])
+    assert not torch.equal(result["a"], result["b"])
 
 
 def stretches(weights, size):
@@ -80,37 +80,37 @@ def test_parts_that_are_never_together_keep_what_the_whole_keeps(scope, size, dt
     parts = stretches(weights, size)
     global_stats = reduce(top_k.combine, [top_k.global_pass([part]) for part in reversed(parts)])
     answers = [top_k.second_pass([part], global_stats, [0.2, 0.01], whole=scope == "global") for part in parts]
-    asked = scope == "global" or size < 40_000
-    assert all((answer is not None) == asked for answer in answers)
+    requested = scope == "global" or size < 40_000
+    assert all((answer is not None) == requested for answer in answers)
     global_stats = reduce(top_k.combine, [answer for answer in answers if answer], global_stats)
     for density in (0.2, 0.01):
         wanted = expected(weights, density, scope)
         pieces = {name: [] for name in wanted}
         for part in parts:
             pieces[part.name].append(kept([part], global_stats, density, scope)[part.name])
-        assert all(torch.equal(torch.cat(found), wanted[name]) for name, found in pieces.items())
+        assert all(torch.equal(torch.cat(result), wanted[name]) for name, result in pieces.items())
 
 
 def test_parts_keep_as_many_as_the_whole(expected):
     weights = model(1, (40_000, 7, 3000, 20_000))
     global_stats = top_k.global_pass(weights)
     parts = [kept(weights[:2], global_stats, 0.2, "global"), kept(weights[2:], global_stats, 0.2, "global")]
-    found = parts[0] | parts[1]
+    result = parts[0] | parts[1]
     assert (
-        abs(sum(int((value != 0).sum()) for value in found.values()) - round(0.2 * 63_007))
+        abs(sum(int((value != 0).sum()) for value in result.values()) - round(0.2 * 63_007))
         < 5 * (0.002 * 63_007) ** 0.5
     )
     wanted = expected(weights, 0.2, "global")
-    differing = sum(int((found[name] != wanted[name]).sum()) for name in wanted)
+    differing = sum(int((result[name] != wanted[name]).sum()) for name in wanted)
     assert differing <= 0.004 * 63_007, "only entries within one bin of the threshold may be settled by chance"
 
 
 def test_parts_of_few_distinct_magnitudes_keep_what_the_whole_keeps(expected):
     weights = model(2, (5000, 7, 3000, 9000), torch.bfloat16)
     global_stats = top_k.global_pass(weights)
-    found = kept(weights[::2], global_stats, 0.3, "global") | kept(weights[1::2], global_stats, 0.3, "global")
+    result = kept(weights[::2], global_stats, 0.3, "global") | kept(weights[1::2], global_stats, 0.3, "global")
     wanted = expected(weights, 0.3, "global")
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert all(torch.equal(result[name], wanted[name]) for name in wanted)
 
 
 def test_entries_that_did_not_move_fill_up_a_density_above_the_share_that_did():
@@ -144,7 +144,7 @@ def test_a_sample_refined_keeps_what_the_whole_keeps(spread, size, dtype, steps,
         for part in parts:
             pieces[part.name].append(kept([part], known, density, "global")[part.name])
         wanted = expected(weights, density, "global")
-        assert all(torch.equal(torch.cat(found), wanted[name]) for name, found in pieces.items())
+        assert all(torch.equal(torch.cat(result), wanted[name]) for name, result in pieces.items())
 
 
 def test_a_sample_of_what_is_alike_side_by_side_knows_how_little_it_says(monkeypatch):
@@ -170,8 +170,8 @@ def test_what_a_sample_leaves_to_be_counted_grows_with_the_root_of_the_model(mon
         weights = model(5, (16_000,) * count, torch.bfloat16)
         known = reduce(top_k.combine, [top_k.sample([weight]) for weight in weights])
         answers = [top_k.second_pass([weight], known, [0.2], whole=True) for weight in weights]
-        found = [tally for answer in answers for tallies in answer.tallies.values() for tally in tallies.values()]
-        return len(known.sampled["m"].keys), sum(int(tally.reaching[0]) for tally in found)
+        result = [tally for answer in answers for tallies in answer.tallies.values() for tally in tallies.values()]
+        return len(known.sampled["m"].keys), sum(int(tally.reaching[0]) for tally in result)
 
     (few_bins, few), (many_bins, many) = held(20), held(320)
     assert 3 * few < many < 6 * few

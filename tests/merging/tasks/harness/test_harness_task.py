@@ -7,7 +7,7 @@ from merging.tasks import HarnessSettings
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (mergequest[lm-eval])")
 
 
-def told(task, metric, filter="none", **arguments):
+def reported(task, metric, filter="none", **arguments):
     """What the harness itself says of a checkpoint."""
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -43,7 +43,7 @@ def test_scores_are_the_harness_s_own(make, kind, metric, filter, arguments):
         own["apply_chat_template"] = own.pop("chat")
     if "generation" in own:
         own["gen_kwargs"] = own.pop("generation")
-    expected = told(task, metric, filter or ("strict" if kind == "sums" else "none"), **own)
+    expected = reported(task, metric, filter or ("strict" if kind == "sums" else "none"), **own)
     score = task.evaluate(task.load_model(), "test")
     sign = -1 if score.metric.startswith("neg_") else 1
     assert score.value == pytest.approx(sign * expected, rel=1e-6)

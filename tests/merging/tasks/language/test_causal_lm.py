@@ -74,16 +74,16 @@ def heads(words, tmp_path_factory):
         ),
         "without keys": MambaConfig(vocab_size=size, hidden_size=16, num_hidden_layers=2, state_size=4),
     }
-    found = {}
+    result = {}
     for name, config in configs.items():
         torch.manual_seed(3)
         model = AutoModelForCausalLM.from_config(config)
         for value in model.parameters():
             value.data += 0.3 * torch.randn_like(value)
-        found[name] = str(tmp_path_factory.mktemp(name))
-        model.save_pretrained(found[name])
-        words.save_pretrained(found[name])
-    return found
+        result[name] = str(tmp_path_factory.mktemp(name))
+        model.save_pretrained(result[name])
+        words.save_pretrained(result[name])
+    return result
 
 
 @pytest.fixture
@@ -219,9 +219,11 @@ def test_generation_is_greedy_and_graded(make, words):
             if token == words.eos_token_id:
                 break
         own.append(words.decode(ids[0, words(row["prompt"], return_tensors="pt")["input_ids"].shape[1] :], True))
-    told = [{**row, "completion": answer or "home"} for row, answer in zip(rows, own, strict=True)]
-    assert make(told, metric="exact_match", max_new_tokens=3, batch_size=3).evaluate(model, "validation").value > 0.8
-    assert make(told, metric="contains", max_new_tokens=3).evaluate(model, "validation").value > 0.8
+    reported = [{**row, "completion": answer or "home"} for row, answer in zip(rows, own, strict=True)]
+    assert (
+        make(reported, metric="exact_match", max_new_tokens=3, batch_size=3).evaluate(model, "validation").value > 0.8
+    )
+    assert make(reported, metric="contains", max_new_tokens=3).evaluate(model, "validation").value > 0.8
 
 
 @pytest.mark.parametrize("at_once", [None, 600])

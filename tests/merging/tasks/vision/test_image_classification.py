@@ -48,15 +48,15 @@ def heads(tmp_path_factory):
             ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", **LABELS),
         ),
     }
-    found = {}
+    result = {}
     for name, (kind, config) in models.items():
         torch.manual_seed(2)
         path = tmp_path_factory.mktemp(name)
         kind(config).save_pretrained(path)
         processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 24, "width": 24}}
         (path / "preprocessor_config.json").write_text(json.dumps(processor))
-        found[name] = str(path)
-    return found
+        result[name] = str(path)
+    return result
 
 
 def pictures(count, seed=0):
