@@ -133,10 +133,12 @@ def measure(
     retries: int = 3,
     steering: Steering | None = None,
     describe: Callable[[Recipe], Mapping[str, float]] = lambda recipe: {},
+    progress: Callable[[int], None] = lambda done: None,
 ) -> list[Row]:
     """Measures candidates that no sampler proposed (references, winners on test) and records them.
 
-    What the ledger has already is not measured again. `describe` gives further `proxies` of a recipe's row.
+    What the ledger has already is not measured again. `describe` gives further `proxies` of a recipe's row; `progress` is
+    called with how many different candidates have one.
 
     Returns:
         The row of every candidate, failed ones included, in the order given.
@@ -146,6 +148,8 @@ def measure(
     """
     wanted = list(candidates)
     missing = {_key(c): c for c in wanted if not ledger.has(*_key(c))}
+    done = len({_key(c) for c in wanted}) - len(missing)
+    progress(done)
     queue, in_flight = deque(missing.values()), InFlight(executor, retries)
     while queue or len(in_flight):
         if steering is not None and steering.stopping():
@@ -155,6 +159,8 @@ def measure(
         for outcome in in_flight.wait():
             row = to_row(outcome, objective, provenance)
             ledger.append(replace(row, proxies={**row.proxies, **describe(row.recipe)}))
+            done += 1
+            progress(done)
     rows = {(row.candidate, row.split): row for row in ledger.rows()}
     if steering is not None and not missing.keys() <= rows.keys():
         steering.stop_here()

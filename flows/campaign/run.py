@@ -326,9 +326,10 @@ def _references(
     with (
         display.phase("References: base and members on validation"),
         choosing_anchors(opened, directory, executor, candidates),
+        display.bar("models", len(candidates), may_stop=False) as bar,
     ):
         retries, steering = opened.campaign.resources.retries, display.pulse.steering
-        return measure(candidates, executor, ledger, None, _provenance(opened), retries, steering)
+        return measure(candidates, executor, ledger, None, _provenance(opened), retries, steering, progress=bar.reach)
 
 
 def _selection(
@@ -465,12 +466,14 @@ def _test(
     chosen += [row.recipe for row in {row.method: row for row in reversed(ranked)}.values()]
     chosen += [row.recipe for row in apart(ranked)[: opened.campaign.test.top]]
     candidates = [Candidate(recipe, "test", "final") for recipe in chosen]
+    total = len({recipe.identity for recipe in chosen})
     with (
-        display.phase(f"Test: {len({recipe.identity for recipe in chosen})} models, once"),
+        display.phase(f"Test: {total} models, once"),
         executor.planned(KeptOutcomes(directory.outcomes)),
+        display.bar("models", total, may_stop=False) as bar,
     ):
         retries, steering = opened.campaign.resources.retries, display.pulse.steering
-        measure(candidates, executor, ledger, None, _provenance(opened), retries, steering)
+        measure(candidates, executor, ledger, None, _provenance(opened), retries, steering, progress=bar.reach)
 
 
 def _objective(opened: OpenCampaign, ledger: Ledger) -> Objective:

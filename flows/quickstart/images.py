@@ -115,7 +115,7 @@ SIGNS: Mapping[str, Sequence[str]] = {
 }
 MOST = 120
 """Images of a class of clip art."""
-SIZES: Mapping[Split, int] = {"train": 320, "validation": 80, "test": 200}
+SIZES: Mapping[Split, int] = {"train": 320, "validation": 80, "test": 100}
 LARGEST = 1 << 21
 """Pixels of the largest clip art that is taken: what is larger takes long to decode."""
 SIDE = 112
@@ -286,5 +286,5 @@ IMAGES = ShippedPool(
         "representation": {"examples": 32},
         "propagated": {"examples": 64},
     },
-    distil={"steps": 160},
+    distil={"steps": 112},
 )

@@ -52,7 +52,7 @@ transformers.AutoTokenizer.from_pretrained(place, gguf_file=name).save_pretraine
 """A script that writes a GGUF file's model as float32; what was read from it cannot be saved itself."""
 
 CHOICES = 4
-SIZES: Mapping[Split, int] = {"train": 800, "validation": 120, "test": 300}
+SIZES: Mapping[Split, int] = {"train": 800, "validation": 120, "test": 150}
 WORD_CLASSES = ("noun", "verb", "adjective", "adverb")
 TOPICS: Mapping[str, str] = {"05": "animal", "13": "food", "06": "artifact", "18": "person"}
 """Number of a lexicographer's file of WordNet → its topic."""

@@ -22,7 +22,7 @@ def answer(value=0.5, error=0.1, examples=9, **fields):
 
 
 @pytest.mark.parametrize(
-    ("measurement", "raised", "told"),
+    ("measurement", "raised", "reported"),
     [
         (answer(examples=10**30), None, "cannot be recorded"),
         (answer(value="high"), None, "cannot be recorded"),

@@ -474,15 +474,18 @@ def test_measuring_what_no_sampler_proposed(tmp_path, threads):
     base = Candidate(Recipe("base", {}), "validation", "reference")
     member = Candidate(Recipe("member", {"a": 1.0}), "test", "reference")
     executor = threads(lambda recipe: {"x": 0.4} if recipe.method == "base" else {"x": 0.7}, 2)
-    rows = measure([base, member, base], executor, ledger, None, PROVENANCE)
+    counts: list[int] = []
+    rows = measure([base, member, base], executor, ledger, None, PROVENANCE, progress=counts.append)
+    assert counts == [0, 1, 2]
     assert [(row.method, row.split, row.origin, row.scores, row.objective) for row in rows] == [
         ("base", "validation", "reference", {"x": 0.4}, None),
         ("member", "test", "reference", {"x": 0.7}, None),
         ("base", "validation", "reference", {"x": 0.4}, None),
     ]
     assert len(executor.submitted) == 2
-    again = measure([member], executor, Ledger(str(tmp_path)), make_objective("mean", ["x"]), PROVENANCE)
-    assert again == rows[1:2]
+    objective = make_objective("mean", ["x"])
+    again = measure([member], executor, Ledger(str(tmp_path)), objective, PROVENANCE, progress=counts.append)
+    assert (again, counts) == (rows[1:2], [0, 1, 2, 1])
     assert len(executor.submitted) == 2
 
 
