@@ -1,7 +1,7 @@
 """`mergequest status`: how far a campaign is, from its directory alone, on any machine that can read it."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from math import isfinite
 from statistics import median
@@ -66,33 +66,33 @@ class Status:
 
     name: str
     state: str
-    phase: str | None
-    done: int
-    running: int
-    failed: int
-    pruned: int
-    total: int
-    per_minute: float | None
-    minutes_left: float | None
-    ends: str | None
-    best: float | None
-    best_error: float | None
-    is_estimate: bool
-    estimated: int
-    confirmed: int
-    best_method: str | None
-    best_members: list[str]
-    evaluators: int
-    busy: int
-    driver: str | None
-    heard: str | None
-    seconds_silent: float | None
-    ended: str | None
-    last: str | None
-    cpu_hours: float
-    gpu_hours: float
-    under_way: list[dict[str, Any]]
-    typical_seconds: float | None
+    phase: str | None = None
+    done: int = 0
+    running: int = 0
+    failed: int = 0
+    pruned: int = 0
+    total: int = 0
+    per_minute: float | None = None
+    minutes_left: float | None = None
+    ends: str | None = None
+    best: float | None = None
+    best_error: float | None = None
+    is_estimate: bool = False
+    estimated: int = 0
+    confirmed: int = 0
+    best_method: str | None = None
+    best_members: list[str] = field(default_factory=list)
+    evaluators: int = 0
+    busy: int = 0
+    driver: str | None = None
+    heard: str | None = None
+    seconds_silent: float | None = None
+    ended: str | None = None
+    last: str | None = None
+    cpu_hours: float = 0.0
+    gpu_hours: float = 0.0
+    under_way: list[dict[str, Any]] = field(default_factory=list)
+    typical_seconds: float | None = None
 
     @property
     def may_change(self) -> bool:
@@ -215,27 +215,14 @@ def _opening(pulse: dict[str, Any], now: datetime) -> Status:
     """The state of a campaign that has not come as far as its own file: its pool is being looked at, or was refused."""
     silent = max((now - datetime.fromisoformat(pulse["heard"])).total_seconds(), 0.0)
     alive = "running" if silent < SILENCE else "silent"
-    nothing: dict[str, Any] = {field.name: None for field in fields(Status)}
-    counts = dict.fromkeys(
-        ("done", "running", "failed", "pruned", "total", "estimated", "confirmed", "evaluators", "busy"), 0
-    )
     return Status(
-        **nothing
-        | counts
-        | {
-            "name": pulse.get("name") or "campaign",
-            "state": alive if pulse.get("ended") is None else "unfinished",
-            "phase": pulse.get("phase"),
-            "is_estimate": False,
-            "best_members": [],
-            "driver": f"{pulse['host']}:{pulse['pid']}",
-            "heard": pulse["heard"],
-            "seconds_silent": round(silent, 1),
-            "ended": pulse.get("ended"),
-            "cpu_hours": 0.0,
-            "gpu_hours": 0.0,
-            "under_way": [],
-        }
+        name=pulse.get("name") or "campaign",
+        state=alive if pulse.get("ended") is None else "unfinished",
+        phase=pulse.get("phase"),
+        driver=f"{pulse['host']}:{pulse['pid']}",
+        heard=pulse["heard"],
+        seconds_silent=round(silent, 1),
+        ended=pulse.get("ended"),
     )
 
 

@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from dataclasses import dataclass, field
+from typing import Any
 
 import plotly.io
 import yaml
@@ -27,8 +28,9 @@ MANY = 10
 """With more tasks than this, a task's cell shows its standard error only under the pointer."""
 
 
-class Facts(TypedDict, total=False):
-    """What the ledger does not know of its campaign; whatever is missing is left out of the report.
+@dataclass(frozen=True)
+class Facts:
+    """What the ledger does not know of its campaign; whatever is empty is left out of the report.
 
     Args:
         name: The campaign's name.
@@ -47,38 +49,20 @@ class Facts(TypedDict, total=False):
         written: When the report was written.
     """
 
-    name: str
-    objective: str
-    base: str
-    members: Mapping[str, str]
-    tasks: Mapping[str, str]
-    similarity: str
-    scales: Scales
-    phases: Mapping[str, float]
-    commands: Sequence[str]
-    recipe: str
-    versions: Mapping[str, str]
-    notes: Sequence[str]
-    stages: Mapping[str, Any]
-    written: str
-
-
-NO_FACTS: Facts = {
-    "name": "Campaign",
-    "objective": "",
-    "base": "",
-    "members": {},
-    "tasks": {},
-    "similarity": "",
-    "scales": Scales(),
-    "phases": {},
-    "commands": (),
-    "recipe": "",
-    "versions": {},
-    "notes": (),
-    "stages": {},
-    "written": "",
-}
+    name: str = "Campaign"
+    objective: str = ""
+    base: str = ""
+    members: Mapping[str, str] = field(default_factory=dict)
+    tasks: Mapping[str, str] = field(default_factory=dict)
+    similarity: str = ""
+    scales: Scales = field(default_factory=Scales)
+    phases: Mapping[str, float] = field(default_factory=dict)
+    commands: Sequence[str] = ()
+    recipe: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    stages: Mapping[str, Any] = field(default_factory=dict)
+    written: str = ""
 
 
 def render(
@@ -98,12 +82,12 @@ def render(
         facts: What else to tell.
         outcomes: Candidate → what was kept of single test examples, for paired differences.
     """
-    given: Facts = {**NO_FACTS, **(facts or {})}
-    looks = figures.Palette(rows, given["scales"])
-    lines = table.results_table(rows, tasks, given["scales"])
+    given = facts or Facts()
+    looks = figures.Palette(rows, given.scales)
+    lines = table.results_table(rows, tasks, given.scales)
     compared = significance.compare(lines, outcomes)
     ranked = best(rows, len(rows))
-    pool = given["members"] or {member for row in rows for member in row.members}
+    pool = given.members or {member for row in rows for member in row.members}
     estimated = {row.candidate: row for row in best(rows, len(rows), ANCHORS)}
     plots = {
         "beside": figures.beside(compared, looks),
@@ -141,7 +125,7 @@ def render(
         lead=next((entry.behind for entry in compared if entry.line.kind == "average"), None),
         counts=_counts(rows),
         winner=ranked[0] if ranked else None,
-        recipe=given["recipe"] or (_recipe(ranked[0], given) if ranked else ""),
+        recipe=given.recipe or (_recipe(ranked[0], given) if ranked else ""),
         top=apart(ranked or estimated.values())[:TOP],
         estimated=estimated,
         objective_of=lambda row: table.objective_of(row, looks.scales),
@@ -202,8 +186,8 @@ def _failures(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
 def _recipe(row: Row, facts: Facts) -> str:
     """The recipe file of a candidate, with the checkpoints' paths where they are known."""
-    paths = facts["members"]
-    value: dict[str, Any] = {"base": facts["base"]}
+    paths = facts.members
+    value: dict[str, Any] = {"base": facts.base}
     value["members"] = {name: {"checkpoint": paths[name]} if name in paths else {} for name in row.members}
     recipe = row.recipe.as_dict()
     value |= {"method": recipe["method"], "scaling": recipe["scaling"]}

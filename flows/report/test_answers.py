@@ -1,7 +1,5 @@
 """What models said of single examples: kept beside the ledger, for two models are compared example by example."""
 
-from collections.abc import Iterable
-
 import numpy as np
 from safetensors.numpy import save
 
@@ -48,10 +46,6 @@ class KeptOutcomes:
         """A candidate's values; empty where none were kept."""
         path = self._file(candidate)
         return read_arrays(path) if storage.exists(path) else {}
-
-    def read_all(self, candidates: Iterable[str]) -> dict[str, Values]:
-        """Several candidates' values."""
-        return {candidate: self.read(candidate) for candidate in candidates}
 
     def _file(self, candidate: str) -> str:
         return addresses.join(self._path, f"{candidate}.safetensors")

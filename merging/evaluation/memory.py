@@ -45,11 +45,6 @@ class EvaluatorMemory:
         """What of it lies on GPUs, where there are any: models are built in main memory, and candidates wait there."""
         return self.models // 2 + self.pool + self.engine
 
-    def per_parameter(self) -> dict[str, float]:
-        """Bytes a merged parameter, by what they are for."""
-        entries = max(self.parameters, 1)
-        return {name: getattr(self, name) / entries for name in ("models", "pool", "waiting", "engine")}
-
 
 def resident_memory(
     material: Material,

@@ -125,24 +125,6 @@ def history(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def shares(table: pd.DataFrame, top: float = 0.1) -> pd.Series:
-    """How often each member takes part in the best candidates.
-
-    Args:
-        table: A tidy frame.
-        top: Which share of the complete candidates of the search counts as the best; at least one does.
-
-    Returns:
-        Member → share of these candidates in 0 … 1, largest first.
-    """
-    ranked = candidates(table, searched_split(table))
-    chosen = ranked.head(max(1, round(top * len(ranked))))
-    taking_part = chosen["members"].str.split(MEMBERS_JOINT, regex=False).explode().value_counts()
-    everyone = ranked["members"].str.split(MEMBERS_JOINT, regex=False).explode().unique()
-    counts = taking_part.reindex(sorted(everyone), fill_value=0) / max(1, len(chosen))
-    return counts.sort_values(ascending=False, kind="stable").rename(None).rename_axis(None)
-
-
 def columns(table: pd.DataFrame, prefix: str) -> dict[str, str]:
     """The columns of a prefix (`score`, `scaling`, `parameter`, …): what follows it → the column's name."""
     return {name.removeprefix(f"{prefix}."): name for name in map(str, table.columns) if name.startswith(f"{prefix}.")}

@@ -5,9 +5,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from flows.report.figures.style import NEUTRAL, Palette, describe, finish, plain, thin
+from flows.report.figures.style import NEUTRAL, Palette, add_methods, finish, plain, thin
 from flows.report.scales import percent
-from flows.report.table import in_words
 from search.ledger.row import Row
 from search.objective import best, pareto
 
@@ -21,28 +20,24 @@ def front(rows: Sequence[Row], looks: Palette) -> Any:
         return None
     first, second = list(ranked[0].objectives)[:2]
     scales = [looks.scales.of_objective(name, ranked[0].scores) for name in (first, second)]
+
+    def x(row: Row) -> float:
+        return row.objectives[first] * scales[0]
+
+    def y(row: Row) -> float:
+        return row.objectives[second] * scales[1]
+
     figure = go.Figure()
     chosen = pareto(ranked)
     figure.add_scatter(
-        x=[row.objectives[first] * scales[0] for row in chosen],
-        y=[row.objectives[second] * scales[1] for row in chosen],
+        x=list(map(x, chosen)),
+        y=list(map(y, chosen)),
         mode="lines+markers",
         name="Pareto front",
         line={"color": NEUTRAL, "width": 2},
         marker={"symbol": "circle-open", "size": 14, "color": NEUTRAL},
         hoverinfo="skip",
     )
-    points = thin(ranked, MOST_POINTS)
-    for method in sorted({row.method for row in points}):
-        own = [row for row in points if row.method == method]
-        figure.add_scatter(
-            x=[row.objectives[first] * scales[0] for row in own],
-            y=[row.objectives[second] * scales[1] for row in own],
-            text=[describe(row) for row in own],
-            mode="markers",
-            name=plain(in_words(method)),
-            marker={"color": looks.color(method), "symbol": looks.mark(method), "size": 8, "opacity": 0.8},
-            hovertemplate="%{text}<extra></extra>",
-        )
+    add_methods(figure, thin(ranked, MOST_POINTS), looks, x, y, 8)
     titles = [plain(name) + percent(times) for name, times in zip((first, second), scales, strict=True)]
     return finish(figure, 420, xaxis={"title": titles[0]}, yaxis={"title": titles[1]})

@@ -9,7 +9,17 @@ import optuna
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from flows.report.figures.style import NEUTRAL, STRONG, Palette, describe, finish, objective_axis, plain, thin
+from flows.report.figures.style import (
+    NEUTRAL,
+    STRONG,
+    Palette,
+    add_methods,
+    describe,
+    finish,
+    objective_axis,
+    plain,
+    thin,
+)
 from flows.report.table import in_words, plain_average
 from merging.mergers.weight_groups import factor
 from merging.recipe import GROUP
@@ -55,17 +65,7 @@ def history(rows: Sequence[Row], looks: Palette) -> Any:
     )
     points = thin(done, MOST_POINTS)
     size = 10 if len(points) <= 200 else 6
-    for method in sorted({row.method for row in points}):
-        own = [row for row in points if row.method == method]
-        figure.add_scatter(
-            x=[place[row.candidate] for row in own],
-            y=[_height(row, times) for row in own],
-            text=[describe(row) for row in own],
-            mode="markers",
-            name=plain(in_words(method)),
-            marker={"color": looks.color(method), "symbol": looks.mark(method), "size": size, "opacity": 0.8},
-            hovertemplate="%{text}<extra></extra>",
-        )
+    add_methods(figure, points, looks, lambda row: place[row.candidate], lambda row: _height(row, times), size)
     baselines = [row for row in done if row.origin == "anchor"]
     if baselines:
         figure.add_scatter(

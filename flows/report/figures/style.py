@@ -1,6 +1,6 @@
 """One look for all figures: a method has its colour and mark everywhere, readable on light and dark."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -87,6 +87,23 @@ def thin(rows: Sequence[Row], most: int) -> list[Row]:
     kept, rest = by_objective[: most // 2], sorted(by_objective[most // 2 :])
     step = -(-len(rest) // (most - len(kept)))
     return [rows[i] for i in sorted([*kept, *rest[::step]])]
+
+
+def add_methods(
+    figure: Any, rows: Sequence[Row], looks: Palette, x: Callable[[Row], float], y: Callable[[Row], float], size: int
+) -> None:
+    """Draws candidates as points, each method by its colour and mark, recipes under the pointer."""
+    for method in sorted({row.method for row in rows}):
+        own = [row for row in rows if row.method == method]
+        figure.add_scatter(
+            x=list(map(x, own)),
+            y=list(map(y, own)),
+            text=list(map(describe, own)),
+            mode="markers",
+            name=plain(in_words(method)),
+            marker={"color": looks.color(method), "symbol": looks.mark(method), "size": size, "opacity": 0.8},
+            hovertemplate="%{text}<extra></extra>",
+        )
 
 
 def finish(figure: Any, height: int, **layout: Any) -> Any:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from flows.report.figures import Palette, history
-from flows.report.page import render
+from flows.report.page import Facts, render
 from flows.report.table import subset
 from search.ledger.distinct import apart
 from search.subsets.choose_subsets import select
@@ -158,7 +158,7 @@ def test_the_table_shows_the_numbers_of_the_ledger(make):
 def test_what_each_stage_gained_comes_before_everything_else(make):
     reported = {"caption": "On validation.", "columns": ["stage", "best of it", "validation", "gain", "cost"]}
     reported |= {"rows": [["search", "ties", "70.1", "+0.4 ± 0.3: within the error", "40 candidates, 3 min"]]}
-    page = Page(render(make.full(24), tasks=make.tasks, facts={"stages": reported}))
+    page = Page(render(make.full(24), tasks=make.tasks, facts=Facts(stages=reported)))
     assert list(page.sections)[:2] == ["stages", "results"]
     assert "+0.4 ± 0.3: within the error" in page.sections["stages"]
     assert "#stages" in [attributes["href"] for tag, attributes in page.tags if tag == "a"]
@@ -250,7 +250,7 @@ def test_errors_and_names_cannot_break_out_of_the_page(make):
         make.row("ties", {evil: 0.7, "nyt": 1.0}, 0.6, at=1, parameters={evil: "<b>"}),
     ]
     chosen = select([evil, "nyt"], "all", notes=[evil])
-    html = render(rows, tasks=[evil, *make.tasks], selection=chosen, facts={"name": evil, "notes": [evil]})
+    html = render(rows, tasks=[evil, *make.tasks], selection=chosen, facts=Facts(name=evil, notes=[evil]))
     page = Page(html)
     assert not any(tag == "img" for tag, _ in page.tags)
     assert sum(tag == "script" for tag, _ in page.tags) == 3
@@ -271,18 +271,18 @@ def test_equal_errors_are_counted_together(make):
 
 
 def test_facts_are_told(make):
-    facts = {
-        "name": "sentiment",
-        "objective": "worst",
-        "base": "checkpoints/base",
-        "members": {name: f"checkpoints/{name}" for name in make.tasks},
-        "tasks": {"movie": "accuracy on 500 examples"},
-        "phases": {"statistics": 75.0, "search": 4000.0},
-        "commands": ["mergequest run mine.yaml"],
-        "versions": {"torch": "2.13.0"},
-        "notes": ["one note"],
-        "written": "2026-01-05",
-    }
+    facts = Facts(
+        name="sentiment",
+        objective="worst",
+        base="checkpoints/base",
+        members={name: f"checkpoints/{name}" for name in make.tasks},
+        tasks={"movie": "accuracy on 500 examples"},
+        phases={"statistics": 75.0, "search": 4000.0},
+        commands=["mergequest run mine.yaml"],
+        versions={"torch": "2.13.0"},
+        notes=["one note"],
+        written="2026-01-05",
+    )
     html = render(make.full(24), tasks=make.tasks, facts=facts)
     page = Page(html)
     assert "1 min 15 s" in page.sections["phases"]

@@ -13,7 +13,6 @@ from search.ledger.frame import (
     history,
     load,
     searched_split,
-    shares,
 )
 from search.ledger.ledger import Ledger
 from search.ledger.row import Row
@@ -75,7 +74,6 @@ def test_an_empty_ledger_has_the_same_first_columns(tmp_path):
     assert list(empty.columns) == [name for name in frame(ROWS).columns if "." not in name]
     assert best_by_method(empty).empty
     assert history(empty).empty
-    assert shares(empty).empty
 
 
 def test_a_campaigns_directory_will_do(tmp_path):
@@ -111,9 +109,3 @@ def test_the_history_never_falls():
     result = history(frame(ROWS))
     assert list(result["candidate"]) == ["c0", "c1", "c2", "c3", "c4"]
     assert list(result["best"]) == [0.4, 0.7, 0.7, 0.7, 0.7]
-
-
-def test_members_shares_among_the_best():
-    assert shares(frame(ROWS), top=0.5).to_dict() == {"a": 1.0, "b": 0.5, "c": 0.0}
-    assert shares(frame(ROWS), top=0.01).to_dict() == {"a": 1.0, "b": 1.0, "c": 0.0}
-    assert isinstance(shares(frame(ROWS)), pd.Series)
