@@ -139,8 +139,9 @@ class Comparison:
         self.campaign = load_campaign(str(directory / "campaign.yaml"))
         whole = directory / ALL_DATA
         places = {task: whole / task if (whole / task).is_dir() else whole for task in self.campaign.tasks}
-        together = {task: str(place) for task, place in places.items()} if whole.is_dir() else {}
-        pool = PaperPool(self.campaign.name, self.campaign.seed, self.campaign, together, None, directory)
+        together = {task: str(place) for task, place in places.items()}
+        made = (lambda: together) if whole.is_dir() else None
+        pool = PaperPool(self.campaign.name, self.campaign.seed, self.campaign, made, None, directory)
         self.bench = Bench(pool, display, examples)
         self.bench.need("fisher", "gram")
         self.rows = Ledger(str(directory / "ledger"), self.campaign.name).rows()

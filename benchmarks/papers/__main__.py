@@ -2,6 +2,7 @@
 
     python -m benchmarks.papers                       # all, on all their pools; what is there already is kept
     python -m benchmarks.papers --page                # docs/papers.md, tables and figures anew from the results
+    python -m benchmarks.papers regmean.figure_3 --campaign campaign.yaml   # on members and tasks of one's own
 
 A result is a Parquet file in benchmarks/papers/results. Members, statistics and every single measurement are kept by content
 below `--root`, shared by all experiments, so an interrupted run goes on where it was.
@@ -10,6 +11,9 @@ below `--root`, shared by all experiments, so an interrupted run goes on where i
 import argparse
 import importlib
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -17,9 +21,11 @@ import torch
 
 from benchmarks.papers.bench import Bench
 from benchmarks.papers.page import write_page
-from benchmarks.papers.pools import POOLS
+from benchmarks.papers.pools import POOLS, PaperPool, of_campaign
 from benchmarks.papers.result import save
 from flows.directory.progress import Display
+from merging.errors import MergequestError
+from merging.registry import did_you_mean
 
 EXPERIMENTS = (
     "gradient_matching.figure_2",
@@ -33,6 +39,7 @@ EXPERIMENTS = (
     "quality_diversity.table_1",
     "quality_diversity.table_2",
     "mats.residual",
+    "mats.intermediate",
 )
 EXAMPLES = {"images": 60, "tagging": 150}
 """Pool → most test examples of a task; 200 for the others."""
@@ -50,26 +57,28 @@ def about(name: str) -> str:
     return (module(name).__doc__ or "").strip()
 
 
-def run(name: str, pool: str, seed: int, root: Path, results: Path, examples: int | None) -> Path:
+def run(
+    name: str, build: Callable[[Display], PaperPool], results: Path, examples: int | None, *, multi_task: bool = True
+) -> Path:
     """Runs an experiment and writes its result.
 
     Args:
         name: One of `EXPERIMENTS`.
-        pool: One of `POOLS`.
-        seed: Of the members' training.
-        root: Where pools and measurements are kept.
+        build: Makes the pool.
         results: Where results are kept.
         examples: Most test examples of a task; None for all.
+        multi_task: Whether the rows of one model trained on all tasks are wanted.
 
     Returns:
         The result's file.
     """
     display, started = Display(), time.monotonic()
-    with display.phase(f"{name} on {pool}, seed {seed}"):
-        built = POOLS[pool](root, seed, display)
-        result = module(name).run(Bench(built, display, examples))
-    path = results / f"{name}.{pool}.{seed}.parquet"
-    facts = {"experiment": name, "about": about(name), "pool": pool, "seed": seed, "examples": examples or 0}
+    with display.phase(name):
+        pool = build(display)
+        display.say(f"  {pool.name}, seed {pool.seed}: members {', '.join(pool.campaign.members)}")
+        result = module(name).run(Bench(pool if multi_task else replace(pool, together=None), display, examples))
+    path = results / f"{name}.{pool.name}.{pool.seed}.parquet"
+    facts = {"experiment": name, "about": about(name), "pool": pool.name, "seed": pool.seed, "examples": examples or 0}
     save(result, path, seconds=time.monotonic() - started, **facts)
     for claim in result.claims:
         display.say(f"  {claim.verdict}: {claim.claim}: {claim.ours}")
@@ -81,23 +90,51 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="*", help=f"by default all: {', '.join(EXPERIMENTS)}")
     parser.add_argument("--pool", action="append", help="by default every pool of an experiment")
+    parser.add_argument("--campaign", help="a campaign file in place of pools: its members, on its tasks")
     parser.add_argument("--seed", type=int, action="append", help="of the members' training; default: 0")
     parser.add_argument("--root", type=Path, default=Path("runs/papers"), help="where pools and measurements are kept")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where results are kept")
+    parser.add_argument(
+        "--results", type=Path, help="where results are kept: benchmarks/papers/results, or of a campaign below --root"
+    )
     parser.add_argument(
         "--examples", type=int, help=f"most test examples of a task, 0 for all; by default {EXAMPLES}, or 200"
+    )
+    parser.add_argument(
+        "--no-multi-task", action="store_true", help="train no model on all tasks, and leave its row out"
     )
     parser.add_argument("--again", action="store_true", help="also run what has a result")
     parser.add_argument("--page", action="store_true", help="only write the page, tables and figures from the results")
     given = parser.parse_args()
+    if strange := [name for name in given.experiments if name not in EXPERIMENTS]:
+        parser.error(f"unknown experiment '{strange[0]}'. {did_you_mean(strange[0], list(EXPERIMENTS))}")
     torch.set_num_threads(1)
+    try:
+        if given.campaign:
+            _on_campaign(given)
+        else:
+            _on_pools(given)
+    except MergequestError as error:
+        parser.exit(1, f"{error}\n")
+
+
+def _on_campaign(given: argparse.Namespace) -> None:
+    root = given.root.absolute()
+    results = given.results or root / "results"
+    for name in given.experiments or EXPERIMENTS:
+        run(name, lambda display: of_campaign(given.campaign, root), results, given.examples)
+    print(f"mergequest report --experiment {results} makes a page of it")
+
+
+def _on_pools(given: argparse.Namespace) -> None:
+    root, results = given.root.absolute(), given.results or RESULTS
     for name in () if given.page else given.experiments or EXPERIMENTS:
         for pool in given.pool or module(name).POOLS:
             for seed in given.seed or (0,):
-                if given.again or not (given.results / f"{name}.{pool}.{seed}.parquet").exists():
+                if given.again or not (results / f"{name}.{pool}.{seed}.parquet").exists():
                     most = EXAMPLES.get(pool, 200) if given.examples is None else given.examples
-                    run(name, pool, seed, given.root.absolute(), given.results, most or None)
-    write_page(given.results, HERE.parents[1] / "docs")
+                    build = partial(POOLS[pool], root, seed)
+                    run(name, build, results, most or None, multi_task=not given.no_multi_task)
+    write_page(results, HERE.parents[1] / "docs")
 
 
 if __name__ == "__main__":

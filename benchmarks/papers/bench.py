@@ -76,9 +76,11 @@ def paired(one: Measured, other: Measured) -> tuple[float, float]:
     return float(np.mean([gap.mean() for gap in gaps.values()])), spread(gaps)
 
 
-def averaged(many: Sequence[Measured]) -> Measured:
-    """Several models' values, averaged example by example: what one of them scores, drawn at random."""
-    return Measured({task: np.mean([one.values[task] for one in many], axis=0) for task in many[0].values})
+def averaged(many: Sequence[Measured], weights: Sequence[float] | None = None) -> Measured:
+    """Several models' values, averaged example by example: what one of them scores, drawn at random, or by weights."""
+    return Measured(
+        {task: np.average([one.values[task] for one in many], axis=0, weights=weights) for task in many[0].values}
+    )
 
 
 class Bench:
@@ -193,18 +195,19 @@ class Bench:
 
     def all_data(self, split: Split = "test") -> Measured | None:
         """The model that was trained on all tasks; None where there is none."""
-        if not self.pool.together:
+        if self.pool.together is None:
             return None
+        together = self.pool.together()
 
         def work(missing: Sequence[str]) -> Measured:
             self.display.say(f"  {self.pool.name}: the model of all data on {split}")
             found = {}
             for name in missing:
-                task = make_task(name, self._settings[name], self.pool.together[name])
+                task = make_task(name, self._settings[name], together[name])
                 found[name] = task.measure(task.load_model(), split, limit=self.examples)[1]
             return _of(found)
 
-        return self.kept(["all data", _content(self.pool.together)], split, work, self.tasks)
+        return self.kept(["all data", _content(together)], split, work, self.tasks)
 
     def member(self, name: str, split: Split = "test", tasks: Sequence[str] | None = None) -> Measured:
         """A member as it is, on some tasks; on all by default."""

@@ -7,25 +7,30 @@ from typing import Any
 
 import torch
 
+from benchmarks.papers.topics import TOPICS_POOL
 from benchmarks.papers.wordnet import PAIRS
-from flows.config.campaign_file import Campaign
+from flows.config.campaign_file import Campaign, load_campaign
 from flows.config.train_file import Partition
 from flows.config.yaml_file import validate
 from flows.directory.progress import Display
 from flows.quickstart.quickstart import POOLS as QUICKSTART
 from flows.quickstart.quickstart import make_campaign, task_settings
-from flows.quickstart.sentiment import LABELS
 from flows.quickstart.shipped_pool import ShippedPool
 from flows.training.partition import write_parts
+from merging.errors import SettingsError
 from merging.io.atomic import new_dir
 from merging.optimization.fine_tuning import Lesson, save_start, train_together
+from merging.tasks import AnyTaskSettings
+from merging.tasks.task import SPLITS
 
 TOGETHER = "all"
 """The model that was trained on all tasks."""
+CONCENTRATION = 0.5
+"""Of the Dirichlet shares of classes in members' parts."""
 FIRST = "movie"
 """The domain that the base of `continued` was trained on."""
-PARTS = Partition(task="sentiment", parts=8, concentration=0.5)
-"""How the data of `parts` is cut."""
+Together = Callable[[], Mapping[str, str]]
+"""Trains one model on all tasks, unless that was done; task → the checkpoint with its head."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class PaperPool:
         name: Its name.
         seed: Of the members' training.
         campaign: Base, members and tasks.
-        together: Task → the checkpoint with its head of the model that was trained on all tasks; empty where there is none.
+        together: Makes the model that is trained on all tasks; None where there is none.
         base_task: The task that the base itself was trained on, where there is one.
         place: Directory of the pool: statistics and single measurements are kept there.
     """
@@ -44,18 +49,23 @@ class PaperPool:
     name: str
     seed: int
     campaign: Campaign
-    together: Mapping[str, str]
+    together: Together | None
     base_task: str | None
     place: Path
 
 
-def shipped(name: str, made: ShippedPool, *, together: bool) -> Callable[[Path, int, Display], PaperPool]:
+Build = Callable[[Path, int, Display], PaperPool]
+"""Builds a pool below a directory, for a seed."""
+
+
+def shipped(name: str, made: ShippedPool, *, together: bool, shared_head: bool = False) -> Build:
     """A pool as those of the quick start: a member for each task, all from one base.
 
     Args:
         name: Its name.
         made: What it is.
         together: Whether a model is trained on all tasks, too.
+        shared_head: Whether all start from one head, which is merged; else each has its own.
     """
 
     def build(root: Path, seed: int, display: Display) -> PaperPool:
@@ -64,14 +74,19 @@ def shipped(name: str, made: ShippedPool, *, together: bool) -> Callable[[Path, 
         files = made.data(root / "cache", root / name / "data", display.say)
         settings = made.training.model_copy(update={"seed": seed})
         lessons = {task: Lesson(task_settings(made, parts), made.labels.get(task, ())) for task, parts in files.items()}
+        if shared_head:
+            first = next(iter(lessons.values()))
+            base = _with_head(base, first.settings, first.labels, seed, place / "base")
+            lessons = {task: Lesson(lesson.settings) for task, lesson in lessons.items()}
         for task, lesson in lessons.items():
             train_together(base, {task: lesson}, place / "members" / task, settings, _told(display, task))
-        found = {}
-        if together:
+
+        def train() -> Mapping[str, str]:
             whole = train_together(base, lessons, place / "members" / TOGETHER, settings, _told(display, TOGETHER))
-            found = {task: str(directory) for task, directory in whole.places.items()}
+            return {task: str(directory) for task, directory in whole.places.items()}
+
         campaign = make_campaign(made, name, place, base, files, None)
-        return PaperPool(name, seed, campaign, found, None, place)
+        return PaperPool(name, seed, campaign, train if together else None, None, place)
 
     return build
 
@@ -100,52 +115,89 @@ def continued(root: Path, seed: int, display: Display) -> PaperPool:
     return PaperPool("continued", seed, validate(Campaign, given, "continued"), whole.together, FIRST, place)
 
 
-def parts(root: Path, seed: int, display: Display) -> PaperPool:
-    """Non-iid members of one data set (RM, appendix B): all domains as one, cut by Dirichlet shares of classes.
+def parts(pool: str, made: ShippedPool, name: str, count: int) -> Build:
+    """Non-iid members of one data set (RM, appendix B): all domains of a pool as one, cut by Dirichlet shares of classes.
 
     All start from one head, which is merged. One task: the test splits of all domains.
+
+    Args:
+        pool: Of `POOLS`; all its tasks have the same classes.
+        made: What it is.
+        name: Of what is built.
+        count: How many members.
     """
-    whole = POOLS["sentiment"](root, seed, display)
-    place, split_of = root / "parts" / f"seed-{seed}", dict[str, list[str]]()
-    domains: list[Any] = list(whole.campaign.tasks.values())
-    for split in ("train", "validation", "test"):
-        split_of[split] = [file for task in domains for file in _files(task.data[split])]
-    task = domains[0].model_copy(update={"data": split_of})
-    base = place / "base"
-    if not (base / "config.json").exists():
-        with torch.random.fork_rng(devices=[]), new_dir(str(base)) as directory:
-            torch.manual_seed(seed)
-            save_start(whole.campaign.base, task, LABELS, directory)
-    partition = PARTS.model_copy(update={"seed": seed})
-    settings_of = write_parts(task, partition, place / "data")
-    settings = QUICKSTART["sentiment"].training.model_copy(update={"seed": seed})
-    for name, own in settings_of.items():
-        train_together(base, {name: Lesson(own)}, place / "members" / name, settings, _told(display, name))
-    given: dict[str, Any] = {
-        "name": "parts",
-        "base": str(base),
-        "members": {
-            name: {
-                "checkpoint": str(place / "members" / name),
-                "task": PARTS.task,
+
+    def build(root: Path, seed: int, display: Display) -> PaperPool:
+        files = made.data(root / "cache", root / pool / "data", display.say)
+        place = root / name / f"seed-{seed}"
+        domains: list[Any] = [task_settings(made, own) for own in files.values()]
+        split_of = {split: [str(file) for task in domains for file in _files(task.data[split])] for split in SPLITS}
+        task = domains[0].model_copy(update={"data": split_of})
+        base = _with_head(
+            made.base(root / "cache", display.say), task, made.labels[next(iter(files))], seed, place / "base"
+        )
+        settings_of = write_parts(
+            task, Partition(task=pool, parts=count, concentration=CONCENTRATION, seed=seed), place / "data"
+        )
+        settings = made.training.model_copy(update={"seed": seed})
+        for member, own in settings_of.items():
+            train_together(base, {member: Lesson(own)}, place / "members" / member, settings, _told(display, member))
+        members = {
+            member: {
+                "checkpoint": str(place / "members" / member),
+                "task": pool,
                 "calibration": own.model_dump(mode="json"),
             }
-            for name, own in settings_of.items()
-        },
-        "tasks": {PARTS.task: task.model_dump(mode="json")},
-    }
-    together = dict.fromkeys([PARTS.task], next(iter(whole.together.values()))) if whole.together else {}
-    return PaperPool("parts", seed, validate(Campaign, given, "parts"), together, None, place)
+            for member, own in settings_of.items()
+        }
+        given = {"name": name, "base": str(base), "members": members, "tasks": {pool: task.model_dump(mode="json")}}
+        campaign = validate(Campaign, given, name)
+        return PaperPool(name, seed, campaign, lambda: _as_one(POOLS[pool](root, seed, display), pool), None, place)
+
+    return build
+
+
+def of_campaign(path: str, root: Path) -> PaperPool:
+    """A campaign's own members and tasks as a pool.
+
+    Args:
+        path: The campaign file.
+        root: Gets a directory of the campaign's name, for statistics and measurements.
+
+    Raises:
+        SettingsError: The file is wrong, or a member has no task.
+    """
+    campaign = load_campaign(path)
+    if without := [member for member in campaign.members if campaign.task_of(member) is None]:
+        raise SettingsError(f"{path}: members.{without[0]} has no task, which the experiments measure it on")
+    return PaperPool(campaign.name, 0, campaign, None, campaign.base_data.task, root / campaign.name)
+
+
+def _as_one(pool: PaperPool, task: str) -> Mapping[str, str]:
+    """The model of all tasks of a pool as that of one task."""
+    assert pool.together is not None
+    return {task: next(iter(pool.together().values()))}
+
+
+def _with_head(base: Path, task: AnyTaskSettings, labels: Sequence[str], seed: int, place: Path) -> Path:
+    """The base with a head that members start from, made unless it is there."""
+    if not (place / "config.json").exists():
+        with torch.random.fork_rng(devices=[]), new_dir(str(place)) as directory:
+            torch.manual_seed(seed)
+            save_start(base, task, labels, directory)
+    return place
 
 
 def _files(given: str | Sequence[str]) -> list[str]:
     return [given] if isinstance(given, str) else list(given)
 
 
-POOLS: Mapping[str, Callable[[Path, int, Display], PaperPool]] = {
+POOLS: Mapping[str, Build] = {
     "sentiment": shipped("sentiment", QUICKSTART["sentiment"], together=True),
     "continued": continued,
-    "parts": parts,
+    "parts": parts("sentiment", QUICKSTART["sentiment"], "parts", 8),
+    "topics": shipped("topics", TOPICS_POOL, together=True, shared_head=True),
+    "topic-parts": parts("topics", TOPICS_POOL, "topic-parts", 6),
     "tagging": shipped("tagging", QUICKSTART["tagging"], together=False),
     "pairs": shipped("pairs", PAIRS, together=False),
     "images": shipped("images", QUICKSTART["images"], together=False),

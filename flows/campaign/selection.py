@@ -18,7 +18,7 @@ from search.ledger.row import Row
 from search.samplers.make_sampler import QUALITY_DIVERSITY
 from search.subsets import dpp_kernel
 from search.subsets.choose_subsets import Selection, select
-from search.subsets.greedy import Scores, greedy_forward, greedy_soup
+from search.subsets.greedy import Scores, greedy_forward, greedy_soup, ranked_prefixes
 
 
 def prepare_selection(opened: OpenCampaign, cache: str, display: Display) -> None:
@@ -110,9 +110,12 @@ def _named_subsets(settings: SelectionSettings, members: Sequence[str], scores: 
     """The subsets that the file names, or that measuring finds."""
     if settings.mode == "greedy-soup":
         return [greedy_soup(members, scores)]
-    if settings.mode != "greedy-forward":
+    if settings.mode == "greedy-ranked":
+        path = ranked_prefixes(members, scores)
+    elif settings.mode == "greedy-forward":
+        path = greedy_forward(members, scores, max(settings.sizes) if settings.sizes else None)
+    else:
         return settings.subsets
-    path = greedy_forward(members, scores, max(settings.sizes) if settings.sizes else None)
     return [subset for subset in path if len(subset) in settings.sizes] if settings.sizes else path[1:] or path
 
 

@@ -72,7 +72,8 @@ class SelectionSettings(Settings):
         "subset of these sizes, or 256 drawn from the k-DPP where there are more (the default with the sampler "
         "quality_diversity); random: subsets drawn blindly; greedy-forward: the best member and those whose joining scores "
         "most on validation, up to N (N + 1) / 2 candidates of the budget; greedy-soup: from the best member down, those that "
-        "do no harm, 2 N − 1 candidates; all: every member always; fixed: the subsets named here.",
+        "do no harm, 2 N − 1 candidates; greedy-ranked: the best member, the best two and so on by what each scores alone, "
+        "N candidates; all: every member always; fixed: the subsets named here.",
     )
     sizes: tuple[int, ...] | None = Field(
         None, min_length=1, description="Sizes of subsets; by default every size from 2 to 16."

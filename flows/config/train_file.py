@@ -14,7 +14,8 @@ from merging.tasks import TASKS, AnyTaskSettings
 class Partition(Settings):
     """Several members from one data set: its train split in parts that differ in how often each class occurs.
 
-    Of every class, shares of the parts are drawn from a Dirichlet distribution (Hsu et al. 2019; RegMean, appendix B).
+    Of every class, shares of the parts are drawn from a Dirichlet distribution (Hsu et al. 2019; RegMean, appendix B). An
+    example of several labels counts as the rarest of them.
     """
 
     task: str = Field(
@@ -70,8 +71,9 @@ class TrainFile(Settings):
             raise ValueError("shared_head: for tasks of one kind, none of which has `own_head`")
         if self.partition is not None:
             require_known("partition.task", "task", self.partition.task, self.tasks)
-            if not isinstance(getattr(self.tasks[self.partition.task], "label", None), str):
-                raise ValueError("partition.task: parts differ in classes, and it has no `label` column")
+            own = self.tasks[self.partition.task]
+            if getattr(own, "label", None) is None or getattr(own, "problem_type", None) == "regression":
+                raise ValueError("partition.task: parts differ in classes, and it has no `label` that is of classes")
         taken = {*self.tasks, *(["base"] if self.shared_head else [])}
         if self.together in taken:
             raise ValueError(f"together: '{self.together}' is taken")

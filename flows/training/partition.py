@@ -1,19 +1,23 @@
 """One data set cut into members' data that differ in their classes."""
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from flows.config.train_file import Partition
 from merging.errors import SettingsError
 from merging.io import atomic, storage
 from merging.tasks import AnyTaskSettings
 from merging.tasks.labelled_texts import read_table
+from merging.tasks.labels import label_columns
 
-COLUMNS = ("text", "text_pair", "image", "label")
-"""Settings that name a column of an example."""
+TEXTS = ("text", "text_pair", "image")
+"""Settings that name a column of an example, beside its label."""
 DRAWS = 1000
 """How often shares are drawn before no part of them is taken to do."""
 
@@ -52,11 +56,51 @@ def dirichlet(labels: npt.NDArray[Any], parts: int, concentration: float, seed: 
     )
 
 
+def strata(frame: pd.DataFrame, label: str | Sequence[str]) -> npt.NDArray[Any]:
+    """What each example counts as when examples are shared out: its class; of several labels, the rarest that it has.
+
+    Args:
+        frame: Examples.
+        label: The column of classes, or of lists of labels or of flags; or columns of flags, one for each label.
+
+    Returns:
+        One value an example [N]; `""` for an example without any label.
+
+    Raises:
+        SettingsError: Labels are missing, or are numbers that no class has.
+    """
+    values = frame[label] if isinstance(label, str) else None
+    if values is not None and not values.map(_is_list).any():
+        if values.isna().any():
+            raise SettingsError(f"partition: column '{label}' lacks labels in {int(values.isna().sum())} rows")
+        if pd.api.types.is_float_dtype(values) and (values % 1 != 0).any():
+            raise SettingsError(f"partition: parts differ in classes, and column '{label}' holds numbers, not classes")
+        return (values.astype(str) if values.dtype == object else values).to_numpy()
+    if values is None:
+        own = [[name for name, flag in zip(label, row, strict=True) if flag] for row in frame[list(label)].to_numpy()]
+    else:
+        own = [_labels_of(value) for value in values]
+    counts = Counter(name for names in own for name in names)
+    return np.array([min(names, key=lambda name: (counts[name], name), default="") for names in own])
+
+
+def _is_list(value: Any) -> bool:
+    return hasattr(value, "__len__") and not isinstance(value, str)
+
+
+def _labels_of(value: Any) -> list[str]:
+    """Names or positions of a list of labels as text; of a list of flags the positions of those that are set."""
+    entries = list(value) if _is_list(value) else []
+    if entries and all(isinstance(entry, bool | float | np.bool_ | np.floating) for entry in entries):
+        return [str(place) for place, flag in enumerate(entries) if flag]
+    return [str(entry) for entry in entries]
+
+
 def write_parts(task: AnyTaskSettings, partition: Partition, directory: Path) -> dict[str, AnyTaskSettings]:
     """Writes a task's train split in parts.
 
     Args:
-        task: The task, with a column of labels.
+        task: The task, with labels.
         partition: How to cut.
         directory: Gets `<member>.parquet`.
 
@@ -72,10 +116,10 @@ def write_parts(task: AnyTaskSettings, partition: Partition, directory: Path) ->
     files = [given.data["train"]] if isinstance(given.data["train"], str) else list(given.data["train"])
     if folders := [file for file in files if storage.is_dir(file)]:
         raise SettingsError(f"partition: {folders[0]} is a folder: name files of a table (Parquet, CSV or JSON lines)")
-    columns = [name for key in COLUMNS if (name := getattr(given, key, None)) is not None]
-    frame = read_table(files, columns)
+    texts = [name for key in TEXTS if (name := getattr(given, key, None)) is not None]
+    frame = read_table(files, [*texts, *label_columns(given.label)], texts)
     settings_of: dict[str, AnyTaskSettings] = {}
-    parts = dirichlet(frame[given.label].to_numpy(), partition.parts, partition.concentration, partition.seed)
+    parts = dirichlet(strata(frame, given.label), partition.parts, partition.concentration, partition.seed)
     for number, places in enumerate(parts, start=1):
         name = f"{partition.task}-{number}"
         file = directory / f"{name}.parquet"

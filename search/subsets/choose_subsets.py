@@ -13,10 +13,12 @@ from merging.registry import did_you_mean
 from search.subsets import dpp, dpp_kernel
 from search.subsets.dpp_kernel import Matrix
 
-Mode: TypeAlias = Literal["dpp-map", "dpp-sample", "every", "random", "greedy-forward", "greedy-soup", "all", "fixed"]
+Mode: TypeAlias = Literal[
+    "dpp-map", "dpp-sample", "every", "random", "greedy-forward", "greedy-soup", "greedy-ranked", "all", "fixed"
+]
 Subset: TypeAlias = tuple[str, ...]
 
-NAMED: tuple[Mode, ...] = ("fixed", "greedy-forward", "greedy-soup")
+NAMED: tuple[Mode, ...] = ("fixed", "greedy-forward", "greedy-soup", "greedy-ranked")
 """Modes whose subsets somebody names: the user, or whoever measured them (`search.subsets.greedy`)."""
 MOST_LISTED = 256
 """Subsets that a search chooses among in mode `every`. Optuna stores the list with each trial: 256 subsets of six
@@ -125,7 +127,7 @@ def select(
         mode: `dpp-map`, the most probable subset per size; `dpp-sample`, `draws` subsets of each size from
             the k-DPP; `every`, every subset of these sizes while there are at most 256, else as many drawn
             from the k-DPP; `random`, `draws` subsets of each size, all equally likely; `all`, nothing but the
-            set of all members; `fixed`, `greedy-forward` and `greedy-soup`, the given `subsets`.
+            set of all members; `fixed` and the greedy modes, the given `subsets`.
         quality: Member → q ≥ 0, as `kernel.quality` gives it; the DPP leaves out members with q = 0.
         similarity: S [N, N] in the order of `names`, as `kernel.similarity_from_…` gives it.
         sizes: Sizes of subsets; from 2 to N where none are given, but at most 16.

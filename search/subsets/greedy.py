@@ -45,6 +45,25 @@ def greedy_forward(members: Sequence[str], scores: Scores, most: int | None = No
     return path
 
 
+def ranked_prefixes(members: Sequence[str], scores: Scores) -> list[Subset]:
+    """The best member, the best two, …, all, in the order of what each scores alone (Jin et al. 2023, figure 6).
+
+    N measurements, one of each member; those that fail are left out.
+
+    Args:
+        members: The pool's.
+        scores: Measures subsets.
+
+    Returns:
+        The subset of each size, each sorted by name.
+
+    Raises:
+        SelectionError: No member could be measured.
+    """
+    order = list(_ranked(members, scores))
+    return [tuple(sorted(order[:size])) for size in range(1, len(order) + 1)]
+
+
 def greedy_soup(members: Sequence[str], scores: Scores) -> Subset:
     """From the best member down, every member whose joining does no harm (Wortsman et al. 2022, recipe 1).
 
@@ -57,16 +76,23 @@ def greedy_soup(members: Sequence[str], scores: Scores) -> Subset:
     Raises:
         SelectionError: No member could be measured.
     """
-    alone = dict(_measured([(name,) for name in members], scores))
-    if not alone:
-        raise SelectionError("no member could be merged and measured alone: see the `error` column of the ledger")
-    ranked = sorted(alone, key=lambda subset: -alone[subset])
-    soup, height = ranked[0], alone[ranked[0]]
-    for joining in ranked[1:]:
-        for tried, score in _measured([tuple(sorted((*soup, *joining)))], scores):
+    ranked = _ranked(members, scores)
+    best, *others = ranked
+    soup: Subset = (best,)
+    height = ranked[best]
+    for joining in others:
+        for tried, score in _measured([tuple(sorted((*soup, joining)))], scores):
             if score >= height:
                 soup, height = tried, score
     return soup
+
+
+def _ranked(members: Sequence[str], scores: Scores) -> dict[str, float]:
+    """Members and what each scores alone, the best first; of equal ones the first of the pool."""
+    alone = {subset[0]: score for subset, score in _measured([(name,) for name in members], scores)}
+    if not alone:
+        raise SelectionError("no member could be merged and measured alone: see the `error` column of the ledger")
+    return dict(sorted(alone.items(), key=lambda item: -item[1]))
 
 
 def _measured(subsets: Sequence[Subset], scores: Scores) -> list[tuple[Subset, float]]:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))  # benchmarks are no part of what is installed
 
 from benchmarks.papers import __main__ as papers  # noqa: E402
-from benchmarks.papers import wordnet  # noqa: E402
+from benchmarks.papers import topics, wordnet  # noqa: E402
 from benchmarks.papers.bench import Bench, Measured, paired  # noqa: E402
 from benchmarks.papers.page import page  # noqa: E402
 from benchmarks.papers.pools import POOLS, PaperPool  # noqa: E402
@@ -31,7 +31,7 @@ from benchmarks.papers.result import verdict  # noqa: E402
 def tiny(tiny_campaign, tmp_path) -> PaperPool:
     campaign = Campaign.model_validate(copy.deepcopy(tiny_campaign))
     together = dict.fromkeys(("one", "two", "three"), campaign.members["two"].checkpoint)
-    return PaperPool("tiny", 0, campaign, together, None, tmp_path / "tiny")
+    return PaperPool("tiny", 0, campaign, lambda: together, None, tmp_path / "tiny")
 
 
 @pytest.fixture
@@ -51,19 +51,18 @@ def test_every_experiment_is_a_module_with_its_pools():
 
 def test_an_experiment_from_the_pool_to_the_page(tiny, tmp_path, monkeypatch):
     """What is measured once is kept; the page, tables and figures come from the results alone."""
-    monkeypatch.setattr(papers, "POOLS", {"tiny": lambda root, seed, display: tiny})
     names = ["gradient_matching.figure_2", "regmean.table_8", "quality_diversity.table_1"]
     monkeypatch.setattr(
         "benchmarks.papers.quality_diversity.subsets.dpp_kernel.quality",
         lambda own, base: (dict.fromkeys(own, 1.0), []),
     )
-    found = [papers.run(name, "tiny", 0, tmp_path, tmp_path / "results", 12) for name in names]
+    found = [papers.run(name, lambda display: tiny, tmp_path / "results", 12) for name in names]
     kept = {path: path.stat().st_mtime_ns for path in (tiny.place / "measured").iterdir()}
     frame = load([str(path) for path in found])
     assert set(frame[frame.kind == "claim"].verdict) <= {"agrees", "no difference", "contradicts"}
     curve = frame[(frame.experiment == names[0]) & (frame.task == "mean") & (frame.series == "task arithmetic")]
     assert list(curve.x) == ["0.2", "0.4", "0.6", "0.8", "1.0", "1.25", "1.5"]
-    again = papers.run(names[0], "tiny", 0, tmp_path, tmp_path / "again", 12)
+    again = papers.run(names[0], lambda display: tiny, tmp_path / "again", 12)
     pd.testing.assert_frame_equal(
         pd.read_parquet(again).drop(columns="seconds"), pd.read_parquet(found[0]).drop(columns="seconds")
     )
@@ -72,6 +71,29 @@ def test_an_experiment_from_the_pool_to_the_page(tiny, tmp_path, monkeypatch):
     write_files(frame, str(tmp_path / "docs" / "papers"))
     assert (tmp_path / "docs" / "papers" / "gradient_matching.figure_2.tiny.0.svg").read_text().count("<circle") > 14
     assert (tmp_path / "docs" / "papers" / "claims.tex").read_text().startswith("\\begin{tabular}")
+
+
+def test_an_experiment_on_the_members_of_a_campaign_file(campaign_file, tmp_path, monkeypatch, capsys):
+    given = [
+        "regmean.figure_3",
+        "--campaign",
+        str(campaign_file()),
+        "--root",
+        str(tmp_path / "kept"),
+        "--examples",
+        "12",
+    ]
+    monkeypatch.setattr(sys, "argv", ["papers", *given])
+    papers.main()
+    (found,) = (tmp_path / "kept" / "results").iterdir()
+    frame = load([str(found)])
+    assert set(frame.experiment) == {"regmean.figure_3"}
+    drops = frame[(frame.quantity == "relative drop") & (frame.x != "all pairs")]
+    assert len(drops) == 3 * 3  # pairs of three members, by three methods
+    monkeypatch.setattr(sys, "argv", ["papers", "regmean.figure3"])
+    with pytest.raises(SystemExit):
+        papers.main()
+    assert "Did you mean 'regmean.figure_3'?" in capsys.readouterr().err
 
 
 def test_measurements_are_what_the_models_say(bench, tiny):
@@ -124,6 +146,27 @@ def test_pairs_of_texts_from_wordnet():
     assert {other.text.removeprefix("dog: "), other.text_pair} == {"the dog ran", "a hot dog"}
     with pytest.raises(StorageError, match=r"line 1 of data\.verb is no entry of WordNet"):
         wordnet.synsets("00000001 03 v", "verb")
+
+
+def test_topics_of_sentences_from_wordnet():
+    data = """  1 licence
+00000001 18 n 01 child 0 000 | young
+00000002 28 n 01 day 0 000 | a day
+00000003 05 n 01 dog 0 000 | barks
+"""
+    index = """  1 licence
+child n 1 2 @ ~ 1 1 00000001
+city n 1 0 1 0 00000009
+day n 2 1 @ 2 1 00000002 00000001
+dog n 1 1 @ 1 1 00000003
+"""
+    known = topics.first_topics(index, data)
+    assert known == {"child": "person", "day": "time"}
+    words, tags = ["Days", "of", "a", "child", "'s", "dog"], ["noun", "other", "other", "noun", "other", "noun"]
+    assert topics.topics_of(words, tags, known) == ["person", "time"]
+    assert topics.topics_of(words, ["verb"] * 6, known) == []
+    with pytest.raises(StorageError, match=r"line 1 of index\.noun is no entry"):
+        topics.first_topics("child n 1 x", data)
 
 
 def test_differences_are_paired():

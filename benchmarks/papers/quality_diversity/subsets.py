@@ -1,5 +1,6 @@
 """What the paper's experiments share: its kernel, and what subsets of each size score."""
 
+from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
@@ -29,6 +30,13 @@ def mode(bench: Bench, k: int, *, ours: bool = False) -> Subset:
     """The most probable subset of k members by the paper's kernel, or by ours: S of centred representations, equal q."""
     L = bench.similarity(centered=True) if ours else kernel(bench)
     return tuple(bench.members[i] for i in dpp.map_subset(L, k))
+
+
+def probabilities(bench: Bench, subsets: Sequence[Subset]) -> list[float]:
+    """How likely a k-DPP of the paper's kernel draws each of these subsets of one size; they are all there are."""
+    logs = dpp.log_determinants(kernel(bench), [[bench.members.index(name) for name in Y] for Y in subsets])
+    likely = np.exp(np.asarray(logs) - np.max(logs))
+    return [float(value) for value in likely / likely.sum()]
 
 
 def sizes(bench: Bench) -> tuple[int, ...]:

@@ -1,11 +1,20 @@
 """Table 1: members chosen by the process, merged by task arithmetic and TIES, beside all, random and greedy members."""
 
 from collections.abc import Sequence
+from math import comb
 
 import numpy as np
 
 from benchmarks.papers.bench import Bench, Measured, averaged
-from benchmarks.papers.quality_diversity.subsets import METHODS, drawn, expected_size, kernel, mode, sizes
+from benchmarks.papers.quality_diversity.subsets import (
+    METHODS,
+    drawn,
+    expected_size,
+    kernel,
+    mode,
+    probabilities,
+    sizes,
+)
 from benchmarks.papers.result import Claim, Result
 from search.subsets import dpp
 from search.subsets.greedy import greedy_forward
@@ -47,6 +56,11 @@ def _seen(bench: Bench, method: str, result: Result) -> None:
         result.compare(f"{claim} {len(others)} random subsets", chosen, averaged(others), ("DPP", "random"))
         result.compare(f"{claim} all members", chosen, whole, ("DPP", "all"))
         result.row(f"{name}, DPP", k, _place(chosen, others), quantity=PLACE)
+        if len(subsets) == comb(count, k):
+            drawn_by_dpp = averaged(others, probabilities(bench, subsets))
+            result.add(f"{name}, k-DPP (mean of its draws)", k, drawn_by_dpp)
+            claim_drawn = f"{name}, k = {k}: a subset drawn from the k-DPP is above one drawn blindly"
+            result.compare(claim_drawn, drawn_by_dpp, averaged(others), ("k-DPP", "random"))
         if k in greedy:
             result.add(f"{name}, greedy on validation", k, greedy[k])
             result.row(f"{name}, greedy on validation", k, _place(greedy[k], others), quantity=PLACE)

@@ -7,6 +7,7 @@ import numpy as np
 from benchmarks.papers.bench import Bench, Measured, averaged
 from benchmarks.papers.quality_diversity.subsets import METHODS, drawn, mode
 from benchmarks.papers.result import Result
+from merging.errors import SettingsError
 from merging.tasks import AnyTaskSettings
 from merging.tasks.vision.image_classification import Corruption
 
@@ -64,4 +65,6 @@ def _words(corruption: str | None) -> str:
 
 
 def _corrupted(task: AnyTaskSettings, corruption: str) -> AnyTaskSettings:
+    if task.kind != "image_classification":
+        raise SettingsError(f"a task of kind '{task.kind}' has no images to corrupt")
     return task.model_copy(update={"corruption": corruption})

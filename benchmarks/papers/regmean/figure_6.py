@@ -9,7 +9,7 @@ from benchmarks.papers.result import Result
 from merging.tasks.task import Split
 from search.subsets.greedy import greedy_forward
 
-POOLS = ("sentiment", "continued")
+POOLS = ("sentiment", "continued", "topics")
 METHODS = ("average", "regmean")
 
 

@@ -5,7 +5,7 @@ from benchmarks.papers.result import Result
 
 HEAD = ("bert.pooler.", "classifier.")
 """A head that all members share, and the layer below it that only it reads."""
-POOLS = ("sentiment", "parts", "pairs", "tagging", "images")
+POOLS = ("sentiment", "parts", "pairs", "topics", "topic-parts", "tagging", "images")
 
 
 def run(bench: Bench) -> Result:

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 
 from flows.config.train_file import Partition
-from flows.training.partition import dirichlet, write_parts
+from flows.training.partition import dirichlet, strata, write_parts
 from merging.errors import SettingsError
 from merging.tasks import TextClassificationSettings
 
@@ -47,3 +47,43 @@ def test_parts_are_files_of_the_same_columns(tmp_path):
     whole = pd.concat(parts).sort_values("text", ignore_index=True)
     assert whole.equals(frame[["text", "label"]].sort_values("text", ignore_index=True))
     assert all(set(settings.data) == {"train"} for settings in found.values())
+
+
+@pytest.mark.parametrize(
+    ("columns", "label"),
+    [
+        ({"label": [["joy"], ["joy", "fear"], [], ["fear", "rage"], ["joy"]]}, "label"),
+        ({"joy": [1, 1, 0, 0, 1], "fear": [0, 1, 0, 1, 0], "rage": [0, 0, 0, 1, 0]}, ["joy", "fear", "rage"]),
+    ],
+)
+def test_of_several_labels_the_rarest_counts(columns, label):
+    assert strata(pd.DataFrame(columns), label).tolist() == ["joy", "fear", "", "rage", "joy"]
+
+
+def test_flags_in_lists_are_labels_by_their_places():
+    flags = [np.array([True, False]), np.array([True, True]), np.array([False, False])]
+    assert strata(pd.DataFrame({"label": flags}), "label").tolist() == ["0", "1", ""]
+
+
+def test_parts_of_several_labels_lose_none(tmp_path):
+    generator = np.random.default_rng(0)
+    labels = [[name for name in "abcd" if generator.random() < 0.4] for _ in range(300)]
+    frame = pd.DataFrame({"text": [f"text {n}" for n in range(300)], "label": labels})
+    frame.to_parquet(tmp_path / "all.parquet")
+    task = TextClassificationSettings(
+        data={"train": str(tmp_path / "all.parquet"), "validation": "v"}, problem_type="multi_label_classification"
+    )
+    found = write_parts(task, Partition(task="emotion", parts=3, concentration=0.3), tmp_path)
+    parts = [pd.read_parquet(settings.data["train"]) for settings in found.values()]
+    together = {text: list(own) for part in parts for text, own in zip(part.text, part.label, strict=True)}
+    assert together == dict(zip(frame.text, labels, strict=True))
+    shares = np.array([[sum(name in own for own in part.label) / len(part) for name in "abcd"] for part in parts])
+    assert np.ptp(shares, axis=0).max() > 0.2
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"), [([0.5, 1.0], "numbers, not classes"), (["a", None], "lacks labels in 1")]
+)
+def test_what_is_no_class_is_refused(labels, message):
+    with pytest.raises(SettingsError, match=message):
+        strata(pd.DataFrame({"label": labels}), "label")

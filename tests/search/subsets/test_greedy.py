@@ -3,7 +3,7 @@ from itertools import combinations
 import pytest
 
 from merging.errors import SelectionError
-from search.subsets.greedy import greedy_forward, greedy_soup
+from search.subsets.greedy import greedy_forward, greedy_soup, ranked_prefixes
 
 WORTH = {"a": 3.0, "b": 2.0, "c": -1.0, "d": 1.0}
 
@@ -45,9 +45,16 @@ def test_soup_keeps_what_does_no_harm():
 def test_what_fails_is_passed_by():
     assert greedy_forward("abcd", Judge(broken="a")) == [("b",), ("b", "d")]
     assert greedy_soup("abcd", Judge(broken="a")) == ("b", "d")
+    assert ranked_prefixes("abcd", Judge(broken="a")) == [("b",), ("b", "d"), ("b", "c", "d")]
 
 
-@pytest.mark.parametrize("select", [greedy_forward, greedy_soup])
+def test_prefixes_are_in_the_order_of_single_scores():
+    judge = Judge(clash=5.0)
+    assert ranked_prefixes("dcba", judge) == [("a",), ("a", "b"), ("a", "b", "d"), ("a", "b", "c", "d")]
+    assert judge.asked == [("d",), ("c",), ("b",), ("a",)]
+
+
+@pytest.mark.parametrize("select", [greedy_forward, greedy_soup, ranked_prefixes])
 def test_nothing_to_begin_with_is_an_error(select):
     with pytest.raises(SelectionError, match="no member could be merged"):
         select("abcd", Judge(broken="abcd"))
