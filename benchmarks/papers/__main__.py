@@ -36,6 +36,7 @@ EXPERIMENTS = (
     "regmean.table_8",
     "regmean.figure_6",
     "regmean.figure_3",
+    "quality_diversity.figure_1",
     "quality_diversity.table_1",
     "quality_diversity.table_2",
     "mats.residual",

@@ -143,6 +143,11 @@ class Bench:
         """Whether every member has a task that no other has."""
         return len({self.own(name) for name in self.members}) == len(self.members)
 
+    @property
+    def has_ensembles(self) -> bool:
+        """Whether what several models say of an example has a mean; generated texts have none."""
+        return all(task.has_ensembles for task in self.tasks.values())
+
     def own(self, member: str) -> str:
         """A member's task."""
         task = self.pool.campaign.task_of(member)

@@ -200,6 +200,7 @@ POOLS: Mapping[str, Build] = {
     "topic-parts": parts("topics", TOPICS_POOL, "topic-parts", 6),
     "tagging": shipped("tagging", QUICKSTART["tagging"], together=False),
     "pairs": shipped("pairs", PAIRS, together=False),
+    "seq2seq": shipped("seq2seq", QUICKSTART["seq2seq"], together=False),
     "images": shipped("images", QUICKSTART["images"], together=False),
 }
 """Name → what builds it below a directory, for a seed."""

@@ -160,9 +160,10 @@ class Experiment:
         return draw(series, self.labels, lines=self.plot == "lines")
 
     def tables(self) -> list[Table]:
-        """Scores, unless the figure has too many points to list, then every other quantity."""
+        """Scores, unless the figure has too many points to list or one a series, then every other quantity."""
         scores = self.figures[self.figures.quantity == SCORE]
-        listed = [_scores(scores)] if len(scores) and not (self.plot == "points" and len(self._means) >= FEW) else []
+        drawn = self.plot == "points" and (len(self._means) >= FEW or self._means.series.is_unique)
+        listed = [_scores(scores)] if len(scores) and not drawn else []
         others = [name for name in dict.fromkeys(self.figures.quantity) if name != SCORE]
         return listed + [_across(self.figures[self.figures.quantity == name], name, name) for name in others]
 

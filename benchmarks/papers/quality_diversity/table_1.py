@@ -44,7 +44,8 @@ def _seen(bench: Bench, method: str, result: Result) -> None:
     name, count = method.replace("_", " "), len(bench.members)
     whole = bench.measure(bench.default(method))
     result.add(f"{name}, all members", count, whole)
-    result.add("ensemble h_ENS", count, bench.ensemble())
+    if bench.has_ensembles:
+        result.add("ensemble h_ENS", count, bench.ensemble())
     greedy = _greedy(bench, method) if method == METHODS[0] else {}
     for k in sizes(bench):
         subsets, best, control = drawn(bench, k), mode(bench, k), mode(bench, k, ours=True)
