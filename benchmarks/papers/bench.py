@@ -1,7 +1,7 @@
 """A pool opened for measurements in this process; whatever is measured is kept by content, and measured once."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from benchmarks.papers.pools import PaperPool
 from flows.directory.progress import Display
 from merging.checkpoints.formats.safetensors_file import SafetensorsFile, read_arrays
 from merging.checkpoints.pool import Pool
+from merging.errors import TaskError
 from merging.evaluation.ensemble import measure_ensemble
 from merging.evaluation.live_models import LiveModels, best_device
 from merging.io import atomic, hashing
@@ -26,7 +27,8 @@ from merging.statistics import STATISTICS, StatisticsFile, measure
 from merging.statistics import save as save_statistic
 from merging.statistics.compute import measure_shard
 from merging.tasks import AnyTaskSettings, make_task
-from merging.tasks.task import Split, Task
+from merging.tasks.predictions import Predictions
+from merging.tasks.task import Score, Split, Task
 from search.subsets import dpp_kernel
 
 Values = Mapping[str, npt.NDArray[np.float64]]
@@ -39,14 +41,16 @@ class Measured:
     Args:
         values: Task → one number an example [N], whose mean is the score.
         report: The method's figures on the merge.
+        whole: Tasks whose metric is of all examples together, so that fewer of them have other values.
     """
 
     values: Values
     report: Mapping[str, float] = field(default_factory=dict)
+    whole: Collection[str] = ()
 
     def on(self, tasks: Sequence[str]) -> "Measured":
         """The same on some tasks alone."""
-        return Measured({task: self.values[task] for task in tasks}, self.report)
+        return replace(self, values={task: self.values[task] for task in tasks})
 
     @property
     def scores(self) -> dict[str, float]:
@@ -194,7 +198,7 @@ class Bench:
                 best_device(),
                 limit=self.examples,
             )
-            return _of({task: predictions for task, (_, predictions) in found.items()})
+            return _of(self.tasks, found)
 
         return self.kept(["ensemble", chosen], split, work, self.tasks)
 
@@ -206,11 +210,9 @@ class Bench:
 
         def work(missing: Sequence[str]) -> Measured:
             self.display.say(f"  {self.pool.name}: the model of all data on {split}")
-            found = {}
-            for name in missing:
-                task = make_task(name, self._settings[name], together[name])
-                found[name] = task.measure(task.load_model(), split, limit=self.examples)[1]
-            return _of(found)
+            tasks = {name: make_task(name, self._settings[name], together[name]) for name in missing}
+            found = {name: task.measure(task.load_model(), split, limit=self.examples) for name, task in tasks.items()}
+            return _of(tasks, found)
 
         return self.kept(["all data", _content(together)], split, work, self.tasks)
 
@@ -376,7 +378,7 @@ class Bench:
     ) -> Measured:
         """What is kept of a model's values on single tasks; what is missing, or of too few examples, is measured.
 
-        Examples come in one order, so that the values of fewer are the first of those of more.
+        Examples come in one order, so that the values of fewer are the first of those of more, but where a metric is of all.
         """
         kept = {task: self._read(self._place([*what, split, self._data(task, split)]), task, split) for task in tasks}
         if missing := [task for task, found in kept.items() if found is None]:
@@ -384,7 +386,8 @@ class Bench:
             for task in missing:
                 values = np.ascontiguousarray(found.values[task])
                 path = self._place([*what, split, self._data(task, split)])
-                atomic.write_bytes(str(path), save({"values": values}, {"report": json.dumps(dict(found.report))}))
+                notes = {"report": json.dumps(dict(found.report)), **({"whole": "yes"} if task in found.whole else {})}
+                atomic.write_bytes(str(path), save({"values": values}, notes))
                 kept[task] = Measured({task: values}, found.report)
         parts = [part for part in kept.values() if part is not None]
         return Measured({task: own for part in parts for task, own in part.values.items()}, parts[0].report)
@@ -395,9 +398,10 @@ class Bench:
         values = read_arrays(str(path))["values"]
         size = self.tasks[task].size(split)
         wanted = min(size, self.examples or size)
-        if len(values) < wanted:
+        notes = SafetensorsFile.open(str(path)).metadata
+        if len(values) < wanted or ("whole" in notes and len(values) > wanted):
             return None
-        return Measured({task: values[:wanted]}, json.loads(SafetensorsFile.open(str(path)).metadata["report"]))
+        return Measured({task: values[:wanted]}, json.loads(notes["report"]))
 
     def _place(self, what: Sequence[Any], suffix: str = "safetensors") -> Path:
         key = hashing.fingerprint([*what, self.weights.fingerprints()])
@@ -446,8 +450,9 @@ class BenchModels(LiveModels):
             self._out[name].copy_(value)
         for shared in self._shared.values() if kept else ():
             shared.refresh()
-        found = {task.name: self._whole(task, split, limit)[1] for task in self._tasks if task.name in names}
-        return replace(_of(found), report=report)
+        tasks = {task.name: task for task in self._tasks if task.name in names}
+        found = {name: self._whole(task, split, limit) for name, task in tasks.items()}
+        return replace(_of(tasks, found), report=report)
 
 
 def _told_by(file: StatisticsFile) -> list[Any]:
@@ -462,8 +467,27 @@ def short(recipe: Recipe) -> str:
     return f"{recipe.method.replace('_', ' ')} ({', '.join(recipe.members)}; {factors})"
 
 
-def _of(predictions: Mapping[str, Any]) -> Measured:
-    return Measured({task: np.asarray(own.values, np.float64) for task, own in predictions.items()})
+def _of(tasks: Mapping[str, Task], found: Mapping[str, tuple[Score, Predictions | None]]) -> Measured:
+    values = {name: _values(tasks[name], *own) for name, own in found.items()}
+    return Measured(values, whole=[name for name, (score, _) in found.items() if not score.is_mean])
+
+
+def _values(task: Task, score: Score, predictions: Predictions | None) -> npt.NDArray[np.float64]:
+    """One number an example [N], whose mean is the score.
+
+    Of a metric of all examples together (F1, a correlation) what each contributes by the jackknife (Efron & Stein 1981),
+    whose spread gives the score's standard error, and paired that of a difference.
+
+    Raises:
+        TaskError: Single examples have no predictions.
+    """
+    if predictions is None:
+        raise TaskError(f"task '{task.name}' is measured whole: experiments compare models example by example")
+    if score.is_mean:
+        return np.asarray(predictions.values, np.float64)
+    places = np.arange(len(predictions))
+    without = np.array([task.score(predictions.take(np.delete(places, place))).value for place in places])
+    return np.asarray(score.value + (len(places) - 1) * (without.mean() - without))
 
 
 def _content(places: Mapping[str, str]) -> list[str]:

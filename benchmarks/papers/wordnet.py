@@ -1,4 +1,4 @@
-"""Four tasks on pairs of texts from WordNet, as GLUE has them: inference, definition, usage and sense."""
+"""Five tasks on pairs of texts from WordNet, as in GLUE: inference, definition, usage, sense and similarity, a number."""
 
 import random
 import re
@@ -29,7 +29,10 @@ LABELS: Mapping[str, Sequence[str]] = {
     "definition": ("other", "right"),
     "usage": ("other", "right"),
     "sense": ("other", "same"),
+    "similarity": ("similarity",),
 }
+FAR = 5
+"""Steps between two nouns, over one that is above both, at which they have no similarity."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,13 @@ class Pair:
         group: Pairs of one group stay in one split.
         text: The first.
         text_pair: The second.
-        label: The class.
+        label: The class, or the number.
     """
 
     group: str
     text: str
     text_pair: str
-    label: str
+    label: str | float
 
 
 def synsets(raw: str, kind: str) -> dict[str, Synset]:
@@ -149,6 +152,33 @@ def sense(senses: Mapping[str, Sequence[Synset]], generator: random.Random) -> I
             yield Pair(word, f"{word}: {one[0]}", other[0], "other")
 
 
+def similarity(nouns: Mapping[str, Synset], generator: random.Random) -> Iterator[Pair]:
+    """How near a noun is to one some steps up and down from it: 1 less a fifth a step of the shortest way, at least 0."""
+    order = list(nouns)
+    for key in generator.sample(order, min(len(order), 4 * SIZES["train"])):
+        end = key
+        for up, steps in ((True, generator.randint(0, 3)), (False, generator.randint(0, 2))):
+            for _ in range(steps):
+                ways = [other for other in (nouns[end].above if up else nouns[end].below) if other in nouns]
+                end = generator.choice(ways) if ways else end
+        if end == key:
+            end = generator.choice(order)
+        one, other = _above(nouns, key), _above(nouns, end)
+        steps = min((one[top] + other[top] for top in one.keys() & other.keys()), default=FAR)
+        texts = [f"{nouns[place].words[0]}: {nouns[place].definition}" for place in (key, end)]
+        if steps:
+            yield Pair(key, *texts, max(0.0, 1 - steps / FAR))
+
+
+def _above(nouns: Mapping[str, Synset], key: str) -> dict[str, int]:
+    """What is above a noun, the noun itself included → in how many steps."""
+    found, reached = {key: 0}, [key]
+    for step in range(1, FAR):
+        reached = [top for place in reached for top in nouns[place].above if top in nouns and top not in found]
+        found |= dict.fromkeys(reached, step)
+    return found
+
+
 def frames(pairs: Sequence[Pair], sizes: Mapping[Split, int] = SIZES) -> dict[Split, pd.DataFrame]:
     """A task's splits with columns `text`, `text_pair` and `label`; at most `MOST` pairs of a group."""
     groups: dict[str, list[Pair]] = {}
@@ -182,18 +212,19 @@ def _frames(package: Path) -> dict[str, dict[Split, pd.DataFrame]]:
         "definition": partial(definition, of["noun"]),
         "usage": partial(usage, several),
         "sense": partial(sense, several),
+        "similarity": partial(similarity, of["noun"]),
     }
     return {task: frames(list(make[task](random.Random(task)))) for task in LABELS}
 
 
 def _data(cache: Path, directory: Path, progress: Progress) -> Files:
     package = fetch(WORDNET, cache, progress)
-    key = ["pairs", dict(SIZES), MOST, MOST_WORDS, list(WORDS)]
+    key = ["pairs", list(LABELS), dict(SIZES), MOST, MOST_WORDS, list(WORDS), FAR]
     return written(directory, list(LABELS), key, lambda: _frames(package))
 
 
 PAIRS = ShippedPool(
-    about="MiniLM, and four tasks on pairs of texts from WordNet",
+    about="MiniLM, and five tasks on pairs of texts from WordNet",
     base=fetch_base,
     data=_data,
     task={"kind": "text_classification", "text_pair": "text_pair", "max_length": 64},

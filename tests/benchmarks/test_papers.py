@@ -108,6 +108,20 @@ def test_measurements_are_what_the_models_say(bench, tiny):
     assert one.scores == bench.base().scores
 
 
+def test_a_metric_of_all_examples_together_has_one_number_an_example(tiny, bench):
+    for task in tiny.campaign.tasks.values():
+        task.metric = "macro_f1"  # type: ignore[union-attr]
+    task = bench.tasks["two"]
+    score = task.evaluate(task.load_model(), "test", limit=12)
+    found = bench.member("two").on(["two"])
+    assert found.mean == pytest.approx(score.value)
+    assert found.error == pytest.approx(score.standard_error, rel=0.5)
+    assert len(found.values["two"]) == 12
+    assert bench.member("two").scores["two"] == pytest.approx(score.value)  # from what is kept
+    fewer = Bench(tiny, Display(Console(quiet=True)), examples=9)
+    assert fewer.member("two").scores["two"] == pytest.approx(task.evaluate(task.load_model(), "test", limit=9).value)
+
+
 def test_some_weights_of_a_merge_can_be_the_mean(bench):
     average = bench.measure(bench.default("average"))
     fitted = bench.default("task_arithmetic")
@@ -144,6 +158,14 @@ def test_pairs_of_texts_from_wordnet():
     same, other = wordnet.sense(senses, random.Random(0))
     assert (same.text, same.text_pair, same.label) == ("dog: the dog ran", "dogs bark", "same")
     assert {other.text.removeprefix("dog: "), other.text_pair} == {"the dog ran", "a hot dog"}
+    near = {
+        (p.text[:3], p.text_pair[:3]): p.label for n in range(9) for p in wordnet.similarity(nouns, random.Random(n))
+    }
+    steps = {("dog", "toy"): 1, ("dog", "ani"): 1, ("dog", "cat"): 2, ("cat", "toy"): 3}
+    assert {pair: near[pair] for pair in steps if pair in near} == {
+        pair: pytest.approx(1 - count / 5) for pair, count in steps.items() if pair in near
+    }
+    assert len(near.keys() & steps.keys()) > 2
     with pytest.raises(StorageError, match=r"line 1 of data\.verb is no entry of WordNet"):
         wordnet.synsets("00000001 03 v", "verb")
 
