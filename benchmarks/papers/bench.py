@@ -122,8 +122,18 @@ class Bench:
         """All members."""
         return list(self.pool.campaign.members)
 
-    @cached_property
+    @property
     def tasks(self) -> dict[str, Task]:
+        """The tasks that models are measured on where nothing else is said: all but those of `role: unseen`."""
+        return {name: task for name, task in self.every_task.items() if name not in self.unseen}
+
+    @property
+    def unseen(self) -> list[str]:
+        """Tasks that belong to no member."""
+        return self.pool.campaign.unseen()
+
+    @cached_property
+    def every_task(self) -> dict[str, Task]:
         """Every task with the head of its owner."""
         campaign, owners = self.pool.campaign, self.owners
         return {
@@ -150,7 +160,7 @@ class Bench:
     @property
     def has_ensembles(self) -> bool:
         """Whether what several models say of an example has a mean; generated texts have none."""
-        return all(task.has_ensembles for task in self.tasks.values())
+        return all(task.has_ensembles for task in self.every_task.values())
 
     def own(self, member: str) -> str:
         """A member's task."""
@@ -183,7 +193,9 @@ class Bench:
         what = ["recipe", complete.as_dict(), self._statistics_key(complete), *([list(averaged)] if averaged else [])]
         return self.kept(what, split, work, self.tasks if tasks is None else tasks)
 
-    def ensemble(self, members: Sequence[str] | None = None, split: Split = "test") -> Measured:
+    def ensemble(
+        self, members: Sequence[str] | None = None, split: Split = "test", tasks: Sequence[str] | None = None
+    ) -> Measured:
         """The mean of members' probabilities."""
         chosen = sorted(members or self.members)
 
@@ -191,16 +203,16 @@ class Bench:
             self.display.say(f"  {self.pool.name}: ensemble of {', '.join(chosen)} on {split}")
             found = measure_ensemble(
                 Material(self.weights),
-                [self.tasks[name] for name in missing],
+                [self.every_task[name] for name in missing],
                 self.owners,
                 chosen,
                 split,
                 best_device(),
                 limit=self.examples,
             )
-            return _of(self.tasks, found)
+            return _of(self.every_task, found)
 
-        return self.kept(["ensemble", chosen], split, work, self.tasks)
+        return self.kept(["ensemble", chosen], split, work, self.tasks if tasks is None else tasks)
 
     def all_data(self, split: Split = "test") -> Measured | None:
         """The model that was trained on all tasks; None where there is none."""
@@ -359,7 +371,7 @@ class Bench:
     def _models(self, recipe: Recipe) -> "BenchModels":
         if self._live is None:
             self._live = BenchModels(
-                self.material(recipe), list(self.tasks.values()), self.owners, best_device(), "float32"
+                self.material(recipe), list(self.every_task.values()), self.owners, best_device(), "float32"
             )
         return self._live
 
@@ -396,7 +408,7 @@ class Bench:
         if not path.exists():
             return None
         values = read_arrays(str(path))["values"]
-        size = self.tasks[task].size(split)
+        size = self.every_task[task].size(split)
         wanted = min(size, self.examples or size)
         notes = SafetensorsFile.open(str(path)).metadata
         if len(values) < wanted or ("whole" in notes and len(values) > wanted):
@@ -408,7 +420,7 @@ class Bench:
         return self.pool.place / "measured" / f"{key}.{suffix}"
 
     def _data(self, task: str, split: Split) -> list[str]:
-        return [task, self.tasks[task].data_fingerprint(split)]
+        return [task, self.every_task[task].data_fingerprint(split)]
 
     def _kept_mismatch(self, what: Sequence[Any], recipe: Recipe, work: Callable[[], Mismatch]) -> Mismatch:
         data = [[name, task.data_fingerprint("train")] for name, task in self.own_tasks().items()]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.papers.topics import TOPICS_POOL
+from benchmarks.papers.topics import TOPICS_POOL, UNSEEN
 from benchmarks.papers.wordnet import PAIRS
 from flows.config.campaign_file import Campaign, load_campaign
 from flows.config.train_file import Partition
@@ -58,7 +58,9 @@ Build = Callable[[Path, int, Display], PaperPool]
 """Builds a pool below a directory, for a seed."""
 
 
-def shipped(name: str, made: ShippedPool, *, together: bool, shared_head: bool = False) -> Build:
+def shipped(
+    name: str, made: ShippedPool, *, together: bool, shared_head: bool = False, unseen: Sequence[str] = ()
+) -> Build:
     """A pool as those of the quick start: a member for each task, all from one base.
 
     Args:
@@ -66,6 +68,7 @@ def shipped(name: str, made: ShippedPool, *, together: bool, shared_head: bool =
         made: What it is.
         together: Whether a model is trained on all tasks, too.
         shared_head: Whether all start from one head, which is merged; else each has its own.
+        unseen: Tasks that no member is trained on.
     """
 
     def build(root: Path, seed: int, display: Display) -> PaperPool:
@@ -73,6 +76,7 @@ def shipped(name: str, made: ShippedPool, *, together: bool, shared_head: bool =
         base = made.base(root / "cache", display.say)
         files = made.data(root / "cache", root / name / "data", display.say)
         settings = made.training.model_copy(update={"seed": seed})
+        others = {task: task_settings(made, files.pop(task)).model_copy(update={"role": "unseen"}) for task in unseen}
         lessons = {task: Lesson(task_settings(made, parts), made.labels.get(task, ())) for task, parts in files.items()}
         if shared_head:
             first = next(iter(lessons.values()))
@@ -86,6 +90,7 @@ def shipped(name: str, made: ShippedPool, *, together: bool, shared_head: bool =
             return {task: str(directory) for task, directory in whole.places.items()}
 
         campaign = make_campaign(made, name, place, base, files, None)
+        campaign = campaign.model_copy(update={"tasks": {**campaign.tasks, **others}})
         return PaperPool(name, seed, campaign, train if together else None, None, place)
 
     return build
@@ -115,7 +120,7 @@ def continued(root: Path, seed: int, display: Display) -> PaperPool:
     return PaperPool("continued", seed, validate(Campaign, given, "continued"), whole.together, FIRST, place)
 
 
-def parts(pool: str, made: ShippedPool, name: str, count: int) -> Build:
+def parts(pool: str, made: ShippedPool, name: str, count: int, unseen: Sequence[str] = ()) -> Build:
     """Non-iid members of one data set (RM, appendix B): all domains of a pool as one, cut by Dirichlet shares of classes.
 
     All start from one head, which is merged. One task: the test splits of all domains.
@@ -125,10 +130,12 @@ def parts(pool: str, made: ShippedPool, name: str, count: int) -> Build:
         made: What it is.
         name: Of what is built.
         count: How many members.
+        unseen: Tasks that are left out.
     """
 
     def build(root: Path, seed: int, display: Display) -> PaperPool:
         files = made.data(root / "cache", root / pool / "data", display.say)
+        files = {task: own for task, own in files.items() if task not in unseen}
         place = root / name / f"seed-{seed}"
         domains: list[Any] = [task_settings(made, own) for own in files.values()]
         split_of = {split: [str(file) for task in domains for file in _files(task.data[split])] for split in SPLITS}
@@ -196,8 +203,8 @@ POOLS: Mapping[str, Build] = {
     "sentiment": shipped("sentiment", QUICKSTART["sentiment"], together=True),
     "continued": continued,
     "parts": parts("sentiment", QUICKSTART["sentiment"], "parts", 8),
-    "topics": shipped("topics", TOPICS_POOL, together=True, shared_head=True),
-    "topic-parts": parts("topics", TOPICS_POOL, "topic-parts", 6),
+    "topics": shipped("topics", TOPICS_POOL, together=True, shared_head=True, unseen=list(UNSEEN)),
+    "topic-parts": parts("topics", TOPICS_POOL, "topic-parts", 6, list(UNSEEN)),
     "tagging": shipped("tagging", QUICKSTART["tagging"], together=False),
     "pairs": shipped("pairs", PAIRS, together=False),
     "seq2seq": shipped("seq2seq", QUICKSTART["seq2seq"], together=False),

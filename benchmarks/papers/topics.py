@@ -15,6 +15,8 @@ from merging.optimization.fine_tuning import TrainingSettings
 from merging.tasks.task import Split
 
 SIZES: Mapping[Split, int] = {"train": 640, "validation": 120, "test": 200}
+UNSEEN: Mapping[str, str] = {"hobbies": "e", "letters": "g"}
+"""Task without a member → the letters of its genres: skills and hobbies, biography and essays."""
 TOPICS: Mapping[str, str] = {
     "04": "act", "06": "artifact", "07": "attribute", "08": "body", "09": "cognition", "10": "communication",
     "14": "group", "15": "location", "18": "person", "28": "time",
@@ -73,7 +75,7 @@ def _frames(brown: Path, wordnet: Path) -> dict[str, dict[Split, pd.DataFrame]]:
     known = first_topics(*(files[f"package/dict/{name}.noun"].decode() for name in ("index", "data")))
     tagged = texts(brown)
     frames = {}
-    for genre, letters in GENRES.items():
+    for genre, letters in {**GENRES, **UNSEEN}.items():
         groups = {
             name: [(" ".join(words), topics_of(words, tags, known)) for words, tags in parse(tagged[name])]
             for name in sorted(tagged)
@@ -86,8 +88,9 @@ def _frames(brown: Path, wordnet: Path) -> dict[str, dict[Split, pd.DataFrame]]:
 
 def _data(cache: Path, directory: Path, progress: Progress) -> Files:
     brown, wordnet = fetch(BROWN, cache, progress), fetch(WORDNET, cache, progress)
-    key = ["topics", dict(SIZES), dict(TOPICS), dict(GENRES)]
-    return written(directory, list(GENRES), key, lambda: _frames(brown, wordnet))
+    genres = {**GENRES, **UNSEEN}
+    key = ["topics", dict(SIZES), dict(TOPICS), genres]
+    return written(directory, list(genres), key, lambda: _frames(brown, wordnet))
 
 
 TOPICS_POOL = ShippedPool(
@@ -101,7 +104,7 @@ TOPICS_POOL = ShippedPool(
         "metric": "samples_f1",
         "max_length": 64,
     },
-    labels=dict.fromkeys(GENRES, tuple(TOPICS.values())),
+    labels=dict.fromkeys([*GENRES, *UNSEEN], tuple(TOPICS.values())),
     training=TrainingSettings(epochs=2),
     methods=WITH_DATA,
     candidates=24,

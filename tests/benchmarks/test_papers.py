@@ -73,23 +73,17 @@ def test_an_experiment_from_the_pool_to_the_page(tiny, tmp_path, monkeypatch):
     assert (tmp_path / "docs" / "papers" / "claims.tex").read_text().startswith("\\begin{tabular}")
 
 
-def test_an_experiment_on_the_members_of_a_campaign_file(campaign_file, tmp_path, monkeypatch, capsys):
-    given = [
-        "regmean.figure_3",
-        "--campaign",
-        str(campaign_file()),
-        "--root",
-        str(tmp_path / "kept"),
-        "--examples",
-        "12",
-    ]
-    monkeypatch.setattr(sys, "argv", ["papers", *given])
+def test_experiments_on_the_members_of_a_campaign_file(campaign_file, tiny_campaign, tmp_path, monkeypatch, capsys):
+    file = campaign_file(tasks={"far": {**tiny_campaign["tasks"]["one"], "role": "unseen"}})
+    where = ["--campaign", str(file), "--root", str(tmp_path / "kept"), "--examples", "12"]
+    monkeypatch.setattr(sys, "argv", ["papers", "regmean.figure_3", "regmean.table_2", *where])
     papers.main()
-    (found,) = (tmp_path / "kept" / "results").iterdir()
-    frame = load([str(found)])
-    assert set(frame.experiment) == {"regmean.figure_3"}
+    frame = load([str(tmp_path / "kept" / "results")])
     drops = frame[(frame.quantity == "relative drop") & (frame.x != "all pairs")]
     assert len(drops) == 3 * 3  # pairs of three members, by three methods
+    table = frame[(frame.experiment == "regmean.table_2") & (frame.series == "regmean")]
+    assert set(table[table.quantity == "score"].task) == {"one", "two", "three", "mean"}
+    assert list(table[table.quantity != "score"].x) == ["far", "unseen mean"]
     monkeypatch.setattr(sys, "argv", ["papers", "regmean.figure3"])
     with pytest.raises(SystemExit):
         papers.main()

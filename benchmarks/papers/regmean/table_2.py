@@ -2,7 +2,9 @@
 
 from benchmarks.papers.bench import Bench, Measured, averaged
 from benchmarks.papers.result import Result
+from merging.recipe import base_recipe
 
+UNSEEN = "score on tests that belong to no member"
 HEAD = ("bert.pooler.", "classifier.")
 """A head that all members share, and the layer below it that only it reads."""
 POOLS = ("sentiment", "parts", "pairs", "topics", "topic-parts", "tagging", "images", "seq2seq")
@@ -29,6 +31,8 @@ def run(bench: Bench) -> Result:
     result = Result()
     for name, measured in rows.items():
         result.add(name, "", measured)
+    if bench.unseen:
+        _unseen(bench, result)
     regmean = rows["regmean"]
     result.compare("RegMean is above Fisher averaging", regmean, rows["fisher"], ("RegMean", "Fisher"))
     result.compare(
@@ -49,3 +53,27 @@ def run(bench: Bench) -> Result:
     if whole is not None:
         result.compare("Multi-task training is above RegMean", whole, regmean, ("multi-task", "RegMean"))
     return result
+
+
+def _unseen(bench: Bench, result: Result) -> None:
+    """Merges beside the ensemble on tasks that belong to no member."""
+    rows = {name: bench.measure(bench.default(name), tasks=bench.unseen) for name in ("average", "fisher", "regmean")}
+    rows = {"base": bench.measure(base_recipe(), tasks=bench.unseen), **rows}
+    if bench.has_ensembles:
+        rows["ensemble"] = bench.ensemble(tasks=bench.unseen)
+    members = [bench.member(name, tasks=bench.unseen) for name in bench.members]
+    rows["members, mean"] = averaged(members)
+    rows["members, best on these tests"] = max(members, key=lambda one: one.mean)
+    for name, measured in rows.items():
+        for task, score in measured.scores.items():
+            result.row(name, task, 100 * score, quantity=UNSEEN)
+        result.row(name, "unseen mean", 100 * measured.mean, 100 * measured.error, quantity=UNSEEN)
+    claim = "On unseen domains, RegMean of all is above"
+    result.compare(
+        f"{claim} the best member (chosen on test)",
+        rows["regmean"],
+        rows["members, best on these tests"],
+        ("RegMean", "member"),
+    )
+    result.compare(f"{claim} the plain average", rows["regmean"], rows["average"], ("RegMean", "average"))
+    result.compare(f"{claim} Fisher averaging", rows["regmean"], rows["fisher"], ("RegMean", "Fisher"))
