@@ -4,7 +4,7 @@ from benchmarks.papers.bench import Bench, averaged
 from benchmarks.papers.gradient_matching.candidates import ALPHAS, METHODS, known, scaled
 from benchmarks.papers.result import Result
 
-POOLS = ("continued",)
+POOLS = ("continued", "sentiment", "images")
 CLAIM = "Gradient matching is more robust to α than task arithmetic"
 
 
