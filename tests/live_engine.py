@@ -11,9 +11,16 @@ class Transformers(TextEngine):
     def __init__(self, model):
         self._model = model
 
+    @torch.no_grad()
+    def load(self, weights):
+        parameters = dict(self._model.named_parameters())
+        for name, value in weights:
+            parameters[name].copy_(value)
+
     def log_likelihoods(self, sequences):
         return [likelihoods for likelihoods, _ in self.greedy_likelihoods(sequences)]
 
+    @torch.no_grad()
     def greedy_likelihoods(self, sequences):
         answers = []
         for ids in sequences:

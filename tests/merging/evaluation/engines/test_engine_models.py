@@ -7,12 +7,14 @@ from merging.checkpoints.pool import Pool
 from merging.errors import EngineError, EngineLostError
 from merging.evaluation.engines import EngineSettings
 from merging.evaluation.engines.engine_models import EngineModels
+from merging.evaluation.engines.vllm_engine import VllmEngine
 from merging.evaluation.live_models import LiveModels
 from merging.evaluation.steps import EvaluationPlan
 from merging.mergers.material import Material
 from merging.recipe import Recipe, base_recipe, member_recipe
 from merging.tasks import HarnessSettings, make_task
 from merging.tasks.language.causal_lm import CausalLMSettings
+from merging.testing.engines import EngineTests
 from tests.harness_tasks import write_llama, write_task
 from tests.merging.evaluation.engines.tiny_llama import task_settings, write_examples, write_pool
 
@@ -69,6 +71,12 @@ def test_an_engine_scores_every_candidate_as_transformers_does(tmp_path):
     for call in (lambda: engine.measure(base_recipe(), "validation"), lambda: proof([[5, 6]])):
         with pytest.raises(EngineLostError, match=r"the engine has died \(RuntimeError: Executor failed"):
             call()
+
+
+class TestVllm(EngineTests):
+    @pytest.fixture
+    def make_engine(self):
+        return lambda config: VllmEngine(config.to_dict(), VLLM, torch.float32, 40, untied=False)
 
 
 def test_the_harness_scores_an_engine_as_it_scores_transformers(tmp_path):
