@@ -361,7 +361,6 @@ def test_similarity_shows_every_pair_and_quality(make):
     assert bars["x"] == [selection.quality[name] for name in selection.names]
 
 
-@pytest.mark.slow
 def browse(page, place, *options):
     """Opens a page in a real browser; returns what Chromium wrote."""
     (place / "report.html").write_text(page)
@@ -394,7 +393,9 @@ for (const cell of scroll.querySelectorAll("thead th")) {
   keys.push({text: cell.textContent, left: own.left - box.left, right: own.right - box.left});
 }
 const overflow = [...scroll.querySelectorAll("td.key, th.key")].filter((cell) => cell.scrollWidth > cell.clientWidth + 1);
-document.title = JSON.stringify({width: box.width, page: document.documentElement.scrollWidth, keys: keys,
+const said = scroll.querySelector("caption > span").getBoundingClientRect();
+document.title = JSON.stringify({width: box.width, caption: [said.left - box.left, said.right - box.left],
+  page: document.documentElement.scrollWidth, keys: keys,
   overflow: overflow.map((cell) => cell.textContent), scrolled: scroll.scrollLeft});
 </script></body>"""
 
@@ -415,6 +416,7 @@ def test_what_matters_of_the_results_stays_in_sight(make_of, tmp_path, count):
     assert [cell["text"] for cell in seen["keys"]][:5] == first
     assert seen["page"] <= 1200, "the page itself does not scroll sideways"
     assert seen["overflow"] == []
+    assert 0 <= seen["caption"][0] < seen["caption"][1] <= seen["width"], "the caption is whole"
     edges = [edge for name in first for edge in (keys[name]["left"], keys[name]["right"])]
     assert edges == pytest.approx(sorted(edges))
     assert 0 <= edges[0] <= 2
