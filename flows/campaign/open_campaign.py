@@ -224,12 +224,11 @@ def open_campaign(campaign: Campaign, display: Display, directory: str | None = 
         for name, (settings, owner) in campaign.sources().items()
     }
     for name, task in {**tasks, **sources}.items():
-        for note in task.check() if name in tasks else ():
-            display.note(note)
+        for note in task.check():
+            if name in tasks or note not in task.missing_splits():  # calibration data are a train split alone
+                display.note(note)
         if name in tasks and not task.has_split("validation"):
             raise SettingsError(f"task '{name}' has no validation split, which candidates are scored on: add one")
-        if name not in tasks:
-            task.check()  # of its notes, those on missing splits mean nothing here
     for name in campaign.unseen():
         if name not in campaign.task_heads and (kept := pool.members[owners[name]].head):
             raise SettingsError(

@@ -86,7 +86,7 @@ class Lesson:
 
 def has_answers(settings: AnyTaskSettings) -> bool:
     """Whether a task's examples have labels, or completions."""
-    return getattr(settings, "label", "") is not None and not getattr(settings, "is_unanswered", False)
+    return settings.is_labelled and not getattr(settings, "is_unanswered", False)
 
 
 @dataclass(frozen=True)

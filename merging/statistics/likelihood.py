@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from merging.errors import StatisticsError
 from merging.statistics.statistic import StatisticSettings
 from merging.tasks.likelihood import Likelihood
-from merging.tasks.task import IGNORED, Batch
+from merging.tasks.task import IGNORED, UNKNOWN, Batch
 
 
 class LikelihoodSettings(StatisticSettings):
@@ -72,8 +72,9 @@ def objectives(
         factor = multinomial_factor(logits.detach().double().softmax(-1)).to(logits.dtype)
         return [(factor[:, :, k] * logits).sum() for k in range(factor.shape[-1])]
     labels = sampled_labels(logits.detach(), batch, settings.seed) if settings.estimator == "sampled" else batch.labels
-    if labels.dim() == 1 and (labels == IGNORED).any():
-        position = int(batch.indices[(labels == IGNORED).cpu()][0])
+    unknown = (labels == IGNORED) if labels.dim() == 1 else (labels == UNKNOWN).any(1)
+    if unknown.any():
+        position = int(batch.indices[unknown.cpu()][0])
         raise StatisticsError(
             f"example {position} has no label, which estimator 'empirical' needs. Use exact, or sampled"
         )

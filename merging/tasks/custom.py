@@ -1,21 +1,13 @@
 """A task whose score the user's own function gives."""
 
-import ast
-import importlib
 import inspect
 import math
 import os
 import re
-import sys
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 from functools import cached_property
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
 from numbers import Real
-from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -32,6 +24,7 @@ from merging.tasks.environment import hidden, references, resolved, secret_in
 from merging.tasks.head import blank_model, class_of, configuration, load_model
 from merging.tasks.predictions import Predictions
 from merging.tasks.task import Score, Split, Task, TaskSettings, register, score_of
+from merging.tasks.user_functions import FUNCTION, code_of, load_function
 
 MOST_EXAMPLES = 1 << 53
 """Above it, floating point does not count."""
@@ -51,7 +44,7 @@ class CustomSettings(TaskSettings):
 
     kind: Literal["custom"] = Field("custom", description="custom: any model and any data that your function reads.")
     evaluator: str = Field(
-        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
+        pattern=FUNCTION,
         description="The function, as `module:function` on Python's path or in the working directory.",
     )
     arguments: dict[str, Any] = Field(
@@ -89,25 +82,6 @@ class CustomSettings(TaskSettings):
                 f"set {variable} in the environment",
             )
         return arguments
-
-
-@dataclass(frozen=True)
-class LastDirectory(MetaPathFinder):
-    """Finds modules in a directory that nothing else finds.
-
-    At the end of `sys.path`, its modules would still come before the namespace packages of other entries.
-
-    Args:
-        directory: Where to look.
-    """
-
-    directory: str
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """See `MetaPathFinder`; what lies inside a package is found by the package's own path."""
-        return PathFinder.find_spec(fullname, [self.directory], target) if path is None else None
 
 
 class Custom(Task):
@@ -181,9 +155,9 @@ class Custom(Task):
 
         Comments and the layout of the code make no difference.
         """
-        source = inspect.getsourcefile(self._function)
-        code = _code(Path(source)) if source else ""
-        return hashing.fingerprint([code, self.settings.model_dump(mode="json", exclude={"role"}), split])
+        return hashing.fingerprint(
+            [code_of(self._function), self.settings.model_dump(mode="json", exclude={"role"}), split]
+        )
 
     def measure(
         self, model: nn.Module, split: Split, *, limit: int | None = None, precision: str = "float32"
@@ -240,28 +214,10 @@ class Custom(Task):
 
     @cached_property
     def _function(self) -> Callable[..., Any]:
-        module, name = self.settings.evaluator.split(":")
-        last = LastDirectory(self.settings._directory)
-        if last not in sys.meta_path:
-            sys.meta_path.append(last)
         try:
-            imported = importlib.import_module(module)
-        except (Exception, SystemExit) as error:  # the user's module may raise anything, or be a script that exits
-            raise self._error(
-                f"cannot import '{module}' ({type(error).__name__}: {error}): put it into the working directory or its "
-                "directory on PYTHONPATH, and what it needs into this environment. An installed module of that name comes first"
-            ) from error
-        if not hasattr(imported, name):
-            file = getattr(imported, "__file__", None) or "built in"
-            raise self._error(
-                f"module '{module}' has no function '{name}': it is {file}. If you mean another, rename that: an installed "
-                "module comes before one in the working directory"
-            )
-        function = getattr(imported, name)
-        if not callable(function):
-            raise self._error(f"{self.settings.evaluator} is no function but {type(function).__name__}")
-        called: Callable[..., Any] = function
-        return called
+            return load_function(self.settings.evaluator, self.settings._directory)
+        except TaskError as error:
+            raise self._error(str(error)) from error
 
     def _values(self, values: Any, split: Split) -> npt.NDArray[np.float64]:
         """One finite number per example, out of what the function returned."""
@@ -290,14 +246,6 @@ class Custom(Task):
 
     def _error(self, message: str) -> TaskError:
         return TaskError(f"task '{self.name}': {hidden(message, references(self.settings.arguments))}")
-
-
-def _code(source: Path) -> str:
-    """A module's statements, without comments and layout; of a file that is no Python, its content hash."""
-    try:
-        return ast.unparse(ast.parse(source.read_bytes()))
-    except (OSError, SyntaxError, ValueError, RecursionError):
-        return hashing.file_fingerprint(str(source))
 
 
 register(Custom, CustomSettings)

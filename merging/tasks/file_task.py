@@ -59,7 +59,10 @@ class FileTask(Task, Generic[E]):
 
     def blank_model(self) -> tuple[nn.Module, Loading]:
         """See `Task.blank_model`."""
-        return blank_model(self.head, self.model_class, self.base)
+        try:
+            return blank_model(self.head, self.model_class, self.base)
+        except TaskError as error:
+            raise self.error(str(error)) from error
 
     def size(self, split: Split) -> int:
         """See `Task.size`."""
@@ -134,7 +137,7 @@ class FileTask(Task, Generic[E]):
             raise self.error(str(error)) from error
 
     def missing_splits(self) -> list[str]:
-        """A note for each split that is not there, and what follows."""
+        """See `Task.missing_splits`."""
         return [
             f"task '{self.name}' has no {split} split: {what}"
             for split, what in LACKING.items()

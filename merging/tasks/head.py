@@ -210,10 +210,10 @@ def token_limit(head: str, tokenizer: Any, model: Any) -> int:
                 f"the tokenizer of {head} has {len(beyond):,} tokens that the model has no embedding for ('{beyond[0]}' is "
                 f"{words[beyond[0]]:,} of {rows:,}): take the model's own tokenizer, or resize its embedding"
             )
-    return int(min(limit, _positions(model), 1 << 31))
+    return int(min(limit, learnt_positions(model), 1 << 31))
 
 
-def _positions(model: Any) -> float:
+def learnt_positions(model: Any) -> float:
     """Positions that a model has learnt, which nothing can be read beyond; infinite where it needs no such table."""
     most = float("inf")
     for name, module in model.named_modules():

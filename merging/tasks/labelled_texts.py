@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
@@ -49,10 +50,12 @@ class Examples:
     Args:
         texts: One list for each text column, N strings each.
         labels: Class indices [N]; −100 where there are no labels. Of several labels or numbers [N, C], and NaN.
+        names: What each example is called in messages [N].
     """
 
     texts: tuple[list[str], ...]
     labels: npt.NDArray[Any]
+    names: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -72,14 +75,21 @@ def read_examples(
     Raises:
         TaskError: A file, column, text or label is missing or unusable; all bad rows are told at once.
     """
-    frame = read_table(paths, columns.all, columns.texts)
-    problems = [problem for column in columns.texts for problem in text_problems(frame[column], column)]
-    labels = read_labels(frame, columns.label, classes, likelihood, problems)
+    problems: list[str] = []
+    parts = []
+    tables = read_tables(paths, columns.all, columns.texts)
+    for path, frame in tables:
+        own = [problem for column in columns.texts for problem in text_problems(frame[column], column)]
+        parts.append(read_labels(frame, columns.label, classes, likelihood, own))
+        problems += [f"{path}: {problem}" for problem in own]
+    labels = np.concatenate(parts)
     if columns.label is not None and not problems:
-        problems += nothing_to_measure(labels, classes)
+        problems += [f"{', '.join(paths)}: {problem}" for problem in nothing_to_measure(labels, classes)]
     if problems:
-        raise TaskError("; ".join(f"{', '.join(paths)}: {problem}" for problem in problems))
-    return Examples(tuple(frame[column].tolist() for column in columns.texts), labels)
+        raise TaskError("; ".join(problems))
+    names = [f"{path}, row {row}" for path, frame in tables for row in range(1, len(frame) + 1)]
+    texts = tuple([text for _, frame in tables for text in frame[column].tolist()] for column in columns.texts)
+    return Examples(texts, labels, names)
 
 
 def read_table(paths: Sequence[str], columns: Sequence[str], texts: Sequence[str] = ()) -> pd.DataFrame:
@@ -93,10 +103,17 @@ def read_table(paths: Sequence[str], columns: Sequence[str], texts: Sequence[str
     Raises:
         TaskError: A file or column is missing or unusable, or there are no rows.
     """
-    frame = pd.concat([_read_file(path, columns, texts) for path in paths], ignore_index=True)
-    if frame.empty:
+    return pd.concat([frame for _, frame in read_tables(paths, columns, texts)], ignore_index=True)
+
+
+def read_tables(
+    paths: Sequence[str], columns: Sequence[str], texts: Sequence[str] = ()
+) -> list[tuple[str, pd.DataFrame]]:
+    """`read_table`, file by file, for messages that name one; those without rows are left out."""
+    frames = [(path, _read_file(path, columns, texts)) for path in paths]
+    if all(frame.empty for _, frame in frames):
         raise TaskError(f"{', '.join(paths)}: there are no rows")
-    return frame
+    return [(path, frame) for path, frame in frames if not frame.empty]
 
 
 def _read_file(path: str, columns: Sequence[str], texts: Sequence[str]) -> pd.DataFrame:

@@ -79,7 +79,8 @@ def class_indices(
         shown = ", ".join(f"{value} ({count:,} examples)" for value, count in strange.most_common(SHOWN))
         more = f" and {len(strange) - SHOWN} more" if len(strange) > SHOWN else ""
         problems.append(
-            f"column '{column}' holds labels outside the head's {len(classes)} classes: {shown}{more}. "
+            f"column '{column}' holds labels outside the head's {len(classes)} classes: {shown}{more}, the first in row "
+            f"{labels.index(None) + 1}. "
             f"The classes are {quoted(list(classes))}, or 0 … {len(classes) - 1}; "
             "`labels` names them in the head's order"
         )

@@ -20,6 +20,8 @@ from merging.tasks.predictions import Floats, Predictions
 Split = Literal["train", "validation", "test"]
 IGNORED = -100
 """The label of a position where there is nothing to predict."""
+UNKNOWN = -1
+"""The label of a position where there is something to predict, and no data say what."""
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
@@ -56,7 +58,8 @@ class Batch:
 
     Args:
         inputs: Keyword arguments of the model's `forward`, without labels.
-        labels: Class indices [N] or [N, S]; `IGNORED` where there is nothing to predict. Of several labels at once 0 and 1,
+        labels: Class indices [N] or [N, S]; `IGNORED` where there is nothing to predict, `UNKNOWN` at positions whose
+            label is not known. Of several labels at once 0 and 1,
             of a regression numbers, both in floating point and in the shape of the logits; NaN where there is none.
         indices: Positions of the examples in their split [N].
         mask: Which positions are real tokens [N, S]; None where every position counts.
@@ -182,6 +185,10 @@ class Task(ABC):
     def has_split(self, split: Split) -> bool:
         """Whether it can be measured on a split."""
         return self.size(split) > 0
+
+    def missing_splits(self) -> list[str]:
+        """Those of the notes of `check` that say which splits there are not, and what follows."""
+        return []
 
     @property
     def has_ensembles(self) -> bool:

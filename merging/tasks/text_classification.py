@@ -79,6 +79,9 @@ class TextClassification(Classifier["Examples"], TextTask["Examples"]):
             for split in self.settings.data:
                 with _collected(problems):
                     self.split(split)
+        for split in self.settings.data if not problems else ():
+            with _collected(problems):
+                self._check_tokens(split)
         if problems:
             prefix = str(self.error(""))
             lines = "".join(f"\n  - {problem.removeprefix(prefix)}" for problem in problems)
@@ -133,6 +136,23 @@ class TextClassification(Classifier["Examples"], TextTask["Examples"]):
                 (self._batch(split, places[chunk], [rows[i] for i in chunk]), np.array(chunk)) for chunk in chunks
             ]
         return self._evaluation[key]
+
+    def _check_tokens(self, split: Split) -> None:
+        """Whether every text has a token, which no tokenizer that adds special ones leaves to the text.
+
+        Raises:
+            TaskError: The split is unusable, or some text has none.
+        """
+        examples = self.split(split)
+        if self.tokenizer.num_special_tokens_to_add() or not len(examples):
+            return
+        rows = self.tokenizer(*examples.texts)["input_ids"]
+        empty = [name for name, ids in zip(examples.names, rows, strict=True) if not ids]
+        if empty:
+            more = f" (and {len(empty) - 1} more)" if empty[1:] else ""
+            raise self.error(
+                f"{split}: {empty[0]}: column '{self.settings.text}' holds no token{more}: remove those rows"
+            )
 
     def _tokens(self, split: Split, positions: npt.NDArray[np.int64]) -> list[dict[str, list[int]]]:
         """What the tokenizer makes of examples, one by one."""

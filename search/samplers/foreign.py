@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from merging.errors import MergequestError, SettingsError
 from merging.io.secrets import described
-from merging.tasks.custom import LastDirectory
+from merging.tasks.user_functions import LastDirectory
 
 HUB = "optunahub:"
 _OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")

@@ -125,7 +125,10 @@ class HarnessTask(Task):
 
     def blank_model(self) -> tuple[nn.Module, Loading]:
         """See `Task.blank_model`."""
-        return blank_model(self.head, self.settings.model_class, self.base)
+        try:
+            return blank_model(self.head, self.settings.model_class, self.base)
+        except TaskError as error:
+            raise self.error(str(error)) from error
 
     def size(self, split: Split) -> int:
         """See `Task.size`; there are no training examples."""

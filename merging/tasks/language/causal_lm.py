@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from merging.tasks.head import learnt_positions
 from merging.tasks.language.language_task import LIKELIHOODS, Example, LanguageSettings, LanguageTask
-from merging.tasks.language.prompts import Encoded, encode
+from merging.tasks.language.prompts import Encoded, encode, encode_prompt
 from merging.tasks.language.shared_prompts import CACHES, choice_likelihoods, have_one_prompt
 from merging.tasks.language.text_engine import EngineNeeds, TextEngine
 from merging.tasks.language.token_padding import padded
@@ -141,7 +143,27 @@ class CausalLM(LanguageTask):
             delimiter=settings.delimiter,
             chat=settings.chat and bool(example.prompt),
             ends=settings.end,
+            cuts=settings.text is not None or settings.is_unanswered,
+            column=settings.text or settings.choices or settings.completion,
         )
+
+    @cached_property
+    def prompt_length(self) -> int:
+        """See `LanguageTask.prompt_length`: positions that a model has learnt are for both."""
+        new, learnt = self.settings.max_new_tokens, learnt_positions(self.blank_model()[0])
+        # what members complete is then read with its prompt
+        room = min(self.max_length - new if self.settings.is_unanswered else self.max_length, learnt - new)
+        if room < 1:
+            raise self.error(
+                f"`max_new_tokens` is {new}, which leaves no prompt any of the {min(self.max_length, learnt)} tokens that are "
+                "read: lower it" + ("" if learnt <= self.max_length else ", or raise `max_length`")
+            )
+        return int(room)
+
+    def prompt_ids(self, example: Example) -> tuple[Sequence[int], bool]:
+        """See `LanguageTask.prompt_ids`; a prompt that is too long loses its beginning."""
+        ids = encode_prompt(self.tokenizer, example.prompt, chat=self.settings.chat and bool(example.prompt))
+        return ids[-self.prompt_length :], len(ids) > self.prompt_length
 
     def joined(self, encoded: Sequence[Encoded], places: npt.NDArray[np.int64]) -> Batch:
         """Sequences without their last token, padded on the left, so that all completions end side by side."""

@@ -1,16 +1,19 @@
 """Completions of prompts, whatever kind of language model gives them: their likelihood, a choice among them, generation."""
 
+import inspect
+import os
+import re
 import time
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
@@ -18,19 +21,34 @@ from merging.checkpoints.adapters.patterns import compiled
 from merging.errors import CheckpointError, TaskError
 from merging.io import hashing
 from merging.io.documents import is_number, is_text
+from merging.registry import did_you_mean
 from merging.tasks.file_task import TextTask, longest_first
 from merging.tasks.head import generation_config, tokenizer_identity
-from merging.tasks.language.answers import GRADES, corpus_score, extracted
+from merging.tasks.language.answers import GRADES, Grade, corpus_score, extracted
 from merging.tasks.language.prompts import render, template_columns
 from merging.tasks.language.text_engine import TextEngine
 from merging.tasks.predictions import Floats, Predictions
 from merging.tasks.task import IGNORED, Batch, Score, Split, TaskSettings, score_of
+from merging.tasks.user_functions import FUNCTION, code_of, load_function
 
 Likelihood: TypeAlias = Literal["log_likelihood", "neg_perplexity"]
 Choice: TypeAlias = Literal["accuracy", "accuracy_norm", "accuracy_unconditional"]
 Generated: TypeAlias = Literal["exact_match", "contains", "number", "chrf", "bleu", "rouge_l"]
 LIKELIHOODS: tuple[str, ...] = ("log_likelihood", "neg_perplexity")
 CHOICES: tuple[str, ...] = ("accuracy", "accuracy_norm", "accuracy_unconditional")
+
+
+def _known(name: Any) -> Any:
+    known = [*LIKELIHOODS, *CHOICES, *get_args(Generated)]
+    if isinstance(name, str) and name not in known and not re.match(FUNCTION, name):
+        raise ValueError(f"unknown metric '{name}'. {did_you_mean(name, known)}")
+    return name
+
+
+Metric: TypeAlias = Annotated[
+    Likelihood | Choice | Generated | Annotated[str, Field(pattern=FUNCTION)], BeforeValidator(_known)
+]
+"""A metric's name, or a function of the user's own."""
 
 
 class LanguageSettings(TaskSettings):
@@ -47,11 +65,12 @@ class LanguageSettings(TaskSettings):
     template: str | None = Field(None, description="Jinja template of the prompt over an example's columns.")
     choices: str | None = Field(None, description="Column of a list of completions to choose from.")
     label: str = Field("label", description="Column of the right choice: its position, or its text.")
-    metric: Likelihood | Choice | Generated | None = Field(
+    metric: Metric | None = Field(
         None,
         description="log_likelihood (mean over examples, nats per token), neg_perplexity; with `choices`: accuracy, "
         "accuracy_norm (by length in bytes), accuracy_unconditional (less the likelihood without prompt); of greedy "
-        "generation: exact_match, contains, number, rouge_l, and of all examples together chrf, bleu. Default: accuracy with "
+        "generation: exact_match, contains, number, rouge_l, and of all examples together chrf, bleu, or a function of your "
+        "own, `module:function`, of what is generated and the completion, that returns a number. Default: accuracy with "
         "`choices`, else log_likelihood.",
     )
     extract: str | None = Field(
@@ -62,6 +81,7 @@ class LanguageSettings(TaskSettings):
         1024, ge=2, description="Tokens of an example; what is longer loses the prompt's beginning."
     )
     batch_size: int = Field(16, ge=1, description="Sequences per step of evaluation.")
+    _directory: str = PrivateAttr(default_factory=os.getcwd)  # travels to the workers, which may have another
 
     @field_validator("extract")
     @classmethod
@@ -105,9 +125,14 @@ class LanguageSettings(TaskSettings):
         return self.judged_by not in (*LIKELIHOODS, *CHOICES)
 
     @property
+    def function(self) -> str | None:
+        """The user's own function that grades what is generated."""
+        return self.judged_by if ":" in self.judged_by else None
+
+    @property
     def is_percent(self) -> bool:
-        """All but likelihoods are shares."""
-        return self.judged_by not in LIKELIHOODS
+        """All but likelihoods, and what a function returns, are shares."""
+        return self.judged_by not in LIKELIHOODS and self.function is None
 
     @property
     def judged_by(self) -> str:
@@ -117,24 +142,25 @@ class LanguageSettings(TaskSettings):
 
 @dataclass(frozen=True)
 class Example:
-    """An example: its prompt, its completions, and which of them is right."""
+    """An example: its prompt, its completions, which of them is right, and what it is called in messages."""
 
     prompt: str
     completions: tuple[str, ...]
     right: int = 0
+    name: str = ""
 
 
 class Encoding(Protocol):
     """A prompt and one completion as the model reads them."""
 
     @property
-    def prompt_ids(self) -> Sequence[int]:
-        """What a generation starts from."""
+    def size(self) -> int:
+        """Tokens in all."""
         ...
 
     @property
-    def size(self) -> int:
-        """Tokens in all."""
+    def is_cut(self) -> bool:
+        """Whether the example has more tokens."""
         ...
 
 
@@ -152,6 +178,23 @@ class LanguageTask(TextTask[list[Example]]):
             TaskError: The completion has no token, or is too long.
         """
 
+    @property
+    @abstractmethod
+    def prompt_length(self) -> int:
+        """Tokens of a prompt, at most, that leave the model room for a completion.
+
+        Raises:
+            TaskError: There is no room for `max_new_tokens`.
+        """
+
+    @abstractmethod
+    def prompt_ids(self, example: Example) -> tuple[Sequence[int], bool]:
+        """What a completion of an example's prompt is generated from, and whether the prompt was cut to `prompt_length`.
+
+        Raises:
+            TaskError: There is nothing to begin with.
+        """
+
     @abstractmethod
     def joined(self, encoded: Sequence[Any], places: npt.NDArray[np.int64]) -> Batch:
         """Encodings side by side, the tokens of completions as labels [N, K]."""
@@ -163,16 +206,29 @@ class LanguageTask(TextTask[list[Example]]):
     def check(self) -> list[str]:
         """Reads all splits, encodes every example, and looks at the head; see `Task.check`."""
         self.blank_model()
+        _ = self.grade
+        if self.settings.generates or self.settings.is_unanswered:
+            _ = self.prompt_length
+        cut: list[str] = []
         for split in self.settings.data:
-            for row, example in enumerate(self.split(split), start=1):
-                for number in range(len(example.completions)):
-                    try:
-                        self.encoded(example, number)
-                    except TaskError as error:
-                        raise self.error(f"{split}, row {row}: {error}") from error
+            for example in self.split(split):
+                try:
+                    encoded = [self.encoded(example, number) for number in range(len(example.completions))]
+                    long = any(one.is_cut for one in encoded)
+                    if self.settings.judged_by == "accuracy_unconditional":
+                        self.encoded(Example("", example.completions), 0)
+                    if self.settings.generates or self.settings.is_unanswered:
+                        long |= self.prompt_ids(example)[1]
+                except TaskError as error:
+                    raise self.error(f"{split}: {example.name}: {error}") from error
+                cut += [example.name] if long else []
         if self.settings.judged_by in ("chrf", "bleu"):
             corpus_score(self.settings.judged_by, ["a"], ["a"])  # for the library
-        return self.missing_splits()
+        notes = [
+            f"task '{self.name}': {len(cut)} examples are cut to the {self.max_length} tokens that are read (first: {cut[0]})"
+            for _ in cut[:1]
+        ]
+        return notes + self.missing_splits()
 
     def load_skeleton(self, merged: Collection[str], dtype: torch.dtype = torch.float32) -> nn.Module:
         """See `Task.load_skeleton`."""
@@ -194,7 +250,8 @@ class LanguageTask(TextTask[list[Example]]):
     @property
     def longest(self) -> int:
         """Tokens of a sequence that a model reads or completes, at most."""
-        return int(self.max_length + (self.settings.max_new_tokens if self.generates else 0))
+        completed = self.prompt_length + self.settings.max_new_tokens if self.generates else 0
+        return max(self.max_length, completed)
 
     @cached_property
     def generation_config(self) -> Any:
@@ -211,13 +268,34 @@ class LanguageTask(TextTask[list[Example]]):
     @property
     def can_be_negative(self) -> bool:
         """See `Task.can_be_negative`."""
-        return self.is_below_zero
+        return self.is_below_zero or self.settings.function is not None
+
+    @cached_property
+    def grade(self) -> Grade | None:
+        """What grades single completions; None where all are graded together, or nothing is generated.
+
+        Raises:
+            TaskError: There is no such function, or it does not take what is generated and the completion.
+        """
+        name = self.settings.function
+        if name is None:
+            return GRADES.get(self.settings.judged_by)
+        try:
+            function = load_function(name, self.settings._directory)
+        except TaskError as error:
+            raise self.error(f"metric: {error}") from error
+        try:
+            inspect.signature(function).bind("", "")
+        except (TypeError, ValueError) as error:
+            raise self.error(f"metric: {name} cannot be called as function(generated, completion): {error}") from error
+        return function
 
     def data_fingerprint(self, split: Split) -> str:
         """Content hash of the examples, of how they are encoded and judged, and of the tokenizer."""
         examples = [[example.prompt, example.completions, example.right] for example in self.split(split)]
         settings = self.settings.model_dump(mode="json", exclude={"data", "batch_size", "role"})
-        return hashing.fingerprint([examples, settings, tokenizer_identity(self.tokenizer)])
+        own = [] if self.settings.function is None or self.grade is None else [code_of(self.grade)]
+        return hashing.fingerprint([examples, settings, tokenizer_identity(self.tokenizer), *own])
 
     def predict(
         self,
@@ -306,18 +384,33 @@ class LanguageTask(TextTask[list[Example]]):
             generated[place] = text if pattern is None else extracted(pattern, text)
         references = [example.completions[0] for example in examples]
         surrogates = np.exp(sums / tokens)
-        grade = GRADES.get(self.settings.judged_by)
-        if grade is None:
+        if self.grade is None:
             texts = {"generated": np.array(generated, object), "references": np.array(references, object)}
             return Predictions(surrogates, surrogates, -sums / tokens, entropies, texts)
-        values = np.array([grade(own, reference) for own, reference in zip(generated, references, strict=True)])
+        values = np.array([self._grade(*each) for each in zip(generated, references, examples, strict=True)])
         return Predictions(values, surrogates, -sums / tokens, entropies)
+
+    def _grade(self, generated: str, reference: str, example: Example) -> float:
+        """What a completion is worth.
+
+        Raises:
+            TaskError: The user's function fails on it, or gives no finite number.
+        """
+        grade = self.grade
+        assert grade is not None
+        try:
+            value = float(grade(generated, reference))
+        except Exception as error:  # the user's code may raise anything
+            raise self.error(
+                f"{self.settings.judged_by} failed on {example.name}: {type(error).__name__}: {str(error)[:300]}"
+            ) from error
+        if not np.isfinite(value):
+            raise self.error(f"{self.settings.judged_by} gave {value} on {example.name}: a finite number is needed")
+        return value
 
     def _generate(self, model: Any, examples: Sequence[Example]) -> Iterator[tuple[int, str]]:
         """Greedy completions of the examples' prompts, each with its example's place."""
-        prompts = [
-            self.encoded(Example(example.prompt, example.completions or (".",)), 0).prompt_ids for example in examples
-        ]
+        prompts = [self.prompt_ids(example)[0] for example in examples]
         if isinstance(model, TextEngine):
             new = model.complete(prompts, self.settings.max_new_tokens, self.generation_config)
             yield from enumerate(self.tokenizer.batch_decode(new, skip_special_tokens=True))
@@ -350,7 +443,7 @@ class LanguageTask(TextTask[list[Example]]):
         if unanswered:
             for number, text in self._generate(self._own_model, [examples[place] for place in unanswered]):
                 place = unanswered[number]
-                examples[place] = Example(examples[place].prompt, (text or self.tokenizer.eos_token,))
+                examples[place] = replace(examples[place], completions=(text or self.tokenizer.eos_token,))
         return [examples[place] for place in places]
 
     @cached_property
@@ -381,7 +474,7 @@ class LanguageTask(TextTask[list[Example]]):
 
 def _read(paths: Sequence[str], settings: LanguageSettings) -> list[Example]:
     """Examples from files; the first bad row is named."""
-    from merging.tasks.labelled_texts import read_table, text_problems  # with pandas, which takes a second
+    from merging.tasks.labelled_texts import read_tables, text_problems  # with pandas, which takes a second
 
     texts = [settings.whole_text] if settings.whole_text is not None else []
     columns = template_columns(settings.template) if settings.template is not None else []
@@ -389,15 +482,17 @@ def _read(paths: Sequence[str], settings: LanguageSettings) -> list[Example]:
         texts += [settings.prompt] if settings.template is None and settings.prompt is not None else []
         texts += [settings.completion] if settings.choices is None and settings.completion is not None else []
         columns += [settings.choices, settings.label] if settings.choices is not None else []
-    frame = read_table(paths, list(dict.fromkeys([*texts, *columns])), texts)
-    if problems := [problem for column in texts for problem in text_problems(frame[column], column)]:
-        raise TaskError(f"{', '.join(paths)}: {'; '.join(problems)}")
     examples = []
-    for number, row in enumerate(frame.to_dict("records"), start=1):
-        try:
-            examples.append(_example({str(key): value for key, value in row.items()}, settings))
-        except TaskError as error:
-            raise TaskError(f"{', '.join(paths)}, row {number}: {error}") from error
+    for path, frame in read_tables(paths, list(dict.fromkeys([*texts, *columns])), texts):
+        if problems := [problem for column in texts for problem in text_problems(frame[column], column)]:
+            raise TaskError(f"{path}: {'; '.join(problems)}")
+        for number, row in enumerate(frame.to_dict("records"), start=1):
+            name = f"{path}, row {number}"
+            try:
+                example = _example({str(key): value for key, value in row.items()}, settings)
+            except TaskError as error:
+                raise TaskError(f"{name}: {error}") from error
+            examples.append(replace(example, name=name))
     return examples
 
 

@@ -24,10 +24,12 @@ class Encoded:
     Args:
         ids: Token ids, prompt first.
         start: Where the completion starts; at least 1, for a first token is predicted from nothing.
+        is_cut: Whether the example has more tokens than these.
     """
 
     ids: tuple[int, ...]
     start: int
+    is_cut: bool = False
 
     @property
     def prompt_ids(self) -> Sequence[int]:
@@ -54,6 +56,8 @@ def encode(
     delimiter: str = " ",
     chat: bool = False,
     ends: bool = False,
+    cuts: bool = False,
+    column: str | None = None,
 ) -> Encoded:
     """A prompt and its completion as the model reads them.
 
@@ -68,6 +72,8 @@ def encode(
         delimiter: Put between the two where neither has a blank there.
         chat: Whether the tokenizer's chat template is put around both.
         ends: Whether the end-of-text token belongs to the completion.
+        cuts: Whether a completion that does not fit into `max_length` loses its end.
+        column: Where the completion stands, for messages.
 
     Raises:
         TaskError: The completion has no token, or does not fit into `max_length`.
@@ -80,21 +86,41 @@ def encode(
     special = not chat  # a chat template writes its own special tokens
     ids = _ids(tokenizer, whole, special)
     if not before:
-        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        first = _first(tokenizer)
         ids = ids if first is None or ids[:1] == [first] else [first, *ids]
     start = max(1, len(_ids(tokenizer, before, special)) if before else 1)
     if ends and tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
+    named = f" (column '{column}')" if column else ""
     if len(ids) <= start:
-        raise TaskError(f"the completion {completion.strip()[:40]!r} has no token of its own: name another column")
+        raise TaskError(
+            f"the completion {completion.strip()[:40]!r} has no token of its own{named}: name another column"
+        )
     if (over := len(ids) - max_length) > 0:
+        if len(ids) - start >= max_length and cuts:
+            ids = ids[start - 1 :][:max_length]
+            return Encoded(tuple(ids), 1, is_cut=True)
         if len(ids) - start >= max_length:
             raise TaskError(
-                f"the completion has {len(ids) - start} tokens, `max_length` is {max_length}: raise it where the model "
+                f"the completion{named} has {len(ids) - start} tokens, `max_length` is {max_length}: raise it where the model "
                 "reads more, or shorten the completion"
             )
         ids, start = ids[over:], start - over
-    return Encoded(tuple(ids), start)
+    return Encoded(tuple(ids), start, is_cut=over > 0)
+
+
+def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
+    """What a completion of a prompt is generated from, as `encode` begins: token ids, at least one.
+
+    Raises:
+        TaskError: The prompt has no token, and the tokenizer none that texts begin with; or the chat template fails.
+    """
+    before = chat_texts(tokenizer, prompt, "")[0] if chat else prompt.rstrip()
+    ids = _ids(tokenizer, before, not chat) if before else []
+    first = _first(tokenizer)
+    if not ids and first is None:
+        raise TaskError(f"the prompt {prompt[:40]!r} has no token that a completion could be generated from: remove it")
+    return ids or [first]
 
 
 def chat_texts(tokenizer: Any, prompt: str, completion: str) -> tuple[str, str]:
@@ -103,6 +129,8 @@ def chat_texts(tokenizer: Any, prompt: str, completion: str) -> tuple[str, str]:
     Raises:
         TaskError: There is no template, or it fails.
     """
+    if not tokenizer.chat_template:
+        raise TaskError("`chat`: the tokenizer has no chat template: leave it out, or save one with the head")
     user = [{"role": "user", "content": prompt}]
     try:
         before = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
@@ -180,6 +208,11 @@ def _power(base: Any, exponent: Any) -> Any:
     if abs(exponent) > MAX_EXPONENT or abs(base) > 1 << 64:
         raise ValueError(f"an exponent above {MAX_EXPONENT}")
     return base**exponent
+
+
+def _first(tokenizer: Any) -> Any:
+    """The token that texts begin with, or that stands between them; None where there is neither."""
+    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
 
 
 def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from merging.errors import TaskError
+from merging.tasks.head import learnt_positions
 from merging.tasks.language.language_task import Example, LanguageSettings, LanguageTask
 from merging.tasks.language.token_padding import padded
 from merging.tasks.task import IGNORED, Batch, register
@@ -36,10 +38,7 @@ class _Pair:
 
     source: tuple[int, ...]
     target: tuple[int, ...]
-
-    @property
-    def prompt_ids(self) -> Sequence[int]:
-        return self.source
+    is_cut: bool
 
     @property
     def size(self) -> int:
@@ -61,20 +60,43 @@ class Seq2Seq(LanguageTask):
         return states
 
     def encoded(self, example: Example, number: int) -> _Pair:
-        """See `LanguageTask.encoded`. A source that is too long loses its end; a target must fit."""
-        limit = self.max_length
-        source = list(self.tokenizer(example.prompt)["input_ids"])
-        target = list(self.tokenizer(text_target=example.completions[number])["input_ids"])
-        if not target or not example.completions[number].strip():
-            raise TaskError(f"the target {example.completions[number][:40]!r} has no token: name another column")
-        if len(target) > limit:
+        """See `LanguageTask.encoded`. What is too long loses its end, but for choices, which must fit."""
+        source, source_is_cut = self.prompt_ids(example)
+        wanted, column = example.completions[number], self.settings.choices or self.settings.completion
+        target, target_is_cut = self._fitted(text_target=wanted)
+        if not target or not wanted.strip():
+            raise TaskError(f"the target {wanted[:40]!r} has no token (column '{column}'): name another column")
+        if target_is_cut and self.settings.choices is not None:
             raise TaskError(
-                f"the target has {len(target)} tokens, `max_length` is {limit}: raise it where the model reads more, or "
-                "shorten the target"
+                f"the choice {wanted[:40]!r} (column '{column}') has more tokens than `max_length`, {self.max_length}: raise "
+                "it where the model reads more, or shorten the choice"
             )
-        if len(source) > limit:
-            source = [*source[: limit - 1], source[-1]]
-        return _Pair(tuple(source), tuple(target))
+        return _Pair(tuple(source), tuple(target), source_is_cut or target_is_cut)
+
+    @cached_property
+    def prompt_length(self) -> int:
+        """See `LanguageTask.prompt_length`: sources and completions each have their own positions."""
+        new, learnt = self.settings.max_new_tokens, learnt_positions(self.blank_model()[0])
+        if new > learnt:
+            raise self.error(f"`max_new_tokens` is {new}, and the model has learnt {learnt} positions: lower it")
+        return self.max_length
+
+    def prompt_ids(self, example: Example) -> tuple[Sequence[int], bool]:
+        """See `LanguageTask.prompt_ids`; a source that is too long loses its end."""
+        ids, is_cut = self._fitted(example.prompt)
+        if not ids:
+            raise TaskError(
+                f"the source {example.prompt[:40]!r} has no token (column '{self.settings.prompt}'): remove it"
+            )
+        return ids, is_cut
+
+    def _fitted(self, *texts: str, **others: str) -> tuple[list[int], bool]:
+        """Token ids of a text within `max_length`, cut as the tokenizer cuts, and whether they are."""
+        ids = list(self.tokenizer(*texts, **others)["input_ids"])
+        if len(ids) <= self.max_length:
+            return ids, False
+        cut = self.tokenizer(*texts, **others, truncation=True, max_length=self.max_length)["input_ids"]
+        return list(cut), True
 
     def joined(self, encoded: Sequence[_Pair], places: npt.NDArray[np.int64]) -> Batch:
         """Sources and targets padded on the right; the decoder reads targets shifted by its start token."""

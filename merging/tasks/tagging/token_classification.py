@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 from torch.nn.functional import log_softmax
 
@@ -20,9 +20,10 @@ from merging.io.documents import is_text
 from merging.tasks.classification import ClassNames
 from merging.tasks.file_task import TextTask, longest_first
 from merging.tasks.head import tokenizer_identity
+from merging.tasks.labels import quoted
 from merging.tasks.predictions import Predictions
 from merging.tasks.tagging.spans import SpanCounts, count, f1
-from merging.tasks.task import IGNORED, Batch, Score, Split, TaskSettings, register, score_of
+from merging.tasks.task import IGNORED, UNKNOWN, Batch, Score, Split, TaskSettings, register, score_of
 
 CONLL = (".conll", ".bio", ".iob", ".iob2", ".txt")
 
@@ -37,7 +38,10 @@ class TokenClassificationSettings(TaskSettings):
         "columns (.conll, .bio, .iob2, .txt; the word first, the tag last, a blank line between sentences).",
     )
     words: str = Field("words", description="Column of the list of words.")
-    tags: str = Field("tags", description="Column of the list of tags: names, or positions in the head.")
+    tags: str | None = Field(
+        "tags",
+        description="Column of the list of tags: names, or positions in the head. null for unlabelled calibration data.",
+    )
     labels: ClassNames | None = Field(
         None, description="Names of the tags in the head's order; default: the head's `id2label`."
     )
@@ -48,6 +52,19 @@ class TokenClassificationSettings(TaskSettings):
     max_length: int = Field(256, ge=2, description="Tokens that a sentence is cut to; tags beyond are not predicted.")
     batch_size: int = Field(32, ge=1, description="Sentences per step of evaluation; does not change the score.")
 
+    @model_validator(mode="after")
+    def _tags_where_judged(self) -> "TokenClassificationSettings":
+        if self.tags is None and set(self.data) != {"train"}:
+            raise ValueError(
+                "`tags: null` is for calibration data, a train split alone: nothing is judged without tags"
+            )
+        return self
+
+    @property
+    def is_labelled(self) -> bool:
+        """See `TaskSettings.is_labelled`."""
+        return self.tags is not None
+
     @property
     def is_percent(self) -> bool:
         """Both metrics are shares."""
@@ -56,8 +73,30 @@ class TokenClassificationSettings(TaskSettings):
 
 @dataclass(frozen=True)
 class _Sentence:
+    """Words, their tags, and what the sentence is called in messages."""
+
     words: tuple[str, ...]
     tags: tuple[int, ...]
+    name: str
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A sentence as a file has it; of one without tags there are none.
+
+    Args:
+        place: Where it stands, for messages.
+        lines: The line of each word; of tables none.
+    """
+
+    place: str
+    words: Sequence[Any]
+    tags: Sequence[Any] | None
+    lines: Sequence[int] = ()
+
+    def at(self, word: int) -> str:
+        """Where a word stands, for messages."""
+        return f"line {self.lines[word]}, {self.place}" if self.lines else self.place
 
 
 class TokenClassification(TextTask[list[_Sentence]]):
@@ -81,7 +120,7 @@ class TokenClassification(TextTask[list[_Sentence]]):
         if settings.labels is not None:
             return list(settings.labels)
         paths = [settings.data["train"]] if isinstance(settings.data["train"], str) else settings.data["train"]
-        tags = [tag for path in paths for _, own in _rows(path, settings) for tag in own]
+        tags = [tag for path in paths for row in _rows(path, settings) for tag in row.tags or ()]
         return classes_among(tags, ", ".join(paths))
 
     def check(self) -> list[str]:
@@ -177,7 +216,7 @@ class TokenClassification(TextTask[list[_Sentence]]):
             first = [word is not None and word not in words[:at] for at, word in enumerate(words)]
             labels = [sentence.tags[word] if new else IGNORED for word, new in zip(words, first, strict=True)]
             if all(label == IGNORED for label in labels):
-                raise self.error(f"{split}: sentence {place + 1} has no word that the tokenizer reads: remove it")
+                raise self.error(f"{split}: {sentence.name} has no word that the tokenizer reads: remove it")
             self._encoded[split, place] = list(encoding["input_ids"][0]), labels
         return self._encoded[split, place]
 
@@ -194,68 +233,75 @@ class TokenClassification(TextTask[list[_Sentence]]):
 
 def _read(path: str, settings: TokenClassificationSettings, classes: Sequence[str]) -> list[_Sentence]:
     """A file's sentences; the first bad one is named."""
-    rows = _rows(path, settings)
     positions: dict[Any, int] = {name: place for place, name in enumerate(classes)}
     positions |= {place: place for place in range(len(classes)) if place not in positions}
     sentences = []
-    for number, (words, tags) in enumerate(rows, start=1):
+    for row in _rows(path, settings):
+        words, tags = row.words, [UNKNOWN] * len(row.words) if row.tags is None else row.tags
         if not words or len(words) != len(tags):
-            raise TaskError(f"{path}, sentence {number}: {len(words)} words and {len(tags)} tags")
-        if strange := [word for word in words if not is_text(word) or not word]:
-            raise TaskError(f"{path}, sentence {number}: {repr(strange[0])[:100]} is no word")
-        if outside := [tag for tag in tags if not _is_tag(tag) or tag not in positions]:
-            raise TaskError(
-                f"{path}, sentence {number}: the tag {repr(outside[0])[:100]} is none of the head's ({', '.join(classes)}); "
-                "`labels` names them in the head's order"
-            )
-        sentences.append(_Sentence(tuple(words), tuple(positions[tag] for tag in tags)))
+            raise TaskError(f"{path}, {row.place}: {len(words)} words and {len(tags)} tags")
+        for number, word in enumerate(words):
+            if not is_text(word) or not word:
+                raise TaskError(f"{path}, {row.at(number)}: {repr(word)[:100]} is no word")
+        for number, tag in enumerate(row.tags or ()):
+            if not _is_tag(tag) or tag not in positions:
+                raise TaskError(
+                    f"{path}, {row.at(number)}: the tag {repr(tag)[:100]} is none of the head's ({', '.join(classes)}); "
+                    "`labels` names them in the head's order"
+                )
+        numbers = tuple(UNKNOWN if row.tags is None else positions[tag] for tag in tags)
+        sentences.append(_Sentence(tuple(words), numbers, f"{path}, {row.place}"))
     if not sentences:
         raise TaskError(f"{path}: there are no sentences")
     return sentences
 
 
-def _rows(path: str, settings: TokenClassificationSettings) -> Iterator[tuple[list[Any], list[Any]]]:
+def _rows(path: str, settings: TokenClassificationSettings) -> Iterator[_Row]:
     """Words and tags of a file's sentences."""
-    return _conll(path) if path.lower().endswith(CONLL) else _table(path, settings)
+    return _conll(path, settings.is_labelled) if path.lower().endswith(CONLL) else _table(path, settings)
 
 
-def _table(path: str, settings: TokenClassificationSettings) -> Iterator[tuple[list[Any], list[Any]]]:
+def _table(path: str, settings: TokenClassificationSettings) -> Iterator[_Row]:
     from merging.tasks.labelled_texts import read_table  # with pandas, which takes a second
 
-    frame = read_table([path], [settings.words, settings.tags])
-    for number, (words, tags) in enumerate(zip(frame[settings.words], frame[settings.tags], strict=True), start=1):
-        for name, value in ((settings.words, words), (settings.tags, tags)):
+    columns = [settings.words] if settings.tags is None else [settings.words, settings.tags]
+    frame = read_table([path], columns)
+    place = f"column{'s' * (len(columns) > 1)} {quoted(columns)}"
+    for number, values in enumerate(zip(*(frame[name] for name in columns), strict=True), start=1):
+        for name, value in zip(columns, values, strict=True):
             if isinstance(value, str | Mapping) or not hasattr(value, "__len__"):
                 raise TaskError(f"{path}, row {number}: column '{name}' holds {repr(value)[:100]}: a list is needed")
-        yield list(words), [tag.item() if isinstance(tag, np.generic) else tag for tag in tags]
+        words, *tags = ([one.item() if isinstance(one, np.generic) else one for one in value] for value in values)
+        yield _Row(f"{place}, sentence {number}", words, tags[0] if tags else None)
 
 
 def _is_tag(value: object) -> bool:
     return isinstance(value, str | int | float) and not isinstance(value, bool)
 
 
-def _conll(path: str) -> Iterator[tuple[list[Any], list[Any]]]:
+def _conll(path: str, has_tags: bool) -> Iterator[_Row]:
     try:
         text = storage.read_text(path)
     except StorageError as error:
         raise TaskError(str(error)) from error
-    words: list[Any] = []
-    tags: list[Any] = []
+    rows: list[tuple[str, str, int]] = []
     lines = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    sentences = 0
     for number, line in enumerate([*lines, ""], start=1):
         # words may hold other blanks, even line separators, and any blank where columns are apart by tabs
         stripped = line.strip(" \t")
         columns = re.split("\t+" if "\t" in stripped else " +", stripped) if stripped else []
         if columns and columns[0] == "-DOCSTART-":
             continue
-        if columns and len(columns) < 2:
+        if columns and len(columns) < 2 and has_tags:
             raise TaskError(f"{path}, line {number}: {line!r} has no tag: a word, blanks and a tag are needed")
         if columns:
-            words.append(columns[0])
-            tags.append(columns[-1])
-        elif words:
-            yield words, tags
-            words, tags = [], []
+            rows.append((columns[0], columns[-1], number))
+        elif rows:
+            sentences += 1
+            words, tags, places = zip(*rows, strict=True)
+            yield _Row(f"sentence {sentences}", words, tags if has_tags else None, places)
+            rows = []
 
 
 register(TokenClassification, TokenClassificationSettings)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from merging.errors import TaskError
 from merging.io import hashing, storage
+from merging.io.addresses import in_words
 from merging.tasks.classification import Classifier, ClassifierSettings, batch_labels, labels_where_judged
-from merging.tasks.head import load_image_processor
+from merging.tasks.head import IMAGE_PROCESSOR, load_image_processor
 from merging.tasks.metrics import Labels
 from merging.tasks.task import Batch, Split, register
 
@@ -62,7 +63,7 @@ class ImageClassification(Classifier["Images"]):
     def check(self) -> list[str]:
         """Reads and decodes all splits, the head's classes and its processor; see `Task.check`."""
         _ = self.metric
-        self.blank_model()
+        super().blank_model()
         extents: dict[tuple[int, ...], tuple[Split, int]] = {}
         for split in self.settings.data:
             images = self.split(split)
@@ -72,6 +73,7 @@ class ImageClassification(Classifier["Images"]):
                 except TaskError as error:
                     raise self.error(f"{split}: {error}") from error
         self._check_processor(extents)
+        self._check_model_reads()
         return self.missing_splits()
 
     def _check_processor(self, extents: Mapping[tuple[int, ...], tuple[Split, int]]) -> None:
@@ -104,6 +106,36 @@ class ImageClassification(Classifier["Images"]):
                 f"the processor of {self.head} gives images of shapes {sorted(map(list, shapes))}: one shape is needed, "
                 "[channels, height, width]. Let it resize or crop"
             )
+
+    def _check_model_reads(self) -> None:
+        """Whether the model takes pixels of the shape that its processor gives.
+
+        Raises:
+            TaskError: It wants another size, or other channels.
+        """
+        shape = self.pixel_shape
+        try:
+            self.run(super().blank_model()[0].eval(), torch.empty(1, *shape, device="meta"))
+        except Exception:  # of a wrong size, or because this model runs with values alone
+            model = self.load_model()
+            try:
+                self.run(model, torch.zeros(1, *shape))
+            except Exception as error:  # each architecture's own
+                raise self.error(
+                    f"the processor of {self.head} gives images of shape {list(shape)}, which {type(model).__name__} does not "
+                    f"read ({in_words(error)}): set size and channels in {IMAGE_PROCESSOR} to the model's"
+                ) from error
+
+    @cached_property
+    def pixel_shape(self) -> tuple[int, ...]:
+        """[channels, height, width] of an image as the model reads it."""
+        split = next(iter(self.settings.data))
+        return tuple(self._pixels(split, 0).shape)
+
+    def run(self, model: nn.Module, pixels: Tensor) -> None:
+        """Runs what images pass through."""
+        with torch.no_grad():
+            model(pixel_values=pixels)
 
     def data_fingerprint(self, split: Split) -> str:
         """Content hash of images, labels, corruption and the processor's settings."""

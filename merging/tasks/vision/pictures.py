@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, UnidentifiedImageError
 
 from merging.errors import TaskError
 from merging.io import addresses, storage
 from merging.tasks.labelled_texts import read_table
 from merging.tasks.labels import label_columns, read_labels
 from merging.tasks.likelihood import Likelihood
+from merging.tasks.task import IGNORED
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
@@ -32,12 +33,14 @@ class Images:
     Args:
         encoded: Each image's file, or where it lies [N].
         names: What each is called in messages [N].
+        column: Of the images, for messages; empty where all are files.
         labels: Class indices [N]; of several labels or numbers [N, C].
     """
 
     encoded: Sequence[bytes | str]
     names: Sequence[str]
     labels: npt.NDArray[Any]
+    column: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -56,7 +59,10 @@ class Images:
                     raise ValueError(f"{image.width} × {image.height} pixels")
                 return np.asarray(image.convert("RGB"))
         except Exception as error:  # decoders of damaged files raise anything
-            raise TaskError(f"{self.names[place]} is no image that can be read: {str(error)[:300]}") from error
+            of_none = isinstance(error, UnidentifiedImageError)  # its own message shows an address in memory
+            why = f"it is none of {', '.join(FORMATS)}" if of_none else str(error)[:300]
+            where = f" (column '{self.column}')" if self.column and isinstance(content, bytes) else ""
+            raise TaskError(f"{self.names[place]} is no image that can be read: {why}{where}") from error
 
 
 def read_images(
@@ -71,7 +77,8 @@ def read_images(
     Args:
         paths: Files or folders, local or at any fsspec address.
         image: Column of the images: bytes, or Hugging Face's Image feature (`bytes`, `path`).
-        label: Column of the labels, or columns; None where there are none (−100, NaN).
+        label: Column of the labels, or columns; None where there are none (−100, NaN): a folder's own images then count, and
+            those of all folders in it.
         classes: The head's classes, in order.
         likelihood: What the head's logits are parameters of; a folder says one class an image.
 
@@ -81,16 +88,25 @@ def read_images(
     parts = []
     for path in paths:
         is_folder = storage.is_dir(path)
-        if is_folder and likelihood != "categorical":
+        if is_folder and likelihood != "categorical" and label is not None:
             raise TaskError(
                 f"{path}: folders of images say one class an image; the head wants more: use a Parquet file"
             )
-        parts.append(_folder(path, classes) if is_folder else _table(path, image, label, classes, likelihood))
+        if is_folder and label is None:
+            files = _unlabelled_files(path)
+            none = (
+                np.full(len(files), IGNORED)
+                if likelihood == "categorical"
+                else np.full((len(files), len(classes)), np.nan)
+            )
+            parts.append(Images(files, files, none))
+        else:
+            parts.append(_folder(path, classes) if is_folder else _table(path, image, label, classes, likelihood))
     encoded = [content for part in parts for content in part.encoded]
     if not encoded:
         raise TaskError(f"{', '.join(paths)}: there are no images")
     names = [name for part in parts for name in part.names]
-    return Images(encoded, names, np.concatenate([part.labels for part in parts]))
+    return Images(encoded, names, np.concatenate([part.labels for part in parts]), image)
 
 
 def _table(
@@ -121,6 +137,16 @@ def _folder(path: str, classes: Sequence[str]) -> Images:
                 files.append(addresses.join(path, name, file))
                 labels.append(list(classes).index(name))
     return Images(files, files, np.array(labels, np.int64))
+
+
+def _unlabelled_files(path: str) -> list[str]:
+    """A folder's images, and those of the folders in it, whatever these are called."""
+    names = sorted(storage.list_dir(path))
+    folders = [addresses.join(path, name) for name in names if storage.is_dir(addresses.join(path, name))]
+    inner = [addresses.join(folder, name) for folder in folders for name in sorted(storage.list_dir(folder))]
+    return [
+        file for file in [*(addresses.join(path, name) for name in names), *inner] if file.lower().endswith(SUFFIXES)
+    ]
 
 
 def corrupt(picture: Picture, name: str, severity: int, seed: int) -> Picture:

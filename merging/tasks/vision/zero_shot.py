@@ -84,6 +84,7 @@ class ZeroShotImageClassification(ImageClassification):
     def check(self) -> list[str]:
         """As for images, and whether the prompts fit the text tower; see `Task.check`."""
         notes = super().check()
+        self.blank_model()
         _ = self._prompts
         return notes
 
@@ -165,7 +166,7 @@ class ZeroShotImageClassification(ImageClassification):
             TaskError: transformers' own logits of this model are no scaled cosines.
         """
         model: Any = load_model(self.base or self.head, self.model_class)
-        images = torch.randn(2, *self._shape, generator=torch.Generator().manual_seed(0))
+        images = torch.randn(2, *self.pixel_shape, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             output = model(**self._prompts, pixel_values=images)
             features = _pooled(self._features(model, {"pixel_values": images}))
@@ -187,11 +188,10 @@ class ZeroShotImageClassification(ImageClassification):
             )
         return head
 
-    @cached_property
-    def _shape(self) -> tuple[int, ...]:
-        """[channels, height, width] of an image as the model reads it."""
-        split = next(iter(self.settings.data))
-        return tuple(self._pixels(split, 0).shape)
+    def run(self, model: nn.Module, pixels: Tensor) -> None:
+        """See `ImageClassification.run`."""
+        with torch.no_grad():
+            self._features(model, {"pixel_values": pixels})
 
     def _features(self, model: Any, inputs: Any) -> Any:
         if not hasattr(model, "get_image_features"):
@@ -201,7 +201,7 @@ class ZeroShotImageClassification(ImageClassification):
     def _unused(self, model: nn.Module) -> set[str]:
         """The model's names of weights that image features do not depend on, found by differentiating without values."""
         parameters = dict(model.named_parameters())
-        images = torch.empty(1, *self._shape, device="meta")
+        images = torch.empty(1, *self.pixel_shape, device="meta")
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         with torch.enable_grad():

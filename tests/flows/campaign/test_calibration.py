@@ -51,6 +51,18 @@ def test_each_member_s_examples_are_a_source_beside_the_tasks(judged_elsewhere):
     assert not any(task.has_logits for task in opened.tasks.values())
 
 
+def test_what_is_cut_of_calibration_data_is_said_and_missing_splits_are_not(judged_elsewhere, capsys):
+    campaign = judged_elsewhere()
+    members = {
+        name: member.model_copy(update={"calibration": member.calibration.model_copy(update={"max_length": 100})})
+        for name, member in campaign.members.items()
+    }
+    open_campaign(campaign.model_copy(update={"members": members}), Display())
+    shown = capsys.readouterr().err
+    assert "task 'two-calibration': texts are cut to 32 tokens" in shown
+    assert "has no test split" not in shown
+
+
 def test_a_task_of_members_without_calibration_stays_a_source(campaign_file, tiny_campaign):
     settings = yaml.safe_load(campaign_file().read_text())
     settings["members"]["one"]["calibration"] = {"data": {"train": tiny_campaign["tasks"]["one"]["data"]["train"]}}

@@ -11,7 +11,10 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import f1_score, log_loss
-from transformers import BertModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import BertModel, PreTrainedTokenizerFast
 
 from merging.errors import TaskError
 from merging.tasks import AnyTaskSettings, TextClassification, TextClassificationSettings, make_task
@@ -360,3 +363,19 @@ def test_settings_are_one_of_the_kinds():
             adapter.validate_python(wrong)
     with pytest.raises(ValidationError, match="Did you mean 'accuracy'"):
         TextClassificationSettings(data={"test": "a.csv"}, metric="acuracy")
+
+
+def test_a_text_without_tokens_is_named(make_text_task, frames, head, tokenizer, tmp_path):
+    place = tmp_path / "bare"
+    shutil.copytree(head, place)
+    fast = tokenizer.backend_tokenizer
+    bare = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(fast.get_vocab(), unk_token="[UNK]")), pad_token="[PAD]", unk_token="[UNK]"
+    )
+    bare.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+    bare.save_pretrained(place)
+    frames["test"].loc[3, "text"] = "  "
+    task = make_text_task(frames, str(place))
+    with pytest.raises(TaskError, match=r"test\.parquet, row 4: column 'text' holds no token"):
+        task.check()
+    make_text_task(frames).check()  # of a tokenizer that adds tokens it is a text as others

@@ -307,6 +307,7 @@ def test_bad_data_is_refused_by_row(make, rows, settings, message):
     ("settings", "message"),
     [
         ({"metric": "accuracy"}, "needs `choices`"),
+        ({"metric": "exact_mach"}, "1 validation error(.|\n)*unknown metric 'exact_mach'. Did you mean 'exact_match'?"),
         ({"choices": "c", "metric": "exact_match"}, "does not go with `choices`"),
         ({"text": "t", "metric": "contains"}, "no reference"),
         ({"extract": "(", "metric": "contains"}, "no regular expression"),
@@ -350,3 +351,88 @@ def test_choices_are_texts(make, choices):
 def test_the_right_choice_is_a_position(make, label):
     with pytest.raises(TaskError, match="a position from 0 to 1"):
         make([{"prompt": "the", "options": ["a", "cat"], "label": label}], choices="options").check()
+
+
+def test_generation_stays_within_the_positions_that_a_model_has_learnt(make, words):
+    prompts = ["the cat dog " * 30, "a red dog"]
+    rows = [{"prompt": prompt, "completion": "home"} for prompt in prompts]
+    task = make(rows, "gpt2", metric="exact_match", max_new_tokens=20)
+    notes = task.check()
+    assert "1 examples are cut" in notes[0]
+    assert "rows.jsonl, row 1" in notes[0]
+    assert task.longest == 64
+    ids, is_cut = task.prompt_ids(task.split("validation")[0])
+    assert (list(ids), is_cut) == (words(prompts[0].strip())["input_ids"][-44:], True)
+    assert task.evaluate(task.load_model(), "validation").examples == 2
+    for settings in ({"metric": "exact_match"}, {"completion": None}):
+        splits = ("validation",) if "metric" in settings else ("train",)
+        with pytest.raises(TaskError, match="`max_new_tokens` is 64, which leaves no prompt any of the 64 tokens"):
+            make(rows, "gpt2", splits=splits, max_new_tokens=64, **settings).check()
+
+
+def test_a_prompt_that_is_completed_does_not_depend_on_the_completion(make, words):
+    long = {"prompt": "the cat " * 40, "completion": "home " * 30}
+    task = make([long, {**long, "completion": "home"}], metric="contains", max_new_tokens=4, max_length=64)
+    one, other = (task.prompt_ids(example) for example in task.split("validation"))
+    assert one == other == (words(long["prompt"])["input_ids"][-64:], True)
+
+
+def test_plain_texts_that_are_too_long_are_cut_and_said(make, words):
+    text = " ".join(WORDS[n % len(WORDS)] for n in range(100))
+    task = make([{"text": "the cat"}, {"text": text}], text="text", max_length=12)
+    assert "1 examples are cut to the 12 tokens that are read (first: " in task.check()[0]
+    predictions = task.predict(task.load_model(), "validation", np.arange(2))
+    expected = np.mean(brute(task.load_model(), words, "</s>", " ".join(text.split()[:11])))
+    assert predictions.values[list(task.order("validation")).index(1)] == pytest.approx(expected, abs=1e-5)
+
+
+def test_bad_rows_of_several_files_are_named_by_their_own(make, heads, tmp_path):
+    good = tmp_path / "good.jsonl"
+    good.write_text('{"prompt": "the", "completion": "cat"}\n' * 3)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "the", "completion": "cat"}\n{"prompt": "the", "completion": " "}\n')
+    settings = CausalLMSettings(data={"test": [str(good), str(bad)]})
+    with pytest.raises(
+        TaskError, match=r"test: .*bad\.jsonl, row 2: the completion '' has no token .*column 'completion'"
+    ):
+        make_task("lm", settings, heads["llama"]).check()
+
+
+GRADES = """
+def relative_length(generated, completion):
+    return len(generated) / len(completion)
+
+def half(generated):
+    return 0.5
+
+def none(generated, completion):
+    return float("nan")
+"""
+
+
+def test_a_function_of_the_user_s_grades_what_is_generated(make, words, tmp_path, monkeypatch):
+    (tmp_path / "my_grades.py").write_text(GRADES)
+    monkeypatch.chdir(tmp_path)
+    rows = random_rows()
+    task = make(rows, metric="my_grades:relative_length", max_new_tokens=4)
+    task.check()
+    model = task.load_model()
+    values = task.predict(model, "validation", np.arange(len(rows))).values
+    order = np.random.default_rng(0).permutation(len(rows))
+    for value, row in zip(values, (rows[i] for i in order), strict=True):
+        ids = words(row["prompt"], return_tensors="pt")["input_ids"]
+        new = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
+        assert value == pytest.approx(len(words.decode(new, True)) / len(row["completion"]))
+    assert values.max() > 0
+    assert not task.settings.is_percent
+    for name, message in (
+        ("my_grades:nothing", "has no function 'nothing'"),
+        ("nowhere_at_all:f", "cannot import 'nowhere_at_all'"),
+        ("my_grades:half", r"cannot be called as function\(generated, completion\)"),
+    ):
+        with pytest.raises(TaskError, match=message):
+            make(rows, metric=name).check()
+    with pytest.raises(TaskError, match=r"my_grades:none gave nan on .*rows\.jsonl, row \d"):
+        make(rows, metric="my_grades:none").evaluate(model, "validation")
+    with pytest.raises(ValueError, match="does not go with `choices`"):
+        make(rows, metric="my_grades:none", choices="c")

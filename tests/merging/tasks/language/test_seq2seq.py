@@ -3,7 +3,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import ByT5Tokenizer, T5Config, T5ForConditionalGeneration
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    ByT5Tokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from merging.errors import TaskError
 from merging.statistics import STATISTICS, LikelihoodSettings, StatisticSettings, measure
@@ -119,11 +127,14 @@ def test_statistics_of_encoder_and_decoder(make):
     assert task.representation(task.load_model(), next(task.batches("train", 0, 3, 3))).dim() == 3
 
 
+LABEL_WORDS = {"prompt": "s", "choices": "c"}
+
+
 @pytest.mark.parametrize(
     ("examples", "settings", "message"),
     [
         ([{"source": "a", "target": " "}], {}, "row 1: the target ' ' has no token"),
-        ([{"source": "a", "target": "abcdefgh"}], {"max_length": 4}, "the target has 9 tokens"),
+        ([{"s": "a", "c": ["x", "abcdefgh"], "label": 0}], {**LABEL_WORDS, "max_length": 4}, "'c'\\) has more tokens"),
         ([{"source": "a"}], {}, "has no column 'target'"),
         ([{"source": None, "target": "a"}], {}, "column 'source' holds no text"),
     ],
@@ -131,3 +142,57 @@ def test_statistics_of_encoder_and_decoder(make):
 def test_bad_data_is_named(make, examples, settings, message):
     with pytest.raises(TaskError, match=message):
         make(examples, **settings).check()
+
+
+def test_sources_and_targets_that_are_too_long_lose_their_end_and_that_is_said(make):
+    long = [
+        {"source": "abcdefgh", "target": "x"},
+        {"source": "a", "target": "abcdefgh"},
+        {"source": "a", "target": "x"},
+    ]
+    task = make(long, max_length=4)
+    assert "2 examples are cut to the 4 tokens that are read (first: " in task.check()[0]
+    assert "row 1)" in task.check()[0]
+    model = task.load_model()
+    values = task.predict(model, "validation", np.arange(3)).values
+    short = make([{"source": "abc", "target": "x"}, {"source": "a", "target": "abc"}, {"source": "a", "target": "x"}])
+    assert values == pytest.approx(short.predict(model, "validation", np.arange(3)).values, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory):
+    """A BART of 16 learnt positions, whose tokenizer puts nothing around a text."""
+    path = tmp_path_factory.mktemp("bart")
+    inner = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, "cat": 3, "dog": 4}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(path)
+    sizes = {f"{side}_{part}": 8 if part == "ffn_dim" else 1 for side in ("encoder", "decoder") for part in BART_PARTS}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1}
+    config = BartConfig(
+        vocab_size=5, d_model=8, max_position_embeddings=16, forced_eos_token_id=None, **sizes, **tokens
+    )
+    BartForConditionalGeneration(config).save_pretrained(path)
+    return str(path)
+
+
+BART_PARTS = ("layers", "attention_heads", "ffn_dim")
+
+
+def test_generation_stays_within_the_positions_that_a_decoder_has_learnt(make, learnt):
+    task = make([{"source": "cat " * 40, "target": "dog"}], metric="exact_match", max_new_tokens=16)
+    task.head = learnt
+    task.check()
+    assert task.evaluate(task.load_model(), "validation").examples == 1
+    task = make([{"source": "cat", "target": "dog"}], metric="exact_match", max_new_tokens=17)
+    task.head = learnt
+    with pytest.raises(TaskError, match="`max_new_tokens` is 17, and the model has learnt 16 positions"):
+        task.check()
+
+
+def test_a_source_without_tokens_is_named(make, learnt):
+    task = make([{"source": "cat", "target": "dog"}, {"source": "", "target": "dog"}])
+    task.head = learnt
+    with pytest.raises(TaskError, match=r"row 2: the source '' has no token \(column 'source'\)"):
+        task.check()

@@ -7,8 +7,8 @@ import torch
 from seqeval.metrics import f1_score
 from transformers import BertConfig, BertForTokenClassification, BertTokenizerFast
 
-from merging.errors import TaskError
-from merging.statistics import STATISTICS, LikelihoodSettings, measure
+from merging.errors import StatisticsError, TaskError
+from merging.statistics import STATISTICS, LikelihoodSettings, StatisticSettings, measure
 from merging.tasks import TokenClassificationSettings, make_task
 
 TAGS = ["O", "B-PER", "I-PER"]
@@ -190,3 +190,39 @@ def test_columns_are_apart_by_blanks_and_tabs_alone(make, word):
 
 def test_words_with_blanks_in_columns_apart_by_tabs(make):
     assert make("bob an\tB-PER\nran\tO\n", name="rows.conll").split("validation")[0].words == ("bob an", "ran")
+
+
+def test_calibration_data_need_no_tags(make):
+    examples = rows(6)
+    words = "\n\n".join("\n".join(row["words"]) for row in examples)
+    tagged = make(examples, splits=("train",))
+    without = [
+        make([{"words": row["words"]} for row in examples], splits=("train",), tags=None, name="bare.jsonl"),
+        make(words, splits=("train",), tags=None, name="words.conll"),
+    ]
+    for kind, settings in (
+        ("fisher", LikelihoodSettings(estimator="sampled", examples=6)),
+        ("gram", StatisticSettings(examples=6)),
+    ):
+        statistic = STATISTICS[kind](settings)
+        expected = statistic.finalize(measure(tagged, statistic, "train"))
+        for task in without:
+            task.check()
+            computed = statistic.finalize(measure(task, statistic, "train"))
+            assert all(torch.equal(value, computed[name]) for name, value in expected.items())
+    empirical = STATISTICS["fisher"](LikelihoodSettings(estimator="empirical", examples=6))
+    with pytest.raises(StatisticsError, match="has no label, which estimator 'empirical' needs"):
+        measure(without[0], empirical, "train")
+    with pytest.raises(ValueError, match="nothing is judged without tags"):
+        make(examples, tags=None)
+
+
+def test_bad_rows_are_named_by_file_and_line_or_column(make):
+    with pytest.raises(TaskError, match=r"x\.conll, line 5, sentence 2: the tag 'B-LOC'"):
+        make("an O\n\nran O\n# O\nbob B-LOC\n", name="x.conll").check()
+    with pytest.raises(TaskError, match=r"r\.jsonl, columns 'words', 'tags', sentence 2: the tag 'B-LOC'"):
+        make([{"words": ["an"], "tags": ["O"]}, {"words": ["an"], "tags": ["B-LOC"]}], name="r.jsonl").check()
+    with pytest.raises(
+        TaskError, match=r"r\.jsonl, columns 'words', 'tags', sentence 2 has no word that the tokenizer"
+    ):
+        make([{"words": ["an"], "tags": ["O"]}, {"words": [" "], "tags": ["O"]}], name="r.jsonl").check()

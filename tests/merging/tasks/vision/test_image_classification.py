@@ -229,3 +229,59 @@ def test_images_that_are_none_or_too_long(make, content, why):
     rows = [{"image": content, "label": "dark"}, {"image": encoded(pictures(1)[0][0]), "label": "red"}]
     with pytest.raises(TaskError, match=why):
         make(rows=rows).check()
+
+
+@pytest.mark.parametrize(
+    ("head", "processor", "config"),
+    [
+        ("vit", {"size": {"height": 32, "width": 32}}, {}),
+        ("convnext", {"size": {"height": 3, "width": 3}}, {}),
+    ],
+)
+def test_a_processor_of_another_size_than_the_model_s_is_refused(make, heads, tmp_path, head, processor, config):
+    place = tmp_path / "other"
+    shutil.copytree(heads[head], place)
+    settings = {"image_processor_type": "ViTImageProcessor"} | processor
+    (place / "preprocessor_config.json").write_text(json.dumps(settings))
+    task = make()
+    task.head = str(place)
+    with pytest.raises(TaskError, match=r"gives images of shape \[3, \d+, \d+\], which .* does not read"):
+        task.check()
+
+
+def test_images_of_other_channels_than_the_model_s_are_refused(make, tmp_path):
+    config = ViTConfig(
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        image_size=24,
+        patch_size=8,
+        num_channels=1,
+        **LABELS,
+    )
+    ViTForImageClassification(config).save_pretrained(tmp_path / "grey")
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 24, "width": 24}}
+    (tmp_path / "grey" / "preprocessor_config.json").write_text(json.dumps(settings))
+    task = make()
+    task.head = str(tmp_path / "grey")
+    with pytest.raises(TaskError, match=r"images of shape \[3, 24, 24\], which .* does not read"):
+        task.check()
+
+
+def test_unlabelled_images_lie_in_a_folder_as_they_are(make, heads, tmp_path):
+    arrays, _ = pictures(5)
+    for number, array in enumerate(arrays):
+        file = tmp_path / "pile" / ("holiday" if number > 2 else "") / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(png(array))
+    settings = ImageClassificationSettings(data={"train": str(tmp_path / "pile")}, label=None)
+    task = make_task("colours", settings, heads["vit"])
+    task.check()
+    (batch,) = task.batches("train", 0, 9, 9)
+    assert batch.labels.tolist() == [-100] * 5
+    table = make(rows=[{"image": png(array)} for array in arrays], splits=("train",), label=None)
+    gram = STATISTICS["gram"](StatisticSettings(examples=5))
+    one, other = (gram.finalize(measure(each, gram, "train")) for each in (task, table))
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-6)

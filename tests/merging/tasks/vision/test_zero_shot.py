@@ -1,6 +1,7 @@
 """Models of images and texts: scores are those of transformers' own zero-shot computation."""
 
 import json
+import shutil
 from io import BytesIO
 
 import numpy as np
@@ -207,4 +208,14 @@ def test_a_checkpoint_without_a_text_tower_is_refused(make, tmp_path):
     task = make("clip")
     task.head = str(tmp_path / "vit")
     with pytest.raises(TaskError, match="cannot be loaded as AutoModelForZeroShotImageClassification"):
+        task.check()
+
+
+def test_a_processor_of_another_size_than_the_image_tower_s_is_refused(make, pools, tmp_path):
+    shutil.copytree(pools["clip"]["one"], tmp_path / "other")
+    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
+    (tmp_path / "other" / "preprocessor_config.json").write_text(json.dumps(processor))
+    task = make("clip")
+    task.head = str(tmp_path / "other")
+    with pytest.raises(TaskError, match=r"images of shape \[3, 32, 32\], which CLIPModel does not read"):
         task.check()
