@@ -24,7 +24,9 @@ def surfaced(doing: str) -> Iterator[None]:
     except ray.exceptions.GetTimeoutError:
         raise
     except ray.exceptions.RayError as error:
-        raise ClusterError(f"{doing}: {reason(error)}") from error
+        fewer = isinstance(error, ray.exceptions.OutOfMemoryError)
+        remedy = ": set resources.threads higher, so that fewer processes run at once, or a smaller batch size"
+        raise ClusterError(f"{doing}: {reason(error)}{remedy * fewer}") from error
 
 
 def reason(error: ray.exceptions.RayError) -> str:

@@ -263,5 +263,5 @@ LANGUAGE = ShippedPool(
     calibration={"kind": "causal_lm", "completion": None, "max_new_tokens": 3, "max_length": 96},
     resources={"precision": "bfloat16", "threads": 2},
 )
-"""Members complete their own prompts: their statistics and the distillation see no right answer. An evaluator takes 9 GB, so
-that two cores share one."""
+"""Members complete their own prompts: their statistics and the distillation see no right answer. An evaluator and a
+training take 9 GB each, so that two cores share one."""

@@ -83,13 +83,14 @@ def data_files(pool: ShippedPool, cache: Path, root: Path, display: Display, exa
 
 
 def train_members(pool: ShippedPool, base: Path, files: Files, members: Path, display: Display) -> None:
-    """Fine-tunes a member on each task, one a core, unless they are there."""
+    """Fine-tunes a member on each task, each with an evaluator's threads, unless they are there."""
     calls = {
         task: (base, task_settings(pool, parts), members / task, pool.training, pool.labels.get(task, ()))
         for task, parts in files.items()
     }
     with display.phase(f"Members: fine-tuning {len(calls)} models"), display.bar("percent", 100) as bar:
-        for name, trained in each(_train, calls, progress=lambda share: bar.reach(int(100 * share))):
+        threads = pool.resources.get("threads", 1)
+        for name, trained in each(_train, calls, cpus=threads, progress=lambda share: bar.reach(int(100 * share))):
             how = "there already" if trained.reused else f"{trained.seconds:.0f} s, training loss {trained.loss:.3f}"
             display.say(f"  {name}: {how}")
 
