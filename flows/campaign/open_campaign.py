@@ -25,6 +25,7 @@ from merging.methods import METHODS, Method
 from merging.recipe import BASE, Recipe, Value
 from merging.tasks import make_task
 from merging.tasks.task import Task
+from ray_tasks.connect import NodeKind, gpus_each
 from ray_tasks.evaluators.evaluator import Setup
 from ray_tasks.sharded.nixl_transfer import BUFFERS
 from search.space.method_space import MethodSpace, weight_groups
@@ -173,6 +174,18 @@ class OpenCampaign:
         return resident_memory(
             material, list(self.campaign.search.methods), owners, self.dtype, on_gpu=on_gpu, engine=self.campaign.engine
         )
+
+    @property
+    def nodes(self) -> NodeKind:
+        """Which nodes work on GPUs may be started on."""
+        return NodeKind(self.campaign.resources.accelerator_type, self.campaign.resources.labels)
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of an evaluator on the cluster that was joined: by default one for each of the engine's processes, if any."""
+        given = self.campaign.resources.gpus
+        there = gpus_each(given)
+        return there if given is not None else there * self.campaign.engine.tensor_parallel
 
     @property
     def dtype(self) -> torch.dtype | None:

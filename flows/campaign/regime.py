@@ -11,8 +11,11 @@ from merging.errors import ClusterError
 from merging.evaluation.memory import EvaluatorMemory
 from ray_tasks.connect import Cluster
 from ray_tasks.evaluators.evaluator import Setup
-from ray_tasks.sharded.placement import Node, device_memory, nodes, plan, sharded
+from ray_tasks.sharded.placement import Node, device_memory, most_memory, nodes, plan, sharded
 from ray_tasks.sharded.shards import Shards
+
+MOST_GPUS = 16
+"""GPUs of a node, at most."""
 
 
 def is_sharded(opened: OpenCampaign, statistics: Files, cluster: Cluster, gpus: float) -> bool:
@@ -30,8 +33,9 @@ def is_sharded(opened: OpenCampaign, statistics: Files, cluster: Cluster, gpus: 
     if regime != "auto":
         return regime == "sharded"
     if gpus:
-        return 0 < device_memory(gpus) < opened.evaluator_memory(statistics, on_gpu=True).on_devices
-    return cluster.nodes > 1 and opened.evaluator_memory(statistics).total > max(node.memory for node in nodes())
+        each = device_memory(gpus, opened.nodes)
+        return 0 < each < opened.evaluator_memory(statistics, on_gpu=True).on_a_device(ceil(gpus))
+    return cluster.nodes > 1 and opened.evaluator_memory(statistics).total > most_memory(cluster, opened.nodes)
 
 
 def require_fit(memory: EvaluatorMemory, gpus: float, device_bytes: int) -> None:
@@ -39,19 +43,43 @@ def require_fit(memory: EvaluatorMemory, gpus: float, device_bytes: int) -> None
 
     Args:
         memory: The evaluator's.
-        gpus: Its GPUs.
-        device_bytes: Memory of these together; 0 where it is not known.
+        gpus: Its GPUs, or its share of one.
+        device_bytes: What it may take of each; 0 where that is not known.
 
     Raises:
         ClusterError: They do not.
     """
-    if not 0 < device_bytes < memory.on_devices:
+    held = memory.on_a_device(ceil(gpus))
+    if not 0 < device_bytes < held:
         return
-    each = device_bytes / gpus
+    enough = next((count for count in range(1, MOST_GPUS + 1) if memory.on_a_device(count) <= device_bytes), None)
+    setting = "resources.gpus and engine.tensor_parallel" if memory.engine else "resources.gpus"
+    ways = [f"{setting}: {enough}"] * (enough is not None) + ["resources.regime: sharded"] * bool(memory.pool)
     raise ClusterError(
-        f"an evaluator holds {memory.on_devices / 1e9:.3g} GB (models {memory.models / 2e9:.3g}, base and members "
-        f"{memory.pool / 1e9:.3g}, engine {memory.engine / 1e9:.3g}), and its {gpus:g} GPUs have {device_bytes / 1e9:.3g} GB: "
-        f"set resources.gpus: {ceil(memory.on_devices / each)}{' or resources.regime: sharded' * bool(memory.pool)}"
+        f"an evaluator with resources.gpus: {gpus:g} would hold {held / 1e9:.3g} GB on one GPU (of models "
+        f"{memory.models / 2e9:.3g}, base and members {memory.pool / 1e9:.3g}, engine {memory.engine / 1e9:.3g}), which has "
+        f"{device_bytes / 1e9:.3g} GB for it: "
+        f"{'set ' + ' or '.join(ways) if ways else 'take GPUs with more memory, or a smaller engine.cache'}"
+    )
+
+
+def require_room(memory: EvaluatorMemory, most_bytes: int) -> None:
+    """Looks whether any node without GPUs holds what is surely no file's: models, candidates that wait, and an engine.
+
+    Args:
+        memory: The evaluator's.
+        most_bytes: Memory of the node that has most; 0 where it is not known.
+
+    Raises:
+        ClusterError: None does.
+    """
+    held = memory.models // 2 + memory.waiting + memory.engine
+    if not 0 < most_bytes < held:
+        return
+    raise ClusterError(
+        f"an evaluator holds {held / 1e9:.3g} GB (models {memory.models / 2e9:.3g}, candidates that wait "
+        f"{memory.waiting / 1e9:.3g}, engine {memory.engine / 1e9:.3g}), and no node has more than {most_bytes / 1e9:.3g} GB "
+        f"for it: take nodes of {ceil(held / 1e9)} GB, {'a smaller engine.cache, ' * bool(memory.engine)}or a smaller model"
     )
 
 

@@ -37,7 +37,7 @@ from merging.io import addresses, atomic, documents, hashing, storage
 from merging.methods import METHODS
 from merging.recipe import Recipe, base_recipe, member_recipe
 from merging.statistics import STATISTICS
-from ray_tasks.connect import Cluster, gpus_each
+from ray_tasks.connect import Cluster
 from search.budget import Budget, Ending
 from search.candidate import Candidate, Provenance
 from search.constraints import make_constraints
@@ -228,7 +228,7 @@ def run_selection(campaign: Campaign, display: Display) -> Selection:
 def _work(opened: OpenCampaign, directory: Directory, cluster: Cluster, ledger: Ledger, display: Display) -> None:
     """Everything that needs a cluster."""
     campaign = opened.campaign
-    if campaign.search.gpu_hours is not None and not gpus_each(campaign.resources.gpus):
+    if campaign.search.gpu_hours is not None and not opened.gpus:
         raise SettingsError(
             "search.gpu_hours: evaluators have no GPU here (resources.gpus); search.cpu_hours counts CPUs"
         )

@@ -60,7 +60,8 @@ class Status:
         last: When the last row was written.
         cpu_hours: CPU hours of all rows.
         gpu_hours: GPU hours of all rows.
-        under_way: What evaluators are at work on, the longest first: candidate, split, method, members, seconds so far.
+        under_way: What evaluators are at work on, the longest first: candidate, split, method, members, seconds so far,
+            share of the measurement that is done, where that is known.
         typical_seconds: Median time of the candidates measured so far; None before there are any.
     """
 
@@ -114,7 +115,10 @@ class Status:
                 first = self.under_way[0]
                 typical = f", of {self.typical_seconds:.1f} s as a rule" if self.typical_seconds is not None else ""
                 what = f"{first['method']} of {', '.join(first['members'])}" if first["members"] else first["method"]
-                lines.append(f"longest under way: {what} ({first['candidate']}), {_ago(first['seconds'])}{typical}")
+                share = f", {first['share']:.0%} done" if first["share"] is not None else ""
+                lines.append(
+                    f"longest under way: {what} ({first['candidate']}), {_ago(first['seconds'])}{share}{typical}"
+                )
         if self.best is not None:
             error = f" ± {self.best_error:.4f}" if self.best_error is not None else ""
             lines.append(f"best {self.best:.4f}{error}: {self.best_method} of {', '.join(self.best_members)}")
@@ -249,6 +253,7 @@ def _signs(value: Any) -> dict[str, Any]:
             "method": str(entry["method"]),
             "members": [str(member) for member in entry["members"]],
             "seconds": float(entry["seconds"]),
+            "share": None if entry.get("share") is None else min(max(float(entry["share"]), 0.0), 1.0),
         }
         for entry in value.get("under_way") or []
     ]

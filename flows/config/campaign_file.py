@@ -134,9 +134,10 @@ class Campaign(Settings):
         gpus, wanted = self.resources.gpus, self.engine.tensor_parallel
         if wanted > 1 and self.engine.kind != "vllm":
             raise ValueError("engine.tensor_parallel goes with `kind: vllm`")
-        if wanted > 1 and gpus and gpus != wanted:
+        if self.engine.kind == "vllm" and gpus and max(wanted, gpus) > 1 and gpus != wanted:
             raise ValueError(
-                f"engine.tensor_parallel: {wanted} processes have a GPU each: set resources.gpus: {wanted}"
+                f"engine.tensor_parallel: {wanted} of an engine's processes have a GPU each, and resources.gpus is {gpus:g}: "
+                "set both to the same number"
             )
         if self.engine.kind == "vllm" and self.resources.precision != "float32":
             raise ValueError("resources.precision is of live models: an engine computes in resources.dtype")

@@ -131,14 +131,17 @@ class ResourceSettings(Settings):
     gpus: float | None = Field(
         None,
         ge=0,
-        description="GPUs of an evaluator (fractions share one); by default 1 if any. Over several, a model's layers are "
-        "spread (needs mergequest[accelerate]), or an engine's matrices (engine.tensor_parallel).",
+        description="GPUs of an evaluator (fractions share one); by default 1 if any, or engine.tensor_parallel. Over several, "
+        "a model's layers are spread (needs mergequest[accelerate]), or an engine's matrices. Statistics and distillation have "
+        "one at most.",
     )
     accelerator_type: str | None = Field(
-        None, description="Ray's name of the GPUs that evaluators ask for (A100, H100); by default any."
+        None,
+        description="Ray's name of the GPUs that evaluators, statistics and distillation ask for (A100, H100); by default any.",
     )
     labels: dict[str, str] = Field(
-        default_factory=dict, description="Labels (`ray start --labels`) of the nodes that evaluators are started on."
+        default_factory=dict,
+        description="Labels (`ray start --labels`) of the nodes that these are started on.",
     )
     memory: float | None = Field(
         None,

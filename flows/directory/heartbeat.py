@@ -32,7 +32,8 @@ class Pulse:
         phase: What is under way.
         evaluators: Says how many evaluators there are, and how many are at work.
         progress: How the search gets on, once it does.
-        under_way: Says what evaluators are at work on, the longest first: candidate, split, method, members, seconds.
+        under_way: Says what evaluators are at work on, the longest first: candidate, split, method, members, seconds,
+            share that is done.
         steering: What others have to say to the driver.
         look: Looks for it.
     """

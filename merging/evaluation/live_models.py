@@ -71,7 +71,12 @@ class CandidateModels(ABC):
         """What a task measures, for the time of an evaluation."""
 
     def measure(
-        self, recipe: Recipe, split: Split, limit: int | None = None, plan: EvaluationPlan | None = None
+        self,
+        recipe: Recipe,
+        split: Split,
+        limit: int | None = None,
+        plan: EvaluationPlan | None = None,
+        progress: Callable[[float], None] = lambda share: None,
     ) -> Measurement:
         """Merges, then evaluates every task.
 
@@ -80,6 +85,7 @@ class CandidateModels(ABC):
             split: Which examples.
             limit: At most this many examples per task, the same ones at every call.
             plan: Measures step by step and keeps a trace; None for every task at once, without one.
+            progress: Told the share of the tasks, or of the plan's steps, that is done.
 
         Raises:
             MethodError: The recipe is wrong, or has no merge.
@@ -89,9 +95,12 @@ class CandidateModels(ABC):
         report = self._merge(recipe)
         merged = time.perf_counter()
         if plan is None:
-            scores = {task.name: self._whole(task, split, limit)[0] for task in self._tasks}
+            scores = {}
+            for number, task in enumerate(self._tasks, 1):
+                scores[task.name] = self._whole(task, split, limit)[0]
+                progress(number / len(self._tasks))
             return Measurement(scores, merged - start, time.perf_counter() - merged, report=report)
-        trace, pruned = self._in_steps(plan, split, limit)
+        trace, pruned = self._in_steps(plan, split, limit, progress)
         seconds = merged - start, time.perf_counter() - merged
         return Measurement(trace.scores[-1], *seconds, report=report, trace=trace, pruned=pruned)
 
@@ -99,7 +108,9 @@ class CandidateModels(ABC):
         with self._lent(task) as model:
             return task.measure(model, split, limit=limit, precision=self._precision)
 
-    def _in_steps(self, plan: EvaluationPlan, split: Split, limit: int | None) -> tuple[Trace, bool]:
+    def _in_steps(
+        self, plan: EvaluationPlan, split: Split, limit: int | None, progress: Callable[[float], None]
+    ) -> tuple[Trace, bool]:
         """The trace of a measurement, and whether the plan's gate ended it early.
 
         A task that gives no predictions of chosen examples is measured whole, before the first step's end.
@@ -112,14 +123,18 @@ class CandidateModels(ABC):
                 whole[task.name], predictions = self._whole(task, split, limit)
                 if predictions is not None:
                     seen[task.name] = predictions
+                progress(len(whole) / len(self._tasks))
         sizes = {name: min(task.size(split), limit or task.size(split)) for name, task in stepwise.items()}
         steps = list(plan.steps(sizes))
+        total, measured = sum(len(own) for step in steps for own in step.values()), 0
         trace = _trace([whole], seen)
         for number, step in enumerate(steps):
             for name, positions in step.items():
                 with self._lent(stepwise[name]) as model:
                     part = stepwise[name].predict(model, split, positions, precision=self._precision)
                 seen[name] = Predictions.join([seen[name], part]) if name in seen else part
+                measured += len(part)
+                progress((len(whole) + len(stepwise) * measured / total) / len(self._tasks))
             scores = whole | {name: task.score(seen[name]) for name, task in stepwise.items() if name in seen}
             trace = _trace([*(trace.scores if number else []), scores], seen)
             if plan.gate is not None and number < len(steps) - 1 and plan.gate(trace):

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
 import torch
 
@@ -40,10 +40,16 @@ class EvaluatorMemory:
         """All of it, with the process."""
         return PROCESS_BYTES + self.models + self.pool + self.waiting + self.engine
 
-    @property
-    def on_devices(self) -> int:
-        """What of it lies on GPUs, where there are any: models are built in main memory, and candidates wait there."""
-        return self.models // 2 + self.pool + self.engine
+    def on_a_device(self, devices: int) -> int:
+        """What of it lies on the fullest of so many GPUs: models are built in main memory, and candidates wait there.
+
+        Layers are spread evenly, as an engine's weights are. What an engine is given is merged on the first of its GPUs; where
+        shards hold the pool, it comes into main memory.
+        """
+        merged = self.models // 2 + self.pool
+        if not self.engine:
+            return ceil(merged / devices)
+        return ceil(self.engine / devices) + (merged if self.pool else 0)
 
 
 def resident_memory(

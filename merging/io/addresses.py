@@ -8,6 +8,7 @@ from pathlib import Path
 
 import fsspec
 from fsspec.core import url_to_fs
+from fsspec.dircache import DirCache
 
 from merging.errors import MergequestError, StorageError
 from merging.io import hub
@@ -119,6 +120,9 @@ def file_system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise StorageError(f"cannot open {path}: {reason}. Is the package of that protocol installed?") from error
     except Exception as error:  # what a store's own client raises: no credentials, no account, …
         raise StorageError(f"cannot open {path}: {in_words(error)}") from error
+    if isinstance(listings := getattr(system, "dircache", None), DirCache):
+        listings.use_listings_cache = False  # else what another process writes is not seen, for ever
+        listings.clear()
     return system, inner
 
 

@@ -26,6 +26,7 @@ from merging.recipe import Recipe
 from merging.tasks import make_task
 from merging.tasks.task import Split, Task
 from ray_tasks.evaluators.candidate_log import kept_output
+from ray_tasks.evaluators.progress import teller
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,8 @@ class Evaluator:
         try:
             self.build()
             assert self._models is not None
-            measurement = self._models.measure(assignment.recipe, assignment.split, assignment.limit, assignment.plan)
+            asked = assignment.recipe, assignment.split, assignment.limit, assignment.plan
+            measurement = self._models.measure(*asked, teller(assignment.ticket))
         except EngineLostError as error:
             return Answer(None, described(error), self._worker, started, lost=True, unreachable=True)
         except (Exception, SystemExit) as error:

@@ -17,6 +17,7 @@ from ray_tasks.connect import alive_nodes
 from ray_tasks.evaluators.evaluator import Answer, Assignment
 from ray_tasks.evaluators.faults import FaultRecord
 from ray_tasks.evaluators.lifecycle import EvaluatorGroup
+from ray_tasks.evaluators.progress import EVERY, share_of
 from ray_tasks.evaluators.prometheus import EvaluatorMetrics
 from ray_tasks.sharded.shards import Receiver, Shards
 
@@ -138,11 +139,19 @@ class EvaluatorPool:
         """How many of them have something to do."""
         return sum(bool(queue) for queue in list(self._queues.values()))
 
-    def under_way(self) -> list[tuple[Assignment, float]]:
-        """What evaluators are at work on, and for how many seconds, the longest first; may be asked from another thread."""
+    def under_way(self) -> list[tuple[Assignment, float, float | None]]:
+        """What evaluators are at work on, the longest first; may be asked from another thread.
+
+        Returns:
+            Assignments, for how many seconds, and the share that is done; None where it is not known.
+        """
         now = time.monotonic()
-        works = [(work.assignment, now - work.turn) for work in list(self._works.values()) if work.turn is not None]
-        return sorted(works, key=lambda entry: -entry[1])
+        works = [(work, now - work.turn) for work in list(self._works.values()) if work.turn is not None]
+        works.sort(key=lambda entry: -entry[1])
+        return [
+            (work.assignment, seconds, share_of(work.actor, work.assignment.ticket) if seconds > EVERY else None)
+            for work, seconds in works
+        ]
 
     def submit(self, assignment: Assignment) -> None:
         """Hands an assignment to the evaluator that has least to do.

@@ -9,18 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import In, NodeLabelSchedulingStrategy, NotIn
 
 from merging.errors import ClusterError
 from merging.faults import is_fault, tells_of_device
 from ray_tasks.cluster_errors import surfaced
 from ray_tasks.connect import NodeKind, alive_nodes
 from ray_tasks.evaluators.evaluator import Evaluator
+from ray_tasks.evaluators.progress import forget
 
 LOOK = 5.0
 """Seconds between two looks at how many evaluators there are and could be."""
-NODE_LABEL = "ray.io/node-id"
-"""Ray's own label of every node."""
 BLAMED = 2
 """Candidates that failed on a node and were measured elsewhere, after which no evaluator is started there."""
 SILENCE = 30.0
@@ -144,6 +142,7 @@ class EvaluatorGroup:
     def remove(self, actor: Any) -> None:
         """Ends an evaluator, if it is not dead, and has it replaced at the next `reconcile`."""
         ray.kill(actor)
+        forget(actor)
         del self._nodes[actor]
         self._looked = -math.inf
 
@@ -190,6 +189,7 @@ class EvaluatorGroup:
         """Ends all."""
         for actor in [*self._nodes, *self._building.values()]:
             ray.kill(actor)
+            forget(actor)
         self._nodes.clear()
         self._building.clear()
         self._started.clear()
@@ -197,14 +197,7 @@ class EvaluatorGroup:
     def _spawn(self) -> None:
         options: dict[str, Any] = {"num_cpus": self.threads, "num_gpus": self.gpus}
         options |= {"max_restarts": 0, "max_task_retries": 0}
-        wanted: dict[str, Any] = {name: In(value) for name, value in self.nodes.labels.items()}
-        if self._avoided:
-            wanted[NODE_LABEL] = NotIn(*sorted(self._avoided))
-        if wanted:
-            options["scheduling_strategy"] = NodeLabelSchedulingStrategy(wanted)
-        if self.nodes.accelerator_type is not None:
-            options["accelerator_type"] = self.nodes.accelerator_type
-        options |= {"memory": self.memory} if self.memory else {}
+        options |= self.nodes.options(self._avoided) | ({"memory": self.memory} if self.memory else {})
         actor = ray.remote(**options)(self.kind).remote(self.setup, self.threads)
 
         def place(evaluator: Any) -> str:

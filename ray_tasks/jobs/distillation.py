@@ -21,6 +21,7 @@ from merging.recipe import Recipe
 from merging.statistics import Partial, save_tensors
 from merging.tasks.task import Task
 from ray_tasks.cluster_errors import surfaced
+from ray_tasks.connect import ANY_NODE, NodeKind
 from ray_tasks.evaluators.evaluator import Setup
 from ray_tasks.jobs.gradients import sources_with_logits
 from ray_tasks.jobs.lockstep import in_lockstep
@@ -74,6 +75,7 @@ def distil(
     threads: int = 1,
     gpus: float = 0.0,
     retries: int = 3,
+    nodes: NodeKind = ANY_NODE,
     progress: Callable[[float], None] = lambda share: None,
 ) -> DistillationResult:
     """Distils, and keeps the result as a statistics file of the kind `distilled`.
@@ -85,6 +87,7 @@ def distil(
         threads: CPUs and torch threads of each.
         gpus: GPUs of each.
         retries: How often the work goes on from its last state after an actor was lost.
+        nodes: Which nodes they may be started on.
         progress: Told the share of the work that is done.
 
     Raises:
@@ -105,6 +108,7 @@ def distil(
         threads=threads,
         gpus=gpus,
         retries=retries,
+        nodes=nodes,
     )
     about = {
         **job.key,

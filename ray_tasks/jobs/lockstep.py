@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import ray
 
 from merging.errors import ClusterError
-from ray_tasks.connect import describe_cluster
+from ray_tasks.connect import ANY_NODE, NodeKind, describe_cluster
 
 T = TypeVar("T")
 
@@ -20,6 +20,7 @@ def in_lockstep(
     threads: int,
     gpus: float,
     retries: int,
+    nodes: NodeKind = ANY_NODE,
 ) -> T:
     """Starts actors, lets them work, and ends them.
 
@@ -31,6 +32,7 @@ def in_lockstep(
         threads: CPUs of each.
         gpus: GPUs of each.
         retries: How often the work is begun again.
+        nodes: Which nodes they may be started on.
 
     Returns:
         What the work gave.
@@ -38,9 +40,10 @@ def in_lockstep(
     Raises:
         ClusterError: Actors were lost more than `retries` times.
     """
-    made: Any = ray.remote(num_cpus=threads, num_gpus=gpus)(kind)
+    options: dict[str, Any] = {"num_cpus": threads, "num_gpus": gpus, **nodes.options()}
+    made: Any = ray.remote(**options)(kind)
     for attempt in range(retries + 1):
-        actors = [made.remote(*own) for own in arguments(describe_cluster().places(threads, gpus))]
+        actors = [made.remote(*own) for own in arguments(describe_cluster(kind=nodes).places(threads, gpus))]
         try:
             return work(actors)
         except ClusterError:

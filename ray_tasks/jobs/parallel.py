@@ -9,7 +9,7 @@ import ray
 import torch
 
 from ray_tasks.cluster_errors import surfaced
-from ray_tasks.connect import describe_cluster, gpus_each
+from ray_tasks.connect import ANY_NODE, NodeKind, describe_cluster, gpus_each
 
 POLL_SECONDS = 1.0
 Report = Callable[[float], None]
@@ -60,10 +60,21 @@ class Workers:
         gpus: GPUs of each.
         reserve: Whether Ray is to count the CPUs, too: not where idle evaluators hold them.
         retries: How often a call, or the start of a process, is tried again after it was lost.
+        nodes: Which nodes they may be started on.
     """
 
-    def __init__(self, most: Callable[[], int], *, cpus: int, gpus: float, reserve: bool, retries: int) -> None:
+    def __init__(
+        self,
+        most: Callable[[], int],
+        *,
+        cpus: int,
+        gpus: float,
+        reserve: bool,
+        retries: int,
+        nodes: NodeKind = ANY_NODE,
+    ) -> None:
         options = {"num_cpus": cpus if reserve else 0, "num_gpus": gpus, "scheduling_strategy": "SPREAD"}
+        options |= nodes.options()
         self._kind: Any = ray.remote(max_concurrency=2, **options)(_Process)  # the second thread tells of progress
         self._most, self._cpus, self._retries = most, cpus, retries
         self._workers: dict[int, Worker] = {}

@@ -18,6 +18,7 @@ from merging.propagation.member import PassPlan
 from merging.propagation.member_group import MemberGroup
 from merging.statistics import Partial, save_tensors
 from ray_tasks.cluster_errors import surfaced
+from ray_tasks.connect import ANY_NODE, NodeKind
 from ray_tasks.jobs.lockstep import in_lockstep
 from ray_tasks.jobs.statistics import BoundTask
 
@@ -58,6 +59,7 @@ def solve(
     threads: int = 1,
     gpus: float = 0.0,
     retries: int = 3,
+    nodes: NodeKind = ANY_NODE,
     progress: Callable[[float], None] = lambda share: None,
 ) -> tuple[Fit, ...]:
     """Solves layer after layer and writes the statistics file.
@@ -73,6 +75,7 @@ def solve(
         threads: CPUs and torch threads of each.
         gpus: GPUs of each.
         retries: How often the work is begun again after an actor was lost.
+        nodes: Which nodes they may be started on.
         progress: Told the share of the layers that is done.
 
     Returns:
@@ -90,6 +93,7 @@ def solve(
         threads=threads,
         gpus=gpus,
         retries=retries,
+        nodes=nodes,
     )
 
 

@@ -25,7 +25,7 @@ from merging.statistics import (
 )
 from merging.tasks import make_task
 from merging.tasks.task import Split, Task
-from ray_tasks.connect import describe_cluster
+from ray_tasks.connect import ANY_NODE, NodeKind, describe_cluster
 from ray_tasks.jobs.parallel import Report, Worker, Workers
 
 
@@ -123,6 +123,7 @@ def compute(
     threads: int,
     gpus: float,
     retries: int,
+    nodes: NodeKind = ANY_NODE,
     progress: Callable[[Job, int], None] = lambda job, examples: None,
 ) -> None:
     """Computes and writes every job's file.
@@ -142,6 +143,7 @@ def compute(
         threads: CPUs and torch threads of a process.
         gpus: GPUs of a process.
         retries: How often a shard is measured again after it was lost.
+        nodes: Which nodes processes may be started on.
         progress: Told of a job and how many more of its examples are done; fewer than none where some were lost.
 
     Raises:
@@ -157,7 +159,12 @@ def compute(
     under_way: dict[Hashable, tuple[_State, Worker, Shard | None]] = {}
     # More than there is room for, so that a cluster that grows on demand hears of it.
     with Workers(
-        lambda: 2 * describe_cluster().places(threads, gpus), cpus=threads, gpus=gpus, reserve=True, retries=retries
+        lambda: 2 * describe_cluster(kind=nodes).places(threads, gpus),
+        cpus=threads,
+        gpus=gpus,
+        reserve=True,
+        retries=retries,
+        nodes=nodes,
     ) as workers:
         while not all(state.written for state in states):
             for worker in workers.free(sum(state.calls for state in states)):

@@ -11,9 +11,10 @@ import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from merging.errors import ClusterError
+from merging.io.memory import available_memory
 from merging.mergers.material import Material
 from merging.mergers.shard_planning import ShardContent, place
-from ray_tasks.connect import alive_nodes
+from ray_tasks.connect import ANY_NODE, Cluster, NodeKind, alive_nodes
 from ray_tasks.sharded.lost_nodes import addresses, watched
 from ray_tasks.sharded.nixl_transfer import require_direct
 from ray_tasks.sharded.shards import Shards
@@ -126,21 +127,38 @@ class ShardPlan:
         return "\n".join(lines)
 
 
-def nodes() -> list[Node]:
-    """The nodes that are alive."""
+def nodes(kind: NodeKind = ANY_NODE) -> list[Node]:
+    """The nodes that are alive, of a kind."""
     return [
         Node(
             int(node["Resources"].get("memory", 0)),
             int(node["Resources"].get("object_store_memory", 0)),
         )
         for node in alive_nodes()
+        if kind.fits(node)
     ]
 
 
-def device_memory(gpus: float) -> int:
-    """Bytes of GPU memory that an evaluator with so many GPUs, or such a share of one, may take; 0 where none is found."""
-    whole = ray.get(ray.remote(num_gpus=gpus, num_cpus=0)(_device_memory).remote())
-    return int(whole * gpus)
+def most_memory(cluster: Cluster, kind: NodeKind = ANY_NODE) -> int:
+    """Bytes that a process may take on the node of a kind that has most: of a single machine, what it has left.
+
+    Args:
+        cluster: What was joined.
+        kind: Which nodes count.
+    """
+    return max((node.memory for node in nodes(kind)), default=0) if cluster.nodes > 1 else available_memory()
+
+
+def device_memory(gpus: float, kind: NodeKind = ANY_NODE) -> int:
+    """Bytes that an evaluator may take of each of its GPUs; 0 where none is found.
+
+    Args:
+        gpus: How many these are, or what share of one.
+        kind: Which nodes it may be started on.
+    """
+    options: dict[str, Any] = {"num_gpus": gpus, "num_cpus": 0, **kind.options()}
+    whole = ray.get(ray.remote(**options)(_device_memory).remote())
+    return int(whole * min(gpus, 1.0))
 
 
 def plan(

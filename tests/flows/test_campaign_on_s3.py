@@ -134,6 +134,19 @@ def test_everything_on_s3_over_a_connection_that_fails(files, unreliable, s3_at,
     assert not [path for path, data in everything(root).items() if secret.encode() in data]
 
 
+@pytest.mark.endurance
+def test_everything_on_another_store(files, gcs_bucket, tmp_path):
+    """Google's, by its own client, whose listings are kept in memory unless that is switched off."""
+    root = f"{gcs_bucket}/{tmp_path.name}"
+    done, _ = drive(*files(root))
+    assert done.returncode == 0, done.stderr[-3000:]
+    remote, local = addresses.join(root, "there"), tmp_path / "here"
+    assert outcome(remote) == outcome(str(local))
+    assert len(outcome(remote)) > 10
+    names = sorted(path.name for path in local.iterdir())
+    assert storage.list_dir(remote) == [name for name in names if name != ".lock"]
+
+
 def test_a_server_that_checks_signatures(files, rclone_endpoint, s3_at):
     root = s3_at(rclone_endpoint)
     _, there = files(root)

@@ -109,6 +109,7 @@ class VllmEngine(TextEngine):
                 max_model_len=tokens,
                 tensor_parallel_size=settings.tensor_parallel,
                 kv_cache_memory_bytes=int(settings.cache * 1e9),
+                gpu_memory_utilization=0.01,  # without effect on the cache, but more than is free would be an error
                 worker_extension_cls=WORKER,
                 hf_overrides={"tie_word_embeddings": False} if untied else {},
                 disable_log_stats=True,

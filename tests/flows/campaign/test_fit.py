@@ -1,20 +1,46 @@
 import pytest
 
-from flows.campaign.regime import require_fit
+from flows.campaign.regime import require_fit, require_room
 from merging.errors import ClusterError
 from merging.evaluation.memory import EvaluatorMemory
 
+GB = 10**9
+
 
 def test_a_model_that_fits_no_evaluator_is_refused_with_its_bytes_and_what_would():
-    large = EvaluatorMemory(parameters=70, models=282 * 10**9, pool=0, waiting=141 * 10**9)
+    large = EvaluatorMemory(parameters=70, models=282 * GB, pool=0, waiting=141 * GB)
     with pytest.raises(
-        ClusterError, match=r"holds 141 GB \(models 141, .*its 1 GPUs have 80 GB: set resources.gpus: 2$"
+        ClusterError,
+        match=r"gpus: 1 would hold 141 GB on one GPU \(of models 141, .*has 80 GB for it: set resources.gpus: 2$",
     ):
-        require_fit(large, 1.0, 80 * 10**9)
-    require_fit(large, 2.0, 160 * 10**9)
+        require_fit(large, 1.0, 80 * GB)
+    require_fit(large, 2.0, 80 * GB)
     require_fit(large, 1.0, 0)
-    resident = EvaluatorMemory(parameters=7, models=27 * 10**9, pool=121 * 10**9, waiting=0)
+    resident = EvaluatorMemory(parameters=7, models=27 * GB, pool=121 * GB, waiting=0)
+    with pytest.raises(ClusterError, match=r"has 40 GB for it: set resources.gpus: 4 or resources.regime: sharded"):
+        require_fit(resident, 0.5, 40 * GB)
+
+
+def test_an_engine_s_weights_are_spread_and_what_is_merged_beside_it_lies_on_the_first_gpu():
+    resident = EvaluatorMemory(parameters=13, models=52 * GB, pool=50 * GB, waiting=0, engine=28 * GB)
+    require_fit(resident, 2.0, 90 * GB)
     with pytest.raises(
-        ClusterError, match=r"its 0.5 GPUs have 40 GB: set resources.gpus: 2 or resources.regime: sharded"
+        ClusterError, match=r"would hold 90 GB .*set resources.gpus and engine.tensor_parallel: 7 or resources.regime"
     ):
-        require_fit(resident, 0.5, 40 * 10**9)
+        require_fit(resident, 2.0, 80 * GB)
+    fed = EvaluatorMemory(parameters=70, models=282 * GB, pool=0, waiting=141 * GB, engine=146 * GB)
+    require_fit(fed, 2.0, 141 * GB)  # what waits to be handed over lies in main memory
+    with pytest.raises(ClusterError, match=r"would hold 73 GB .*has 40 GB .*engine.tensor_parallel: 4$"):
+        require_fit(fed, 2.0, 40 * GB)
+
+
+def test_without_gpus_what_no_node_holds_is_refused_and_mapped_files_do_not_count():
+    large = EvaluatorMemory(parameters=7, models=54 * GB, pool=1000 * GB, waiting=27 * GB, engine=30 * GB)
+    with pytest.raises(
+        ClusterError,
+        match=r"holds 84 GB \(models 27, candidates that wait 27, engine 30\), and no node has more than 83 GB for it: take "
+        r"nodes of 84 GB, a smaller engine.cache",
+    ):
+        require_room(large, 83 * GB)
+    require_room(large, 84 * GB)
+    require_room(large, 0)

@@ -51,6 +51,10 @@ def test_a_campaign_for_gpus_that_the_cluster_has_not_is_refused_before_statisti
         ({"accelerator_type": "H100"}, r"no node has accelerator type H100: the cluster's accelerator types are none"),
         ({"labels": {"market": "spot"}}, "no node has label market=spot"),
         ({"gpus": 4}, r"an evaluator of 4 GPUs fits no node: the largest has 0; lower resources.gpus"),
+        (
+            {"memory": 1e5},
+            r"an evaluator that asks for 1e\+05 GB fits no node: the most that one lends is .*resources.memory",
+        ),
     ):
         with pytest.raises(ClusterError, match=says):
             rows(campaign_file, tmp_path, "refused", **{"evaluators": None, **settings})

@@ -71,14 +71,15 @@ def test_a_running_campaign(directory):
 
 def test_what_takes_long_is_told_beside_what_is_usual(directory):
     entry = {"candidate": "c9", "split": "validation", "method": "ties", "members": ["one", "two"], "seconds": 100.0}
+    entry["share"] = 0.625
     Ledger(directory.ledger, "tiny").extend([row(20 + n, merge_seconds=1.0, evaluate_seconds=n) for n in range(3)])
     with heartbeat(directory.path, pulse(under_way=lambda: [entry] * 99), every=0.05):
         time.sleep(0.2)
         status = read_status(directory.path)
     assert (status.under_way[0], len(status.under_way), status.typical_seconds) == (entry, 32, 2.0)
-    assert "longest under way: ties of one, two (c9), 100 s, of 2.0 s as a rule" in status.as_text()
+    assert "longest under way: ties of one, two (c9), 100 s, 62% done, of 2.0 s as a rule" in status.as_text()
     assert read_status(directory.path).under_way == []
-    for damaged in ([3], [{}], 7, [{**entry, "seconds": "x"}]):
+    for damaged in ([3], [{}], 7, [{**entry, "seconds": "x"}], [{**entry, "share": []}]):
         text = json.loads(Path(directory.path, FILE).read_text()) | {"under_way": damaged}
         Path(directory.path, FILE).write_text(json.dumps(text))
         assert read_status(directory.path).under_way == []

@@ -100,6 +100,15 @@ def test_tied_weights_stay_tied(tmp_path):
     assert float(model.cls.predictions.decoder.weight[0, 0]) == 3.0
 
 
+def test_how_far_a_measurement_is_is_told(live):
+    told = []
+    live.measure(base_recipe(), "validation", progress=told.append)
+    assert told == [0.5, 1.0]  # by task
+    told.clear()
+    live.measure(base_recipe(), "validation", 25, EvaluationPlan(10), told.append)
+    assert told == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.9, 1.0])  # by examples of both
+
+
 def test_steps_end_where_the_whole_ends(live):
     recipe = Recipe("task_arithmetic", {"one": 0.5, "two": 0.5})
     whole = live.measure(recipe, "validation", limit=25)

@@ -76,7 +76,7 @@ def test_what_is_created_stays(root):
     assert storage.list_dir(addresses.join(root, "below")) == ["once.json"]
 
 
-@pytest.mark.parametrize("root", ["local", "moto"], indirect=True)
+@pytest.mark.parametrize("root", ["local", "moto", "gcs"], indirect=True)
 def test_of_many_at_once_one_creates(root):
     path = addresses.join(root, "raced")
     with ThreadPoolExecutor(16) as racers:
