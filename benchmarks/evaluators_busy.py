@@ -9,7 +9,8 @@ a small machine; pool, executor and driver are the campaign's own. With it they 
 small encoders (four members, data-free methods) and evaluates them. Each is a process with torch, of 300 MB; where they share
 cores, a candidate takes as long as its share of them. With `--forked` each is a light actor with a campaign's own evaluator in
 a process beside it, a fork of one that has imported all: it shares the imports' memory, and has its own models and merges.
-`MB each` is memory that no other process shares, of both. `busy` is the time that
+`MB each` is memory that no other process shares, of both. They have less
+priority than the driver, which on a cluster has a core to itself. `busy` is the time that
 evaluators slept or were at work, over all evaluators and the whole run from the first candidate handed out to the last row;
 the last round, in which some have nothing left to do, is in it.
 """
@@ -165,6 +166,7 @@ def fork_server(place: Path, setup: Setup) -> Iterator[tuple[str, int]]:
 def fork_for_all(listener: Listener, setup: Setup) -> None:
     """Measures a candidate, then forks for everyone who connects."""
     try:
+        os.nice(15)  # as Ray's own workers: on a cluster they take nothing of the driver's core
         first = Recipe("ties", dict.fromkeys(setup.members, 0.5))
         assert Merging(setup, 1).measure(Assignment("", first, "validation")).error is None
         gc.collect()

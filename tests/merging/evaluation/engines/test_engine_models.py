@@ -1,5 +1,9 @@
 """A real vLLM engine beside transformers: `make test-vllm`."""
 
+import multiprocessing
+import os
+import signal
+
 import pytest
 import torch
 
@@ -7,7 +11,7 @@ from merging.checkpoints.pool import Pool
 from merging.errors import EngineError, EngineLostError
 from merging.evaluation.engines import EngineSettings
 from merging.evaluation.engines.engine_models import EngineModels
-from merging.evaluation.engines.vllm_engine import VllmEngine
+from merging.evaluation.engines.vllm_engine import VllmEngine, require_vllm
 from merging.evaluation.live_models import LiveModels
 from merging.evaluation.steps import EvaluationPlan
 from merging.mergers.material import Material
@@ -30,14 +34,14 @@ RECIPES = [
 ]
 
 
-def both(root, **settings):
+def both(root, engine=VLLM, **settings):
     paths = write_pool(root, **settings)
     pool = Pool.open(paths["base"], {name: paths[name] for name in ("one", "two")})
     data = {"validation": write_examples(root / "data.parquet")}
     tasks = [make_task(name, CausalLMSettings(**result), paths["one"]) for name, result in task_settings(data).items()]
     owners = {task.name: "one" for task in tasks}
     live = LiveModels(Material(pool), tasks, owners, CPU)
-    return live, lambda: EngineModels(Material(pool), tasks, owners, CPU, VLLM)
+    return live, lambda: EngineModels(Material(pool), tasks, owners, CPU, engine)
 
 
 def test_an_engine_scores_every_candidate_as_transformers_does(tmp_path):
@@ -133,3 +137,24 @@ def test_an_engine_of_a_16_bit_pool(tmp_path):
     for recipe in RECIPES[:3]:
         expected, result = live.measure(recipe, "validation"), engine.measure(recipe, "validation")
         assert result.scores["likelihood"].value == pytest.approx(expected.scores["likelihood"].value, abs=0.05)
+
+
+def test_a_model_that_no_engine_serves_is_named():
+    with pytest.raises(EngineError, match=r"vLLM serves no CTRLLMHeadModel: leave out `engine: vllm`"):
+        require_vllm({"architectures": ["CTRLLMHeadModel"]})
+    with pytest.raises(EngineError, match=r"serves no model whose config.json has no `architectures`"):
+        require_vllm({})
+
+
+@pytest.mark.slow
+def test_an_engine_of_two_processes_scores_as_one_and_is_lost_with_either(tmp_path):
+    live, make = both(tmp_path, EngineSettings(kind="vllm", bucket=1, cache=0.1, tensor_parallel=2), tied=True)
+    engine = make()
+    for recipe in RECIPES[2:]:
+        expected, result = live.measure(recipe, "validation"), engine.measure(recipe, "validation")
+        for task, score in expected.scores.items():
+            assert result.scores[task].value == pytest.approx(score.value, rel=1e-4, abs=1e-4), (recipe, task)
+    (*_, worker) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(EngineLostError, match="the engine has died"):
+        engine.measure(RECIPES[2], "validation")
