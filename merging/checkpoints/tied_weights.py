@@ -14,6 +14,9 @@ from merging.checkpoints.view import View
 from merging.errors import CheckpointError
 from merging.io import addresses, fact_cache
 
+UNTIED = ("token_type_embeddings.weight", "position_embeddings.weight")
+"""Ends of names that no model of transformers ties, whatever else has their shape (a head of two classes)."""
+
 
 def settle_ties(
     base: Checkpoint, members: Mapping[str, Checkpoint], notes: list[str]
@@ -145,7 +148,7 @@ def _may_share(checkpoints: Mapping[str, Checkpoint]) -> bool:
     shapes: dict[tuple[int, ...], set[str]] = defaultdict(set)
     for checkpoint in checkpoints.values():
         for end, shape in checkpoint.outside_layers():
-            if len(shape) == 2:
+            if len(shape) == 2 and end not in UNTIED:
                 shapes[shape].add(end)
     return any(len(endings) > 1 for endings in shapes.values())
 
