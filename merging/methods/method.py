@@ -52,20 +52,21 @@ class Parameter:
             MethodError: It is of another type, not finite, no whole number where one is needed, out of bounds, or not among
                 the choices.
         """
+        shown = repr(value)[:100]
         if self.choices is not None:
             for choice in self.choices:
                 # as the choice is written, so that 2.0 and 2 are one merge; True is no number
                 if value == choice and not (isinstance(value, bool) and not isinstance(choice, bool)):
                     return choice
-            raise MethodError(f"{name} = {value!r} is not one of {', '.join(map(repr, self.choices))}")
+            raise MethodError(f"{name} = {shown} is not one of {', '.join(map(repr, self.choices))}")
         if isinstance(self.default, str):
             if not isinstance(value, str):
-                raise MethodError(f"{name} = {value!r} is no text")
+                raise MethodError(f"{name} = {shown} is no text")
             return value
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise MethodError(f"{name} = {value!r} is not a number")
+            raise MethodError(f"{name} = {shown} is not a number")
         if not abs(value) <= LARGEST:
-            raise MethodError(f"{name} = {value!r} is not a finite number")
+            raise MethodError(f"{name} = {shown} is not a finite number")
         if (self.minimum is not None and value < self.minimum) or (self.maximum is not None and value > self.maximum):
             low = "−∞" if self.minimum is None else f"{self.minimum:g}"
             high = "∞" if self.maximum is None else f"{self.maximum:g}"

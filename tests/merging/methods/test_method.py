@@ -77,3 +77,10 @@ def test_parameters_of_single_members_survive_completion_under_a_modifier():
     result = METHODS["lines+della"].complete(Recipe("lines+della", {"movie": 1.0}, {"density@movie": 0.7}))
     assert result.parameters["density@movie"] == 0.7
     assert METHODS["lines+della"].complete(result) == result
+
+
+@pytest.mark.parametrize("parameters", [{"density": "0" * 9999}, {"trim": "0" * 9999}])
+def test_values_are_shown_in_brief(parameters):
+    with pytest.raises(MethodError) as caught:
+        METHODS["ties"].complete(Recipe("ties", {"a": 1.0}, parameters))
+    assert len(str(caught.value)) < 300
