@@ -34,7 +34,9 @@ are the same. *Control* and *Ours* begin what no paper says: a look at why somet
 READINGS = {
     ("gradient_matching.removal", "continued"): (
         "The others' loss is the pool's: all members learnt one task, and each vector holds what they share. The domain that "
-        "is taken out loses 1.6 to 3 times as much as the others, so removal is selective here, but not free."
+        "is taken out loses 1.6 to 3 times as much as the others by task arithmetic, so removal is selective, but not free. "
+        "Gradient matching with `clamp` is at chance whatever is removed: where H₀ + Σ α H is raised to δ, the numerator "
+        "(H₀ + H) τ is not, so entries of large curvature move by many times τ. Without it such a removal is refused."
     ),
     ("gradient_matching.table_1", "continued"): (
         "At α = 1 the vectors of three members add up, which goes too far on this pool; task arithmetic loses more by it. At "
@@ -54,12 +56,18 @@ READINGS = {
         "alone (ρ = 0) have 63.0."
     ),
     ("regmean.table_8", "sentiment"): (
-        "The β beside ρ = 0.9 is the best of three on the same test examples, so it is favoured by chance."
+        "The β beside ρ = 0.9 is the best of three on the same test examples, but validation chooses the same one. With ρ = 1 "
+        "there is no difference either: on this pool the off-diagonal entries do no harm that is worth damping."
+    ),
+    ("quality_diversity.figure_1", "sentiment"): (
+        "Centred representations of four members lie in three dimensions: 3.01 is all that there is, where 3.18 of 4 are told "
+        "apart without centring. On *parts*, whose members are alike, centring tells more of them apart."
     ),
     ("quality_diversity.table_1", "sentiment"): (
         "The score is the mean over the domains of all members, so that a subset gives away what only the others know. There "
         "are six pairs of four members, and the process draws one of them. On *parts*, whose members share one task, the same "
-        "process is far above random subsets. For unseen domains none of this holds: there it chose worse than chance."
+        "process is far above random subsets. For unseen domains none of this holds: there it chose worse than chance. With "
+        "equal q and centred S, the controls, it is where random subsets are: q is what chooses badly here."
     ),
     ("quality_diversity.table_2", "images"): (
         "The subset lacks a member whose own images are a quarter of the score. Against random subsets, which lack one, too, "
