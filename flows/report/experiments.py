@@ -83,7 +83,7 @@ def _read(path: str) -> pd.DataFrame:
         raise SettingsError(f"{path} is no result of an experiment: it lacks the columns {', '.join(missing)}")
     if frame.empty:
         raise SettingsError(f"{path} is a result without rows")
-    drawn = frame[(frame.kind == "figure") & (frame["plot"] != "none")]
+    drawn = frame[(frame.kind == "figure") & (frame["plot"] != "none") & (frame.quantity == SCORE)]
     if not pd.api.types.is_numeric_dtype(frame.value) or not _numeric(drawn.x):
         raise SettingsError(f"{path} is no result of an experiment: its `value`, or `x` of what is drawn, is no number")
     return frame
