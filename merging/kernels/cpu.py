@@ -3,7 +3,7 @@
 Every function has a counterpart in torch that gives the same up to the rounding of float32 and that takes what this one does
 not: other dtypes, other devices, machines without LLVM or without instructions for float16. Where its loop cannot be compiled,
 a function says so (False, or None) and has done nothing. Which of the two merges a weight depends on its dtypes and its device
-alone, so that stretches and shards of it are merged as the whole is.
+alone, so that chunks and shards of it are merged as the whole is.
 """
 
 from collections.abc import Iterator, Sequence

@@ -79,7 +79,7 @@ def merge_to_disk(
     share = max(max_bytes // ((threads + 1) * 4 * (len(pool.members) + 1)), 1)
     outlines = [(name, merger.dtype(name), info.shape) for name, info in pool.base.tensors.items()]
     shards = lay_out(outlines, max_shard_bytes)
-    parts = partition(pool, shards, min(share, PART_ENTRIES), stretches=merger.can_stretch)
+    parts = partition(pool, shards, min(share, PART_ENTRIES), chunks=merger.can_chunk)
     merger.global_pass(parts, share, threads)
     done, total = 0, sum(part.entries for part in parts)
     with new_checkpoint(path, shards, like=pool.base, extra=_small(pool, dtype, extra)) as files:
@@ -135,7 +135,7 @@ def merge_on_device(
         ) from error
     outlines = [(name, merger.dtype(name), info.shape) for name, info in pool.base.tensors.items()]
     shards = lay_out(outlines, max_shard_bytes)
-    for part in partition(pool, shards, PART_ENTRIES, stretches=False):
+    for part in partition(pool, shards, PART_ENTRIES, chunks=False):
         for name in part.names:
             if name in out and not is_finite(out[name]):
                 raise merger.unusable(part, name)
@@ -205,8 +205,8 @@ class _Merger:
         self._is_cached = all(c.is_cached for c in checkpoints)
 
     @property
-    def can_stretch(self) -> bool:
-        """Whether a weight may be merged in stretches, and reading one costs no more than the stretch."""
+    def can_chunk(self) -> bool:
+        """Whether a weight may be merged in chunks, and reading one costs no more than the chunk."""
         members = self.pool.members.values()
         sources = (self.pool.base, *(member.checkpoint for member in members))
         return self.method.is_elementwise(self._recipe.parameters) and all(c.is_mapped for c in sources)
@@ -252,7 +252,7 @@ class _Merger:
 
     def _merge(self, part: Part, put: Write) -> None:
         """Merges a part in this thread's buffer, and hands it over."""
-        out, stretches = self._room(part)
+        out, extents = self._room(part)
         for names, scaling in split(out, self._recipe) if out else ():
             weights = list(self._weights(part, names))
             context = Context(self.material.examples, self._global_stats, self.pool.model_type)
@@ -263,14 +263,14 @@ class _Merger:
         for name, value in out.items():
             if not is_finite(value):
                 raise self.unusable(part, name)
-        pieces: list[tuple[int, int, Tensor | str]] = [(place, value.nbytes, value) for place, value in stretches]
+        pieces: list[tuple[int, int, Tensor | str]] = [(place, value.nbytes, value) for place, value in extents]
         kept = [part.shard.tensors[name] for name in part.names if name not in out]
         pieces += [(info.start, info.nbytes, info.name) for info in kept]
         for place, _, piece in sorted(pieces, key=itemgetter(0, 1)):  # some files are written in order
             put(place, self.pool.base.read(piece) if isinstance(piece, str) else piece)
 
     def _weights(self, part: Part, names: Sequence[str]) -> Iterator[Weight]:
-        """Those of a part's weights that are merged; of a stretch, views of base and members."""
+        """Those of a part's weights that are merged; of a chunk, views of base and members."""
         merged = [name for name in names if name in self.pool.weights]
         for weight in self.material.weights(merged, self.method.kinds, torch.device("cpu"), self.method.extras):
             if part.stop is None:
@@ -302,21 +302,21 @@ class _Merger:
         if part.stop is not None:
             shapes = dict.fromkeys(shapes, (part.entries,))
         places: list[tuple[str, int, int]] = []
-        stretches: list[list[int]] = []
+        extents: list[list[int]] = []
         end = 0
         for name, shape in shapes.items():
             width = self.dtype(name).itemsize
             place, need = part.shard.tensors[name].start + part.start * width, torch.Size(shape).numel() * width
-            if not stretches or place != sum(stretches[-1][::2]):
+            if not extents or place != sum(extents[-1][::2]):
                 end += (place - end) % BLOCK
-                stretches.append([place, end, 0])
+                extents.append([place, end, 0])
             places.append((name, end, end + need))
-            stretches[-1][2] += need
+            extents[-1][2] += need
             end += need
         room = self._own.scratch.take("out", end + BLOCK, device=torch.device("cpu"), dtype=torch.uint8)
         room = room[-room.data_ptr() % BLOCK :]
         out = {name: room[start:stop].view(self.dtype(name)).view(shapes[name]) for name, start, stop in places}
-        return out, [(place, room[start : start + need]) for place, start, need in stretches]
+        return out, [(place, room[start : start + need]) for place, start, need in extents]
 
     def _announce(self, part: Part) -> None:
         """Has the system start to read a part, unless an earlier look left it mapped, or it is in memory anyway."""

@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Part:
-    """Some tensors that follow each other in an output file, or a stretch of one; the unit of work.
+    """Some tensors that follow each other in an output file, or a chunk of one; the unit of work.
 
     Args:
         shard: The output file.
@@ -32,14 +32,14 @@ class Part:
     stop: int | None = None
 
 
-def partition(pool: Pool, shards: Sequence[FileLayout], most: int, *, stretches: bool) -> list[Part]:
+def partition(pool: Pool, shards: Sequence[FileLayout], most: int, *, chunks: bool) -> list[Part]:
     """All tensors of the output files, cut into parts.
 
     Args:
         pool: Base and members.
         shards: Layout of the output files.
         most: Entries of a part.
-        stretches: Cut larger weights into stretches, instead of giving each a part of its own.
+        chunks: Cut larger weights into chunks, instead of giving each a part of its own.
     """
     parts: list[Part] = []
     for shard in shards:
@@ -50,7 +50,7 @@ def partition(pool: Pool, shards: Sequence[FileLayout], most: int, *, stretches:
             if names and filled + size > most:
                 parts.append(Part(shard, tuple(names), filled))
                 names, filled = [], 0
-            if stretches and size > most:
+            if chunks and size > most:
                 for start in range(0, size, most):
                     stop = min(start + most, size)
                     parts.append(Part(shard, (name,), stop - start, start, stop))

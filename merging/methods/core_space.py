@@ -38,7 +38,7 @@ class CoreSpace(Modified):
         return FactorStatistics({weight.name: _grams(weight) for weight in weights if _has_factors(weight)})
 
     def sample(self, weights: Iterable[Weight], parameters: Mapping[str, Value]) -> "FactorStatistics":
-        """The survey."""
+        """The global pass."""
         return self.global_pass(weights)
 
     def combine(self, first: "FactorStatistics | None", second: "FactorStatistics | None") -> "FactorStatistics":
@@ -146,7 +146,7 @@ class PreparedCore(Prepared):
     Args:
         weights: The weights to merge.
         inner: The method that merges cores.
-        survey: Of the whole model.
+        global_stats: Of the whole model.
         context: What else is known of it.
     """
 

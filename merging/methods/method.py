@@ -93,7 +93,7 @@ class Weight:
         factors: Member → L [rows, r] and R [r, columns] whose product is the member's task vector as it is stored, of a LoRA
             adapter; r = 0 where it leaves the weight alone, and absent where it holds it in full. Only where the method's
             `extras` name it.
-        start: Flat index of the first entry, where this is a stretch [n] of a larger weight and not the whole.
+        start: Flat index of the first entry, where this is a chunk [n] of a larger weight and not the whole.
     """
 
     name: str
@@ -183,9 +183,9 @@ class Method(ABC):
     per_member: ClassVar[tuple[str, ...]] = ()
     """Parameters that a recipe may give for one member alone, as `density@amazon`, beside or instead of one for all."""
     elementwise: ClassVar[bool] = False
-    """Whether, given the global statistics, an entry's merge needs no other entry, so that a weight may be merged in stretches.
+    """Whether, given the global statistics, an entry's merge needs no other entry, so that a weight may be merged in chunks.
 
-    `global_pass` and `combine` then take stretches, too: two of one weight add up."""
+    `global_pass` and `combine` then take chunks, too: two of one weight add up."""
 
     def is_elementwise(self, parameters: Mapping[str, Value]) -> bool:
         """Whether a merge with these parameters is: some ask for whole rows, or for a whole weight's norm."""
@@ -211,7 +211,7 @@ class Method(ABC):
     def global_pass(self, weights: Iterable[Weight]) -> Any:
         """Facts about all weights of the model that merging any of them needs (a norm, a histogram).
 
-        Surveys of parts are combined with `combine`, so that the parts may lie on different machines.
+        Those of parts are combined with `combine`, so that the parts may lie on different machines.
         """
         return None
 

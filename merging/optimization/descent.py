@@ -35,7 +35,7 @@ class DescentSettings(BaseModel):
     batch: int = Field(16, ge=1, description="Examples per task and step, in turn from the whole split.")
     learning_rate: float = Field(0.05, gt=0, description="Of Adam, for every scaling factor.")
     waypoints: int = Field(
-        2, ge=1, description="Recipes that come of it: factors averaged over so many equal stretches."
+        2, ge=1, description="Recipes that come of it: factors averaged over so many equal parts of the steps."
     )
 
 
@@ -44,8 +44,8 @@ class Waypoint:
     """Where a descent came by.
 
     Args:
-        recipe: Start's method and parameters with the factors averaged over a stretch of steps.
-        loss: Mean loss over that stretch.
+        recipe: Start's method and parameters with the factors averaged over a part of the steps.
+        loss: Mean loss over that part.
         examples: Examples that were run forward and backward up to its end.
     """
 
@@ -90,7 +90,7 @@ def descend(
     adam = torch.optim.Adam([factors], lr=settings.learning_rate)
     batches = [Endless(task, "train" if settings.loss == "distil" else "validation", settings.batch) for task in tasks]
     waypoints: list[Waypoint] = []
-    stretch: list[tuple[Tensor, float]] = []
+    recent: list[tuple[Tensor, float]] = []
     examples = 0
     for step in range(settings.steps):
         recipe = Recipe(complete.method, _scaling(keys, factors.detach()), complete.parameters)
@@ -105,14 +105,14 @@ def descend(
             for index, member in enumerate(basis.members):
                 factors.grad[keys.index(places[name][member])] += products[index]
         adam.step()
-        stretch.append((factors.detach().clone(), loss))
+        recent.append((factors.detach().clone(), loss))
         if (step + 1) * settings.waypoints // settings.steps > len(waypoints):
-            mean = torch.stack([kept for kept, _ in stretch]).mean(0)
-            away = sum(kept for _, kept in stretch) / len(stretch)
+            mean = torch.stack([kept for kept, _ in recent]).mean(0)
+            away = sum(kept for _, kept in recent) / len(recent)
             waypoints.append(
                 Waypoint(Recipe(complete.method, _scaling(keys, mean), complete.parameters), away, examples)
             )
-            stretch = []
+            recent = []
         progress(step + 1, settings.steps)
     return waypoints
 

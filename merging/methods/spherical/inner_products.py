@@ -14,7 +14,7 @@ Products = Mapping[str, Tensor]
 
 
 def inner_products(weights: Iterable[Weight]) -> Products:
-    """Inner products of base and task vectors of whole weights, or of stretches of them.
+    """Inner products of base and task vectors of whole weights, or of chunks of them.
 
     Some ten thousand float32 products are summed in float32, and these sums in float64: as exact as the task vectors, at a
     third of the cost of float64 throughout.

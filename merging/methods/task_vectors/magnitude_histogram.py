@@ -77,7 +77,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class BandCounts:
-    """The entries of one member's task vector in a band, pattern by pattern, in one stretch of a weight.
+    """The entries of one member's task vector in a band, pattern by pattern, in one chunk of a weight.
 
     Args:
         above: Number of entries above the band.

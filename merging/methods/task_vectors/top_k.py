@@ -47,7 +47,7 @@ SEED, EVERYBODY = 0, ""
 NOTHING = torch.empty(0, dtype=torch.int16)
 
 Place = tuple[str, int]
-"""A stretch of a weight that is looked at in one go: the weight's name, the flat index of the first entry."""
+"""A chunk of a weight: the weight's name, the flat index of the first entry."""
 Question = tuple[str, str, Band]
 """A band to be counted by all bits: the weight's name ("" for the whole model), the member, the band."""
 
@@ -61,14 +61,14 @@ class MagnitudeStatistics:
 
     Args:
         histograms: Weight → member → magnitudes.
-        stretched: Weights that were passed over in several stretches.
-        tallies: Bands that were counted by all bits, stretch by stretch.
+        chunked: Weights that were passed over in several chunks.
+        tallies: Bands that were counted by all bits, chunk by chunk.
         sampled: Member → magnitudes of a sample of the whole model's entries; the same entries of all.
         sampled_from: Number of entries that were sampled from.
     """
 
     histograms: Mapping[str, Mapping[str, Histogram]] = field(default_factory=dict)
-    stretched: frozenset[str] = frozenset()
+    chunked: frozenset[str] = frozenset()
     tallies: Mapping[Question, Mapping[Place, BandCounts]] = field(default_factory=dict)
     sampled: Mapping[str, Sample] = field(default_factory=dict)
     sampled_from: int = 0
@@ -110,7 +110,7 @@ class MagnitudeStatistics:
 
     def is_open(self, group: str, member: str) -> bool:
         """Whether a bin's count does not say which of its entries stay."""
-        several = group in self.stretched if group else bool(self.stretched)
+        several = group in self.chunked if group else bool(self.chunked)
         return not self.histograms or several or bool(self.ranked(group, member)[0].dropped)
 
     def misses(self, question: Question, keep: int) -> bool:
@@ -128,7 +128,7 @@ class MagnitudeStatistics:
 
     def _open_questions(self, densities: Sequence[float], whole: bool) -> Missing | None:
         questions: dict[str, list[tuple[str, Band]]] = {}
-        for group in [""] if whole else sorted(self.stretched):
+        for group in [""] if whole else sorted(self.chunked):
             for member in self.members:
                 for density in densities:
                     keep = self.kept(group, member, density)
@@ -194,7 +194,7 @@ KEEP_ALL = Cut(0.0, 0.0, LEVELS)
 
 
 def global_pass(weights: Iterable[Weight]) -> MagnitudeStatistics:
-    """Histograms of the task vectors of some weights, or stretches of weights."""
+    """Histograms of the task vectors of some weights, or chunks of weights."""
     scratch = Scratch()
     total = MagnitudeStatistics()
     for weight in weights:
@@ -204,13 +204,13 @@ def global_pass(weights: Iterable[Weight]) -> MagnitudeStatistics:
 
 
 def sample(weights: Iterable[Weight]) -> MagnitudeStatistics:
-    """Histograms of a sample of the task vectors' entries in some weights, or stretches of weights, taken together."""
+    """Histograms of a sample of the task vectors' entries in some weights, or chunks of weights, taken together."""
     drawn, size = samples(weights)
     return MagnitudeStatistics(sampled=drawn, sampled_from=size)
 
 
 def combine(first: MagnitudeStatistics | None, second: MagnitudeStatistics | None) -> MagnitudeStatistics:
-    """What is known of both; two stretches of one weight add up."""
+    """What is known of both; two chunks of one weight add up."""
     one, other = first or MagnitudeStatistics(), second or MagnitudeStatistics()
     both = one.histograms.keys() & other.histograms.keys()
     joined = {
@@ -224,7 +224,7 @@ def combine(first: MagnitudeStatistics | None, second: MagnitudeStatistics | Non
     drawn = {m: pooled(one.sampled[m], other_sample) for m, other_sample in other.sampled.items() if m in one.sampled}
     return MagnitudeStatistics(
         {**one.histograms, **other.histograms, **joined},
-        one.stretched | other.stretched | both,
+        one.chunked | other.chunked | both,
         counted,
         {**one.sampled, **other.sampled, **drawn},
         one.sampled_from + other.sampled_from,
@@ -237,7 +237,7 @@ def second_pass(
     """The bands in which densities are reached, counted by all bits, in some weights.
 
     Args:
-        weights: Some of the weights passed over, or stretches.
+        weights: Some of the weights passed over, or chunks.
         known: Of all weights.
         densities: Shares of entries that stay.
         whole: Of the whole model, not of each weight. A weight that is looked at as a whole needs no refinement of its own.
@@ -310,11 +310,11 @@ class Trimmer:
         return round(density * int(self._global_stats.histograms[weight][member].counts.sum()))
 
     def _tallies(self, group: str, member: str, band: Band) -> Mapping[Place, BandCounts] | None:
-        """A band's entries by all bits, stretch by stretch; None where not all are known."""
+        """A band's entries by all bits, chunk by chunk; None where not all are known."""
         if (known := self._global_stats.tallies.get((group, member, band))) is not None:
             return known
         names = self._global_stats.names(group)
-        if any(name in self._global_stats.stretched or (name, 0) not in self._weights for name in names):
+        if any(name in self._global_stats.chunked or (name, 0) not in self._weights for name in names):
             return None
         return {(name, 0): tallies(self._weights[name, 0], [(member, band)], self._scratch)[0] for name in names}
 

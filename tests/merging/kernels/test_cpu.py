@@ -107,7 +107,7 @@ def test_task_vectors_merge_as_torch_has_it(method, parameters, kinds, steps, me
 
 
 @pytest.mark.parametrize("entries", ["all", "elected"])
-def test_stretches_are_bit_for_bit_the_whole(entries, merge):
+def test_chunks_are_bit_for_bit_the_whole(entries, merge):
     weights = pool((HALF, FULL), sizes=(3001,))
     scaling = {"m0": 0.9, "m1": -0.4, "m3": 0.31}
     for method, parameters in (("dare", {"entries": entries}), ("task_arithmetic", {})):

@@ -31,7 +31,7 @@ def test_masks_differ_by_seed_member_and_weight_and_by_nothing_else(merge):
         assert abs(float((plain == (other != 0)).float().mean()) - 0.5) < 0.02
 
 
-def test_a_stretch_of_a_weight_has_the_whole_weight_s_mask(merge):
+def test_a_chunk_of_a_weight_has_the_whole_weight_s_mask(merge):
     whole = merge("dare", ones(size=1000), {"a": 1.0})["w"]
     for start, stop in ((0, 10), (10, 333), (333, 1000)):
         part = replace(ones(size=stop - start)[0], start=start)

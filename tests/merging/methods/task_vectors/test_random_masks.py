@@ -47,7 +47,7 @@ def test_members_weights_and_seeds_know_nothing_of_one_another():
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 1), (1, 2), (7, 1000), (8, 999), (2**33 - 5, 2**33 + 6)])
-def test_a_stretch_has_the_whole_s_numbers(start, stop):
+def test_a_chunk_has_the_whole_s_numbers(start, stop):
     first = start - start % 2
     assert np.array_equal(
         numbers(start=start, stop=stop), numbers(start=first, stop=stop + 3)[start - first :][: stop - start]

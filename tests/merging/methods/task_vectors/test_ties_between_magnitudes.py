@@ -58,7 +58,7 @@ def test_no_layer_and_no_row_is_favoured(method, parameters, density, path, laye
 
 
 @pytest.mark.parametrize(("method", "parameters", "density"), CASES)
-def test_loops_torch_stretches_and_order_keep_the_same_entries(method, parameters, density, layers, merge, subset):
+def test_loops_torch_chunks_and_order_keep_the_same_entries(method, parameters, density, layers, merge, subset):
     weights = subset(layers, ["a"])
     whole = kept(weights, merge(method, weights, {"a": 1.0}, parameters))
     wide = [replace(w, base=w.base.double(), members={"a": w.members["a"].double()}) for w in weights]

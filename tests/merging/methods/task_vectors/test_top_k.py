@@ -63,8 +63,8 @@ def test_equal_magnitudes_of_either_sign_are_settled_by_chance():
     assert not torch.equal(result["a"], result["b"])
 
 
-def stretches(weights, size):
-    """Every weight in stretches of at most this many entries."""
+def chunks(weights, size):
+    """Every weight in chunks of at most this many entries."""
     return [
         replace(w, base=w.base[i : i + size], members={m: v[i : i + size] for m, v in w.members.items()}, start=i)
         for w in weights
@@ -77,7 +77,7 @@ def stretches(weights, size):
 @pytest.mark.parametrize(("dtype", "steps"), [(torch.float32, None), (torch.float32, 300), (torch.bfloat16, None)])
 def test_parts_that_are_never_together_keep_what_the_whole_keeps(scope, size, dtype, steps, expected):
     weights = model(3, (40_000, 7, 3000, 20_000), dtype, steps)
-    parts = stretches(weights, size)
+    parts = chunks(weights, size)
     global_stats = reduce(top_k.combine, [top_k.global_pass([part]) for part in reversed(parts)])
     answers = [top_k.second_pass([part], global_stats, [0.2, 0.01], whole=scope == "global") for part in parts]
     requested = scope == "global" or size < 40_000
@@ -130,7 +130,7 @@ def test_a_sample_refined_keeps_what_the_whole_keeps(spread, size, dtype, steps,
     monkeypatch.setattr(top_k, "SPREAD", spread)
     monkeypatch.setattr(magnitude_histogram, "PERIOD", 512)
     weights = model(4, (40_000, 7, 3000, 20_000), dtype, steps)
-    parts = stretches(weights, size)
+    parts = chunks(weights, size)
     for density in (1e-6, 0.2, 0.97, 1.0):
         known = reduce(top_k.combine, [top_k.sample([part]) for part in parts])
         looks = 0
