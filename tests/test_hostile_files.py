@@ -28,7 +28,7 @@ from flows.config.recipe_file import load_recipe
 from flows.config.slices_file import load_slices
 from flows.directory import lock
 from flows.directory.campaign_directory import Directory
-from flows.report.test_answers import KeptOutcomes
+from flows.report.test_answers import KeptPredictions
 from merging.checkpoints.adapters.adapter import open_checkpoint
 from merging.checkpoints.adapters.patterns import matches
 from merging.checkpoints.checkpoint import Checkpoint
@@ -460,7 +460,7 @@ def test_kept_arrays(place: Path, content: bytes) -> None:
     path.write_bytes(content)
     anchors, _ = read_or_refused(lambda: Anchors.read(str(path)), str(path))
     assert anchors is None or all(len(own.positions) == len(own.chances) for own in anchors.tasks.values())
-    kept, _ = read_or_refused(lambda: KeptOutcomes(str(place)).read("anchors"), str(path))
+    kept, _ = read_or_refused(lambda: KeptPredictions(str(place)).read("anchors"), str(path))
     assert kept is None or sum(array.nbytes for array in kept.values()) <= len(content)
 
 

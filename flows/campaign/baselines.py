@@ -10,7 +10,7 @@ from flows.campaign.open_campaign import OpenCampaign
 from flows.config.sections import Baseline
 from flows.directory.campaign_directory import Directory
 from flows.directory.progress import Bar, Display
-from flows.report.test_answers import KeptOutcomes
+from flows.report.test_answers import KeptPredictions
 from flows.training.train import Course, lesson, run_courses
 from merging.errors import SettingsError
 from merging.evaluation.steps import Trace
@@ -165,5 +165,5 @@ def _row(recipe: Recipe, split: str, measured: jobs.Measured, directory: Directo
     candidate = Candidate(recipe, split, "reference")
     outcome = Outcome(candidate, Measurement(scores=scores, evaluate_seconds=seconds, trace=trace))
     if split == "test":
-        KeptOutcomes(directory.outcomes).learn(outcome)
+        KeptPredictions(directory.test_predictions).learn(outcome)
     return make_row(outcome, {}, None, provenance)

@@ -29,7 +29,7 @@ from flows.directory.steering import DirectorySteering, forget_stop
 from flows.report.scales import scales_of
 from flows.report.stages import in_a_line, smallest_visible, stages
 from flows.report.table import objective_scale, plain_average
-from flows.report.test_answers import KeptOutcomes
+from flows.report.test_answers import KeptPredictions
 from flows.versions import code_version
 from merging.checkpoints.directories.manifest import require_replaceable
 from merging.errors import MergequestError, SearchError, SettingsError
@@ -243,7 +243,7 @@ def _work(opened: OpenCampaign, directory: Directory, cluster: Cluster, ledger: 
         statistics = joined(statistics, solved)
         prepare_selection(opened, cache_of(opened.campaign), display)
     settings = distillation(opened)
-    kept = KeptOutcomes(directory.validation_outcomes)
+    kept = KeptPredictions(directory.validation_predictions)
     with evaluators(opened, statistics, cluster, display) as executor, executor.planned(kept):
         references = _references(opened, directory, executor, ledger, display)
         measure_baselines(opened, statistics, directory, ledger, _provenance(opened), display)
@@ -309,7 +309,7 @@ def _tell_stages(
     gained = stages(
         ledger.rows(),
         _objective(opened, ledger),
-        KeptOutcomes(directory.validation_outcomes).read,
+        KeptPredictions(directory.validation_predictions).read,
         display.timings,
     )
     times = objective_scale(ledger.rows(), scales_of(opened.campaign.tasks))
@@ -377,7 +377,7 @@ def _search(
         begin, predict = starts(opened, statistics, opened.space(selection.subsets), directory, display)
     space = opened.space(selection.subsets, [start.recipe for start in begin])
     objective, split = _objective(opened, ledger), search_split(opened)
-    kept = KeptOutcomes(directory.validation_outcomes)
+    kept = KeptPredictions(directory.validation_predictions)
 
     def least() -> float:
         """By how much a proposal must be better to count as an improvement."""
@@ -404,7 +404,7 @@ def _search(
             else f"Search: {settings.candidates} candidates"
         ),
         executor.planned(
-            KeptOutcomes(directory.validation_outcomes, make_planner(opened, objective, directory, ledger))
+            KeptPredictions(directory.validation_predictions, make_planner(opened, objective, directory, ledger))
         ),
         display.bar("candidates", max(settings.candidates, done), may_stop=False) as bar,
     ):
@@ -469,7 +469,7 @@ def _test(
     total = len({recipe.identity for recipe in chosen})
     with (
         display.phase(f"Test: {total} models, once"),
-        executor.planned(KeptOutcomes(directory.outcomes)),
+        executor.planned(KeptPredictions(directory.test_predictions)),
         display.bar("models", total, may_stop=False) as bar,
     ):
         retries, steering = opened.campaign.resources.retries, display.pulse.steering

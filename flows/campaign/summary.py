@@ -19,7 +19,7 @@ from flows.report.page import Facts, render
 from flows.report.scales import scales_of
 from flows.report.significance import Compared
 from flows.report.table import TableRow
-from flows.report.test_answers import KeptOutcomes
+from flows.report.test_answers import KeptPredictions
 from merging.errors import MergequestError, SettingsError
 from merging.io import addresses, atomic, documents, storage
 from search.ledger.ledger import Ledger
@@ -49,7 +49,7 @@ def write_report(path: str) -> str:
         tasks=list(campaign.tasks),
         selection=documents.read_as(chosen, Selection.from_dict) if storage.exists(chosen) else None,
         facts=facts(directory, campaign, ledger.rows()),
-        outcomes=KeptOutcomes(directory.outcomes).read,
+        predictions=KeptPredictions(directory.test_predictions).read,
     )
     atomic.write_text(directory.report, page)
     return directory.report
@@ -81,7 +81,7 @@ def tables_as_rich(directory: Directory, campaign: Campaign, width: int) -> list
 def _tables(directory: Directory, campaign: Campaign) -> tuple[list[TableRow], list[Compared]]:
     rows = Ledger(directory.ledger, campaign.name).rows()
     lines = table.results_table(rows, list(campaign.tasks), scales_of(campaign.tasks))
-    return lines, significance.compare(lines, KeptOutcomes(directory.outcomes).read)
+    return lines, significance.compare(lines, KeptPredictions(directory.test_predictions).read)
 
 
 def _stages(directory: Directory, campaign: Campaign) -> tuple[list[stages.Stage], int, float] | None:
@@ -90,7 +90,8 @@ def _stages(directory: Directory, campaign: Campaign) -> tuple[list[stages.Stage
     None where there is nothing to tell: of several objectives, or where a member's own score that the objective divides by
     is not there.
     """
-    rows, values = Ledger(directory.ledger, campaign.name).rows(), KeptOutcomes(directory.validation_outcomes).read
+    rows = Ledger(directory.ledger, campaign.name).rows()
+    values = KeptPredictions(directory.validation_predictions).read
     tasks_of = {member: task for member in campaign.members if (task := campaign.task_of(member))}
     own, expected = (own_scores(rows, tasks_of, "validation", expected=expected) for expected in (False, True))
     settings = campaign.search

@@ -41,12 +41,12 @@ class Directory:
         return self / "ledger"
 
     @property
-    def outcomes(self) -> str:
+    def test_predictions(self) -> str:
         """What models said of single test examples."""
         return self / "outcomes"
 
     @property
-    def validation_outcomes(self) -> str:
+    def validation_predictions(self) -> str:
         """What candidates said of single validation examples."""
         return self / "outcomes-validation"
 

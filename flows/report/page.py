@@ -71,7 +71,7 @@ def render(
     tasks: Sequence[str],
     selection: Selection | None = None,
     facts: Facts | None = None,
-    outcomes: Callable[[str], Values] = lambda _: {},
+    predictions: Callable[[str], Values] = lambda _: {},
 ) -> str:
     """The report as one HTML page that needs no network.
 
@@ -80,12 +80,12 @@ def render(
         tasks: The campaign's tasks, in its order.
         selection: The subsets of members that the search chose among.
         facts: What else to tell.
-        outcomes: Candidate → what was kept of single test examples, for paired differences.
+        predictions: Candidate → what was kept of single test examples, for paired differences.
     """
     given = facts or Facts()
     looks = figures.Palette(rows, given.scales)
     lines = table.results_table(rows, tasks, given.scales)
-    compared = significance.compare(lines, outcomes)
+    compared = significance.compare(lines, predictions)
     ranked = best(rows, len(rows))
     pool = given.members or {member for row in rows for member in row.members}
     estimated = {row.candidate: row for row in best(rows, len(rows), ANCHORS)}

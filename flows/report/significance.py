@@ -53,24 +53,24 @@ class Compared:
     behind: Difference | None
 
 
-def compare(lines: Sequence[TableRow], outcomes: Callable[[str], Values]) -> list[Compared]:
+def compare(lines: Sequence[TableRow], predictions: Callable[[str], Values]) -> list[Compared]:
     """The lines that were measured on both splits, the winner first, then those that were best on validation.
 
     Args:
         lines: The results table.
-        outcomes: Candidate → what was kept of single test examples.
+        predictions: Candidate → what was kept of single test examples.
     """
     winner = next((line for line in lines if line.kind == "winner" and line.mean is not None), None)
     if winner is None:
         return []
-    own, compared = outcomes(winner.row.candidate), []
+    own, compared = predictions(winner.row.candidate), []
     for line in lines:
         validation, test = line.validation, line.mean
         if validation is None or test is None or line.kind == "base":
             continue
         error = hypot(validation.standard_error, test.standard_error)
         change = Cell(test.value - validation.value, error, test.times)
-        behind = None if line is winner else difference(winner, line, own, outcomes(line.row.candidate))
+        behind = None if line is winner else difference(winner, line, own, predictions(line.row.candidate))
         compared.append(Compared(line, validation, test, change, behind))
     return sorted(compared, key=lambda entry: (entry.line is not winner, -entry.validation.value))
 

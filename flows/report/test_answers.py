@@ -11,7 +11,7 @@ from search.candidate import Candidate, Outcome, Planner
 from search.resolution import Values as Values
 
 
-class KeptOutcomes:
+class KeptPredictions:
     """A planner that keeps what each model said of every example, where it is measured on all.
 
     A model's file is written before its row, so that no row goes without.

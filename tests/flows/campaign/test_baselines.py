@@ -14,7 +14,7 @@ from flows.directory.campaign_directory import Directory
 from flows.directory.progress import Display
 from flows.report.scales import scales_of
 from flows.report.table import as_markdown, results_table
-from flows.report.test_answers import KeptOutcomes
+from flows.report.test_answers import KeptPredictions
 from merging.tasks import make_task
 from search.ledger.ledger import Ledger
 from search.objective import best
@@ -49,7 +49,7 @@ def test_baselines_are_rows_that_never_win(tiny_campaign, tmp_path):
     lines = {line.label: line for line in results_table(rows, list(campaign.tasks), scales)}
     assert lines["trained on all data"].mean is not None
     assert lines["winner trained on the validation labels"].validation is None
-    kept = KeptOutcomes(directory.outcomes).read(result["ensemble", "test"].candidate)
+    kept = KeptPredictions(directory.test_predictions).read(result["ensemble", "test"].candidate)
     assert {task: float(values.mean()) for task, values in kept.items()} == pytest.approx(
         result["ensemble", "test"].scores, rel=1e-6
     )

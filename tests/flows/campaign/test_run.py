@@ -23,7 +23,7 @@ from flows.config.campaign_file import load_campaign
 from flows.config.search_settings import WITH_DATA
 from flows.directory.campaign_directory import Directory
 from flows.directory.progress import Display
-from flows.report.test_answers import KeptOutcomes
+from flows.report.test_answers import KeptPredictions
 from merging.checkpoints.checkpoint import Checkpoint
 from merging.errors import LedgerError, MergequestError, PoolError, SettingsError, StatisticsError, TaskError
 from merging.statistics import StatisticsFile
@@ -131,7 +131,7 @@ def test_the_card_and_the_recipe_repeat_the_winner(finished, tmp_path):
 def test_the_winner_is_compared_on_the_same_test_examples(finished):
     directory, text = finished
     tested = [row for row in Ledger(str(directory / "ledger")).rows() if row.split == "test"]
-    kept = KeptOutcomes(str(directory / "outcomes"))
+    kept = KeptPredictions(str(directory / "outcomes"))
     for row in tested:
         values = kept.read(row.candidate)
         assert {task: len(own) for task, own in values.items()} == dict(row.examples)
@@ -446,7 +446,7 @@ def test_the_default_campaign_distils_into_the_best_merge_and_tells_what_each_st
     assert made.parameters["start"] == merges[0].candidate
     assert made.proxies["distil:steps"] == 6.0
     assert made.proxies["distil:examples"] == 54.0
-    kept = KeptOutcomes(Directory(campaign.directory).validation_outcomes)
+    kept = KeptPredictions(Directory(campaign.directory).validation_predictions)
     assert all(kept.read(row.candidate) for row in tried if row.status == "complete")
     for words in ("methods at their defaults", "distillation", "Gains on validation"):
         assert words in console.file.getvalue() + text  # tables wrap

@@ -203,7 +203,7 @@ def test_runners_up_are_no_twins_of_the_winner(make):
 def test_the_winner_is_shown_beside_what_nothing_chose(make):
     rows = make.full(48)
     kept = {row.candidate: {task: np.tile([1.0, 0.0], 50) for task in make.tasks} for row in rows}
-    page = Page(render(rows, tasks=make.tasks, outcomes=lambda candidate: kept[candidate]))
+    page = Page(render(rows, tasks=make.tasks, predictions=lambda candidate: kept[candidate]))
     text = page.sections["beside"]
     winner = max((row for row in rows if row.objective is not None), key=lambda row: row.objective)
     tested = next(row for row in rows if row.split == "test" and row.candidate == winner.candidate)
@@ -211,7 +211,7 @@ def test_the_winner_is_shown_beside_what_nothing_chose(make):
     assert f"{change:+.1f}".replace("-", "−") in text
     assert "plain average" in text
     assert "unpaired" not in text.lower()
-    assert "on the same examples" in render(rows, tasks=make.tasks, outcomes=lambda candidate: kept[candidate])
+    assert "on the same examples" in render(rows, tasks=make.tasks, predictions=lambda candidate: kept[candidate])
     points = {trace["name"]: trace for trace in page.drawn["beside"]["data"]}
     assert len(points["members"]["x"]) == 4
     (drawn,) = (trace for name, trace in points.items() if name.startswith("winner"))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from flows.report.test_answers import KeptOutcomes
+from flows.report.test_answers import KeptPredictions
 from merging.evaluation.steps import Trace
 from merging.recipe import Recipe
 from merging.tasks.metrics import METRICS
@@ -17,7 +17,7 @@ def outcome(metrics):
 
 
 def test_what_a_metric_averages_is_kept_and_nothing_else(tmp_path):
-    kept = KeptOutcomes(str(tmp_path))
+    kept = KeptPredictions(str(tmp_path))
     given = outcome({"right": "accuracy", "together": "macro_f1"})
     assert kept.learn(given) is given
     result = kept.read(given.candidate.recipe.identity)
@@ -26,13 +26,13 @@ def test_what_a_metric_averages_is_kept_and_nothing_else(tmp_path):
 
 
 def test_what_was_never_kept_is_empty(tmp_path):
-    kept = KeptOutcomes(str(tmp_path / "nothing"))
+    kept = KeptPredictions(str(tmp_path / "nothing"))
     failed = Outcome(Candidate(Recipe("base", {}), "test", "final"), error=ValueError("no"))
     assert kept.learn(failed) is failed
     assert kept.read(failed.candidate.recipe.identity) == {}
 
 
 def test_every_example_is_asked_for():
-    plan = KeptOutcomes("anywhere").plan(Candidate(Recipe("base", {}), "test", "final"))
+    plan = KeptPredictions("anywhere").plan(Candidate(Recipe("base", {}), "test", "final"))
     (step,) = plan.steps({"one": 3, "two": 2})
     assert {task: list(places) for task, places in step.items()} == {"one": [0, 1, 2], "two": [0, 1]}
