@@ -128,5 +128,6 @@ TAGGING = ShippedPool(
         "propagated": {"examples": 96},
         "gram": {"examples": 256},
     },
+    distil={},
 )
 """The base brings no head, so each member has its own."""
