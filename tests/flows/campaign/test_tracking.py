@@ -178,17 +178,24 @@ def test_a_tracker_that_comes_back_has_all(directory, tmp_path, monkeypatch):
             Flaky.calls += 1
             if Flaky.calls in (2, 3):
                 raise ConnectionError("away https://u:secret@host")
-            Flaky.told.append((number, row.candidate))
+            Flaky.reported.append((number, row.candidate))
 
         def artifact(self, name, data):
-            Flaky.told.append((name, data[:6]))
+            Flaky.reported.append((name, data[:6]))
 
         def end(self, ended):
-            Flaky.told.append(ended)
+            Flaky.reported.append(ended)
 
     monkeypatch.setattr(tracking, "TensorBoard", Flaky)
     notes = run(directory, {"tensorboard": "tb"}, [[row(0), row(1)], [row(2)], []])
-    assert Flaky.told == [(0, "c0"), (1, "c1"), (2, "c2"), ("report.html", b"<html>"), ("recipe.yaml", b"method"), True]
+    assert Flaky.reported == [
+        (0, "c0"),
+        (1, "c1"),
+        (2, "c2"),
+        ("report.html", b"<html>"),
+        ("recipe.yaml", b"method"),
+        True,
+    ]
     assert len(notes) == 1
     assert "secret" not in notes[0]
 
@@ -204,13 +211,13 @@ class Tracker:
 
     def row(self, number, row):
         self.hold(number)
-        self.told.append(row.candidate)
+        self.reported.append(row.candidate)
 
     def artifact(self, name, data):
-        self.told.append(name)
+        self.reported.append(name)
 
     def end(self, ended):
-        self.told.append(ended)
+        self.reported.append(ended)
 
 
 def test_an_interrupted_campaign_does_not_wait_for_a_tracker_that_does_not_answer(directory, monkeypatch):
@@ -257,12 +264,17 @@ def test_what_a_slow_tracker_was_not_told_at_an_interruption_it_is_told_by_the_n
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    first = list(Slow.told)
+    first = list(Slow.reported)
     assert first == ["c0", "c1", "c2", False]  # 3 seconds of the 4, then the run is closed
     assert "6 rows are not there" in notes[0]
     monkeypatch.setattr(tracking, "LOOK", 0.05)
     assert run(directory, {"tensorboard": "tb"}, [rows]) == []
-    assert Slow.told[len(first) :] == [*(f"c{number}" for number in range(3, 9)), "report.html", "recipe.yaml", True]
+    assert Slow.reported[len(first) :] == [
+        *(f"c{number}" for number in range(3, 9)),
+        "report.html",
+        "recipe.yaml",
+        True,
+    ]
 
 
 def test_what_is_not_installed_is_said_before_work(monkeypatch):
