@@ -160,7 +160,7 @@ class Comparison:
 
     @property
     def start(self) -> Recipe:
-        """The best merge that nothing was distilled into."""
+        """The merge that was distilled into; where none was, the winner."""
         if self.distilled is None:
             return self.winner.recipe
         begin = self.distilled.parameters["start"]

@@ -1,6 +1,6 @@
 """How small a difference validation can see: the error of a difference of candidates that saw the same examples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from statistics import median
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from merging.tasks.task import Score
 from search.ledger.row import Row
-from search.objective import Objective
+from search.objective import Objective, violation
 
 Values: TypeAlias = Mapping[str, npt.NDArray[np.float32]]
 """Task → one number an example [N], whose mean is the score; tasks whose metric is no such mean are not there."""
@@ -32,6 +32,11 @@ class Gap:
     value: float
     standard_error: float
     is_paired: bool
+
+    @property
+    def least(self) -> float:
+        """The smallest difference that these examples can see: twice the standard error; 0 where nothing is known of it."""
+        return 2.0 * self.standard_error if isfinite(self.standard_error) else 0.0
 
 
 def gap(one: Row, other: Row, own: Values, others: Values, objective: Objective) -> Gap:
@@ -94,6 +99,25 @@ def resolution(ranked: Sequence[Row], values: Mapping[str, Values], objective: O
     ]
     known = [error for error in errors if isfinite(error)]
     return 2.0 * median(known) if known else 0.0
+
+
+def clear_best(ranked: Sequence[Row], values: Callable[[str], Values], objective: Objective) -> Row:
+    """The candidate to go on from: the best baseline, or the best proposal that is better by more than validation can see.
+
+    The best of many proposals is partly lucky; baselines are few. A proposal that breaks constraints less goes before them.
+
+    Args:
+        ranked: Complete rows, the best first; where no baseline is among them, the first it is.
+        values: Candidate → what was kept of its examples.
+        objective: What is maximised.
+    """
+    default = next((row for row in ranked if row.origin == "anchor"), ranked[0])
+    own = values(default.candidate)
+    for row in ranked[: ranked.index(default)]:
+        step = gap(row, default, values(row.candidate), own, objective)
+        if violation(row) < violation(default) or step.value > step.least:
+            return row
+    return default
 
 
 def _slopes(row: Row, objective: Objective, size: float = 1e-6) -> dict[str, float]:

@@ -28,7 +28,7 @@ from flows.directory.search_progress import ProgressDisplay
 from flows.directory.steering import DirectorySteering, forget_stop
 from flows.report.scales import scales_of
 from flows.report.stages import in_a_line, smallest_visible, stages
-from flows.report.table import objective_scale, plain_average
+from flows.report.table import in_words, objective_scale, plain_average
 from flows.report.test_answers import KeptPredictions
 from flows.versions import code_version
 from merging.checkpoints.directories.manifest import require_replaceable
@@ -47,6 +47,7 @@ from search.ledger.ledger import Ledger
 from search.ledger.row import Row
 from search.loop import search
 from search.objective import EXPECTED, Objective, best, make_objective, own_scores, split_name
+from search.resolution import clear_best
 from search.samplers.make_sampler import memories, sampler_of_trials
 from search.steering import StoppedError
 from search.study import build_study
@@ -254,7 +255,14 @@ def _work(opened: OpenCampaign, directory: Directory, cluster: Cluster, ledger: 
             _test(opened, directory, executor, ledger, display)
     if settings is not None:
         with display.phase("Distillation"):
-            start = next(row for row in best(ledger.rows(), len(ledger.rows())) if row.method != "distilled")
+            merges = [row for row in best(ledger.rows(), len(ledger.rows())) if row.method != "distilled"]
+            start = clear_best(merges, kept.read, _objective(opened, ledger))
+            why = (
+                "the best baseline"
+                if start.origin == "anchor"
+                else "a proposal that is clearly better than all baselines"
+            )
+            display.say(f"  starts from {in_words(start.method)} ({start.candidate}), {why}")
             distilled = _distil(opened, statistics, start.recipe, settings, display)
         with evaluators(opened, distilled[1] if distilled else statistics, cluster, display) as executor:
             if distilled is not None:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from flows.config.files_from import FilesFrom
 from flows.config.overrides import with_overrides
 from flows.config.pool_settings import BaseCheckpoint, MaxDistance, MemberSettings, MergeVocabulary, resolve_pool
-from flows.config.search_settings import PRUNED_SAMPLERS, WITH_DATA, SearchSettings
+from flows.config.search_settings import PATIENCE_BEFORE_DISTILLATION, PRUNED_SAMPLERS, WITH_DATA, SearchSettings
 from flows.config.sections import (
     BaseData,
     Baseline,
@@ -158,12 +158,14 @@ class Campaign(Settings):
     @model_validator(mode="before")
     @classmethod
     def _defaults_that_follow_the_pool(cls, value: Any) -> Any:
-        """Methods and pruning where the file names none."""
+        """Methods, patience and pruning where the file names none."""
         if not isinstance(value, dict) or not isinstance(search := value.get("search") or {}, dict):
             return value
         settings = dict(search)
-        if "methods" not in settings and (methods := _default_methods(value)) is not None:
-            settings["methods"] = methods
+        if (methods := _default_methods(value)) is not None:
+            settings.setdefault("methods", methods)
+            if value.get("distil") is not False:
+                settings.setdefault("patience", PATIENCE_BEFORE_DISTILLATION)
         if settings.get("pruning") is None:
             several = isinstance(settings.get("objective"), list | tuple) and len(settings["objective"]) > 1
             stepwise = any(_kind(task).has_predictions for task in _entries(value, "tasks").values())

@@ -20,6 +20,9 @@ WITH_DATA = ("regmean_propagated", "esm", "regmean", "fisher", "ace", "tsv_m", "
 """Methods where every member has calibration data: the strongest label-free merges."""
 WITHOUT_DATA = ("average", "ace", "tsv_m", "task_arithmetic", "ties")
 """Methods that know of the members their weights alone."""
+PATIENCE = 12
+PATIENCE_BEFORE_DISTILLATION = 6
+"""Where the members have calibration data: the baselines are strong, and what points are left distillation finds."""
 PRUNED_SAMPLERS = ("tpe", "random", "gp", "quality_diversity")
 """Samplers that learn from candidates that were given up."""
 
@@ -94,10 +97,11 @@ class SearchSettings(Settings):
     )
     cpu_hours: float | None = Field(None, gt=0, description="The same of CPU hours.")
     patience: int | None = Field(
-        12,
+        PATIENCE,
         ge=1,
         description="Stop after so many proposals in a row, once the baselines are measured, that did not improve the best "
-        "candidate by `min_delta`; null for never.",
+        f"candidate by `min_delta`; null for never. By default {PATIENCE_BEFORE_DISTILLATION} where every member has "
+        "calibration data and `distil` is not false.",
     )
     min_delta: float | None = Field(
         None,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
 from rich import box
@@ -29,21 +28,20 @@ class Stage:
     Args:
         name: What it did, in words.
         row: The best candidate that came of it.
-        gain: How much that is above the best of the stages before, on the same validation examples; None for the first.
+        gain: How much that is above the best of the stages before, of distillation above the merge that it started from, on
+            the same validation examples; None for the first.
         cost: What it took, in words.
-        least: The smallest gain that validation can see: twice the standard error of this one.
     """
 
     name: str
     row: Row
     gain: Gap | None
     cost: str
-    least: float
 
     @property
     def verdict(self) -> str:
         """What there is to say of the gain; empty where it is plain to see."""
-        if self.gain is None or self.gain.value > self.least:
+        if self.gain is None or self.gain.value > self.gain.least:
             return ""
         return "nothing gained" if self.gain.value <= 0 else "within the error"
 
@@ -74,8 +72,7 @@ def stages(
         if row is None:
             return
         step = None if before is None else gap(row, before, values(row.candidate), values(before.candidate), objective)
-        least = 2 * step.standard_error if step is not None and isfinite(step.standard_error) else 0.0
-        listed.append(Stage(name, row, step, cost, least))
+        listed.append(Stage(name, row, step, cost))
 
     seconds = timings or {}
     add("plain average", average, None, "")
@@ -123,8 +120,8 @@ def caption(times: int, least: float) -> str:
         else ""
     )
     return (
-        "Gains on validation over the best of the stages before, example by example, ± standard error. The best of many "
-        f"proposals is partly luck.{seen}"
+        "Gains on validation over the best of the stages before, of distillation over the merge that it started from, "
+        f"example by example, ± standard error. The best of many proposals is partly luck.{seen}"
     )
 
 
@@ -155,7 +152,8 @@ def for_page(stages: Sequence[Stage], times: int, least: float) -> dict[str, Any
 def in_a_line(stage: Stage, times: int) -> str:
     """A stage as it is told when it ends."""
     method, shown, _, cost = cells(stage, times)
-    step = "" if stage.gain is None else f", {_gained(stage, times)} over the best before it"
+    before = "its start" if stage.row.method == DISTILLED else "the best before it"
+    step = "" if stage.gain is None else f", {_gained(stage, times)} over {before}"
     verdict = f" ({stage.verdict})" if stage.verdict else ""
     return f"{stage.name}: {method} {shown} on validation{step}{verdict}{f'; {cost}' if cost else ''}"
 

@@ -3,19 +3,20 @@ import pytest
 
 from search.ledger.row import Row
 from search.objective import make_objective
-from search.resolution import gap, resolution
+from search.resolution import clear_best, gap, resolution
 
 TASKS = ("a", "b")
 
 
-def row(name, scores, error=0.05):
+def row(name, scores, error=0.05, origin="anchor", violations=None):
     return Row(
         "c",
         name,
         "validation",
-        "anchor",
+        origin,
         "complete",
         "ties",
+        violations=violations or {},
         objective=float(np.mean(list(scores.values()))),
         scores=scores,
         standard_errors=dict.fromkeys(scores, error),
@@ -60,3 +61,42 @@ def test_the_resolution_is_twice_the_error_and_0_where_none_is_known(pair):
     unknown = [row(name, {"a": 1.0, "b": 0.5}, float("nan")) for name in "xy"]
     assert resolution(unknown, {}, objective) == 0.0
     assert resolution([one], values, objective) == 0.0
+
+
+def ranked(*proposals, errors=0.05, default=True):
+    """Proposals and a default of 0.5 on two tasks of 50 examples each, and what was kept of the default's examples."""
+    rows = [row(name, dict.fromkeys(TASKS, score), errors, "search", more) for name, score, more in proposals]
+    rows += [row("default", dict.fromkeys(TASKS, 0.5), errors)] if default else []
+    return sorted(rows, key=lambda one: -one.objective)
+
+
+def right(count):
+    """The first so many of 50 examples are right."""
+    return {task: (np.arange(50) < count).astype(np.float32) for task in TASKS}
+
+
+def test_a_proposal_is_gone_on_from_only_where_validation_can_see_that_it_is_better():
+    objective = make_objective("mean", TASKS)
+
+    def chosen(*proposals, kept=(), **more):
+        values = {"default": right(25)} | dict(kept)
+        return clear_best(ranked(*proposals, **more), lambda name: values.get(name, {}), objective).candidate
+
+    # one example more of each task: 0.02 with an error of 0.014; four more: 0.08 with one of 0.027
+    near, far = ("near", 0.52, None), ("far", 0.58, None)
+    kept = {"near": right(26), "far": right(29)}
+    assert chosen(near, kept=kept) == "default"
+    assert chosen(near, far, kept=kept) == "far"
+    assert chosen(("worse", 0.4, None)) == "default"
+    # of an unknown error any difference counts; unpaired, both errors do
+    assert chosen(near, errors=float("nan")) == "near"
+    assert chosen(far) == "default"
+    assert chosen(near, default=False) == "near"
+
+
+def test_a_proposal_that_breaks_no_constraint_goes_before_a_default_that_does():
+    rows = [
+        row("holds", dict.fromkeys(TASKS, 0.4), origin="search"),
+        row("breaks", dict.fromkeys(TASKS, 0.5), 0.05, "anchor", {"drop": 0.1}),
+    ]
+    assert clear_best(rows, lambda name: {}, make_objective("mean", TASKS)).candidate == "holds"

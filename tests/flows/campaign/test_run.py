@@ -28,7 +28,8 @@ from merging.checkpoints.checkpoint import Checkpoint
 from merging.errors import LedgerError, MergequestError, PoolError, SettingsError, StatisticsError, TaskError
 from merging.statistics import StatisticsFile
 from search.ledger.ledger import Ledger
-from search.objective import best
+from search.objective import best, make_objective
+from search.resolution import clear_best
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 BRIEFLY = {"resources": {"evaluators": 1}, "test": {"top": 1}}
@@ -443,10 +444,12 @@ def test_the_default_campaign_distils_into_the_best_merge_and_tells_what_each_st
     assert not [row.error for row in tried if row.status == "failed"]
     merges = [row for row in best(rows, len(rows)) if row.method != "distilled"]
     made = next(row for row in tried if row.method == "distilled")
-    assert made.parameters["start"] == merges[0].candidate
+    kept = KeptPredictions(Directory(campaign.directory).validation_predictions)
+    start = clear_best(merges, kept.read, make_objective("mean", list(campaign.tasks)))
+    assert made.parameters["start"] == start.candidate
+    assert f"starts from {start.method.replace('_', ' ')} ({start.candidate})" in console.file.getvalue()
     assert made.proxies["distil:steps"] == 6.0
     assert made.proxies["distil:examples"] == 54.0
-    kept = KeptPredictions(Directory(campaign.directory).validation_predictions)
     assert all(kept.read(row.candidate) for row in tried if row.status == "complete")
     for words in ("methods at their defaults", "distillation", "Gains on validation"):
         assert words in console.file.getvalue() + text  # tables wrap

@@ -6,7 +6,7 @@ import yaml
 from flows.cli.submit import prepare
 from flows.cli.template import campaign_template, settings_reference
 from flows.config.campaign_file import dump, load_campaign
-from flows.config.search_settings import WITH_DATA, WITHOUT_DATA
+from flows.config.search_settings import PATIENCE, PATIENCE_BEFORE_DISTILLATION, WITH_DATA, WITHOUT_DATA
 from flows.config.sections import DistilSettings
 from merging.errors import SettingsError
 
@@ -243,6 +243,24 @@ def test_methods_follow_what_is_known_of_the_members(campaign_file):
 
     path = changed(campaign_file, of_texts)
     assert tuple(load_campaign(str(path)).search.methods) == WITH_DATA[1:]
+
+
+def test_a_search_before_a_distillation_has_less_patience(campaign_file):
+    def patience(**changes):
+        def edit(settings):
+            without_defaults(settings)
+            settings["search"] |= changes.get("search", {})
+            if "distil" in changes:
+                settings["distil"] = changes["distil"]
+            if changes.get("bare"):
+                settings["tasks"]["two"]["data"].pop("train")
+
+        return load_campaign(str(changed(campaign_file, edit))).search.patience
+
+    assert patience() == patience(distil={"steps": 9}) == PATIENCE_BEFORE_DISTILLATION
+    assert patience(distil=False) == patience(bare=True) == PATIENCE
+    assert patience(search={"patience": None}) is None
+    assert patience(search={"patience": 3}) == 3
 
 
 @pytest.mark.parametrize(

@@ -80,3 +80,10 @@ def test_the_tables_say_how_small_a_difference_validation_can_see():
     assert f"differences of {100 * least:.2g}" in text
     assert text.count("|") == 6 * (4 + 2)
     assert for_page(found, 100, least)["rows"][1][0] == "methods at their defaults"
+
+
+def test_what_distillation_gained_is_told_beside_its_start():
+    ledger = [*LEDGER[:2], row("found", "ties", "search"), LEDGER[3]]
+    made = found_in(ledger)["distillation"]
+    assert made.gain.value == pytest.approx(LEDGER[3].objective - LEDGER[1].objective)
+    assert "over its start" in in_a_line(made, 100)
