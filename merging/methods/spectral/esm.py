@@ -20,6 +20,8 @@ POWER = 0.15
 """Of a direction's share of the output's energy, in its weight."""
 ROUNDING = 2 * torch.finfo(torch.float32).eps
 """Rounding errors of a Gram's entries, relative to its largest."""
+KEPT_BYTES = 1 << 30
+"""Most that the members' directions take which are kept for the candidates that come next."""
 
 
 @register
@@ -57,7 +59,7 @@ class Esm(Method):
         return added(first or {}, second or {})
 
     def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
-        """Looks at all Grams.
+        """Looks at all Grams. A candidate takes apart what members that none had before put out, see `KEPT_BYTES`.
 
         Raises:
             MethodError: A Gram is missing, not finite, of another shape, or has a negative diagonal.
@@ -98,6 +100,9 @@ class PreparedEsm(PreparedSpectral):
         super().__init__(weights)
         self._products = products
         self._scales: Latest[dict[str, float]] = Latest()
+        # batch and member → its directions and their weights, see `_strongest`
+        self._directions: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        self._kept_bytes = 0
 
     def matrices(self, weight: Weight) -> list[Matrix]:
         """Those that have Grams."""
@@ -110,16 +115,14 @@ class PreparedEsm(PreparedSpectral):
     def steps(
         self, index: int, scalings: Sequence[Mapping[str, float]], parameters: Mapping[str, Value]
     ) -> Iterator[Tensor]:
-        """2 mean σ(U) mean σ(V) polar(U) polar(V) of every scaling; the members' directions are found once."""
+        """2 mean σ(U) mean σ(V) polar(U) polar(V) of every scaling."""
         batch, members = self.batches[index], list(scalings[0])
         lefts, rights, sizes = [], [], []
         for member in members:
             moved = batch.moved({member: 1.0}, self.scratch)
-            grams = [dense(row.weight.statistics["gram"][member]).double() for row in batch.rows]
             each = max(moved.shape[1] // len(members), 1)
-            left, values, _ = (part[..., :each] for part in triples(moved @ _root(torch.stack(grams))))
-            power = values.square() ** POWER * (values > 0)
-            mean = power.sum(1) / (values > 0).sum(1).clamp(min=1)
+            left, power = (part[..., :each] for part in self._strongest(index, member, moved))
+            mean = power.sum(1) / (power > 0).sum(1).clamp(min=1)
             weight = power / torch.where(mean > 0, mean, 1.0)[:, None]
             lefts.append(left * weight[:, None, :])
             rights.append(weight[:, :, None] * (left.mT @ moved))
@@ -136,6 +139,25 @@ class PreparedEsm(PreparedSpectral):
             mean = columns.mean(1, keepdim=True)
             inputs, size = polar(stacked * (columns / torch.where(mean > 0, mean, 1.0)).square()[:, None, :])
             yield outputs @ inputs * (scale * size)[:, None, None]
+
+    def _strongest(self, index: int, member: str, moved: Tensor) -> tuple[Tensor, Tensor]:
+        """P_t [B, out, r] and λ_t^0.15 [B, r], 0 for what is none; kept as long as there is room, for they know no factor.
+
+        Args:
+            index: Of the batch.
+            member: Whose.
+            moved: Its task vectors [B, out, in].
+        """
+        if (index, member) in self._directions:
+            return self._directions[index, member]
+        grams = [dense(row.weight.statistics["gram"][member]).double() for row in self.batches[index].rows]
+        left, values, _ = triples(moved @ _root(torch.stack(grams)))
+        strongest = left, values.square() ** POWER * (values > 0)
+        size = sum(part.nbytes for part in strongest)
+        if self._kept_bytes + size <= KEPT_BYTES:
+            self._directions[index, member] = strongest
+            self._kept_bytes += size
+        return strongest
 
     def _layer_scales(self, members: Sequence[str]) -> dict[str, float]:
         """See `layer_scales`; kept until other members are asked for."""

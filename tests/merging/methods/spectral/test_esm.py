@@ -1,6 +1,8 @@
+import pytest
 import torch
 
-from merging.methods import Weight
+from merging.methods import METHODS, Context, Weight
+from merging.methods.spectral import esm
 
 
 def pool(layers=1, tokens=64, seed=0):
@@ -36,3 +38,15 @@ def test_outputs_that_no_input_reaches_are_not_made_strong(merge):
     (weight,) = pool(tokens=3)
     sizes = torch.linalg.svdvals(merge("esm", [weight], {"a": 1.0, "b": 1.0})[weight.name] - weight.base)
     assert sizes[6] < 1e-4 * sizes[0]
+
+
+@pytest.mark.parametrize("room", [0, 1 << 20])
+def test_what_is_kept_of_members_changes_no_later_candidate(merge, monkeypatch, room):
+    monkeypatch.setattr(esm, "KEPT_BYTES", room)
+    weights = pool(layers=2)
+    prepared = METHODS["esm"].prepare(weights, Context())
+    for scaling in ({"a": 1.0, "b": 0.5}, {"a": 0.7}, {"b": 1.2, "a": 0.3}, {"a": 0.9, "b": 0.9}):
+        out = {w.name: torch.empty_like(w.base) for w in weights}
+        prepared.merge(scaling, METHODS["esm"].defaults(), out)
+        for name, expected in merge("esm", weights, scaling).items():
+            torch.testing.assert_close(out[name], expected, rtol=0, atol=0)
