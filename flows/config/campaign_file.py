@@ -101,8 +101,9 @@ class Campaign(Settings):
     search: SearchSettings = Field(default_factory=SearchSettings, description=SearchSettings.__doc__)
     distil: DistilSettings | Literal[False] | None = Field(
         None,
-        description="Distil the members' outputs on their train inputs into the best merge, no labels; it is measured and "
-        "reported beside the merge that it started from, which stays a candidate. By default wherever every member has "
+        description="Distil the members' outputs on their train inputs into the best baseline, or into a proposal that is "
+        "clearly better, no labels; it is measured and reported beside the merge that it started from, which stays a "
+        "candidate. By default wherever every member has "
         "calibration data and the base at most a billion weights; `{}`: in any case; false: never.",
     )
     baselines: tuple[Baseline, ...] = Field(
