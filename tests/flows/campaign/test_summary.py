@@ -33,4 +33,4 @@ def test_a_report_names_every_kind_of_task_and_its_metric(tmp_path):
         )
     )
     result = facts(Directory(str(tmp_path)), load_campaign(str(file)))
-    assert result["tasks"] == {name: words for name, (_, words) in TASKS.items()}
+    assert result.tasks == {name: words for name, (_, words) in TASKS.items()}
