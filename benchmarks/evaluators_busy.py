@@ -195,7 +195,10 @@ class RelayPool(CountingPool):
     """Sends assignments closed, to be opened where they are measured."""
 
     def submit(self, assignment: Assignment) -> None:
-        """Hands it out."""
+        """Hands it out; one that is taken back from another evaluator is closed already."""
+        if isinstance(assignment, SimpleNamespace):
+            super().submit(assignment)
+            return
         light: Any = SimpleNamespace(
             ticket=assignment.ticket, candidate=assignment.candidate, recipe=None, payload=pickle.dumps(assignment)
         )
