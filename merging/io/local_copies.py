@@ -18,8 +18,8 @@ from merging.io.process import try_lock
 
 SWITCH = "MERGEQUEST_COPIES"
 """The environment variable that allows none if it is 0."""
-FREE = 0.1
-"""Share of the disk that stays free: where a copy would take of that, none is made."""
+FREE, ENOUGH = 0.1, 8e9
+"""Share of the disk that stays free, or bytes if they are less: where a copy would take of that, none is made."""
 OWN, LOCK = "mergequest-own-", ".lock"
 """What the directories of single processes begin with, and the file in them that their owner keeps locked."""
 UNUSED = 7 * 86400.0
@@ -60,7 +60,7 @@ def made(path: str) -> Path | None:
                 return copy
             _tidy(copy.parent)
             disk = shutil.disk_usage(copy.parent)
-            if disk.free - storage.size(path) < FREE * disk.total:
+            if disk.free - storage.size(path) < min(FREE * disk.total, ENOUGH):
                 return None
             coming = copy.with_suffix(".tmp")
             try:

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,12 @@ def one(tiny_pool, upload, unreliable, s3_at):
     upload(tiny_pool["one"], path)
     unreliable.reset()
     return path
+
+
+def disk(*, total, free):
+    """Gives the machine a disk of so many bytes."""
+    usage = SimpleNamespace(total=total, free=free)
+    return lambda patch: patch.setattr(local_copies.shutil, "disk_usage", lambda path: usage)
 
 
 def weights(path):
@@ -68,7 +75,8 @@ def test_a_copy_that_another_process_made_is_found_when_it_is_looked_for(one, un
 def test_without_room_or_wish_all_is_read_from_afar(one, tiny_pool, monkeypatch):
     expected = Checkpoint.open(str(tiny_pool["one"]))
     for spoil in (
-        lambda patch: patch.setattr(local_copies, "FREE", 1.0),
+        disk(total=10e9, free=1e9),
+        disk(total=1e12, free=8e9),
         lambda patch: patch.setenv(local_copies.SWITCH, "0"),
     ):
         with monkeypatch.context() as patch:
