@@ -164,8 +164,8 @@ def ours(arguments: argparse.Namespace) -> dict[str, Measured]:
 
     models = Models(arguments)
     grams: dict[str, dict[str, Tensor]] = {}
-    for member, found in models.gram.items():
-        for module, gram in found.items():
+    for member, results in models.gram.items():
+        for module, gram in results.items():
             grams.setdefault(f"{module}.weight", {})[member] = gram
     weights = [
         Weight(
@@ -224,18 +224,18 @@ def table(arguments: argparse.Namespace, figures: Mapping[str, Any], measured: M
     columns += ("ratio, first", "ratio, candidate", "ratio, subset", "difference")
     print(f"| method | {' | '.join(columns)} |")
     print("|---|" + "--:|" * len(columns))
-    for name, found in measured.items():
+    for name, results in measured.items():
         theirs = figures[name]
-        times = (found.first, found.candidate, found.own_first, found.own, found.subset)
+        times = (results.first, results.candidate, results.own_first, results.own, results.subset)
         cells = " | ".join(f"{took:.3f}" for took in times)
         if isinstance(theirs, str):
             print(f"| {name} | {theirs} | {cells} | | | | |")
             continue
         stored = load_file(arguments.directory / f"{name}.peer")
         other = torch.cat([stored[key].flatten() for key in parameters])
-        difference = float((other - found.result).norm() / (other - base).norm())
+        difference = float((other - results.result).norm() / (other - base).norm())
         shown = "by chance" if name in DRAWN else f"{difference:.1e}"
-        ratios = f"{theirs / found.first:.1f}× | {theirs / found.candidate:.0f}× | {theirs / found.subset:.1f}×"
+        ratios = f"{theirs / results.first:.1f}× | {theirs / results.candidate:.0f}× | {theirs / results.subset:.1f}×"
         print(f"| {name} | {theirs:.2f} | {cells} | {ratios} | {shown} |")
 
 

@@ -195,9 +195,9 @@ class Comparison:
         others = {"regmean++": self._plusplus, "adaptive": self._adaptive}
         yield from (make() for name, make in others.items() if not self.peers or name in self.peers)
 
-    def _tested(self, group: str, found: Mapping[str, tuple[Recipe, float, str]]) -> Iterator[Arm]:
+    def _tested(self, group: str, results: Mapping[str, tuple[Recipe, float, str]]) -> Iterator[Arm]:
         """Recipes with their means on validation, best first; only the first are measured on test."""
-        for place, (name, (recipe, mean, chosen)) in enumerate(sorted(found.items(), key=lambda item: -item[1][1])):
+        for place, (name, (recipe, mean, chosen)) in enumerate(sorted(results.items(), key=lambda item: -item[1][1])):
             yield Arm(group, name, self.bench.measure(recipe) if place < TESTED else None, mean, chosen)
 
     def labels(self, seeds: int, inputs: Sequence[int]) -> Iterator[Arm]:
@@ -241,14 +241,14 @@ class Comparison:
                 Provenance("tpe"),
                 Budget(candidates=10**6, examples=self.spent),
             )
-            found = best(ledger.rows())[0]
-            test = self.bench.measure(found.recipe)
+            winner = best(ledger.rows())[0]
+            test = self.bench.measure(winner.recipe)
             yield Arm(
                 "tpe",
                 f"TPE alone, seed {seed}",
                 test,
-                found.objective or 0.0,
-                f"{found.method} of {len(ledger.rows())}",
+                winner.objective or 0.0,
+                f"{winner.method} of {len(ledger.rows())}",
             )
 
     def inputs(self, seeds: int, inputs: Sequence[int]) -> Iterator[Arm]:
@@ -287,8 +287,8 @@ class Comparison:
 
         def make() -> dict[str, torch.Tensor]:
             tasks = list(self.bench.own_tasks().values())
-            found = descend(self.bench.material(start), tasks, self.bench.owners, start, settings, CPU)
-            return self.bench.merged(found[-1].recipe)
+            steps = descend(self.bench.material(start), tasks, self.bench.owners, start, settings, CPU)
+            return self.bench.merged(steps[-1].recipe)
 
         return self._trained(
             "tuned", "task arithmetic, factors by descent without labels", ["descent", settings.model_dump()], make
@@ -315,12 +315,12 @@ class Comparison:
     ) -> Arm:
         """Weights that are no recipe's, measured with every member's own head."""
         splits: list[Split] = ["test", "validation"] if validation else ["test"]
-        found = {
+        results = {
             split: self.bench.kept(what, split, self._measuring(what, name, make, split), self.bench.tasks)
             for split in splits
         }
-        mean = found["validation"].mean if validation else float("nan")
-        return Arm(group, name, found["test"], mean, seconds=found["test"].report["seconds"])
+        mean = results["validation"].mean if validation else float("nan")
+        return Arm(group, name, results["test"], mean, seconds=results["test"].report["seconds"])
 
     def _measuring(
         self, what: Sequence[Any], name: str, make: Callable[[], Mapping[str, torch.Tensor]], split: Split
@@ -369,12 +369,12 @@ class _Here:
         """See `search.candidate.Executor`."""
         candidate = self._queue.pop()
         try:
-            found = self._bench.measure(candidate.recipe, "validation").values
+            results = self._bench.measure(candidate.recipe, "validation").values
         except MergequestError as error:
             return [Outcome(candidate, error=error)]
         scores = {
             task: Score(float(own.mean()), float(own.std() / len(own) ** 0.5), len(own), "accuracy", is_mean=True)
-            for task, own in found.items()
+            for task, own in results.items()
         }
         return [Outcome(candidate, Measurement(scores))]
 

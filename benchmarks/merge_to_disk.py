@@ -48,7 +48,7 @@ def shapes(parameters: float) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a Llama with about so many parameters, and its width and depth."""
     hidden = max(64, round((parameters / 190) ** 0.5 / 64) * 64)
     layers = max(1, round((parameters - VOCABULARY * hidden) / (11.5 * hidden**2)))
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, hidden)}
+    results: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, hidden)}
     for layer in range(layers):
         linear = {
             "self_attn.q_proj": (hidden, hidden),
@@ -61,8 +61,8 @@ def shapes(parameters: float) -> dict[str, tuple[int, ...]]:
             "input_layernorm": (hidden,),
             "post_attention_layernorm": (hidden,),
         }
-        found |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in linear.items()}
-    return found | {"model.norm.weight": (hidden,)}
+        results |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in linear.items()}
+    return results | {"model.norm.weight": (hidden,)}
 
 
 def make_pool(directory: Path, parameters: float, members: int) -> list[Path]:
@@ -280,7 +280,7 @@ def main() -> None:
             for out in ("out-ours", "out-peer"):
                 shutil.rmtree(pool / out, ignore_errors=True)
 
-    found = {name: middle(costs) for name, costs in ours.items()}
+    results = {name: middle(costs) for name, costs in ours.items()}
     beside = {name: middle(costs) for name, costs in peers.items() if costs}
     limit = middle(limits)
     stored = sum((path / "model.safetensors").stat().st_size for path in paths)
@@ -290,11 +290,11 @@ def main() -> None:
     print(
         f"machine: read, add up and write: {limit.cpu:.1f} CPU s, {limit.wall:.1f} s on {len(os.sched_getaffinity(0))} cores"
     )
-    idle = f"start-up: {found[''].cpu:.1f} CPU s" + (f", mergekit {beside[''].cpu:.1f}" if beside else "")
+    idle = f"start-up: {results[''].cpu:.1f} CPU s" + (f", mergekit {beside[''].cpu:.1f}" if beside else "")
     print(f"{idle}; CPU s: the whole command's, `merge`: without start-up\n")
     head = ["method", "CPU s", "merge", "wall", "private GB"]
     head += ["mergekit CPU s", "merge", "wall", "private GB", "ratio", "bound", "merge ratio"] if beside else []
-    for row in (head, ["---"] * len(head), *rows(arguments.methods, found, beside, limit)):
+    for row in (head, ["---"] * len(head), *rows(arguments.methods, results, beside, limit)):
         print("| " + " | ".join(row) + " |")
 
 

@@ -42,8 +42,8 @@ class Played:
 def outcomes(directory: str, rows: Sequence[Row]) -> dict[str, Trace]:
     """Candidate → its trace on the whole validation split, from the directory's file or measured now."""
     cache = Path(directory) / "outcomes.json"
-    found = json.loads(cache.read_text()) if cache.exists() else {}
-    missing = [row for row in rows if row.candidate not in found]
+    measured = json.loads(cache.read_text()) if cache.exists() else {}
+    missing = [row for row in rows if row.candidate not in measured]
     if missing:
         campaign = load_campaign(str(Path(directory) / "campaign.yaml"))
         members = {name: member.checkpoint for name, member in campaign.members.items()}
@@ -58,9 +58,9 @@ def outcomes(directory: str, rows: Sequence[Row]) -> dict[str, Trace]:
         for row in missing:
             trace = live.measure(row.recipe, "validation", plan=EvaluationPlan()).trace
             assert trace is not None
-            found[row.candidate] = trace.as_dict()
-            cache.write_text(json.dumps(found))
-    return {row.candidate: Trace.from_dict(found[row.candidate]) for row in rows}
+            measured[row.candidate] = trace.as_dict()
+            cache.write_text(json.dumps(measured))
+    return {row.candidate: Trace.from_dict(measured[row.candidate]) for row in rows}
 
 
 def in_steps(whole: Trace, order: Mapping[str, np.ndarray], steps: int) -> Trace:
@@ -69,7 +69,7 @@ def in_steps(whole: Trace, order: Mapping[str, np.ndarray], steps: int) -> Trace
     chosen = {task: whole.surrogates[task][order[task]] for task in whole.surrogates}
     scores = []
     for number in range(1, steps + 1):
-        part = {task: len(found) * number // steps for task, found in values.items()}
+        part = {task: len(measured) * number // steps for task, measured in values.items()}
         scores.append(
             {
                 task: Score(
@@ -92,8 +92,8 @@ def cut(trace: Trace, steps: int) -> Trace:
     counts = {task: score.examples for task, score in scores[-1].items()}
     return Trace(
         scores,
-        {task: found[: counts[task]] for task, found in trace.values.items()},
-        {task: found[: counts[task]] for task, found in trace.surrogates.items()},
+        {task: measured[: counts[task]] for task, measured in trace.values.items()},
+        {task: measured[: counts[task]] for task, measured in trace.surrogates.items()},
     )
 
 
@@ -172,8 +172,8 @@ def main() -> None:
         """On right and wrong answers alone."""
 
         def stops(trace: Trace, bar: Trace, _: Mapping[int, list[float]]) -> bool:
-            differences = [found - bar.values[task][: len(found)] for task, found in trace.values.items()]
-            better, worse = (sum(int((sign * found > 0).sum()) for found in differences) for sign in (1, -1))
+            differences = [measured - bar.values[task][: len(measured)] for task, measured in trace.values.items()]
+            better, worse = (sum(int((sign * measured > 0).sum()) for measured in differences) for sign in (1, -1))
             return worse > better and binomtest(better, better + worse, alternative="less").pvalue < threshold
 
         return stops
@@ -196,18 +196,18 @@ def main() -> None:
             played[name].append(play(traces, prunable, plain, stops))
     print(f"{len(candidates)} candidates, {sum(prunable)} of them proposals that may be pruned\n")
     print("| policy | examples of proposals saved | winner kept | mean lag of the winner, points |\n|---|---|---|---|")
-    for name, found in played.items():
-        _line(name, found)
+    for name, measured in played.items():
+        _line(name, measured)
     for count in (25, 50, 100):
         results = [anchored(candidates, references, count, 5, seed, names) for seed in range(arguments.orders)]
         error, rank = (np.mean([result[place] for result in results]) for place in (1, 2))
         _line(f"{count} anchor examples (error {100 * error:.1f}, rank {rank:.2f})", [played for played, *_ in results])
 
 
-def _line(name: str, found: Sequence[Played]) -> None:
-    saved = 1 - np.mean([one.share for one in found])
-    kept = np.mean([one.regret <= 1e-9 for one in found])
-    print(f"| {name} | {saved:.0%} | {kept:.0%} | {100 * np.mean([one.regret for one in found]):.2f} |")
+def _line(name: str, measured: Sequence[Played]) -> None:
+    saved = 1 - np.mean([one.share for one in measured])
+    kept = np.mean([one.regret <= 1e-9 for one in measured])
+    print(f"| {name} | {saved:.0%} | {kept:.0%} | {100 * np.mean([one.regret for one in measured]):.2f} |")
 
 
 if __name__ == "__main__":

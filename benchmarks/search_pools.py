@@ -108,7 +108,7 @@ def unlike_pool(campaign: str, place: Path, sizes: Mapping[str, int], tokens: in
 def _unlike(texts: pd.DataFrame, generator: random.Random) -> dict[str, pd.DataFrame]:
     """Four tasks of three classes from sentences with a sentiment and a source."""
     sources = ("movie", "nyt", "tweets")
-    told = texts[texts["source"].isin(sources)]
+    chosen = texts[texts["source"].isin(sources)]
     moved, cloze = [], []
     for text in texts["text"]:
         words = text.split()
@@ -120,7 +120,7 @@ def _unlike(texts: pd.DataFrame, generator: random.Random) -> dict[str, pd.DataF
             taken = generator.choice(places)
             cloze.append((" ".join([*words[:taken], "[MASK]", *words[taken + 1 :]]), CLOZE.index(words[taken])))
     return {
-        "source": pd.DataFrame({"text": told["text"], "label": told["source"].map(sources.index)}),
+        "source": pd.DataFrame({"text": chosen["text"], "label": chosen["source"].map(sources.index)}),
         "sentiment": texts.loc[texts["source"].isin(("amazon", "tweets")), ["text", "label"]],
         "order": pd.DataFrame(moved, columns=["text", "label"]),
         "cloze": pd.DataFrame(cloze, columns=["text", "label"]).groupby("label").head(600),

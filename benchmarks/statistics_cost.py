@@ -203,8 +203,8 @@ def main() -> None:
             logs = task.logits(model, batch).log_softmax(-1)
             todo = [logs[..., k].sum() for k in range(options.classes)] if task.one_label else [_observed(logs, batch)]
             for k, objective in enumerate(todo, start=1):
-                found = torch.autograd.grad(objective, parameters, retain_graph=k < len(todo), allow_unused=True)
-                for total, gradient in zip(sums, found, strict=False):
+                results = torch.autograd.grad(objective, parameters, retain_graph=k < len(todo), allow_unused=True)
+                for total, gradient in zip(sums, results, strict=False):
                     if gradient is not None:
                         total.addcmul_(gradient, gradient)
         return sums
@@ -254,7 +254,7 @@ def interleaved(
             run()
             times[name].append(now(options) - start)
             peaks.setdefault(name, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    return {name: min(found) for name, found in times.items()}, peaks
+    return {name: min(results) for name, results in times.items()}, peaks
 
 
 def now(options: argparse.Namespace) -> float:

@@ -201,7 +201,7 @@ class Bench:
 
         def work(missing: Sequence[str]) -> Measured:
             self.display.say(f"  {self.pool.name}: ensemble of {', '.join(chosen)} on {split}")
-            found = measure_ensemble(
+            result = measure_ensemble(
                 Material(self.weights),
                 [self.every_task[name] for name in missing],
                 self.owners,
@@ -210,7 +210,7 @@ class Bench:
                 best_device(),
                 limit=self.examples,
             )
-            return _of(self.every_task, found)
+            return _of(self.every_task, result)
 
         return self.kept(["ensemble", chosen], split, work, self.tasks if tasks is None else tasks)
 
@@ -223,8 +223,8 @@ class Bench:
         def work(missing: Sequence[str]) -> Measured:
             self.display.say(f"  {self.pool.name}: the model of all data on {split}")
             tasks = {name: make_task(name, self._settings[name], together[name]) for name in missing}
-            found = {name: task.measure(task.load_model(), split, limit=self.examples) for name, task in tasks.items()}
-            return _of(tasks, found)
+            result = {name: task.measure(task.load_model(), split, limit=self.examples) for name, task in tasks.items()}
+            return _of(tasks, result)
 
         return self.kept(["all data", _content(together)], split, work, self.tasks)
 
@@ -239,7 +239,7 @@ class Bench:
     def own_members(self, split: Split = "test") -> Measured:
         """Every member on its own task: what a merge is to keep."""
         owned = {name: self.member(name, split, [self.own(name)]) for name in self.members}
-        return Measured({self.own(name): found.values[self.own(name)] for name, found in owned.items()})
+        return Measured({self.own(name): result.values[self.own(name)] for name, result in owned.items()})
 
     def default(self, method: str, members: Sequence[str] | None = None, **parameters: Any) -> Recipe:
         """A method at its defaults but for these parameters."""
@@ -291,8 +291,8 @@ class Bench:
                     statistic = kind(kind.settings_type(examples=examples))
                     model = self.own_tasks()[name].load_model()
                     part = measure_shard(task, statistic, split, 0, min(examples, task.size(split)), "cpu", model)
-                    found = statistic.finalize(part)["representation"].numpy()
-                    atomic.write_bytes(str(path), save({"rows": np.ascontiguousarray(found)}))
+                    result = statistic.finalize(part)["representation"].numpy()
+                    atomic.write_bytes(str(path), save({"rows": np.ascontiguousarray(result)}))
                 rows[name].append(read_arrays(str(path))["rows"])
         stacked = {name: np.concatenate(own) for name, own in rows.items()}
         return dpp_kernel.similarity_from_representations(stacked, centered)
@@ -393,14 +393,17 @@ class Bench:
         Examples come in one order, so that the values of fewer are the first of those of more, but where a metric is of all.
         """
         kept = {task: self._read(self._place([*what, split, self._data(task, split)]), task, split) for task in tasks}
-        if missing := [task for task, found in kept.items() if found is None]:
-            found = work(missing)
+        if missing := [task for task, result in kept.items() if result is None]:
+            result = work(missing)
             for task in missing:
-                values = np.ascontiguousarray(found.values[task])
+                values = np.ascontiguousarray(result.values[task])
                 path = self._place([*what, split, self._data(task, split)])
-                notes = {"report": json.dumps(dict(found.report)), **({"whole": "yes"} if task in found.whole else {})}
+                notes = {
+                    "report": json.dumps(dict(result.report)),
+                    **({"whole": "yes"} if task in result.whole else {}),
+                }
                 atomic.write_bytes(str(path), save({"values": values}, notes))
-                kept[task] = Measured({task: values}, found.report)
+                kept[task] = Measured({task: values}, result.report)
         parts = [part for part in kept.values() if part is not None]
         return Measured({task: own for part in parts for task, own in part.values.items()}, parts[0].report)
 
@@ -426,8 +429,8 @@ class Bench:
         data = [[name, task.data_fingerprint("train")] for name, task in self.own_tasks().items()]
         path = self._place([*what, recipe.as_dict(), self._statistics_key(recipe), data], "json")
         if not path.exists():
-            found = work()
-            atomic.write_json(str(path), {"total": found.total, "members": dict(found.members)})
+            result = work()
+            atomic.write_json(str(path), {"total": result.total, "members": dict(result.members)})
         known = json.loads(path.read_text())
         return Mismatch(known["total"], known["members"])
 
@@ -463,8 +466,8 @@ class BenchModels(LiveModels):
         for shared in self._shared.values() if kept else ():
             shared.refresh()
         tasks = {task.name: task for task in self._tasks if task.name in names}
-        found = {name: self._whole(task, split, limit) for name, task in tasks.items()}
-        return replace(_of(tasks, found), report=report)
+        result = {name: self._whole(task, split, limit) for name, task in tasks.items()}
+        return replace(_of(tasks, result), report=report)
 
 
 def _told_by(file: StatisticsFile) -> list[Any]:
@@ -479,9 +482,9 @@ def short(recipe: Recipe) -> str:
     return f"{recipe.method.replace('_', ' ')} ({', '.join(recipe.members)}; {factors})"
 
 
-def _of(tasks: Mapping[str, Task], found: Mapping[str, tuple[Score, Predictions | None]]) -> Measured:
-    values = {name: _values(tasks[name], *own) for name, own in found.items()}
-    return Measured(values, whole=[name for name, (score, _) in found.items() if not score.is_mean])
+def _of(tasks: Mapping[str, Task], result: Mapping[str, tuple[Score, Predictions | None]]) -> Measured:
+    values = {name: _values(tasks[name], *own) for name, own in result.items()}
+    return Measured(values, whole=[name for name, (score, _) in result.items() if not score.is_mean])
 
 
 def _values(task: Task, score: Score, predictions: Predictions | None) -> npt.NDArray[np.float64]:

@@ -38,7 +38,7 @@ def first_topics(index: str, data: str) -> dict[str, str]:
         StorageError: A line has another form.
     """
     file_of = {line[:8]: line[9:11] for line in data.splitlines() if not line.startswith("  ")}
-    found = {}
+    result = {}
     for number, line in enumerate(index.splitlines(), start=1):
         if line.startswith("  "):
             continue
@@ -48,8 +48,8 @@ def first_topics(index: str, data: str) -> dict[str, str]:
         except (IndexError, ValueError) as error:
             raise StorageError(f"line {number} of index.noun is no entry of WordNet: {line[:80]!r}") from error
         if (topic := TOPICS.get(file_of.get(offset, ""))) is not None:
-            found[columns[0]] = topic
-    return found
+            result[columns[0]] = topic
+    return result
 
 
 def topics_of(words: list[str], tags: list[str], known: Mapping[str, str]) -> list[str]:
@@ -61,8 +61,8 @@ def topics_of(words: list[str], tags: list[str], known: Mapping[str, str]) -> li
         known: Noun → topic.
     """
     nouns = {word.lower() for word, tag in zip(words, tags, strict=True) if tag == "noun"}
-    found = {topic for noun in nouns if (topic := known.get(_singular(noun, known))) is not None}
-    return [topic for topic in TOPICS.values() if topic in found]
+    names = {topic for noun in nouns if (topic := known.get(_singular(noun, known))) is not None}
+    return [topic for topic in TOPICS.values() if topic in names]
 
 
 def _singular(noun: str, known: Mapping[str, str]) -> str:

@@ -172,11 +172,11 @@ def similarity(nouns: Mapping[str, Synset], generator: random.Random) -> Iterato
 
 def _above(nouns: Mapping[str, Synset], key: str) -> dict[str, int]:
     """What is above a noun, the noun itself included → in how many steps."""
-    found, reached = {key: 0}, [key]
+    results, reached = {key: 0}, [key]
     for step in range(1, FAR):
-        reached = [top for place in reached for top in nouns[place].above if top in nouns and top not in found]
-        found |= dict.fromkeys(reached, step)
-    return found
+        reached = [top for place in reached for top in nouns[place].above if top in nouns and top not in results]
+        results |= dict.fromkeys(reached, step)
+    return results
 
 
 def frames(pairs: Sequence[Pair], sizes: Mapping[Split, int] = SIZES) -> dict[Split, pd.DataFrame]:

@@ -197,8 +197,8 @@ class Evaluator:
         try:
             self.build()
             assert self._models is not None
-            asked = assignment.recipe, assignment.split, assignment.limit, assignment.plan
-            measurement = self._models.measure(*asked, teller(assignment.ticket))
+            request = assignment.recipe, assignment.split, assignment.limit, assignment.plan
+            measurement = self._models.measure(*request, teller(assignment.ticket))
         except EngineLostError as error:
             return Answer(None, described(error), self._worker, started, lost=True, unreachable=True)
         except (Exception, SystemExit) as error:

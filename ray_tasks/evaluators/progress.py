@@ -38,8 +38,8 @@ def teller(ticket: str) -> Callable[[float], None]:
 def share_of(actor: Any, ticket: str) -> float | None:
     """The share of an assignment that is done, as its evaluator said last; None where it said nothing."""
     with suppress(Exception):  # Ray's, which may be ending
-        told, _, share = (_internal_kv_get(_name(actor), namespace=NAMESPACE) or b"").decode().partition(" ")
-        if told == ticket:
+        of, _, share = (_internal_kv_get(_name(actor), namespace=NAMESPACE) or b"").decode().partition(" ")
+        if of == ticket:
             return float(share)
     return None
 

@@ -272,13 +272,13 @@ def _write(job: Job, holders: Sequence[Any], report: Report) -> None:
         return ask(place, _total, block, place, *others)
 
     def sums(blocks: Sequence[Block]) -> Iterator[dict[str, Tensor]]:
-        asked: deque[Any] = deque()
+        requested: deque[Any] = deque()
         for number, block in enumerate(blocks):
-            asked.append(whole(number, block))
-            if len(asked) > len(holders):
-                yield _tensors(ray.get(asked.popleft()))
-        while asked:
-            yield _tensors(ray.get(asked.popleft()))
+            requested.append(whole(number, block))
+            if len(requested) > len(holders):
+                yield _tensors(ray.get(requested.popleft()))
+        while requested:
+            yield _tensors(ray.get(requested.popleft()))
 
     if len(holders) == 1:
         save(job.path, _statistic(job), _opened.measured(job).partial(), **job.fingerprints)

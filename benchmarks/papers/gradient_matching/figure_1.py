@@ -39,9 +39,9 @@ def run(bench: Bench) -> Result:
 def _interval(xs: np.ndarray, ys: np.ndarray) -> tuple[float, float]:
     """Bootstrap interval of Spearman's correlation over candidates."""
     generator = np.random.default_rng(0)
-    found = []
+    results = []
     for _ in range(DRAWS):
         places = generator.integers(0, len(xs), len(xs))
         if len(set(xs[places])) > 2:
-            found.append(spearmanr(xs[places], ys[places]).statistic)
-    return float(np.nanquantile(found, 0.025)), float(np.nanquantile(found, 0.975))
+            results.append(spearmanr(xs[places], ys[places]).statistic)
+    return float(np.nanquantile(results, 0.025)), float(np.nanquantile(results, 0.975))

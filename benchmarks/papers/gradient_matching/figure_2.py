@@ -13,10 +13,10 @@ def run(bench: Bench) -> Result:
     result = Result(plot="lines", labels=("scaling factor α of all members", "test accuracy, mean over domains"))
     curves = {}
     for method in known(bench):
-        found = {alpha: bench.measure(scaled(bench, method, alpha)) for alpha in ALPHAS}
-        for alpha, measured in found.items():
+        results = {alpha: bench.measure(scaled(bench, method, alpha)) for alpha in ALPHAS}
+        for alpha, measured in results.items():
             result.add(method, alpha, measured)
-        curves[method] = list(found.values())
+        curves[method] = list(results.values())
     for method in list(curves)[1:]:
         short = method.replace("gradient matching", "GM")
         area = averaged(curves[method]), averaged(curves[METHODS[0]])

@@ -44,13 +44,13 @@ def _by_domain(after: dict[str, list[Measured]], bench: Bench) -> Measured:
 
 
 def _claims(method: str, factor: float, bench: Bench, own: Measured, others: Measured) -> list[Claim]:
-    base, told = bench.base(), Result()
+    base, result = bench.base(), Result()
     rest = {member: [task for task in bench.tasks if task != bench.own(member)] for member in bench.members}
     before = _joined([base.on([bench.own(member)]) for member in bench.members])
-    told.compare(f"{method} at {factor}: the domain that is taken out loses", before, own, ("before", "after"))
+    result.compare(f"{method} at {factor}: the domain that is taken out loses", before, own, ("before", "after"))
     before = _joined([base.on(tasks) for tasks in rest.values()])
-    told.compare(f"{method} at {factor}: the others keep what they have", others, before, ("after", "before"))
-    return told.claims
+    result.compare(f"{method} at {factor}: the others keep what they have", others, before, ("after", "before"))
+    return result.claims
 
 
 def _joined(parts: list[Measured]) -> Measured:

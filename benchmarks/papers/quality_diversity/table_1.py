@@ -49,8 +49,8 @@ def _seen(bench: Bench, method: str, result: Result) -> None:
     greedy = _greedy(bench, method) if method == METHODS[0] else {}
     for k in sizes(bench):
         subsets, best, control = drawn(bench, k), mode(bench, k), mode(bench, k, ours=True)
-        found = {Y: bench.measure(bench.default(method, Y)) for Y in dict.fromkeys([*subsets, best, control])}
-        chosen, others = found[best], [found[Y] for Y in subsets]
+        results = {Y: bench.measure(bench.default(method, Y)) for Y in dict.fromkeys([*subsets, best, control])}
+        chosen, others = results[best], [results[Y] for Y in subsets]
         result.add(f"{name}, DPP", k, chosen)
         result.add(f"{name}, random", k, averaged(others))
         claim = f"{name}, k = {k}: the DPP's subset is above"
@@ -66,10 +66,10 @@ def _seen(bench: Bench, method: str, result: Result) -> None:
             result.add(f"{name}, greedy on validation", k, greedy[k])
             result.row(f"{name}, greedy on validation", k, _place(greedy[k], others), quantity=PLACE)
             result.compare(f"{claim} the greedy one", chosen, greedy[k], ("DPP", "greedy"))
-        result.add(f"{name}, DPP of equal q and centred S", k, found[control])
-        result.row(f"{name}, DPP of equal q and centred S", k, _place(found[control], others), quantity=PLACE)
+        result.add(f"{name}, DPP of equal q and centred S", k, results[control])
+        result.row(f"{name}, DPP of equal q and centred S", k, _place(results[control], others), quantity=PLACE)
         claim = f"Control: {name}, k = {k}: with equal q and centred S it is above random subsets"
-        result.compare(claim, found[control], averaged(others), ("DPP", "random"))
+        result.compare(claim, results[control], averaged(others), ("DPP", "random"))
         _unseen(bench, method, k, result)
 
 

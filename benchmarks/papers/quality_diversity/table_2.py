@@ -24,7 +24,7 @@ def run(bench: Bench) -> Result:
     )
     k = len(bench.members) - 1
     chosen, subsets = mode(bench, k), drawn(bench, k)
-    found: dict[tuple[str, str], list[Measured]] = {}
+    results: dict[tuple[str, str], list[Measured]] = {}
     for corruption in (None, *get_args(Corruption)):
         on = bench if corruption is None else bench.with_tasks(lambda task, c=corruption: _corrupted(task, c))
         for method in METHODS:
@@ -32,20 +32,20 @@ def run(bench: Bench) -> Result:
             rows = on.measure(on.default(method)), scores[chosen], averaged([scores[Y] for Y in subsets])
             for kind, measured in zip(KINDS, rows, strict=True):
                 name = method.replace("_", " ")
-                own = found.setdefault((name, kind), [])
+                own = results.setdefault((name, kind), [])
                 own.append(measured)
                 result.add(f"{name}, {kind}", _words(corruption), measured)
                 if corruption is not None:
                     drop = 100 * (own[0].mean - measured.mean)
                     result.row(f"{name}, {kind}", _words(corruption), drop, quantity=DROP)
     for method in METHODS:
-        _compare(result, method.replace("_", " "), {kind: found[method.replace("_", " "), kind] for kind in KINDS})
+        _compare(result, method.replace("_", " "), {kind: results[method.replace("_", " "), kind] for kind in KINDS})
     return result
 
 
-def _compare(result: Result, name: str, found: dict[str, list[Measured]]) -> None:
-    corrupted = {kind: averaged(own[1:]) for kind, own in found.items()}
-    drops = {kind: _less(found[kind][0], own) for kind, own in corrupted.items()}
+def _compare(result: Result, name: str, results: dict[str, list[Measured]]) -> None:
+    corrupted = {kind: averaged(own[1:]) for kind, own in results.items()}
+    drops = {kind: _less(results[kind][0], own) for kind, own in corrupted.items()}
     for kind, measured in drops.items():
         result.row(f"{name}, {kind}", "all seven", 100 * measured.mean, 100 * measured.error, quantity=DROP)
     for other, words in (("random", "random subsets"), ("all members", "all members")):

@@ -20,14 +20,14 @@ def run(bench: Bench) -> Result:
     for pair in combinations(bench.members, 2):
         tasks = [bench.own(member) for member in pair]
         for method in METHODS:
-            found = bench.measure(bench.default(method, pair), tasks=tasks)
-            scores[method].append(found)
-            drops = [1 - found.scores[task] / own.scores[task] for task in tasks]
+            results = bench.measure(bench.default(method, pair), tasks=tasks)
+            scores[method].append(results)
+            drops = [1 - results.scores[task] / own.scores[task] for task in tasks]
             result.row(method, "+".join(pair), float(np.mean(drops)), quantity=DROP)
     for method in METHODS:
         drops = [row["value"] for row in result.rows if row["series"] == method and row["quantity"] == DROP]
         result.row(method, "all pairs", float(np.mean(drops)), quantity=DROP)
-    whole = {method: _together(found) for method, found in scores.items()}
+    whole = {method: _together(results) for method, results in scores.items()}
     result.compare(
         "Over pairs, RegMean is above the average", whole["regmean"], whole["average"], ("RegMean", "average")
     )

@@ -28,8 +28,8 @@ def run(bench: Bench) -> Result:
         single.append((owner, bench.member(order[0], tasks=[target])))
         for method in METHODS:
             for k in range(1, len(order) + 1):
-                found = _merged(bench, method, order[:k], target)
-                prefixes.setdefault((method, k), []).append((owner, found))
+                results = _merged(bench, method, order[:k], target)
+                prefixes.setdefault((method, k), []).append((owner, results))
 
         def scores(subsets: Sequence[Sequence[str]], target: str = target) -> list[float | None]:
             return [_merged(bench, "regmean", Y, target, "validation").mean for Y in subsets]
@@ -69,4 +69,4 @@ def _merged(bench: Bench, method: str, subset: Sequence[str], target: str, split
 
 
 def _unseen(parts: Sequence[tuple[str, Measured]]) -> Measured:
-    return Measured({owner: values for owner, found in parts for values in found.values.values()})
+    return Measured({owner: values for owner, results in parts for values in results.values.values()})

@@ -34,7 +34,7 @@ class Documents:
     docs: Sequence[Any]
     requests: Sequence[Sequence[Any]]
 
-    def asked(self, places: npt.NDArray[np.int64]) -> list[list[Any]]:
+    def requests_of(self, places: npt.NDArray[np.int64]) -> list[list[Any]]:
         """Requests of some documents, without answers yet."""
         return [[replace(request, resps=[], filtered_resps={}) for request in self.requests[place]] for place in places]
 

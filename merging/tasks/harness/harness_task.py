@@ -170,7 +170,7 @@ class HarnessTask(Task):
         """See `Task.predict`."""
         started = time.perf_counter()
         documents, places = self._read(self._split_names[split]), self._places(split)[positions]
-        requests_of = documents.asked(places)
+        requests_of = documents.requests_of(places)
         kind = "cpu" if isinstance(model, TextEngine) else next(model.parameters()).device.type
         try:
             with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16"):
@@ -205,7 +205,7 @@ class HarnessTask(Task):
         recorder = NeedsRecorder()
         for name in sorted(set(self._split_names.values())):
             documents = self._read(name)
-            requests = [request for own in documents.asked(np.arange(len(documents.docs))) for request in own]
+            requests = [request for own in documents.requests_of(np.arange(len(documents.docs))) for request in own]
             try:
                 self._answer(recorder, requests)
             except TaskError as error:
