@@ -134,7 +134,7 @@ with connect(WorkerEnvironment({{"MINE": "1"}}, {{"KEY": "hidden-value"}}, (), {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("before", ["", "ray.init(num_cpus=1, include_dashboard=False)"])
+@pytest.mark.parametrize("before", ["", "ray.init('local', num_cpus=1, include_dashboard=False)"])
 def test_ray_may_be_imported_and_started_first(before):
     code = f"""
 import ray
