@@ -128,6 +128,6 @@ TAGGING = ShippedPool(
         "propagated": {"examples": 96},
         "gram": {"examples": 256},
     },
-    distil={},
+    distil={"steps": 60},
 )
 """The base brings no head, so each member has its own."""
