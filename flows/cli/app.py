@@ -109,7 +109,7 @@ def _options(
 
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
-add_old_spellings(app)
+add_old_spellings(app, COMMANDS)
 
 
 def main() -> None:

@@ -6,16 +6,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from flows.cli.commands import campaigns, directories
-
 GROUP = "campaign"
 """What stood before the commands."""
-COMMANDS: Mapping[str, Callable[..., None]] = {
-    "run": campaigns.run,
-    "resume": campaigns.resume,
-    "status": directories.status,
-    "check": campaigns.check,
-}
+NAMES = ("run", "resume", "status", "check")
 """All that stood below it."""
 
 
@@ -30,11 +23,11 @@ class Deprecated(TyperGroup):
         return name, command, rest
 
 
-def add_old_spellings(app: typer.Typer) -> None:
-    """Adds them to the program, hidden from its help and from the reference."""
+def add_old_spellings(app: typer.Typer, commands: Mapping[str, Callable[..., None]]) -> None:
+    """Adds them to the program with its commands, hidden from its help and from the reference."""
     old = typer.Typer(
         cls=Deprecated, help="What `mergequest run` and its kin were called before.", no_args_is_help=True
     )
-    for name, command in COMMANDS.items():
-        old.command(name)(command)
+    for name in NAMES:
+        old.command(name)(commands[name])
     app.add_typer(old, name=GROUP, hidden=True)

@@ -21,7 +21,7 @@ POWER = 0.15
 ROUNDING = 2 * torch.finfo(torch.float32).eps
 """Rounding errors of a Gram's entries, relative to its largest."""
 KEPT_BYTES = 1 << 30
-"""Most that the members' directions take which are kept for the candidates that come next."""
+"""Bytes of members' output directions that are kept for later candidates, at most."""
 
 
 @register
@@ -59,7 +59,7 @@ class Esm(Method):
         return added(first or {}, second or {})
 
     def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:
-        """Looks at all Grams. A candidate takes apart what members that none had before put out, see `KEPT_BYTES`.
+        """Checks all Grams. A member's output directions are computed for the first candidate with it; see `KEPT_BYTES`.
 
         Raises:
             MethodError: A Gram is missing, not finite, of another shape, or has a negative diagonal.
@@ -141,7 +141,7 @@ class PreparedEsm(PreparedSpectral):
             yield outputs @ inputs * (scale * size)[:, None, None]
 
     def _strongest(self, index: int, member: str, moved: Tensor) -> tuple[Tensor, Tensor]:
-        """P_t [B, out, r] and λ_t^0.15 [B, r], 0 for what is none; kept as long as there is room, for they know no factor.
+        """P_t [B, out, r] and λ_t^0.15 [B, r], 0 where λ_t is; kept as long as there is room: no factor changes them.
 
         Args:
             index: Of the batch.

@@ -13,7 +13,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from merging.tasks.head import learnt_positions
-from merging.tasks.language.language_task import LIKELIHOODS, Example, LanguageSettings, LanguageTask
+from merging.tasks.language.examples import Example
+from merging.tasks.language.language_settings import LIKELIHOODS, LanguageSettings
+from merging.tasks.language.language_task import LanguageTask
 from merging.tasks.language.prompts import Encoded, encode, encode_prompt
 from merging.tasks.language.shared_prompts import CACHES, choice_likelihoods, have_one_prompt
 from merging.tasks.language.text_engine import EngineNeeds, TextEngine

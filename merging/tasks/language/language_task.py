@@ -1,153 +1,30 @@
 """Completions of prompts, whatever kind of language model gives them: their likelihood, a choice among them, generation."""
 
 import inspect
-import os
-import re
 import time
 from abc import abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeAlias, get_args
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from merging.checkpoints.adapters.patterns import compiled
-from merging.errors import CheckpointError, TaskError
+from merging.errors import TaskError
 from merging.io import hashing
-from merging.io.documents import is_number, is_text
-from merging.registry import did_you_mean
 from merging.tasks.file_task import TextTask, longest_first
 from merging.tasks.head import generation_config, tokenizer_identity
 from merging.tasks.language.answers import GRADES, Grade, corpus_score, extracted
-from merging.tasks.language.prompts import render, template_columns
+from merging.tasks.language.examples import Example, read_examples
+from merging.tasks.language.language_settings import LIKELIHOODS
 from merging.tasks.language.text_engine import TextEngine
 from merging.tasks.predictions import Floats, Predictions
-from merging.tasks.task import IGNORED, Batch, Score, Split, TaskSettings, score_of
-from merging.tasks.user_functions import FUNCTION, code_of, load_function
-
-Likelihood: TypeAlias = Literal["log_likelihood", "neg_perplexity"]
-Choice: TypeAlias = Literal["accuracy", "accuracy_norm", "accuracy_unconditional"]
-Generated: TypeAlias = Literal["exact_match", "contains", "number", "chrf", "bleu", "rouge_l"]
-LIKELIHOODS: tuple[str, ...] = ("log_likelihood", "neg_perplexity")
-CHOICES: tuple[str, ...] = ("accuracy", "accuracy_norm", "accuracy_unconditional")
-
-
-def _known(name: Any) -> Any:
-    known = [*LIKELIHOODS, *CHOICES, *get_args(Generated)]
-    if isinstance(name, str) and name not in known and not re.match(FUNCTION, name):
-        raise ValueError(f"unknown metric '{name}'. {did_you_mean(name, known)}")
-    return name
-
-
-Metric: TypeAlias = Annotated[
-    Likelihood | Choice | Generated | Annotated[str, Field(pattern=FUNCTION)], BeforeValidator(_known)
-]
-"""A metric's name, or a function of the user's own."""
-
-
-class LanguageSettings(TaskSettings):
-    """What tasks on prompts and completions have in common."""
-
-    data: dict[Split, str | Annotated[list[str], Field(min_length=1)]] = Field(
-        min_length=1, description="Split (train, validation, test) → file or list of files: Parquet, CSV or JSON lines."
-    )
-    prompt: str | None = Field("prompt", description="Column of the prompt; not used where `template` is given.")
-    completion: str | None = Field(
-        "completion",
-        description="Column of the completion, the only part that is scored; null: members complete prompts.",
-    )
-    template: str | None = Field(None, description="Jinja template of the prompt over an example's columns.")
-    choices: str | None = Field(None, description="Column of a list of completions to choose from.")
-    label: str = Field("label", description="Column of the right choice: its position, or its text.")
-    metric: Metric | None = Field(
-        None,
-        description="log_likelihood (mean over examples, nats per token), neg_perplexity; with `choices`: accuracy, "
-        "accuracy_norm (by length in bytes), accuracy_unconditional (less the likelihood without prompt); of greedy "
-        "generation: exact_match, contains, number, rouge_l, and of all examples together chrf, bleu, or a function of your "
-        "own, `module:function`, of what is generated and the completion, that returns a number. Default: accuracy with "
-        "`choices`, else log_likelihood.",
-    )
-    extract: str | None = Field(
-        None, description="Regular expression; its last match (first group) in what is generated is what counts."
-    )
-    max_new_tokens: int = Field(64, ge=1, le=32768, description="Tokens that are generated at most.")
-    max_length: int = Field(
-        1024, ge=2, description="Tokens of an example; what is longer loses the prompt's beginning."
-    )
-    batch_size: int = Field(16, ge=1, description="Sequences per step of evaluation.")
-    _directory: str = PrivateAttr(default_factory=os.getcwd)  # travels to the workers, which may have another
-
-    @field_validator("extract")
-    @classmethod
-    def _is_pattern(cls, pattern: str | None) -> str | None:
-        if pattern is not None:
-            try:
-                compiled(pattern)
-            except CheckpointError as error:
-                raise ValueError(str(error)) from error
-        return pattern
-
-    @model_validator(mode="after")
-    def _metric_fits(self) -> "LanguageSettings":
-        if self.whole_text is None and self.template is None and self.prompt is None:
-            raise ValueError("name `prompt` or `template`")
-        if (self.choices is not None) != (self.judged_by in CHOICES):
-            raise ValueError(
-                f"`metric: {self.judged_by}` {'needs' if self.choices is None else 'does not go with'} `choices`"
-            )
-        if self.is_unanswered and set(self.data) != {"train"}:
-            raise ValueError(
-                "`completion: null` is for statistics on a train split: nothing is judged without completions"
-            )
-        if self.extract is not None and not self.generates:
-            raise ValueError("`extract` goes with metrics of what is generated")
-        return self
-
-    @property
-    def whole_text(self) -> str | None:
-        """Column of a text that is predicted whole; None where there are prompts."""
-        return None
-
-    @property
-    def is_unanswered(self) -> bool:
-        """Whether there are prompts alone."""
-        return self.whole_text is None and self.choices is None and self.completion is None
-
-    @property
-    def generates(self) -> bool:
-        """Whether the metric is of what is generated."""
-        return self.judged_by not in (*LIKELIHOODS, *CHOICES)
-
-    @property
-    def function(self) -> str | None:
-        """The user's own function that grades what is generated."""
-        return self.judged_by if ":" in self.judged_by else None
-
-    @property
-    def is_percent(self) -> bool:
-        """All but likelihoods, and what a function returns, are shares."""
-        return self.judged_by not in LIKELIHOODS and self.function is None
-
-    @property
-    def judged_by(self) -> str:
-        """The metric's name."""
-        return self.metric or ("accuracy" if self.choices is not None else "log_likelihood")
-
-
-@dataclass(frozen=True)
-class Example:
-    """An example: its prompt, its completions, which of them is right, and what it is called in messages."""
-
-    prompt: str
-    completions: tuple[str, ...]
-    right: int = 0
-    name: str = ""
+from merging.tasks.task import IGNORED, Batch, Score, Split, score_of
+from merging.tasks.user_functions import code_of, load_function
 
 
 class Encoding(Protocol):
@@ -336,7 +213,7 @@ class LanguageTask(TextTask[list[Example]]):
 
     def read(self, paths: Sequence[str]) -> list[Example]:
         """See `FileTask.read`."""
-        return _read(paths, self.settings)
+        return read_examples(paths, self.settings)
 
     def make_batch(self, split: Split, places: npt.NDArray[np.int64]) -> Batch:
         """Prompts with their right completions, whose tokens are the labels; see `FileTask.make_batch`."""
@@ -470,63 +347,3 @@ class LanguageTask(TextTask[list[Example]]):
                 tokens[place] = targets.sum()
                 entropies[place] = -(log_p.exp() * log_p).sum(-1).nan_to_num().double().mean()
         return sums, tokens, entropies
-
-
-def _read(paths: Sequence[str], settings: LanguageSettings) -> list[Example]:
-    """Examples from files; the first bad row is named."""
-    from merging.tasks.labelled_texts import read_tables, text_problems  # with pandas, which takes a second
-
-    texts = [settings.whole_text] if settings.whole_text is not None else []
-    columns = template_columns(settings.template) if settings.template is not None else []
-    if settings.whole_text is None:
-        texts += [settings.prompt] if settings.template is None and settings.prompt is not None else []
-        texts += [settings.completion] if settings.choices is None and settings.completion is not None else []
-        columns += [settings.choices, settings.label] if settings.choices is not None else []
-    examples = []
-    for path, frame in read_tables(paths, list(dict.fromkeys([*texts, *columns])), texts):
-        if problems := [problem for column in texts for problem in text_problems(frame[column], column)]:
-            raise TaskError(f"{path}: {'; '.join(problems)}")
-        for number, row in enumerate(frame.to_dict("records"), start=1):
-            name = f"{path}, row {number}"
-            try:
-                example = _example({str(key): value for key, value in row.items()}, settings)
-            except TaskError as error:
-                raise TaskError(f"{name}: {error}") from error
-            examples.append(replace(example, name=name))
-    return examples
-
-
-def _example(row: Mapping[str, Any], settings: LanguageSettings) -> Example:
-    if settings.whole_text is not None:
-        return Example("", (row[settings.whole_text],))
-    prompt = render(settings.template, row) if settings.template is not None else row[settings.prompt or ""]
-    if settings.choices is None:
-        return Example(prompt, () if settings.completion is None else (row[settings.completion],))
-    choices = row[settings.choices]
-    if isinstance(choices, str | Mapping) or not hasattr(choices, "__len__") or len(choices) < 2:
-        raise TaskError(f"column '{settings.choices}' holds {_shown(choices)}: a list of at least two texts is needed")
-    if strange := [choice for choice in choices if not _is_choice(choice)]:
-        raise TaskError(f"column '{settings.choices}' holds {_shown(strange[0])} among its choices: texts are needed")
-    options = tuple(str(choice) for choice in choices)
-    label = row[settings.label]
-    if isinstance(label, str):
-        if label not in options:
-            raise TaskError(f"column '{settings.label}' holds {_shown(label)}, which is none of the choices")
-        return Example(prompt, options, options.index(label))
-    if not isinstance(label, bool | np.bool_) and isinstance(label, int | float | np.number):
-        place = next((place for place in range(len(options)) if place == label), None)
-        if place is not None:
-            return Example(prompt, options, place)
-    raise TaskError(
-        f"column '{settings.label}' holds {_shown(label)}: a position from 0 to {len(options) - 1} is needed"
-    )
-
-
-def _is_choice(value: object) -> bool:
-    """Whether it is a text, or a number that stands for one."""
-    return is_text(value) or (is_number(value.item() if isinstance(value, np.number) else value))
-
-
-def _shown(value: object) -> str:
-    """A value in a message."""
-    return repr(value)[:100]

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from merging.errors import TaskError
 from merging.tasks.head import learnt_positions
-from merging.tasks.language.language_task import Example, LanguageSettings, LanguageTask
+from merging.tasks.language.examples import Example
+from merging.tasks.language.language_settings import LanguageSettings
+from merging.tasks.language.language_task import LanguageTask
 from merging.tasks.language.token_padding import padded
 from merging.tasks.task import IGNORED, Batch, register
 

@@ -28,5 +28,7 @@ def test_an_evaluator_s_last_word_is_heard_of_the_assignment_that_it_is_about(lo
     ray.kill(actor)
 
 
-def test_nobody_is_told_outside_of_a_cluster():
-    progress.teller("7")(0.5)
+def test_outside_of_an_actor_nothing_is_said_and_no_ray_is_started():
+    before = ray.is_initialized()
+    assert progress.teller("7")(0.5) is None
+    assert ray.is_initialized() == before
