@@ -96,9 +96,9 @@ class WorseThan:
     """A gate that stops a candidate whose examples say that it is worse than another.
 
     The paired differences of single examples, each weighted as the objective weights its task, go through a one-sided
-    Wilcoxon signed-rank test. Right and wrong answers are compared by their surrogate (p_y of a classifier): most answers of
-    two merges agree, and a test on those that differ (McNemar's) sees too little. But p_y may fall where accuracy does not,
-    so a candidate whose objective over these examples is no lower than the other's goes on whatever the test says.
+    Wilcoxon signed-rank test. Answers that are right or wrong are compared by their surrogate: most of two merges' agree, and a
+    test on those that differ (McNemar's) sees too little. But a surrogate may fall where the score does not, so a candidate
+    whose objective over these examples is no lower than the other's goes on whatever the test says.
 
     Args:
         bar: The other's trace, of the same steps.

@@ -83,7 +83,7 @@ class Row:
         scores: Task → the task's metric.
         standard_errors: Task → standard error of the score.
         losses: Task → mean loss over the examples (cross-entropy of a classifier).
-        expected_errors: Task → 1 − the mean surrogate (of a classifier, the mean of 1 − p_y).
+        expected_errors: Task → 1 − the mean surrogate.
         examples: Task → number of examples evaluated.
         proxies: Name → a figure that needs no labels or fewer examples: `entropy:<task>` (mean entropy of the predictions,
             nats), `partial:objective` of a pruned row, `partial:objective@N` at a rung of N examples, `theory:<member>` (a
