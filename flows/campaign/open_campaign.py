@@ -250,7 +250,7 @@ def open_campaign(campaign: Campaign, display: Display, directory: str | None = 
             )
     check_models(pool, list(tasks.values()), owners)
     if campaign.engine.kind == "vllm":
-        check_engine(pool, list(tasks.values()), owners)
+        check_engine(pool, list(tasks.values()), owners, campaign.engine)
     distances = examined(campaign, pool, directory, display)
     for note in _alike(pool, distances):
         display.note(note)

@@ -136,12 +136,12 @@ class EngineModels(CandidateModels):
         return True
 
 
-def check_engine(pool: Pool, tasks: Sequence[Task], owners: Mapping[str, str]) -> None:
+def check_engine(pool: Pool, tasks: Sequence[Task], owners: Mapping[str, str], settings: EngineSettings) -> None:
     """Looks, before any work, whether an engine can hold a pool's merges and answer the tasks.
 
     Raises:
-        EngineError: vLLM is not installed or does not serve the model, a task is none that it answers, or weights are kept per
-            task.
+        EngineError: vLLM is not installed or does not serve the model, its attention heads cannot be shared out over the
+            engine's processes, a task is none that it answers, or weights are kept per task.
     """
     longest_sequence(tasks)
     for task in tasks:
@@ -150,7 +150,15 @@ def check_engine(pool: Pool, tasks: Sequence[Task], owners: Mapping[str, str]) -
                 f"`engine: vllm` holds one model for all tasks, and '{min(kept)}' is kept for each: leave out `heads`, or the "
                 "engine"
             )
-    require_vllm(pool.base.config)
+    config = pool.base.config
+    heads, processes = (config.get("text_config") or config).get("num_attention_heads") or 0, settings.tensor_parallel
+    if heads % processes:
+        fits = [count for count in range(1, heads + 1) if not heads % count]
+        raise EngineError(
+            f"engine.tensor_parallel: {processes} processes cannot share the {heads} attention heads of {pool.base.path}: "
+            f"use {' or '.join(map(str, fits))}"
+        )
+    require_vllm(config)
 
 
 def longest_sequence(tasks: Sequence[Task]) -> int:

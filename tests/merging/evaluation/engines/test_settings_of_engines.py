@@ -8,6 +8,7 @@ from transformers import GenerationConfig
 
 from merging.checkpoints.pool import Pool
 from merging.errors import EngineError
+from merging.evaluation.engines import EngineSettings
 from merging.evaluation.engines.engine_models import check_engine
 from merging.evaluation.engines.vllm_engine import buckets, require_served
 from merging.evaluation.live_models import LiveModels
@@ -38,13 +39,18 @@ def test_what_no_engine_answers_is_refused_before_it_starts(tmp_path, tiny_pool,
     labels = make_task("one", TextClassificationSettings(**tiny_campaign["tasks"]["one"]), str(tiny_pool["one"]))
     pool = Pool.open(str(tiny_pool["base"]), {"one": str(tiny_pool["one"])})
     with pytest.raises(EngineError, match="task 'one' is of kind 'text_classification'"):
-        check_engine(pool, [labels], {"one": "one"})
+        check_engine(pool, [labels], {"one": "one"}, EngineSettings(kind="vllm"))
     paths = write_pool(tmp_path)
     data = {"validation": write_examples(tmp_path / "data.parquet", 4)}
     task = make_task("lm", CausalLMSettings(data=data), paths["one"])
     own = Pool.open(paths["base"], {"one": paths["one"]}, ("lm_head.*",))
     with pytest.raises(EngineError, match=r"holds one model for all tasks, and 'lm_head.weight' is kept"):
-        check_engine(own, [task], {"lm": "one"})
+        check_engine(own, [task], {"lm": "one"}, EngineSettings(kind="vllm"))
+    whole = Pool.open(paths["base"], {"one": paths["one"]})
+    with pytest.raises(
+        EngineError, match=r"tensor_parallel: 3 processes cannot share the 2 attention heads of .*: use 1 or 2"
+    ):
+        check_engine(whole, [task], {"lm": "one"}, EngineSettings(kind="vllm", tensor_parallel=3))
     with pytest.raises(EngineError, match="no_repeat_ngram_size: 3"):
         require_served(GenerationConfig(no_repeat_ngram_size=3))
     require_served(GenerationConfig(repetition_penalty=1.1, eos_token_id=[2, 3]))
@@ -56,7 +62,9 @@ def test_an_engine_that_is_not_installed_says_how_to_get_it(tmp_path):
     data = {"validation": write_examples(tmp_path / "data.parquet", 4)}
     task = make_task("lm", CausalLMSettings(data=data), paths["one"])
     with pytest.raises(EngineError, match=r"mergequest\[vllm\].*make vllm-env"):
-        check_engine(Pool.open(paths["base"], {"one": paths["one"]}), [task], {"lm": "one"})
+        check_engine(
+            Pool.open(paths["base"], {"one": paths["one"]}), [task], {"lm": "one"}, EngineSettings(kind="vllm")
+        )
 
 
 def test_weights_travel_in_buckets_of_a_size():
