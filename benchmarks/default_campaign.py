@@ -6,7 +6,8 @@
 Beside it stand: the members, each on its own task, and one model trained on all data (where the campaign has it as a
 baseline); every method at its defaults; mergekit's and fusion-bench's methods, each with one number tuned on the same
 validation data; TPE alone, which may evaluate and train on as many examples as the campaign did; the best merge trained on
-the validation labels; distillation from the campaign's start with fewer inputs of each member. Each is chosen on validation
+the validation labels; distillation from the campaign's start with fewer inputs of each member, and with inputs that no member
+was trained on. Each is chosen on validation
 and measured on test. What is measured is kept below the campaign's directory, so that a run that was cut goes on where it
 was; the table is written to `--out` as CSV.
 """
@@ -48,7 +49,7 @@ from search.space.method_space import MethodSpace
 from search.space.search_space import Space
 from search.study import build_study
 
-GROUPS = ("references", "defaults", "tuned", "labels", "tpe", "inputs")
+GROUPS = ("references", "defaults", "tuned", "labels", "tpe", "inputs", "unseen")
 CPU = torch.device("cpu")
 BACKWARD = 3
 """An example that is run forward and backward costs as much as so many that are evaluated."""
@@ -262,6 +263,23 @@ class Comparison:
                     "inputs", name, what, lambda settings=settings: self._distilled(settings), validation=False
                 )
 
+    def unseen(self, seeds: int, inputs: Sequence[int]) -> Iterator[Arm]:
+        """Distilled with inputs that no member was trained on, the validation split's, and with as many training inputs."""
+        number = min(task.size("validation") for task in self.bench.own_tasks().values())
+        splits: dict[Split, str] = {"validation": "unseen", "train": "training"}
+        for seed in range(seeds):
+            settings = DistillationSettings(examples=number, seed=seed)
+            for split, kind in splits.items():
+                what = ["distilled", split, self.start.as_dict(), settings.model_dump(mode="json")]
+                name = f"distilled with {number} {kind} inputs a member, seed {seed}"
+                yield self._trained(
+                    "unseen",
+                    name,
+                    what,
+                    lambda settings=settings, split=split: self._distilled(settings, split),
+                    validation=False,
+                )
+
     def _tuned(self, peer: Tuned) -> tuple[Recipe, float, str]:
         """The best recipe on validation, its mean there, and what was chosen."""
         plain = self.bench.default(peer.method, **peer.parameters)
@@ -297,8 +315,8 @@ class Comparison:
     def _propagated(self, settings: PropagationSettings) -> Mapping[str, torch.Tensor]:
         return propagate(self.bench.weights, self.bench.own_tasks(), self.bench.members, settings).weights
 
-    def _distilled(self, settings: DistillationSettings) -> Mapping[str, torch.Tensor]:
-        tasks = list(self.bench.own_tasks().values())
+    def _distilled(self, settings: DistillationSettings, inputs: Split = "train") -> Mapping[str, torch.Tensor]:
+        tasks = list(self.bench.own_tasks(inputs).values())
         result = distil(self.bench.material(self.start), tasks, self.bench.owners, self.start, settings, CPU)
         looks = ", ".join(f"{look.step}: {look.held_out:.4f}" for look in result.looks)
         self._display.say(f"  {result.steps} steps, best {result.best}; held out {looks}")

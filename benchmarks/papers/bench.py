@@ -332,13 +332,14 @@ class Bench:
                     files[name] = (*files[name], self._statistic(name, kind, task))
         return Material(self.weights, open_statistics(self.weights, files), examples)
 
-    def own_tasks(self) -> dict[str, Task]:
-        """Member → the task of its own training examples, bound to itself."""
-        campaign = self.pool.campaign
-        return {
-            name: make_task(self.own(name), member.calibration or campaign.tasks[self.own(name)], member.checkpoint)
-            for name, member in campaign.members.items()
-        }
+    def own_tasks(self, inputs: Split = "train") -> dict[str, Task]:
+        """Member → the task of its own training examples, bound to itself; they may be another split's."""
+        tasks = {}
+        for name, member in self.pool.campaign.members.items():
+            settings = member.calibration or self.pool.campaign.tasks[self.own(name)]
+            data = {**settings.data, "train": settings.data[inputs]}
+            tasks[name] = make_task(self.own(name), settings.model_copy(update={"data": data}), member.checkpoint)
+        return tasks
 
     def _statistic(self, who: str, kind: str, task: Task) -> str:
         """A statistics file of the pool's place, computed unless it is there."""
