@@ -70,9 +70,17 @@ def test_others_spend_as_much_and_what_is_measured_is_kept(comparison, monkeypat
         *comparison.tpe(1, []),
         *comparison.labels(1, []),
         *comparison.inputs(1, [4]),
+        *comparison.unseen(1, []),
         *comparison.references(1, []),
     ]
-    assert [arm.group for arm in arms] == ["tpe", "labels", "inputs", "references", "references"]
+    groups = ["tpe", "labels", "inputs", "unseen", "unseen", "references", "references"]
+    assert [arm.group for arm in arms] == groups
+    unseen, training = (comparison.bench.own_tasks(split)["one"] for split in ("validation", "train"))
+    assert (
+        unseen.data_fingerprint("train")
+        == training.data_fingerprint("validation")
+        != training.data_fingerprint("train")
+    )
     assert arms[0].chosen.endswith(" of 2")  # of 36 examples each
     assert all(len(values) == 12 for arm in arms for values in arm.test.values.values())
     monkeypatch.setattr(default_campaign, "distil", None)
