@@ -5,11 +5,11 @@
 
 Beside it stand: the members, each on its own task, and one model trained on all data (where the campaign has it as a
 baseline); every method at its defaults; mergekit's and fusion-bench's methods, each with one number tuned on the same
-validation data; TPE alone, which may evaluate and train on as many examples as the campaign did; the best merge trained on
-the validation labels; distillation from the campaign's start with fewer inputs of each member, and with inputs that no member
-was trained on. Each is chosen on validation
-and measured on test. What is measured is kept below the campaign's directory, so that a run that was cut goes on where it
-was; the table is written to `--out` as CSV.
+validation data; methods that need weights alone, likewise; TPE alone, which may evaluate and train on as many examples as
+the campaign did; the best merge trained on the validation labels; distillation from the campaign's start with fewer inputs
+of each member, and with inputs that no member was trained on. Each is chosen on validation and measured on test. What is
+measured is kept below the campaign's directory, so that a run that was cut goes on where it was; the table is written to
+`--out` as CSV.
 """
 
 import argparse
@@ -49,7 +49,7 @@ from search.space.method_space import MethodSpace
 from search.space.search_space import Space
 from search.study import build_study
 
-GROUPS = ("references", "defaults", "tuned", "labels", "tpe", "inputs", "unseen")
+GROUPS = ("references", "defaults", "tuned", "labels", "data_free", "tpe", "inputs", "unseen")
 CPU = torch.device("cpu")
 BACKWARD = 3
 """An example that is run forward and backward costs as much as so many that are evaluated."""
@@ -100,6 +100,18 @@ PEERS: Mapping[str, Tuned] = {
     "wudi": Tuned("wudi", {}, SCALING, WHOLE),
 }
 """mergekit's methods of more than two members, and fusion-bench's; ours give the same weights."""
+DATA_FREE: Mapping[str, Tuned] = {
+    "task_arithmetic": PEERS["task_arithmetic"],
+    "ties": PEERS["ties"],
+    "tsv_m": PEERS["tsv_m"],
+    "iso_c": PEERS["iso_c"],
+    "iso_cts": PEERS["iso_cts"],
+    "svc+task_arithmetic": Tuned("svc+task_arithmetic", {}, SCALING, SMALL),
+    "svc+tsv_m": Tuned("svc+tsv_m", {}, SCALING, WHOLE),
+    "svc+iso_cts": Tuned("svc+iso_cts", {}, SCALING, WHOLE),
+    "ace": Tuned("ace", {}, SCALING, WHOLE),
+}
+"""Methods that need weights alone, in the order of their papers' published averages; the modifier beside what it modifies."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +142,7 @@ class Comparison:
         directory: Of a finished campaign whose members each have a task.
         display: Shows what is measured.
         examples: Most examples of a task and split; None for all.
-        peers: Which of the peers' methods; all where none is named.
+        peers: Which of the peers' and the data-free methods; all where none is named.
     """
 
     def __init__(
@@ -195,6 +207,13 @@ class Comparison:
         yield from self._tested("tuned", chosen)
         others = {"regmean++": self._plusplus, "adaptive": self._adaptive}
         yield from (make() for name, make in others.items() if not self.peers or name in self.peers)
+
+    def data_free(self, seeds: int, inputs: Sequence[int]) -> Iterator[Arm]:
+        """The methods that need weights alone, each with one factor tuned on validation, all of them on test."""
+        chosen = DATA_FREE if not self.peers else {name: DATA_FREE[name] for name in self.peers if name in DATA_FREE}
+        for name, peer in chosen.items():
+            recipe, mean, value = self._tuned(peer)
+            yield Arm("data_free", name, self.bench.measure(recipe), mean, value)
 
     def _tested(self, group: str, results: Mapping[str, tuple[Recipe, float, str]]) -> Iterator[Arm]:
         """Recipes with their means on validation, best first; only the first are measured on test."""
@@ -430,7 +449,7 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, nargs="+", default=[50, 100, 256, 400, 1600], help="of each member")
     parser.add_argument("--examples", type=int, help="most examples of a task and split; by default all")
     parser.add_argument(
-        "--peers", nargs="+", default=(), help="of mergekit's and fusion-bench's methods; by default all"
+        "--peers", nargs="+", default=(), help="of mergekit's, fusion-bench's and the data-free methods; by default all"
     )
     parser.add_argument("--out", type=Path, help="the CSV; by default in benchmarks/results")
     given = parser.parse_args()

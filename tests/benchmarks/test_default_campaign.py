@@ -55,6 +55,10 @@ def test_the_best_of_a_peer_is_chosen_on_validation_and_paired_on_test(compariso
     assert first.test is not None
     assert second.test is None
     assert {arm.name for arm in others} == {"regmean++", "task arithmetic, factors by descent without labels"}
+    monkeypatch.setattr(default_campaign, "DATA_FREE", {"own": peers["peer"]})
+    (own,) = comparison.data_free(1, [])
+    assert (own.validation, own.chosen) == (peer.validation, peer.chosen)
+    assert own.test.mean == bench.measure(recipes[int(np.argmax(means))]).mean
     winner = bench.measure(comparison.winner.recipe)
     shown = table(winner, [first, second]).iloc[0]
     gaps = [winner.values[task] - first.test.values[task] for task in winner.values]
