@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart pools papers docs reference test test-fast test-slow test-endurance lint format clean mergekit-env mergekit-parity vllm-env test-vllm
+.PHONY: help quickstart pools papers docs reference test test-fast test-slow test-endurance lint format clean mergekit-env mergekit-parity vllm-env test-vllm azurite-env
 
 help:
 	@echo "make quickstart  build a real pool of models and search for its best merge (about 14 minutes on 2 cores, installing included)"
@@ -19,6 +19,7 @@ help:
 	@echo "make mergekit-parity  the table of docs/mergekit.md anew, from merges by both (about 6 minutes)"
 	@echo "make vllm-env        vLLM for the CPU, with mergequest, in an environment of its own, .vllm/ (several minutes)"
 	@echo "make test-vllm       the tests with a real inference engine, in that environment (about 5 minutes on 2 cores)"
+	@echo "make azurite-env     Azurite, Azure's emulator, in .azurite/ (needs npm), for tests of az:// that else are skipped"
 	@echo "make format      format and fix what can be fixed"
 	@echo "make clean       remove the environment, caches and runs"
 
@@ -64,6 +65,9 @@ vllm-env:
 test-vllm:  # an engine a process, and not two at a time: each is a gigabyte and more
 	test -x .vllm/bin/vllm || $(MAKE) vllm-env
 	OMP_NUM_THREADS=1 .vllm/bin/python -m pytest -p no:cacheprovider -m "" tests/merging/evaluation/engines tests/flows/campaign/test_engine.py
+
+azurite-env:
+	npm install --prefix .azurite --no-audit --no-fund --silent azurite@3.37.0
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

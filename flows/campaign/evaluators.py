@@ -5,13 +5,15 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+from flows.campaign.cluster import require_evaluators
 from flows.campaign.distil import Files
 from flows.campaign.executor import RayExecutor
 from flows.campaign.open_campaign import OpenCampaign
 from flows.campaign.regime import is_sharded, require_fit, require_room, shards_of
 from flows.directory.progress import Display
+from merging.evaluation.memory import EvaluatorMemory
 from merging.io import addresses
-from ray_tasks.connect import Cluster, evaluators_for, require_nodes, room_for
+from ray_tasks.connect import Cluster, evaluators_for, room_for
 from ray_tasks.evaluators.evaluator import Evaluator
 from ray_tasks.evaluators.evaluator_pool import EvaluatorPool
 from ray_tasks.evaluators.fed_evaluator import FedEvaluator
@@ -38,16 +40,25 @@ def under_way(pool: EvaluatorPool) -> list[dict[str, Any]]:
     ]
 
 
-def require_evaluators(opened: OpenCampaign, cluster: Cluster) -> None:
-    """Looks, before statistics are computed for nothing, whether the cluster has nodes for evaluators.
+def require_memory(opened: OpenCampaign, statistics: Files, cluster: Cluster) -> tuple[bool, EvaluatorMemory]:
+    """Whether evaluators are fed by shards, and their estimated memory, which fits.
+
+    Args:
+        opened: The campaign.
+        statistics: Member → statistics files; while there are none yet, what is known to be held without them.
+        cluster: What there is.
 
     Raises:
-        ClusterError: It has none of the accelerator type, labels, number of GPUs or memory that are asked for, and is not told
-            how many evaluators to wait for.
+        ClusterError: No GPUs of an evaluator, or no node without GPUs, hold it.
     """
-    resources = opened.campaign.resources
-    if resources.evaluators is None or not cluster.may_grow:
-        require_nodes(opened.nodes, opened.gpus, int((resources.memory or 0.0) * 1e9))
+    nodes, gpus = opened.nodes, opened.gpus
+    is_fed = is_sharded(opened, statistics, cluster, gpus)
+    estimate = opened.evaluator_memory(statistics, sharded=is_fed, on_gpu=gpus > 0)
+    if gpus:
+        require_fit(estimate, gpus, device_memory(gpus, nodes))
+    elif opened.campaign.resources.evaluators is None or not cluster.may_grow:
+        require_room(estimate, most_memory(cluster, nodes))
+    return is_fed, estimate
 
 
 @contextmanager
@@ -56,13 +67,8 @@ def evaluators(opened: OpenCampaign, statistics: Files, cluster: Cluster, displa
     resources = opened.campaign.resources
     nodes, gpus = opened.nodes, opened.gpus
     cluster = cluster.now(nodes)  # statistics may have made it grow
-    require_evaluators(opened, cluster)
-    is_fed = is_sharded(opened, statistics, cluster, gpus)
-    estimate = opened.evaluator_memory(statistics, sharded=is_fed, on_gpu=gpus > 0)
-    if gpus:
-        require_fit(estimate, gpus, device_memory(gpus, nodes))
-    elif resources.evaluators is None or not cluster.may_grow:
-        require_room(estimate, most_memory(cluster, nodes))
+    require_evaluators(opened.campaign, cluster)
+    is_fed, estimate = require_memory(opened, statistics, cluster)
     memory = int((resources.memory or 0.0) * 1e9) or estimate.total
     needs = (resources.threads, gpus, memory)
     count = evaluators_for(cluster, resources.evaluators, *needs)

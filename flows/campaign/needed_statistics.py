@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from flows.campaign.cluster import connected
+from flows.campaign.cluster import connected, require_room_to_start
 from flows.campaign.open_campaign import OpenCampaign
 from flows.config.campaign_file import Campaign
 from flows.config.search_settings import WITH_DATA
@@ -163,17 +163,23 @@ def require_representations(opened: OpenCampaign) -> None:
 
 
 def run(jobs: Iterable[Job], opened: OpenCampaign, display: Display) -> None:
-    """Computes the jobs whose files are not there yet."""
+    """Computes the jobs whose files are not there yet.
+
+    Raises:
+        ClusterError: No node is of the kind that the campaign asks for.
+    """
     resources, settings = opened.campaign.resources, opened.campaign.statistics
     todo = [job for job in jobs if not storage.exists(job.path)]
     if not todo:
         return
-    with connected(opened.campaign), display.bar("examples", sum(job.examples for job in todo)) as bar:
+    with connected(opened.campaign) as cluster, display.bar("examples", sum(job.examples for job in todo)) as bar:
+        gpus = device_each(resources.gpus)
+        require_room_to_start(opened.campaign, cluster, gpus)
         compute(
             todo,
             shard=settings.shard,
             threads=resources.threads,
-            gpus=device_each(resources.gpus),
+            gpus=gpus,
             retries=resources.retries,
             nodes=opened.nodes,
             progress=lambda job, examples: bar.advance(examples, f"{job.member} {job.kind}"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from flows.campaign.cluster import evaluator_gpus, node_kind
 from flows.campaign.weight_checks import examined, known
 from flows.config.campaign_file import Campaign
 from flows.config.files_from import notes_on
@@ -25,7 +26,7 @@ from merging.methods import METHODS, Method
 from merging.recipe import BASE, Recipe, Value
 from merging.tasks import make_task
 from merging.tasks.task import Task
-from ray_tasks.connect import NodeKind, gpus_each
+from ray_tasks.connect import NodeKind
 from ray_tasks.evaluators.evaluator import Setup
 from ray_tasks.sharded.nixl_transfer import BUFFERS
 from search.space.method_space import MethodSpace, weight_groups
@@ -178,14 +179,12 @@ class OpenCampaign:
     @property
     def nodes(self) -> NodeKind:
         """Which nodes work on GPUs may be started on."""
-        return NodeKind(self.campaign.resources.accelerator_type, self.campaign.resources.labels)
+        return node_kind(self.campaign)
 
     @property
     def gpus(self) -> float:
-        """GPUs of an evaluator on the cluster that was joined: by default one for each of the engine's processes, if any."""
-        given = self.campaign.resources.gpus
-        there = gpus_each(given)
-        return there if given is not None else there * self.campaign.engine.tensor_parallel
+        """GPUs of an evaluator on the cluster that was joined."""
+        return evaluator_gpus(self.campaign)
 
     @property
     def dtype(self) -> torch.dtype | None:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from flows.campaign.baselines import measure_baselines, require_baselines
-from flows.campaign.cluster import connected, worker_environment
+from flows.campaign.cluster import cluster_looked_at, connected, require_evaluators, worker_environment
 from flows.campaign.distil import Files, files_of
-from flows.campaign.evaluators import evaluators, require_evaluators
+from flows.campaign.evaluators import evaluators, require_memory
 from flows.campaign.export import export
 from flows.campaign.needed_statistics import cache_of, joined, member_statistics, require_sources, usable_solutions
 from flows.campaign.open_campaign import OpenCampaign, open_campaign
@@ -34,7 +34,6 @@ from flows.directory.progress import Display
 from flows.directory.steering import DirectorySteering, forget_stop
 from flows.report.test_answers import KeptPredictions
 from merging.checkpoints.directories.manifest import require_replaceable
-from merging.errors import SettingsError
 from merging.io import addresses, storage
 from merging.statistics import STATISTICS
 from ray_tasks.connect import Cluster
@@ -66,7 +65,8 @@ def run(campaign: Campaign, display: Display | None = None, *, retry_failed: boo
             display.say(f"{directory.path} is finished: nothing to do")
             return summary(directory)
         forget_stop(directory.path)
-        with heartbeat(directory.path, display.pulse, campaign.name):
+        _require_settings(campaign)
+        with heartbeat(directory.path, display.pulse, campaign.name), cluster_looked_at(campaign):
             with display.phase("Pool"):
                 opened, ledger = _opened(campaign, directory, display, retry_failed)
                 _require_searchable(opened, directory)
@@ -85,7 +85,8 @@ def run(campaign: Campaign, display: Display | None = None, *, retry_failed: boo
                     connected(opened.campaign) as cluster,
                 ):
                     display.say(f"  {cluster.describe()}")
-                    require_evaluators(opened, cluster)
+                    require_evaluators(opened.campaign, cluster)
+                    require_memory(opened, {}, cluster)
                     _work(opened, directory, cluster, ledger, display)
             finally:
                 directory.write_timings(display.timings)
@@ -112,6 +113,7 @@ def check(campaign: Campaign, display: Display | None = None) -> None:
     """
     directory = _directory(campaign)
     directory.check(campaign)
+    _require_settings(campaign)
     display = display or Display()
     opened, _ = _opened(campaign, directory, display)
     _require_searchable(opened, directory)
@@ -146,13 +148,17 @@ def _opened(
     return opened, Ledger(directory.ledger, campaign.name, retry_failed=retry_failed)
 
 
+def _require_settings(campaign: Campaign) -> None:
+    """Looks for what is wrong without the pool, which may take long to read."""
+    require_trackers(campaign.tracking)
+    worker_environment(campaign)  # for the errors that it raises
+    search = campaign.search
+    sampler_of_trials(search.sampler, campaign.seed, search.sampler_arguments)  # for its errors, too
+
+
 def _require_searchable(opened: OpenCampaign, directory: Directory) -> None:
     require_sources(opened)
     require_stages(opened)
-    require_trackers(opened.campaign.tracking)
-    worker_environment(opened.campaign)  # for the errors that it raises
-    search = opened.campaign.search
-    sampler_of_trials(search.sampler, opened.campaign.seed, search.sampler_arguments)  # for its errors, too
     require_baselines(opened)
     require_replaceable(directory.best)
 
@@ -208,10 +214,6 @@ def run_selection(campaign: Campaign, display: Display) -> Selection:
 def _work(opened: OpenCampaign, directory: Directory, cluster: Cluster, ledger: Ledger, display: Display) -> None:
     """Everything that needs a cluster."""
     campaign = opened.campaign
-    if campaign.search.gpu_hours is not None and not opened.gpus:
-        raise SettingsError(
-            "search.gpu_hours: evaluators have no GPU here (resources.gpus); search.cpu_hours counts CPUs"
-        )
     if divides_by_unknown(opened):
         # a reference of 0 or below ends the campaign: better before the statistics than after
         with evaluators(opened, {}, cluster, display) as executor:

@@ -5,6 +5,7 @@ import posixpath
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -15,6 +16,33 @@ from merging.io import hub
 from merging.io.secrets import holds_secret, redacted
 
 S3 = ("s3", "s3a")
+ALIASES = {"s3a": "s3", "gcs": "gs", "az": "abfs", "abfss": "abfs"}
+"""Protocols by other names, and the names that they are compared under."""
+
+
+class Store(NamedTuple):
+    """A store with a client of its own.
+
+    Args:
+        extra: Ours that installs the client.
+        credentials: Where that looks for them.
+    """
+
+    extra: str
+    credentials: str
+
+
+STORES = {
+    "abfs": Store(
+        "azure",
+        "AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY, "
+        "AZURE_STORAGE_SAS_TOKEN or `az login`",
+    ),
+    "gs": Store(
+        "gcs", "GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth application-default login` or the machine's own account"
+    ),
+}
+DENIED = (401, 403)
 SHOWN = 300
 """Characters of a path that is none, in a message."""
 LONGEST_NAME = 255
@@ -93,8 +121,24 @@ def contains(directory: str, path: str) -> bool:
 def _key(address: str) -> str:
     """An address in one of the ways in which it can be written."""
     protocol, _, rest = address.partition("://")
-    protocol = {"s3a": "s3", "gcs": "gs"}.get(protocol.lower(), protocol.lower())
-    return f"{protocol}://{posixpath.normpath('/' + rest).lstrip('/')}"
+    return f"{_plain(protocol)}://{posixpath.normpath('/' + rest).lstrip('/')}"
+
+
+def _plain(protocol: str) -> str:
+    """The one name of a protocol that has several."""
+    return ALIASES.get(protocol.lower(), protocol.lower())
+
+
+def _where_from(path: str) -> str:
+    """Where a store's client looks for credentials, to be said after a refusal; empty where that is not known."""
+    store = STORES.get(_plain(path.partition("://")[0]))
+    return f". Its credentials come from {store.credentials}, on the driver and on every node" if store else ""
+
+
+def _is_denied(error: Exception) -> bool:
+    """Whether a client's error says that credentials are missing or wrong."""
+    status = getattr(error, "status_code", None) or getattr(error, "code", None)
+    return (str(status).isdigit() and int(str(status)) in DENIED) or "Credential" in type(error).__name__
 
 
 def file_system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -115,11 +159,16 @@ def file_system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
         return PatientS3(), rest
     try:
         system, inner = url_to_fs(str(local_path(path)) if is_local(path) else path)
-    except (ImportError, ValueError) as error:
-        reason = redacted(str(error))
-        raise StorageError(f"cannot open {path}: {reason}. Is the package of that protocol installed?") from error
+    except ImportError as error:
+        store = STORES.get(_plain(protocol))
+        remedy = f": pip install 'mergequest[{store.extra}]'" if store else ""
+        raise StorageError(
+            f"cannot open {path}: a package is not installed here ({redacted(str(error))}){remedy}"
+        ) from error
     except Exception as error:  # what a store's own client raises: no credentials, no account, …
-        raise StorageError(f"cannot open {path}: {in_words(error)}") from error
+        if (last := protocol.rpartition("::")[2]) not in fsspec.available_protocols():
+            raise StorageError(f"cannot open {path}: there is no protocol '{last}'") from error
+        raise StorageError(f"cannot open {path}: {in_words(error)}{_where_from(path)}") from error
     if isinstance(listings := getattr(system, "dircache", None), DirCache):
         listings.use_listings_cache = False  # else what another process writes is not seen, for ever
         listings.clear()
@@ -143,11 +192,15 @@ def named(path: str, doing: str, *, client: bool = True) -> Iterator[None]:
     except FileNotFoundError as error:
         raise StorageError(f"cannot {doing} {path}: it does not exist") from error
     except OSError as error:
-        raise StorageError(f"cannot {doing} {path}: {redacted(str(error.strerror or error))}") from error
+        denied = (
+            "" if is_local(path) or not str(error).startswith("Forbidden") else _where_from(path)
+        )  # as gcsfs has it
+        raise StorageError(f"cannot {doing} {path}: {redacted(str(error.strerror or error))}{denied}") from error
     except Exception as error:
         if is_local(path) or not client:
             raise
-        raise StorageError(f"cannot {doing} {path}: {in_words(error)}") from error
+        denied = _where_from(path) if _is_denied(error) else ""
+        raise StorageError(f"cannot {doing} {path}: {in_words(error)}{denied}") from error
 
 
 def in_words(error: Exception) -> str:

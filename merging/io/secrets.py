@@ -8,6 +8,7 @@ from urllib.parse import unquote
 WITH_USER = (
     "abfs",
     "abfss",
+    "az",
     "wasb",
     "wasbs",
     "adl",
@@ -27,7 +28,7 @@ WITH_USER = (
 )
 """Protocols whose addresses may begin with `name@`: a container of Azure's, or a user without a password."""
 _WORD = (
-    r"[\w.%-]*(?:token(?!s|_id|_ind|_len|_count|iz)|secret|signature|passw|passphrase|pwd|credential|api-?_?key|access-?_?key"
+    r"[\w.%-]*(?:token(?!s|_id|_ind|_len|_count|iz)|secret|signature|passw|passphrase|pwd|credential|api-?_?key|(?:access|account)-?_?key"
     r"|private-?_?key|authori[sz]ation|session-?_?id|accessid|bearer|jwt|x-amz-|x-goog-)[\w.%-]*"
 )
 _VALUE = r"(\s*=\s*)([^&#;\s'\"<>)\]}]+)"
@@ -40,7 +41,9 @@ _KNOWN = re.compile(
     r"|A[KS]IA[0-9A-Z]{16}(?![0-9A-Za-z])|AIza[\w-]{35}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,})"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*"
 )
-_VARIABLE = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|PGPASS|API_?KEY|ACCESS_?KEY(_ID)?|CREDENTIALS?)$")
+_VARIABLE = re.compile(
+    r"(TOKEN|SECRET|PASSWORD|PASSWD|PGPASS|API_?KEY|(ACCESS|ACCOUNT)_?KEY(_ID)?|CONNECTION_STRING|CREDENTIALS?)$"
+)
 """How the names of environment variables end that hold a secret."""
 SHORTEST = 8
 """Characters of a variable's value below which it is rather a word."""

@@ -13,6 +13,8 @@ from merging.io.addresses import base_name, file_system, is_local, local_path, n
 
 SETTLED = 2.0
 """Seconds after which a change of a local file shows in its times: file systems keep them no finer than that."""
+CHECKSUMS = ("ETag", "md5Hash", "checksum", "etag")
+"""What clients call it in a file's information: those of S3 and the web, of Google's store, of others, of Azure's."""
 
 
 def exists(path: str) -> bool:
@@ -81,7 +83,9 @@ def list_files(path: str, *, hidden: bool = True) -> dict[str, int]:
             return {}
         root_name = inner.strip("/") + "/"
         below_root = {
-            name.lstrip("/").removeprefix(root_name): int(info.get("size") or 0) for name, info in entries.items()
+            name.lstrip("/").removeprefix(root_name): int(info.get("size") or 0)
+            for name, info in (entries.items() if isinstance(entries, dict) else ())  # adlfs has a list for a file
+            if name.lstrip("/").startswith(root_name)  # other clients list the file itself
         }
         return dict(sorted((name, size) for name, size in below_root.items() if name and not name.endswith("/")))
 
@@ -149,7 +153,10 @@ def size(path: str) -> int:
             return status.st_size
     system, inner = file_system(path)
     with named(path, "read"):
-        return int(system.size(inner))
+        length = system.size(inner)
+    if length is None:
+        raise StorageError(f"cannot read {path}: it is a directory, not a file")
+    return int(length)
 
 
 def checksum(path: str) -> str:
@@ -170,7 +177,7 @@ def checksum(path: str) -> str:
     system, inner = file_system(path)
     with named(path, "read"):
         info = system.info(inner)
-    return str(info.get("ETag") or info.get("md5Hash") or info.get("checksum") or "")
+    return str(next((info[name] for name in CHECKSUMS if info.get(name)), ""))
 
 
 def remove(path: str) -> None:

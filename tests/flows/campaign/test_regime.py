@@ -2,7 +2,7 @@
 
 import pytest
 
-from flows.campaign.run import run
+from flows.campaign.run import compute_statistics, run
 from flows.config.campaign_file import load_campaign
 from flows.directory.progress import Display
 from merging.errors import ClusterError
@@ -59,3 +59,18 @@ def test_a_campaign_for_gpus_that_the_cluster_has_not_is_refused_before_statisti
         with pytest.raises(ClusterError, match=says):
             rows(campaign_file, tmp_path, "refused", **{"evaluators": None, **settings})
     assert not list((tmp_path / "refused").rglob("*.safetensors"))
+
+
+def test_a_cluster_is_looked_at_before_the_pool_is_read(campaign_file, tmp_path, monkeypatch):
+    path = campaign_file(
+        directory=str(tmp_path / "out"), base=str(tmp_path / "unreadable"), resources={"accelerator_type": "H100"}
+    )
+    monkeypatch.setenv("RAY_ADDRESS", "joined already")
+    with pytest.raises(ClusterError, match="no node has accelerator type H100"):
+        run(load_campaign(str(path)), Display())
+
+
+def test_statistics_do_not_wait_for_nodes_that_are_not_there(campaign_file, tmp_path):
+    path = campaign_file(directory=str(tmp_path / "out"), resources={"labels": {"market": "spot"}})
+    with pytest.raises(ClusterError, match="no node has label market=spot"):
+        compute_statistics(load_campaign(str(path)), ["gram"], None, Display())

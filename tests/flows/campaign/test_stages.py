@@ -1,5 +1,7 @@
 """A stage that has nothing to work on is refused by `check`, and a run stops there too."""
 
+import re
+
 import pytest
 import yaml
 
@@ -113,3 +115,20 @@ def test_check_says_what_a_run_has(checked, capsys, changes, words):
     assert words in text
     assert "2 baselines (average, task_arithmetic at their defaults, the plain average)" in text
     assert "at most 12 proposals by tpe, until 7 in a row are no better" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"search": {**PLAIN, "sampler": "no_such_module:Sampler"}}, "sampler 'no_such_module:Sampler': cannot import"),
+        ({"tracking": {"tensorboard": "s3://bucket/events"}}, "tracking.tensorboard: s3://bucket/events is remote"),
+        (
+            {"environment": {"env": {"KEY": "${IS_NOT_SET}"}}},
+            "environment.env.KEY: the environment variable IS_NOT_SET",
+        ),
+        ({"environment": {"working_dir": "nowhere"}}, "environment.working_dir: there is no local directory"),
+    ],
+)
+def test_settings_are_looked_at_before_the_pool(checked, tmp_path, changes, words):
+    with pytest.raises(SettingsError, match=re.escape(words)):
+        checked(base=str(tmp_path / "unreadable"), **changes)

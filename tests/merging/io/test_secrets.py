@@ -21,12 +21,14 @@ SECRET = (
     "https://host/x?download=true&key=hunter2",
     "https://host/x?api_key=hunter2",
     "zip://a::https://host/x.zip?sig=hunter2",
+    "az://container/x?AccountKey=hunter2",
 )
 HARMLESS = (
     "s3://bucket/key",
     "s3://bucket/key=3/part@v1.parquet",
     "gs://bucket/tokens=5/x.parquet",
     "abfs://container@account.dfs.core.windows.net/x",
+    "az://container@account.dfs.core.windows.net/x",
     "hf://datasets/user/name@main/x",
     "https://host/x?version=2",
     "https://host/x?max_tokens=5",
@@ -66,6 +68,8 @@ def test_what_programs_say_is_redacted():
 def test_secrets_of_the_environment_are_redacted(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2hunter2")
     monkeypatch.setenv("MY_TOKEN", "hunter3hunter3")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "hunter4hunter4==")
+    assert redacted("no hunter4hunter4==, AccountName=me;AccountKey=hunter5") == "no ***, AccountName=me;AccountKey=***"
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/home/somebody")
     assert (
         redacted("denied for hunter2hunter2 (hunter3hunter3), see /home/somebody")
