@@ -87,6 +87,15 @@ def averaged(many: Sequence[Measured], weights: Sequence[float] | None = None) -
     )
 
 
+def together(parts: Sequence[Measured]) -> Measured:
+    """Several models on tasks of their own: each task's values averaged over the models that have it.
+
+    So that an example counts once, however many models were measured on it: its values in two models are not independent.
+    """
+    tasks = dict.fromkeys(task for part in parts for task in part.values)
+    return Measured({task: np.mean([p.values[task] for p in parts if task in p.values], axis=0) for task in tasks})
+
+
 class Bench:
     """A pool, its statistics, and what models of it score.
 
@@ -275,10 +284,12 @@ class Bench:
         recipe = self.default("task_arithmetic")
         return Recipe(recipe.method, dict.fromkeys(recipe.scaling, 1.0), recipe.parameters)
 
-    def similarity(
-        self, split: Split = "validation", examples: int = 64, *, centered: bool = False
-    ) -> dpp_kernel.Matrix:
-        """S over all tasks' examples of a split (QD)."""
+    def similarity(self, *, centered: bool = False) -> dpp_kernel.Matrix:
+        """S over all tasks' validation examples (QD)."""
+        return dpp_kernel.similarity_from_representations(self.representations(), centered)
+
+    def representations(self, split: Split = "validation", examples: int = 64) -> dict[str, npt.NDArray[np.float32]]:
+        """Member → what it makes of the same examples of all tasks [examples, D]."""
         rows: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in self.members}
         examples = min(examples, self.examples or examples)
         kind = STATISTICS["representation"]
@@ -294,8 +305,7 @@ class Bench:
                     result = statistic.finalize(part)["representation"].numpy()
                     atomic.write_bytes(str(path), save({"rows": np.ascontiguousarray(result)}))
                 rows[name].append(read_arrays(str(path))["rows"])
-        stacked = {name: np.concatenate(own) for name, own in rows.items()}
-        return dpp_kernel.similarity_from_representations(stacked, centered)
+        return {name: np.concatenate(own) for name, own in rows.items()}
 
     def need(self, *kinds: str) -> None:
         """Has statistics of these kinds in all that is merged from now on."""

@@ -19,7 +19,7 @@ HEAD = """# The papers, reproduced
 Written by `python -m benchmarks.papers` from its results, never by hand. Every experiment runs on models and data that come
 through package registries (`make papers`): *sentiment*, MiniLM on four domains, each with a head of its own; *continued*, the
 same from a base that learnt movie reviews first, whose head all share; *parts*, eight non-iid members of these domains as one
-set; *pairs*, inference, definition, usage, sense and similarity (by Pearson) from WordNet; *topics*, what sentences of four
+set; *pairs*, inference, definition, usage and similarity (by Pearson) from WordNet; *topics*, what sentences of four
 genres are about, several topics at once, one head; *topic-parts*, six non-iid members of these genres as one set; *tagging*,
 parts of speech in four genres; *images*, a ViT-S on digits, clothes, things and signs; *seq2seq*, a small T5 on bytes, on
 pronunciation, spelling, inflection and parts of speech. They are smaller than the papers' pools: a claim that fails here may

@@ -77,10 +77,10 @@ class Result:
 
 
 def verdict(gap: float, error: float) -> Verdict:
-    """Whether a difference is one: beyond twice its standard error."""
-    if abs(gap) <= 2 * error:
-        return "no difference"
-    return "agrees" if gap > 0 else "contradicts"
+    """Whether a difference is one: beyond twice its standard error. A score that is no number differs from none."""
+    if abs(gap) > 2 * error:
+        return "agrees" if gap > 0 else "contradicts"
+    return "no difference"
 
 
 def save(result: Result, path: Path, **about: Any) -> None:

@@ -1,8 +1,8 @@
 """Removal of a task: a negative factor takes it out; what does that cost the others?"""
 
-from benchmarks.papers.bench import Bench, Measured, averaged
+from benchmarks.papers.bench import Bench, Measured, averaged, together
 from benchmarks.papers.gradient_matching.candidates import known, scaled
-from benchmarks.papers.result import Claim, Result
+from benchmarks.papers.result import Result
 from merging.methods import METHODS
 from merging.recipe import Recipe
 
@@ -26,9 +26,9 @@ def run(bench: Bench) -> Result:
                 after[member] = bench.measure(Recipe(whole.method, {member: factor}, {**whole.parameters, **clamped}))
                 own.append(after[member].on([bench.own(member)]))
                 others.append(after[member].on([task for task in bench.tasks if task != bench.own(member)]))
-            result.add(f"{method}, own domain", factor, _joined(own))
-            result.add(f"{method}, others", factor, _joined(others))
-            result.claims.extend(_claims(method, factor, bench, _joined(own), _joined(others)))
+            result.add(f"{method}, own domain", factor, together(own))
+            result.add(f"{method}, others", factor, together(others))
+            _compare(result, f"{method} at {factor}", bench, together(own), together(others))
             result.compare(
                 f"{method} at {factor}, control: a domain loses more by its own removal than by another's",
                 _by_domain({member: [after[other] for other in after if other != member] for member in after}, bench),
@@ -43,16 +43,9 @@ def _by_domain(after: dict[str, list[Measured]], bench: Bench) -> Measured:
     return Measured({bench.own(m): averaged(models).values[bench.own(m)] for m, models in after.items()})
 
 
-def _claims(method: str, factor: float, bench: Bench, own: Measured, others: Measured) -> list[Claim]:
-    base, result = bench.base(), Result()
-    rest = {member: [task for task in bench.tasks if task != bench.own(member)] for member in bench.members}
-    before = _joined([base.on([bench.own(member)]) for member in bench.members])
-    result.compare(f"{method} at {factor}: the domain that is taken out loses", before, own, ("before", "after"))
-    before = _joined([base.on(tasks) for tasks in rest.values()])
-    result.compare(f"{method} at {factor}: the others keep what they have", others, before, ("after", "before"))
-    return result.claims
-
-
-def _joined(parts: list[Measured]) -> Measured:
-    """Several measurements side by side, tasks told apart by number."""
-    return Measured({f"{task} {i}": values for i, part in enumerate(parts) for task, values in part.values.items()})
+def _compare(result: Result, name: str, bench: Bench, own: Measured, others: Measured) -> None:
+    base = bench.base()
+    before = base.on(list(own.values))
+    result.compare(f"{name}: the domain that is taken out loses", before, own, ("before", "after"))
+    before = base.on(list(others.values))
+    result.compare(f"{name}: the others keep what they have", others, before, ("after", "before"))

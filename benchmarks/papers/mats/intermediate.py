@@ -8,7 +8,7 @@ from benchmarks.papers.result import Result
 from merging.recipe import Recipe
 
 POOLS = ("sentiment", "pairs")
-METHODS: Mapping[str, Mapping[str, Any]] = {"linear": {}, "fisher": {}, "mats": {"iterations": 20}}
+METHODS: Mapping[str, Mapping[str, Any]] = {"linear": {"normalize": True}, "fisher": {}, "mats": {"iterations": 20}}
 """Method → its parameters."""
 NAMES = {"linear": "weighted average", "fisher": "Fisher averaging", "mats": "MaTS"}
 WEIGHTS = (0.3, 1.0)

@@ -4,7 +4,7 @@ from itertools import combinations
 
 import numpy as np
 
-from benchmarks.papers.bench import Bench, Measured
+from benchmarks.papers.bench import Bench, Measured, together
 from benchmarks.papers.result import Result
 
 POOLS = ("sentiment", "pairs", "tagging", "images")
@@ -22,12 +22,12 @@ def run(bench: Bench) -> Result:
         for method in METHODS:
             results = bench.measure(bench.default(method, pair), tasks=tasks)
             scores[method].append(results)
-            drops = [1 - results.scores[task] / own.scores[task] for task in tasks]
+            drops = [_drop(results.scores[task], own.scores[task]) for task in tasks]
             result.row(method, "+".join(pair), float(np.mean(drops)), quantity=DROP)
     for method in METHODS:
         drops = [row["value"] for row in result.rows if row["series"] == method and row["quantity"] == DROP]
         result.row(method, "all pairs", float(np.mean(drops)), quantity=DROP)
-    whole = {method: _together(results) for method, results in scores.items()}
+    whole = {method: together(results) for method, results in scores.items()}
     result.compare(
         "Over pairs, RegMean is above the average", whole["regmean"], whole["average"], ("RegMean", "average")
     )
@@ -37,7 +37,6 @@ def run(bench: Bench) -> Result:
     return result
 
 
-def _together(pairs: list[Measured]) -> Measured:
-    """Every task's values averaged over the pairs that it is in, so that its examples count once."""
-    tasks = sorted({task for pair in pairs for task in pair.values})
-    return Measured({task: np.mean([p.values[task] for p in pairs if task in p.values], axis=0) for task in tasks})
+def _drop(merged: float, own: float) -> float:
+    """Which share of its own member's score a task loses; no number where there is nothing to lose."""
+    return 1 - merged / own if own > 0 else float("nan")
