@@ -53,8 +53,8 @@ GROUPS = ("references", "defaults", "tuned", "labels", "data_free", "tpe", "inpu
 CPU = torch.device("cpu")
 BACKWARD = 3
 """An example that is run forward and backward costs as much as so many that are evaluated."""
-SMALL, WHOLE = (0.2, 0.3, 0.5, 0.7), (0.75, 1.0, 1.25)
-"""Factors that are tried, of methods that add task vectors up and of those that do not."""
+SMALL, WHOLE, WIDE = (0.2, 0.3, 0.5, 0.7), (0.75, 1.0, 1.25), (1.0, 1.25, 1.5, 2.0)
+"""Factors that are tried, of methods that add task vectors up, of those that do not, and of those that flatten the spectrum."""
 SCALING = "scaling"
 TESTED = 3
 """So many of a group, those that validation likes best, are measured on test."""
@@ -94,8 +94,8 @@ PEERS: Mapping[str, Tuned] = {
     "fisher": Tuned("fisher", {}),
     "regmean": Tuned("regmean", {}, "rho", (0.5, 0.9, 1.0)),
     "tall masks": Tuned("consensus", {}, SCALING, SMALL),
-    "iso_c": Tuned("iso_c", {}, SCALING, WHOLE),
-    "iso_cts": Tuned("iso_cts", {}, SCALING, WHOLE),
+    "iso_c": Tuned("iso_c", {}, SCALING, WIDE),
+    "iso_cts": Tuned("iso_cts", {}, SCALING, WIDE),
     "tsv_m": Tuned("tsv_m", {}, SCALING, WHOLE),
     "wudi": Tuned("wudi", {}, SCALING, WHOLE),
 }
@@ -108,7 +108,7 @@ DATA_FREE: Mapping[str, Tuned] = {
     "iso_cts": PEERS["iso_cts"],
     "svc+task_arithmetic": Tuned("svc+task_arithmetic", {}, SCALING, SMALL),
     "svc+tsv_m": Tuned("svc+tsv_m", {}, SCALING, WHOLE),
-    "svc+iso_cts": Tuned("svc+iso_cts", {}, SCALING, WHOLE),
+    "svc+iso_cts": Tuned("svc+iso_cts", {}, SCALING, WIDE),
     "ace": Tuned("ace", {}, SCALING, WHOLE),
 }
 """Methods that need weights alone, in the order of their papers' published averages; the modifier beside what it modifies."""
