@@ -135,7 +135,7 @@ def results_table(rows: Sequence[Row], tasks: Sequence[str], scales: Scales | No
     best_of = {row.method: row for row in reversed(ranked)}
     measured = {row.candidate for row in complete if row.split == "test"}
     winner = weights_of(ranked[0]) if ranked else None
-    references = [row for row in complete if row.origin == "reference"]
+    references = _references(complete)
     for row in sorted(references, key=lambda row: len(row.members)):
         if row.method == REFERENCE_MEMBER:
             add("member " + ", ".join(row.members), "member", row)
@@ -156,6 +156,15 @@ def results_table(rows: Sequence[Row], tasks: Sequence[str], scales: Scales | No
         is_average = average is not None and weights_of(average) == winner
         add(f"winner: {'plain average' if is_average else in_words(ranked[0].method)}", "winner", ranked[0])
     return _mark_best([_line(*line, complete, tasks, scales) for line in lines.values()], [*tasks, MEAN, UNSEEN, WORST])
+
+
+def _references(complete: Sequence[Row]) -> list[Row]:
+    """Base, members and baselines, each once: on validation where it was measured there, too."""
+    kept: dict[str, Row] = {}
+    for row in complete:
+        if row.origin == "reference" and (row.candidate not in kept or row.split == "validation"):
+            kept[row.candidate] = row
+    return list(kept.values())
 
 
 def _line(label: str, kind: Kind, row: Row, complete: Sequence[Row], tasks: Sequence[str], scales: Scales) -> TableRow:

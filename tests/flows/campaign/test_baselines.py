@@ -47,6 +47,7 @@ def test_baselines_are_rows_that_never_win(tiny_campaign, tmp_path):
     assert result["fine_tuned", "test"].parameters["start"] == winner.candidate
     scales = scales_of(campaign.tasks)
     lines = {line.label: line for line in results_table(rows, list(campaign.tasks), scales)}
+    assert len(lines) == len(results_table(rows, list(campaign.tasks), scales))
     assert lines["trained on all data"].mean is not None
     assert lines["winner trained on the validation labels"].validation is None
     kept = KeptPredictions(directory.test_predictions).read(result["ensemble", "test"].candidate)

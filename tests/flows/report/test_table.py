@@ -60,6 +60,21 @@ def test_the_best_of_each_column_is_marked(make, rows):
         assert [line.cell(column).value == top for line in lines] == [column in line.best for line in lines]
 
 
+def test_a_baseline_that_was_measured_on_both_splits_has_one_line(make, rows):
+    members = dict.fromkeys(make.tasks, 1.0)
+    rows = [
+        *rows,
+        *(
+            make.row(name, members, score, origin="reference", split=split, losses={"amazon": score})
+            for name in ("ensemble", "all_data")
+            for split, score in (("test", 0.6), ("validation", 0.5))  # in either order
+        ),
+    ]
+    lines = [line for line in results_table(rows, make.tasks) if line.kind == "baseline"]
+    assert [line.label for line in lines] == ["ensemble of all members", "trained on all data"]
+    assert all(line.row.split == "validation" and line.mean is not None and line.validation for line in lines)
+
+
 def test_a_running_campaign_has_no_test_scores_yet(make):
     lines = results_table([*make.references(), *make.candidates(12)], make.tasks)
     assert lines[-1].kind == "winner"
