@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -35,6 +36,7 @@ from merging.checkpoints.checkpoint import Checkpoint
 from merging.checkpoints.directories.manifest import written
 from merging.checkpoints.formats.safetensors_file import SafetensorsFile
 from merging.errors import MergequestError
+from merging.evaluation.score_cache import KnownScores
 from merging.evaluation.steps import Trace
 from merging.io import addresses, documents, fact_cache
 from merging.recipe import Recipe
@@ -462,6 +464,9 @@ def test_kept_arrays(place: Path, content: bytes) -> None:
     assert anchors is None or all(len(own.positions) == len(own.chances) for own in anchors.tasks.values())
     kept, _ = read_or_refused(lambda: KeptPredictions(str(place)).read("anchors"), str(path))
     assert kept is None or sum(array.nbytes for array in kept.values()) <= len(content)
+    scores = KnownScores({"t": str(path)})  # which measures again what it cannot read
+    assert scores.take("t", np.arange(2)) is None
+    assert str(path) in scores.problems[0]
 
 
 def test_kept_arrays_as_written(place: Path) -> None:

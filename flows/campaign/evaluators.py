@@ -73,7 +73,7 @@ def evaluators(opened: OpenCampaign, statistics: Files, cluster: Cluster, displa
     needs = (resources.threads, gpus, memory)
     count = evaluators_for(cluster, resources.evaluators, *needs)
     grows = resources.evaluators is None and cluster.may_grow
-    setup = opened.setup(statistics)
+    setup = replace(opened.setup(statistics), scores=opened.score_cache(statistics))
     with shards_of(opened, setup, count, display) if is_fed else nullcontext() as shards:
         group = EvaluatorGroup(
             replace(setup, parts=shards.parts) if shards else setup,
@@ -100,7 +100,8 @@ def evaluators(opened: OpenCampaign, statistics: Files, cluster: Cluster, displa
                 f"{f' and {gpus:g} GPU' if gpus else ''}, about {memory / 1e9:.1f} GB each"
             )
             place = opened.campaign.directory
-            yield RayExecutor(pool, opened.campaign.search.examples, addresses.join(place, "logs") if place else None)
+            logs = addresses.join(place, "logs") if place else None
+            yield RayExecutor(pool, opened.campaign.search.examples, logs, display.note)
         finally:
             display.pulse.under_way = list
             pool.close()

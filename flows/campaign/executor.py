@@ -1,7 +1,7 @@
 """Hands the search's candidates to Ray's evaluators, and their answers back."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import cast
@@ -28,10 +28,18 @@ class RayExecutor:
         evaluators: A started pool.
         limit: Validation examples per task; None for all. The test split is always measured whole.
         logs: Directory for the logs of candidates that failed, `CANDIDATE-SPLIT.log`; None to keep none.
+        note: Told once of each kept score that cannot be read or written.
     """
 
-    def __init__(self, evaluators: EvaluatorPool, limit: int | None, logs: str | None = None) -> None:
-        self._logs = logs
+    def __init__(
+        self,
+        evaluators: EvaluatorPool,
+        limit: int | None,
+        logs: str | None = None,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._logs, self._note = logs, note
+        self._noted: set[str] = set()
         self._evaluators = evaluators
         self._limit = limit
         self._planner: Planner | None = None
@@ -82,6 +90,10 @@ class RayExecutor:
             name = f"{candidate.recipe.identity}-{candidate.split}.log"
             with suppress(StorageError):  # the row has the error; the log is for looking at
                 atomic.write_text(addresses.join(self._logs, name), storable(answer.log, len(answer.log)))
+        for problem in answer.measurement.problems if answer.measurement else ():
+            if problem not in self._noted:
+                self._noted.add(problem)
+                self._note(problem)
         group, hours = self._evaluators.group, answer.seconds / 3600
         outcome = Outcome(
             candidate,

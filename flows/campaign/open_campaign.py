@@ -20,12 +20,13 @@ from merging.errors import SettingsError
 from merging.evaluation.engines.engine_models import check_engine
 from merging.evaluation.live_models import check_models
 from merging.evaluation.memory import EvaluatorMemory, fed_memory, resident_memory
+from merging.evaluation.score_cache import ScoreCache, make_score_cache
 from merging.io import hub
 from merging.mergers.material import Material, open_statistics
 from merging.methods import METHODS, Method
 from merging.recipe import BASE, Recipe, Value
 from merging.tasks import make_task
-from merging.tasks.task import Task
+from merging.tasks.task import SPLITS, Split, Task
 from ray_tasks.connect import NodeKind
 from ray_tasks.evaluators.evaluator import Setup
 from ray_tasks.sharded.nixl_transfer import BUFFERS
@@ -112,6 +113,34 @@ class OpenCampaign:
             dtype=self.dtype,
             engine=campaign.engine,
             facts=known(self.pool),
+        )
+
+    @cached_property
+    def score_fingerprints(self) -> dict[str, dict[Split, str]]:
+        """Task → split → what its scores depend on besides the model, of tasks of which that is known."""
+        prints: dict[str, dict[Split, str]] = {}
+        for name, task in self.tasks.items():
+            for split in SPLITS[1:]:
+                if task.has_split(split) and (own := task.score_fingerprint(split)) is not None:
+                    prints.setdefault(name, {})[split] = own
+        return prints
+
+    def score_cache(self, statistics: Mapping[str, tuple[str, ...]]) -> ScoreCache | None:
+        """Where scores are kept between campaigns; None where the file names no place."""
+        campaign = self.campaign
+        if campaign.evaluation.cache is None:
+            return None
+        engine = campaign.engine.model_dump(mode="json", exclude={"bucket", "cache"})
+        settings = [campaign.vocabulary, campaign.resources.precision, campaign.resources.dtype, engine]
+        material = Material(self.pool, open_statistics(self.pool, statistics), self.examples())
+        elsewhere = [*campaign.base_data.statistics, *(p for m in campaign.members.values() for p in m.statistics)]
+        return make_score_cache(
+            campaign.evaluation.cache,
+            material,
+            self.score_fingerprints,
+            campaign.owners(),
+            settings=settings,
+            published=elsewhere,
         )
 
     @cached_property

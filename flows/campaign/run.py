@@ -21,7 +21,7 @@ from flows.campaign.phases import (
     tell_stages,
 )
 from flows.campaign.selection import prepare_selection, require_kernel
-from flows.campaign.stages import distillation, divides_by_unknown, require_stages
+from flows.campaign.stages import distillation, divides_by_unknown, require_kept_scores, require_stages
 from flows.campaign.summary import summary, tables_as_markdown, write_report
 from flows.campaign.tracking import require_trackers, tracked
 from flows.campaign.weight_checks import keep
@@ -70,6 +70,7 @@ def run(campaign: Campaign, display: Display | None = None, *, retry_failed: boo
             with display.phase("Pool"):
                 opened, ledger = _opened(campaign, directory, display, retry_failed)
                 _require_searchable(opened, directory)
+                require_kept_scores(opened, display.note)
                 if storage.exists(directory / "study"):
                     display.note(
                         "study/, which an earlier version kept, is not read: the ledger has all that was measured"
@@ -117,6 +118,7 @@ def check(campaign: Campaign, display: Display | None = None) -> None:
     display = display or Display()
     opened, _ = _opened(campaign, directory, display)
     _require_searchable(opened, directory)
+    require_kept_scores(opened, display.note)
     display.say(f"  {_what_runs(opened)}")
 
 

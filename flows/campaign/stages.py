@@ -1,10 +1,11 @@
 """Whether every stage that a campaign asks for has something to work on: found before any work."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from flows.campaign.open_campaign import OpenCampaign
 from flows.config.sections import DistilSettings
+from flows.config.yaml_file import require_writable
 from merging.errors import SettingsError
 from merging.mergers.linear_basis import is_linear
 from merging.optimization.quadratic_model import CURVATURES
@@ -36,6 +37,31 @@ def require_stages(opened: OpenCampaign) -> None:
     if search.theory_starts:
         _require_curvature(opened)
     _require_scores(opened)
+
+
+def require_kept_scores(opened: OpenCampaign, note: Callable[[str], None]) -> None:
+    """Looks whether scores can be kept between campaigns, where the file asks for it.
+
+    Args:
+        opened: The campaign.
+        note: Told which tasks are measured every time all the same.
+
+    Raises:
+        SettingsError: The directory cannot be written, or no task's scores can be kept.
+        StorageError: The same of a remote one.
+    """
+    cache = opened.campaign.evaluation.cache
+    if cache is None:
+        return
+    require_writable(cache)
+    unknown = ", ".join(f"'{name}'" for name in opened.tasks if name not in opened.score_fingerprints)
+    if not opened.score_fingerprints:
+        raise SettingsError(
+            f"evaluation.cache: the scores of {unknown} depend on code of your own, whose results nobody can tell from its "
+            "content: leave the cache out"
+        )
+    if unknown:
+        note(f"evaluation.cache: {unknown} is measured every time, for the score depends on code of your own")
 
 
 def distillation(opened: OpenCampaign) -> DistilSettings | None:

@@ -22,11 +22,11 @@ ORIGIN = (
 )
 LATER = (
     "A campaign's directory keeps the file as it was resolved. Budgets (`search.candidates`, `seconds`, `patience` and the "
-    "like), `resources`, `test` and the place itself may change from run to run, and the search goes on. With anything else "
-    "changed it is another campaign, which needs another directory (`--out`) once something was measured; `selection` can "
-    "be changed until the first merge was evaluated. Statistics are not computed again where `statistics.cache` names the "
-    "directory that holds them. A campaign stops before it mixes scores: when a checkpoint, or the examples that it is "
-    "judged by, are no longer those that its ledger was measured on."
+    "like), `resources`, `evaluation`, `test` and the place itself may change from run to run, and the search goes on. With "
+    "anything else changed it is another campaign, which needs another directory (`--out`) once something was measured; "
+    "`selection` can be changed until the first merge was evaluated. Statistics are not computed again where "
+    "`statistics.cache` names the directory that holds them. A campaign stops before it mixes scores: when a checkpoint, or "
+    "the examples that it is judged by, are no longer those that its ledger was measured on."
 )
 EXAMPLES: dict[str, Any] = {
     "name": "my-campaign",

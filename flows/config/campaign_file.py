@@ -15,6 +15,7 @@ from flows.config.sections import (
     Baseline,
     DistilSettings,
     EnvironmentSettings,
+    EvaluationSettings,
     ResourceSettings,
     SelectionSettings,
     StatisticsSettings,
@@ -97,6 +98,7 @@ class Campaign(Settings):
         description="Task → member whose head it uses, where no member names the task as its own.",
     )
     statistics: StatisticsSettings = Field(default_factory=StatisticsSettings, description=StatisticsSettings.__doc__)
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings, description=EvaluationSettings.__doc__)
     selection: SelectionSettings = Field(default_factory=SelectionSettings, description=SelectionSettings.__doc__)
     search: SearchSettings = Field(default_factory=SearchSettings, description=SearchSettings.__doc__)
     distil: DistilSettings | Literal[False] | None = Field(
@@ -327,6 +329,7 @@ class Campaign(Settings):
             mode="json",
             exclude={
                 "directory",
+                "evaluation",
                 "resources",
                 "test",
                 "files_from",
@@ -407,8 +410,9 @@ def load_campaign(path: str, overrides: Sequence[str] = (), *, to_be_made: bool 
         for place in ("mlflow", "tensorboard"):
             if settings["tracking"][place]:
                 settings["tracking"][place] = resolve(settings["tracking"][place], root)
-        if settings["statistics"]["cache"]:
-            settings["statistics"]["cache"] = resolve(settings["statistics"]["cache"], root)
+        for section in ("statistics", "evaluation"):
+            if settings[section]["cache"]:
+                settings[section]["cache"] = resolve(settings[section]["cache"], root)
         calibration = [member["calibration"] for member in settings["members"].values() if member["calibration"]]
         resolve_data([*settings["tasks"].values(), *calibration], root)
     return validate(Campaign, settings, path)

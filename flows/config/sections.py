@@ -121,6 +121,17 @@ class SelectionSettings(Settings):
         return self
 
 
+class EvaluationSettings(Settings):
+    """How candidates are measured."""
+
+    cache: str | None = Field(
+        None,
+        description="Directory of what candidates said of single examples, shared between campaigns: a candidate of the same "
+        "content, measured with the same settings on the same data, is not measured again (docs/ledger.md). By default nothing "
+        "is kept beside the ledger.",
+    )
+
+
 class ResourceSettings(Settings):
     """CPU, GPU and memory limits; by default the whole machine or cluster."""
 

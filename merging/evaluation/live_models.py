@@ -4,6 +4,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from merging.checkpoints.pool import Pool
 from merging.errors import PoolError, TaskError
+from merging.evaluation.score_cache import KnownScores, ScoreCache
 from merging.evaluation.shared_weights import SHOWN, SharedWeights, sharing_model
 from merging.evaluation.spread_models import Spread
-from merging.evaluation.steps import EvaluationPlan, Measurement, Trace
+from merging.evaluation.steps import CACHED, EvaluationPlan, Measurement, Trace
 from merging.evaluation.untouched import Contents, structure
 from merging.mergers.dtypes import model_dtype, rounded_dtype
 from merging.mergers.material import Material
@@ -50,6 +52,28 @@ MakeSource: TypeAlias = Callable[[Material, Mapping[str, Tensor]], WeightSource]
 """From a pool's material and weights to overwrite to a source."""
 
 
+@dataclass
+class _Merge:
+    """A candidate's merge, made when a task is first measured.
+
+    Args:
+        merged: Makes it; gives the method's figures.
+        report: These, once it is made.
+        seconds: How long it took.
+    """
+
+    merged: Callable[[], Mapping[str, float]]
+    report: Mapping[str, float] | None = None
+    seconds: float | None = None
+
+    def make(self) -> None:
+        """Makes it, unless it is."""
+        if self.report is None:
+            start = time.perf_counter()
+            self.report = self.merged()
+            self.seconds = time.perf_counter() - start
+
+
 class CandidateModels(ABC):
     """What holds one candidate after another, and measures it on all tasks.
 
@@ -57,6 +81,9 @@ class CandidateModels(ABC):
         tasks: The tasks to evaluate.
         precision: `float32`, or `bfloat16` for autocast in evaluation.
     """
+
+    scores: ScoreCache | None = None
+    """Where predictions are kept and looked for; None to measure everything."""
 
     def __init__(self, tasks: Sequence[Task], precision: str) -> None:
         self._tasks = tasks
@@ -78,7 +105,7 @@ class CandidateModels(ABC):
         plan: EvaluationPlan | None = None,
         progress: Callable[[float], None] = lambda share: None,
     ) -> Measurement:
-        """Merges, then evaluates every task.
+        """Merges, then evaluates every task; of examples whose predictions are kept in `scores`, neither.
 
         Args:
             recipe: What to merge.
@@ -92,24 +119,43 @@ class CandidateModels(ABC):
             TaskError: An evaluator failed or gave no finite number.
         """
         start = time.perf_counter()
-        report = self._merge(recipe)
-        merged = time.perf_counter()
-        if plan is None:
+        merge = _Merge(lambda: self._merge(recipe))
+        known = self.scores.of(recipe, split) if self.scores is not None else KnownScores({})
+        if not known.paths:
+            merge.make()
+        if plan is None and not known.paths:
             scores = {}
             for number, task in enumerate(self._tasks, 1):
                 scores[task.name] = self._whole(task, split, limit)[0]
                 progress(number / len(self._tasks))
-            return Measurement(scores, merged - start, time.perf_counter() - merged, report=report)
-        trace, pruned = self._in_steps(plan, split, limit, progress)
-        seconds = merged - start, time.perf_counter() - merged
-        return Measurement(trace.scores[-1], *seconds, report=report, trace=trace, pruned=pruned)
+            seconds = merge.seconds, time.perf_counter() - start - (merge.seconds or 0.0)
+            return Measurement(scores, *seconds, report=merge.report or {})
+        trace, pruned = self._in_steps(plan or EvaluationPlan(), split, limit, progress, merge, known)
+        seconds = merge.seconds, time.perf_counter() - start - (merge.seconds or 0.0)
+        report = known.report if merge.report is None else merge.report
+        known.keep(report)
+        return Measurement(
+            trace.scores[-1],
+            *seconds,
+            report=report,
+            proxies={f"{CACHED}{task}": float(count) for task, count in known.used.items()},
+            trace=trace,
+            pruned=pruned,
+            problems=tuple(known.problems),
+        )
 
     def _whole(self, task: Task, split: Split, limit: int | None) -> tuple[Score, Predictions | None]:
         with self._lent(task) as model:
             return task.measure(model, split, limit=limit, precision=self._precision)
 
     def _in_steps(
-        self, plan: EvaluationPlan, split: Split, limit: int | None, progress: Callable[[float], None]
+        self,
+        plan: EvaluationPlan,
+        split: Split,
+        limit: int | None,
+        progress: Callable[[float], None],
+        merge: "_Merge",
+        known: KnownScores,
     ) -> tuple[Trace, bool]:
         """The trace of a measurement, and whether the plan's gate ended it early.
 
@@ -120,6 +166,7 @@ class CandidateModels(ABC):
         seen: dict[str, Predictions] = {}
         for task in self._tasks:
             if task.name not in stepwise:
+                merge.make()
                 whole[task.name], predictions = self._whole(task, split, limit)
                 if predictions is not None:
                     seen[task.name] = predictions
@@ -130,8 +177,12 @@ class CandidateModels(ABC):
         trace = _trace([whole], seen)
         for number, step in enumerate(steps):
             for name, positions in step.items():
-                with self._lent(stepwise[name]) as model:
-                    part = stepwise[name].predict(model, split, positions, precision=self._precision)
+                part = known.take(name, positions)
+                if part is None:
+                    merge.make()
+                    with self._lent(stepwise[name]) as model:
+                        part = stepwise[name].predict(model, split, positions, precision=self._precision)
+                    known.add(name, positions, part)
                 seen[name] = Predictions.join([seen[name], part]) if name in seen else part
                 measured += len(part)
                 progress((len(whole) + len(stepwise) * measured / total) / len(self._tasks))

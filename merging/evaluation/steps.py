@@ -11,6 +11,8 @@ from merging.tasks.task import Score
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 Positions: TypeAlias = npt.NDArray[np.int64]
+CACHED = "cached:"
+"""Before a task's name in `Measurement.proxies`: how many of its examples were not measured, for their scores were kept."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,14 @@ class Measurement:
     Args:
         scores: Task → score.
         merge_seconds: Wall time of the merge, with the preparation of a method that is asked for first; where weights come
-            from elsewhere, of taking them over.
+            from elsewhere, of taking them over. None where all predictions were known.
         evaluate_seconds: Wall time of the evaluation, all tasks.
         worker: Host, process and device that did it.
         report: The method's own figures on the merge.
         proxies: Figures that need no labels, or fewer examples than the scores.
         trace: What every step showed, if it was measured in steps.
         pruned: Whether measuring was given up: the scores are those of the examples so far.
+        problems: What is to be said of kept scores that could not be read or written.
     """
 
     scores: Mapping[str, Score]
@@ -78,6 +81,7 @@ class Measurement:
     proxies: Mapping[str, float] = field(default_factory=dict)
     trace: Trace | None = None
     pruned: bool = False
+    problems: tuple[str, ...] = ()
 
 
 def _lists(arrays: Mapping[str, Floats]) -> dict[str, list[float]]:

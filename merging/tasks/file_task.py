@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from merging.checkpoints.models.parameter_names import Loading
 from merging.errors import TaskError
+from merging.io import hashing
 from merging.tasks.head import blank_model, class_names, load_model, load_tokenizer, token_limit
 from merging.tasks.task import Batch, Split, Task
 
@@ -88,6 +89,13 @@ class FileTask(Task, Generic[E]):
         backbone: Any = model.base_model
         states: Tensor = backbone(**_in_dtype_of(model, batch)).last_hidden_state
         return states
+
+    def score_fingerprint(self, split: Split) -> str | None:
+        """Content hash of settings and data; None of a kind that is defined elsewhere; see `Task.score_fingerprint`."""
+        if not type(self).__module__.startswith("merging.tasks."):
+            return None
+        settings = self.settings.model_dump(mode="json", exclude={"data", "role"})
+        return hashing.fingerprint([self.data_fingerprint(split), settings, self.judged_by])
 
     def split(self, split: Split) -> E:
         """A split's examples, read once.

@@ -214,6 +214,13 @@ class Task(ABC):
     def data_fingerprint(self, split: Split) -> str:
         """Content hash of a split's examples and of how they are prepared for the model."""
 
+    def score_fingerprint(self, split: Split) -> str | None:
+        """Content hash of all that predictions of a split depend on besides the model's weights and configuration.
+
+        None where that is not known, as of code that is the user's own: nothing is taken from a cache of scores then.
+        """
+        return None
+
     def measure(
         self, model: nn.Module, split: Split, *, limit: int | None = None, precision: str = "float32"
     ) -> tuple[Score, Predictions | None]:

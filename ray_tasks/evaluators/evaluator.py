@@ -16,6 +16,7 @@ from merging.checkpoints.vocabulary import Vocabulary
 from merging.errors import EngineLostError
 from merging.evaluation.engines import EngineSettings
 from merging.evaluation.live_models import CandidateModels, LiveModels, MakeSource, best_device, best_devices
+from merging.evaluation.score_cache import ScoreCache
 from merging.evaluation.steps import EvaluationPlan, Measurement
 from merging.faults import is_fault, tells_of_device
 from merging.io import fact_cache
@@ -48,6 +49,7 @@ class Setup:
         dtype: Of the models; None for the checkpoints' own.
         engine: What holds candidates; None for live models.
         parts: Bytes of each shard's part of the weights, where shards write these into the evaluator's memory.
+        scores: Where predictions are kept and looked for.
     """
 
     base: str
@@ -64,6 +66,7 @@ class Setup:
     dtype: torch.dtype | None = None
     engine: EngineSettings | None = None
     parts: tuple[int, ...] = ()
+    scores: ScoreCache | None = None
 
     def material(self, *, resident: bool = False) -> Material:
         """Opens pool and statistics.
@@ -181,7 +184,9 @@ class Evaluator:
         if self._models is None:
             setup, tasks = self._setup, self._setup.open_tasks()
             material = setup.material(resident=self._source is ResidentMerger)
-            self._models = self._candidates(material, tasks)
+            models = self._candidates(material, tasks)
+            models.scores = setup.scores
+            self._models = models
         return self._worker
 
     def measure(self, assignment: Assignment) -> Answer:

@@ -106,7 +106,10 @@ class FedEvaluator(Evaluator):
             return failed(error, self._worker, now)
         assert self._delivery is not None
         self._delivery.take(loaded[1])
-        return super().measure(assignment)
+        try:
+            return super().measure(assignment)
+        finally:
+            self._delivery.take(())  # of a candidate whose scores were known, nothing was copied
 
     def _deliver(self, material: Material, out: Mapping[str, Tensor]) -> Delivery:
         self._delivery = Delivery(material, out, self._buffers)

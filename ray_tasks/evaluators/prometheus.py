@@ -42,7 +42,8 @@ class EvaluatorMetrics:
         status = "failed" if measurement is None else "pruned" if measurement.pruned else "complete"
         self._candidates.inc(tags={**self._tags, "status": status})
         if measurement is not None:
-            self._merge.observe(measurement.merge_seconds, self._tags)
+            if measurement.merge_seconds is not None:
+                self._merge.observe(measurement.merge_seconds, self._tags)
             self._evaluate.observe(measurement.evaluate_seconds, self._tags)
 
     def lost(self) -> None:

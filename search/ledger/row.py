@@ -87,9 +87,9 @@ class Row:
         examples: Task → number of examples evaluated.
         proxies: Name → a figure that needs no labels or fewer examples: `entropy:<task>` (mean entropy of the predictions,
             nats), `partial:objective` of a pruned row, `partial:objective@N` at a rung of N examples, `theory:<member>` (a
-            predicted loss).
+            predicted loss), `cached:<task>` (examples whose scores were in `evaluation.cache`, and not measured).
         report: Name → the method's own figure on the merge (a ridge that was added).
-        merge_seconds: Wall time of the merge.
+        merge_seconds: Wall time of the merge; null where it was not merged: all scores were in an `evaluation.cache`.
         evaluate_seconds: Wall time of the evaluation, all tasks.
         cpu_hours: CPUs that its evaluator held, times the hours that it was at work on it, lost attempts included.
         gpu_hours: The same of GPUs, or shares of one.

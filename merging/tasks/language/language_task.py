@@ -174,6 +174,13 @@ class LanguageTask(TextTask[list[Example]]):
         own = [] if self.settings.function is None or self.grade is None else [code_of(self.grade)]
         return hashing.fingerprint([examples, settings, tokenizer_identity(self.tokenizer), *own])
 
+    def score_fingerprint(self, split: Split) -> str | None:
+        """None where the user's own function grades; else also of what ends a completion; see `Task.score_fingerprint`."""
+        own = super().score_fingerprint(split)
+        if own is None or self.settings.function is not None:
+            return None
+        return hashing.fingerprint([own, self.generation_config.to_dict()]) if self.generates else own
+
     def predict(
         self,
         model: nn.Module | TextEngine,
