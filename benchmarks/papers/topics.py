@@ -105,7 +105,7 @@ TOPICS_POOL = ShippedPool(
         "max_length": 64,
     },
     labels=dict.fromkeys([*GENRES, *UNSEEN], tuple(TOPICS.values())),
-    training=TrainingSettings(epochs=2),
+    training=TrainingSettings(epochs=6),
     methods=WITH_DATA,
     candidates=24,
 )

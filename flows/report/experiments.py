@@ -200,6 +200,15 @@ def counted(frame: pd.DataFrame) -> str:
     )
 
 
+def seeds_apart(frame: pd.DataFrame) -> list[str]:
+    """Each claim that does not come out alike with every seed that it was measured with, and how it does."""
+    return [
+        f"{name} on {pool}: {claim}: " + ", ".join(f"{verdict} with seed {seed}" for seed, (_, verdict) in own.items())
+        for name, pool, claim, own in _by_claim(frame)
+        if len({verdict for _, verdict in own.values()}) > 1
+    ]
+
+
 def _by_claim(frame: pd.DataFrame) -> list[tuple[str, str, str, dict[int, tuple[str, str]]]]:
     """Experiment, pool, claim, and seed → what was measured and the verdict; claims that say the same in their order."""
     by_claim: dict[tuple[str, str, str, int], dict[int, tuple[str, str]]] = {}

@@ -5,7 +5,6 @@ from benchmarks.papers.gradient_matching.candidates import ALPHAS, METHODS, know
 from benchmarks.papers.result import Result
 
 POOLS = ("continued", "sentiment", "images")
-CLAIM = "Gradient matching is more robust to α than task arithmetic"
 
 
 def run(bench: Bench) -> Result:
@@ -18,12 +17,13 @@ def run(bench: Bench) -> Result:
             result.add(method, alpha, measured)
         curves[method] = list(results.values())
     for method in list(curves)[1:]:
-        short = method.replace("gradient matching", "GM")
+        short, name = method.replace("gradient matching", "GM"), method.replace("gradient", "Gradient")
         area = averaged(curves[method]), averaged(curves[METHODS[0]])
-        result.compare(f"{CLAIM}: by area under the curve", *area, names=(short, "TA"))
-        worst = [min(curves[name], key=lambda one: one.mean) for name in (method, METHODS[0])]
-        result.compare(f"{CLAIM}: by the worst α", *worst, names=(short, "TA"))
-        best = [max(curves[name], key=lambda one: one.mean) for name in (method, METHODS[0])]
-        claim = "Gradient matching is better at its best α (chosen on test, as in the paper)"
+        claim = f"{name}, is more robust to α than task arithmetic"
+        result.compare(f"{claim}: by area under the curve", *area, names=(short, "TA"))
+        worst = [min(curves[each], key=lambda one: one.mean) for each in (method, METHODS[0])]
+        result.compare(f"{claim}: by the worst α", *worst, names=(short, "TA"))
+        best = [max(curves[each], key=lambda one: one.mean) for each in (method, METHODS[0])]
+        claim = f"{name}, is better at its best α (chosen on test, as in the paper)"
         result.compare(claim, *best, names=(short, "TA"))
     return result

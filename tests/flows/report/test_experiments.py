@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli.app import app
-from flows.report.experiments import COLUMNS, claims, counted, load
+from flows.report.experiments import COLUMNS, claims, counted, load, seeds_apart
 
 ABOUT = {"about": "Is A <b>better</b> & B?", "note": "", "examples": 0, "seconds": 3.0, "xlabel": "α", "ylabel": "y"}
 
@@ -120,6 +120,11 @@ def test_seeds_of_a_claim_stand_side_by_side(results):
         "5 comparisons: 2 agrees, 1 no difference, 2 contradicts. 1 of more than one seed: 1 with the same verdict, "
         "0 with opposite ones, 0 where one seed shows no difference"
     )
+    assert seeds_apart(frame) == []
+    other = frame.assign(verdict=frame.verdict.where(frame.seed == 0, "no difference"))
+    assert seeds_apart(other) == [
+        "paper.curve on tiny: A is above B: agrees with seed 0, no difference with seed 1",
+    ]
 
 
 def test_latex_reads_what_is_special(results):
