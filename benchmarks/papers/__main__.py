@@ -92,13 +92,15 @@ def main() -> None:
     parser.add_argument("experiments", nargs="*", help=f"by default all: {', '.join(EXPERIMENTS)}")
     parser.add_argument("--pool", action="append", help="by default every pool of an experiment")
     parser.add_argument("--campaign", help="a campaign file in place of pools: its members, on its tasks")
-    parser.add_argument("--seed", type=int, action="append", help="of the members' training; default: 0")
+    parser.add_argument("--seed", type=_natural, action="append", help="of the members' training; default: 0")
     parser.add_argument("--root", type=Path, default=Path("runs/papers"), help="where pools and measurements are kept")
     parser.add_argument(
         "--results", type=Path, help="where results are kept: benchmarks/papers/results, or of a campaign below --root"
     )
     parser.add_argument(
-        "--examples", type=int, help=f"most test examples of a task, 0 for all; by default {EXAMPLES}, or 200"
+        "--examples",
+        type=_natural,
+        help=f"most test examples of a task, 0 for all; by default {EXAMPLES}, or 200, and all of a campaign",
     )
     parser.add_argument(
         "--no-multi-task", action="store_true", help="train no model on all tasks, and leave its row out"
@@ -108,6 +110,10 @@ def main() -> None:
     given = parser.parse_args()
     if strange := [name for name in given.experiments if name not in EXPERIMENTS]:
         parser.error(f"unknown experiment '{strange[0]}'. {did_you_mean(strange[0], list(EXPERIMENTS))}")
+    if strange := [pool for pool in given.pool or () if pool not in POOLS]:
+        parser.error(f"unknown pool '{strange[0]}'. {did_you_mean(strange[0], list(POOLS))}")
+    if given.campaign and (given.pool or given.seed):
+        parser.error("--campaign takes the place of --pool and --seed")
     torch.set_num_threads(1)
     try:
         if given.campaign:
@@ -118,11 +124,17 @@ def main() -> None:
         parser.exit(1, f"{error}\n")
 
 
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is no number from 0 up")
+    return int(text)
+
+
 def _on_campaign(given: argparse.Namespace) -> None:
     root = given.root.absolute()
     results = given.results or root / "results"
     for name in given.experiments or EXPERIMENTS:
-        run(name, lambda display: of_campaign(given.campaign, root), results, given.examples)
+        run(name, lambda display: of_campaign(given.campaign, root), results, given.examples or None)
     print(f"mergequest report --experiment {results} makes a page of it")
 
 

@@ -84,10 +84,18 @@ def test_experiments_on_the_members_of_a_campaign_file(campaign_file, tiny_campa
     table = frame[(frame.experiment == "regmean.table_2") & (frame.series == "regmean")]
     assert set(table[table.quantity == "score"].task) == {"one", "two", "three", "mean"}
     assert list(table[table.quantity != "score"].x) == ["far", "unseen mean"]
-    monkeypatch.setattr(sys, "argv", ["papers", "regmean.figure3"])
-    with pytest.raises(SystemExit):
-        papers.main()
-    assert "Did you mean 'regmean.figure_3'?" in capsys.readouterr().err
+    wrong = {
+        "regmean.figure3": "Did you mean 'regmean.figure_3'?",
+        "--pool sentimnt": "unknown pool 'sentimnt'. Did you mean 'sentiment'?",
+        "--seed -1": "'-1' is no number from 0 up",
+        "--campaign x.yaml --pool images": "--campaign takes the place of --pool and --seed",
+        "--campaign x.yaml": "x.yaml",
+    }
+    for words, why in wrong.items():
+        monkeypatch.setattr(sys, "argv", ["papers", *words.split()])
+        with pytest.raises(SystemExit):
+            papers.main()
+        assert why in capsys.readouterr().err
 
 
 def test_measurements_are_what_the_models_say(bench, tiny):

@@ -1,8 +1,11 @@
 """Table 1: all-data training beside average, Fisher averaging, task arithmetic and gradient matching."""
 
+from collections.abc import Sequence
+
 from benchmarks.papers.bench import Bench, Measured
 from benchmarks.papers.gradient_matching.candidates import ALPHAS, METHODS, known, scaled
 from benchmarks.papers.result import Result
+from merging.recipe import Recipe
 
 POOLS = ("continued",)
 DELTAS = (1e-12, 1e-9, 1e-3)
@@ -32,12 +35,14 @@ def run(bench: Bench) -> Result:
     result.compare("Gradient matching (α = 1) is above task arithmetic (α = 1)", ours, ta, ("GM", "TA"))
     result.compare("Gradient matching (α = 1) is above Fisher averaging", ours, rows["fisher"], ("GM", "Fisher"))
     result.compare("Gradient matching (α = 1) is above the plain average", ours, rows["average"], ("GM", "average"))
-    best = max((rows[f"{last}, α = 1, δ = {delta:g}"] for delta in DELTAS), key=lambda one: one.mean)
-    claim = "Control: gradient matching (α = 1) at the best of three other δ (on test) is above the plain average"
-    result.compare(claim, best, rows["average"], ("GM", "average"))
-    best = max((rows[f"{name}, best α on test"] for name in list(known(bench))[1:]), key=lambda one: one.mean)
-    claim = "Control: gradient matching at its best α (on test) is above the plain average"
-    result.compare(claim, best, rows["average"], ("GM", "average"))
+    others = [scaled(bench, last, 1.0, delta) for delta in DELTAS]
+    claim = (
+        "Control: gradient matching (α = 1) at the δ of three others that validation chooses is above the plain average"
+    )
+    result.compare(claim, _chosen(bench, others), rows["average"], ("GM", "average"))
+    curves = [scaled(bench, method, alpha) for method in list(known(bench))[1:] for alpha in ALPHAS]
+    claim = "Control: gradient matching at the H₀ and α that validation chooses is above the plain average"
+    result.compare(claim, _chosen(bench, curves), rows["average"], ("GM", "average"))
     result.compare(
         "Fisher averaging is above the plain average", rows["fisher"], rows["average"], ("Fisher", "average")
     )
@@ -46,3 +51,8 @@ def run(bench: Bench) -> Result:
             (m for name, m in rows.items() if name != "all data"), key=lambda one: one.mean
         ), ("all data", "best other row"))  # fmt: skip
     return result
+
+
+def _chosen(bench: Bench, recipes: Sequence[Recipe]) -> Measured:
+    """What the best of these on validation scores on test."""
+    return bench.measure(max(recipes, key=lambda recipe: bench.measure(recipe, "validation").mean))
