@@ -17,7 +17,9 @@ from flows.quickstart.quickstart import POOLS as QUICKSTART
 from flows.quickstart.quickstart import make_campaign, task_settings
 from flows.quickstart.shipped_pool import ShippedPool
 from flows.training.partition import write_parts
+from merging.checkpoints.checkpoint import Checkpoint
 from merging.errors import SettingsError
+from merging.io import hashing
 from merging.io.atomic import new_dir
 from merging.optimization.fine_tuning import Lesson, save_start, train_together
 from merging.tasks import AnyTaskSettings
@@ -80,7 +82,7 @@ def shipped(
         lessons = {task: Lesson(task_settings(made, parts), made.labels.get(task, ())) for task, parts in files.items()}
         if shared_head:
             first = next(iter(lessons.values()))
-            base = _with_head(base, first.settings, first.labels, seed, place / "base")
+            base = _with_head(base, first.settings, first.labels, seed, place)
             lessons = {task: Lesson(lesson.settings) for task, lesson in lessons.items()}
         for task, lesson in lessons.items():
             train_together(base, {task: lesson}, place / "members" / task, settings, _told(display, task))
@@ -140,9 +142,7 @@ def parts(pool: str, made: ShippedPool, name: str, count: int, unseen: Sequence[
         domains: list[Any] = [task_settings(made, own) for own in files.values()]
         split_of = {split: [str(file) for task in domains for file in _files(task.data[split])] for split in SPLITS}
         task = domains[0].model_copy(update={"data": split_of})
-        base = _with_head(
-            made.base(root / "cache", display.say), task, made.labels[next(iter(files))], seed, place / "base"
-        )
+        base = _with_head(made.base(root / "cache", display.say), task, made.labels[next(iter(files))], seed, place)
         settings_of = write_parts(
             task, Partition(task=pool, parts=count, concentration=CONCENTRATION, seed=seed), place / "data"
         )
@@ -187,12 +187,15 @@ def _as_one(pool: PaperPool, task: str) -> Mapping[str, str]:
 
 
 def _with_head(base: Path, task: AnyTaskSettings, labels: Sequence[str], seed: int, place: Path) -> Path:
-    """The base with a head that members start from, made unless it is there."""
-    if not (place / "config.json").exists():
-        with torch.random.fork_rng(devices=[]), new_dir(str(place)) as directory:
+    """The base with a head that members start from, made below a directory unless the same is there."""
+    settings = task.model_dump(mode="json", exclude={"data"})
+    key = hashing.fingerprint([Checkpoint.open(str(base)).fingerprint, settings, list(labels), seed])
+    out = place / f"base-{key}"
+    if not (out / "config.json").exists():
+        with torch.random.fork_rng(devices=[]), new_dir(str(out)) as directory:
             torch.manual_seed(seed)
             save_start(base, task, labels, directory)
-    return place
+    return out
 
 
 def _files(given: str | Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """The papers' experiments, from a pool to the page, on tiny models."""
 
 import copy
+import json
 import random
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))  # benchmarks are no part of what is installed
 
 from benchmarks.papers import __main__ as papers  # noqa: E402
-from benchmarks.papers import topics, wordnet  # noqa: E402
+from benchmarks.papers import pools, topics, wordnet  # noqa: E402
 from benchmarks.papers.bench import Bench, Measured, paired, together  # noqa: E402
 from benchmarks.papers.page import page  # noqa: E402
 from benchmarks.papers.pools import POOLS, PaperPool  # noqa: E402
@@ -132,6 +133,14 @@ def test_some_weights_of_a_merge_can_be_the_mean(bench):
     assert none.values["two"].tolist() == bench.measure(fitted).values["two"].tolist()
 
 
+def test_a_base_with_a_head_is_made_anew_for_other_classes(tiny, tmp_path):
+    base, task = Path(tiny.campaign.base), tiny.campaign.tasks["two"]
+    made = [pools._with_head(base, task, labels, 0, tmp_path) for labels in (("a", "b"), ("a", "b", "c"), ("a", "b"))]
+    assert made[0] == made[2] != made[1]
+    heads = [json.loads((place / "config.json").read_text())["id2label"] for place in made[:2]]
+    assert heads == [{"0": "a", "1": "b"}, {"0": "a", "1": "b", "2": "c"}]
+
+
 def test_pairs_of_texts_from_wordnet():
     raw = """  1 licence
 00000001 03 n 01 animal 0 002 ~ 00000002 n 0000 ~ 00000003 n 0000 | a living thing
@@ -185,9 +194,9 @@ day n 2 1 @ 2 1 00000002 00000001
 dog n 1 1 @ 1 1 00000003
 """
     known = topics.first_topics(index, data)
-    assert known == {"child": "person", "day": "time"}
+    assert known == {"child": "people", "day": "deeds"}
     words, tags = ["Days", "of", "a", "child", "'s", "dog"], ["noun", "other", "other", "noun", "other", "noun"]
-    assert topics.topics_of(words, tags, known) == ["person", "time"]
+    assert topics.topics_of(words, tags, known) == ["deeds", "people"]
     assert topics.topics_of(words, ["verb"] * 6, known) == []
     with pytest.raises(StorageError, match=r"line 1 of index\.noun is no entry"):
         topics.first_topics("child n 1 x", data)
