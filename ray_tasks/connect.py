@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +72,25 @@ class NodeKind:
             wanted[NODE_LABEL] = NotIn(*sorted(avoided))
         options: dict[str, Any] = {"scheduling_strategy": NodeLabelSchedulingStrategy(wanted)} if wanted else {}
         return options | ({"accelerator_type": self.accelerator_type} if self.accelerator_type is not None else {})
+
+    def there(self, nodes: Iterable[Mapping[str, Any]]) -> list[str]:
+        """What Ray's entries of nodes have instead, for messages."""
+        nodes = list(nodes)
+        types = {
+            name.partition(":")[2]
+            for node in nodes
+            for name in node["Resources"]
+            if name.startswith("accelerator_type:")
+        }
+        there = (
+            [f"the cluster's accelerator types are {', '.join(sorted(types)) or 'none'}"]
+            if self.accelerator_type
+            else []
+        )
+        for label in self.labels:
+            values = {value for node in nodes if (value := (node.get("Labels") or {}).get(label)) is not None}
+            there.append(f"its nodes' values of label {label} are {', '.join(sorted(values)) or 'none'}")
+        return there
 
     def describe(self) -> str:
         """For messages."""
@@ -338,16 +357,10 @@ def require_nodes(kind: NodeKind, gpus: float, memory: int = 0) -> None:
     nodes = alive_nodes()
     fitting = [node for node in nodes if kind.fits(node)]
     if not fitting:
-        types = {
-            name.partition(":")[2]
-            for node in nodes
-            for name in node["Resources"]
-            if name.startswith("accelerator_type:")
-        }
         raise ClusterError(
-            f"no node has {kind.describe()}: the cluster's accelerator types are {', '.join(sorted(types)) or 'none'}; correct "
-            "resources.accelerator_type or resources.labels (`ray start --labels`), or say how many evaluators are to wait for "
-            "such nodes with resources.evaluators"
+            f"no node has {kind.describe()}: {'; '.join(kind.there(nodes))}; correct resources.accelerator_type or "
+            "resources.labels (`ray start --labels`), or say how many evaluators are to wait for such nodes with "
+            "resources.evaluators"
         )
     if gpus > (most := max(node["Resources"].get("GPU", 0.0) for node in fitting)):
         raise ClusterError(

@@ -9,6 +9,7 @@ from merging.errors import SettingsError
 from merging.io import addresses, storage
 from merging.io.secrets import hide
 from merging.tasks.environment import references, resolved
+from merging.tasks.user_functions import search_last
 from ray_tasks.connect import Cluster, NodeKind, WorkerEnvironment, connect, gpus_each, require_nodes
 
 PROGRAM = ("flows", "mergequest", "merging", "ray_tasks", "search")
@@ -121,4 +122,6 @@ def worker_environment(campaign: Campaign, *, resolve: bool = True) -> WorkerEnv
                 f"environment.working_dir: {place} holds {hiding[0]}, which would come before the program's own package on "
                 "every node: name a directory without it"
             )
+        if resolve:
+            search_last(place)  # custom evaluators are looked at here, and run there
     return WorkerEnvironment(plain, secrets, settings.pip, place)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from flows.campaign.cluster import connected, require_room_to_start
 from flows.campaign.open_campaign import OpenCampaign
+from flows.campaign.regime import require_room_for_a_model
 from flows.config.campaign_file import Campaign
 from flows.config.search_settings import WITH_DATA
 from flows.directory.progress import Display
@@ -98,7 +99,8 @@ def solutions(opened: OpenCampaign, cache: str, display: Display) -> dict[str, t
             campaign.base, paths, campaign.heads, bound, settings, key, path, checkpoint, digest, campaign.vocabulary
         )
         resources = campaign.resources
-        with connected(opened.campaign), display.bar("percent of the propagated solution", 100) as bar:
+        with connected(opened.campaign) as cluster, display.bar("percent of the propagated solution", 100) as bar:
+            require_room_for_a_model(opened, cluster, "solving layer by layer (leave out regmean_propagated)")
             solve(
                 whole,
                 threads=resources.threads,
@@ -175,6 +177,9 @@ def run(jobs: Iterable[Job], opened: OpenCampaign, display: Display) -> None:
     with connected(opened.campaign) as cluster, display.bar("examples", sum(job.examples for job in todo)) as bar:
         gpus = device_each(resources.gpus)
         require_room_to_start(opened.campaign, cluster, gpus)
+        require_room_for_a_model(
+            opened, cluster, f"measuring {todo[0].kind} statistics (leave out what needs them, or name files)"
+        )
         compute(
             todo,
             shard=settings.shard,

@@ -27,6 +27,7 @@ from merging.methods import METHODS, Method
 from merging.recipe import BASE, Recipe, Value
 from merging.tasks import make_task
 from merging.tasks.task import SPLITS, Split, Task
+from merging.tasks.user_functions import search_last
 from ray_tasks.connect import NodeKind
 from ray_tasks.evaluators.evaluator import Setup
 from ray_tasks.sharded.nixl_transfer import BUFFERS
@@ -232,6 +233,8 @@ def open_campaign(campaign: Campaign, display: Display, directory: str | None = 
     Raises:
         MergequestError: Something is unusable; the message names it.
     """
+    if campaign.environment.working_dir is not None:
+        search_last(campaign.environment.working_dir)
     campaign, revisions = _pinned(campaign, known_revisions(directory) if directory else {})
     pool = Pool.open(
         campaign.base,

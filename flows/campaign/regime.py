@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import ceil
+from math import ceil, prod
+
+import torch
 
 from flows.campaign.distil import Files
 from flows.campaign.open_campaign import OpenCampaign
 from flows.directory.progress import Display
 from merging.errors import ClusterError
 from merging.evaluation.memory import EvaluatorMemory
-from ray_tasks.connect import Cluster
+from merging.mergers.dtypes import model_dtype
+from ray_tasks.connect import Cluster, device_each
 from ray_tasks.evaluators.evaluator import Setup
 from ray_tasks.sharded.placement import Node, device_memory, most_memory, nodes, plan, sharded
 from ray_tasks.sharded.shards import Shards
@@ -81,6 +84,46 @@ def require_room(memory: EvaluatorMemory, most_bytes: int) -> None:
         f"{memory.waiting / 1e9:.3g}, engine {memory.engine / 1e9:.3g}), and no node has more than {most_bytes / 1e9:.3g} GB "
         f"for it: take nodes of {ceil(held / 1e9)} GB, {'a smaller engine.cache, ' * bool(memory.engine)}or a smaller model"
     )
+
+
+def require_model(doing: str, parameters: int, copies: int, gpus: float, room: int) -> None:
+    """Looks whether one process, which spreads no model over GPUs, has room for what it surely holds.
+
+    Args:
+        doing: What it does, and what to do without.
+        parameters: Of the model.
+        copies: How often it holds them in float32.
+        gpus: Its GPU or share of one; 0 for none.
+        room: Bytes that it may take of that, or of its node; 0 where that is not known.
+
+    Raises:
+        ClusterError: It has not.
+    """
+    held = 4 * copies * parameters
+    if not 0 < room < held:
+        return
+    place = f"{gpus:g} GPU" if gpus else "the node with most"
+    raise ClusterError(
+        f"{doing} holds {held / 1e9:.3g} GB in one process ({copies} × {parameters / 1e9:.3g} billion weights in float32), and "
+        f"{place} has {room / 1e9:.3g} GB for it{': resources.gpus: 0 computes in main memory' if gpus else ''}"
+    )
+
+
+def require_room_for_a_model(opened: OpenCampaign, cluster: Cluster, doing: str, copies: int = 1) -> None:
+    """As `require_model`, on the campaign's nodes.
+
+    Raises:
+        ClusterError: No process has room.
+    """
+    gpus, kind = device_each(opened.campaign.resources.gpus), opened.nodes
+    if gpus:
+        room = device_memory(gpus, kind)
+    elif copies == 1 and model_dtype(opened.pool) == torch.float32:
+        room = 0  # mapped from its file
+    else:
+        waits = opened.campaign.resources.evaluators is not None and cluster.may_grow
+        room = 0 if waits else most_memory(cluster, kind)
+    require_model(doing, sum(prod(info.shape) for info in opened.pool.weights.values()), copies, gpus, room)
 
 
 @contextmanager

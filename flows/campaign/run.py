@@ -20,6 +20,7 @@ from flows.campaign.phases import (
     select_members,
     tell_stages,
 )
+from flows.campaign.regime import require_room_for_a_model
 from flows.campaign.selection import prepare_selection, require_kernel
 from flows.campaign.stages import distillation, divides_by_unknown, require_kept_scores, require_stages
 from flows.campaign.summary import summary, tables_as_markdown, write_report
@@ -41,6 +42,9 @@ from search.ledger.ledger import Ledger
 from search.objective import best
 from search.samplers.make_sampler import sampler_of_trials
 from search.subsets.choose_subsets import Selection
+
+WITH_ADAM = 4
+"""Weights, gradients and two averages of AdamW, in float32."""
 
 
 def run(campaign: Campaign, display: Display | None = None, *, retry_failed: bool = False) -> str:
@@ -215,7 +219,10 @@ def run_selection(campaign: Campaign, display: Display) -> Selection:
 
 def _work(opened: OpenCampaign, directory: Directory, cluster: Cluster, ledger: Ledger, display: Display) -> None:
     """Everything that needs a cluster."""
-    campaign = opened.campaign
+    campaign, settings = opened.campaign, distillation(opened)
+    if settings is not None:
+        doing = "distillation (`distil: {rank: 16}` trains low-rank additions, `distil: false` leaves it out)"
+        require_room_for_a_model(opened, cluster, doing, 1 if settings.rank else WITH_ADAM)
     if divides_by_unknown(opened):
         # a reference of 0 or below ends the campaign: better before the statistics than after
         with evaluators(opened, {}, cluster, display) as executor:
@@ -226,7 +233,6 @@ def _work(opened: OpenCampaign, directory: Directory, cluster: Cluster, ledger: 
         opened, solved = usable_solutions(opened, cache_of(opened.campaign), display)
         statistics = joined(statistics, solved)
         prepare_selection(opened, cache_of(opened.campaign), display)
-    settings = distillation(opened)
     kept = KeptPredictions(directory.validation_predictions)
     with evaluators(opened, statistics, cluster, display) as executor, executor.planned(kept):
         references = measure_references(opened, directory, executor, ledger, display)

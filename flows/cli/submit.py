@@ -155,7 +155,7 @@ def prepare(what: str, file: str, out: str | None, settings: Sequence[str] = ())
 
 
 def modules_of(campaign: Campaign) -> tuple[Path, ...]:
-    """What of the user's goes along: modules of custom evaluators in the working directory, and what they import from there.
+    """What of the user's goes along: modules of functions that grade and of a sampler, and what they import from there.
 
     Of `environment.working_dir`, all.
 
@@ -164,9 +164,12 @@ def modules_of(campaign: Campaign) -> tuple[Path, ...]:
     """
     place = worker_environment(campaign, resolve=False).working_dir
     modules = dict.fromkeys(sorted(Path(place).iterdir())) if place is not None else {}
-    todo = [task.evaluator.partition(":")[0] for task in campaign.tasks.values() if task.kind == "custom"]
+    functions = [
+        getattr(task, "evaluator", None) or getattr(task, "function", None) for task in campaign.tasks.values()
+    ]
     if is_foreign(campaign.search.sampler):
-        todo.append(campaign.search.sampler.partition(":")[0])
+        functions.append(campaign.search.sampler)
+    todo = [name.partition(":")[0] for name in functions if name is not None]
     while todo:
         name = todo.pop().partition(".")[0]
         # an installed module of that name comes first, on the cluster as here

@@ -38,6 +38,13 @@ class LastDirectory(MetaPathFinder):
         return PathFinder.find_spec(fullname, [self.directory], target) if path is None else None
 
 
+def search_last(directory: str) -> None:
+    """Has Python look for modules in a directory, too, after all others that it has looked in so far."""
+    last = LastDirectory(directory)
+    if last not in sys.meta_path:
+        sys.meta_path.append(last)
+
+
 def load_function(name: str, directory: str) -> Callable[..., Any]:
     """A function of Python's path, or of a module in a directory.
 
@@ -49,9 +56,7 @@ def load_function(name: str, directory: str) -> Callable[..., Any]:
         TaskError: There is none.
     """
     module, function_name = name.split(":")
-    last = LastDirectory(directory)
-    if last not in sys.meta_path:
-        sys.meta_path.append(last)
+    search_last(directory)
     try:
         imported = importlib.import_module(module)
     except (Exception, SystemExit) as error:  # the user's module may raise anything, or be a script that exits

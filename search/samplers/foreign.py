@@ -3,7 +3,6 @@
 import importlib
 import inspect
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from merging.errors import MergequestError, SettingsError
 from merging.io.secrets import described
-from merging.tasks.user_functions import LastDirectory
+from merging.tasks.user_functions import search_last
 
 HUB = "optunahub:"
 _OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -134,9 +133,7 @@ class ForeignSampler(BaseSampler):
 
 
 def _own_module(name: str, module: str) -> ModuleType:
-    last = LastDirectory(str(Path.cwd()))
-    if last not in sys.meta_path:
-        sys.meta_path.append(last)
+    search_last(str(Path.cwd()))
     try:
         return importlib.import_module(module)
     except (Exception, SystemExit) as error:  # foreign code

@@ -12,6 +12,7 @@ from ray_tasks.connect import (
     JOB_CONFIG,
     WORKER_ENVIRONMENT,
     Cluster,
+    NodeKind,
     WorkerEnvironment,
     connect,
     evaluators_for,
@@ -146,3 +147,16 @@ with connect():
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert "from a worker" in done.stdout, done.stderr[-2000:]
+
+
+def test_what_nodes_have_instead_is_said():
+    nodes = [
+        {"Resources": {"CPU": 4, "accelerator_type:H100": 1}, "Labels": {"market": "spot"}},
+        {"Resources": {"CPU": 4}, "Labels": {"market": "on-demand"}},
+    ]
+    assert NodeKind("A100", {"market": "x", "zone": "y"}).there(nodes) == [
+        "the cluster's accelerator types are H100",
+        "its nodes' values of label market are on-demand, spot",
+        "its nodes' values of label zone are none",
+    ]
+    assert NodeKind("A100").there(nodes[1:]) == ["the cluster's accelerator types are none"]

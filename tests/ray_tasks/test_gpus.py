@@ -35,7 +35,7 @@ def test_evaluators_are_started_on_nodes_of_a_kind_and_not_where_they_cannot_be_
     assert seen["refused"][0] == ""
     assert "an evaluator of 8 GPUs fits no node: the largest has 4" in seen["refused"][1]
     assert "no node has accelerator type A100: the cluster's accelerator types are H100" in seen["refused"][2]
-    assert "no node has label a=b" in seen["refused"][3]
+    assert "no node has label a=b: its nodes' values of label a are none" in seen["refused"][3]
     assert "an evaluator that asks for 1e+06 GB fits no node" in seen["refused"][4]
     assert seen["statistics"] == [True, 1]
     assert seen["built"] == [[0], 2]

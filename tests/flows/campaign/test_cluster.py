@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from flows.campaign.cluster import worker_environment
+from flows.campaign.run import check
 from flows.cli.submit import modules_of, pack, prepare
 from flows.config.campaign_file import load_campaign
+from flows.directory.progress import Display
 from merging.errors import SettingsError
 from merging.io.secrets import storable
 
@@ -82,3 +84,33 @@ def test_submit_sends_a_custom_evaluator_and_what_it_imports_from_there(
         modules_of(sent)
     Path("search.py").unlink()
     assert {path.name for path in modules_of(sent)} >= {"unused.py", "my_score.py"}
+
+
+def test_submit_sends_whatever_grades_or_proposes(campaign_file, tiny_campaign, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("my_grade", "my_sampler", "my_helper"):
+        Path(f"{name}.py").write_text("import my_helper\n")
+    task = {"kind": "causal_lm", "data": tiny_campaign["tasks"]["one"]["data"], "metric": "my_grade:grade"}
+    search = {"methods": ["average"], "sampler": "my_sampler:Sampler"}
+    campaign = load_campaign(str(campaign_file(tasks={"one": task}, search=search)))
+    assert {path.name for path in modules_of(campaign)} == {"my_grade.py", "my_sampler.py", "my_helper.py"}
+
+
+def test_what_is_sent_to_the_nodes_is_looked_at_here(campaign_file, tmp_path):
+    (tmp_path / "sent").mkdir()
+    score = "def score(model, checkpoint, split, limit):\n    return 1.0\n"
+    sampler = "from optuna.samplers import RandomSampler\n\n\nclass Own(RandomSampler):\n    pass\n"
+    (tmp_path / "sent" / "a_sent_module.py").write_text(score + sampler)
+    custom = {
+        "kind": "custom",
+        "evaluator": "a_sent_module:score",
+        "model_class": "AutoModelForSequenceClassification",
+    }
+    search = {"methods": ["average"], "sampler": "a_sent_module:Own"}
+    settings = {
+        "tasks": {"one": custom},
+        "search": search,
+        "environment": {"working_dir": "sent"},
+        "selection": {"mode": "all"},
+    }
+    check(load_campaign(str(campaign_file(directory=str(tmp_path / "out"), **settings))), Display())

@@ -1,8 +1,12 @@
 import pytest
 
-from flows.campaign.regime import require_fit, require_room
+from flows.campaign.open_campaign import open_campaign
+from flows.campaign.regime import require_fit, require_model, require_room, require_room_for_a_model
+from flows.config.campaign_file import load_campaign
+from flows.directory.progress import Display
 from merging.errors import ClusterError
 from merging.evaluation.memory import EvaluatorMemory
+from ray_tasks.connect import LOCAL, Cluster
 
 GB = 10**9
 
@@ -44,3 +48,24 @@ def test_without_gpus_what_no_node_holds_is_refused_and_mapped_files_do_not_coun
         require_room(large, 83 * GB)
     require_room(large, 84 * GB)
     require_room(large, 0)
+
+
+def test_a_model_that_one_device_does_not_hold_is_refused_where_it_is_not_spread():
+    with pytest.raises(
+        ClusterError, match=r"distillation holds 112 GB in one process \(4 × 7 billion .* 1 GPU has 80 GB"
+    ):
+        require_model("distillation", 7 * GB, 4, 1.0, 80 * GB)
+    with pytest.raises(ClusterError, match=r"a statistic holds 280 GB .* the node with most has 256 GB for it$"):
+        require_model("a statistic", 70 * GB, 1, 0.0, 256 * GB)
+    require_model("a statistic", 7 * GB, 1, 1.0, 80 * GB)
+    require_model("a statistic", 70 * GB, 1, 1.0, 0)
+
+
+def test_a_campaign_s_own_model_is_looked_at(campaign_file, monkeypatch):
+    opened = open_campaign(load_campaign(str(campaign_file(resources={"gpus": 0}))), Display())
+    cluster = Cluster(LOCAL, 1, 2, 0.0)
+    require_room_for_a_model(opened, cluster, "distillation", 4)
+    monkeypatch.setattr("flows.campaign.regime.most_memory", lambda *_: 1000)
+    with pytest.raises(ClusterError, match="distillation holds .* the node with most has 1e-06 GB"):
+        require_room_for_a_model(opened, cluster, "distillation", 4)
+    require_room_for_a_model(opened, cluster, "measuring")  # float32 weights are mapped from their file

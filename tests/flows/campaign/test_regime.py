@@ -49,7 +49,10 @@ def test_a_plan_that_does_not_fit_is_refused_before_any_candidate(campaign_file,
 def test_a_campaign_for_gpus_that_the_cluster_has_not_is_refused_before_statistics(campaign_file, tmp_path):
     for settings, says in (
         ({"accelerator_type": "H100"}, r"no node has accelerator type H100: the cluster's accelerator types are none"),
-        ({"labels": {"market": "spot"}}, "no node has label market=spot"),
+        (
+            {"labels": {"market": "spot"}},
+            "no node has label market=spot: its nodes. values of label market are none; correct",
+        ),
         ({"gpus": 4}, r"an evaluator of 4 GPUs fits no node: the largest has 0; lower resources.gpus"),
         (
             {"memory": 1e5},
