@@ -91,7 +91,7 @@ def measure_baselines(
                 for task, place in places.items()
             }
             functions[name] = jobs.checkpoints
-            calls[name] = (bound, split, limit, opened.campaign.resources.precision)
+            calls[name] = (bound, split, limit, opened.precision)
         else:
             functions[name], calls[name] = jobs.fine_tuned, (setup, winner, opened.campaign.training, split)
     resources = opened.campaign.resources

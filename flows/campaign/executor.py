@@ -46,6 +46,9 @@ class RayExecutor:
         self._queue: deque[Candidate] = deque()
         self._out: dict[str, Candidate] = {}
         self._count = 0
+        self._fresh = False
+        self.precision: str | None = None
+        """Of evaluation; None for that which evaluators were set up with."""
 
     @property
     def capacity(self) -> int:
@@ -60,6 +63,20 @@ class RayExecutor:
             yield
         finally:
             self._planner = before
+
+    @contextmanager
+    def afresh(self, precision: str) -> Iterator[None]:
+        """Within the block, candidates are measured in a precision, also those whose scores are kept."""
+        before = self.precision, self._fresh
+        self.precision, self._fresh = precision, True
+        try:
+            yield
+        finally:
+            self.precision, self._fresh = before
+
+    def everywhere(self, probe: Callable[[], bool]) -> bool:
+        """Whether something holds in the process of every evaluator that is there."""
+        return self._evaluators.everywhere(probe)
 
     def submit(self, candidate: Candidate) -> None:
         """Takes a candidate and returns at once."""
@@ -82,7 +99,9 @@ class RayExecutor:
             plan = self._planner.plan(candidate) if self._planner else None
             split = cast(Split, "validation" if candidate.split == ANCHORS else candidate.split)
             limit = self._limit if split == "validation" else None
-            self._evaluators.submit(Assignment(ticket, candidate.recipe, split, limit, plan))
+            self._evaluators.submit(
+                Assignment(ticket, candidate.recipe, split, limit, plan, self.precision, self._fresh)
+            )
 
     def _outcome(self, answer: Answer) -> Outcome:
         candidate = self._out.pop(answer.ticket)

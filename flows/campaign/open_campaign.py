@@ -110,7 +110,7 @@ class OpenCampaign:
             tasks=dict(campaign.tasks),
             owners=campaign.owners(),
             sources=campaign.sources(),
-            precision=campaign.resources.precision,
+            precision=self.precision,
             dtype=self.dtype,
             engine=campaign.engine,
             facts=known(self.pool),
@@ -132,7 +132,7 @@ class OpenCampaign:
         if campaign.evaluation.cache is None:
             return None
         engine = campaign.engine.model_dump(mode="json", exclude={"bucket", "cache"})
-        settings = [campaign.vocabulary, campaign.resources.precision, campaign.resources.dtype, engine]
+        settings = [campaign.vocabulary, campaign.resources.dtype, engine]
         material = Material(self.pool, open_statistics(self.pool, statistics), self.examples())
         elsewhere = [*campaign.base_data.statistics, *(p for m in campaign.members.values() for p in m.statistics)]
         return make_score_cache(
@@ -215,6 +215,12 @@ class OpenCampaign:
     def gpus(self) -> float:
         """GPUs of an evaluator on the cluster that was joined."""
         return evaluator_gpus(self.campaign)
+
+    @property
+    def precision(self) -> str:
+        """Of evaluation; float32 until an automatic choice is made."""
+        given = self.campaign.resources.precision
+        return "float32" if given == "auto" else given
 
     @property
     def dtype(self) -> torch.dtype | None:

@@ -20,6 +20,7 @@ from flows.campaign.phases import (
     select_members,
     tell_stages,
 )
+from flows.campaign.precision import settled
 from flows.campaign.regime import require_room_for_a_model
 from flows.campaign.selection import prepare_selection, require_kernel
 from flows.campaign.stages import distillation, divides_by_unknown, require_kept_scores, require_stages
@@ -213,6 +214,7 @@ def run_selection(campaign: Campaign, display: Display) -> Selection:
                 cache = cache_of(campaign)
                 statistics = member_statistics(opened, opened.kinds, cache, display) if greedy else {}
             with evaluators(opened, statistics, cluster, display) as executor:
+                opened = settled(opened, directory, executor, ledger, display)
                 references = measure_references(opened, directory, executor, ledger, display)
                 return select_members(opened, references, directory, executor, ledger, display)
 
@@ -226,6 +228,7 @@ def _work(opened: OpenCampaign, directory: Directory, cluster: Cluster, ledger: 
     if divides_by_unknown(opened):
         # a reference of 0 or below ends the campaign: better before the statistics than after
         with evaluators(opened, {}, cluster, display) as executor:
+            opened = settled(opened, directory, executor, ledger, display)
             measure_references(opened, directory, executor, ledger, display)
         objective_of(opened, ledger)
     with display.phase("Statistics"):
@@ -235,6 +238,7 @@ def _work(opened: OpenCampaign, directory: Directory, cluster: Cluster, ledger: 
         prepare_selection(opened, cache_of(opened.campaign), display)
     kept = KeptPredictions(directory.validation_predictions)
     with evaluators(opened, statistics, cluster, display) as executor, executor.planned(kept):
+        opened = settled(opened, directory, executor, ledger, display)
         references = measure_references(opened, directory, executor, ledger, display)
         measure_baselines(opened, statistics, directory, ledger, provenance_of(opened), display)
         selection = select_members(opened, references, directory, executor, ledger, display)

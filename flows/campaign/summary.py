@@ -166,7 +166,7 @@ def facts(directory: Directory, campaign: Campaign, rows: Sequence[Row] = ()) ->
             f"mergequest merge {addresses.join(directory.best, 'recipe.yaml')} --out NEW_DIRECTORY",
         ],
         recipe=exported_recipe(directory, rows),
-        notes=[hours] if (hours := cost_in_words(rows)) else [],
+        notes=[note for note in (cost_in_words(rows), directory.precision()) if note],
         stages=stages.for_page(*gained) if (gained := _stages(directory, campaign)) else {},
         versions=versions(),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

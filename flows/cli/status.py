@@ -63,6 +63,7 @@ class Status:
         under_way: What evaluators are at work on, the longest first: candidate, split, method, members, seconds so far,
             share of the measurement that is done, where that is known.
         typical_seconds: Median time of the candidates measured so far; None before there are any.
+        precision: What an automatic choice of the evaluations' precision came to, in words; empty where there was none.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Status:
     gpu_hours: float = 0.0
     under_way: list[dict[str, Any]] = field(default_factory=list)
     typical_seconds: float | None = None
+    precision: str = ""
 
     @property
     def may_change(self) -> bool:
@@ -132,6 +134,8 @@ class Status:
             lines.append(
                 f"driver {self.driver}: last sign of life {_ago(self.seconds_silent or 0.0)} ago, {self._what()}"
             )
+        if self.precision:
+            lines.append(self.precision)
         if cost := hours_in_words(self.cpu_hours, self.gpu_hours):
             lines.append(cost)
         if self.last is not None:
@@ -212,6 +216,7 @@ def read_status(path: str, now: datetime | None = None) -> Status:
         gpu_hours=sum(row.gpu_hours or 0.0 for row in rows),
         under_way=pulse.get("under_way", []) if is_running else [],
         typical_seconds=median(took) if (took := [s for row in tried if (s := _seconds(row))]) else None,
+        precision=directory.precision(),
     )
 
 

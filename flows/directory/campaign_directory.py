@@ -145,6 +145,11 @@ class Directory:
         atomic.write_text(self / CAMPAIGN_FILE, dump(campaign))
         atomic.write_json(self / POOL, dict(pool))
 
+    def precision(self) -> str:
+        """What an automatic choice of the evaluations' precision came to, in words; empty where there was none."""
+        path = self / PRECISION
+        return documents.read_as(path, lambda value: str(value["why"])) if storage.exists(path) else ""
+
     def metrics(self) -> dict[str, str]:
         """Task → its metric's name, where the campaign was opened once."""
         return documents.read_as(self / POOL, _metrics) if storage.exists(self / POOL) else {}
@@ -214,6 +219,8 @@ UNSPENT: Mapping[str, Any] = {
 """What a budget is that a file says nothing of: the version that wrote it did not know the setting."""
 LEASE = ".lease.json"
 POOL = "pool.json"
+PRECISION = "precision.json"
+"""What `resources.precision: auto` came to."""
 FACTS = "facts.json"
 """What reading every weight of the pool told."""
 KNOWN = ("members", "data", "statistics", FACTS, PULSE)

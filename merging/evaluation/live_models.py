@@ -87,7 +87,7 @@ class CandidateModels(ABC):
 
     def __init__(self, tasks: Sequence[Task], precision: str) -> None:
         self._tasks = tasks
-        self._precision = precision
+        self._precision = self._usual = precision
 
     @abstractmethod
     def _merge(self, recipe: Recipe) -> Mapping[str, float]:
@@ -104,6 +104,8 @@ class CandidateModels(ABC):
         limit: int | None = None,
         plan: EvaluationPlan | None = None,
         progress: Callable[[float], None] = lambda share: None,
+        precision: str | None = None,
+        fresh: bool = False,
     ) -> Measurement:
         """Merges, then evaluates every task; of examples whose predictions are kept in `scores`, neither.
 
@@ -113,6 +115,8 @@ class CandidateModels(ABC):
             limit: At most this many examples per task, the same ones at every call.
             plan: Measures step by step and keeps a trace; None for every task at once, without one.
             progress: Told the share of the tasks, or of the plan's steps, that is done.
+            precision: For this measurement; None for the usual one.
+            fresh: Whether `scores` is left alone.
 
         Raises:
             MethodError: The recipe is wrong, or has no merge.
@@ -120,7 +124,9 @@ class CandidateModels(ABC):
         """
         start = time.perf_counter()
         merge = _Merge(lambda: self._merge(recipe))
-        known = self.scores.of(recipe, split) if self.scores is not None else KnownScores({})
+        self._precision = precision or self._usual
+        cache = None if fresh else self.scores
+        known = cache.of(recipe, split, self._precision) if cache is not None else KnownScores({})
         if not known.paths:
             merge.make()
         if plan is None and not known.paths:

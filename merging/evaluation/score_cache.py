@@ -63,8 +63,8 @@ class ScoreCache:
     examples: Mapping[str, int]
     tasks: Mapping[str, Mapping[Split, str]]
 
-    def of(self, recipe: Recipe, split: Split) -> "KnownScores":
-        """What is kept of a recipe on a split; nothing is read yet."""
+    def of(self, recipe: Recipe, split: Split, precision: str) -> "KnownScores":
+        """What is kept of a recipe on a split, evaluated in a precision; nothing is read yet."""
         kinds = () if recipe.method in REFERENCES else METHODS[recipe.method].kinds
         who = {BASE, "+".join(recipe.members), *recipe.members}
         statistics = {
@@ -74,6 +74,7 @@ class ScoreCache:
         }
         merge = [
             self.common,
+            precision,
             recipe.as_dict(),
             {member: self.members[member] for member in recipe.members},
             statistics,
@@ -189,7 +190,7 @@ def make_score_cache(
         material: Pool, statistics, numbers of examples.
         tasks: Task → split → `Task.score_fingerprint`, of those that have one.
         owners: Task → the member whose head it is evaluated with.
-        settings: JSON-like: what changes scores besides (precision, dtype, engine).
+        settings: JSON-like: what changes scores besides (dtype, engine).
         published: Paths of statistics files from elsewhere.
 
     Raises:

@@ -103,6 +103,8 @@ class Assignment:
         split: Where to measure it.
         limit: At most this many examples per task.
         plan: Steps, and when to stop; None for all at once.
+        precision: Of evaluation; None for the setup's.
+        fresh: Whether kept scores are left alone.
     """
 
     ticket: str
@@ -110,6 +112,8 @@ class Assignment:
     split: Split
     limit: int | None = None
     plan: EvaluationPlan | None = None
+    precision: str | None = None
+    fresh: bool = False
 
     @property
     def candidate(self) -> tuple[str, str]:
@@ -203,7 +207,8 @@ class Evaluator:
             self.build()
             assert self._models is not None
             request = assignment.recipe, assignment.split, assignment.limit, assignment.plan
-            measurement = self._models.measure(*request, teller(assignment.ticket))
+            how = assignment.precision, assignment.fresh
+            measurement = self._models.measure(*request, teller(assignment.ticket), *how)
         except EngineLostError as error:
             return Answer(None, described(error), self._worker, started, lost=True, unreachable=True)
         except (Exception, SystemExit) as error:

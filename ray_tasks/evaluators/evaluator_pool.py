@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -152,6 +152,17 @@ class EvaluatorPool:
             (work.assignment, seconds, share_of(work.actor, work.assignment.ticket) if seconds > EVERY else None)
             for work, seconds in works
         ]
+
+    def everywhere(self, probe: Callable[[], bool]) -> bool:
+        """Whether something holds in the process of every evaluator that is there; False where one is lost meanwhile."""
+
+        def ask(evaluator: Any) -> bool:
+            return probe()
+
+        try:
+            return all(ray.get([actor.__ray_call__.remote(ask) for actor in self._queues]))
+        except ray.exceptions.RayError:
+            return False
 
     def submit(self, assignment: Assignment) -> None:
         """Hands an assignment to the evaluator that has least to do.

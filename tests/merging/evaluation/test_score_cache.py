@@ -34,9 +34,7 @@ class Campaign:
         owners = {task.name: task.name for task in tasks}
         prints = {task.name: {"validation": task.score_fingerprint("validation")} for task in tasks}
         self.live = LiveModels(material, tasks, owners, CPU)
-        self.live.scores = make_score_cache(
-            str(place), material, prints, owners, settings=how or {"precision": "float32"}, published=published
-        )
+        self.live.scores = make_score_cache(str(place), material, prints, owners, settings=how, published=published)
 
     def measure(self, recipe=MERGE, plan=None):
         return self.live.measure(recipe, "validation", plan=plan or EvaluationPlan())
@@ -146,10 +144,25 @@ def test_whatever_changes_a_score_is_measured_anew(settings, tmp_path, change):
     same(replace(again.measure(), proxies={}), replace(measured, proxies={}))
 
 
-@pytest.mark.parametrize("how", [{"precision": "bfloat16"}, {"dtype": "float32"}, {"engine": "vllm"}])
+@pytest.mark.parametrize("how", [{"dtype": "float32"}, {"engine": "vllm"}])
 def test_other_settings_of_the_evaluation_share_nothing(settings, tmp_path, how):
     Campaign(tmp_path, settings).measure()
     assert known(Campaign(tmp_path, settings, **how).measure()) == 0
+
+
+def test_precisions_share_nothing_and_a_fresh_measurement_reads_nothing(settings, tmp_path):
+    campaign = Campaign(tmp_path, settings)
+    first = campaign.measure()
+    other = campaign.live.measure(MERGE, "validation", plan=EvaluationPlan(), precision="bfloat16")
+    assert known(other) == 0
+    assert any((other.trace.losses[task] != first.trace.losses[task]).any() for task in first.scores)
+    again = campaign.live.measure(MERGE, "validation", plan=EvaluationPlan(), precision="bfloat16")
+    same(other, again)
+    assert known(again) == 60
+    same(first, campaign.measure())  # the usual precision is back
+    fresh = campaign.live.measure(MERGE, "validation", plan=EvaluationPlan(), fresh=True)
+    assert known(fresh) == 0
+    assert fresh.merge_seconds is not None
 
 
 def test_factors_and_members_belong_to_the_key(settings, tmp_path):
