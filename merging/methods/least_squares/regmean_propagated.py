@@ -11,7 +11,8 @@ class RegMeanPropagated(Solved):
     One sweep is all: what a group of layers reads and should put out depends only on what runs before it, so that a second
     sweep, pulled towards the same mean, gives the first one's solution bit for bit (tried on the quick start's members).
     LayerNorms are the plain mean: gains and biases fitted channel by channel to the members' own outputs, in the order of
-    running, changed none of 800 validation answers of the quick start's members (64 examples each).
+    running, changed none of 800 validation answers of the quick start's members (64 examples each), and the mean of an image
+    pool by +0.3 ± 0.8 points (48 examples each, 320 answers).
     """
 
     name = "regmean_propagated"
