@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
@@ -37,7 +38,8 @@ def kept_output() -> Iterator[Callable[[], str]]:
     root = logging.getLogger()
     root.addHandler(handler)
     try:
-        with contextlib.redirect_stdout(tee), contextlib.redirect_stderr(tee):
+        # within it Python forgets what it has warned of, which it says once a process: of an earlier candidate
+        with warnings.catch_warnings(), contextlib.redirect_stdout(tee), contextlib.redirect_stderr(tee):
             yield lambda: tee.kept
     finally:
         root.removeHandler(handler)
