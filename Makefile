@@ -67,7 +67,7 @@ test-vllm:  # an engine a process, and not two at a time: each is a gigabyte and
 	OMP_NUM_THREADS=1 .vllm/bin/python -m pytest -p no:cacheprovider -m "" tests/merging/evaluation/engines tests/flows/campaign/test_engine.py
 
 azurite-env:
-	npm install --prefix .azurite --no-audit --no-fund --silent azurite@3.37.0
+	npm install --prefix .azurite --no-audit --no-fund --loglevel error azurite@3.37.0
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
