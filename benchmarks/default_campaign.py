@@ -53,7 +53,7 @@ GROUPS = ("references", "defaults", "tuned", "labels", "data_free", "tpe", "inpu
 CPU = torch.device("cpu")
 BACKWARD = 3
 """An example that is run forward and backward costs as much as so many that are evaluated."""
-SMALL, WHOLE, WIDE = (0.2, 0.3, 0.5, 0.7), (0.75, 1.0, 1.25), (1.0, 1.25, 1.5, 2.0)
+SMALL, WHOLE, WIDE = (0.2, 0.3, 0.5, 0.7), (0.75, 1.0, 1.25), (1.0, 1.25, 1.5, 2.0, 3.0)
 """Factors that are tried, of methods that add task vectors up, of those that do not, and of those that flatten the spectrum."""
 SCALING = "scaling"
 TESTED = 3
