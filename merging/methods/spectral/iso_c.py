@@ -21,7 +21,7 @@ class IsoC(Method):
     name = "iso_c"
     summary = "sum of task vectors with a flat spectrum"
     flat = True
-    scaling = Parameter(1.0, "weight of the member's task vector in the sum", low=0.0, high=2.0)
+    scaling = Parameter(1.0, "weight of the member's task vector in the sum", low=0.0, high=3.0)
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "rank": Parameter(
             1.0,

@@ -25,7 +25,7 @@ class IsoCts(Method):
     summary = "flat spectrum in common and task-specific directions"
     extras = ("layout",)
     flat = True
-    scaling = Parameter(1.0, "weight of the member's task vector", low=0.0, high=2.0)
+    scaling = Parameter(1.0, "weight of the member's task vector", low=0.0, high=3.0)
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "common": Parameter(
             0.8,
