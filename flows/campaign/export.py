@@ -4,7 +4,6 @@ import json
 import math
 import platform
 from collections.abc import Mapping
-from importlib.metadata import version
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -14,12 +13,12 @@ from flows.campaign.open_campaign import OpenCampaign
 from flows.config.recipe_file import RECIPE, dump_recipe
 from flows.report.scales import Scales, scales_of
 from flows.report.table import Cell, text
-from flows.versions import code_version
 from merging.io import addresses, hub
 from merging.mergers.disk import merge_to_disk
 from merging.mergers.material import Material, head_tensors, open_statistics
 from merging.recipe import BASE, Recipe, nested
 from merging.tasks.head import class_of
+from merging.versions import code_version, version_of
 from search.ledger.row import Row
 
 HEAD = "head.safetensors"
@@ -135,5 +134,5 @@ def versions() -> dict[str, str]:
     """What ran: mergequest, Python and the libraries that results depend on."""
     by_package = {"mergequest": code_version(), "python": platform.python_version()}
     for package in ("torch", "transformers", "optuna", "ray", "dppy", "safetensors"):
-        by_package[package] = version(package)
+        by_package[package] = version_of(package)
     return by_package

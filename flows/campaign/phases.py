@@ -19,11 +19,11 @@ from flows.report.scales import scales_of
 from flows.report.stages import in_a_line, smallest_visible, stages
 from flows.report.table import in_words, objective_scale, plain_average
 from flows.report.test_answers import KeptPredictions
-from flows.versions import code_version
 from merging.errors import MergequestError, SearchError, SettingsError
 from merging.io import atomic, documents, hashing, storage
 from merging.methods import METHODS
 from merging.recipe import Recipe, base_recipe, member_recipe
+from merging.versions import code_version
 from search.budget import Budget, Ending
 from search.candidate import Candidate, Provenance
 from search.constraints import make_constraints

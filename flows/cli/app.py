@@ -90,7 +90,7 @@ app = typer.Typer(
 
 def _print_version(shown: bool) -> None:
     if shown:
-        from flows.versions import code_version
+        from merging.versions import code_version
 
         typer.echo(f"mergequest {code_version()}")
         raise typer.Exit

@@ -160,7 +160,7 @@ class CandidateModels(ABC):
         split: Split,
         limit: int | None,
         progress: Callable[[float], None],
-        merge: "_Merge",
+        merge: _Merge,
         known: KnownScores,
     ) -> tuple[Trace, bool]:
         """The trace of a measurement, and whether the plan's gate ended it early.

@@ -4,7 +4,6 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from merging.checkpoints.checkpoint import Checkpoint
 from merging.checkpoints.pool import Member
 from merging.checkpoints.renumbered import Renumbered
 from merging.errors import StorageError
+from merging.evaluation.steps import Positions
 from merging.io import addresses, atomic, hashing, storage
 from merging.io.documents import parse_json
 from merging.mergers.dtypes import model_dtype
@@ -25,8 +25,8 @@ from merging.recipe import BASE, REFERENCES, Recipe
 from merging.statistics import StatisticsFile
 from merging.tasks.predictions import Predictions
 from merging.tasks.task import Split
+from merging.versions import version_of
 
-Positions = npt.NDArray[np.int64]
 Arrays = dict[str, npt.NDArray[Any]]
 
 FORMAT = 1
@@ -200,7 +200,9 @@ def make_score_cache(
     members = {name: _member_fingerprint(member) for name, member in pool.members.items()}
     weights = [[name, list(info.shape), str(info.dtype)] for name, info in sorted(pool.weights.items())]
     base = _checkpoint_fingerprint(pool.base)
-    common = hashing.fingerprint([FORMAT, _versions(), base, weights, str(model_dtype(pool)), settings])
+    common = hashing.fingerprint(
+        [FORMAT, {name: version_of(name) for name in PROGRAMS}, base, weights, str(model_dtype(pool)), settings]
+    )
     statistics = {
         kind: {who: _statistic_fingerprint(file, file.path in published) for who, file in files.items()}
         for kind, files in material.statistics.items()
@@ -229,16 +231,6 @@ def _statistic_fingerprint(file: StatisticsFile, published: bool) -> str:
     return hashing.fingerprint(
         [file.kind, dict(file.settings), file.examples, file.tokens, file.checkpoint, file.data, content]
     )
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for program in PROGRAMS:
-        try:
-            versions[program] = version(program)
-        except PackageNotFoundError:
-            versions[program] = "unknown"
-    return versions
 
 
 def _encoded(entry: _Entry) -> bytes | None:

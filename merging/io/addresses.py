@@ -192,9 +192,8 @@ def named(path: str, doing: str, *, client: bool = True) -> Iterator[None]:
     except FileNotFoundError as error:
         raise StorageError(f"cannot {doing} {path}: it does not exist") from error
     except OSError as error:
-        denied = (
-            "" if is_local(path) or not str(error).startswith("Forbidden") else _where_from(path)
-        )  # as gcsfs has it
+        is_denied = not is_local(path) and str(error).startswith("Forbidden")  # as gcsfs has it
+        denied = _where_from(path) if is_denied else ""
         raise StorageError(f"cannot {doing} {path}: {redacted(str(error.strerror or error))}{denied}") from error
     except Exception as error:
         if is_local(path) or not client:

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -19,6 +18,7 @@ from merging.io import atomic
 from merging.io.documents import as_object, parse_json
 from merging.kernels.gram_sketch import diagonal, extents, is_sketch
 from merging.statistics.statistic import Partial, Statistic
+from merging.versions import code_version
 
 FORMAT = "mergequest.statistics"
 VERSION = 1
@@ -351,7 +351,7 @@ def _metadata(kind: str, settings: Mapping[str, Any], about: Partial, checkpoint
         "tokens": str(about.counts.get("tokens", 0)),
         "checkpoint": checkpoint,
         "data": data,
-        "mergequest": _own_version(),
+        "mergequest": code_version(),
         "shared": json.dumps(about.shared, sort_keys=True),
         "transposed": json.dumps(sorted(about.transposed)),
         "unreached": json.dumps(sorted(about.unreached)),
@@ -369,11 +369,3 @@ def _names_by_name(value: Any) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value.values()):
         raise ValueError("`shared` is not a name for each name")
     return value
-
-
-def _own_version() -> str:
-    try:
-        return version("mergequest")
-    except PackageNotFoundError:
-        # Shipped to a cluster as a working directory, not installed there.
-        return "unknown"

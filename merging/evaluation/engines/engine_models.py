@@ -139,6 +139,12 @@ class EngineModels(CandidateModels):
 def check_engine(pool: Pool, tasks: Sequence[Task], owners: Mapping[str, str], settings: EngineSettings) -> None:
     """Looks, before any work, whether an engine can hold a pool's merges and answer the tasks.
 
+    Args:
+        pool: Base and members.
+        tasks: What it is to answer.
+        owners: Task → the member whose head it uses.
+        settings: The campaign's of its engine.
+
     Raises:
         EngineError: vLLM is not installed or does not serve the model, its attention heads cannot be shared out over the
             engine's processes, a task is none that it answers, or weights are kept per task.

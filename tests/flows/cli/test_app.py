@@ -27,9 +27,9 @@ from flows.config.campaign_file import load_campaign
 from flows.directory.campaign_directory import Directory
 from flows.directory.progress import Display
 from flows.directory.steering import DirectorySteering, forget_stop, request_stop
-from flows.versions import code_version
 from merging.methods import METHODS
 from merging.statistics import StatisticsFile
+from merging.versions import code_version
 from search.ledger.ledger import Ledger
 from search.ledger.row import Row
 
