@@ -6,15 +6,14 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -25,16 +24,11 @@ from flows.cli.submit import prepare
 from merging.errors import SettingsError
 from search.ledger.ledger import Ledger
 from search.objective import best
+from tests.s3_server import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 RAY = str(Path(sys.executable).parent / "ray")
 ROOT = Path(__file__).parents[3]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def answers(url, token):
@@ -44,16 +38,32 @@ def answers(url, token):
     return False
 
 
-@pytest.fixture(scope="module")
-def metrics_url():
-    """Where the head shows its metrics."""
-    return f"http://127.0.0.1:{free_port()}/metrics"
+@dataclass
+class Head:
+    """A running Ray head: its process, its pages, and the environment that knows its token."""
+
+    process: subprocess.Popen
+    url: str
+    metrics_url: str
+    environment: dict[str, str]
+    scratch: str
+
+    def takes_jobs(self):
+        if not answers(f"{self.url}/api/version", self.environment["RAY_AUTH_TOKEN"]):
+            return False
+        return run([RAY, "job", "submit", "--address", self.url, "--", "true"], self.environment, ROOT).returncode == 0
+
+    def stop(self):
+        for own in workers_of(self.environment):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(own, signal.SIGKILL)
+        self.process.wait(60)
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
 
-@pytest.fixture(scope="module")
-def head(metrics_url):
-    """A head of its own on this machine; yields its dashboard and the environment that knows its token."""
-    token, dashboard = secrets.token_hex(32), free_port()
+def start_head():
+    """Starts a head; it may have ended already, where another process took one of its ports."""
+    token, dashboard, metrics = secrets.token_hex(32), free_port(), free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_USAGE_STATS_ENABLED": "0"}
     environment["RAY_metrics_report_interval_ms"] = "500"  # by default ten seconds, more than a tiny campaign takes
@@ -62,31 +72,37 @@ def head(metrics_url):
     options = ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     # ports that are fixed by default, and taken where another Ray runs on this machine
     options += [f"--{port}={free_port()}" for port in ("port", "dashboard-agent-listen-port", "ray-client-server-port")]
-    options += ["--num-cpus=2", "--disable-usage-stats", f"--metrics-export-port={urlsplit(metrics_url).port}"]
+    options += ["--num-cpus=2", "--disable-usage-stats", f"--metrics-export-port={metrics}"]
     # a job joins the head that was last started with its temporary directory, which must be this one; sockets need a short path
     scratch = tempfile.mkdtemp(prefix="mq", dir="/tmp")
-    options.append(f"--temp-dir={scratch}")
-    process = subprocess.Popen(
-        [RAY, "start", "--head", "--block", *options],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    url = f"http://127.0.0.1:{dashboard}"
-    deadline = time.monotonic() + 120
-    while not answers(f"{url}/api/version", token) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert process.poll() is None, "the head did not start"
-    ready = [RAY, "job", "submit", "--address", url, "--", "true"]
-    while run(ready, environment, ROOT).returncode and time.monotonic() < deadline:
-        time.sleep(1.0)
-    yield url, environment
-    for own in workers_of(environment):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(own, signal.SIGKILL)
-    process.wait(60)
-    shutil.rmtree(scratch, ignore_errors=True)
+    with open(f"{scratch}/start.log", "w") as log:
+        process = subprocess.Popen(
+            [RAY, "start", "--head", "--block", *options, f"--temp-dir={scratch}/ray"],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    metrics_url = f"http://127.0.0.1:{metrics}/metrics"
+    return Head(process, f"http://127.0.0.1:{dashboard}", metrics_url, environment, scratch)
+
+
+@pytest.fixture(scope="module")
+def head():
+    """A head of its own on this machine."""
+    for _ in range(3):
+        head = start_head()
+        deadline = time.monotonic() + 120
+        while not (ready := head.takes_jobs()) and head.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.5)
+        if ready:
+            break
+        log = Path(head.scratch, "start.log").read_text()
+        head.stop()
+    else:
+        pytest.fail(f"the head did not start:\n{log}")
+    yield head
+    head.stop()
 
 
 def start(command, environment, cwd):
@@ -151,10 +167,10 @@ def rows_of(directory):
 
 
 def test_a_stopped_job_ends_within_seconds_and_goes_on_where_it_was_beside_another(
-    head, metrics_url, campaign_file, checkout, tmp_path
+    head, campaign_file, checkout, tmp_path
 ):
     """Two campaigns: one stopped, then sent again; the other by Ray's own command while the first goes on."""
-    url, environment = head
+    url, environment = head.url, head.environment
     changes = {"selection": {"mode": "all"}, "resources": {"evaluators": 1}}
     search = {"candidates": 5000, "sampler": "random", "methods": {"task_arithmetic": {}}}
     first = campaign_file(name="first", directory="out", search=search, **changes)
@@ -189,7 +205,7 @@ def test_a_stopped_job_ends_within_seconds_and_goes_on_where_it_was_beside_anoth
     ]
     deadline = time.monotonic() + 600
     while any(job.poll() is None for job in jobs) and time.monotonic() < deadline:
-        seen |= counters(metrics_url)
+        seen |= counters(head.metrics_url)
         time.sleep(0.5)
     done, plain = map(ended, jobs)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -212,7 +228,7 @@ def test_a_stopped_job_ends_within_seconds_and_goes_on_where_it_was_beside_anoth
 
 
 def test_a_merge_and_statistics_as_jobs(head, campaign_file, tiny_campaign, tmp_path):
-    url, environment = head
+    url, environment = head.url, head.environment
     recipe = {key: tiny_campaign[key] for key in ("base", "members")} | {"method": "task_arithmetic", "scaling": 0.3}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     merged, statistics = tmp_path / "merged", tmp_path / "statistics"
@@ -229,7 +245,7 @@ def test_a_merge_and_statistics_as_jobs(head, campaign_file, tiny_campaign, tmp_
 
 
 def test_a_failing_job_is_an_exit_code(head, campaign_file, checkout, tmp_path):
-    url, environment = head
+    url, environment = head.url, head.environment
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("x")
     file = campaign_file()
@@ -255,7 +271,7 @@ def workers_of(environment):
 
 
 def test_without_the_token_nothing_is_submitted(head, campaign_file, tmp_path):
-    url, environment = head
+    url, environment = head.url, head.environment
     wrong = ({"RAY_AUTH_TOKEN": secrets.token_hex(32)}, {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": ""})
     command = submission(campaign_file(), url)
     for job in [start(command, environment | changes, tmp_path) for changes in wrong]:
