@@ -55,6 +55,8 @@ BACKWARD = 3
 """An example that is run forward and backward costs as much as so many that are evaluated."""
 SMALL, WHOLE, WIDE = (0.2, 0.3, 0.5, 0.7), (0.75, 1.0, 1.25), (1.0, 1.25, 1.5, 2.0, 3.0)
 """Factors that are tried, of methods that add task vectors up, of those that do not, and of those that flatten the spectrum."""
+FILTERS = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3)
+"""Shares of the strongest direction below which WUDI leaves one out."""
 SCALING = "scaling"
 TESTED = 3
 """So many of a group, those that validation likes best, are measured on test."""
@@ -97,7 +99,7 @@ PEERS: Mapping[str, Tuned] = {
     "iso_c": Tuned("iso_c", {}, SCALING, WIDE),
     "iso_cts": Tuned("iso_cts", {}, SCALING, WIDE),
     "tsv_m": Tuned("tsv_m", {}, SCALING, WHOLE),
-    "wudi": Tuned("wudi", {}, SCALING, WHOLE),
+    "wudi": Tuned("wudi", {}, "filter", FILTERS),
 }
 """mergekit's methods of more than two members, and fusion-bench's; ours give the same weights."""
 DATA_FREE: Mapping[str, Tuned] = {
