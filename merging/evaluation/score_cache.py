@@ -25,13 +25,13 @@ from merging.recipe import BASE, REFERENCES, Recipe
 from merging.statistics import StatisticsFile
 from merging.tasks.predictions import Predictions
 from merging.tasks.task import Split
-from merging.versions import version_of
+from merging.versions import code_fingerprint, version_of
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 FORMAT = 1
-PROGRAMS = ("mergequest", "torch", "transformers")
-"""Whose versions may change a score by more than rounding."""
+PROGRAMS = ("torch", "transformers")
+"""Whose versions may change a score by more than rounding, as may mergequest's own code."""
 FIELDS = ("values", "surrogates", "losses", "entropies")
 PAYLOAD, TEXTS, REPORT = "payload/", "texts/", "report/"
 NUMBERS = "biuf"
@@ -200,9 +200,8 @@ def make_score_cache(
     members = {name: _member_fingerprint(member) for name, member in pool.members.items()}
     weights = [[name, list(info.shape), str(info.dtype)] for name, info in sorted(pool.weights.items())]
     base = _checkpoint_fingerprint(pool.base)
-    common = hashing.fingerprint(
-        [FORMAT, {name: version_of(name) for name in PROGRAMS}, base, weights, str(model_dtype(pool)), settings]
-    )
+    programs = [code_fingerprint(), {name: version_of(name) for name in PROGRAMS}]
+    common = hashing.fingerprint([FORMAT, *programs, base, weights, str(model_dtype(pool)), settings])
     statistics = {
         kind: {who: _statistic_fingerprint(file, file.path in published) for who, file in files.items()}
         for kind, files in material.statistics.items()

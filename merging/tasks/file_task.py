@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from merging.checkpoints.models.parameter_names import Loading
 from merging.errors import TaskError
 from merging.io import hashing
-from merging.tasks.head import blank_model, class_names, load_model, load_tokenizer, token_limit
+from merging.tasks.head import (
+    blank_model,
+    class_names,
+    configuration_fingerprint,
+    load_model,
+    load_tokenizer,
+    token_limit,
+    tokenizer_fingerprint,
+)
 from merging.tasks.task import Batch, Split, Task
 
 E = TypeVar("E", bound=Sized)
@@ -91,11 +99,12 @@ class FileTask(Task, Generic[E]):
         return states
 
     def score_fingerprint(self, split: Split) -> str | None:
-        """Content hash of settings and data; None of a kind that is defined elsewhere; see `Task.score_fingerprint`."""
+        """Of settings, data and the head's configuration; None of a kind that is defined elsewhere; see `Task`."""
         if not type(self).__module__.startswith("merging.tasks."):
             return None
         settings = self.settings.model_dump(mode="json", exclude={"data", "role"})
-        return hashing.fingerprint([self.data_fingerprint(split), settings, self.judged_by])
+        head = configuration_fingerprint(self.head, self.base)
+        return hashing.fingerprint([self.data_fingerprint(split), settings, self.judged_by, head])
 
     def split(self, split: Split) -> E:
         """A split's examples, read once.
@@ -159,6 +168,11 @@ class FileTask(Task, Generic[E]):
 
 class TextTask(FileTask[E]):
     """A task whose examples a tokenizer reads; see `Task`."""
+
+    def score_fingerprint(self, split: Split) -> str | None:
+        """Of the tokenizer's files, too; see `Task.score_fingerprint`."""
+        own = super().score_fingerprint(split)
+        return None if own is None else hashing.fingerprint([own, tokenizer_fingerprint(self.head, self.base)])
 
     @cached_property
     def tokenizer(self) -> Any:

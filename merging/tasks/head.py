@@ -16,7 +16,7 @@ from merging.checkpoints.checkpoint import CONFIG, Checkpoint, read_settings
 from merging.checkpoints.models import skeleton
 from merging.checkpoints.models.parameter_names import Loading, loading, remember_names
 from merging.errors import CheckpointError, StorageError, TaskError
-from merging.io import addresses, documents, local_copies, storage
+from merging.io import addresses, documents, hashing, local_copies, storage
 from merging.io.addresses import in_words
 from merging.io.documents import is_number
 from merging.io.prefetch import download
@@ -26,6 +26,10 @@ POSITIONS = re.compile(r"(^|\.)(position_embeddings?|embed_positions|wpe)$")
 """Names of tables of learnt positions."""
 TOKENIZERS = ("*tokenizer*", "vocab*", "merges.txt", "*.spm", "spiece.model", "sentencepiece*.model")
 """Files that a tokenizer is made from."""
+TOKENIZER_FILES = (*TOKENIZERS, "special_tokens_map.json", "added_tokens.json", "*chat_template*")
+"""Files that what a tokenizer does may depend on."""
+NAMES = ("_name_or_path", "name_or_path", "transformers_version")
+"""Fields of a configuration that say where it is from."""
 GENERATION = "generation_config.json"
 AUTO_CLASSES = (
     "AutoModel",
@@ -281,6 +285,27 @@ def tokenizer_identity(tokenizer: Any) -> Any:
         return [type(tokenizer).__name__, tokenizer.get_vocab()]
     pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
     return {name: part for name, part in pipeline.items() if name not in ("truncation", "padding")}
+
+
+def configuration_fingerprint(head: str, base: str = "") -> str:
+    """Content hash of a head's whole configuration: of what is no matter of weights, too (tokens for padding, classes' names).
+
+    Raises:
+        TaskError: There is none.
+    """
+    return hashing.fingerprint({key: value for key, value in configuration(head, base).items() if key not in NAMES})
+
+
+def tokenizer_fingerprint(head: str, base: str = "") -> str:
+    """Content hash of the files of a head's tokenizer, or of its base's: special tokens and chat template, too.
+
+    Raises:
+        TaskError: There is none.
+    """
+    place = _tokenizer_directory(head, base)
+    files = [name for name in storage.list_files(place, hidden=False) if "/" not in name]
+    names = [name for name in files if any(fnmatchcase(name, pattern) for pattern in TOKENIZER_FILES)]
+    return hashing.fingerprint([[name, hashing.file_fingerprint(addresses.join(place, name))] for name in names])
 
 
 def load_model(

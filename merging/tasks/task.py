@@ -215,7 +215,7 @@ class Task(ABC):
         """Content hash of a split's examples and of how they are prepared for the model."""
 
     def score_fingerprint(self, split: Split) -> str | None:
-        """Content hash of all that predictions of a split depend on besides the model's weights and configuration.
+        """Content hash of all that predictions of a split depend on besides the model's weights.
 
         None where that is not known, as of code that is the user's own: nothing is taken from a cache of scores then.
         """

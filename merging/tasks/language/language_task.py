@@ -168,11 +168,12 @@ class LanguageTask(TextTask[list[Example]]):
         return function
 
     def data_fingerprint(self, split: Split) -> str:
-        """Content hash of the examples, of how they are encoded and judged, and of the tokenizer."""
+        """Content hash of the examples, of how they are encoded and judged, and of the tokenizer with its chat template."""
         examples = [[example.prompt, example.completions, example.right] for example in self.split(split)]
         settings = self.settings.model_dump(mode="json", exclude={"data", "batch_size", "role"})
         own = [] if self.settings.function is None or self.grade is None else [code_of(self.grade)]
-        return hashing.fingerprint([examples, settings, tokenizer_identity(self.tokenizer), *own])
+        template = [self.tokenizer.chat_template] if settings.get("chat") else []
+        return hashing.fingerprint([examples, settings, tokenizer_identity(self.tokenizer), *own, *template])
 
     def score_fingerprint(self, split: Split) -> str | None:
         """None where the user's own function grades; else also of what ends a completion; see `Task.score_fingerprint`."""

@@ -1,4 +1,5 @@
 import copy
+import json
 import shutil
 from dataclasses import replace
 
@@ -104,6 +105,19 @@ def _length(settings, root):
     settings["tasks"]["one"]["max_length"] = 8
 
 
+def _head(name, change):
+    """Another file beside the weights of the head."""
+
+    def alter(settings, root):
+        shutil.copytree(settings["members"]["one"]["checkpoint"], root / "changed")
+        content = json.loads((root / "changed" / name).read_text())
+        change(content)
+        (root / "changed" / name).write_text(json.dumps(content))
+        settings["members"]["one"]["checkpoint"] = str(root / "changed")
+
+    return alter
+
+
 def _weight(who, name):
     def change(settings, root):
         path = settings["base"] if who == "base" else settings["members"][who]["checkpoint"]
@@ -126,6 +140,8 @@ MISSES = {
     "label": (_label, {"one"}),
     "metric": (_metric, {"one"}),
     "length": (_length, {"one"}),
+    "padding": (_head("config.json", lambda config: config.update(pad_token_id=3)), {"one"}),
+    "special tokens": (_head("tokenizer_config.json", lambda config: config.update(sep_token="[CLS]")), {"one"}),
     "head": (_weight("one", "classifier.bias"), {"one", "two"}),
     "weight": (_weight("two", "bert.encoder.layer.1.output.dense.bias"), {"one", "two"}),
     "base": (_weight("base", "encoder.layer.1.output.dense.bias"), {"one", "two"}),
@@ -163,6 +179,13 @@ def test_precisions_share_nothing_and_a_fresh_measurement_reads_nothing(settings
     fresh = campaign.live.measure(MERGE, "validation", plan=EvaluationPlan(), fresh=True)
     assert known(fresh) == 0
     assert fresh.merge_seconds is not None
+
+
+def test_other_code_shares_nothing(settings, tmp_path, monkeypatch):
+    """A method of one's own that was changed, for instance."""
+    Campaign(tmp_path, settings).measure()
+    monkeypatch.setattr("merging.evaluation.score_cache.code_fingerprint", lambda: "other")
+    assert known(Campaign(tmp_path, settings).measure()) == 0
 
 
 def test_factors_and_members_belong_to_the_key(settings, tmp_path):

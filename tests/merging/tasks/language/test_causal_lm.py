@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -436,3 +437,13 @@ def test_a_function_of_the_user_s_grades_what_is_generated(make, words, tmp_path
         make(rows, metric="my_grades:none").evaluate(model, "validation")
     with pytest.raises(ValueError, match="does not go with `choices`"):
         make(rows, metric="my_grades:none", choices="c")
+
+
+def test_the_chat_template_belongs_to_what_statistics_and_scores_are_of(make, heads, tmp_path, monkeypatch):
+    rows = random_rows()
+    before = [make(rows, chat=chat).data_fingerprint("validation") for chat in (True, False)]
+    shutil.copytree(heads["llama"], tmp_path / "other")
+    (tmp_path / "other" / "chat_template.jinja").write_text(CHAT.replace("<assistant>", "the"))
+    monkeypatch.setitem(heads, "other", str(tmp_path / "other"))
+    after = [make(rows, "other", chat=chat).data_fingerprint("validation") for chat in (True, False)]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [False, True]
