@@ -5,8 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from flows.campaign.distil import Files
-from flows.campaign.open_campaign import OpenCampaign
+from flows.campaign.open_campaign import Files, OpenCampaign
 from flows.config.sections import Baseline
 from flows.directory.campaign_directory import Directory
 from flows.directory.progress import Bar, Display

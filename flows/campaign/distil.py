@@ -1,22 +1,23 @@
 """A campaign's last, optional step: the members' outputs are distilled into the winner."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from typing import Any
 
 from flows.campaign.cluster import connected
-from flows.campaign.open_campaign import OpenCampaign
+from flows.campaign.needed_statistics import solution_path
+from flows.campaign.open_campaign import Files, OpenCampaign
 from flows.config.sections import DistilSettings
 from flows.directory.progress import Display
-from merging.io import addresses, hashing, storage
-from merging.mergers.material import subset_fingerprint
+from merging.evaluation.score_cache import statistic_fingerprint
+from merging.io import hashing, storage
+from merging.mergers.material import open_statistics, subset_fingerprint
 from merging.methods import METHODS
-from merging.recipe import Recipe
+from merging.recipe import BASE, Recipe
 from merging.statistics import StatisticsFile
 from ray_tasks.connect import device_each
 from ray_tasks.jobs import distillation as jobs
 from ray_tasks.jobs.distillation import DistillationJob
 from search.ledger.row import Row
-
-Files = Mapping[str, tuple[str, ...]]
 
 
 def distil(
@@ -36,20 +37,8 @@ def distil(
         The recipe of the result, whose members are those that it was merged from or that it learnt from; the statistics files
         with that of its weights; and what there is to note of its making in the ledger (`distil:steps` …).
     """
-    data = {name: task.data_fingerprint("train") for name, task in opened.sources.items() if task.size("train")}
-    key = {"statistic": "distilled", "version": 3, "start": start.as_dict(), **settings.model_dump(mode="json")}
-    taught = {name for name in data if opened.sources[name].has_logits}
-    teachers = {owner for name, (_, owner) in opened.campaign.sources().items() if name in taught}
-    members = sorted({*start.members, *teachers})
-    checkpoint = subset_fingerprint(opened.pool, members)
-    path = addresses.join(
-        cache,
-        f"pool.distilled.{hashing.fingerprint([checkpoint, opened.pool.configurations(), data, key])}.safetensors",
-    )
-    if not storage.exists(path):
-        job = DistillationJob(
-            opened.setup(statistics), start, settings, key, path, checkpoint, hashing.fingerprint(data)
-        )
+    job, members = job_of(opened, statistics, start, settings, cache)
+    if not storage.exists(job.path):
         resources = opened.campaign.resources
         with connected(opened.campaign), display.bar("percent of the distillation", 100) as bar:
             jobs.distil(
@@ -62,10 +51,38 @@ def distil(
             )
     subset = "+".join(members)
     made = METHODS["distilled"].complete(Recipe("distilled", dict.fromkeys(members, 1.0), {"start": start.identity}))
-    file = StatisticsFile.open(path)
+    file = StatisticsFile.open(job.path)
     notes = {f"distil:{name}": float(file.settings[name]) for name in ("steps", "best") if name in file.settings}
     notes["distil:examples"] = float(file.examples)
-    return made, {**statistics, subset: (*statistics.get(subset, ()), path)}, notes
+    return made, {**statistics, subset: (*statistics.get(subset, ()), job.path)}, notes
+
+
+def job_of(
+    opened: OpenCampaign, statistics: Files, start: Recipe, settings: DistilSettings, cache: str
+) -> tuple[DistillationJob, list[str]]:
+    """What is to be done, in a file whose name tells everything that it depends on; and the members of the result."""
+    data = {name: task.data_fingerprint("train") for name, task in opened.sources.items() if task.size("train")}
+    key = {"statistic": "distilled", "version": 3, "start": start.as_dict(), **settings.model_dump(mode="json")}
+    taught = {name for name in data if opened.sources[name].has_logits}
+    owners = {name: owner for name, (_, owner) in opened.campaign.sources().items() if name in taught}
+    members = sorted({*start.members, *owners.values()})
+    checkpoint = subset_fingerprint(opened.pool, members)
+    others = [data, owners, _made_of(opened, statistics, start), key]
+    path = solution_path(opened, "distilled", members, others, cache)
+    setup = opened.setup(statistics)
+    return DistillationJob(setup, start, settings, key, path, checkpoint, hashing.fingerprint(data)), members
+
+
+def _made_of(opened: OpenCampaign, statistics: Files, start: Recipe) -> list[Any]:
+    """What a merge depends on besides recipe and weights: statistics, numbers of examples, the vocabulary."""
+    parties = {BASE, "+".join(start.members), *start.members}
+    files = open_statistics(opened.pool, {who: paths for who, paths in statistics.items() if who in parties})
+    read = {
+        kind: {who: statistic_fingerprint(file, file.path in opened.published) for who, file in files[kind].items()}
+        for kind in METHODS[start.method].kinds
+        if kind in files
+    }
+    return [read, opened.examples(), opened.campaign.vocabulary]
 
 
 def files_of(

@@ -6,9 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from flows.campaign.cluster import require_evaluators
-from flows.campaign.distil import Files
 from flows.campaign.executor import RayExecutor
-from flows.campaign.open_campaign import OpenCampaign
+from flows.campaign.open_campaign import Files, OpenCampaign
 from flows.campaign.regime import is_sharded, require_fit, require_room, shards_of
 from flows.directory.progress import Display
 from merging.evaluation.memory import EvaluatorMemory

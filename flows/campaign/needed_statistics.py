@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from flows.campaign.cluster import connected, require_room_to_start
 from flows.campaign.open_campaign import OpenCampaign
@@ -90,8 +91,7 @@ def solutions(opened: OpenCampaign, cache: str, display: Display) -> dict[str, t
     if campaign.vocabulary != "base":
         key["vocabulary"] = campaign.vocabulary
     checkpoint = subset_fingerprint(opened.pool, members)
-    fingerprint = hashing.fingerprint([checkpoint, opened.pool.configurations(), data, key])
-    path = addresses.join(cache, f"pool.propagated.{fingerprint}.safetensors")
+    path = solution_path(opened, "propagated", members, [data, key], cache)
     if not storage.exists(path):
         paths = {name: member.checkpoint for name, member in campaign.members.items()}
         digest = hashing.fingerprint(data)
@@ -110,6 +110,23 @@ def solutions(opened: OpenCampaign, cache: str, display: Display) -> dict[str, t
                 progress=lambda share: bar.reach(int(100 * share)),
             )
     return {"+".join(members): (path,)}
+
+
+def solution_path(opened: OpenCampaign, kind: str, members: Sequence[str], others: Sequence[Any], cache: str) -> str:
+    """The file of a solution of members as a whole, whose name tells everything that its contents depend on.
+
+    Args:
+        opened: The campaign, for what is merged, and who has which weights: examples go by the names of members, too.
+        kind: Kind of statistic.
+        members: Names of the members.
+        others: Examples, settings, and what else it depends on; JSON-like.
+        cache: Its directory.
+    """
+    prints = opened.pool.fingerprints()
+    checkpoints = {name: prints[name] for name in (BASE, *members)}
+    merged = {name: list(info.shape) for name, info in opened.pool.weights.items()}
+    fingerprint = hashing.fingerprint([checkpoints, opened.pool.configurations(), merged, *others])
+    return addresses.join(cache, f"pool.{kind}.{fingerprint}.safetensors")
 
 
 def usable_solutions(

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -34,6 +34,9 @@ from ray_tasks.sharded.nixl_transfer import BUFFERS
 from search.space.method_space import MethodSpace, weight_groups
 from search.space.ranges import Domain
 from search.space.search_space import Space
+
+Files: TypeAlias = Mapping[str, tuple[str, ...]]
+"""Member, `base`, or names joined by + → paths of statistics files."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,12 @@ class OpenCampaign:
                     prints.setdefault(name, {})[split] = own
         return prints
 
+    @property
+    def published(self) -> list[str]:
+        """Paths of the statistics files that the campaign names."""
+        campaign = self.campaign
+        return [*campaign.base_data.statistics, *(p for m in campaign.members.values() for p in m.statistics)]
+
     def score_cache(self, statistics: Mapping[str, tuple[str, ...]]) -> ScoreCache | None:
         """Where scores are kept between campaigns; None where the file names no place."""
         campaign = self.campaign
@@ -134,14 +143,13 @@ class OpenCampaign:
         engine = campaign.engine.model_dump(mode="json", exclude={"bucket", "cache"})
         settings = [campaign.vocabulary, campaign.resources.dtype, engine]
         material = Material(self.pool, open_statistics(self.pool, statistics), self.examples())
-        elsewhere = [*campaign.base_data.statistics, *(p for m in campaign.members.values() for p in m.statistics)]
         return make_score_cache(
             campaign.evaluation.cache,
             material,
             self.score_fingerprints,
             campaign.owners(),
             settings=settings,
-            published=elsewhere,
+            published=self.published,
         )
 
     @cached_property

@@ -4,11 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flows.campaign.distil import Files, distil
+from flows.campaign.distil import distil
 from flows.campaign.examples import choosing_anchors, confirm, make_planner, search_split
 from flows.campaign.executor import RayExecutor
 from flows.campaign.needed_statistics import cache_of
-from flows.campaign.open_campaign import OpenCampaign
+from flows.campaign.open_campaign import Files, OpenCampaign
 from flows.campaign.selection import select_subsets
 from flows.campaign.starts import starts
 from flows.config.sections import DistilSettings

@@ -6,8 +6,7 @@ from math import ceil, prod
 
 import torch
 
-from flows.campaign.distil import Files
-from flows.campaign.open_campaign import OpenCampaign
+from flows.campaign.open_campaign import Files, OpenCampaign
 from flows.directory.progress import Display
 from merging.errors import ClusterError
 from merging.evaluation.memory import EvaluatorMemory

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from flows.campaign.baselines import measure_baselines, require_baselines
 from flows.campaign.cluster import cluster_looked_at, connected, require_evaluators, worker_environment
-from flows.campaign.distil import Files, files_of
+from flows.campaign.distil import files_of
 from flows.campaign.evaluators import evaluators, require_memory
 from flows.campaign.export import export
 from flows.campaign.needed_statistics import cache_of, joined, member_statistics, require_sources, usable_solutions
-from flows.campaign.open_campaign import OpenCampaign, open_campaign
+from flows.campaign.open_campaign import Files, OpenCampaign, open_campaign
 from flows.campaign.phases import (
     distil_best,
     measure_distilled,

@@ -28,6 +28,7 @@ def require_stages(opened: OpenCampaign) -> None:
     search = opened.campaign.search
     if opened.campaign.distil:
         _require_batches(opened.sources, "distil", "train")
+        _require_teachers(opened, opened.campaign.distil)
     if search.gradient is not None:
         unlabelled = search.gradient.loss == "distil"
         seen = {name: task for name, task in opened.tasks.items() if name not in opened.campaign.unseen()}
@@ -92,6 +93,18 @@ def _require_batches(tasks: Mapping[str, Task], stage: str, split: Split) -> Non
         )
     if without := [name for name, task in trained.items() if not task.size(split)]:
         raise SettingsError(f"{stage}: task '{without[0]}' has no {split} examples: add them, or leave `{stage}` out")
+
+
+def _require_teachers(opened: OpenCampaign, settings: DistilSettings) -> None:
+    """What is set for a member that teaches nothing would change nothing."""
+    sources = opened.campaign.sources()
+    teachers = {sources[name][1] for name, task in opened.sources.items() if task.has_logits}
+    for field, given in (("weights", settings.weights), ("temperatures", settings.temperatures)):
+        if idle := sorted(given.keys() - teachers):
+            raise SettingsError(
+                f"distil.{field}: '{idle[0]}' teaches nothing: it has no examples of its own, or another member's head runs on "
+                f"its task. Teachers are {', '.join(sorted(teachers))}; give it `calibration` data, or leave it out"
+            )
 
 
 def _require_linear(opened: OpenCampaign) -> None:

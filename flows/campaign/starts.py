@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from flows.campaign.distil import Files
-from flows.campaign.open_campaign import OpenCampaign
+from flows.campaign.open_campaign import Files, OpenCampaign
 from flows.directory.campaign_directory import Directory
 from flows.directory.progress import Display
 from merging.io import atomic, documents, hashing, storage

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from flows.campaign.distil import Files, files_of
+from flows.campaign.distil import files_of
 from flows.campaign.export import export
 from flows.campaign.needed_statistics import cache_of, joined, member_statistics, usable_solutions
-from flows.campaign.open_campaign import open_campaign
+from flows.campaign.open_campaign import Files, open_campaign
 from flows.campaign.stages import distillation
 from flows.campaign.summary import tables_as_markdown
 from flows.config.sections import DistilSettings

@@ -203,7 +203,7 @@ def make_score_cache(
     programs = [code_fingerprint(), {name: version_of(name) for name in PROGRAMS}]
     common = hashing.fingerprint([FORMAT, *programs, base, weights, str(model_dtype(pool)), settings])
     statistics = {
-        kind: {who: _statistic_fingerprint(file, file.path in published) for who, file in files.items()}
+        kind: {who: statistic_fingerprint(file, file.path in published) for who, file in files.items()}
         for kind, files in material.statistics.items()
     }
     with_heads = {
@@ -225,7 +225,8 @@ def _checkpoint_fingerprint(checkpoint: Checkpoint) -> list[Any]:
     return [checkpoint.fingerprint, checkpoint.config_fingerprint, moved]
 
 
-def _statistic_fingerprint(file: StatisticsFile, published: bool) -> str:
+def statistic_fingerprint(file: StatisticsFile, published: bool) -> str:
+    """What tells a statistics file from others: what it was computed from and with, or, of one from elsewhere, its bytes."""
     content = hashing.file_fingerprint(file.path) if published or "start" in file.settings else None
     return hashing.fingerprint(
         [file.kind, dict(file.settings), file.examples, file.tokens, file.checkpoint, file.data, content]

@@ -3,16 +3,19 @@ import torch
 import yaml
 from transformers import BertForTokenClassification
 
-from flows.campaign.needed_statistics import member_statistics, require_sources
+from flows.campaign.distil import job_of
+from flows.campaign.needed_statistics import member_statistics, require_sources, solution_path
 from flows.campaign.open_campaign import open_campaign
 from flows.campaign.run import run
 from flows.cli.merge import merge_recipe
 from flows.config.campaign_file import load_campaign
+from flows.config.sections import DistilSettings
 from flows.directory.progress import Display
 from merging.checkpoints.checkpoint import Checkpoint
 from merging.errors import SettingsError, StatisticsError
-from merging.recipe import BASE
-from merging.statistics import STATISTICS, LikelihoodSettings, StatisticsFile, measure
+from merging.methods import METHODS
+from merging.recipe import BASE, Recipe
+from merging.statistics import STATISTICS, LikelihoodSettings, StatisticsFile, measure, save
 from merging.tasks import TextClassificationSettings, make_task
 
 CURVED = {"gradient_matching": {"parameters": {"base_curvature": "fisher", "delta": 1e-8}}}
@@ -103,3 +106,42 @@ def test_an_estimator_that_a_task_cannot_have_is_refused_before_anything_runs(
         return
     with pytest.raises(StatisticsError, match=r"statistics.fisher.estimator: .* 'tags' \(token_classification\)"):
         require_sources(opened)
+
+
+def _solution(campaign_file, statistics=None, distil=None, **changes):
+    """The file of a solution of all members over the tiny pool, with changes of the campaign."""
+    opened = open_campaign(load_campaign(str(campaign_file(directory="out", **changes))), Display())
+    if distil is None:
+        return solution_path(opened, "propagated", sorted(opened.pool.members), [], "c")
+    return job_of(opened, statistics or {}, distil, DistilSettings(), "c")[0].path
+
+
+def test_a_solution_goes_by_who_has_which_weights_and_by_what_is_merged(campaign_file, tiny_campaign):
+    one, two, three = (tiny_campaign["members"][name] for name in ("one", "two", "three"))
+    own = _solution(campaign_file)
+    assert own == _solution(campaign_file)
+    # of the same checkpoints under each other's names, with each other's examples
+    assert own != _solution(campaign_file, members={"one": one, "two": three, "three": two})
+    assert own != _solution(campaign_file, heads=["pooler.*"])
+
+
+def test_a_distillation_goes_by_what_its_start_was_merged_from(campaign_file, tiny_campaign, tmp_path):
+    plain = Recipe("task_arithmetic", dict.fromkeys(tiny_campaign["members"], 0.3))
+    own = _solution(campaign_file, distil=plain)
+    assert own == _solution(campaign_file, distil=plain)
+    heads = {"one": "one", "two": "three", "three": "three"}
+    assert own != _solution(campaign_file, distil=plain, task_heads=heads)  # another teacher of `two`
+    fisher = METHODS["fisher"].default_recipe(list(tiny_campaign["members"]))
+    places = set()
+    for examples in (8, 12):
+        files = {}
+        for name in tiny_campaign["members"]:
+            settings = TextClassificationSettings(**tiny_campaign["tasks"][name])
+            task = make_task(name, settings, tiny_campaign["members"][name]["checkpoint"])
+            statistic = STATISTICS["fisher"](LikelihoodSettings(examples=examples, estimator="exact"))
+            checkpoint = Checkpoint.open(tiny_campaign["members"][name]["checkpoint"]).fingerprint
+            path = str(tmp_path / f"{name}.{examples}.safetensors")
+            save(path, statistic, measure(task, statistic), checkpoint=checkpoint, data=task.data_fingerprint("train"))
+            files[name] = (path,)
+        places.add(_solution(campaign_file, files, fisher))
+    assert len(places) == 2

@@ -57,6 +57,14 @@ ALL = ("one", "two", "three")
     ("changes", "words"),
     [
         ({"custom": ALL, "search": PLAIN, "distil": {}}, "distil: there is nothing to train on"),
+        (
+            {"custom": ("two",), "search": PLAIN, "distil": {"weights": {"one": 2.0, "two": 0.5}}},
+            "distil.weights: 'two' teaches nothing.*Teachers are one, three;",
+        ),
+        (
+            {"custom": ("three",), "search": PLAIN, "distil": {"temperatures": {"three": 2.0}}},
+            "distil.temperatures: 'three' teaches nothing",
+        ),
         ({"custom": ALL, "search": {**PLAIN, "gradient": {}}}, "search.gradient: there is nothing to train on"),
         ({"splits": ("validation",), "search": PLAIN, "distil": {}}, "distil: task 'one' has no train examples"),
         (
