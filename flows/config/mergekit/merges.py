@@ -88,6 +88,11 @@ def _sum(
     sparse, elects = METHODS[method].sparse, METHODS[method].elects
     weights = tuple(one["weight"] for one in own)
     densities = [min(one["density"], 1.0) for one in own]
+    if elects and shared["normalize"] and min(weights) < 0:
+        diagnostics.note(
+            f"{method} with negative weights: the sum of what agrees is divided by that of its weights' magnitudes here, in "
+            "mergekit by that of the weights themselves, which may cancel or turn it round"
+        )
     whole = sparse is None or min(densities) >= 1  # mergekit then thins nothing
     if shared["rescale"] and not whole and sparse in ("magnitude", "outliers"):
         diagnostics.problem(

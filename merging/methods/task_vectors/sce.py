@@ -22,7 +22,7 @@ class Sce(Method):
     Selected are the entries of largest variance among the members' τ, a share of those that have any; all others are 0.
     η_t = Σ τ_t² over the selected entries; a_t, the entries of τ_t with the sign of Σ α_t τ_t. Equal variances at the
     threshold, which are many in 16-bit models, are kept by a random number of weight and index. Where no entry has any variance
-    (one member alone) all are selected.
+    (one member alone) all are selected, and a share above 0 selects one entry at least.
     """
 
     name = "sce"
@@ -89,6 +89,8 @@ class PreparedSce(Deltas):
             spread = squares - wide.sum(dim=0).square_()
             # of equal task vectors the difference is that of two roundings
             variance[start : start + deltas.shape[1]] = spread.masked_fill_(spread <= 1e-12 * squares, 0.0)
+        if not share:
+            return torch.zeros_like(variance, dtype=torch.bool)
         some = int((variance > 0).sum())
         keep = min(max(round(share * some), 1), some)
         if not some:

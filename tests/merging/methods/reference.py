@@ -279,7 +279,9 @@ def sce(weights, scaling, parameters, examples):
         spread = torch.where(spread <= 1e-12 * len(stack) * stack.square().sum(0), 0.0, spread).float()
         some = int((spread > 0).sum())
         mask = torch.ones_like(spread, dtype=torch.bool)
-        if some and parameters["select"] < 1:
+        if not parameters["select"]:
+            mask = torch.zeros_like(mask)
+        elif some and parameters["select"] < 1:
             keep = min(max(round(parameters["select"] * some), 1), some)
             mask = top(spread, keep, uniform(0, "", w.name, spread))
         stack = stack * mask

@@ -39,6 +39,7 @@ VARIANTS = [
     ("ram_plus", {"epsilon": 0.1, "alpha": 2.0, "r": 0.5}),
     ("sce", {"select": 0.5, "lambda": 0.7}),
     ("sce", {"select": 1.0}),
+    ("sce", {"select": 0.0}),
     ("nuslerp", {"over": "rows"}),
     ("nuslerp", {"over": "columns", "space": "weights"}),
     ("model_stock", {"over": "rows"}),

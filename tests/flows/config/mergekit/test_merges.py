@@ -163,3 +163,11 @@ def test_model_stock_multislerp_and_a_base_among_the_models():
     assert (recipe["method"], recipe["scaling"]) == ("model_stock", {"x": 1.0, "y": 1.0})
     recipe = convert("merge_method: multislerp\nparameters: {weight: 0.5}\n" + models).recipe
     assert (recipe["method"], recipe["scaling"]) == ("multi_slerp", {"x": 0.5, "y": 0.5})
+
+
+@pytest.mark.parametrize(("extra", "count"), [("", 1), ("parameters: {normalize: false}", 0)])
+def test_a_mean_of_what_agrees_by_negative_weights_is_another_in_mergekit(extra, count):
+    text = task_vectors("ties", extra).replace("weight: 1,", "weight: -1,")
+    notes = convert(text).notes
+    assert sum("divided by that of its weights' magnitudes" in note for note in notes) == count
+    assert not convert(task_vectors("ties", extra)).notes
