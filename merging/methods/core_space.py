@@ -64,11 +64,16 @@ def core(inner: Method) -> Method:
     """A method that merges adapters in the space of their factors.
 
     Raises:
-        MethodError: The method needs statistics that belong to whole weights.
+        MethodError: The method needs statistics that belong to whole weights, or depends on the signs of the bases' vectors.
     """
     if inner.solution is not None or set(inner.kinds) - {"gram"}:
         kinds = ", ".join(kind for kind in inner.kinds if kind != "gram")
         raise MethodError(f"'{inner.name}' uses {kinds} of whole weights, which core space lacks: leave out 'core+'")
+    if inner.signed:
+        raise MethodError(
+            f"'{inner.name}' takes means or a softmax of rows, which depend on signs, and those of core space's bases are "
+            "arbitrary: leave out 'core+'"
+        )
     extras = tuple(dict.fromkeys((*inner.extras, "layout", "factors")))
     summary = f"{inner.summary}, in the space of the adapters' factors"
     return modify(CoreSpace, "core", inner, summary, {}, elementwise=False, extras=extras)

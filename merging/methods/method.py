@@ -176,6 +176,8 @@ class Method(ABC):
     scale_free: ClassVar[bool] = False
     extras: ClassVar[tuple[str, ...]] = ()
     """What a merge looks at besides: `layout`, whether matrices are stored [in, out]; `factors`, adapters' own."""
+    signed: ClassVar[bool] = False
+    """Whether a merge is another one where rows or columns of all weights change signs, as of means or a softmax of rows."""
     flat: ClassVar[bool] = False
     """Whether all singular values of what a merge adds to a matrix are equal, so that any basis is one of singular vectors."""
     most_members: ClassVar[int | None] = None

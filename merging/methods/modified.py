@@ -132,6 +132,7 @@ def modify(
         "per_member",
         "elementwise",
         "extras",
+        "signed",
         "flat",
     )
     settings = {name: getattr(inner, name) for name in declared} | {

@@ -31,6 +31,7 @@ class Ace(Method):
     name = "ace"
     summary = "least squares per matrix, from the Grams of its task vectors"
     extras = ("layout",)
+    signed: ClassVar[bool] = True
     scaling = Parameter(1.0, "scale of the member's contribution", low=0.0, high=1.5)
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "epsilon": Parameter(

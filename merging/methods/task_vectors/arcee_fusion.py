@@ -1,6 +1,7 @@
 """Arcee Fusion: task vectors without the entries that are of little importance, by a threshold of each tensor's own."""
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class ArceeFusion(Method):
 
     name = "arcee_fusion"
     summary = "task vectors where they are important, by a dynamic threshold"
+    signed: ClassVar[bool] = True
     scaling = Parameter(1.0, "scale of the member's masked task vector", low=0.0, high=1.5)
 
     def prepare(self, weights: Sequence[Weight], context: Context) -> Prepared:

@@ -163,6 +163,8 @@ def test_weights_that_a_member_holds_in_full_are_merged_by_the_method_itself(met
         ("core+fisher", r"'fisher' uses fisher of whole weights.*leave out 'core\+'"),
         ("core+distilled", r"leave out 'core\+'"),
         ("core+core+ties", r"leave out 'core\+'"),
+        ("core+ace", r"'ace' takes means or a softmax of rows.*leave out 'core\+'"),
+        ("core+svc+arcee_fusion", r"signs.*leave out 'core\+'"),
     ],
 )
 def test_what_has_no_core_is_refused(name, message):
@@ -230,3 +232,16 @@ def test_a_member_that_is_no_adapter_is_named_with_the_remedy(gpt2):
     pool = Pool.open(str(gpt2 / "base"), {"a": str(gpt2 / "a"), "b": str(gpt2 / "b-merged")})
     with pytest.raises(MethodError, match=r"b is a whole model: name the adapters' own directories.*or use 'ties'"):
         Material(pool).check(Recipe("core+ties", {"a": 1.0, "b": 1.0}, {}))
+
+
+@pytest.mark.parametrize(
+    "method", [name for name in METHODS if f"core+{name}" in METHODS and METHODS[name].most_members is None]
+)
+def test_the_order_and_the_signs_of_an_adapter_s_directions_make_no_difference(method, merge, assert_close):
+    """They are as arbitrary as the signs of a basis."""
+    weights = adapters(1, grams="gram" in METHODS[method].requires)
+    turned = [
+        replace(w, factors={m: (-left.flip(1), -right.flip(0)) for m, (left, right) in w.factors.items()})
+        for w in weights
+    ]
+    assert_close(merge(f"core+{method}", turned, SCALING), merge(f"core+{method}", weights, SCALING), tolerance=1e-4)
