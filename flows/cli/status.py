@@ -12,7 +12,7 @@ from flows.directory.campaign_directory import Directory
 from flows.directory.heartbeat import BEAT, FILE
 from flows.report.cost import hours_in_words
 from flows.report.scales import scales_of
-from flows.report.table import objective_of
+from flows.report.table import objective_of, subset
 from merging.errors import StorageError
 from merging.io import documents, storage
 from merging.io.documents import is_number
@@ -51,6 +51,7 @@ class Status:
         confirmed: Candidates that were measured on the whole validation set.
         best_method: Its method.
         best_members: Its members.
+        pool: All members; empty before the driver has opened the pool.
         evaluators: Evaluators that are there.
         busy: Those of them that are at work.
         driver: Host and process of the driver; None before its first sign of life.
@@ -84,6 +85,7 @@ class Status:
     confirmed: int = 0
     best_method: str | None = None
     best_members: list[str] = field(default_factory=list)
+    pool: list[str] = field(default_factory=list)
     evaluators: int = 0
     busy: int = 0
     driver: str | None = None
@@ -116,14 +118,14 @@ class Status:
             if self.under_way:
                 first = self.under_way[0]
                 typical = f", of {self.typical_seconds:.1f} s as a rule" if self.typical_seconds is not None else ""
-                what = f"{first['method']} of {', '.join(first['members'])}" if first["members"] else first["method"]
+                what = f"{first['method']} of {self._subset(first['members'])}" if first["members"] else first["method"]
                 share = f", {first['share']:.0%} done" if first["share"] is not None else ""
                 lines.append(
                     f"longest under way: {what} ({first['candidate']}), {_ago(first['seconds'])}{share}{typical}"
                 )
         if self.best is not None:
             error = f" ± {self.best_error:.4f}" if self.best_error is not None else ""
-            lines.append(f"best {self.best:.4f}{error}: {self.best_method} of {', '.join(self.best_members)}")
+            lines.append(f"best {self.best:.4f}{error}: {self.best_method} of {self._subset(self.best_members)}")
         if self.estimated:
             of = f"{self.estimated} candidates are estimates from anchor examples, {self.confirmed} of them confirmed on all"
             lines.append(f"{of}; the best is {'an estimate' if self.is_estimate else 'confirmed'}")
@@ -141,6 +143,9 @@ class Status:
         if self.last is not None:
             lines.append(f"last row {self.last}")
         return "\n".join(lines)
+
+    def _subset(self, members: list[str]) -> str:
+        return subset(members, self.pool)
 
     def _what(self) -> str:
         if self.state == "running":
@@ -205,6 +210,7 @@ def read_status(path: str, now: datetime | None = None) -> Status:
         confirmed=len(confirmed),
         best_method=top[0].method if top else None,
         best_members=list(top[0].members) if top else [],
+        pool=list(campaign.members),
         evaluators=pulse["evaluators"] if is_running else 0,
         busy=pulse["busy"] if is_running else 0,
         driver=f"{pulse['host']}:{pulse['pid']}" if pulse else None,

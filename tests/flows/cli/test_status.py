@@ -78,6 +78,9 @@ def test_what_takes_long_is_told_beside_what_is_usual(directory):
         status = read_status(directory.path)
     assert (status.under_way[0], len(status.under_way), status.typical_seconds) == (entry, 32, 2.0)
     assert "longest under way: ties of one, two (c9), 100 s, 62% done, of 2.0 s as a rule" in status.as_text()
+    assert "ties of one, two\n" in read_status(directory.path).as_text()
+    Ledger(directory.ledger, "tiny").append(row(30, members=("one", "three", "two")))
+    assert "best 0.8000: ties of all 3\n" in read_status(directory.path).as_text()
     assert read_status(directory.path).under_way == []
     for damaged in ([3], [{}], 7, [{**entry, "seconds": "x"}], [{**entry, "share": []}]):
         text = json.loads(Path(directory.path, FILE).read_text()) | {"under_way": damaged}
