@@ -43,6 +43,10 @@ class Choice:
     error: float | None = None
 
 
+UNDECIDED = Choice(FLOAT32, "evaluations are in float32, for the campaign has not chosen yet (resources.precision)", {})
+"""What stands in for a choice where a campaign was not begun."""
+
+
 def has_bfloat16() -> bool:
     """Whether what this process evaluates on multiplies matrices of bfloat16 in hardware."""
     if torch.cuda.is_available():
@@ -61,15 +65,24 @@ def settled(
     """
     if opened.campaign.resources.precision != "auto":
         return opened
-    path = directory / PRECISION
-    if storage.exists(path):
-        choice = documents.read_as(path, lambda value: Choice(**value))
-    else:
+    choice = kept_choice(directory)
+    if choice is None:
         with display.phase("Precision: float32 or bfloat16"):
             choice = _chosen(opened, executor, ledger)
-            atomic.write_json(path, asdict(choice))
+            atomic.write_json(directory / PRECISION, asdict(choice))
             display.say(f"  {choice.why}")
     executor.precision = choice.precision
+    return with_choice(opened, choice)
+
+
+def kept_choice(directory: Directory) -> Choice | None:
+    """What was decided for a campaign's directory; None where nothing was yet."""
+    path = directory / PRECISION
+    return documents.read_as(path, lambda value: Choice(**value)) if storage.exists(path) else None
+
+
+def with_choice(opened: OpenCampaign, choice: Choice) -> OpenCampaign:
+    """The campaign with its precision decided."""
     resources = opened.campaign.resources.model_copy(update={"precision": choice.precision})
     return replace(opened, campaign=opened.campaign.model_copy(update={"resources": resources}))
 

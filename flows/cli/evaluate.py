@@ -1,24 +1,29 @@
 """`mergequest evaluate`: recipes, checkpoints and members on a campaign's tasks."""
 
 from collections import deque
-from collections.abc import Sequence
-from typing import get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
 
 from flows.campaign.cluster import connected
+from flows.campaign.distil import Files
 from flows.campaign.evaluators import evaluators
+from flows.campaign.needed_statistics import joined as files_joined
 from flows.campaign.needed_statistics import published_files
 from flows.campaign.open_campaign import OpenCampaign, open_campaign
+from flows.campaign.precision import UNDECIDED, kept_choice, with_choice
+from flows.cli.steer import require_same_merge
 from flows.config.campaign_file import Campaign
 from flows.config.recipe_file import load_recipe
 from flows.config.yaml_file import validate
+from flows.directory.campaign_directory import begun_directory, is_same_checkpoint, known_revisions
 from flows.directory.progress import Display
 from merging.errors import SettingsError, TaskError
 from merging.io import addresses, storage
 from merging.optimization.gradient_mismatch import Mismatch
-from merging.recipe import REFERENCE_BASE, Recipe, base_recipe, member_recipe
+from merging.recipe import BASE, REFERENCE_BASE, Recipe, base_recipe, member_recipe
 from merging.registry import did_you_mean
 from merging.tasks.task import Score, Split
 from ray_tasks.jobs.gradients import measure_mismatch
@@ -45,18 +50,23 @@ def evaluate(campaign: Campaign, what: Sequence[str], split: str, display: Displ
     """
     if split not in get_args(Split):
         raise SettingsError(f"unknown split '{split}'. {did_you_mean(split, list(get_args(Split)))}")
-    recipes: dict[str, Recipe] = {}
-    joined = campaign.model_dump(mode="json")
-    for name in what:
-        recipes[name] = _recipe(name, campaign, joined)
+    begun = begun_directory(campaign)
+    revisions = known_revisions(begun.path) if begun else {}
+    joined = _Joined(campaign, revisions)
+    recipes = {name: joined.recipe(name) for name in what}
     with display.phase("Pool"):
-        opened = open_campaign(validate(Campaign, {**joined, "directory": None}, "evaluate"), display)
+        whole = validate(Campaign, {**joined.settings, "directory": None}, "evaluate")
+        opened = open_campaign(whole, display, begun.path if begun else None)
+    if opened.campaign.resources.precision == "auto":
+        choice = (kept_choice(begun) if begun else None) or UNDECIDED
+        opened = with_choice(opened, choice)
+        display.say(f"  {choice.why}")
+    statistics = files_joined(published_files(opened), joined.solutions)
     scores: dict[str, dict[str, Score]] = {}
     norms: dict[str, Mismatch] = {}
     with connected(campaign) as cluster:
-        with evaluators(opened, published_files(opened), cluster, display) as executor:
-            names = {recipe.identity: name for name, recipe in recipes.items()}
-            queue = deque(recipes.values())
+        with evaluators(opened, statistics, cluster, display) as executor:
+            queue = deque({recipe.identity: recipe for recipe in recipes.values()}.values())
             in_flight = InFlight(executor, campaign.resources.retries)
             with display.bar("models", len(queue)) as bar:
                 while queue or len(in_flight):
@@ -64,45 +74,88 @@ def evaluate(campaign: Campaign, what: Sequence[str], split: str, display: Displ
                         in_flight.submit(Candidate(queue.popleft(), split))
                     for outcome in in_flight.wait():
                         bar.advance()
-                        name = names[outcome.candidate.recipe.identity]
+                        recipe = outcome.candidate.recipe
+                        same = [name for name in recipes if recipes[name].identity == recipe.identity]
                         if outcome.measurement is None:
-                            raise TaskError(f"{name}: {outcome.error}")
-                        scores[name] = dict(outcome.measurement.scores)
+                            raise TaskError(f"{same[0]}: {outcome.error}")
+                        scores |= {name: dict(outcome.measurement.scores) for name in same}
         if mismatch:
-            norms = _mismatches(opened, recipes, display)
+            norms = _mismatches(opened, statistics, recipes, display)
     _print(scores, norms, list(what), list(opened.tasks))
 
 
-def _recipe(name: str, campaign: Campaign, joined: dict[str, dict[str, dict[str, object]]]) -> Recipe:
-    """What a word of the command line means; adds to `joined` the members that it brings."""
-    if name == REFERENCE_BASE:
-        return base_recipe()
-    if name in campaign.members:
-        return member_recipe(name)
-    path = addresses.absolute(name)
-    if storage.is_dir(path):
-        member = addresses.base_name(path)
-        if member in joined["members"]:
-            raise SettingsError(f"{name}: '{member}' is a member's name already; rename the directory")
-        joined["members"][member] = {"checkpoint": path}
-        return member_recipe(member)
-    if not storage.exists(path):
-        raise SettingsError(
-            f"'{name}' is no member ({', '.join(campaign.members)}), no recipe file and no checkpoint's directory"
-        )
-    file = load_recipe(path)
-    if file.base != campaign.base:
-        raise SettingsError(f"{name} merges from {file.base}, the campaign's base is {campaign.base}")
-    for member, settings in file.members.items():
-        there = joined["members"].setdefault(member, settings.model_dump(mode="json"))
-        if there["checkpoint"] != settings.checkpoint:
-            raise SettingsError(f"{name}: '{member}' is {settings.checkpoint}, in the campaign {there['checkpoint']}")
-        if settings.statistics:
-            there["statistics"] = list(settings.statistics)
-    return file.recipe()
+class _Joined:
+    """A campaign's settings with what recipe files and checkpoints bring.
+
+    Args:
+        campaign: The campaign.
+        revisions: Checkpoint on the Hub → with the commit that the campaign began with.
+    """
+
+    def __init__(self, campaign: Campaign, revisions: Mapping[str, str]) -> None:
+        self._campaign, self._revisions = campaign, revisions
+        self._brought: dict[str, tuple[Any, str]] = {}
+        self.settings: dict[str, Any] = campaign.model_dump(mode="json")
+        self.solutions: dict[str, tuple[str, ...]] = {}
+        """Names of the members joined by + → solutions of these together."""
+
+    def recipe(self, name: str) -> Recipe:
+        """What a word of the command line means; the members that it brings join the campaign's.
+
+        Raises:
+            SettingsError: It means nothing, or does not go with the campaign, or with a word before it.
+        """
+        members = self.settings["members"]
+        if name == REFERENCE_BASE:
+            return base_recipe()
+        if name in self._campaign.members:
+            return member_recipe(name)
+        path = addresses.absolute(name)
+        if storage.is_dir(path):
+            member = addresses.base_name(path)
+            if members.setdefault(member, {"checkpoint": path}) != {"checkpoint": path}:
+                raise SettingsError(f"{name}: '{member}' is a member's name already; rename the directory")
+            return member_recipe(member)
+        if not storage.exists(path):
+            raise SettingsError(
+                f"'{name}' is no member ({', '.join(self._campaign.members)}), no recipe file and no checkpoint's directory"
+            )
+        file = load_recipe(path)
+        require_same_merge(name, file, self._campaign, self._revisions)
+        for member, settings in file.members.items():
+            there = members.setdefault(member, settings.model_dump(mode="json"))
+            if not is_same_checkpoint(there["checkpoint"], settings.checkpoint, self._revisions):
+                raise SettingsError(
+                    f"{name}: '{member}' is {settings.checkpoint}, in the campaign {there['checkpoint']}"
+                )
+            self._bring(name, there, member, settings.statistics, settings.examples)
+        self._bring(name, self.settings["base_data"], BASE, file.base_statistics, file.base_examples)
+        if file.statistics:
+            together = "+".join(sorted(file.members))
+            self._once(name, f"solution of {together}", file.statistics)
+            self.solutions[together] = file.statistics
+        return file.recipe()
+
+    def _bring(
+        self, name: str, there: dict[str, Any], who: str, statistics: Sequence[str], examples: int | None
+    ) -> None:
+        """Puts a recipe's statistics and number of examples in the place of the campaign's."""
+        if statistics:
+            self._once(name, f"statistics of {who}", tuple(statistics))
+            there["statistics"] = list(statistics)
+        if examples:
+            self._once(name, f"number of examples of {who}", examples)
+            there["examples"] = examples
+
+    def _once(self, name: str, what: str, value: Any) -> None:
+        known, first = self._brought.setdefault(what, (value, name))
+        if known != value:
+            raise SettingsError(f"{first} and {name} have another {what} each: evaluate them one at a time")
 
 
-def _mismatches(opened: OpenCampaign, recipes: dict[str, Recipe], display: Display) -> dict[str, Mismatch]:
+def _mismatches(
+    opened: OpenCampaign, statistics: Files, recipes: dict[str, Recipe], display: Display
+) -> dict[str, Mismatch]:
     """Each model's gradient mismatch over the tasks of all members that have one with data."""
     campaign = opened.campaign
     tasks = {
@@ -112,7 +165,7 @@ def _mismatches(opened: OpenCampaign, recipes: dict[str, Recipe], display: Displ
         and opened.sources[source].has_logits
         and opened.sources[source].size("train")
     }
-    setup = opened.setup(published_files(opened))
+    setup = opened.setup(statistics)
     calls = {name: (setup, tasks, recipe) for name, recipe in recipes.items()}
     with display.bar("gradients", 100) as bar:
         norms = each(

@@ -1,14 +1,17 @@
 """`mergequest stop` and `mergequest enqueue`: what a running campaign is told by files in its directory."""
 
 import time
+from collections.abc import Mapping
 from shlex import quote
 
 from flows.cli.status import read_status
-from flows.config.recipe_file import load_recipe
+from flows.config.campaign_file import Campaign
+from flows.config.recipe_file import RecipeFile, load_recipe
 from flows.directory import steering
-from flows.directory.campaign_directory import Directory, known_revisions
+from flows.directory.campaign_directory import Directory, is_same_checkpoint, known_revisions
 from merging.checkpoints.checkpoint import Checkpoint
 from merging.errors import SettingsError
+from search.ledger.ledger import Ledger
 
 LOOK = 2.0
 """Seconds between two looks at whether a driver has ended."""
@@ -55,19 +58,17 @@ def enqueue(path: str, recipe: str) -> str:
     directory = Directory(path)
     campaign, file = directory.campaign(), load_recipe(recipe)
     commits = known_revisions(path)
-
-    def same(one: str, other: str) -> bool:
-        return commits.get(one, one) == commits.get(other, other)
-
-    if not same(file.base, campaign.base):
-        raise SettingsError(f"{recipe} merges from {file.base}, the campaign's base is {campaign.base}")
+    require_same_merge(recipe, file, campaign, commits)
     for name, member in file.members.items():
-        if name not in campaign.members or not same(member.checkpoint, campaign.members[name].checkpoint):
-            there = campaign.members[name].checkpoint if name in campaign.members else "none of this name"
+        there = campaign.members[name].checkpoint if name in campaign.members else "none of this name"
+        if not is_same_checkpoint(member.checkpoint, there, commits):
             raise SettingsError(f"{recipe}: '{name}' is {member.checkpoint}, and the campaign's is {there}")
     model_type = str(Checkpoint.open(commits.get(campaign.base, campaign.base)).config.get("model_type", ""))
     complete = steering.complete(file.recipe().as_dict(), model_type)
     steering.require_fit(complete, list(campaign.search.methods), list(campaign.members))
+    if rows := [row for row in Ledger(directory.ledger, campaign.name).rows() if row.candidate == complete.identity]:
+        again = "; once the cause is mended, `mergequest resume --retry-failed` measures it again"
+        return f"{complete.identity} was measured before ({rows[0].status}{again * (rows[0].status == 'failed')})"
     steering.enqueue(path, complete)
     status = read_status(path)
     when = "before the next proposal" if status.state == "running" else "when the campaign goes on"
@@ -75,3 +76,26 @@ def enqueue(path: str, recipe: str) -> str:
     if status.state == "finished" or status.done >= status.total:
         more = f", with a larger budget: `mergequest resume {quote(path)} --candidates N`"
     return f"{complete.identity} is measured {when}{more}"
+
+
+def require_same_merge(name: str, file: RecipeFile, campaign: Campaign, revisions: Mapping[str, str]) -> None:
+    """Looks whether a campaign makes of a recipe what `mergequest merge` makes of it.
+
+    Args:
+        name: The file.
+        file: The recipe.
+        campaign: The campaign.
+        revisions: Checkpoint on the Hub → with the commit that the campaign began with.
+
+    Raises:
+        SettingsError: It does not.
+    """
+    if not is_same_checkpoint(file.base, campaign.base, revisions):
+        raise SettingsError(f"{name} merges from {file.base}, the campaign's base is {campaign.base}")
+    for setting in ("heads", "vocabulary"):
+        own = getattr(file, setting)
+        if own not in (getattr(campaign, setting), RecipeFile.model_fields[setting].default):
+            raise SettingsError(
+                f"{name} has {setting}: {own if isinstance(own, str) else list(own)}, and the campaign has not: merge it "
+                "(`mergequest merge`), and have that scored (`mergequest evaluate`)"
+            )

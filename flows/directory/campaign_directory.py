@@ -234,6 +234,19 @@ def known_revisions(path: str) -> dict[str, str]:
     return documents.read_as(pool, lambda value: {str(k): str(v) for k, v in value.get("revisions", {}).items()})
 
 
+def is_same_checkpoint(one: str, other: str, revisions: Mapping[str, str]) -> bool:
+    """Whether two paths name one checkpoint, given the commits that those on the Hub stand for (`known_revisions`)."""
+    return revisions.get(one, one) == revisions.get(other, other)
+
+
+def begun_directory(campaign: Campaign) -> Directory | None:
+    """The campaign's directory, if that holds what this very campaign has done so far."""
+    directory = Directory(campaign.directory) if campaign.directory else None
+    if directory is None or not storage.exists(directory / CAMPAIGN_FILE):
+        return None
+    return directory if directory.campaign().identity() == campaign.identity() else None
+
+
 def _fingerprints(value: Any) -> dict[str, Any]:
     """`pool.json`."""
     data = {str(task): dict(splits) for task, splits in value["data"].items()}

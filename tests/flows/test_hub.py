@@ -13,8 +13,10 @@ import yaml
 from safetensors.torch import load_file, save
 from typer.testing import CliRunner
 
+import flows.cli.evaluate
 from flows.campaign.open_campaign import open_campaign
 from flows.cli.app import app
+from flows.cli.evaluate import evaluate
 from flows.config.campaign_file import load_campaign
 from flows.config.recipe_file import load_recipe
 from flows.directory.campaign_directory import Directory
@@ -147,7 +149,9 @@ def test_an_adapter_on_a_model_of_the_hub(server, pool, tiny_campaign, tmp_path)
     assert place == f"hf://org/base@{pool['base']}+hf://org/lora@{server.sha('org/lora', 'main')}"
 
 
-def test_a_campaign_keeps_the_commits_that_it_began_with(server, pool, campaign_file, tiny_campaign, tmp_path):
+def test_a_campaign_keeps_the_commits_that_it_began_with(
+    server, pool, campaign_file, tiny_campaign, tmp_path, monkeypatch
+):
     members = {
         name: {**settings, "checkpoint": "org/one@v1" if name == "one" else settings["checkpoint"]}
         for name, settings in tiny_campaign["members"].items()
@@ -165,6 +169,13 @@ def test_a_campaign_keeps_the_commits_that_it_began_with(server, pool, campaign_
     again = open_campaign(directory.campaign(), display, directory.path)
     assert again.fingerprints == opened.fingerprints
     assert directory.campaign().identity() == campaign.identity()
+    # so has what is evaluated beside it, and the winner's recipe, which names commits, goes with it
+    exported = recipe(tmp_path, base=campaign.base, members={"one": known["hf://org/one@v1"]})
+    evaluated = []
+    monkeypatch.setattr(flows.cli.evaluate, "published_files", lambda opened: evaluated.append(opened) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(directory.campaign(), ["one", str(exported)], "validation", display)
+    assert evaluated[0].setup({}).members == again.setup({}).members
     moved = open_campaign(campaign, display)
     assert moved.fingerprints["checkpoints"]["one"] != opened.fingerprints["checkpoints"]["one"]
 

@@ -491,6 +491,8 @@ def test_what_is_not_of_the_campaign_is_neither_enqueued_nor_stopped(campaign_fi
         ({"members": {"one": members["two"]}}, "'one' is"),
         ({"base": members["one"]}, "the campaign's base is"),
         ({"parameters": {"density": 7.0}}, "density"),
+        ({"heads": ["encoder.*"]}, "has heads: ['encoder.*'], and the campaign has not"),
+        ({"vocabulary": "union"}, "has vocabulary: union, and the campaign has not"),
     ):
         file.write_text(yaml.safe_dump({**base, "method": "ties", **changes}))
         output, status = mergequest("enqueue", directory.path, file)
@@ -506,6 +508,10 @@ def test_what_is_not_of_the_campaign_is_neither_enqueued_nor_stopped(campaign_fi
     (recipe,) = steering.queued()
     assert recipe.parameters == {**METHODS["ties"].defaults("bert"), "density": 0.5}
     assert not list(steering.queued())
+    ledger = Ledger(directory.ledger, campaign.name)
+    ledger.append(Row(campaign.name, recipe.identity, "validation", "search", "failed", "ties", tuple(members), {}))
+    output, status = mergequest("enqueue", directory.path, file)
+    assert (status, "was measured before (failed; once" in output) == (0, True), output
     assert ["damaged" in notes[0], "'x' is none of the campaign's members" in notes[1]] == [True, True]
     assert not steering.stopping()
     output, status = mergequest("stop", directory.path)
