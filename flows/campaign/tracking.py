@@ -38,6 +38,8 @@ INTERRUPTED = 4.0
 """The same where the campaign was interrupted: the user waits, and a resume tells the rest."""
 CLOSING = 0.25
 """Share of those seconds that is kept for closing the run, however many rows are left."""
+PROJECT = re.compile(r"([\w.-]+/)?(?=\S)[^/\\#?%:]{0,127}[^/\\#?%:\s]")
+"""What Weights & Biases takes; its own client looks at less of it while it is offline."""
 MOST = 5000
 """Characters of one parameter, below MLflow's own bound."""
 
@@ -63,14 +65,19 @@ class Tracker(Protocol):
 
 
 def require_trackers(settings: TrackingSettings) -> None:
-    """Looks whether the packages of the trackers are installed.
+    """Looks whether the packages of the trackers are installed, and whether they can be told of where to write.
 
     Raises:
-        SettingsError: One is not, or a directory of TensorBoard's is remote.
+        SettingsError: One is not, the project is none of Weights & Biases', or a directory of TensorBoard's is remote.
     """
     for name in ("mlflow", "wandb", "tensorboard"):
         if getattr(settings, name) is not None and find_spec(name) is None:
             raise SettingsError(f"tracking.{name}: its package is not installed: pip install 'mergequest[{name}]'")
+    if settings.wandb is not None and not PROJECT.fullmatch(settings.wandb):
+        raise SettingsError(
+            f"tracking.wandb: '{settings.wandb}' is no project: expected PROJECT or ENTITY/PROJECT, a project of at most 128 "
+            "characters and none of / \\ # ? % : in it"
+        )
     if settings.tensorboard is not None and not addresses.is_local(settings.tensorboard):
         raise SettingsError(f"tracking.tensorboard: {settings.tensorboard} is remote; give a local directory")
 

@@ -288,6 +288,15 @@ def test_what_is_not_installed_is_said_before_work(monkeypatch):
         require_trackers(TrackingSettings(tensorboard="s3://bucket/tb"))
 
 
+@pytest.mark.parametrize("project", ["a/b/c", "/merges", "team/", "", " ", "merges?", "team/a:b", "a b/c", "x" * 129])
+def test_what_is_no_project_is_said_before_work(project):
+    pytest.importorskip("wandb", reason="wandb is not installed: pip install 'mergequest[wandb]'")
+    for good in ("merges", "team/merges of 7", "a-b_c/x.y", "t/" + "x" * 128):
+        require_trackers(TrackingSettings(wandb=good))
+    with pytest.raises(SettingsError, match="is no project: expected PROJECT or ENTITY/PROJECT"):
+        require_trackers(TrackingSettings(wandb=project))
+
+
 def test_tracking_is_no_part_of_what_a_campaign_is(campaign_file, tmp_path):
     plain = load_campaign(str(campaign_file()))
     other = load_campaign(str(campaign_file()), ["tracking.tensorboard=tb", "tracking.mlflow=http://host:5000"])
