@@ -6,10 +6,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
+
+from fsspec import AbstractFileSystem
+from fsspec.asyn import AsyncFileSystem
 
 from merging.errors import StorageError
-from merging.io.addresses import base_name, file_system, is_local, local_path, named
+from merging.io.addresses import S3, base_name, file_system, is_local, local_path, named
 
 SETTLED = 2.0
 """Seconds after which a change of a local file shows in its times: file systems keep them no finer than that."""
@@ -28,17 +31,34 @@ def exists(path: str) -> bool:
             return local_path(path).exists()
     system, inner = file_system(path)
     with named(path, "look for"):
-        return bool(system.exists(inner))
+        return bool(system.exists(inner)) if isinstance(system, AsyncFileSystem) else bool(_info(system, inner))
 
 
 def is_dir(path: str) -> bool:
-    """Whether there is a directory at `path`."""
+    """Whether there is a directory at `path`.
+
+    Raises:
+        StorageError: As `exists`.
+    """
     if is_local(path):
         with named(path, "look for"):
             return local_path(path).is_dir()
     system, inner = file_system(path)
     with named(path, "look for"):
-        return bool(system.isdir(inner))
+        return bool(
+            system.isdir(inner) if path.partition("://")[0] in S3 else _info(system, inner).get("type") == "directory"
+        )
+
+
+def _info(system: AbstractFileSystem, inner: str) -> dict[str, Any]:
+    """What a store says of a file or directory; empty where there is none.
+
+    Most clients' `isdir`, and `exists` of many, take a store that does not answer for one that has nothing there.
+    """
+    try:
+        return dict(system.info(inner))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
 
 
 def list_dir(path: str) -> list[str]:
@@ -187,7 +207,7 @@ def remove(path: str) -> None:
             local_path(path).unlink(missing_ok=True)
         else:
             system, inner = file_system(path)
-            if system.exists(inner):
+            if exists(path):
                 system.rm_file(inner)
 
 

@@ -24,12 +24,17 @@ class GoneError(Exception):
     """A client's own."""
 
 
+class GoneOSError(ConnectionError):
+    """One that is an `OSError`, which many clients' `exists` and `isdir` take for an absence."""
+
+
 class Faulty(MemoryFileSystem):
     """Memory behind a client that fails now and then, before the call or after it was carried out."""
 
     protocol = "faulty"
     share = 0.0
     chance = random.Random(0)
+    error: type[Exception] = GoneError
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -41,16 +46,16 @@ def _failing(name):
 
     def call(self, *arguments, **settings):
         if Faulty.chance.random() < Faulty.share / 2:
-            raise GoneError("401 for https://store/x?token=hunter2secret")
+            raise self.error("401 for https://store/x?token=hunter2secret")
         result = method(self, *arguments, **settings)
         if Faulty.chance.random() < Faulty.share / 2:
-            raise GoneError("reset by peer")
+            raise self.error("reset by peer")
         return result
 
     return call
 
 
-for name in ("exists", "isdir", "ls", "find", "info", "cat_file", "put_file", "pipe_file", "rm_file", "mv", "_open"):
+for name in ("ls", "find", "info", "cat_file", "put_file", "pipe_file", "rm_file", "mv", "_open"):
     setattr(Faulty, name, _failing(name))
 fsspec.register_implementation("faulty", Faulty, clobber=True)
 
@@ -58,7 +63,7 @@ fsspec.register_implementation("faulty", Faulty, clobber=True)
 @pytest.fixture
 def store(tmp_path):
     """Sets the share of calls that fail; none until then."""
-    Faulty.share, Faulty.chance = 0.0, random.Random(str(tmp_path.name))
+    Faulty.share, Faulty.chance, Faulty.error = 0.0, random.Random(str(tmp_path.name)), GoneError
 
     def fail(share):
         Faulty.share = share
@@ -83,13 +88,15 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_every_call_that_fails_is_one_error_that_names_the_place_and_no_secret(store, call):
+@pytest.mark.parametrize("kind", [GoneError, GoneOSError])
+def test_every_call_that_fails_is_one_error_that_names_the_place_and_no_secret(store, call, kind):
     place, fail = store
     atomic.write_bytes(f"{place}/a", b"old")
+    Faulty.error = kind
     fail(2.0)  # every one
     with pytest.raises(MergequestError) as error:
         CALLS[call](place)
-    assert "GoneError" in str(error.value)
+    assert "401 for https://store/x" in str(error.value)
     assert "faulty://" in str(error.value)
     assert "hunter2" not in str(error.value)
 
