@@ -9,6 +9,7 @@ from flows.campaign.cluster import require_evaluators
 from flows.campaign.executor import RayExecutor
 from flows.campaign.open_campaign import Files, OpenCampaign
 from flows.campaign.regime import is_sharded, require_fit, require_room, shards_of
+from flows.config.yaml_file import changed
 from flows.directory.progress import Display
 from merging.evaluation.memory import EvaluatorMemory
 from merging.io import addresses
@@ -98,6 +99,10 @@ def evaluators(opened: OpenCampaign, statistics: Files, cluster: Cluster, displa
                 f"  {count} evaluators of {resources.threads} thread{'s' * (resources.threads > 1)}"
                 f"{f' and {gpus:g} GPU' if gpus else ''}, about {memory / 1e9:.1f} GB each"
             )
+            if not is_fed and (unused := changed(resources, ("shards", "shard_memory", "transport"))):
+                display.note(
+                    f"no shards: each evaluator merges by itself, and resources.{', '.join(unused)} is not used"
+                )
             place = opened.campaign.directory
             logs = addresses.join(place, "logs") if place else None
             yield RayExecutor(pool, opened.campaign.search.examples, logs, display.note)

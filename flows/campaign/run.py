@@ -36,6 +36,7 @@ from flows.directory.progress import Display
 from flows.directory.steering import DirectorySteering, forget_stop
 from flows.report.test_answers import KeptPredictions
 from merging.checkpoints.directories.manifest import require_replaceable
+from merging.errors import SettingsError
 from merging.io import addresses, storage
 from merging.statistics import STATISTICS
 from ray_tasks.connect import Cluster
@@ -159,6 +160,9 @@ def _require_settings(campaign: Campaign) -> None:
     """Looks for what is wrong without the pool, which may take long to read."""
     require_trackers(campaign.tracking)
     worker_environment(campaign)  # for the errors that it raises
+    cache = campaign.statistics.cache
+    if cache is not None and storage.exists(cache) and not storage.is_dir(cache):
+        raise SettingsError(f"statistics.cache: {cache} is a file; name a directory")
     search = campaign.search
     sampler_of_trials(search.sampler, campaign.seed, search.sampler_arguments)  # for its errors, too
 

@@ -68,11 +68,16 @@ def require_trackers(settings: TrackingSettings) -> None:
     """Looks whether the packages of the trackers are installed, and whether they can be told of where to write.
 
     Raises:
-        SettingsError: One is not, the project is none of Weights & Biases', or a directory of TensorBoard's is remote.
+        SettingsError: One is not, an experiment has no MLflow, the project is none of Weights & Biases', or a directory of
+            TensorBoard's is remote.
     """
     for name in ("mlflow", "wandb", "tensorboard"):
         if getattr(settings, name) is not None and find_spec(name) is None:
             raise SettingsError(f"tracking.{name}: its package is not installed: pip install 'mergequest[{name}]'")
+    if settings.experiment is not None and settings.mlflow is None:
+        raise SettingsError(
+            "tracking.experiment is MLflow's, and there is no tracking.mlflow: leave it out, or name that"
+        )
     if settings.wandb is not None and not PROJECT.fullmatch(settings.wandb):
         raise SettingsError(
             f"tracking.wandb: '{settings.wandb}' is no project: expected PROJECT or ENTITY/PROJECT, a project of at most 128 "

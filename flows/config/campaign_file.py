@@ -22,7 +22,7 @@ from flows.config.sections import (
     TestSettings,
     TrackingSettings,
 )
-from flows.config.yaml_file import Name, Settings, load_yaml, parent, require_known, resolve, said_in, validate
+from flows.config.yaml_file import Name, Settings, changed, load_yaml, parent, require_known, resolve, said_in, validate
 from merging.checkpoints.validation import MAX_DISTANCE
 from merging.errors import MergequestError, SettingsError
 from merging.evaluation.engines import EngineSettings
@@ -135,8 +135,8 @@ class Campaign(Settings):
     @model_validator(mode="after")
     def _engine_has_its_gpus(self) -> "Campaign":
         gpus, wanted = self.resources.gpus, self.engine.tensor_parallel
-        if wanted > 1 and self.engine.kind != "vllm":
-            raise ValueError("engine.tensor_parallel goes with `kind: vllm`")
+        if self.engine.kind != "vllm" and (unused := changed(self.engine, ("tensor_parallel", "bucket", "cache"))):
+            raise ValueError(f"engine.{unused[0]} goes with `kind: vllm`")
         if self.engine.kind == "vllm" and gpus and max(wanted, gpus) > 1 and gpus != wanted:
             raise ValueError(
                 f"engine.tensor_parallel: {wanted} of an engine's processes have a GPU each, and resources.gpus is {gpus:g}: "

@@ -1,7 +1,8 @@
 """The sections of the campaign file but the search: data, statistics, selection, resources, and what comes at the end."""
 
+import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -214,12 +215,21 @@ class EnvironmentSettings(Settings):
         description="Environment variables of workers. `${NAME}` stands for what the driver's environment holds, which is "
         "never saved or shown; secrets written out are refused.",
     )
-    pip: tuple[str, ...] = Field((), description="Packages that every node installs for the campaign (Ray's `pip`).")
+    pip: tuple[Annotated[str, Field(pattern=r"\S")], ...] = Field(
+        (), description="Packages that every node installs for the campaign (Ray's `pip`)."
+    )
     working_dir: str | None = Field(
         None,
         description="Local directory that is sent to every node, with the modules of custom evaluators in it (Ray's "
         "`working_dir`); `submit` sends such modules and what they import of the working directory by itself.",
     )
+
+    @field_validator("env")
+    @classmethod
+    def _are_variables(cls, env: dict[str, str]) -> dict[str, str]:
+        if wrong := [name for name in env if not re.fullmatch(r"[^\s=\0]+", name) or "\0" in env[name]]:
+            raise ValueError(f"{wrong[0]!r} cannot be set: a name has no blank and no =, and a value no NUL character")
+        return env
 
     @field_validator("env")
     @classmethod

@@ -4,7 +4,7 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
@@ -37,6 +37,11 @@ HOLDS_SECRET = (
     "the address holds a password, token or signature, which would be saved with the results: leave it out, and give "
     "credentials by the environment or the protocol's own configuration file"
 )
+
+
+def changed(section: BaseModel, names: Iterable[str]) -> list[str]:
+    """Those of a section's settings that are not at their defaults."""
+    return [name for name in names if getattr(section, name) != type(section).model_fields[name].default]
 
 
 class Settings(BaseModel):

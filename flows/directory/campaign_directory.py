@@ -288,4 +288,4 @@ def _spent(value: Any) -> dict[str, Any] | None:
 def _differences(one: Campaign, other: Campaign) -> list[str]:
     """The top-level settings in which two campaigns differ, but for what may differ from run to run."""
     first, second = one.lasting(), other.lasting()
-    return sorted(key for key in first if first[key] != second[key])
+    return sorted(key for key in {**first, **second} if first.get(key) != second.get(key))

@@ -55,6 +55,12 @@ def test_a_directory_that_would_hide_the_program_is_refused(campaign_file, tmp_p
         worker_environment(load(campaign_file, working_dir="nowhere"))
 
 
+def test_a_file_in_the_place_of_the_statistics_is_said_before_work(campaign_file, tmp_path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(SettingsError, match="statistics.cache: .* is a file; name a directory"):
+        check(load_campaign(str(campaign_file(statistics={"cache": "cache"}))), Display())
+
+
 def test_submit_sends_a_custom_evaluator_and_what_it_imports_from_there(
     campaign_file, tiny_campaign, tmp_path, monkeypatch
 ):

@@ -36,8 +36,10 @@ def test_a_sharded_campaign_fills_the_same_ledger(campaign_file, tmp_path, capsy
     said = capsys.readouterr().err
     assert "sharded: 2 shards on 1 node read" in said
     assert "a candidate: about" in said
-    assert sharded == rows(campaign_file, tmp_path, "resident", regime="resident")
-    assert "sharded" not in capsys.readouterr().err
+    assert sharded == rows(campaign_file, tmp_path, "resident", regime="resident", shards=2)
+    said = capsys.readouterr().err
+    assert "sharded" not in said
+    assert "each evaluator merges by itself, and resources.shards is not used" in said
 
 
 def test_a_plan_that_does_not_fit_is_refused_before_any_candidate(campaign_file, tmp_path):

@@ -284,6 +284,8 @@ def test_what_is_not_installed_is_said_before_work(monkeypatch):
     require_trackers(TrackingSettings())
     monkeypatch.undo()
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed: pip install 'mergequest[tensorboard]'")
+    with pytest.raises(SettingsError, match="experiment is MLflow's"):
+        require_trackers(TrackingSettings(tensorboard="tb", experiment="x"))
     with pytest.raises(SettingsError, match="is remote"):
         require_trackers(TrackingSettings(tensorboard="s3://bucket/tb"))
 

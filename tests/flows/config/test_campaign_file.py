@@ -74,8 +74,12 @@ def test_methods_may_be_a_list_or_have_ranges(campaign_file):
         (lambda s: s["statistics"]["gram"].update(exmples=3), r"statistics.gram.exmples: unknown key. Did you mean 'examples'\?"),  # noqa: E501
         (lambda s: s.pop("base"), "base: missing"),
         (lambda s: s.update(engine={"tensor_parallel": 2}), "engine.tensor_parallel goes with `kind: vllm`"),
+        (lambda s: s.update(engine={"kind": "transformers", "cache": 4}), "engine.cache goes with `kind: vllm`"),
         (lambda s: s.update(engine={"kind": "vllm", "tensor_parallel": 4}, resources={"gpus": 2}), r"tensor_parallel: 4 .* resources.gpus is 2: set both"),  # noqa: E501
         (lambda s: s.update(engine="vllm", resources={"gpus": 2}), r"tensor_parallel: 1 .* resources.gpus is 2: set both"),
+        (lambda s: s.update(environment={"env": {"A=B": "x"}}), "environment.env: 'A=B' cannot be set"),
+        (lambda s: s.update(environment={"env": {"": "x"}}), "environment.env: '' cannot be set"),
+        (lambda s: s.update(environment={"pip": [" "]}), "environment.pip.0: "),
         (lambda s: s["search"].update(candidates=0), "search.candidates: Input should be greater than or equal to 1"),
         (lambda s: s["search"].update(candidates=-4), "search.candidates: .*found -4"),
         (lambda s: s["search"].update(scaling="per_pattern"), "`scaling: per_pattern`, which needs them"),

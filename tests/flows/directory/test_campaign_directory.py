@@ -25,6 +25,8 @@ def test_a_corrected_file_may_take_a_directory_where_nothing_was_measured(campai
     Ledger(directory.ledger, "tiny").append(replace(make.references()[0], campaign="tiny"))
     with pytest.raises(LedgerError, match="holds another campaign .*differs in seed"):
         directory.check(corrected)
+    with pytest.raises(LedgerError, match="holds another campaign .*differs in engine"):
+        directory.check(load_campaign(str(campaign_file(engine={"kind": "vllm"}))))
 
 
 def test_a_selection_that_failed_may_be_corrected_in_place(campaign_file, make, tmp_path):
