@@ -104,7 +104,8 @@ def run(campaign: Campaign, display: Display | None = None, *, retry_failed: boo
 def _listen(opened: OpenCampaign, directory: Directory, display: Display) -> None:
     """Has the driver look for what others leave in the directory for it."""
     methods, members = list(opened.campaign.search.methods), list(opened.pool.members)
-    steering = DirectorySteering(directory.path, methods, members, opened.pool.model_type, display.note)
+    pool = opened.pool
+    steering = DirectorySteering(directory.path, methods, members, pool.model_type, list(pool.weights), display.note)
     display.pulse.steering, display.pulse.look = steering, steering.look
 
 

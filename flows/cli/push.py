@@ -46,7 +46,8 @@ def push(
         raise SettingsError(f"{directory}: only a local directory is pushed; copy it here first")
     checkpoint = Checkpoint.open(directory)
     place = addresses.local_path(directory)
-    card = with_lineage((place / CARD).read_text() if (place / CARD).exists() else "", lineage(directory))
+    there = storage.read_text(str(place / CARD)) if (place / CARD).exists() else ""
+    card = with_lineage(there, lineage(directory))
     display.say(f"  {checkpoint.nbytes / 1e6:.0f} MB of weights to {repository}")
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -78,12 +79,21 @@ def lineage(directory: str) -> list[str]:
 
 
 def with_lineage(card: str, models: list[str]) -> str:
-    """A model card whose head names what a merge was made of, as the Hub reads it."""
+    """A model card whose head names what a merge was made of, as the Hub reads it.
+
+    Raises:
+        SettingsError: Its head is no mapping.
+    """
+    card = card.removeprefix("\ufeff").replace("\r\n", "\n")
     head = _HEAD.match(card)
-    metadata: Any = yaml.safe_load(head[1]) if head else {}
+    try:
+        metadata: Any = yaml.safe_load(head[1]) if head else {}
+    except yaml.YAMLError:
+        metadata = None
     if not isinstance(metadata, Mapping):
         raise SettingsError(f"{CARD}: what stands between its lines `---` is no mapping")
-    tags = list(dict.fromkeys([*(metadata.get("tags") or []), "merge", "mergequest"]))
+    own = metadata.get("tags") or []
+    tags = list(dict.fromkeys([*([own] if isinstance(own, str) else own), "merge", "mergequest"]))
     settings = {**metadata, **({"base_model": models, "base_model_relation": "merge"} if models else {}), "tags": tags}
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     return f"---\n{text}---\n{card[head.end() :] if head else card}"

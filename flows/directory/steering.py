@@ -6,6 +6,7 @@ from typing import Any
 
 from merging.errors import MergequestError
 from merging.io import addresses, atomic, documents, storage
+from merging.mergers import weight_groups
 from merging.methods import METHODS
 from merging.recipe import GROUP, Recipe, flat
 from search.steering import Steering
@@ -22,6 +23,7 @@ class DirectorySteering(Steering):
         methods: The campaign's methods.
         members: Its members.
         model_type: The base's, whose methods' defaults complete a recipe.
+        weights: Names of the merged weights, which a recipe's groups of weights must fit.
         say: Told, in a line for users, of what is taken and what is not.
     """
 
@@ -31,10 +33,11 @@ class DirectorySteering(Steering):
         methods: Collection[str],
         members: Collection[str],
         model_type: str,
+        weights: Collection[str],
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._directory, self._model_type, self._say = directory, model_type, say
-        self._methods, self._members = methods, members
+        self._methods, self._members, self._weights = methods, members, weights
         self._stopping = False
         self._seen: set[str] = set()
         self._queue: deque[Recipe] = deque()
@@ -57,6 +60,7 @@ class DirectorySteering(Steering):
             try:
                 recipe = complete(documents.read_object(addresses.join(place, name)), self._model_type)
                 require_fit(recipe, self._methods, self._members)
+                weight_groups.check(self._weights, recipe)
             except MergequestError as error:
                 self._say(f"{QUEUE}/{name} is not measured: {error}")
                 continue

@@ -130,7 +130,7 @@ def test_a_driver_beats_and_listens_through_faults(store, campaign_file):
     campaign = load_campaign(str(campaign_file(directory=f"{place}/out")))
     directory = Directory(campaign.directory)
     directory.claim(campaign, {})
-    steering = DirectorySteering(directory.path, ["average"], ["one"], "bert")
+    steering = DirectorySteering(directory.path, ["average"], ["one"], "bert", [])
     pulse = Pulse(steering=steering, look=steering.look)
     fail(0.6)
     with heartbeat(directory.path, pulse, "tiny", every=0.01):

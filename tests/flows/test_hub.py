@@ -17,6 +17,7 @@ import flows.cli.evaluate
 from flows.campaign.open_campaign import open_campaign
 from flows.cli.app import app
 from flows.cli.evaluate import evaluate
+from flows.cli.push import with_lineage
 from flows.config.campaign_file import load_campaign
 from flows.config.recipe_file import load_recipe
 from flows.directory.campaign_directory import Directory
@@ -254,3 +255,24 @@ def test_a_merge_is_pushed_with_what_it_was_made_of(server, pool, tmp_path, monk
         assert mergequest("push", tmp_path / "merged", bad)[1] == 2
     with pytest.raises(MergequestError):
         load_recipe(str(recipe(tmp_path, members={"one": "org/one@"}))).material()
+
+
+@pytest.mark.parametrize(
+    ("card", "said"),
+    [
+        (b"---\n: [\n---\n", "is no mapping"),
+        (b"---\n- a\n---\n", "is no mapping"),
+        (b"\xff\xfe", "is not a UTF-8 text file"),
+    ],
+)
+def test_a_card_that_cannot_be_read_is_one_error(tiny_campaign, tmp_path, card, said):
+    shutil.copytree(tiny_campaign["base"], tmp_path / "merged")
+    (tmp_path / "merged/README.md").write_bytes(card)
+    output, status = mergequest("push", tmp_path / "merged", "org/merged")
+    assert (status, said in output) == (2, True), output
+
+
+def test_a_card_s_single_tag_stays_a_word():
+    card = with_lineage("\ufeff---\r\ntags: mine\r\n---\r\n# Card\n", ["org/base"])
+    _, head, body = card.split("---\n")
+    assert (yaml.safe_load(head)["tags"], body) == (["mine", "merge", "mergequest"], "# Card\n")

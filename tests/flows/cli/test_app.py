@@ -503,8 +503,10 @@ def test_what_is_not_of_the_campaign_is_neither_enqueued_nor_stopped(campaign_fi
     assert (status, "when the campaign goes on" in output) == (0, True), output
     (tmp_path / "out/queue/damaged.json").write_text('{"method": "ties"')
     (tmp_path / "out/queue/other.json").write_text('{"method": "ties", "scaling": {"x": 1.0}, "parameters": {}}')
+    grouped = {"method": "ties", "scaling": {"one@pooler*": 1.0, "one@*": 0.5}, "parameters": {}}
+    (tmp_path / "out/queue/zz.json").write_text(json.dumps(grouped))
     notes = []
-    steering = DirectorySteering(directory.path, ["ties"], list(members), "bert", notes.append)
+    steering = DirectorySteering(directory.path, ["ties"], list(members), "bert", ["layer.0.weight"], notes.append)
     (recipe,) = steering.queued()
     assert recipe.parameters == {**METHODS["ties"].defaults("bert"), "density": 0.5}
     assert not list(steering.queued())
@@ -513,12 +515,13 @@ def test_what_is_not_of_the_campaign_is_neither_enqueued_nor_stopped(campaign_fi
     output, status = mergequest("enqueue", directory.path, file)
     assert (status, "was measured before (failed; once" in output) == (0, True), output
     assert ["damaged" in notes[0], "'x' is none of the campaign's members" in notes[1]] == [True, True]
+    assert "zz.json is not measured: scaling factor 'one@pooler*': 'pooler*' has none of the merged weights" in notes[2]
     assert not steering.stopping()
     output, status = mergequest("stop", directory.path)
     assert (status, "no driver is at work" in output) == (2, True), output
     request_stop(directory.path)
     steering.look()
     assert steering.stopping()
-    assert DirectorySteering(directory.path, ["ties"], [], "bert").stopping()  # asked while the pool was opened
+    assert DirectorySteering(directory.path, ["ties"], [], "bert", []).stopping()  # asked while the pool was opened
     forget_stop(directory.path)
-    assert not DirectorySteering(directory.path, ["ties"], [], "bert").stopping()  # the next run is not meant
+    assert not DirectorySteering(directory.path, ["ties"], [], "bert", []).stopping()  # the next run is not meant
