@@ -1,6 +1,6 @@
 """Runs experiments: `python -m benchmarks.papers gradient_matching.figure_2 --pool continued --seed 0`.
 
-    python -m benchmarks.papers                       # all, on all their pools; what is there already is kept
+    python -m benchmarks.papers                       # all, on all their pools; what these very settings made is kept
     python -m benchmarks.papers --page                # docs/papers.md, tables and figures anew from the results
     python -m benchmarks.papers regmean.figure_3 --campaign campaign.yaml   # on members and tasks of one's own
 
@@ -22,10 +22,12 @@ import torch
 from benchmarks.papers.bench import Bench
 from benchmarks.papers.page import write_page
 from benchmarks.papers.pools import POOLS, PaperPool, of_campaign
-from benchmarks.papers.result import save
+from benchmarks.papers.result import is_of, save
 from flows.directory.progress import Display
 from merging.errors import MergequestError
+from merging.io import hashing
 from merging.registry import did_you_mean
+from merging.tasks.user_functions import code_of
 
 EXPERIMENTS = (
     "gradient_matching.figure_2",
@@ -58,6 +60,11 @@ def about(name: str) -> str:
     return (module(name).__doc__ or "").strip()
 
 
+def settings_of(name: str, examples: int | None, *, multi_task: bool) -> str:
+    """Hash of what an experiment's result is made by, besides the pool: its code, and how much is measured."""
+    return hashing.fingerprint([code_of(module(name).run), examples or 0, multi_task])
+
+
 def run(
     name: str, build: Callable[[Display], PaperPool], results: Path, examples: int | None, *, multi_task: bool = True
 ) -> Path:
@@ -79,8 +86,9 @@ def run(
         display.say(f"  {pool.name}, seed {pool.seed}: members {', '.join(pool.campaign.members)}")
         result = module(name).run(Bench(pool if multi_task else replace(pool, together=None), display, examples))
     path = results / f"{name}.{pool.name}.{pool.seed}.parquet"
+    settings = settings_of(name, examples, multi_task=multi_task)
     facts = {"experiment": name, "about": about(name), "pool": pool.name, "seed": pool.seed, "examples": examples or 0}
-    save(result, path, seconds=time.monotonic() - started, **facts)
+    save(result, path, settings, seconds=time.monotonic() - started, **facts)
     for claim in result.claims:
         display.say(f"  {claim.verdict}: {claim.claim}: {claim.ours}")
     return path
@@ -105,7 +113,7 @@ def main() -> None:
     parser.add_argument(
         "--no-multi-task", action="store_true", help="train no model on all tasks, and leave its row out"
     )
-    parser.add_argument("--again", action="store_true", help="also run what has a result")
+    parser.add_argument("--again", action="store_true", help="also run what has a result of these settings")
     parser.add_argument("--page", action="store_true", help="only write the page, tables and figures from the results")
     given = parser.parse_args()
     if strange := [name for name in given.experiments if name not in EXPERIMENTS]:
@@ -143,8 +151,9 @@ def _on_pools(given: argparse.Namespace) -> None:
     for name in () if given.page else given.experiments or EXPERIMENTS:
         for pool in given.pool or module(name).POOLS:
             for seed in given.seed or (0,):
-                if given.again or not (results / f"{name}.{pool}.{seed}.parquet").exists():
-                    most = EXAMPLES.get(pool, 200) if given.examples is None else given.examples
+                most = EXAMPLES.get(pool, 200) if given.examples is None else given.examples
+                settings = settings_of(name, most, multi_task=not given.no_multi_task)
+                if given.again or not is_of(results / f"{name}.{pool}.{seed}.parquet", settings):
                     build = partial(POOLS[pool], root, seed)
                     run(name, build, results, most or None, multi_task=not given.no_multi_task)
     write_page(results, HERE.parents[1] / "docs")

@@ -10,6 +10,7 @@ from benchmarks.papers.bench import Measured, paired
 from flows.report.experiments import COLUMNS, MEAN, SCORE
 from merging.io import atomic
 
+SETTINGS = "settings"
 Verdict: TypeAlias = Literal["agrees", "no difference", "contradicts"]
 
 
@@ -83,12 +84,13 @@ def verdict(gap: float, error: float) -> Verdict:
     return "no difference"
 
 
-def save(result: Result, path: Path, **about: Any) -> None:
+def save(result: Result, path: Path, settings: str, **about: Any) -> None:
     """Writes a result as one Parquet file: figures and claims, told apart by `kind`.
 
     Args:
         result: The result.
         path: The file.
+        settings: Hash of what it was made by, see `is_of`.
         about: Columns that every row has: experiment, what it is about, pool, seed, examples, seconds.
     """
     rows = [{"kind": "figure", **row} for row in result.rows]
@@ -97,4 +99,10 @@ def save(result: Result, path: Path, **about: Any) -> None:
         plot=result.plot, xlabel=result.labels[0], ylabel=result.labels[1], note=result.note, **about
     )
     frame = frame.reindex(columns=list(COLUMNS))
+    frame.attrs[SETTINGS] = settings  # in the file's metadata
     atomic.write_bytes(str(path), frame.to_parquet(index=False))
+
+
+def is_of(path: Path, settings: str) -> bool:
+    """Whether there is a result that these settings made; one of an earlier version, which does not say, is taken for it."""
+    return path.exists() and pd.read_parquet(path).attrs.get(SETTINGS, settings) == settings

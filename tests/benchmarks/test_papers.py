@@ -25,7 +25,7 @@ from benchmarks.papers import pools, topics, wordnet  # noqa: E402
 from benchmarks.papers.bench import Bench, Measured, paired, together  # noqa: E402
 from benchmarks.papers.page import page  # noqa: E402
 from benchmarks.papers.pools import POOLS, PaperPool  # noqa: E402
-from benchmarks.papers.result import verdict  # noqa: E402
+from benchmarks.papers.result import Result, is_of, save, verdict  # noqa: E402
 
 
 @pytest.fixture
@@ -48,6 +48,20 @@ def test_every_experiment_is_a_module_with_its_pools():
         module = papers.module(name)
         assert module.__doc__
         assert set(module.POOLS) <= set(POOLS)
+
+
+def test_a_result_is_kept_for_the_settings_that_made_it(tmp_path):
+    name, path = "mats.residual", tmp_path / "result.parquet"
+    settings = papers.settings_of(name, 12, multi_task=True)
+    assert not is_of(path, settings)
+    save(Result([{"series": "a", "value": 1.0}]), path, settings, experiment=name)
+    assert is_of(path, settings)
+    others = (papers.settings_of(name, 13, multi_task=True), papers.settings_of(name, 12, multi_task=False))
+    assert not any(
+        is_of(path, other) for other in (*others, papers.settings_of("mats.intermediate", 12, multi_task=True))
+    )
+    pd.DataFrame({"series": ["a"]}).to_parquet(path)
+    assert is_of(path, settings), "an earlier version's"
 
 
 def test_an_experiment_from_the_pool_to_the_page(tiny, tmp_path, monkeypatch):

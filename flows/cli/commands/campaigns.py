@@ -110,7 +110,11 @@ def evaluate(
     address: Address = None,
     quiet: Quiet = False,
 ) -> None:
-    """Scores recipes, checkpoints or members on a campaign's tasks."""
+    """Scores recipes, checkpoints or members on a campaign's tasks, as the campaign did where it has begun.
+
+    Statistics and numbers of examples are a recipe's own, where it names some. What a campaign's evaluators would merge
+    otherwise than `merge` (other heads, another vocabulary) is refused.
+    """
     join(address)
     from flows.cli.evaluate import evaluate as score
 
