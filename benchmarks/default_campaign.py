@@ -19,11 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 
-from benchmarks.papers.bench import Bench, Measured, paired
+from benchmarks.papers.bench import Bench, Measured, influences, paired
 from benchmarks.papers.pools import PaperPool
 from flows.campaign.baselines import ALL_DATA
 from flows.config.campaign_file import load_campaign
@@ -234,7 +233,7 @@ class Comparison:
             seconds = {"seconds": time.process_time() - begun}
             return Measured(
                 {
-                    task.name: np.asarray(task.measure(model, "test", limit=self._examples)[1].values, np.float64)
+                    task.name: influences(task, *task.measure(model, "test", limit=self._examples))
                     for task, model in zip(tasks, models, strict=True)
                 },
                 seconds,
@@ -376,9 +375,8 @@ class Comparison:
             for task in missing:
                 model = bench.tasks[task].load_model()
                 share_weights(model, bench.weights, bench.weights.members[bench.owners[task]], dict(weights))
-                values[task] = np.asarray(
-                    bench.tasks[task].measure(model, split, limit=self._examples)[1].values, np.float64
-                )
+                measured = bench.tasks[task].measure(model, split, limit=self._examples)
+                values[task] = influences(bench.tasks[task], *measured)
             return Measured(values, {"seconds": seconds})
 
         return work

@@ -14,7 +14,7 @@ from search.ledger.row import Row
 from search.objective import Objective, violation
 
 Values: TypeAlias = Mapping[str, npt.NDArray[np.float32]]
-"""Task → one number an example [N], whose mean is the score; tasks whose metric is no such mean are not there."""
+"""Task → what each example contributes to the score [N] (`Task.influences`), where the kind of task says it."""
 RIVALS = 3
 """How many candidates behind the best one its differences are looked at with."""
 

@@ -494,23 +494,24 @@ def short(recipe: Recipe) -> str:
 
 
 def _of(tasks: Mapping[str, Task], result: Mapping[str, tuple[Score, Predictions | None]]) -> Measured:
-    values = {name: _values(tasks[name], *own) for name, own in result.items()}
+    values = {name: influences(tasks[name], *own) for name, own in result.items()}
     return Measured(values, whole=[name for name, (score, _) in result.items() if not score.is_mean])
 
 
-def _values(task: Task, score: Score, predictions: Predictions | None) -> npt.NDArray[np.float64]:
+def influences(task: Task, score: Score, predictions: Predictions | None) -> npt.NDArray[np.float64]:
     """One number an example [N], whose mean is the score.
 
-    Of a metric of all examples together (F1, a correlation) what each contributes by the jackknife (Efron & Stein 1981),
-    whose spread gives the score's standard error, and paired that of a difference.
+    Of a metric whose influences are not known (BLEU) what each contributes by the jackknife (Efron & Stein 1981), whose
+    spread gives the score's standard error, and paired that of a difference.
 
     Raises:
         TaskError: Single examples have no predictions.
     """
     if predictions is None:
         raise TaskError(f"task '{task.name}' is measured whole: experiments compare models example by example")
-    if score.is_mean:
-        return np.asarray(predictions.values, np.float64)
+    known = task.influences(predictions)
+    if known is not None:
+        return np.asarray(known, np.float64)
     places = np.arange(len(predictions))
     without = np.array([task.score(predictions.take(np.delete(places, place))).value for place in places])
     return np.asarray(score.value + (len(places) - 1) * (without.mean() - without))

@@ -159,10 +159,12 @@ def _trained(opened: OpenCampaign, directory: Directory, display: Display) -> Ma
 
 def _row(recipe: Recipe, split: str, measured: jobs.Measured, directory: Directory, provenance: Provenance) -> Row:
     scores = {task: score for task, (score, _) in measured.items()}
-    trace = Trace([scores], {task: values for task, (_, values) in measured.items() if values is not None})
+    influences = {task: own for task, (_, own) in measured.items() if own is not None}
     seconds = sum(score.seconds for score in scores.values())
     candidate = Candidate(recipe, split, "reference")
-    outcome = Outcome(candidate, Measurement(scores=scores, evaluate_seconds=seconds, trace=trace))
+    outcome = Outcome(
+        candidate, Measurement(scores=scores, evaluate_seconds=seconds, trace=Trace([scores], influences=influences))
+    )
     if split == "test":
         KeptPredictions(directory.test_predictions).learn(outcome)
     return make_row(outcome, {}, None, provenance)

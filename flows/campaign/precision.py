@@ -94,7 +94,7 @@ def choose(float32: Measurement, bfloat16: Measurement) -> Choice:
     """
     seconds = {FLOAT32: float32.evaluate_seconds or 0.0, BFLOAT16: bfloat16.evaluate_seconds or 0.0}
     times = f"{seconds[BFLOAT16]:.2f} s in bfloat16, {seconds[FLOAT32]:.2f} s in float32"
-    one, other = (dict(result.trace.values) if result.trace else {} for result in (bfloat16, float32))
+    one, other = (dict(result.trace.influences) if result.trace else {} for result in (bfloat16, float32))
     variances = [paired_variance(task, one, other) for task in float32.scores]
     known = [variance for variance in variances if variance is not None]
     if len(known) < len(variances):

@@ -23,8 +23,8 @@ class Difference:
     Args:
         value: The difference of the scores.
         standard_error: Over the choice of test examples.
-        is_paired: Whether the examples were compared one by one, in every task. Where a metric is no mean over examples, or
-            single answers were not kept, the error is that of two independent samples, which is mostly too large.
+        is_paired: Whether the examples were compared one by one, in every task. Where single answers were not kept, or
+            what they contribute is not known (BLEU), the error is that of two independent samples, mostly too large.
         times: What it is multiplied by to be read.
     """
 
@@ -142,7 +142,7 @@ def caption(compared: Sequence[Compared]) -> str:
         "more from validation to test than models that nothing chose (members, plain average), that much of its lead was luck. "
         "Winner − this "
         "compares the answers to the same test examples."
-        + ("" if is_paired else " Unpaired: single answers were not kept, or the metric is no mean over examples.")
+        + ("" if is_paired else " Unpaired: what single answers contribute was not kept, or is not known.")
     )
 
 

@@ -34,11 +34,7 @@ class KeptPredictions:
         measurement, split = outcome.measurement, outcome.candidate.split
         whole = measurement is not None and not measurement.pruned and split in SPLITS
         if measurement is not None and whole and measurement.trace is not None:
-            values = {
-                task: np.ascontiguousarray(own, np.float32)
-                for task, own in measurement.trace.values.items()
-                if measurement.scores[task].is_mean
-            }
+            values = {task: np.ascontiguousarray(own, np.float32) for task, own in measurement.trace.influences.items()}
             atomic.write_bytes(self._file(outcome.candidate.recipe.identity), save(values))
         return outcome
 

@@ -4,7 +4,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -24,7 +24,7 @@ from merging.mergers.material import Material
 from merging.mergers.resident import ResidentMerger
 from merging.mergers.spread import SpreadMerger
 from merging.recipe import Recipe
-from merging.tasks.predictions import Predictions
+from merging.tasks.predictions import Floats, Predictions
 from merging.tasks.task import Score, Split, Task
 
 
@@ -196,7 +196,8 @@ class CandidateModels(ABC):
             trace = _trace([*(trace.scores if number else []), scores], seen)
             if plan.gate is not None and number < len(steps) - 1 and plan.gate(trace):
                 return trace, True
-        return trace, False
+        influences = {task.name: task.influences(seen[task.name]) for task in self._tasks if task.name in seen}
+        return replace(trace, influences=_arrays(influences)), False
 
 
 class LiveModels(CandidateModels):
@@ -295,8 +296,7 @@ def _trace(scores: Sequence[Mapping[str, Score]], predictions: Mapping[str, Pred
     """The trace after these steps' scores."""
 
     def each(name: str) -> dict[str, npt.NDArray[np.float32]]:
-        arrays = {task: getattr(prediction, name) for task, prediction in predictions.items()}
-        return {task: array.astype(np.float32) for task, array in arrays.items() if array is not None}
+        return _arrays({task: getattr(prediction, name) for task, prediction in predictions.items()})
 
     return Trace(scores, each("values"), each("surrogates"), each("losses"))
 
@@ -345,3 +345,7 @@ def check_models(pool: Pool, tasks: Sequence[Task], owners: Mapping[str, str]) -
         names = pool.members[owners[task.name]].names
         dropped[task.name] = {name for name in pool.weights if names[name] in blank[1].homeless}
     refuse_unmeasured(tasks, dropped)
+
+
+def _arrays(arrays: Mapping[str, Floats | None]) -> dict[str, npt.NDArray[np.float32]]:
+    return {task: array.astype(np.float32) for task, array in arrays.items() if array is not None}

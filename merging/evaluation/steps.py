@@ -24,12 +24,14 @@ class Trace:
         values: Task → `Predictions.values` [N]. Tasks that give no predictions have none.
         surrogates: Task → `Predictions.surrogates` [N], where it has them.
         losses: Task → `Predictions.losses` [N], where it has them.
+        influences: Task → `Task.influences` [N], where it has them; after the last step only.
     """
 
     scores: Sequence[Mapping[str, Score]]
     values: Mapping[str, Floats] = field(default_factory=dict)
     surrogates: Mapping[str, Floats] = field(default_factory=dict)
     losses: Mapping[str, Floats] = field(default_factory=dict)
+    influences: Mapping[str, Floats] = field(default_factory=dict)
 
     @property
     def examples(self) -> int:
@@ -37,7 +39,7 @@ class Trace:
         return max((score.examples for score in self.scores[-1].values()), default=0)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-like values."""
+        """JSON-like values, without influences."""
         return {
             "scores": [{task: score.as_dict() for task, score in step.items()} for step in self.scores],
             "values": _lists(self.values),

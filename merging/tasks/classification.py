@@ -20,7 +20,7 @@ from merging.tasks.head import problem_type
 from merging.tasks.labels import output_names
 from merging.tasks.likelihood import Likelihood, entropies, losses, surrogates
 from merging.tasks.metrics import METRICS, METRICS_OF, MULTI_LABEL, REGRESSION, Labels
-from merging.tasks.predictions import Predictions
+from merging.tasks.predictions import Floats, Predictions
 from merging.tasks.task import SPLITS, Batch, Score, Split, TaskSettings, score_of
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
@@ -236,6 +236,13 @@ class Classifier(FileTask[E]):
     def score(self, predictions: Predictions) -> Score:
         """See `Task.score`."""
         return scored(self.metric, predictions, self.outputs)
+
+    def influences(self, predictions: Predictions) -> Floats:
+        """See `Task.influences`."""
+        payload = predictions.payload
+        return METRICS_OF[self.outputs][self.metric].influences(
+            payload["labels"], payload["outputs"].astype(np.float64)
+        )
 
 
 def batch_labels(labels: Labels) -> Tensor:

@@ -22,7 +22,7 @@ from merging.io import hashing
 from merging.registry import did_you_mean
 from merging.tasks.environment import hidden, references, resolved, secret_in
 from merging.tasks.head import blank_model, class_of, configuration, load_model
-from merging.tasks.predictions import Predictions
+from merging.tasks.predictions import Floats, Predictions
 from merging.tasks.task import Score, Split, Task, TaskSettings, register, score_of
 from merging.tasks.user_functions import FUNCTION, code_of, load_function
 
@@ -218,6 +218,10 @@ class Custom(Task):
             return load_function(self.settings.evaluator, self.settings._directory)
         except TaskError as error:
             raise self._error(str(error)) from error
+
+    def influences(self, predictions: Predictions) -> Floats:
+        """See `Task.influences`: what the function gave of each example."""
+        return predictions.values
 
     def _values(self, values: Any, split: Split) -> npt.NDArray[np.float64]:
         """One finite number per example, out of what the function returned."""

@@ -271,6 +271,16 @@ class Task(ABC):
             f"task '{self.name}' ({self.kind}) gives no predictions of single examples: it is measured whole"
         )
 
+    def influences(self, predictions: Predictions) -> Floats | None:
+        """What each example contributes to the score [N]: its differences between two models pair them.
+
+        Their mean is the score, their standard deviation over √N its standard error (`metrics.metric.influences`).
+
+        Returns:
+            Of a metric that is a mean its values; None where the kind has none for another.
+        """
+        return predictions.values if self.score(predictions).is_mean else None
+
     def batches(self, split: Split, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
         """Examples [start, stop) of a split's fixed shuffled order, in batches on the CPU."""
         raise TaskError(f"task '{self.name}' ({self.kind}) has no batches to compute statistics from")

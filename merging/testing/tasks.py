@@ -141,6 +141,12 @@ class TaskTests:
         assert score.standard_error >= 0
         if score.is_mean:
             assert score.value == pytest.approx(float(predictions.values.mean()))
+        influences = task.influences(predictions)
+        if influences is not None:
+            assert score.value == pytest.approx(float(influences.mean()), abs=1e-6)
+            assert score.standard_error == pytest.approx(
+                float(influences.std()) / len(influences) ** 0.5, rel=0.5, abs=1e-9
+            )
         if task.has_surrogates:
             assert predictions.surrogates is not None
             assert score.expected_error == pytest.approx(1 - float(predictions.surrogates.mean()))

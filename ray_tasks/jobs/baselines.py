@@ -11,13 +11,13 @@ from merging.optimization.fine_tuning import TrainingSettings
 from merging.optimization.label_tuning import tune
 from merging.recipe import Recipe
 from merging.tasks.predictions import Predictions
-from merging.tasks.task import Score, Split
+from merging.tasks.task import Score, Split, Task
 from ray_tasks.evaluators.evaluator import Setup
 from ray_tasks.jobs.parallel import Report
 from ray_tasks.jobs.statistics import BoundTask
 
 Measured = dict[str, tuple[Score, npt.NDArray[np.float32] | None]]
-"""Task → its score, and the value of every example where the kind of task gives any."""
+"""Task → its score, and what every example contributes to it, where the kind of task says it."""
 
 
 def ensemble(
@@ -36,7 +36,7 @@ def ensemble(
         limit=limit,
         precision=setup.precision,
     )
-    return {name: _values(*measured) for name, measured in measured_of.items()}
+    return {task.name: _measured(task, *measured_of[task.name]) for task in tasks}
 
 
 def checkpoints(
@@ -56,7 +56,7 @@ def checkpoints(
         task = bound.open()
         if task.has_split(split):
             model = task.load_model().to(best_device())
-            measured[name] = _values(*task.measure(model, split, limit=limit, precision=precision))
+            measured[name] = _measured(task, *task.measure(model, split, limit=limit, precision=precision))
         report(number / len(tasks))
     return measured
 
@@ -85,11 +85,14 @@ def fine_tuned(setup: Setup, start: Recipe, settings: TrainingSettings, split: S
         also=tasks[len(seen) :],
     )
     return {
-        task.name: _values(*task.measure(model, split, precision=setup.precision))
+        task.name: _measured(task, *task.measure(model, split, precision=setup.precision))
         for task, model in zip(tasks, models, strict=True)
         if task.has_split(split)
     }
 
 
-def _values(score: Score, predictions: Predictions | None) -> tuple[Score, npt.NDArray[np.float32] | None]:
-    return score, None if predictions is None else predictions.values.astype(np.float32)
+def _measured(
+    task: Task, score: Score, predictions: Predictions | None
+) -> tuple[Score, npt.NDArray[np.float32] | None]:
+    influences = None if predictions is None else task.influences(predictions)
+    return score, None if influences is None else influences.astype(np.float32)

@@ -23,7 +23,7 @@ from merging.registry import did_you_mean
 from merging.tasks.harness.documents import Documents, find_task, quiet_harness, read_documents
 from merging.tasks.head import blank_model, generation_config, load_model, load_tokenizer
 from merging.tasks.language.text_engine import EngineNeeds, NeedsRecorder, TextEngine
-from merging.tasks.predictions import Predictions
+from merging.tasks.predictions import Floats, Predictions
 from merging.tasks.task import Score, Split, Task, TaskSettings, register, score_of
 
 RESAMPLES = 50
@@ -187,6 +187,10 @@ class HarnessTask(Task):
     def score(self, predictions: Predictions) -> Score:
         """What the harness's aggregation makes of the documents' results; see `Task.score`."""
         return self._judge.score(predictions)
+
+    def influences(self, predictions: Predictions) -> Floats | None:
+        """See `Task.influences`."""
+        return predictions.values if self._judge.is_mean else None
 
     def engine_needs(self) -> EngineNeeds:
         """What an engine must be able to do for this task: all of its requests are gone through, without a model.
@@ -360,7 +364,7 @@ class Judge:
             raise TaskError(f"the harness's task has no filter '{filter}'. {did_you_mean(self.filter, filters)}")
         self.sign = 1.0 if task.higher_is_better().get(self.metric, True) else -1.0
         self._task, self._aggregate = task, aggregations[self.metric]
-        self._is_mean = self._aggregate is mean
+        self.is_mean = self._aggregate is mean
 
     @property
     def name(self) -> str:
@@ -384,7 +388,7 @@ class Judge:
             raise TaskError(f"the harness gives no '{self.metric}' for single documents, only {', '.join(results[0])}")
         items = [result[self.metric] for result in results]
         values = self.sign * np.array([_number(item, self.metric) for item in items], np.float64)
-        if self._is_mean:
+        if self.is_mean:
             return Predictions(values)
         kept = np.empty(len(items), object)
         for place, item in enumerate(items):
@@ -393,7 +397,7 @@ class Judge:
 
     def score(self, predictions: Predictions) -> Score:
         """The harness's aggregation; the error of one that is no mean by a bootstrap."""
-        if self._is_mean:
+        if self.is_mean:
             return score_of(predictions, self.name)
         items = list(predictions.payload["items"])
         rng = np.random.default_rng(0)

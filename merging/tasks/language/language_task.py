@@ -22,6 +22,7 @@ from merging.tasks.language.answers import GRADES, Grade, corpus_score, extracte
 from merging.tasks.language.examples import Example, read_examples
 from merging.tasks.language.language_settings import LIKELIHOODS
 from merging.tasks.language.text_engine import TextEngine
+from merging.tasks.metrics.metric import influences
 from merging.tasks.predictions import Floats, Predictions
 from merging.tasks.task import IGNORED, Batch, Score, Split, score_of
 from merging.tasks.user_functions import code_of, load_function
@@ -218,6 +219,15 @@ class LanguageTask(TextTask[list[Example]]):
             texts = [[str(text) for text in predictions.payload[name]] for name in ("generated", "references")]
             return score_of(predictions, metric, measured=corpus_score(metric, *texts))
         return score_of(predictions, metric)
+
+    def influences(self, predictions: Predictions) -> Floats | None:
+        """See `Task.influences`; None of metrics of all texts together."""
+        if self.settings.judged_by in ("chrf", "bleu"):
+            return None
+        if self.settings.judged_by != "neg_perplexity":
+            return predictions.values
+        counts = np.stack([np.asarray(predictions.payload[name], np.float64) for name in ("sums", "tokens")], axis=1)
+        return influences(lambda sums: -np.exp(-sums[:, 0] / sums[:, 1]), counts)
 
     def read(self, paths: Sequence[str]) -> list[Example]:
         """See `FileTask.read`."""

@@ -44,6 +44,10 @@ class Metric(Protocol):
         """The value and its standard error over the choice of examples."""
         ...
 
+    def influences(self, labels: Labels, outputs: Floats) -> Floats:
+        """What each example contributes to the value [N]; see `influences`."""
+        ...
+
 
 @dataclass(frozen=True)
 class OfEachExample:
@@ -68,6 +72,10 @@ class OfEachExample:
         """The mean and s/√N; for accuracy s² = a(1 − a), the exact variance of a right or wrong answer."""
         values = self.values(labels, outputs)
         return float(values.mean()), float(values.std() / np.sqrt(len(values)))
+
+    def influences(self, labels: Labels, outputs: Floats) -> Floats:
+        """See `Metric.influences`."""
+        return self.values(labels, outputs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +109,22 @@ def draws(numbers: npt.NDArray[Any], seed: int, resamples: int = RESAMPLES) -> F
     total = int(numbers.sum())
     drawn: Floats = np.random.default_rng(seed).multinomial(total, numbers / total, size=resamples).astype(np.float64)
     return drawn
+
+
+def influences(value: Callable[[Floats], Floats], counts: Floats) -> Floats:
+    """What each example contributes to a metric of all of them: θ + N ∂θ/∂w_i, w_i the weight of example i [N].
+
+    The infinitesimal jackknife (Efron 1982). Their mean is θ, their standard deviation over √N its standard error; of two
+    models the differences example by example give the standard error of the difference.
+
+    Args:
+        value: Sums over examples [B, M] → the metric of each [B]; the same for all multiples of its argument.
+        counts: What each example adds to the sums [N, M].
+    """
+    step = 2.0**-17  # which leaves sums of whole numbers exact
+    total = counts.sum(axis=0)
+    value_of_all = value(total[None])
+    return value_of_all + len(counts) * (value(total + step * counts) - value_of_all) / step
 
 
 def ratio(over: Floats, under: Floats) -> Floats:

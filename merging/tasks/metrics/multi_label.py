@@ -10,7 +10,7 @@ import numpy as np
 
 from merging.errors import TaskError
 from merging.registry import Registry
-from merging.tasks.metrics.metric import Labels, Metric, OfAllExamples, OfEachExample, draws, ratio
+from merging.tasks.metrics.metric import Labels, Metric, OfAllExamples, OfEachExample, draws, influences, ratio
 from merging.tasks.predictions import Floats
 
 
@@ -26,11 +26,22 @@ class F1(OfAllExamples):
 
     def measure(self, labels: Labels, outputs: Floats, seed: int) -> tuple[float, float]:
         """The value, and its spread over resampled examples (Efron 1979)."""
-        predicted = outputs > 0
-        right, both = labels * predicted, labels + predicted
+        counts = _counts(labels, outputs)
         drawn = draws(np.ones(len(labels)), seed)
-        value = self.of_counts(right.sum(0, keepdims=True), both.sum(0, keepdims=True))
-        return float(value[0]), float(self.of_counts(drawn @ right, drawn @ both).std(ddof=1))
+        return float(self._of(counts.sum(0, keepdims=True))[0]), float(self._of(drawn @ counts).std(ddof=1))
+
+    def influences(self, labels: Labels, outputs: Floats) -> Floats:
+        """See `Metric.influences`."""
+        return influences(self._of, _counts(labels, outputs))
+
+    def _of(self, counts: Floats) -> Floats:
+        return self.of_counts(*np.split(counts, 2, axis=1))
+
+
+def _counts(labels: Labels, outputs: Floats) -> Floats:
+    """Right, and labelled and predicted together, of each example and class [N, 2 C]."""
+    predicted = outputs > 0
+    return np.concatenate([labels * predicted, labels + predicted], axis=1).astype(np.float64)
 
 
 def _micro(right: Floats, both: Floats) -> Floats:

@@ -8,7 +8,7 @@ import numpy as np
 
 from merging.errors import TaskError
 from merging.registry import Registry
-from merging.tasks.metrics.metric import Labels, Metric, OfAllExamples, OfEachExample, draws
+from merging.tasks.metrics.metric import Labels, Metric, OfAllExamples, OfEachExample, draws, influences
 from merging.tasks.predictions import Floats
 
 
@@ -26,7 +26,7 @@ class Correlation(OfAllExamples):
 
     def measure(self, labels: Labels, outputs: Floats, seed: int) -> tuple[float, float]:
         """The value, and its spread over resampled examples (Efron 1979); of Spearman's with the ranks among all."""
-        from scipy.stats import pearsonr, rankdata, spearmanr
+        from scipy.stats import pearsonr, spearmanr
 
         function: Any = pearsonr if self.kind == "pearson" else spearmanr
         values = []
@@ -36,18 +36,31 @@ class Correlation(OfAllExamples):
                 few = len(labels) < 2
                 correlation = np.nan if few else float(function(labels[:, column], outputs[:, column])[0])
                 values.append(correlation if np.isfinite(correlation) else 0.0)
-        pair = (labels, outputs) if self.kind == "pearson" else (rankdata(labels, axis=0), rankdata(outputs, axis=0))
-        return float(np.mean(values)), float(_resampled(*pair, seed=seed).std(ddof=1))
+        moments = self._moments(labels, outputs)
+        drawn = draws(np.ones(len(labels)), seed)
+        return float(np.mean(values)), float(_correlations(drawn @ moments).std(ddof=1))
+
+    def influences(self, labels: Labels, outputs: Floats) -> Floats:
+        """See `Metric.influences`; of Spearman's with the ranks among all."""
+        return influences(_correlations, self._moments(labels, outputs))
+
+    def _moments(self, labels: Labels, outputs: Floats) -> Floats:
+        """What each example adds to the moments that Pearson's correlation is made of [N, 6 C]."""
+        if self.kind == "spearman":
+            from scipy.stats import rankdata
+
+            labels, outputs = rankdata(labels, axis=0), rankdata(outputs, axis=0)
+        # of differences from the mean, which do not cancel; a constant's are 0
+        x, y = (np.where(np.ptp(z, axis=0) > 0, z - z.mean(0), 0.0) for z in (labels, outputs))
+        return np.concatenate([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)
 
 
-def _resampled(labels: Labels, outputs: Floats, *, seed: int) -> Floats:
-    """Pearson's correlation of each resample, mean over outputs [B]."""
-    drawn = draws(np.ones(len(labels)), seed) / len(labels)
-    # moments of differences from the mean, which do not cancel
-    x, y = labels - labels.mean(0), outputs - outputs.mean(0)
-    covariance = drawn @ (x * y) - (drawn @ x) * (drawn @ y)
-    spreads = [drawn @ (z * z) - (drawn @ z) ** 2 for z in (x, y)]
-    under = np.sqrt(np.maximum(spreads[0], 0) * np.maximum(spreads[1], 0))
+def _correlations(moments: Floats) -> Floats:
+    """Pearson's correlation, mean over outputs, of sums of moments [B, 6 C] → [B]."""
+    number, *sums = np.split(moments, 6, axis=1)
+    x, y, xx, yy, xy = (each / number for each in sums)
+    covariance = xy - x * y
+    under = np.sqrt(np.maximum(xx - x * x, 0) * np.maximum(yy - y * y, 0))
     mean: Floats = np.divide(covariance, under, out=np.zeros_like(under), where=under > 0).mean(1)
     return mean
 

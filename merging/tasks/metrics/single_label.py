@@ -9,7 +9,16 @@ import numpy as np
 
 from merging.errors import TaskError
 from merging.registry import Registry
-from merging.tasks.metrics.metric import RESAMPLES, Labels, Metric, OfAllExamples, OfEachExample, draws, ratio
+from merging.tasks.metrics.metric import (
+    RESAMPLES,
+    Labels,
+    Metric,
+    OfAllExamples,
+    OfEachExample,
+    draws,
+    influences,
+    ratio,
+)
 from merging.tasks.predictions import Floats
 
 
@@ -48,6 +57,13 @@ class OfPredictions(OfAllExamples):
             value = float(self.function(labels, predictions))
         resampled = self.of_counts(resample(labels, predictions, outputs.shape[1], RESAMPLES, seed))
         return value, float(resampled.std(ddof=1))
+
+    def influences(self, labels: Labels, outputs: Floats) -> Floats:
+        """See `Metric.influences`."""
+        of_class = np.eye(outputs.shape[1])
+        true, predicted = of_class[labels], of_class[outputs.argmax(axis=1)]
+        counts = np.concatenate([true * predicted, true, predicted], axis=1)
+        return influences(lambda sums: self.of_counts(ClassCounts(*np.split(sums, 3, axis=1))), counts)
 
 
 def resample(labels: Labels, predictions: Labels, classes: int, resamples: int, seed: int) -> ClassCounts:

@@ -21,7 +21,8 @@ from merging.tasks.classification import ClassNames
 from merging.tasks.file_task import TextTask, longest_first
 from merging.tasks.head import tokenizer_identity
 from merging.tasks.labels import quoted
-from merging.tasks.predictions import Predictions
+from merging.tasks.metrics.metric import influences, ratio
+from merging.tasks.predictions import Floats, Predictions
 from merging.tasks.tagging.spans import SpanCounts, count, f1
 from merging.tasks.task import IGNORED, UNKNOWN, Batch, Score, Split, TaskSettings, register, score_of
 
@@ -192,6 +193,14 @@ class TokenClassification(TextTask[list[_Sentence]]):
         # delta method, for a ratio of means over sentences
         error = (right - value * words).std() / words.mean() / np.sqrt(len(words))
         return score_of(predictions, "token_accuracy", measured=(float(value), float(error)))
+
+    def influences(self, predictions: Predictions) -> Floats:
+        """See `Task.influences`."""
+        payload = {name: np.asarray(value, np.float64) for name, value in predictions.payload.items()}
+        over, under = payload["right"], payload["words"]
+        if self.settings.metric == "entity_f1":
+            over, under = 2 * payload["spans_right"], payload["spans_predicted"] + payload["spans_true"]
+        return influences(lambda sums: ratio(sums[:, 0], sums[:, 1]), np.stack([over, under], axis=1))
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -24,7 +24,7 @@ from search.ledger.ledger import Ledger
 
 def measured(values, seconds):
     scores = {task: Score(float(np.mean(own)), 0.0, len(own), "accuracy", is_mean=True) for task, own in values.items()}
-    trace = Trace([scores], {task: np.array(own, np.float32) for task, own in values.items()})
+    trace = Trace([scores], influences={task: np.array(own, np.float32) for task, own in values.items()})
     return Measurement(scores, evaluate_seconds=seconds, trace=trace)
 
 

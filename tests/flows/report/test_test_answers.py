@@ -12,16 +12,17 @@ from search.candidate import Candidate, Measurement, Outcome
 def outcome(metrics):
     values = {task: np.linspace(0, 1, 5, dtype=np.float32) for task in metrics}
     scores = {task: Score(0.5, 0.1, 5, metric, is_mean=METRICS[metric].is_mean) for task, metric in metrics.items()}
-    result = Measurement(scores, trace=Trace([scores], values, values))
+    influences = {task: own for task, own in values.items() if task != "together"}
+    result = Measurement(scores, trace=Trace([scores], values, values, influences=influences))
     return Outcome(Candidate(Recipe("base", {}), "test", "final"), result)
 
 
-def test_what_a_metric_averages_is_kept_and_nothing_else(tmp_path):
+def test_what_examples_contribute_is_kept_and_nothing_else(tmp_path):
     kept = KeptPredictions(str(tmp_path))
-    given = outcome({"right": "accuracy", "together": "macro_f1"})
+    given = outcome({"right": "accuracy", "by counts": "macro_f1", "together": "macro_f1"})
     assert kept.learn(given) is given
     result = kept.read(given.candidate.recipe.identity)
-    assert set(result) == {"right"}
+    assert set(result) == {"right", "by counts"}
     assert result["right"] == pytest.approx([0, 0.25, 0.5, 0.75, 1])
 
 

@@ -95,3 +95,22 @@ def test_the_standard_error_survives_a_large_mean(numbers):
     labels, outputs = numbers
     near, far = (REGRESSION["pearson"].measure(labels, outputs + shift, 0) for shift in (0, 1e7))
     assert far == pytest.approx(near, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["micro_f1", "macro_f1", "pearson", "spearman"])
+def test_influences_are_the_jackknifes(name, several, numbers):
+    """Leaving examples out one by one gives the same contributions."""
+    metric, (labels, outputs) = (MULTI_LABEL[name], several) if name in MULTI_LABEL else (REGRESSION[name], numbers)
+    every = np.arange(len(labels))
+    without = np.array([metric.measure(labels[every != place], outputs[every != place], 0)[0] for place in every])
+    value, error = metric.measure(labels, outputs, 0)
+    own = metric.influences(labels, outputs)
+    assert own.mean() == pytest.approx(value, abs=1e-5)
+    assert np.corrcoef(own, -without)[0, 1] > 0.99  # leaving one out changes Spearman's ranks, too
+    assert own.std() / len(own) ** 0.5 == pytest.approx(error, rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["pearson", "spearman"])
+def test_a_constant_contributes_nothing(name, numbers):
+    labels, _ = numbers
+    assert (REGRESSION[name].influences(labels, np.full((300, 2), 0.1)) == 0).all()

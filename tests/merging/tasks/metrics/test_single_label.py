@@ -108,3 +108,27 @@ def test_one_class_predicted_gives_a_number():
 def test_unknown_metric_suggests():
     with pytest.raises(TaskError, match="Did you mean 'accuracy'"):
         measure("acuracy", np.array([0]), np.array([[1.0]]))
+
+
+@pytest.mark.parametrize("name", BOOTSTRAPPED)
+def test_influences_are_the_jackknifes(name, answers):
+    """Leaving examples out one by one gives the same differences of two models, and their standard error."""
+    labels, one = answers
+    other = np.random.default_rng(1).permutation(one)
+
+    def jackknife(probabilities):
+        every = np.arange(len(labels))
+        without = [measure(name, labels[every != place], probabilities[every != place])[0] for place in every]
+        return measure(name, labels, probabilities)[0] + (len(labels) - 1) * (np.mean(without) - np.array(without))
+
+    own, others = (METRICS[name].influences(labels, each) for each in (one, other))
+    assert own.mean() == pytest.approx(measure(name, *answers)[0], abs=1e-6)
+    gaps, expected = own - others, jackknife(one) - jackknife(other)
+    assert np.corrcoef(gaps, expected)[0, 1] > 0.999
+    assert gaps.std() == pytest.approx(expected.std(), rel=0.03)
+    assert own.std() / 600**0.5 == pytest.approx(measure(name, *answers)[1], rel=0.15)
+
+
+def test_one_class_for_all_contributes_nothing(answers):
+    labels, _ = answers
+    assert (METRICS["matthews"].influences(labels, np.tile([0.1, 0.2, 0.6, 0.1], (600, 1))) == 0).all()
