@@ -8,11 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.campaign.cluster import connected
-from flows.campaign.distil import Files
 from flows.campaign.evaluators import evaluators
 from flows.campaign.needed_statistics import joined as files_joined
 from flows.campaign.needed_statistics import published_files
-from flows.campaign.open_campaign import OpenCampaign, open_campaign
+from flows.campaign.open_campaign import Files, OpenCampaign, open_campaign
 from flows.campaign.precision import UNDECIDED, kept_choice, with_choice
 from flows.cli.steer import require_same_merge
 from flows.config.campaign_file import Campaign
