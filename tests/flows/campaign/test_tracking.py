@@ -127,8 +127,11 @@ def test_wandb_offline_keeps_every_row(directory, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert run(directory, {"wandb": "team/merges"}, [[row(0)], [FAILED, row(2)]]) == []
     (file,) = Path(directory.path).glob("wandb/offline-run-*/*.wandb")
-    content = file.read_bytes()
-    assert all(word in content for word in (b'"c0"', b'"c1"', b'"c2"', b"merges", b"objective"))
+    words = (b'"c0"', b'"c1"', b'"c2"', b"merges", b"objective")
+    deadline = time.monotonic() + 30  # its own process writes the file, some moments after the run has ended
+    while (missing := [word for word in words if word not in file.read_bytes()]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert missing == []
 
 
 def test_without_a_key_wandb_is_warned_of_once_and_the_campaign_goes_on(directory, monkeypatch):
