@@ -189,7 +189,7 @@ def test_a_stopped_job_ends_within_seconds_and_goes_on_where_it_was_beside_anoth
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     while "Evaluator" in str(workers_of(environment)) and time.monotonic() < started + 60:
         time.sleep(0.2)
-    assert time.monotonic() - started < 60  # seconds, where nothing else runs
+    assert time.monotonic() - started < 30  # a second or two of it the command's own start
     assert not [pid for pid, name in workers_of(environment).items() if pid in working and "Evaluator" in name]
     assert not [path for path in out.rglob("*") if ".tmp" in path.name or ".old" in path.name]
     before = {(row.candidate, row.split): row.finished for row in rows_of(out)}
