@@ -12,7 +12,7 @@ from merging.methods.latest import Latest
 from merging.methods.least_squares.blocks import InBlocks, blocks_of
 from merging.methods.least_squares.gram_systems import averaged_layers, grams_of
 from merging.methods.method import Context, Method, Parameter, Prepared, Weight, register
-from merging.methods.spectral.singular_vectors import Matrix, PreparedSpectral, norms, polar, triples
+from merging.methods.spectral.singular_vectors import NOISE, Matrix, PreparedSpectral, norms, polar, triples
 from merging.methods.spherical.inner_products import Products, added, inner_products
 from merging.recipe import Value
 
@@ -151,8 +151,8 @@ class PreparedEsm(PreparedSpectral):
         if (index, member) in self._directions:
             return self._directions[index, member]
         grams = [dense(row.weight.statistics["gram"][member]).double() for row in self.batches[index].rows]
-        left, values, _ = triples(moved @ _root(torch.stack(grams)))
-        strongest = left, values.square() ** POWER * (values > 0)
+        left, energies = output_directions(moved, torch.stack(grams))
+        strongest = left, energies**POWER * (energies > 0)
         size = sum(part.nbytes for part in strongest)
         if self._kept_bytes + size <= KEPT_BYTES:
             self._directions[index, member] = strongest
@@ -163,6 +163,27 @@ class PreparedEsm(PreparedSpectral):
         """See `layer_scales`; kept until other members are asked for."""
         places = [self.members.index(member) for member in members]
         return self._scales.get(places, lambda: layer_scales(self._products, places))
+
+
+def output_directions(moved: Tensor, grams: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors and eigenvalues of τ G τᵀ, descending; both are 0 where they are rounding, or no input reaches them.
+
+    Args:
+        moved: τ [B, out, in], float64.
+        grams: G [B, in, in], float64, summed in float32.
+
+    Returns:
+        P [B, out, r] and λ [B, r], r = min(out, in).
+    """
+    outputs, inputs = moved.shape[1:]
+    if outputs > inputs:  # no eigenvectors of the larger side
+        left, values, _ = triples(moved @ _root(grams))
+        return left, values.square()
+    energies, vectors = (part.flip(-1) for part in torch.linalg.eigh(moved @ grams @ moved.mT))
+    reached = (moved.mT @ vectors).square().sum(1)
+    rounding = ROUNDING * inputs**0.5 * norms(grams)[:, None] * reached
+    kept = (energies > rounding) & (energies > NOISE**2 * energies[:, :1])
+    return vectors * kept[:, None, :], energies * kept
 
 
 def _root(grams: Tensor) -> Tensor:

@@ -50,3 +50,19 @@ def test_what_is_kept_of_members_changes_no_later_candidate(merge, monkeypatch, 
         prepared.merge(scaling, METHODS["esm"].defaults(), out)
         for name, expected in merge("esm", weights, scaling).items():
             torch.testing.assert_close(out[name], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(12, 8), (8, 8), (8, 12)])
+@pytest.mark.parametrize("tokens", [3, 64])
+def test_output_directions_are_those_of_the_outputs_themselves(outputs, inputs, tokens):
+    """The singular vectors of what the task vector adds to each token's output, whichever side is the larger."""
+    g = torch.Generator().manual_seed(outputs)
+    moved = torch.randn(2, outputs, inputs, generator=g, dtype=torch.float64)
+    x = torch.randn(2, tokens, inputs, generator=g)
+    directions, energies = esm.output_directions(moved, (x.mT @ x / tokens).double())
+    expected = torch.linalg.svd(moved @ x.double().mT / tokens**0.5, full_matrices=False)
+    rank = min(outputs, inputs, tokens)
+    torch.testing.assert_close(energies[:, :rank], expected.S[:, :rank] ** 2, rtol=1e-4, atol=1e-9)
+    assert not energies[:, rank:].any()
+    alike = (directions[..., :rank] * expected.U[..., :rank]).sum(1).abs()
+    torch.testing.assert_close(alike, torch.ones_like(alike), rtol=1e-4, atol=0)
