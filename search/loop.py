@@ -16,6 +16,7 @@ from search.candidate import PARTIAL, Candidate, Executor, Observer, Outcome, Pr
 from search.in_flight import InFlight, to_row
 from search.ledger.ledger import Ledger
 from search.ledger.row import Origin, Row
+from search.line_search import LineSearch
 from search.objective import Objective
 from search.samplers.history_window import Memory
 from search.samplers.windowed_study import WindowedStudy
@@ -39,6 +40,7 @@ def search(
     split: str = "validation",
     describe: Callable[[Recipe], Mapping[str, float]] = lambda recipe: {},
     steering: Steering | None = None,
+    line_search: bool = False,
 ) -> Ending:
     """Measures the baselines, then what the sampler proposes, until a budget is spent.
 
@@ -61,6 +63,7 @@ def search(
         split: What candidates are measured on.
         describe: Further `proxies` of a recipe's row, known without measuring it.
         steering: Asked between candidates whether to stop, and for recipes that somebody wants measured.
+        line_search: Begin with the best baseline, scaled (`search.line_search`).
 
     Raises:
         SearchError: Every baseline failed, or candidate after candidate with the same error.
@@ -82,6 +85,7 @@ def search(
         split,
         describe,
         steering or Steering(),
+        line_search,
     )
     return run.run()
 
@@ -103,6 +107,7 @@ class _Search:
         split: str,
         describe: Callable[[Recipe], Mapping[str, float]],
         steering: Steering,
+        line_search: bool,
     ) -> None:
         self._steering = steering
         self._describe = describe
@@ -111,6 +116,7 @@ class _Search:
         self._budget, self._observer = budget, observer
         self._in_flight, self._capacity = InFlight(executor, budget.retries), max(1, executor.capacity)
         self._ahead: Candidate | None = None
+        self._line = LineSearch(space, self._seen) if line_search else None
         self._trials: dict[int, Trial] = {}
         self._notes: dict[int, Mapping[str, Any]] = {}
         self._void: dict[str, Mapping[str, Any]] = {}
@@ -153,6 +159,7 @@ class _Search:
     def _next(self) -> Candidate | None:
         """The next candidate to measure; None where there is none for now."""
         self._queue()
+        self._study.hold(max(0, self._capacity - len(self._in_flight) - (self._ahead is not None)))
         if self._steering.stopping():
             self._ending = "stopped"
             return None
@@ -163,18 +170,36 @@ class _Search:
         if not self._study.has_waiting:
             # Decided anew once nothing is under way: the last rows may hold an improvement.
             self._ending = "exhausted" if self._exhausted else spent
-            return None if self._ending else self._ask()
+            if self._ending:
+                return None
+            self._scale()
+            return self._ask()
         return None if spent == "candidates" else self._ask()
 
     def _queue(self) -> None:
         """Takes recipes that somebody wants measured: those of the space are trials, which the sampler learns from."""
         for recipe in self._steering.queued():
-            if self._ledger.has(recipe.identity, self._split) or self._in_flight.holds(recipe, self._split):
+            if self._is_known(recipe):
                 continue
             if recipe in self._space:
                 self._study.enqueue(self._space.params(recipe), {CANDIDATE: recipe.identity})
             elif recipe.identity not in {waiting.identity for waiting in self._unheard}:
                 self._unheard.append(recipe)
+
+    def _scale(self) -> None:
+        """Has the line search's next recipe asked before the sampler."""
+        ahead = self._line.frontier() if self._line else []
+        if recipe := next((recipe for recipe in ahead if not self._is_known(recipe)), None):
+            self._study.enqueue(self._space.params(recipe), {CANDIDATE: recipe.identity})
+
+    def _seen(self, recipe: Recipe) -> Row | None:
+        """A recipe's row, unless it is held back from samplers."""
+        row = self._ledger.get(recipe.identity, self._split)
+        return None if row is None or self._study.holds_back(row.trial) else row
+
+    def _is_known(self, recipe: Recipe) -> bool:
+        """Whether a recipe is in the ledger or under way."""
+        return self._ledger.has(recipe.identity, self._split) or self._in_flight.holds(recipe, self._split)
 
     def _ask(self) -> Candidate | None:
         """The next recipe that is not in the ledger and not under way."""
@@ -183,8 +208,7 @@ class _Search:
             if recipe is None:
                 continue
             origin = cast(Origin, trial.user_attrs.get(ORIGIN, "search"))
-            held = self._in_flight.holds(recipe, self._split)
-            if not held and not self._ledger.has(recipe.identity, self._split):
+            if not self._is_known(recipe):
                 self._known = 0
                 if CANDIDATE not in trial.user_attrs:
                     trial.set_user_attr(CANDIDATE, recipe.identity)
@@ -202,7 +226,6 @@ class _Search:
 
     def _propose(self) -> tuple[Trial, Recipe | None]:
         """A trial and its recipe; without one if there is none of these parameters."""
-        self._study.hold(max(0, self._capacity - len(self._in_flight) - (self._ahead is not None)))
         self._study.sampler = self._sampler(self._study.next_number)
         trial = None
         try:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from flows.campaign.distil import distil
@@ -112,7 +113,8 @@ def search_merges(
         StoppedError: Somebody asked for the end.
     """
     campaign, settings = opened.campaign, opened.campaign.search
-    with display.phase("Starts: what theory and gradients propose"):
+    asked = settings.predicts or settings.gradient is not None
+    with display.phase("Starts: what theory and gradients propose") if asked else nullcontext():
         begin, predict = starts(opened, statistics, opened.space(selection.subsets), directory, display)
     space = opened.space(selection.subsets, [start.recipe for start in begin])
     objective, split = objective_of(opened, ledger), search_split(opened)
@@ -161,6 +163,7 @@ def search_merges(
             split=split,
             describe=lambda recipe: {**predict(recipe), **cost.get(recipe.identity, {})},
             steering=display.pulse.steering,
+            line_search=settings.line_search,
         )
         display.pulse.steering.stop_here()
         if ending == "plateau" and settings.min_delta is None and (visible := least()):

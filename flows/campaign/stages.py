@@ -127,9 +127,6 @@ def _require_linear(opened: OpenCampaign) -> None:
 
 def _require_curvature(opened: OpenCampaign) -> None:
     """Theory predicts from Fisher or Gram statistics, for linear methods."""
-    search = opened.campaign.search
-    if not search.theory:
-        raise SettingsError("search.theory_starts goes with `theory: true`")
     if not any(kind in opened.kinds for kind in CURVATURES) or not any(_linear_methods(opened)):
         raise SettingsError(
             f"search.theory_starts: theory needs a method that asks for {' or '.join(CURVATURES)} statistics, and one that is "

@@ -107,7 +107,12 @@ def _theory(
 ) -> tuple[list[Start], dict[str, Any]]:
     """The quadratic models of linear methods as JSON-like values, and their minimisers where they are asked for."""
     kind = next((kind for kind in CURVATURES if kind in opened.kinds), None)
-    if not opened.campaign.search.theory or kind is None or not linear:
+    if not opened.campaign.search.predicts:
+        return [], {}
+    if kind is None or not linear:
+        display.note(
+            f"search.theory predicts nothing here: no linear method, or no statistics ({', '.join(CURVATURES)})"
+        )
         return [], {}
     parts = weight_groups.split_keys(opened.pool.weights, _spread(space, linear[0]))
     calls = {_key(recipe): (opened.setup(statistics), recipe, [names for names, _ in parts], kind) for recipe in linear}

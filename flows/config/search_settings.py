@@ -166,15 +166,20 @@ class SearchSettings(Settings):
         description="Wall time of one candidate, its method's preparation included; beyond it the candidate has failed, and "
         "its evaluator is replaced.",
     )
-    theory: bool = Field(
+    line_search: bool = Field(
         True,
+        description="Before the sampler proposes, measure the best baseline with its factors times 1.25, 1.5, 2, 3 and 0.75, "
+        "0.5, in each direction as long as that helps.",
+    )
+    theory: bool = Field(
+        False,
         description="Where a method is linear in its factors, and members have Fisher or Gram statistics: keep in the ledger "
         "what the quadratic model of the losses predicts (`proxies`).",
     )
     theory_starts: bool = Field(
         False,
-        description="With theory: also begin with the factors that minimise its prediction. They lower the loss, and seldom "
-        "raise accuracy (docs/starts.md).",
+        description="Predict as with `theory`, and begin with the factors that minimise the prediction. They lower the loss, "
+        "and seldom raise accuracy (docs/starts.md).",
     )
     gradient: GradientSettings | None = Field(
         None, description="Begin with scaling factors found by gradient descent on validation; `{}` for its defaults."
@@ -225,6 +230,11 @@ class SearchSettings(Settings):
     def prunes(self) -> bool:
         """Whether candidates are given up early; where the file says nothing, a campaign decides it."""
         return self.pruning not in (None, "none")
+
+    @property
+    def predicts(self) -> bool:
+        """Whether quadratic models are made of the losses."""
+        return self.theory or self.theory_starts
 
     @property
     def objectives(self) -> tuple[str, ...]:

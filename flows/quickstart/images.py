@@ -279,7 +279,7 @@ IMAGES = ShippedPool(
     labels=LABELS,
     training=TrainingSettings(epochs=2, batch_size=16, learning_rate=5e-5, head_factor=20.0),
     methods=WITH_DATA,
-    candidates=12,
+    candidates=16,
     statistics={
         "fisher": {"examples": 64},
         "gram": {"examples": 64},

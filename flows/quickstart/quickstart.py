@@ -116,7 +116,7 @@ def make_campaign(
             for task, parts in files.items()
         },
         "statistics": dict(pool.statistics),
-        "search": {**pool.search, "methods": list(pool.methods), "candidates": candidates or pool.candidates},
+        "search": {"methods": list(pool.methods), "candidates": candidates or pool.candidates},
         "distil": pool.distil if pool.distil is False else dict(pool.distil),
         "test": {"top": 1},
         "training": pool.training.model_dump(mode="json"),

@@ -271,7 +271,7 @@ SEQ2SEQ = ShippedPool(
     labels={},
     training=TrainingSettings(epochs=2, batch_size=32, learning_rate=5e-4, autocast=True),
     methods=("average", "task_arithmetic", "ties", "fisher", "regmean", "regmean_propagated", "esm"),
-    candidates=12,
+    candidates=14,
     statistics={
         "fisher": {"examples": 128},
         "gram": {"examples": 256},

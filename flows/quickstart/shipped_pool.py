@@ -32,7 +32,6 @@ class ShippedPool:
         methods: What the search tries.
         candidates: How much of it.
         statistics: The campaign file's section.
-        search: More of its section on the search.
         distil: Its section on distillation; False for none.
         calibration: What it says of each member's own examples, without their data; None where they are the task's.
         resources: Its section.
@@ -47,7 +46,6 @@ class ShippedPool:
     methods: Sequence[str]
     candidates: int
     statistics: Mapping[str, Any] = field(default_factory=dict)
-    search: Mapping[str, Any] = field(default_factory=dict)
     distil: Mapping[str, Any] | Literal[False] = False
     calibration: Mapping[str, Any] | None = None
     resources: Mapping[str, Any] = field(default_factory=dict)

@@ -121,7 +121,7 @@ TAGGING = ShippedPool(
     labels=dict.fromkeys(GENRES, TAGS),
     training=TrainingSettings(),
     methods=WITH_DATA,
-    candidates=10,
+    candidates=16,
     statistics={
         "fisher": {"examples": 96},
         "representation": {"examples": 48},

@@ -68,6 +68,10 @@ class WindowedStudy(Study):
             self._seen.clear()
             self._learn(trial)
 
+    def holds_back(self, number: int | None) -> bool:
+        """Whether the trial of this number is finished and held back."""
+        return any(trial.number == number for trial in self._held)
+
     def under_way(self, trial: Trial) -> None:
         """Lets samplers know of a trial whose parameters are complete."""
         self._running[trial.number] = _as_running(self._storage.get_trial(trial._trial_id))

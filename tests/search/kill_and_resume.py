@@ -62,6 +62,7 @@ def drive(directory, candidates, sampler):
         make_objective("mean", ["x"]),
         Provenance("demo"),
         Budget(candidates),
+        line_search=True,
     )
 
 

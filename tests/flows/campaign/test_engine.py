@@ -44,7 +44,6 @@ def campaign(tmp_path_factory):
                 "methods": ["average", "ties"],
                 "candidates": 5,
                 "sampler": "random",
-                "theory": False,
                 "pruning": "none",
             },
             "resources": {"evaluators": 1},

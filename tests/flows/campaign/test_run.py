@@ -42,7 +42,7 @@ def finished(tiny_campaign, tmp_path_factory):
     """A campaign that was run once; read only."""
     root = tmp_path_factory.mktemp("finished")
     settings = copy.deepcopy(tiny_campaign) | {"directory": "out"}
-    settings["search"]["methods"] = sorted(METHODS)
+    settings["search"] |= {"methods": sorted(METHODS), "theory": True}
     settings["statistics"]["propagated"] = {"examples": 16}
     (root / "campaign.yaml").write_text(yaml.safe_dump(settings))
     text = run(load_campaign(str(root / "campaign.yaml")), Display())

@@ -1,0 +1,66 @@
+"""Before a sampler proposes: the best baseline with all its factors larger or smaller, as far as that helps."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from merging.methods.method import METHODS
+from merging.recipe import Recipe
+from search.ledger.row import Row
+from search.objective import best, is_candidate
+from search.space.search_space import Space
+
+DIRECTIONS = ((1.25, 1.5, 2.0, 3.0), (0.75, 0.5))
+"""By what the baseline's factors are multiplied, one after the other, as long as each merge is better than the one before."""
+
+
+class LineSearch:
+    """A search along one line of the space, that of the best baseline's factors: none of it has to be prepared anew.
+
+    A shared factor is what the defaults are wrong about most often, and what a sampler that varies a factor of every
+    member finds last.
+
+    Args:
+        space: What may be proposed.
+        row_of: The row of a recipe; None while there is none.
+    """
+
+    def __init__(self, space: Space, row_of: Callable[[Recipe], Row | None]) -> None:
+        self._space, self._row_of = space, row_of
+        self._baselines = space.baselines()
+        self._has_ended = False
+
+    def frontier(self) -> list[Recipe]:
+        """The next recipe in each direction that has not ended, without a row; none while baselines are without one."""
+        if self._has_ended:
+            return []
+        rows = [row for recipe in self._baselines if (row := self._row_of(recipe))]
+        if len(rows) < len(self._baselines):
+            return []
+        start = next((row for row in best(rows, len(rows), rows[0].split) if any(self._line(row, DIRECTIONS[0]))), None)
+        ahead = [self._ahead(start, times) for times in DIRECTIONS] if start else []
+        found = [recipe for recipe in ahead if recipe]
+        self._has_ended = not found
+        return found
+
+    def _line(self, start: Row, times: tuple[float, ...]) -> Iterator[Recipe]:
+        """The recipes in one direction, as far as they are in the space; none where a common factor cancels."""
+        if METHODS[start.method].scale_free:
+            return
+        for factor in times:
+            scaled = {key: factor * value for key, value in start.recipe.scaling.items()}
+            recipe = replace(start.recipe, scaling=scaled)
+            if recipe not in self._space or recipe.identity == start.candidate:  # factors of 0
+                return
+            yield recipe
+
+    def _ahead(self, start: Row, times: tuple[float, ...]) -> Recipe | None:
+        """The first recipe of a direction that has no row; None where one before it was not better."""
+        last = start
+        for recipe in self._line(start, times):
+            row = self._row_of(recipe)
+            if row is None:
+                return recipe
+            if not is_candidate(row, start.split) or best([last, row], split=start.split) == [last]:
+                return None
+            last = row
+        return None
