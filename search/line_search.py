@@ -27,20 +27,22 @@ class LineSearch:
     def __init__(self, space: Space, row_of: Callable[[Recipe], Row | None]) -> None:
         self._space, self._row_of = space, row_of
         self._baselines = space.baselines()
-        self._has_ended = False
+        self.left = sum(map(len, DIRECTIONS))
+        """How many recipes there may be behind the frontier; 0 once there is none any more."""
 
     def frontier(self) -> list[Recipe]:
         """The next recipe in each direction that has not ended, without a row; none while baselines are without one."""
-        if self._has_ended:
+        if not self._baselines:
             return []
         rows = [row for recipe in self._baselines if (row := self._row_of(recipe))]
         if len(rows) < len(self._baselines):
             return []
         start = next((row for row in best(rows, len(rows), rows[0].split) if any(self._line(row, DIRECTIONS[0]))), None)
-        ahead = [self._ahead(start, times) for times in DIRECTIONS] if start else []
-        found = [recipe for recipe in ahead if recipe]
-        self._has_ended = not found
-        return found
+        ahead = [found for times in DIRECTIONS if start and (found := self._ahead(start, times))]
+        if not ahead:
+            self._baselines = []
+        self.left = sum(len(found) - 1 for found in ahead)
+        return [found[0] for found in ahead]
 
     def _line(self, start: Row, times: tuple[float, ...]) -> Iterator[Recipe]:
         """The recipes in one direction, as far as they are in the space; none where a common factor cancels."""
@@ -53,14 +55,14 @@ class LineSearch:
                 return
             yield recipe
 
-    def _ahead(self, start: Row, times: tuple[float, ...]) -> Recipe | None:
-        """The first recipe of a direction that has no row; None where one before it was not better."""
-        last = start
-        for recipe in self._line(start, times):
+    def _ahead(self, start: Row, times: tuple[float, ...]) -> list[Recipe]:
+        """The recipes of a direction from the first that has no row; none where one before it was not better."""
+        last, line = start, list(self._line(start, times))
+        for place, recipe in enumerate(line):
             row = self._row_of(recipe)
             if row is None:
-                return recipe
+                return line[place:]
             if not is_candidate(row, start.split) or best([last, row], split=start.split) == [last]:
-                return None
+                return []
             last = row
-        return None
+        return []

@@ -159,22 +159,29 @@ class _Search:
     def _next(self) -> Candidate | None:
         """The next candidate to measure; None where there is none for now."""
         self._queue()
-        self._study.hold(max(0, self._capacity - len(self._in_flight) - (self._ahead is not None)))
+        under_way = len(self._in_flight) + (self._ahead is not None)
+        self._study.hold(max(0, self._capacity - under_way))
         if self._steering.stopping():
             self._ending = "stopped"
             return None
         if self._unheard:
             recipe = self._unheard.popleft()
             return Candidate(recipe, self._split, "anchor" if recipe.identity in self._baselines else "search")
-        spent = self._tally.spent(len(self._in_flight) + (self._ahead is not None))
-        if not self._study.has_waiting:
-            # Decided anew once nothing is under way: the last rows may hold an improvement.
-            self._ending = "exhausted" if self._exhausted else spent
-            if self._ending:
-                return None
-            self._scale()
+        spent = self._tally.spent(under_way)
+        if self._study.has_waiting:
+            return None if spent == "candidates" else self._ask()
+        if spent in (None, "plateau") and self._scale():
             return self._ask()
-        return None if spent == "candidates" else self._ask()
+        # Decided anew once nothing is under way: the last rows may hold an improvement.
+        self._ending = "exhausted" if self._exhausted else spent
+        if self._ending:
+            return None
+        if self._line and self._tally.spent(under_way + self._line.left):  # the rest is for the line search
+            if under_way:
+                return None
+            if self._study.hold(0):
+                return self._next()
+        return self._ask()
 
     def _queue(self) -> None:
         """Takes recipes that somebody wants measured: those of the space are trials, which the sampler learns from."""
@@ -186,11 +193,13 @@ class _Search:
             elif recipe.identity not in {waiting.identity for waiting in self._unheard}:
                 self._unheard.append(recipe)
 
-    def _scale(self) -> None:
-        """Has the line search's next recipe asked before the sampler."""
+    def _scale(self) -> bool:
+        """Has the line search's next recipe asked before the sampler, where there is one."""
         ahead = self._line.frontier() if self._line else []
-        if recipe := next((recipe for recipe in ahead if not self._is_known(recipe)), None):
+        recipe = next((recipe for recipe in ahead if not self._is_known(recipe)), None)
+        if recipe:
             self._study.enqueue(self._space.params(recipe), {CANDIDATE: recipe.identity})
+        return recipe is not None
 
     def _seen(self, recipe: Recipe) -> Row | None:
         """A recipe's row, unless it is held back from samplers."""

@@ -60,13 +60,15 @@ class WindowedStudy(Study):
         self._waiting.append(self._storage.get_all_trials(self._study_id, deepcopy=False)[-1])
         self._count = max(self._count, self._waiting[-1].number + 1)
 
-    def hold(self, most: int) -> None:
-        """Holds back so many finished trials at most; samplers learn from the others."""
+    def hold(self, most: int) -> bool:
+        """Holds back so many finished trials at most; samplers learn from the others. Whether it let go of any."""
+        held = len(self._held)
         while len(self._held) > most:
             trial = self._held.popleft()
             self._running.pop(trial.number)
             self._seen.clear()
             self._learn(trial)
+        return len(self._held) < held
 
     def holds_back(self, number: int | None) -> bool:
         """Whether the trial of this number is finished and held back."""

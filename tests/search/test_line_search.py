@@ -106,6 +106,21 @@ def test_failed_candidates_end_a_direction(threads):
     assert line.frontier() == [down]
 
 
+class Interrupt:
+    """Presses Ctrl-C after so many rows."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def on_start(self, progress):
+        pass
+
+    def on_row(self, row, progress):
+        self.rows -= 1
+        if not self.rows:
+            raise KeyboardInterrupt
+
+
 class Run:
     """A search in one directory, of the line and then of the sampler; what it measured, in order."""
 
@@ -113,7 +128,7 @@ class Run:
         self.directory, self.threads, self.capacity = directory, threads, capacity
         self.space = make_space()
 
-    def __call__(self, candidates, **budget):
+    def __call__(self, candidates, observer=None, **budget):
         ledger = Ledger(str(self.directory), "demo")
         value = near(0.44, method="task_arithmetic")
         executor = self.threads(lambda recipe: {"x": value(recipe)}, self.capacity)
@@ -126,6 +141,7 @@ class Run:
             OBJECTIVE,
             Provenance("demo"),
             Budget(candidates, **budget),
+            observer,
             line_search=True,
         )
         return ending, [(row.trial, row.origin, dict(row.recipe.scaling)) for row in ledger.rows()]
@@ -143,11 +159,15 @@ def test_the_search_measures_the_line_before_the_sampler_proposes(tmp_path, thre
     assert shared == pytest.approx([0.225, 0.3, 0.375, 0.45, 0.6, 1.0])
 
 
-@pytest.mark.parametrize("first", range(2, 11))
-def test_a_search_that_is_resumed_anywhere_on_the_line_measures_what_an_unbroken_one_does(tmp_path, threads, first):
-    _, unbroken = Run(tmp_path / "unbroken", threads)(12)
-    Run(tmp_path / "broken", threads)(first)
-    _, broken = Run(tmp_path / "broken", threads)(12)
+@pytest.mark.parametrize("candidates", [8, 12])  # with room for the line alone, and for the sampler beside it
+@pytest.mark.parametrize("after", range(1, 8))
+def test_a_search_that_is_interrupted_anywhere_on_the_line_measures_what_an_unbroken_one_does(
+    tmp_path, threads, candidates, after
+):
+    _, unbroken = Run(tmp_path / "unbroken", threads)(candidates)
+    with pytest.raises(KeyboardInterrupt):
+        Run(tmp_path / "broken", threads)(candidates, Interrupt(after))
+    _, broken = Run(tmp_path / "broken", threads)(candidates)
     assert broken == unbroken
 
 
@@ -155,3 +175,15 @@ def test_budgets_end_the_line_too(tmp_path, threads):
     ending, rows = Run(tmp_path, threads)(12, examples=350)  # 100 a candidate
     assert ending == "examples"
     assert len(rows) == 4
+
+
+@pytest.mark.parametrize("capacity", [1, 3])
+def test_a_small_budget_and_patience_are_for_the_line_first(tmp_path, threads, capacity):
+    """Six recipes of two baselines' budget of eight; the third of a direction is seen whatever failed to improve before."""
+    _, rows = Run(tmp_path / "budget", threads, capacity)(6)
+    line = {round(scaling["a"], 6) for _, _, scaling in rows if scaling["a"] == scaling["b"]}
+    assert line == {1.0, 0.3, 0.375, 0.225, 0.45, 0.6}
+    ending, rows = Run(tmp_path / "patience", threads, capacity)(99, patience=1, min_delta=9.0)
+    line = {round(scaling["a"], 6) for _, _, scaling in rows if scaling["a"] == scaling["b"]}
+    assert line == {1.0, 0.3, 0.375, 0.225, 0.45, 0.6}
+    assert ending == "plateau"
