@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: help quickstart pools papers docs reference test test-fast test-slow test-endurance lint format clean mergekit-env mergekit-parity vllm-env test-vllm azurite-env
 
 help:
-	@echo "make quickstart  build a real pool of models and search for its best merge (about 12 minutes on 2 cores, installing included)"
+	@echo "make quickstart  build a real pool of models and search for its best merge (about 12 minutes on 2 cores, installing included; EXAMPLES=400 for a quick look)"
 	@echo "make pools       the quick start's other pools: tagging, images, language, seq2seq (POOLS=tagging for one, EXAMPLES=48 for a quick look)"
 	@echo "make papers      the experiments of the papers behind the methods (hours on 2 cores; goes on where it was stopped)"
 	@echo "make test        lint, types, import floors, and all tests (about 20 minutes on 2 cores)"
@@ -24,7 +24,7 @@ help:
 	@echo "make clean       remove the environment, caches and runs"
 
 quickstart: $(VENV)/installed
-	$(BIN)/mergequest quickstart $(if $(CANDIDATES),--candidates $(CANDIDATES))
+	$(BIN)/mergequest quickstart $(if $(CANDIDATES),--candidates $(CANDIDATES)) $(if $(EXAMPLES),--examples $(EXAMPLES))
 
 POOLS ?= tagging images language seq2seq
 pools: $(VENV)/installed
@@ -35,8 +35,8 @@ papers: $(VENV)/installed
 
 test: lint test-fast test-slow
 
-test-slow: $(VENV)/installed-dev  # two at a time however many cores: they wait more than they compute, each file with a Ray
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow and not endurance" -n 2 --dist loadfile
+test-slow: $(VENV)/installed-dev  # two at a time however many cores: they wait more than they compute, each file with a Ray; the longest, flows, first
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow and not endurance" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-endurance: $(VENV)/installed-dev
 	$(BIN)/pytest -m endurance

@@ -16,7 +16,8 @@ OBJECTIVE = make_objective("mean", ["x"])
 
 
 def make_space(scaling="per_member", starts=(), **methods):
-    return Space(methods or {"task_arithmetic": MethodSpace()}, "ab", None, scaling, (), starts)
+    groups = ("layers:0-2", "layers:3-") if scaling == "per_depth" else ()
+    return Space(methods or {"task_arithmetic": MethodSpace()}, "ab", None, scaling, groups, starts)
 
 
 def measured(recipe, value, threads):
@@ -44,7 +45,7 @@ def near(best, **of):
     return lambda recipe: 1 - (recipe.scaling["a"] - best) ** 2 - (0 if method in (None, recipe.method) else 5)
 
 
-@pytest.mark.parametrize("scaling", ["per_member", "shared"])
+@pytest.mark.parametrize("scaling", ["per_member", "shared", "per_depth"])
 @pytest.mark.parametrize(
     ("best", "factors"),
     [

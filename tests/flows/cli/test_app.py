@@ -1,45 +1,30 @@
 """The command line as a user runs it: in processes of their own."""
 
 import json
-import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 import jsonschema
 import pandas as pd
-import psutil
 import pytest
 import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from flows.campaign.open_campaign import open_campaign
-from flows.cli.app import app
 from flows.config.campaign_file import load_campaign
 from flows.directory.campaign_directory import Directory
 from flows.directory.progress import Display
-from flows.directory.steering import DirectorySteering, forget_stop, request_stop
 from merging.methods import METHODS
 from merging.statistics import StatisticsFile
 from merging.versions import code_version
 from search.ledger.ledger import Ledger
 from search.ledger.row import Row
-
-COMMAND = [sys.executable, "-m", "mergequest"]
-
-
-def mergequest(*arguments, **options):
-    """Runs a command in this process; returns what it printed and its exit code."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
-    return result.output, result.exit_code
+from tests.flows.cli.running import COMMAND, mergequest
 
 
 def test_help_answers_without_the_heavy_packages():
@@ -340,188 +325,3 @@ def test_statistics_then_a_recipe_with_published_files(campaign_file, recipe, tm
     assert status == 2
     assert "of another checkpoint" in output
     assert not (tmp_path / "swapped").exists()
-
-
-def start(*arguments):
-    return subprocess.Popen(
-        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-
-
-def rows_of(ledger):
-    return {(row.candidate, row.split): row for row in Ledger(str(ledger)).rows()}
-
-
-def wait_for_rows(ledger, count, process, seconds=240):
-    deadline = time.monotonic() + seconds
-    while len(rows_of(ledger)) < count and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-
-
-def offspring(process):
-    try:
-        return psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-
-
-def computes(process):
-    """Whether this is Ray's raylet, its control store, or one of its workers and actors, and not an agent of its own."""
-    try:
-        name = process.name()
-    except psutil.NoSuchProcess:
-        return False
-    return name in ("raylet", "gcs_server") or (name.startswith("ray::") and not name.endswith("Agent"))
-
-
-def identity(row):
-    return row.candidate, row.split, row.origin, row.trial, row.objective, tuple(sorted(row.losses.items()))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_killed_and_resumed_equals_unbroken(campaign_file, tmp_path):
-    """One worker: `kill -9` at moments of a fixed seed loses no finished candidate, repeats none, changes nothing.
-
-    Both campaigns read the same statistics, whose last bits depend on which process measured which examples.
-    """
-    search = {"candidates": 9, "methods": ["average", "ties", "fisher"]}
-    settings = {"selection": {"mode": "all"}, "test": {"top": 1}, "resources": {"evaluators": 1}}
-    file = str(campaign_file(search=search, statistics={"cache": str(tmp_path / "statistics")}, **settings))
-    unbroken = start("run", file, "--out", str(tmp_path / "unbroken"))
-    wait_for_rows(tmp_path / "unbroken" / "ledger", 1, unbroken)  # statistics are there; it ends beside the others
-    moments = random.Random(0)
-    ledger = tmp_path / "broken" / "ledger"
-    for _ in range(2):
-        seen = len(rows_of(ledger))
-        broken = start("run", file, "--out", str(tmp_path / "broken"))
-        wait_for_rows(ledger, seen + 1 + moments.randrange(4), broken)
-        time.sleep(moments.random() / 5)
-        finished = rows_of(ledger)
-        family = offspring(broken)
-        os.kill(broken.pid, signal.SIGKILL)
-        broken.communicate()
-        # Ray's agents and its log monitor take a minute longer to notice; what computes and what holds memory ends at once
-        _, alive = psutil.wait_procs([process for process in family if computes(process)], timeout=60)
-        assert not alive
-        after = rows_of(ledger)
-        assert all(identity(after[key]) == identity(row) for key, row in finished.items())
-    resumed = start("resume", str(tmp_path / "broken"))
-    for process in (resumed, unbroken):
-        output, _ = process.communicate(timeout=400)
-        assert process.returncode == 0, output
-    first, second = (
-        sorted(map(identity, Ledger(str(tmp_path / name / "ledger")).rows()), key=str)
-        for name in ("unbroken", "broken")
-    )
-    assert first == second
-    assert json.loads(mergequest("status", tmp_path / "broken", "--json")[0])["state"] == "finished"
-
-
-@pytest.mark.slow
-def test_an_interruption_leaves_a_campaign_that_resumes(campaign_file, tmp_path):
-    search = {
-        "candidates": 5000,
-        "sampler": "random",
-        "methods": ["average", "ties"],
-        "patience": None,
-    }  # more than it will do
-    settings = {"selection": {"mode": "all"}, "test": {"top": 1}, "resources": {"evaluators": 1}}
-    file = str(campaign_file(search=search, **settings))
-    process = start("run", file, "--out", str(tmp_path / "out"))
-    wait_for_rows(tmp_path / "out" / "ledger", 8, process)
-    family = offspring(process)
-    os.kill(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
-    assert "the same command goes on from there" in output.replace("\n", " ")
-    assert "Traceback" not in output
-    _, alive = psutil.wait_procs(family, timeout=30)
-    assert not alive
-    assert not list((tmp_path / "out").rglob("*.tmp"))
-    rows = len(Ledger(str(tmp_path / "out" / "ledger")).rows())
-    output, status = mergequest("status", tmp_path / "out")
-    assert status == 0
-    assert "unfinished" in output
-    again = start("resume", str(tmp_path / "out"), "--candidates", "12")
-    output, _ = again.communicate(timeout=400)
-    assert again.returncode == 0, output
-    assert len(Ledger(str(tmp_path / "out" / "ledger")).rows()) > rows
-
-
-@pytest.mark.slow
-def test_a_running_campaign_is_told_to_measure_a_recipe_and_to_stop(campaign_file, tiny_campaign, tmp_path):
-    """Both from another process, by the directory alone; what was in flight is in the ledger, and a resume goes on."""
-    search = {"candidates": 5000, "sampler": "random", "methods": ["average", "task_arithmetic"]}
-    settings = {"selection": {"mode": "all"}, "test": {"top": 1}, "resources": {"evaluators": 1}}
-    out = tmp_path / "out"
-    process = start("run", str(campaign_file(search=search, **settings)), "--out", str(out))
-    wait_for_rows(out / "ledger", 6, process)
-    members = {name: member["checkpoint"] for name, member in tiny_campaign["members"].items()}
-    recipe = {"base": tiny_campaign["base"], "members": members, "method": "task_arithmetic", "scaling": 0.4375}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    output, status = mergequest("enqueue", out, tmp_path / "recipe.yaml")
-    assert (status, "is measured before the next proposal" in output) == (0, True), output
-    identity = output.split()[0]
-    deadline = time.monotonic() + 60
-    while (identity, "validation") not in rows_of(out / "ledger") and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert rows_of(out / "ledger")[identity, "validation"].status == "complete"
-    assert mergequest("stop", out, "--wait")[1] == 0
-    output, _ = process.communicate(timeout=60)
-    assert (process.returncode, "stopped as asked" in output) == (0, True), output
-    result = json.loads(mergequest("status", out, "--json")[0])
-    assert (result["state"], result["ended"]) == ("unfinished", "stopped")
-    rows = len(rows_of(out / "ledger"))
-    again = start("resume", str(out), "--set", f"search.candidates={rows + 3}")
-    output, _ = again.communicate(timeout=400)
-    assert again.returncode == 0, output
-    assert json.loads(mergequest("status", out, "--json")[0])["state"] == "finished"
-
-
-def test_what_is_not_of_the_campaign_is_neither_enqueued_nor_stopped(campaign_file, tiny_campaign, tmp_path):
-    campaign = load_campaign(str(campaign_file(directory="out", search={"methods": ["average", "ties"]})))
-    directory = Directory(campaign.directory)
-    directory.claim(campaign, {})
-    members = {name: member["checkpoint"] for name, member in tiny_campaign["members"].items()}
-    base, file = {"base": tiny_campaign["base"], "members": members}, tmp_path / "recipe.yaml"
-    for changes, said in (
-        ({"method": "dare"}, "'dare' is none of the campaign's methods (average, ties)"),
-        ({"members": {"other": members["one"]}}, "'other' is"),
-        ({"members": {"one": members["two"]}}, "'one' is"),
-        ({"base": members["one"]}, "the campaign's base is"),
-        ({"parameters": {"density": 7.0}}, "density"),
-        ({"heads": ["encoder.*"]}, "has heads: ['encoder.*'], and the campaign has not"),
-        ({"vocabulary": "union"}, "has vocabulary: union, and the campaign has not"),
-    ):
-        file.write_text(yaml.safe_dump({**base, "method": "ties", **changes}))
-        output, status = mergequest("enqueue", directory.path, file)
-        assert (status, said in " ".join(output.split())) == (2, True), output
-    assert not (tmp_path / "out/queue").exists()
-    file.write_text(yaml.safe_dump({**base, "method": "ties", "parameters": {"density": 0.5}}))
-    output, status = mergequest("enqueue", directory.path, file)
-    assert (status, "when the campaign goes on" in output) == (0, True), output
-    (tmp_path / "out/queue/damaged.json").write_text('{"method": "ties"')
-    (tmp_path / "out/queue/other.json").write_text('{"method": "ties", "scaling": {"x": 1.0}, "parameters": {}}')
-    grouped = {"method": "ties", "scaling": {"one@pooler*": 1.0, "one@*": 0.5}, "parameters": {}}
-    (tmp_path / "out/queue/zz.json").write_text(json.dumps(grouped))
-    notes = []
-    steering = DirectorySteering(directory.path, ["ties"], list(members), "bert", ["layer.0.weight"], notes.append)
-    (recipe,) = steering.queued()
-    assert recipe.parameters == {**METHODS["ties"].defaults("bert"), "density": 0.5}
-    assert not list(steering.queued())
-    ledger = Ledger(directory.ledger, campaign.name)
-    ledger.append(Row(campaign.name, recipe.identity, "validation", "search", "failed", "ties", tuple(members), {}))
-    output, status = mergequest("enqueue", directory.path, file)
-    assert (status, "was measured before (failed; once" in output) == (0, True), output
-    assert ["damaged" in notes[0], "'x' is none of the campaign's members" in notes[1]] == [True, True]
-    assert "zz.json is not measured: scaling factor 'one@pooler*': 'pooler*' has none of the merged weights" in notes[2]
-    assert not steering.stopping()
-    output, status = mergequest("stop", directory.path)
-    assert (status, "no driver is at work" in output) == (2, True), output
-    request_stop(directory.path)
-    steering.look()
-    assert steering.stopping()
-    assert DirectorySteering(directory.path, ["ties"], [], "bert", []).stopping()  # asked while the pool was opened
-    forget_stop(directory.path)
-    assert not DirectorySteering(directory.path, ["ties"], [], "bert", []).stopping()  # the next run is not meant
