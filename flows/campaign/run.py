@@ -136,7 +136,8 @@ def _what_runs(opened: OpenCampaign) -> str:
     parts = [f"{baselines} baselines ({', '.join(search.methods)} at their defaults, the plain average)"]
     if search.candidates > baselines:
         until = f", until {search.patience} in a row are no better" if search.patience is not None else ""
-        parts.append(f"at most {search.candidates - baselines} proposals by {search.sampler}{until}")
+        first = "the best of them with other factors, then " if search.line_search else ""
+        parts.append(f"at most {search.candidates - baselines} proposals, {first}by {search.sampler}{until}")
     inputs = sum(task.size("train") for task in opened.sources.values() if task.has_logits)
     parts.append(f"distillation on {inputs:,} unlabelled inputs" if settings is not None else "no distillation")
     return f"a run has {'; '.join(parts)}; then test, export and report"

@@ -122,7 +122,9 @@ def test_check_says_what_a_run_has(checked, capsys, changes, words):
     text = capsys.readouterr().err
     assert words in text
     assert "2 baselines (average, task_arithmetic at their defaults, the plain average)" in text
-    assert "at most 12 proposals by tpe, until 7 in a row are no better" in text
+    assert (
+        "at most 12 proposals, the best of them with other factors, then by tpe, until 7 in a row are no better" in text
+    )
 
 
 @pytest.mark.parametrize(
