@@ -369,7 +369,13 @@ def test_weights_with_nan_are_named(campaign_file, tiny_campaign, tmp_path):
 
 
 def test_factors_by_depth_under_constraints(campaign_file, tmp_path):
-    search = {"methods": ["task_arithmetic"], "candidates": 5, "scaling": "per_depth", "depth_groups": 2}
+    search = {
+        "methods": ["task_arithmetic"],
+        "candidates": 5,
+        "scaling": "per_depth",
+        "depth_groups": 2,
+        "line_search": False,
+    }
     search |= {"constraints": [{"drop": 0.02}]}
     path = campaign_file(directory="out", selection={"mode": "all"}, search=search, **BRIEFLY)
     run(load_campaign(str(path)), Display())

@@ -1,8 +1,10 @@
 """The command line, in this process and in processes of their own that are watched."""
 
+import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import psutil
 from typer.testing import CliRunner
@@ -20,8 +22,14 @@ def mergequest(*arguments, **options):
 
 
 def start(*arguments):
+    """Starts a command that Ctrl-C reaches, also where this process runs in a shell's background, which ignores it."""
     return subprocess.Popen(
-        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        [*COMMAND, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 
