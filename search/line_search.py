@@ -37,7 +37,8 @@ class LineSearch:
         rows = [row for recipe in self._baselines if (row := self._row_of(recipe))]
         if len(rows) < len(self._baselines):
             return []
-        start = next((row for row in best(rows, len(rows), rows[0].split) if any(self._line(row, DIRECTIONS[0]))), None)
+        ranked = best(rows, len(rows), rows[0].split)
+        start = next((row for row in ranked if any(any(self._line(row, times)) for times in DIRECTIONS)), None)
         ahead = [found for times in DIRECTIONS if start and (found := self._ahead(start, times))]
         if not ahead:
             self._baselines = []

@@ -83,6 +83,8 @@ def test_factors_outside_the_space_are_not_tried(threads):
     space = make_space(task_arithmetic=MethodSpace(scaling=Domain(low=0.28, high=0.5)))
     assert walk(space, near(9.0, method="task_arithmetic"), threads) == pytest.approx([0.375, 0.45])
     assert walk(make_space(task_arithmetic=MethodSpace(scaling=Domain(value=0.3))), near(9.0), threads) == []
+    highest = make_space(task_arithmetic=MethodSpace(scaling=Domain(low=0.1, high=0.3)), ties=MethodSpace())
+    assert walk(highest, near(0.1, method="task_arithmetic"), threads) == pytest.approx([0.225, 0.15])
 
 
 def test_a_start_with_a_factor_for_each_member_is_scaled_as_a_whole(threads):
