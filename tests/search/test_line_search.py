@@ -39,9 +39,8 @@ def walk(space, value_of, threads):
     return factors
 
 
-def near(best, **of):
+def near(best, method=None):
     """A score that is highest where the first member's factor is `best`; only of one method, if it is named."""
-    method = of.get("method")
     return lambda recipe: 1 - (recipe.scaling["a"] - best) ** 2 - (0 if method in (None, recipe.method) else 5)
 
 

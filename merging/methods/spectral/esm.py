@@ -152,7 +152,7 @@ class PreparedEsm(PreparedSpectral):
             return self._directions[index, member]
         grams = [dense(row.weight.statistics["gram"][member]).double() for row in self.batches[index].rows]
         left, energies = output_directions(moved, torch.stack(grams))
-        strongest = left, energies**POWER * (energies > 0)
+        strongest = left, energies**POWER
         size = sum(part.nbytes for part in strongest)
         if self._kept_bytes + size <= KEPT_BYTES:
             self._directions[index, member] = strongest
@@ -180,6 +180,7 @@ def output_directions(moved: Tensor, grams: Tensor) -> tuple[Tensor, Tensor]:
         left, values, _ = triples(moved @ _root(grams))
         return left, values.square()
     energies, vectors = (part.flip(-1) for part in torch.linalg.eigh(moved @ grams @ moved.mT))
+    # an error E of G is one of at most ‖E‖ ‖τᵀ p‖² in pᵀ τ G τᵀ p
     reached = (moved.mT @ vectors).square().sum(1)
     rounding = ROUNDING * inputs**0.5 * norms(grams)[:, None] * reached
     kept = (energies > rounding) & (energies > NOISE**2 * energies[:, :1])

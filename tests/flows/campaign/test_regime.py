@@ -8,7 +8,7 @@ from flows.directory.progress import Display
 from merging.errors import ClusterError
 from search.ledger.ledger import Ledger
 
-SEARCH = {"methods": ["average", "ties", "fisher"], "candidates": 6, "sampler": "random"}
+SEARCH = {"methods": ["average", "ties", "fisher"], "candidates": 6, "sampler": "random", "line_search": False}
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 
