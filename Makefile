@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: help quickstart pools papers docs reference test test-fast test-slow test-endurance lint format clean mergekit-env mergekit-parity vllm-env test-vllm azurite-env
 
 help:
-	@echo "make quickstart  build a real pool of models and search for its best merge (about 12 minutes on 2 cores, installing included; EXAMPLES=400 for a quick look)"
+	@echo "make quickstart  build a real pool of models and search for its best merge (12 to 17 minutes on 2 cores, installing included; EXAMPLES=400 for a quick look)"
 	@echo "make pools       the quick start's other pools: tagging, images, language, seq2seq (POOLS=tagging for one, EXAMPLES=48 for a quick look)"
 	@echo "make papers      the experiments of the papers behind the methods (hours on 2 cores; goes on where it was stopped)"
 	@echo "make test        lint, types, import floors, and all tests (about 20 minutes on 2 cores)"
