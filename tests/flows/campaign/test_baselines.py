@@ -25,6 +25,7 @@ from search.objective import best
 def test_baselines_are_rows_that_never_win(tiny_campaign, tmp_path):
     settings = copy.deepcopy(tiny_campaign) | {
         "directory": "out",
+        "selection": {"mode": "all"},
         "baselines": ["ensemble", "all_data", "fine_tuned"],
         "resources": {"evaluators": 1},
         "test": {"top": 1},

@@ -46,6 +46,8 @@ def judged(tmp_path):
     return write
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
 def test_a_task_that_the_harness_does_not_know_is_found_before_any_work(judged, tmp_path):
     tasks = {name: {"kind": "lm_eval", "task": "my_quizz", "include_path": "harness"} for name in ("quiz", "prose")}
     with pytest.raises(MergequestError, match="Did you mean 'my_quiz'"):

@@ -29,6 +29,7 @@ def rows(directory):
 @pytest.mark.usefixtures("local_ray")
 def test_a_second_campaign_measures_nothing_but_what_is_damaged(campaign_file, tmp_path):
     settings = {"search": SEARCH, "resources": RESOURCES, "test": {"top": 1}, "evaluation": {"cache": "scores"}}
+    settings["statistics"] = {"cache": str(tmp_path / "statistics")}
     run(load_campaign(str(campaign_file(directory=str(tmp_path / "first"), **settings))), said())
     first = rows(tmp_path / "first")
     assert not any(name.startswith("cached:") for row in first.values() for name in row.proxies)
