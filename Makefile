@@ -9,7 +9,7 @@ help:
 	@echo "make quickstart  build a real pool of models and search for its best merge (12 to 17 minutes on 2 cores, installing included; EXAMPLES=400 for a quick look)"
 	@echo "make pools       the quick start's other pools: tagging, images, language, seq2seq (POOLS=tagging for one, EXAMPLES=48 for a quick look)"
 	@echo "make papers      the experiments of the papers behind the methods (hours on 2 cores; goes on where it was stopped)"
-	@echo "make test        lint, types, import floors, and all tests (about 20 minutes on 2 cores)"
+	@echo "make test        lint, types, import floors, and all tests (20 to 40 minutes on 2 cores)"
 	@echo "make test-fast   the fast tests only"
 	@echo "make test-slow   the slow ones only: campaigns, Ray, what waits"
 	@echo "make test-endurance  killed nodes and drivers, a faulty S3: minutes each, not part of make test"
