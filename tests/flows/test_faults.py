@@ -329,7 +329,6 @@ def test_ctrl_c_and_sigterm_end_within_seconds_and_it_resumes(campaign, scratch)
     assert scores_of(directory)
 
 
-@pytest.mark.endurance
 def test_shards_that_a_node_takes_along_are_read_again_elsewhere(campaign, raylets, tmp_path, monkeypatch):
     say, environment, _ = raylets
     changes = {"candidates": 20, "resources": {"regime": "sharded", "evaluators": 2}}
